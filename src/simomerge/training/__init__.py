@@ -1,0 +1,19 @@
+"""Training: one loop, LP-FT experts and joint MTL, cached features, jobs side by side."""
+
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.loop import TrainLog, TrainSettings, fit
+from simomerge.training.lpft import finetune, lpft, train_head, trainable_parameters
+from simomerge.training.workers import WorkerPool
+
+__all__ = [
+    "CachedFeatures",
+    "TrainLog",
+    "TrainSettings",
+    "WorkerPool",
+    "cache_features",
+    "finetune",
+    "fit",
+    "lpft",
+    "train_head",
+    "trainable_parameters",
+]

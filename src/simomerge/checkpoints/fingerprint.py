@@ -1,0 +1,40 @@
+"""A sha256 of what a checkpoint computes with, not of how it is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.tensors import as_numpy
+
+
+def fingerprint(tensors: Mapping[str, Any]) -> str:
+    """sha256 (hex) over the sorted canonical names, the shapes and the values as float32.
+
+    It does not depend on the file format, the sharding, the order of the tensors, in-memory or on-disk names,
+    or the float width: a float16 file and its float32 upcast agree. One tensor is in memory at a time. The
+    bits count, so -0.0 and 0.0 differ.
+
+    Args:
+        tensors: a Checkpoint, or name -> numpy array or torch tensor.
+
+    Raises:
+        InputError: two names stand for one tensor, or a value is not a tensor.
+
+    Example:
+        >>> half, full = np.ones(3, np.float16), np.ones(3, np.float32)
+        >>> fingerprint({"w": half}) == fingerprint({"w": full})
+        True
+    """
+    digest = hashlib.sha256()
+    for canonical, name in sorted(canonicalise(tensors).items()):
+        array = as_numpy(tensors[name], name)
+        digest.update(json.dumps([canonical, list(array.shape), array.dtype.name]).encode())
+        stored = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(stored.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

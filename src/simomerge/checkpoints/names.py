@@ -1,0 +1,80 @@
+"""One convention for tensor names: the one on disk.
+
+transformers 5 renamed the modules of several encoders but kept the names in files, so one and the same tensor
+is ``encoder.layer.0.attention.q_proj.weight`` in ``model.state_dict()`` and
+``encoder.layer.0.attention.attention.query.weight`` in ``model.safetensors``. Wrappers add prefixes on top.
+Names are brought to one convention before anything is compared, and the table below is all there is to it.
+
+Checked with transformers 5.23: DINOv2 (with and without registers), ViT and ViT-MAE, DINOv3; CLIP and SigLIP
+keep their names and at most differ by ``vision_model.``. One thing no renaming can express: the gate and up
+projections of a SwiGLU DINOv2 (giant) are two tensors in memory and one (``mlp.weights_in``) on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from simomerge.errors import InputError
+
+# What wrappers put in front: data parallel, torch.compile, a model around a backbone or an encoder.
+_PREFIX = re.compile(
+    r"^(?:(?:module|_orig_mod|backbone|dinov2|dinov2_with_registers|dinov3_vit|vit|vision_model)\.)+"
+)
+_RULES = [
+    (re.compile(pattern), target)
+    for pattern, target in (
+        # DINOv3: only the blocks gained a prefix.
+        (r"^model\.(layer\.\d+\.)", r"\1"),
+        # ViT: `layers` at the top is `encoder.layer`, and its MLP has names of its own.
+        (r"^layers\.(\d+)\.mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
+        (r"^layers\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
+        (r"^layers\.(\d+)\.(attention\.|layernorm_before\.|layernorm_after\.)", r"encoder.layer.\1.\2"),
+        # ViT and DINOv2: the attention.
+        (r"^(encoder\.layer\.\d+\.attention)\.q_proj\.", r"\1.attention.query."),
+        (r"^(encoder\.layer\.\d+\.attention)\.k_proj\.", r"\1.attention.key."),
+        (r"^(encoder\.layer\.\d+\.attention)\.v_proj\.", r"\1.attention.value."),
+        (r"^(encoder\.layer\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
+        # SwiGLU DINOv2.
+        (r"^(encoder\.layer\.\d+\.mlp)\.down_proj\.", r"\1.weights_out."),
+    )
+]
+
+
+def canonical_name(name: str) -> str:
+    """The on-disk name of an encoder tensor, given its name on disk or in memory, wrapped or not.
+
+    A name that no rule knows is its own canonical name.
+
+    Example:
+        >>> canonical_name("backbone.encoder.layer.3.attention.q_proj.bias")
+        'encoder.layer.3.attention.attention.query.bias'
+        >>> canonical_name("encoder.layer.3.attention.attention.query.bias")
+        'encoder.layer.3.attention.attention.query.bias'
+    """
+    name = _PREFIX.sub("", name)
+    for pattern, target in _RULES:
+        name = pattern.sub(target, name)
+    return name
+
+
+def canonicalise(names: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> the given name, in the given order.
+
+    Raises:
+        InputError: two of the names stand for the same tensor.
+
+    Example:
+        >>> canonicalise(["dinov2.layernorm.weight"])
+        {'layernorm.weight': 'dinov2.layernorm.weight'}
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        canonical = canonical_name(name)
+        if canonical in found:
+            raise InputError(
+                f"'{found[canonical]}' and '{name}' are the same tensor ('{canonical}') under two names: "
+                "keep one of the two."
+            )
+        found[canonical] = name
+    return found

@@ -1,0 +1,216 @@
+"""Open a checkpoint: names, shapes and dtypes at once, values one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
+from simomerge.errors import InputError
+
+#: Weight files of a transformers folder, in the order they are looked for.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+class _Entry(NamedTuple):
+    info: TensorInfo
+    read: Callable[[], np.ndarray]
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """A read-only, lazy mapping from tensor names to numpy arrays; made by :func:`open_checkpoint`.
+
+    ``checkpoint[name]`` reads one tensor: floats of any storage dtype as float32, the rest as stored. The
+    array may be a view of the file: treat it as read-only. Names are those of the file.
+
+    Attributes:
+        path: the file, or the folder that holds the weights.
+    """
+
+    def __init__(self, path: Path, entries: dict[str, _Entry]) -> None:
+        self.path = path
+        self._entries = entries
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and storage dtype of one tensor, without reading its values. Raises KeyError."""
+        return self._entries[name].info
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._entries[name].read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open the weights at ``path`` without reading their values.
+
+    Args:
+        path: a ``.safetensors`` file; a transformers folder (one file, or shards with an index); a simomerge
+            model folder (its encoder is the checkpoint); a ``.pt``, ``.pth`` or ``.bin`` file that holds a
+            state dict, flat or under ``state_dict`` or ``model``. Such files are loaded with
+            ``torch.load(weights_only=True)``: what would run code is refused.
+
+    Raises:
+        InputError: nothing there, no weights in the folder, a damaged file, a missing shard, a file that
+            holds more than tensors.
+
+    Example:
+        >>> from simomerge.checkpoints import write_safetensors
+        >>> path = write_safetensors("model.safetensors", {"norm.weight": np.ones(4, np.float16)})
+        >>> open_checkpoint(path).info("norm.weight")
+        TensorInfo(shape=(4,), dtype='F16')
+        >>> open_checkpoint(path)["norm.weight"]
+        array([1., 1., 1., 1.], dtype=float32)
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    return Checkpoint(path, _open_file(path))
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / "simo.json").is_file():
+        folder = folder / "encoder"
+    for name in _WEIGHT_FILES:
+        file = folder / name
+        if file.is_file():
+            entries = _open_shards(file) if name.endswith(".index.json") else _open_file(file)
+            return Checkpoint(folder, entries)
+    raise InputError(
+        f"{folder} holds no weights (looked for {', '.join(_WEIGHT_FILES)}): "
+        "give a transformers folder, a simomerge model or a weight file."
+    )
+
+
+def _open_file(file: Path) -> dict[str, _Entry]:
+    if not file.exists():
+        raise InputError(f"{file} does not exist: check the path.")
+    if file.suffix == ".safetensors":
+        return _open_safetensors(file)
+    if file.suffix in _TORCH_SUFFIXES:
+        return _open_torch(file)
+    known = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+    raise InputError(f"{file} is not a weight file: give a folder or a file that ends in {known}.")
+
+
+def _open_safetensors(file: Path) -> dict[str, _Entry]:
+    try:
+        # Opening checks the header against the file (sizes, offsets, overlaps), so it can be trusted below.
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file} is not a complete safetensors file ({error}): copy or download it again."
+        ) from error
+    with file.open("rb") as handle:
+        header_length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(header_length))
+    content = np.memmap(file, dtype=np.uint8, mode="r")[8 + header_length :]
+    entries = {}
+    for name, spec in header.items():
+        if name == "__metadata__":
+            continue
+        if spec["dtype"] not in STORAGE:
+            raise InputError(
+                f"{file}: '{name}' is stored as {spec['dtype']}: convert it to F32, F16 or BF16."
+            )
+        info = TensorInfo(tuple(spec["shape"]), spec["dtype"])
+        begin, end = spec["data_offsets"]
+        entries[name] = _Entry(info, partial(decode, np.asarray(content[begin:end]), info))
+    return entries
+
+
+def _open_shards(index: Path) -> dict[str, _Entry]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index} is not an index of shards (no 'weight_map'): download it again."
+        ) from error
+    opened = {}
+    for shard in shards:
+        # A plain name only: an index must not lead out of its folder.
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise InputError(f"{index} names the shard '{shard}', which is not beside it: download it again.")
+        opened[shard] = _open_file(index.parent / shard)
+    for name, shard in weight_map.items():
+        if name not in opened[shard]:
+            raise InputError(
+                f"{index} places '{name}' in '{shard}', which does not hold it: download both again."
+            )
+    return {name: opened[shard][name] for name, shard in weight_map.items()}
+
+
+def _open_torch(file: Path) -> dict[str, _Entry]:
+    import torch
+
+    is_zip = zipfile.is_zipfile(file)
+    with file.open("rb") as handle:
+        if handle.read(2) == b"PK" and not is_zip:
+            raise InputError(
+                f"{file} is not a complete torch file (its end is missing): copy or save it again."
+            )
+    try:
+        # The format before torch 1.6 is no zip file and cannot be memory-mapped.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        holds = f"it holds a {culprit[1]}" if culprit else "it is no torch file of tensors"
+        raise InputError(
+            f"{file} was refused: {holds}, and loading it could run code. "
+            "Save the state dict alone, best as safetensors."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error
+    state = _state_dict(loaded, file)
+    return {
+        name: _Entry(value_info(tensor, name), partial(as_numpy, tensor, name))
+        for name, tensor in state.items()
+    }
+
+
+def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:
+    """The state dict in what torch.load returned: itself, or what lies under 'state_dict' or 'model'."""
+    import torch
+
+    if isinstance(loaded, Mapping):
+        nested = (loaded.get(key) for key in ("state_dict", "model"))
+        loaded = next((state for state in nested if isinstance(state, Mapping)), loaded)
+    if not isinstance(loaded, Mapping) or not loaded:
+        found = f"a {type(loaded).__name__}" if loaded else "nothing"
+        raise InputError(f"{file} holds {found}, not a state dict: save model.state_dict().")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{file} is not a state dict: '{name}' is a {type(value).__name__}, not a tensor. "
+                "Save model.state_dict(), alone or under 'state_dict'."
+            )
+    return loaded

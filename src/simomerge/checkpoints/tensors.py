@@ -1,0 +1,139 @@
+"""One tensor: its shape, its storage dtype, and its values as numpy.
+
+Storage dtypes go by their safetensors names (``F32``, ``BF16``, ``I64`` ...). Everything that computes works
+in float32, whatever the storage; everything that is not a float stays as it is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simomerge.errors import InputError
+
+#: safetensors dtype -> the numpy dtype its bytes are read with (numpy has no bfloat16: its upper 16 bits).
+STORAGE = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "C64": "<c8", "BOOL": "|b1",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
+}  # fmt: skip
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_BY_NAME = {"bfloat16": "BF16"} | {np.dtype(code).name: key for key, code in STORAGE.items() if key != "BF16"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """The shape and storage dtype of a tensor, known without reading its values.
+
+    Example:
+        >>> TensorInfo((2, 3), "BF16").nbytes
+        12
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_float(self) -> bool:
+        """True where the tensor takes part in arithmetic; other tensors are only copied."""
+        return self.dtype in FLOATS
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in storage."""
+        return self.size * np.dtype(STORAGE[self.dtype]).itemsize
+
+
+def tensor_info(tensors: Mapping[str, Any], name: str) -> TensorInfo:
+    """Shape and storage dtype of ``tensors[name]``; a Checkpoint answers without reading the values.
+
+    Raises:
+        InputError: the value is no numpy array or torch tensor, or of a dtype that cannot be stored.
+
+    Example:
+        >>> tensor_info({"w": np.zeros((2, 3), np.float16)}, "w")
+        TensorInfo(shape=(2, 3), dtype='F16')
+    """
+    lazy = getattr(tensors, "info", None)
+    return lazy(name) if callable(lazy) else value_info(tensors[name], name)
+
+
+def value_info(value: Any, name: str) -> TensorInfo:
+    """Shape and storage dtype of one numpy array or torch tensor; ``name`` is used in the error."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise InputError(f"'{name}' is a {type(value).__name__}, not a tensor: give arrays or tensors.")
+    dtype = getattr(value.dtype, "name", None) or str(value.dtype).removeprefix("torch.")
+    if dtype not in _BY_NAME:
+        raise InputError(f"'{name}' has dtype {value.dtype}, which is not supported: convert it to float32.")
+    return TensorInfo(tuple(int(n) for n in value.shape), _BY_NAME[dtype])
+
+
+def as_numpy(value: Any, name: str = "tensor") -> np.ndarray:
+    """Values of a numpy array or a torch tensor on any device: floats as float32, the rest as stored.
+
+    A float32 array comes back as it is (no copy): treat the result as read-only.
+
+    Raises:
+        InputError: not a tensor, or a dtype that cannot be stored.
+
+    Example:
+        >>> as_numpy(np.array([1, 2], np.float16)).dtype
+        dtype('float32')
+    """
+    info = value_info(value, name)
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if info.is_float else value).numpy()
+    return np.asarray(value, dtype=np.float32 if info.is_float else None)
+
+
+def decode(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """Stored bytes (uint8, 1-D) to an array of ``info.shape``: floats as float32, the rest as stored."""
+    stored = raw.view(STORAGE[info.dtype]).reshape(info.shape)
+    if info.dtype == "BF16":
+        return _from_bfloat16(stored)
+    return stored.astype(np.float32, copy=False) if info.is_float else stored
+
+
+def encode(array: np.ndarray, dtype: str, name: str = "tensor") -> np.ndarray:
+    """An array to the little-endian, contiguous array whose bytes are stored as ``dtype``.
+
+    Narrowing rounds to nearest, ties to even.
+
+    Raises:
+        InputError: a finite value is too large for ``dtype``.
+    """
+    if dtype not in FLOATS:
+        return np.ascontiguousarray(array, dtype=STORAGE[dtype])
+    # Overflow gives infinity, which is looked for below: numpy need not warn as well.
+    with np.errstate(over="ignore"):
+        if dtype == "BF16":
+            stored, values = _round_to_bfloat16(array)
+        else:
+            stored = values = np.ascontiguousarray(array, dtype=STORAGE[dtype])
+    if dtype in ("F16", "BF16") and np.any(np.isinf(values) & np.isfinite(array)):
+        largest = np.abs(array[np.isfinite(array)]).max()
+        raise InputError(f"'{name}' holds {largest:.3g}, too large for {dtype}: store it as F32.")
+    return stored
+
+
+def _round_to_bfloat16(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The upper 16 bits of float32 rounded half to even, and the float32 values that they stand for."""
+    bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    # Rounding carries a NaN with a full mantissa over into infinity or zero: keep it a (quiet) NaN.
+    stored = np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype("<u2").reshape(np.shape(array))
+    return stored, _from_bfloat16(stored)
+
+
+def _from_bfloat16(stored: np.ndarray) -> np.ndarray:
+    return np.asarray(np.left_shift(stored, 16, dtype=np.uint32)).view(np.float32)

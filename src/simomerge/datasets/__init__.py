@@ -1,0 +1,34 @@
+"""Datasets behind one interface, and `load_data`, which finds one by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simomerge.datasets.base import DenseDataset, random_flip
+from simomerge.errors import InputError
+
+
+def load_data(spec: str, split: str = "test", count: int | None = None, **options: Any) -> DenseDataset:
+    """A dataset by name: ``"rooms"``.
+
+    Args:
+        spec: ``NAME`` or ``NAME:ROOT``.
+        split: "train", "val" or "test".
+        count: images; a default per split where it is left out.
+
+    Raises:
+        InputError: an unknown name or split.
+
+    Example:
+        >>> len(load_data("rooms", split="val", count=8))
+        8
+    """
+    name = spec.partition(":")[0]
+    if name != "rooms":
+        raise InputError(f"unknown dataset {name!r}; there is: rooms.")
+    from simomerge.datasets.rooms.dataset import Rooms
+
+    return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options)
+
+
+__all__ = ["DenseDataset", "load_data", "random_flip"]

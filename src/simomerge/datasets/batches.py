@@ -1,0 +1,84 @@
+"""Batches that depend on nothing but (seed, step): a run that was killed goes on with the very next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+Sample = dict[str, Any]
+Transform = Callable[[Sample, np.random.Generator], Sample]
+
+
+class _Seeded(Dataset[Sample]):
+    """A dataset whose items are asked for as (index, seed), so that augmentation is reproducible."""
+
+    def __init__(self, dataset: Any, transform: Transform | None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> Sample:
+        index, seed = key
+        sample = self.dataset[index]
+        return self.transform(sample, np.random.default_rng(seed)) if self.transform else sample
+
+
+class _Steps:
+    """Batch sampler: for each step from ``start``, a batch of (index, seed); every epoch a new order."""
+
+    def __init__(self, count: int, batch_size: int, start: int, steps: int, seed: int) -> None:
+        self.count = count
+        self.batch_size = min(batch_size, count)
+        self.start = start
+        self.steps = steps
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
+        per_epoch = self.count // self.batch_size
+        epoch, order = -1, np.arange(self.count)
+        for step in range(self.start, self.steps):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            first = (step % per_epoch) * self.batch_size
+            yield [(int(i), (self.seed, step, int(i))) for i in order[first : first + self.batch_size]]
+
+
+def training_batches(
+    dataset: Any,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    start: int = 0,
+    transform: Transform | None = None,
+    loader_workers: int = 0,
+) -> DataLoader[Sample]:
+    """``steps - start`` shuffled batches; step k is the same whether the run began at 0 or at k.
+
+    Args:
+        dataset: map-style, of samples (dicts of tensors or of lists of tensors).
+        batch_size: samples per batch, at most the dataset's size; a last short batch is left out.
+        transform: augmentation ``(sample, generator) -> sample``.
+        loader_workers: processes that read and augment; 0 reads in this one.
+    """
+    return DataLoader(
+        _Seeded(dataset, transform),
+        batch_sampler=_Steps(len(dataset), batch_size, start, steps, seed),
+        num_workers=loader_workers,
+        collate_fn=default_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def ordered_batches(dataset: Any, batch_size: int, loader_workers: int = 0) -> DataLoader[Sample]:
+    """Every sample once, in order; the last batch may be short."""
+    return DataLoader(dataset, batch_size=batch_size, num_workers=loader_workers, collate_fn=default_collate)

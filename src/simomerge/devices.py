@@ -1,0 +1,38 @@
+"""What this machine computes with: cores, threads, mixed precision."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def limit_threads(count: int) -> None:
+    """Use ``count`` threads, and treat denormal numbers as zero: on a CPU they take a slow path."""
+    torch.set_num_threads(count)
+    torch.set_flush_denormal(True)
+
+
+def mixed_precision() -> str:
+    """"bf16" where the device computes in it (a GPU, or a CPU with its matrix instructions), else "no"."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if has_matrix_unit() else "no"
+
+
+def autocast(device: torch.device | str) -> torch.autocast:
+    """The mixed precision that training uses, for inference."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision() == "bf16")

@@ -1,0 +1,53 @@
+"""Low-rank adapters beside every block of an encoder: ``block'(x) = block(x) + B A x``.
+
+Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), representation re-alignment. The paper
+writes ``B A x``; its reference code puts a ReLU between A and B. Both are here, as ``activation``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.errors import InputError
+
+
+class Adapter(nn.Module):
+    """One low-rank map ``B f(A x)`` on tokens (..., C); zero at the start, because B is."""
+
+    def __init__(self, channels: int, rank: int, activation: str) -> None:
+        super().__init__()
+        self.down = nn.Linear(channels, rank, bias=False)
+        self.up = nn.Linear(rank, channels, bias=False)
+        self.relu = activation == "relu"
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.down(tokens)
+        return self.up(torch.relu(hidden) if self.relu else hidden)
+
+
+class Adapters(nn.ModuleList):
+    """One `Adapter` per block.
+
+    Args:
+        channels: width of each block's tokens.
+        rank: inner width; the paper uses 16.
+        activation: "none" (the paper's text) or "relu" (its reference code).
+
+    Example:
+        >>> adapters = Adapters([128] * 8, rank=16)
+        >>> sum(p.numel() for p in adapters.parameters())
+        32768
+    """
+
+    def __init__(self, channels: list[int], rank: int = 16, activation: str = "none") -> None:
+        if rank < 1:
+            raise InputError(f"adapter rank {rank}: use a whole number of at least 1 (the paper's is 16).")
+        if activation not in ("none", "relu"):
+            raise InputError(f"adapter activation {activation!r}: use 'none' or 'relu'.")
+        super().__init__(Adapter(width, rank, activation) for width in channels)
+        self.settings: dict[str, Any] = {"rank": rank, "activation": activation}

@@ -1,0 +1,275 @@
+"""SimoModel: one encoder with all the heads; an expert has one head, a joint or merged model has many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simomerge import images
+from simomerge.checkpoints import atomic_folder, fingerprint
+from simomerge.encoders import Encoder, Features, load_backbone, load_encoder
+from simomerge.errors import InputError
+from simomerge.heads import build_head, head_kind
+from simomerge.tasks import Task, select_tasks
+
+FORMAT = 1
+"""Version of the folder format, in simo.json."""
+
+
+class SimoModel(nn.Module):
+    """One encoder and one head per task.
+
+    Args:
+        encoder: images -> Features.
+        tasks: the tasks by name, in order.
+        heads: one head per task, Features -> logits at the padded size.
+        provenance: where the weights come from; plain data that goes into simo.json.
+
+    Raises:
+        InputError: heads and tasks do not pair up.
+
+    Example:
+        >>> model = SimoModel.from_pretrained("runs/scene")        # doctest: +SKIP
+        >>> model.predict("photo.jpg")["depth"].shape              # doctest: +SKIP
+        (480, 640)
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        tasks: Mapping[str, Task],
+        heads: Mapping[str, nn.Module],
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if set(tasks) != set(heads):
+            raise InputError(f"tasks {sorted(tasks)} and heads {sorted(heads)} do not pair up.")
+        self.encoder = encoder
+        self.tasks = dict(tasks)
+        self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
+        self.provenance: dict[str, Any] = dict(provenance or {})
+
+    def encode(self, images: Tensor) -> Features:
+        """Float images (B, 3, H, W), RGB in [0, 1] -> Features. Once for all heads."""
+        return self.encoder(images)
+
+    def decode(self, features: Features, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Features -> logits by task, each (B, C, H, W) at the size of the images that were encoded."""
+        height, width = features.image_size
+        return {name: self.heads[name](features)[..., :height, :width] for name in tasks or self.tasks}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Float images (B, 3, H, W), RGB in [0, 1] -> logits by task."""
+        return self.decode(self.encode(images))
+
+    @torch.no_grad()
+    def predict(self, image: Any) -> dict[str, np.ndarray]:
+        """Predict every task for one image.
+
+        Args:
+            image: a path, a PIL image, an array or a tensor of any size; see `simomerge.images.to_tensor`.
+
+        Returns:
+            By task, at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
+            target's units; float32 (3, H, W) for normals and RGB.
+
+        Raises:
+            InputError: not an image, or far too large.
+        """
+        tensor = images.to_tensor(image).to(next(self.parameters()).device)
+        training = self.training
+        self.eval()
+        try:
+            logits = self(tensor)
+        finally:
+            self.train(training)
+        maps = {name: self.tasks[name].activate(value)[0] for name, value in logits.items()}
+        return {name: (m[0] if m.ndim == 3 and m.shape[0] == 1 else m).cpu().numpy() for name, m in maps.items()}
+
+    def encoder_fingerprint(self) -> str:
+        """sha256 of the encoder's weights, whatever their names, layout and storage width."""
+        return fingerprint(self.encoder.backbone.state_dict())
+
+    def select(self, tasks: str | list[str]) -> SimoModel:
+        """A model with some of the tasks; it shares the encoder and the heads with this one."""
+        chosen = select_tasks(self.tasks, tasks)
+        return SimoModel(self.encoder, chosen, {name: self.heads[name] for name in chosen}, self.provenance)
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write the model folder: simo.json, encoder/, heads/, adapters.safetensors, README.md.
+
+        It is written to a temporary sibling and renamed, so a crash never leaves half a model.
+
+        Raises:
+            InputError: the folder exists (and not ``overwrite``), or the disk is full.
+        """
+        from safetensors.torch import save_file
+
+        with atomic_folder(folder, overwrite=overwrite) as target:
+            _save_encoder(self.encoder, target / "encoder")
+            (target / "heads").mkdir()
+            for name, head in self.heads.items():
+                save_file(_tensors(head), target / "heads" / f"{name}.safetensors")
+            if self.encoder.adapters is not None:
+                save_file(_tensors(self.encoder.adapters), target / "adapters.safetensors")
+            (target / "simo.json").write_text(json.dumps(self._description(), indent=2) + "\n")
+            (target / "README.md").write_text(model_card(self))
+        return Path(folder)
+
+    def _description(self) -> dict[str, Any]:
+        adapters = self.encoder.adapters
+        return {
+            "format": FORMAT,
+            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
+            "heads": {
+                name: {"kind": head_kind(head), "settings": head.settings} for name, head in self.heads.items()
+            },
+            "encoder": {
+                "taps": list(self.encoder.taps),
+                "apply_layernorm": self.encoder.apply_layernorm,
+                **self.encoder.preprocessing,
+            },
+            "adapters": adapters.settings if adapters is not None else None,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> SimoModel:
+        """Read a model folder.
+
+        Raises:
+            InputError: a file is missing, truncated or of another model; the message names it.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        settings = description["encoder"]
+        encoder = Encoder(
+            load_backbone(folder / "encoder"),
+            settings["taps"],
+            settings["mean"],
+            settings["std"],
+            settings["apply_layernorm"],
+        )
+        tasks = {name: Task.from_dict(data) for name, data in description["tasks"].items()}
+        heads = {}
+        for name, task in tasks.items():
+            spec = description["heads"][name]
+            heads[name] = build_head(spec["kind"], encoder.channels, task.channels, spec["settings"])
+            _load_tensors(heads[name], folder / "heads" / f"{name}.safetensors")
+        if description["adapters"]:
+            _load_tensors(encoder.add_adapters(**description["adapters"]), folder / "adapters.safetensors")
+        return cls(encoder, tasks, heads, description["provenance"]).eval()
+
+
+def load(source: str | Path) -> SimoModel:
+    """A model folder, or a foundation encoder without heads (a hub id or a transformers folder).
+
+    Raises:
+        InputError: nothing there, no network for a hub id, or a file that cannot be read.
+    """
+    if (Path(source) / "simo.json").exists():
+        return SimoModel.from_pretrained(source)
+    return SimoModel(load_encoder(source), {}, {}, {"source": str(source)})
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """simo.json of a model folder, checked.
+
+    Raises:
+        InputError: no such folder or file, broken JSON, a missing entry, or a newer format.
+    """
+    path = folder / "simo.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: not a model folder (no simo.json in it); give a folder that simomerge wrote.")
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); take the model from its source again.") from error
+    missing = [key for key in ("format", "tasks", "heads", "encoder", "adapters", "provenance") if key not in description]
+    if missing:
+        raise InputError(f"{path}: entry {missing[0]!r} is missing; take the model from its source again.")
+    if description["format"] > FORMAT:
+        raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
+    without = [name for name in description["tasks"] if name not in description["heads"]]
+    if without:
+        raise InputError(f"{path}: task {without[0]!r} has no head in it; take the model from its source again.")
+    return description
+
+
+def model_card(model: SimoModel) -> str:
+    """The README.md of a model folder: what it predicts, from what it was made, how to use it."""
+    rows = "\n".join(
+        f"| {name} | {task.kind} | {task.channels} | {head_kind(model.heads[name])} |" for name, task in model.tasks.items()
+    )
+    return f"""---
+library_name: simomerge
+tags: [model-merging, dense-prediction, multi-task]
+---
+# One encoder, {len(model.tasks)} task{"s" if len(model.tasks) != 1 else ""}
+
+| task | kind | channels | head |
+| --- | --- | --- | --- |
+{rows}
+
+```python
+import simomerge as sm
+
+model = sm.load("this/folder")
+maps = model.predict("photo.jpg")  # one array per task, at the photo's size
+```
+
+`encoder/` is a plain transformers folder. Where the weights come from:
+
+```json
+{json.dumps(model.provenance, indent=2)}
+```
+"""
+
+
+def _save_encoder(encoder: Encoder, folder: Path) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        encoder.backbone.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    preprocessing = encoder.preprocessing
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "BitImageProcessor",
+                "image_mean": preprocessing["mean"],
+                "image_std": preprocessing["std"],
+                "do_resize": False,
+                "do_center_crop": False,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+def _load_tensors(module: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"{path}: missing; take the model from its source again.")
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        first_line = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: does not fit simo.json or is damaged ({first_line}).") from error

@@ -1,0 +1,155 @@
+"""Features computed once and kept on disk: training a head then costs nothing of the encoder.
+
+Memory-mapped and in half precision, so that their size is bounded by the disk and several heads can train on
+them at the same time, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from simomerge.checkpoints import atomic_folder
+from simomerge.datasets.batches import ordered_batches
+from simomerge.devices import autocast
+from simomerge.encoders import Encoder, Features
+from simomerge.errors import InputError
+from simomerge.progress import Progress, silent
+from simomerge.tasks import Task
+
+
+class CachedFeatures(Dataset[dict[str, Any]]):
+    """Features of a dataset's images from a folder that `cache_features` wrote, with the dataset's targets.
+
+    Args:
+        folder: the cache.
+        dataset: the dataset it was made from; its targets are read along.
+        tasks: whose targets to read.
+
+    Raises:
+        InputError: the cache belongs to a dataset of another length.
+    """
+
+    def __init__(self, folder: str | Path, dataset: Any, tasks: Iterable[str]) -> None:
+        self.folder = Path(folder)
+        self.dataset = dataset
+        self.tasks = list(tasks)
+        meta = json.loads((self.folder / "features.json").read_text())
+        self.image_size = tuple(meta["image_size"])
+        self.padded_size = tuple(meta["padded_size"])
+        self.maps = [np.load(self.folder / f"map{i}.npy", mmap_mode="r") for i in range(meta["taps"])]
+        self.cls = [np.load(self.folder / f"cls{i}.npy", mmap_mode="r") for i in range(meta["taps"] * meta["cls"])]
+        if len(self.maps[0]) != len(dataset):
+            raise InputError(f"{folder}: features of {len(self.maps[0])} images, but the dataset has {len(dataset)}.")
+
+    def __len__(self) -> int:
+        return len(self.maps[0])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample: targets by task, and ``maps`` and ``cls``: lists of float16 tensors, one per tap."""
+        sample = self.dataset.targets(index, self.tasks)
+        sample["maps"] = [torch.from_numpy(array[index].copy()) for array in self.maps]
+        sample["cls"] = [torch.from_numpy(array[index].copy()) for array in self.cls]
+        return sample
+
+    def features(self, batch: Mapping[str, Any]) -> Features:
+        """The Features of a batch of samples, in float32."""
+        return Features(
+            maps=tuple(m.float() for m in batch["maps"]),
+            cls=tuple(c.float() for c in batch["cls"]),
+            image_size=self.image_size,
+            padded_size=self.padded_size,
+        )
+
+    def head_losses(self, task: Task, head: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Loss of one head on a batch of samples."""
+        height, width = self.image_size
+        logits = head(self.features(batch))[..., :height, :width]
+        return {task.name: task.loss(logits, batch[task.name])}
+
+
+@torch.no_grad()
+def cache_features(
+    encoder: Encoder,
+    dataset: Any,
+    folder: str | Path,
+    batch_size: int = 64,
+    label: str = "features",
+    progress: Progress = silent,
+) -> Path:
+    """Encode every image of a dataset once and write the Features, float16, as memory-mappable arrays.
+
+    Args:
+        encoder: frozen; run in evaluation mode.
+        dataset: of samples with ``image`` (3, H, W) in [0, 1], all of one size.
+        folder: where to; written to a temporary sibling and renamed.
+
+    Raises:
+        InputError: the disk has too little room (the message says how much is needed).
+    """
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    with atomic_folder(folder) as target:
+        arrays: dict[str, np.ndarray] = {}
+        done = 0
+        for batch in ordered_batches(_ImagesOnly(dataset), batch_size):
+            with autocast(device):
+                features = encoder(batch["image"].to(device))
+            named = {f"map{i}": m for i, m in enumerate(features.maps)}
+            named |= {f"cls{i}": c for i, c in enumerate(features.cls)}
+            if not arrays:
+                arrays = _create(target, named, len(dataset))
+                _write_meta(target, features)
+            for name, tensor in named.items():
+                arrays[name][done : done + len(features)] = tensor.half().cpu().numpy()
+            done += len(features)
+            progress(label, done, len(dataset), "")
+        for array in arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+    return Path(folder)
+
+
+class _ImagesOnly(Dataset[dict[str, Tensor]]):
+    """A dataset without its targets: nobody decodes what nobody reads."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": self.dataset.image(index)}
+
+
+def _create(folder: Path, named: Mapping[str, Tensor], count: int) -> dict[str, np.ndarray]:
+    needed = sum(2 * count * tensor[0].numel() for tensor in named.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{folder.parent}: the features of {count} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free;"
+            " use fewer images or another disk."
+        )
+    return {
+        name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(count, *tensor.shape[1:]))
+        for name, tensor in named.items()
+    }
+
+
+def _write_meta(folder: Path, features: Features) -> None:
+    meta = {
+        "taps": len(features.maps),
+        "cls": int(bool(features.cls)),
+        "image_size": features.image_size,
+        "padded_size": features.padded_size,
+    }
+    (folder / "features.json").write_text(json.dumps(meta) + "\n")

@@ -1,0 +1,281 @@
+"""The one training loop: one-cycle AdamW, clipping, early stop, resume; accelerate does the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.checkpoints import atomic_write_bytes
+from simomerge.datasets.batches import Transform, ordered_batches, training_batches
+from simomerge.devices import mixed_precision
+from simomerge.errors import InputError
+from simomerge.progress import Progress, silent
+
+Losses = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+"""batch -> loss of each task; the total is their unweighted mean (the paper's joint loss)."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train one thing.
+
+    Args:
+        steps: optimiser steps at most.
+        batch_size: images per step.
+        lr: peak learning rate of the one-cycle schedule.
+        encoder_lr: peak learning rate of the encoder, where it is trained; ``lr`` by default.
+        weight_decay: AdamW's, on weights of two or more dimensions.
+        warmup: fraction of the steps in which the learning rate rises (paper: 5 %).
+        clip: largest gradient norm (paper: 25).
+        validate_every: steps between looks at the validation loss; 0 never looks.
+        patience: looks without a better loss after which training stops; the best weights are kept.
+        seed: of initialisation, order and augmentation.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    steps: int = 400
+    batch_size: int = 32
+    lr: float = 1e-3
+    encoder_lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 25.0
+    validate_every: int = 0
+    patience: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("validate_every", 0), ("patience", 1)):
+            if getattr(self, name) < low:
+                raise InputError(f"training: {name}={getattr(self, name)}; use at least {low}.")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"training: {name}={getattr(self, name)}; use a number above 0.")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"training: warmup={self.warmup}; use a fraction from 0 to below 1.")
+
+
+@dataclass
+class TrainLog:
+    """What a training run did."""
+
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def fit(
+    module: nn.Module,
+    losses: Losses,
+    train: Any,
+    settings: TrainSettings,
+    validation: Any = None,
+    transform: Transform | None = None,
+    state_file: Path | None = None,
+    label: str = "training",
+    progress: Progress = silent,
+) -> TrainLog:
+    """Train the parameters of ``module`` that require a gradient, in place.
+
+    Args:
+        module: what is trained; its buffers and trainable parameters make the saved state.
+        losses: batch -> loss per task.
+        train, validation: map-style datasets.
+        transform: augmentation of training samples.
+        state_file: where to keep the state; a run that finds it goes on from there with the same batches.
+
+    Returns:
+        Steps, samples, seconds (of all attempts together) and validation losses.
+
+    Raises:
+        InputError: the loss is not finite (lower the learning rate).
+    """
+    accelerator = _accelerator()
+    module.to(accelerator.device)
+    optimizer = _optimizer(module, settings)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["lr"] for group in optimizer.param_groups],
+        total_steps=settings.steps + 1,
+        pct_start=max(settings.warmup, 1e-3),
+    )
+    prepared_optimizer = accelerator.prepare(optimizer)
+    state = _State(module, optimizer, schedule, state_file)
+    log = state.resume()
+    began = time.monotonic() - log.seconds
+    batches = training_batches(
+        train, settings.batch_size, settings.steps, settings.seed, start=log.steps, transform=transform
+    )
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.train()
+    for batch in batches:
+        with accelerator.autocast():
+            parts = losses(_to_device(batch, accelerator.device))
+            total = torch.stack(list(parts.values())).mean()
+        accelerator.backward(total)
+        accelerator.clip_grad_norm_(trainable, settings.clip)
+        prepared_optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.steps += 1
+        log.samples += min(settings.batch_size, len(train))
+        log.seconds = time.monotonic() - began
+        if log.steps % 10 == 0 or log.steps == settings.steps:
+            log.losses = {name: float(value) for name, value in parts.items()}
+            _check_finite(log, label)
+            progress(label, log.steps, settings.steps, _note(log))
+        if _is_time_to_validate(settings, validation, log.steps):
+            value = validation_loss(module, losses, validation, settings.batch_size, accelerator)
+            log.validation.append((log.steps, value))
+            if value <= min(loss for _, loss in log.validation):
+                log.best_step = log.steps
+                state.keep_best()
+            state.save(log)
+            if log.steps - log.best_step >= settings.patience * settings.validate_every:
+                break
+        else:
+            state.save_once_in_a_while(log)
+    state.restore_best()
+    module.eval()
+    log.seconds = time.monotonic() - began
+    progress(label, settings.steps, settings.steps, _note(log))
+    return log
+
+
+@torch.no_grad()
+def validation_loss(
+    module: nn.Module, losses: Losses, dataset: Any, batch_size: int = 32, accelerator: Any = None
+) -> float:
+    """Mean over the dataset of the mean task loss, in evaluation mode."""
+    accelerator = accelerator or _accelerator()
+    training = module.training
+    module.eval()
+    total, count = 0.0, 0
+    for batch in ordered_batches(dataset, batch_size):
+        with accelerator.autocast():
+            parts = losses(_to_device(batch, accelerator.device))
+        size = _batch_size(batch)
+        total += float(torch.stack(list(parts.values())).mean()) * size
+        count += size
+    module.train(training)
+    return total / count
+
+
+class _State:
+    """Everything a killed run needs to go on: weights, optimiser, schedule, log and the best weights so far."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, schedule: Any, path: Path | None) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.path = path
+        self.best: dict[str, Tensor] | None = None
+        self.saved_at = time.monotonic()
+
+    def _weights(self) -> dict[str, Tensor]:
+        frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        return {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+
+    def resume(self) -> TrainLog:
+        if self.path is None or not self.path.exists():
+            return TrainLog()
+        data = torch.load(self.path, weights_only=True)
+        self.module.load_state_dict(data["module"], strict=False)
+        self.optimizer.load_state_dict(data["optimizer"])
+        self.schedule.load_state_dict(data["schedule"])
+        self.best = data["best"]
+        return TrainLog(**{**data["log"], "validation": [tuple(pair) for pair in data["log"]["validation"]]})
+
+    def save_once_in_a_while(self, log: TrainLog, seconds: float = 20.0) -> None:
+        if time.monotonic() - self.saved_at >= seconds:
+            self.save(log)
+
+    def save(self, log: TrainLog) -> None:
+        if self.path is None:
+            return
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "module": self._weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "best": self.best,
+                "log": vars(log) | {"validation": [list(pair) for pair in log.validation]},
+            },
+            buffer,
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(self.path, buffer.getvalue())
+        self.saved_at = time.monotonic()
+
+    def keep_best(self) -> None:
+        self.best = {name: value.detach().clone() for name, value in self._weights().items()}
+
+    def restore_best(self) -> None:
+        if self.best is not None:
+            self.module.load_state_dict(self.best, strict=False)
+
+
+def _accelerator() -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision=mixed_precision())
+
+
+def _optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW: no decay on biases and norms; the encoder may have its own learning rate."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            encoder = name.startswith("encoder.backbone") and settings.encoder_lr is not None
+            lr = settings.encoder_lr if encoder and settings.encoder_lr is not None else settings.lr
+            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((lr, decay), []).append(parameter)
+    if not groups:
+        raise InputError("nothing to train: no parameter requires a gradient.")
+    return torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()])
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_to_device(value, device) for value in batch]
+    return batch
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    first = next(iter(batch.values()))
+    return len(first[0]) if isinstance(first, list) else len(first)
+
+
+def _is_time_to_validate(settings: TrainSettings, validation: Any, step: int) -> bool:
+    if validation is None or not settings.validate_every:
+        return False
+    return step % settings.validate_every == 0 or step == settings.steps
+
+
+def _check_finite(log: TrainLog, label: str) -> None:
+    for name, value in log.losses.items():
+        if value != value or abs(value) == float("inf"):
+            raise InputError(f"{label}: the loss of {name!r} is {value} at step {log.steps}; lower the learning rate.")
+
+
+def _note(log: TrainLog) -> str:
+    shown = " ".join(f"{name} {value:.4f}" for name, value in log.losses.items())
+    return f"{shown}  {log.samples / max(log.seconds, 1e-9):.0f} img/s"

@@ -1,0 +1,115 @@
+"""LP-FT: probe the heads on the frozen encoder, then fine-tune encoder and heads together.
+
+Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), experts and joint MTL. One task makes an
+expert, several make the joint-MTL baseline: the two-phase training is the same, its loss the unweighted mean
+of the task losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from simomerge.datasets import random_flip
+from simomerge.model import SimoModel
+from simomerge.progress import Progress, silent
+from simomerge.tasks import Task
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.loop import TrainLog, TrainSettings, fit
+
+
+def train_head(
+    head: nn.Module,
+    task: Task,
+    train: CachedFeatures,
+    settings: TrainSettings,
+    validation: CachedFeatures | None = None,
+    state_file: Path | None = None,
+    label: str = "",
+    progress: Progress = silent,
+) -> TrainLog:
+    """Train one head on cached features, in place: linear probing, and the paper's head re-alignment."""
+    return fit(
+        head,
+        partial(train.head_losses, task, head),
+        train,
+        settings,
+        validation,
+        state_file=state_file,
+        label=label or task.name,
+        progress=progress,
+    )
+
+
+def image_losses(model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Losses of every task of a model on a batch with images and targets."""
+    logits = model(batch["image"])
+    return {name: task.loss(logits[name], batch[name]) for name, task in model.tasks.items()}
+
+
+def finetune(
+    model: SimoModel,
+    train: Any,
+    settings: TrainSettings,
+    validation: Any = None,
+    state_file: Path | None = None,
+    label: str = "",
+    progress: Progress = silent,
+) -> TrainLog:
+    """Train whatever of a model requires a gradient, on augmented images, in place."""
+    return fit(
+        model,
+        partial(image_losses, model),
+        train,
+        settings,
+        validation,
+        transform=partial(random_flip, model.tasks),
+        state_file=state_file,
+        label=label or "+".join(model.tasks),
+        progress=progress,
+    )
+
+
+def lpft(
+    model: SimoModel,
+    train: Any,
+    probe: TrainSettings,
+    tune: TrainSettings,
+    validation: Any = None,
+    work_folder: str | Path = "runs/lpft",
+    progress: Progress = silent,
+) -> dict[str, TrainLog]:
+    """Both phases, in place. Features and the state of a killed run are kept in ``work_folder``.
+
+    Args:
+        model: a foundation encoder with fresh heads.
+        train: a dataset with the targets of all the model's tasks.
+        probe, tune: settings of the two phases.
+        validation: the dataset whose loss stops the second phase.
+
+    Returns:
+        The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
+    """
+    work = Path(work_folder)
+    if not (work / "features").exists():
+        cache_features(model.encoder, train, work / "features", progress=progress)
+    logs = {}
+    for name, task in model.tasks.items():
+        cached = CachedFeatures(work / "features", train, [name])
+        logs[f"probe/{name}"] = train_head(
+            model.heads[name], task, cached, probe, None, work / f"probe-{name}.pt", f"probe {name}", progress
+        )
+    model.requires_grad_(True)
+    logs["tune"] = finetune(model, train, tune, validation, work / "tune.pt", progress=progress)
+    return logs
+
+
+def trainable_parameters(module: nn.Module) -> int:
+    """How many numbers an optimiser would change."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+

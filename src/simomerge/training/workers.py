@@ -1,0 +1,114 @@
+"""Independent jobs side by side: one process per core, one thread each.
+
+On a CPU a small model trains nearly twice as fast on two processes of one thread as on one of two threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any
+
+from simomerge.devices import available_cores, limit_threads
+from simomerge.errors import InputError
+from simomerge.progress import Progress, silent
+
+Job = tuple[Callable[..., Any], Mapping[str, Any]]
+"""A function that a module defines, and its keyword arguments; it also takes ``progress``."""
+
+
+class WorkerPool:
+    """Runs jobs in processes that stay warm, so that torch is imported once per core.
+
+    Args:
+        workers: how many at once; by default one per core this process may use. With 1 everything runs in
+            this process.
+        progress: where the jobs' progress goes.
+
+    Example:
+        >>> import math
+        >>> with WorkerPool(workers=1) as pool:
+        ...     pool.run([(lambda number, progress: math.sqrt(number), {"number": 9})])
+        [3.0]
+    """
+
+    def __init__(self, workers: int | None = None, progress: Progress = silent) -> None:
+        self.workers = workers or available_cores()
+        self.progress = progress
+        self._pool: ProcessPoolExecutor | None = None
+        self._messages: Any = None
+
+    def __enter__(self) -> WorkerPool:
+        if self.workers > 1:
+            context = multiprocessing.get_context("spawn")
+            self._messages = context.Queue()
+            self._pool = ProcessPoolExecutor(
+                self.workers, context, initializer=_start_worker, initargs=(self._messages,)
+            )
+            threading.Thread(target=self._forward_progress, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is None:
+            return
+        if kind is not None:  # Ctrl-C or an error: what is running now would run on for minutes
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._messages.put(None)
+
+    def run(self, jobs: Sequence[Job]) -> list[Any]:
+        """Results in the order of the jobs; the first error ends the run.
+
+        Raises:
+            InputError: a worker was killed, most often for want of memory.
+        """
+        if self._pool is None:
+            return [function(**arguments, progress=self.progress) for function, arguments in jobs]
+        futures = [self._pool.submit(_run_job, function, dict(arguments)) for function, arguments in jobs]
+        return self._results(futures)
+
+    def _results(self, futures: list[Future[Any]]) -> list[Any]:
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool as error:
+            raise InputError("a worker process was killed, most often for want of memory; try --workers 1.") from error
+        finally:
+            for future in futures:
+                future.cancel()
+        return [future.result() for future in futures]
+
+    def _forward_progress(self) -> None:
+        while (message := self._messages.get()) is not None:
+            self.progress(*message)
+
+
+_messages: Any = None
+
+
+def _start_worker(messages: Any) -> None:
+    global _messages
+    _messages = messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us; a traceback per worker helps nobody
+    limit_threads(1)
+
+
+def _run_job(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def progress(label: str, done: int, total: int, note: str = "") -> None:
+        try:
+            _messages.put_nowait((label, done, total, note))
+        except queue.Full:  # a lost line of progress is no reason to stop
+            pass
+
+    try:
+        return function(**arguments, progress=progress)
+    finally:
+        sys.stdout.flush()

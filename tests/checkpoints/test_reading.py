@@ -1,0 +1,213 @@
+"""Reading checkpoints, against safetensors and torch as oracles."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from simomerge.checkpoints import TensorInfo, open_checkpoint
+from simomerge.errors import InputError
+
+
+def state(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "encoder.weight": torch.randn(3, 5).to(dtype),
+        "encoder.bias": torch.randn(5).to(dtype),
+        "scalar": torch.tensor(0.25, dtype=dtype),
+        "empty": torch.zeros(0, 4, dtype=dtype),
+        "steps": torch.tensor(7, dtype=torch.int64),
+        "mask": torch.tensor([True, False]),
+    }
+
+
+def assert_reads(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint) == set(expected) and len(checkpoint) == len(expected)
+    for name, tensor in expected.items():
+        array = checkpoint[name]
+        is_float = tensor.is_floating_point()
+        wanted = (tensor.float() if is_float else tensor).numpy()
+        assert name in checkpoint and isinstance(array, np.ndarray)
+        assert checkpoint.info(name).shape == array.shape == tuple(tensor.shape)
+        assert array.dtype == wanted.dtype
+        np.testing.assert_array_equal(array, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
+def test_every_float_dtype_reads_as_float32(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    tensors = state(dtype)
+    file = tmp_path / f"weights{suffix}"
+    save_file(tensors, file) if suffix == ".safetensors" else torch.save(tensors, file)
+    assert_reads(file, tensors)
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    assert open_checkpoint(file).info("encoder.weight") == TensorInfo((3, 5), names[dtype])
+    assert open_checkpoint(file).info("steps").dtype == "I64"
+
+
+def test_special_values_of_bfloat16(tmp_path: Path) -> None:
+    values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 3.3e38])
+    save_file({"w": values.bfloat16()}, tmp_path / "w.safetensors")
+    read = open_checkpoint(tmp_path / "w.safetensors")["w"]
+    assert read.tobytes() == values.bfloat16().float().numpy().tobytes()
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_nested_and_legacy_torch_files(tmp_path: Path, key: str) -> None:
+    torch.save({"epoch": 3, key: state()}, tmp_path / "nested.pth")
+    assert_reads(tmp_path / "nested.pth", state())
+    torch.save(state(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    assert_reads(tmp_path / "legacy.pt", state())
+
+
+def test_folders(tmp_path: Path) -> None:
+    model, encoder, old = tmp_path / "model", tmp_path / "model" / "encoder", tmp_path / "old"
+    encoder.mkdir(parents=True)
+    old.mkdir()
+    save_file(state(), encoder / "model.safetensors")
+    (model / "simo.json").write_text("{}")
+    torch.save(state(), old / "pytorch_model.bin")
+    for folder in (model, encoder, old):
+        assert_reads(folder, state())
+    assert open_checkpoint(model).path == encoder
+
+
+def shards(folder: Path) -> Path:
+    tensors = state()
+    parts = {"a.safetensors": ["encoder.weight", "mask", "scalar"]}
+    parts["b.safetensors"] = [name for name in tensors if name not in parts["a.safetensors"]]
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, folder / file)
+    index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_shards(tmp_path: Path) -> None:
+    assert_reads(shards(tmp_path), state())
+
+
+def test_shard_errors(tmp_path: Path) -> None:
+    folder = shards(tmp_path)
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"b\.safetensors.*not beside it"):
+        open_checkpoint(folder)
+    save_file({"other": torch.zeros(1)}, folder / "b.safetensors")
+    with pytest.raises(InputError, match=r"places 'encoder\.bias' in 'b\.safetensors'"):
+        open_checkpoint(folder)
+    save_file(state(), tmp_path.parent / "outside.safetensors")
+    index_file.write_text(json.dumps({"weight_map": dict.fromkeys(state(), "../outside.safetensors")}))
+    with pytest.raises(InputError, match=r"outside.*not beside it"):
+        open_checkpoint(folder)
+    for broken in ("{", "[]", json.dumps({"weight_map": 3}), json.dumps(index["weight_map"])):
+        index_file.write_text(broken)
+        with pytest.raises(InputError, match="not an index"):
+            open_checkpoint(folder)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no weights.*model\.safetensors"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match="not a weight file"):
+        open_checkpoint(tmp_path / "notes.txt")
+    with pytest.raises(KeyError):
+        save_file(state(), tmp_path / "w.safetensors")
+        open_checkpoint(tmp_path / "w.safetensors")["unknown"]
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_truncated_files(tmp_path: Path, kept: int, suffix: str) -> None:
+    file = tmp_path / f"w{suffix}"
+    save_file(state(), file) if suffix == ".safetensors" else torch.save(state(), file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"not a complete|refused") as caught:
+        open_checkpoint(file)
+    assert str(file) in str(caught.value) and "again" in str(caught.value)
+
+
+def lying_headers() -> list[tuple[str, bytes]]:
+    def file(header: object, content: bytes = b"\0" * 8) -> bytes:
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + content
+
+    def tensor(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[str, object]:
+        return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+    return [
+        ("shape larger than its bytes", file({"w": tensor([1000], 0, 8)})),
+        ("offsets beyond the end", file({"w": tensor([1000], 0, 4000)})),
+        ("overlap", file({"a": tensor([2], 0, 8), "b": tensor([1], 4, 8)})),
+        ("negative", file({"w": tensor([-2], 0, 8)})),
+        ("unknown dtype", file({"w": tensor([2], 0, 8, "F99")})),
+        ("huge header length", (2**62).to_bytes(8, "little") + b"{}"),
+        ("not JSON", (8).to_bytes(8, "little") + b"nonsense"),
+        ("not an object", file([1, 2])),
+    ]
+
+
+@pytest.mark.parametrize(("case", "content"), lying_headers())
+def test_lying_headers(tmp_path: Path, case: str, content: bytes) -> None:
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        open_checkpoint(file)
+
+
+def test_unsupported_float_width_is_named(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="'w' is stored as F8_E4M3"):
+        open_checkpoint(tmp_path / "w.safetensors")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("__import__('pathlib').Path('executed').write_text('')",)
+
+
+def test_pickles_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plain.pt").write_bytes(pickle.dumps({"w": Malicious()}, protocol=2))
+    torch.save({"w": torch.zeros(1), "x": Malicious()}, "zipped.pt")
+    for file in ("plain.pt", "zipped.pt"):
+        with pytest.raises(InputError, match=f"{file} was refused: .*could run code"):
+            open_checkpoint(file)
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(1)], "a list, not a state dict"),
+        ({}, "nothing, not a state dict"),
+        ({"epoch": 3}, "'epoch' is a int"),
+        ({"w": torch.zeros(1), "config": {"a": 1}}, "'config' is a dict"),
+        ({"state_dict": {1: torch.zeros(1)}}, "not a state dict: '1'"),
+    ],
+)
+def test_not_a_state_dict(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(tmp_path / "w.pt")
+
+
+def test_reading_safetensors_needs_no_torch(tmp_path: Path) -> None:
+    save_file(state(), tmp_path / "w.safetensors")
+    code = (
+        "import sys, simomerge.merging\n"
+        "from simomerge.checkpoints import fingerprint, open_checkpoint\n"
+        "print(fingerprint(open_checkpoint(sys.argv[1]))); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "w.safetensors")], check=True)

@@ -1,0 +1,132 @@
+"""Writing safetensors, read back with the safetensors library."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from simomerge.checkpoints import TensorInfo, open_checkpoint, write_safetensors
+from simomerge.checkpoints.tensors import decode, encode
+from simomerge.errors import InputError
+
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def tensors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "b.weight": rng.standard_normal((4, 3)).astype(np.float32),
+        "a": np.array(1.5, np.float32),
+        "empty": np.zeros((0, 2), np.float32),
+        "steps": np.array([1, 2**40], np.int64),
+        "flag": np.array([True, False, True]),
+    }
+
+
+@pytest.mark.parametrize("dtype", list(TORCH))
+def test_dtypes_round_like_torch(tmp_path: Path, dtype: str) -> None:
+    loaded = load_file(write_safetensors(tmp_path / "w.safetensors", tensors(), dtype))
+    for name, array in tensors().items():
+        expected = torch.from_numpy(array)
+        expected = expected.to(TORCH[dtype]) if expected.is_floating_point() else expected
+        assert loaded[name].dtype == expected.dtype and torch.equal(loaded[name], expected)
+
+
+def test_torch_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    given = {"half": torch.randn(3).half(), "brain": torch.randn(3, 2).bfloat16().T, "n": torch.tensor([3])}
+    loaded = load_file(write_safetensors(tmp_path / "w.safetensors", given))
+    assert all(torch.equal(loaded[name], given[name]) for name in given)
+    mixed = load_file(write_safetensors(tmp_path / "w.safetensors", given, {"half": "F32"}))
+    assert [mixed[name].dtype for name in given] == [torch.float32, torch.bfloat16, torch.int64]
+
+
+def test_bytes_depend_on_the_content_only(tmp_path: Path) -> None:
+    one = write_safetensors(tmp_path / "1.safetensors", tensors(), "BF16", {"b": "2", "a": "1"})
+    reverse = dict(reversed(tensors().items()))
+    two = write_safetensors(tmp_path / "2.safetensors", reverse, "BF16", {"a": "1", "b": "2"})
+    layout = {name: open_checkpoint(one).info(name) for name in reverse}
+    three = write_safetensors(
+        tmp_path / "3.safetensors", iter(reverse.items()), metadata={"a": "1", "b": "2"}, layout=layout
+    )
+    assert one.read_bytes() == two.read_bytes() == three.read_bytes()
+    with safe_open(one, "np") as file:
+        assert file.metadata() == {"a": "1", "b": "2", "format": "pt"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_checkpoint_is_copied_as_stored(tmp_path: Path) -> None:
+    one = write_safetensors(tmp_path / "1.safetensors", tensors(), "F16")
+    two = write_safetensors(tmp_path / "2.safetensors", open_checkpoint(one))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@given(hnp.arrays(np.uint32, st.integers(0, 40)))
+def test_bfloat16_rounds_like_torch_on_any_bits(bits: np.ndarray) -> None:
+    array = bits.view(np.float32)
+    expected = torch.from_numpy(array.copy()).bfloat16()
+    if np.any(np.isinf(expected.float().numpy()) & np.isfinite(array)):
+        with pytest.raises(InputError, match="too large for BF16"):
+            encode(array, "BF16")
+        return
+    stored = encode(array, "BF16")
+    back = decode(stored.view(np.uint8), TensorInfo(array.shape, "BF16"))
+    np.testing.assert_array_equal(back, expected.float().numpy())
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    with pytest.raises(InputError, match="'big' holds 1e\\+06, too large for F16"):
+        write_safetensors(file, {"big": np.array([1.0, -1e6, np.inf], np.float32)}, "F16")
+    with pytest.raises(InputError, match="cannot be stored as 'fp16': use one of BF16"):
+        write_safetensors(file, tensors(), "fp16")
+    with pytest.raises(InputError, match="'w' is a list"):
+        write_safetensors(file, {"w": [1.0]})
+    layout = {"w": TensorInfo((2,), "F32"), "v": TensorInfo((1,), "F32")}
+    for pairs, message in (
+        ([("w", np.zeros(3))], r"'w' of shape \(3,\), expected \(2,\)"),
+        ([("u", np.zeros(3))], "'u'.*expected no such tensor"),
+        ([("w", np.zeros(2))] * 2, "'w'.* once"),
+        ([("w", np.zeros(2))], "1 tensors never came, the first is 'v'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_safetensors(file, iter(pairs), layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_streaming_leaves_the_old_file(tmp_path: Path) -> None:
+    file = write_safetensors(tmp_path / "w.safetensors", tensors())
+    before = file.read_bytes()
+
+    def broken() -> Iterator[tuple[str, np.ndarray]]:
+        yield "a", np.zeros(2, np.float32)
+        raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        write_safetensors(file, broken(), layout={"a": TensorInfo((2,), "F32")})
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_full_disk_names_the_path_and_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"w\.safetensors \(\d+ bytes\): No space left.*free some space"):
+        write_safetensors(tmp_path / "w.safetensors", tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_larger_than_the_disk_fails_before_writing(tmp_path: Path) -> None:
+    layout = {"w": TensorInfo((10**15,), "F32")}
+    with pytest.raises(InputError, match=r"4,000,000,000,\d+,\d+ bytes\): No space left .* are free"):
+        write_safetensors(tmp_path / "w.safetensors", iter([]), layout=layout)
+    assert list(tmp_path.iterdir()) == []
