@@ -1,1 +1,60 @@
-"""simomerge"""
+"""simomerge: single-task vision experts in, one encoder with all their heads out.
+
+Everything below loads on first use, so that ``import simomerge`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "SimoModel": "model",
+    "Task": "tasks",
+    "data": "datasets:load_data",
+    "delta_mtl": "evaluation",
+    "evaluate": "evaluation",
+    "load": "model",
+    "load_experts": "assemble",
+    "merge": "assemble",
+    "normalised_performance": "evaluation",
+    "realign": "realignment",
+    "search_scale": "assemble",
+}
+
+if TYPE_CHECKING:
+    from simomerge.assemble import load_experts, merge, search_scale
+    from simomerge.datasets import load_data as data
+    from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
+    from simomerge.model import SimoModel, load
+    from simomerge.realignment import realign
+    from simomerge.tasks import Task
+
+__all__ = [
+    "SimoModel",
+    "Task",
+    "data",
+    "delta_mtl",
+    "evaluate",
+    "load",
+    "load_experts",
+    "merge",
+    "normalised_performance",
+    "realign",
+    "search_scale",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'simomerge' has no attribute {name!r}")
+    module, _, attribute = _WHERE[name].partition(":")
+    value = getattr(import_module(f"simomerge.{module}"), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -173,7 +173,9 @@ def _with_task(expert: SimoModel, task: str) -> SimoModel:
         raise InputError(f"expert {task!r} has the tasks {', '.join(expert.tasks) or 'none'}; name one of them.")
     (old,) = expert.tasks.values()
     renamed = Task(task, old.kind, old.classes, old.colours)
-    return SimoModel(expert.encoder, {task: renamed}, {task: expert.heads[old.name]}, expert.provenance)
+    result = SimoModel(expert.encoder, {task: renamed}, {task: expert.heads[old.name]}, expert.provenance)
+    result.source = expert.source
+    return result
 
 
 def _check_base(base: SimoModel, experts: Mapping[str, SimoModel]) -> None:
@@ -221,8 +223,7 @@ def _assemble(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMe
 
 def _provenance(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod) -> dict[str, Any]:
     def origin(model: SimoModel) -> dict[str, Any]:
-        source = model.provenance.get("source")
-        return {**({"source": source} if source else {}), "fingerprint": model.encoder_fingerprint()}
+        return {"source": model.source, "fingerprint": model.encoder_fingerprint()}
 
     return {
         "base": origin(base),

@@ -26,7 +26,7 @@ def limit_threads(count: int) -> None:
 
 
 def mixed_precision() -> str:
-    """"bf16" where the device computes in it (a GPU, or a CPU with its matrix instructions), else "no"."""
+    """ "bf16" where the device computes in it (a GPU, or a CPU with its matrix instructions), else "no"."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

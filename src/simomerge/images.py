@@ -69,7 +69,7 @@ def to_tensor(image: Any) -> Tensor:
         raise InputError(f"image of dtype {tensor.dtype}; give uint8 in 0..255 or floats in [0, 1].")
     tensor = tensor.float()
     low, high = tensor.aminmax()
-    if not (-1e-3 <= low and high <= 1 + 1e-3):
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise InputError(f"image values from {low:.3g} to {high:.3g}; give floats in [0, 1] or uint8 in 0..255.")
     return tensor
 

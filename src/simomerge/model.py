@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from simomerge import images
-from simomerge.checkpoints import atomic_folder, fingerprint
+from simomerge.assets import resolve_source
+from simomerge.checkpoints import FORMAT, atomic_folder, fingerprint, read_description
 from simomerge.encoders import Encoder, Features, load_backbone, load_encoder
 from simomerge.errors import InputError
 from simomerge.heads import build_head, head_kind
 from simomerge.tasks import Task, select_tasks
-
-FORMAT = 1
-"""Version of the folder format, in simo.json."""
 
 
 class SimoModel(nn.Module):
@@ -54,6 +52,7 @@ class SimoModel(nn.Module):
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
         self.provenance: dict[str, Any] = dict(provenance or {})
+        self.source = ""  # the folder or hub id it was loaded from
 
     def encode(self, images: Tensor) -> Features:
         """Float images (B, 3, H, W), RGB in [0, 1] -> Features. Once for all heads."""
@@ -99,7 +98,9 @@ class SimoModel(nn.Module):
     def select(self, tasks: str | list[str]) -> SimoModel:
         """A model with some of the tasks; it shares the encoder and the heads with this one."""
         chosen = select_tasks(self.tasks, tasks)
-        return SimoModel(self.encoder, chosen, {name: self.heads[name] for name in chosen}, self.provenance)
+        model = SimoModel(self.encoder, chosen, {name: self.heads[name] for name in chosen}, self.provenance)
+        model.source = self.source
+        return model
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model folder: simo.json, encoder/, heads/, adapters.safetensors, README.md.
@@ -127,9 +128,7 @@ class SimoModel(nn.Module):
         return {
             "format": FORMAT,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
-            "heads": {
-                name: {"kind": head_kind(head), "settings": head.settings} for name, head in self.heads.items()
-            },
+            "heads": {name: {"kind": head_kind(head), "settings": head.settings} for name, head in self.heads.items()},
             "encoder": {
                 "taps": list(self.encoder.taps),
                 "apply_layernorm": self.encoder.apply_layernorm,
@@ -173,39 +172,20 @@ def load(source: str | Path) -> SimoModel:
     Raises:
         InputError: nothing there, no network for a hub id, or a file that cannot be read.
     """
-    if (Path(source) / "simo.json").exists():
-        return SimoModel.from_pretrained(source)
-    return SimoModel(load_encoder(source), {}, {}, {"source": str(source)})
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """simo.json of a model folder, checked.
-
-    Raises:
-        InputError: no such folder or file, broken JSON, a missing entry, or a newer format.
-    """
-    path = folder / "simo.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: not a model folder (no simo.json in it); give a folder that simomerge wrote.")
-    try:
-        description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); take the model from its source again.") from error
-    missing = [key for key in ("format", "tasks", "heads", "encoder", "adapters", "provenance") if key not in description]
-    if missing:
-        raise InputError(f"{path}: entry {missing[0]!r} is missing; take the model from its source again.")
-    if description["format"] > FORMAT:
-        raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
-    without = [name for name in description["tasks"] if name not in description["heads"]]
-    if without:
-        raise InputError(f"{path}: task {without[0]!r} has no head in it; take the model from its source again.")
-    return description
+    folder = resolve_source(source)
+    if (Path(folder) / "simo.json").exists():
+        model = SimoModel.from_pretrained(folder)
+    else:
+        model = SimoModel(load_encoder(folder), {}, {})
+    model.source = str(source)
+    return model
 
 
 def model_card(model: SimoModel) -> str:
     """The README.md of a model folder: what it predicts, from what it was made, how to use it."""
     rows = "\n".join(
-        f"| {name} | {task.kind} | {task.channels} | {head_kind(model.heads[name])} |" for name, task in model.tasks.items()
+        f"| {name} | {task.kind} | {task.channels} | {head_kind(model.heads[name])} |"
+        for name, task in model.tasks.items()
     )
     return f"""---
 library_name: simomerge

@@ -188,6 +188,17 @@ class Task:
         """Logits (B, C, H, W) -> prediction: labels (B, H, W) or a map (B, C, H, W) in the target's units."""
         return self.behaviour.activate(logits)
 
+    def mean_target(self, targets: Iterable[Tensor]) -> Tensor:
+        """Mean of the valid pixels, (C,), where logits are in the target's units; zeros for all other kinds.
+
+        A head that starts there need not learn a constant first: with L1 and small steps that takes hundreds.
+        """
+        if self.behaviour.loss not in (_l1, _depth_l1):
+            return torch.zeros(self.channels)
+        stacked = torch.stack(list(targets)).transpose(0, 1).flatten(1)
+        valid = torch.isfinite(stacked) & ((stacked > 0) if self.behaviour.loss is _depth_l1 else True)
+        return torch.where(valid, stacked, 0.0).sum(1) / valid.sum(1).clamp(min=1)
+
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value}
 

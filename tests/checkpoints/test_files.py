@@ -75,9 +75,7 @@ def test_a_target_made_meanwhile_is_not_lost(tmp_path: Path) -> None:
     assert names(target) == ["theirs"]
 
 
-def test_a_failed_second_rename_brings_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_second_rename_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "scene"
     target.mkdir()
     (target / "old").write_text("kept")

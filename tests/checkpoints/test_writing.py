@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
@@ -70,6 +70,7 @@ def test_a_checkpoint_is_copied_as_stored(tmp_path: Path) -> None:
 
 
 @given(hnp.arrays(np.uint32, st.integers(0, 40)))
+@example(np.array([0x3F808000, 0x3F818000, 0xBF808000, 0x7FFFFFFF, 0x7F800001], np.uint32))
 def test_bfloat16_rounds_like_torch_on_any_bits(bits: np.ndarray) -> None:
     array = bits.view(np.float32)
     expected = torch.from_numpy(array.copy()).bfloat16()

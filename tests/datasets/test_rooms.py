@@ -125,9 +125,7 @@ def hits(slot: int, shape: list[float], o: np.ndarray, d: np.ndarray) -> list[tu
     else:
         k = (half[0] / (2 * half[2])) ** 2
         tip = half[2] - o[2]
-        for t in roots(
-            d[:2] @ d[:2] - k * d[2] ** 2, o[:2] @ d[:2] + k * tip * d[2], o[:2] @ o[:2] - k * tip**2
-        ):
+        for t in roots(d[:2] @ d[:2] - k * d[2] ** 2, o[:2] @ d[:2] + k * tip * d[2], o[:2] @ o[:2] - k * tip**2):
             point = o + t * d
             if abs(point[2]) <= half[2]:
                 normal = np.array([point[0], point[1], k * (half[2] - point[2])])
@@ -292,9 +290,7 @@ def test_cached_rooms_are_those_rendered_and_read_only(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_a_second_request_and_a_smaller_one_render_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_request_and_a_smaller_one_render_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(tmp_path)
     monkeypatch.setattr(cache, "render_rooms", lambda *a, **k: pytest.fail("rendered again"))
     assert same(load(tmp_path), whole)
@@ -365,9 +361,7 @@ def test_a_script_without_a_main_guard_still_gets_its_rooms(tmp_path: Path) -> N
         "print('got', len(load_rooms('val', 70, 16, 20, cache_dir=sys.argv[1], workers=2)['image']))",
         encoding="utf-8",
     )
-    done = subprocess.run(
-        [sys.executable, str(file), str(tmp_path / "cache")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(file), str(tmp_path / "cache")], capture_output=True, text=True)
     assert done.stdout.strip().splitlines()[-1] == "got 70"
 
 

@@ -22,14 +22,10 @@ def merged_with(**changed: object) -> None:
 def test_missing_extra_and_misshapen() -> None:
     with pytest.raises(InputError, match=r"The expert 'depth' lacks 2 tensors of the base: w1, w4"):
         merged_with(w1=None, w4=None)
-    with pytest.raises(
-        InputError, match=r"'depth' has 1 tensor that the base lacks: classifier.*without heads"
-    ):
+    with pytest.raises(InputError, match=r"'depth' has 1 tensor that the base lacks: classifier.*without heads"):
         merged_with(classifier=np.zeros(3))
     wrong = {f"w{i}": np.zeros((3, 2), np.float32) for i in range(5)}
-    with pytest.raises(
-        InputError, match=r"shapes of 5 tensors: w0 \(2, 3\) and \(3, 2\), w1 .*, w2 .*, \.\.\."
-    ):
+    with pytest.raises(InputError, match=r"shapes of 5 tensors: w0 \(2, 3\) and \(3, 2\), w1 .*, w2 .*, \.\.\."):
         merged_with(**wrong)
     with pytest.raises(InputError, match="dtypes of 1 tensor: w2 F32 and I64"):
         merged_with(w2=np.zeros((2, 3), np.int64))

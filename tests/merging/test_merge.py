@@ -16,7 +16,7 @@ from simomerge.merging import TaskArithmetic, available, get_method, merge_state
 from .models import COARSE, Tensors, assert_close, experts, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=20, deadline=None)
 VARIANTS = [(name, {}) for name in available()] + [("ties", {"trim": "tensor"}), ("ties", {"density": 1.0})]
 variants = st.sampled_from(VARIANTS)
 
@@ -52,9 +52,7 @@ def test_one_expert_at_scale_one_comes_back(base: Tensors, expert: Tensors) -> N
 
 @few
 @given(tensors(COARSE), experts(COARSE), variants)
-def test_torch_and_numpy_and_every_dtype_agree(
-    base: Tensors, models: dict[str, Tensors], variant: tuple
-) -> None:
+def test_torch_and_numpy_and_every_dtype_agree(base: Tensors, models: dict[str, Tensors], variant: tuple) -> None:
     name, parameters = variant
 
     def converted(convert: Callable[[np.ndarray], object]) -> dict:
@@ -80,9 +78,7 @@ def test_torch_and_numpy_and_every_dtype_agree(
 
 @few
 @given(tensors(), experts(), st.sampled_from([v for v in VARIANTS if v != ("ties", {})]))
-def test_a_tensor_does_not_depend_on_the_others(
-    base: Tensors, models: dict[str, Tensors], variant: tuple
-) -> None:
+def test_a_tensor_does_not_depend_on_the_others(base: Tensors, models: dict[str, Tensors], variant: tuple) -> None:
     # Every method but TIES with its global threshold (at density 1 there is nothing to rank).
     name, parameters = variant
     together = merge_state_dicts(base, models, name, **parameters)

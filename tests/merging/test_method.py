@@ -33,13 +33,9 @@ def test_suggestions() -> None:
         get_method("average", scale=0.1)
 
 
-@pytest.mark.parametrize(
-    "density", [0, 0.0, -0.1, 1.0001, 20, float("nan"), float("inf"), True, "0.2", None, [0.2]]
-)
+@pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.0001, 20, float("nan"), float("inf"), True, "0.2", None, [0.2]])
 def test_density_is_a_fraction(density: object) -> None:
-    with pytest.raises(
-        InputError, match=r"density must be a number above 0 and at most 1, got .*write 0.2 for 20"
-    ):
+    with pytest.raises(InputError, match=r"density must be a number above 0 and at most 1, got .*write 0.2 for 20"):
         get_method("ties", density=density)
 
 
@@ -56,9 +52,7 @@ def test_other_ranges() -> None:
 def test_per_expert_values() -> None:
     method = get_method("task-arithmetic", scale=(0.1, 0.2))
     assert method.for_experts(["b", "a"]) == get_method("task-arithmetic", scale={"b": 0.1, "a": 0.2})
-    assert get_method("task-arithmetic", scale=0.3).for_experts(["a"]) == get_method(
-        "task-arithmetic", scale=0.3
-    )
+    assert get_method("task-arithmetic", scale=0.3).for_experts(["a"]) == get_method("task-arithmetic", scale=0.3)
     assert of_expert(0.5, "a") == of_expert({"a": 0.5}, "a") == 0.5
 
 

@@ -18,9 +18,7 @@ from collections.abc import Iterable
 from simomerge.errors import InputError
 
 # What wrappers put in front: data parallel, torch.compile, a model around a backbone or an encoder.
-_PREFIX = re.compile(
-    r"^(?:(?:module|_orig_mod|backbone|dinov2|dinov2_with_registers|dinov3_vit|vit|vision_model)\.)+"
-)
+_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|backbone|dinov2|dinov2_with_registers|dinov3_vit|vit|vision_model)\.)+")
 _RULES = [
     (re.compile(pattern), target)
     for pattern, target in (

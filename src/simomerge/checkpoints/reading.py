@@ -125,9 +125,7 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{file} is not a complete safetensors file ({error}): copy or download it again."
-        ) from error
+        raise InputError(f"{file} is not a complete safetensors file ({error}): copy or download it again.") from error
     with file.open("rb") as handle:
         header_length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(header_length))
@@ -137,9 +135,7 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
         if name == "__metadata__":
             continue
         if spec["dtype"] not in STORAGE:
-            raise InputError(
-                f"{file}: '{name}' is stored as {spec['dtype']}: convert it to F32, F16 or BF16."
-            )
+            raise InputError(f"{file}: '{name}' is stored as {spec['dtype']}: convert it to F32, F16 or BF16.")
         info = TensorInfo(tuple(spec["shape"]), spec["dtype"])
         begin, end = spec["data_offsets"]
         entries[name] = _Entry(info, partial(decode, np.asarray(content[begin:end]), info))
@@ -151,9 +147,7 @@ def _open_shards(index: Path) -> dict[str, _Entry]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{index} is not an index of shards (no 'weight_map'): download it again."
-        ) from error
+        raise InputError(f"{index} is not an index of shards (no 'weight_map'): download it again.") from error
     opened = {}
     for shard in shards:
         # A plain name only: an index must not lead out of its folder.
@@ -162,9 +156,7 @@ def _open_shards(index: Path) -> dict[str, _Entry]:
         opened[shard] = _open_file(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in opened[shard]:
-            raise InputError(
-                f"{index} places '{name}' in '{shard}', which does not hold it: download both again."
-            )
+            raise InputError(f"{index} places '{name}' in '{shard}', which does not hold it: download both again.")
     return {name: opened[shard][name] for name, shard in weight_map.items()}
 
 
@@ -174,9 +166,7 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
     is_zip = zipfile.is_zipfile(file)
     with file.open("rb") as handle:
         if handle.read(2) == b"PK" and not is_zip:
-            raise InputError(
-                f"{file} is not a complete torch file (its end is missing): copy or save it again."
-            )
+            raise InputError(f"{file} is not a complete torch file (its end is missing): copy or save it again.")
     try:
         # The format before torch 1.6 is no zip file and cannot be memory-mapped.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -191,10 +181,7 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error
     state = _state_dict(loaded, file)
-    return {
-        name: _Entry(value_info(tensor, name), partial(as_numpy, tensor, name))
-        for name, tensor in state.items()
-    }
+    return {name: _Entry(value_info(tensor, name), partial(as_numpy, tensor, name)) for name, tensor in state.items()}
 
 
 def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:

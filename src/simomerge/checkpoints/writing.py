@@ -77,9 +77,7 @@ def _dtype(name: str, info: TensorInfo, dtypes: str | Mapping[str, str] | None) 
     return dtype
 
 
-def _header(
-    layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None
-) -> tuple[bytes, dict[str, int]]:
+def _header(layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
     """The length-prefixed JSON header, and where each tensor begins after it."""
     # Wide dtypes first (as the safetensors library does), so that every tensor is aligned to its own width.
     names = sorted(layout, key=lambda name: (-int(STORAGE[layout[name].dtype][2:]), name))

@@ -1,0 +1,89 @@
+"""The command line: one file per command, loaded when it is called, so that ``--help`` imports no torch."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib import import_module
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
+    "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
+    "merge": "Merge experts' encoders into one model with all their heads.",
+    "realign": "Repair the mismatch between merged features and heads.",
+    "evaluate": "Measure a model on a dataset, beside its experts where they are given.",
+    "predict": "Predict every task for images of your own.",
+    "inspect": "Say what a model folder or a checkpoint holds and where it comes from.",
+    "doctor": "Check this installation and say what to mend.",
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return getattr(import_module(f"simomerge.cli.{cmd_name}"), "command")  # noqa: B009
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            ctx.fail(f"no such command {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        return super().resolve_command(ctx, args)
+
+
+def _version() -> str:
+    from simomerge import __version__
+
+    return __version__
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(_version(), prog_name="simomerge")
+def cli() -> None:
+    """Single-task vision experts in, one encoder with all their heads out.
+
+    Start with `simomerge demo`. A model is a folder; BASE is a folder, a hub id or `rooms-base`, the encoder
+    that ships with simomerge.
+    """
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 a mistake in what was given, 130 stopped by Ctrl-C."""
+    from simomerge.errors import InputError
+
+    warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except InputError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Stopped. Finished work is kept: the same command goes on from it.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except OSError as error:
+        click.echo(f"Error: {error.filename or 'the system'}: {error.strerror or error}.", err=True)
+        sys.exit(2)
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    if issubclass(category, UserWarning) and "simomerge" in filename:
+        click.echo(f"Warning: {message}", err=True)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from simomerge.datasets.base import DenseDataset, random_flip
 from simomerge.errors import InputError
 
 
-def load_data(spec: str, split: str = "test", count: int | None = None, **options: Any) -> DenseDataset:
+def load_data(
+    spec: str,
+    split: str = "test",
+    count: int | None = None,
+    tasks: str | Iterable[str] = "all",
+    **options: Any,
+) -> DenseDataset:
     """A dataset by name: ``"rooms"``.
 
     Args:
         spec: ``NAME`` or ``NAME:ROOT``.
         split: "train", "val" or "test".
         count: images; a default per split where it is left out.
+        tasks: whose targets its samples hold; all by default.
+        **options: of the dataset, such as ``size`` and ``seed`` of rooms.
 
     Raises:
         InputError: an unknown name or split.
@@ -28,7 +37,7 @@ def load_data(spec: str, split: str = "test", count: int | None = None, **option
         raise InputError(f"unknown dataset {name!r}; there is: rooms.")
     from simomerge.datasets.rooms.dataset import Rooms
 
-    return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options)
+    return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options).select(tasks)
 
 
 __all__ = ["DenseDataset", "load_data", "random_flip"]

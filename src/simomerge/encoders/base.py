@@ -40,6 +40,9 @@ class Encoder(nn.Module):
         ([(2, 32, 8, 10), (2, 32, 8, 10), (2, 32, 8, 10), (2, 32, 8, 10)], (64, 80))
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -49,7 +52,7 @@ class Encoder(nn.Module):
         apply_layernorm: bool = True,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.blocks = _find_blocks(backbone)
         self.taps = default_taps(len(self.blocks)) if taps is None else check_taps(taps, len(self.blocks))
         self.apply_layernorm = apply_layernorm
@@ -166,7 +169,8 @@ def _find_blocks(backbone: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return list(module)
     raise InputError(
-        f"{type(backbone).__name__}: found no list of {depth} blocks; give a plain vision transformer such as Dinov2Model."
+        f"{type(backbone).__name__}: found no list of {depth} blocks;"
+        " give a plain vision transformer such as Dinov2Model."
     )
 
 
@@ -197,7 +201,9 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
 
     source = str(source)
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise InputError(f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id.")
+        raise InputError(
+            f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
+        )
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -205,7 +211,9 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
         if attention is None and not torch.cuda.is_available() and getattr(config, "hidden_size", 0) <= 256:
             attention = "eager"
         extra = {"attn_implementation": attention} if attention else {}
-        backbone = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **extra)
+        backbone, loading = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, **extra
+        )
     except InputError:
         raise
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for one cause
@@ -217,6 +225,13 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
     finally:
         if shown:
             logging.enable_progress_bar()
+    # transformers fills what a file lacks with random numbers and a warning; a merge of those is worthless.
+    lacking = [name for name in [*loading["missing_keys"], *loading["mismatched_keys"]] if "pooler" not in str(name)]
+    if lacking:
+        raise InputError(
+            f"{source}: {len(lacking)} tensors are missing or misshapen, first {lacking[0]}; the file is incomplete or"
+            " its config.json is of another model."
+        )
     # Pooling layers of classifiers read nothing that a head needs.
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None

@@ -62,7 +62,7 @@ class TaskMetrics(nn.Module):
         return {name: float(value) * (100.0 if name in percent else 1.0) for name, value in values.items()}
 
 
-_FRACTIONS = ("pixel_accuracy", "precision", "recall", "within_11.25", "rel_err", "delta_1.25")
+_FRACTIONS = ("pixel_accuracy", "precision", "recall", "within_11", "rel_err", "delta_1")
 """Further metrics that are fractions, whatever the unit of the main one; shown in percent."""
 
 
@@ -75,7 +75,7 @@ def _metrics(task: Task) -> dict[str, Any]:
         }
     if task.kind == "edges":
         return {"f1": BinaryF1Score(), "precision": BinaryPrecision(), "recall": BinaryRecall()}
-    names = {"normals": ("mean_angle", "within_11.25"), "depth": ("abs_err", "rel_err", "delta_1.25")}
+    names = {"normals": ("mean_angle", "within_11"), "depth": ("abs_err", "rel_err", "delta_1")}
     return {name: MeanMetric() for name in names.get(task.kind, ("abs_err",))}
 
 
@@ -86,11 +86,11 @@ def _errors(task: Task, prediction: Tensor, target: Tensor) -> dict[str, Tensor]
         valid = target.square().sum(1) > 0
         dot = (F.normalize(prediction, dim=1) * target).sum(1)[valid]
         angle = torch.rad2deg(torch.acos(dot.clamp(-1, 1)))
-        return {"mean_angle": angle, "within_11.25": (angle < 11.25).float()}
+        return {"mean_angle": angle, "within_11": (angle < 11.25).float()}
     valid = target > 0 if task.kind in ("depth", "disparity") else torch.isfinite(target)
     error = (prediction[valid] - target[valid]).abs()
     if task.kind != "depth":
         return {"abs_err": error}
     truth, guess = target[valid], prediction[valid].clamp(min=1e-6)
     ratio = torch.maximum(truth / guess, guess / truth)
-    return {"abs_err": error, "rel_err": error / truth, "delta_1.25": (ratio < 1.25).float()}
+    return {"abs_err": error, "rel_err": error / truth, "delta_1": (ratio < 1.25).float()}

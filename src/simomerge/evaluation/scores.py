@@ -115,5 +115,7 @@ def _pairs(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> dict[
         metric = tasks[name].metric
         pairs[name] = (values[metric], baseline[name][metric])
         if not pairs[name][1] > 0:
-            raise InputError(f"task {name!r}: the baseline's {metric} is {pairs[name][1]}; nothing can be relative to it.")
+            raise InputError(
+                f"task {name!r}: the baseline's {metric} is {pairs[name][1]}; nothing can be relative to it."
+            )
     return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,7 +55,13 @@ class DPTHead(nn.Module):
         self.fusions = nn.ModuleList(_Fusion(width, skip=stage < 3) for stage in range(4))
         self.smooth = nn.Conv2d(width, width // 2, 3, padding=1)
         self.refine = nn.Conv2d(width // 2, 32, 3, padding=1)
-        self.predict = nn.Conv2d(32, out_channels, 1)
+        self.output = nn.Conv2d(32, out_channels, 1)
+
+    @torch.no_grad()
+    def start_at(self, values: Tensor) -> None:
+        """Make these (C,) the output of a fresh head, by its bias."""
+        assert self.output.bias is not None
+        self.output.bias.copy_(values)
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
@@ -69,7 +76,7 @@ class DPTHead(nn.Module):
         fused = self.fusions[1](fused, stages[1], stages[0].shape[-2:])
         fused = self.fusions[0](fused, stages[0], stages[0].shape[-2:])
         fused = _resize(self.smooth(fused), features.padded_size)
-        return self.predict(F.relu(self.refine(fused)))
+        return self.output(F.relu(self.refine(fused)))
 
 
 class _ResidualUnit(nn.Module):

@@ -36,11 +36,17 @@ class LinearHead(nn.Module):
         self.settings: dict[str, Any] = {"cls": cls, "subpixels": subpixels}
         width = sum(in_channels) * (2 if cls else 1)
         self.norm = nn.BatchNorm2d(width)
-        self.project = nn.Conv2d(width, out_channels * subpixels**2, 1)
+        self.output = nn.Conv2d(width, out_channels * subpixels**2, 1)
         self.cls = cls
         self.subpixels = subpixels
-        nn.init.normal_(self.project.weight, std=0.01)
-        nn.init.zeros_(self.project.bias)
+        nn.init.normal_(self.output.weight, std=0.01)
+        self.start_at(torch.zeros(out_channels))
+
+    @torch.no_grad()
+    def start_at(self, values: Tensor) -> None:
+        """Make these (C,) the output of a fresh head, by its bias."""
+        assert self.output.bias is not None
+        self.output.bias.copy_(values.repeat_interleave(self.subpixels**2))
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
@@ -48,7 +54,7 @@ class LinearHead(nn.Module):
         maps = [m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear") for m in features.maps]
         if self.cls:
             maps += [token[..., None, None].expand(-1, -1, *size) for token in features.cls]
-        logits = self.project(self.norm(torch.cat(maps, 1)))
+        logits = self.output(self.norm(torch.cat(maps, 1)))
         if self.subpixels > 1:
             logits = F.pixel_shuffle(logits, self.subpixels)
         return F.interpolate(logits, features.padded_size, mode="bilinear", align_corners=False)

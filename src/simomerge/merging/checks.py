@@ -13,9 +13,7 @@ from simomerge.merging.method import MergeMethod
 _SHOWN = 3  # of a list of mismatches; the count is given as well
 
 
-def check_models(
-    method: MergeMethod, base: Mapping[str, Any] | None, experts: Mapping[str, Mapping[str, Any]]
-) -> None:
+def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: Mapping[str, Mapping[str, Any]]) -> None:
     """Check the base and the experts against each other and against what the method needs.
 
     Only names, shapes and dtypes are looked at; values are checked where they are read, in
@@ -28,9 +26,7 @@ def check_models(
     if base is None and method.needs_base:
         raise InputError(f"'{method.name}' needs the base that the experts were fine-tuned from: give it.")
     if len(experts) < method.minimum_experts:
-        raise InputError(
-            f"'{method.name}' needs at least {method.minimum_experts} expert(s), got {len(experts)}."
-        )
+        raise InputError(f"'{method.name}' needs at least {method.minimum_experts} expert(s), got {len(experts)}.")
     for (first, a), (second, b) in combinations(experts.items(), 2):
         path = getattr(a, "path", None)
         if a is b or (path is not None and path == getattr(b, "path", None)):
@@ -46,9 +42,7 @@ def check_models(
             )
 
 
-def _check_same_tensors(
-    reference: str, expected: Mapping[str, Any], other: str, given: Mapping[str, Any]
-) -> None:
+def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str, given: Mapping[str, Any]) -> None:
     expected_names, given_names = canonicalise(expected), canonicalise(given)
     if missing := [name for name in expected_names if name not in given_names]:
         raise InputError(

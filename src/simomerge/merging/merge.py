@@ -70,9 +70,7 @@ def _merge(
         yield own_name, np.asarray(method.merge_tensor(name, values, task_vectors, statistics), np.float32)
     unchanged = [expert for expert in stream.experts if expert not in stream.changed]
     if unchanged and base is not None:
-        warnings.warn(
-            f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.", stacklevel=2
-        )
+        warnings.warn(f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.", stacklevel=2)
 
 
 def merge_state_dicts(

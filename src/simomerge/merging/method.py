@@ -184,9 +184,7 @@ def _check_value(method: str, spec: Field[Any], value: Any) -> None:
         raise InputError(f"{method}: {spec.name} must be {allowed}, got {value!r} ({spec.metadata['help']}).")
 
 
-def _by_expert(
-    name: str, value: Mapping[str, float] | Sequence[float], experts: Sequence[str]
-) -> dict[str, float]:
+def _by_expert(name: str, value: Mapping[str, float] | Sequence[float], experts: Sequence[str]) -> dict[str, float]:
     listed = ", ".join(experts)
     if isinstance(value, Mapping):
         if set(value) != set(experts):

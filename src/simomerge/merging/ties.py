@@ -49,13 +49,9 @@ class Ties(MergeMethod):
     link: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
     needs_statistics: ClassVar[bool] = True
 
-    density: float = parameter(
-        0.2, above=0.0, high=1.0, help="fraction of the entries kept; write 0.2 for 20 percent"
-    )
+    density: float = parameter(0.2, above=0.0, high=1.0, help="fraction of the entries kept; write 0.2 for 20 percent")
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
-    trim: str = parameter(
-        "global", choices=("global", "tensor"), help="rank entries in the encoder or a tensor"
-    )
+    trim: str = parameter("global", choices=("global", "tensor"), help="rank entries in the encoder or a tensor")
 
     def prepare(self, stream: TaskVectorStream) -> TiesStatistics | None:
         """The threshold of each expert (one expert in memory at a time), then the majority sign."""

@@ -15,7 +15,9 @@ REALIGNMENTS: dict[str, Callable[..., SimoModel]] = {"heads": realign_heads, "ad
 """Every re-alignment by name; each takes a model and data and returns a new model."""
 
 
-def realign(model: SimoModel, data: Any, method: str = "heads", progress: Progress = silent, **options: Any) -> SimoModel:
+def realign(
+    model: SimoModel, data: Any, method: str = "heads", progress: Progress = silent, **options: Any
+) -> SimoModel:
     """Re-align a merged model; see `realign_heads` and `realign_adapters` for the options.
 
     Raises:
@@ -29,4 +31,11 @@ def realign(model: SimoModel, data: Any, method: str = "heads", progress: Progre
     return REALIGNMENTS[method](model, data, progress=progress, **options)
 
 
-__all__ = ["ADAPTER_SETTINGS", "HEAD_SETTINGS", "REALIGNMENTS", "realign", "realign_adapters", "realign_heads"]
+__all__ = [
+    "ADAPTER_SETTINGS",
+    "HEAD_SETTINGS",
+    "REALIGNMENTS",
+    "realign",
+    "realign_adapters",
+    "realign_heads",
+]

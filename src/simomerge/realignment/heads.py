@@ -60,7 +60,10 @@ def realign_heads(
         if not (work / "features").exists():
             cache_features(result.encoder, data, work / "features", progress=progress)
         jobs = [
-            (_train_one, {"head": head, "task": result.tasks[name], "data": data, "settings": settings, "work": work})
+            (
+                _train_one,
+                {"head": head, "task": result.tasks[name], "data": data, "settings": settings, "work": work},
+            )
             for name, head in result.heads.items()
         ]
         with WorkerPool(min(workers, len(jobs)), progress) as pool:

@@ -2,7 +2,7 @@
 
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, TrainSettings, fit
-from simomerge.training.lpft import finetune, lpft, train_head, trainable_parameters
+from simomerge.training.lpft import finetune, fresh_head, lpft, train_head, trainable_parameters
 from simomerge.training.workers import WorkerPool
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "cache_features",
     "finetune",
     "fit",
+    "fresh_head",
     "lpft",
     "train_head",
     "trainable_parameters",

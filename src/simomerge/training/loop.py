@@ -149,7 +149,8 @@ def fit(
     state.restore_best()
     module.eval()
     log.seconds = time.monotonic() - began
-    progress(label, settings.steps, settings.steps, _note(log))
+    if log.steps < settings.steps:
+        progress(label, settings.steps, settings.steps, f"stopped at step {log.steps}: the validation loss is flat")
     return log
 
 

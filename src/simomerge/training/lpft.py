@@ -12,14 +12,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from simomerge.datasets import random_flip
+from simomerge.encoders import Encoder
+from simomerge.heads import head_for
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.tasks import Task
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, TrainSettings, fit
+
+
+def fresh_head(
+    encoder: Encoder, task: Task, train: Any, kind: str = "linear", seed: int = 0, **settings: Any
+) -> nn.Module:
+    """A head for one task, initialised from a seed, that starts at the mean of the task's targets.
+
+    Args:
+        encoder: whose taps it reads.
+        train: a dataset with the task; its first 64 targets give the mean.
+        kind, settings: see `simomerge.heads.build_head`.
+    """
+    torch.manual_seed(seed)
+    head = head_for(encoder, kind, task.channels, **settings)
+    start_at = getattr(head, "start_at", None)
+    if start_at is not None:
+        start_at(task.mean_target(train.targets(i, [task.name])[task.name] for i in range(min(64, len(train)))))
+    return head
 
 
 def train_head(
@@ -111,5 +132,3 @@ def lpft(
 def trainable_parameters(module: nn.Module) -> int:
     """How many numbers an optimiser would change."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-

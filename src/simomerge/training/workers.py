@@ -5,6 +5,7 @@ On a CPU a small model trains nearly twice as fast on two processes of one threa
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import queue
 import signal
@@ -55,7 +56,9 @@ class WorkerPool:
             threading.Thread(target=self._forward_progress, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._pool is None:
             return
         if kind is not None:  # Ctrl-C or an error: what is running now would run on for minutes
@@ -103,10 +106,8 @@ def _start_worker(messages: Any) -> None:
 
 def _run_job(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     def progress(label: str, done: int, total: int, note: str = "") -> None:
-        try:
+        with contextlib.suppress(queue.Full):  # a lost line of progress is no reason to stop
             _messages.put_nowait((label, done, total, note))
-        except queue.Full:  # a lost line of progress is no reason to stop
-            pass
 
     try:
         return function(**arguments, progress=progress)

@@ -15,7 +15,9 @@ from simomerge.tasks import Task
 
 TASKS: dict[str, Task] = {
     "segmentation": Task(
-        "segmentation", classes=tuple(CLASS_NAMES), colours=tuple(tuple(int(v) for v in c) for c in CLASS_COLOURS)
+        "segmentation",
+        classes=tuple(CLASS_NAMES),
+        colours=tuple((int(r), int(g), int(b)) for r, g, b in CLASS_COLOURS),
     ),
     "depth": Task("depth"),
     "normals": Task("normals"),
@@ -54,7 +56,22 @@ class Rooms(DenseDataset):
         progress: Any = None,
     ) -> None:
         super().__init__(TASKS, count)
-        self.arrays = load_rooms(split, count, *size, seed=seed, workers=workers, progress=progress)
+        self._source: dict[str, Any] = {
+            "split": split,
+            "count": count,
+            "height": size[0],
+            "width": size[1],
+            "seed": seed,
+        }
+        self.arrays = load_rooms(**self._source, workers=workers, progress=progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the arrays: another process maps the same files instead of receiving a copy of them."""
+        return {key: value for key, value in self.__dict__.items() if key != "arrays"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.arrays = load_rooms(**self._source)
 
     def image(self, index: int) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.arrays["image"][index].transpose(2, 0, 1))).float() / 255

@@ -101,9 +101,7 @@ def _look(view: _View, px: Any, py: Any, height: int, width: int) -> dict[str, A
     zoom = view.scene("tangent") * (2.0 / width)
     x, y = (px - 0.5 * width) * zoom, (0.5 * height - py) * zoom
     direction = [
-        view.scene("rotation", 0, axis) * x
-        + view.scene("rotation", 1, axis) * y
-        + view.scene("rotation", 2, axis)
+        view.scene("rotation", 0, axis) * x + view.scene("rotation", 1, axis) * y + view.scene("rotation", 2, axis)
         for axis in range(3)
     ]
     origin = [view.scene("position", axis) for axis in range(3)]
@@ -215,9 +213,7 @@ def _cylinder(xp: Any, start: Any, direction: list[Any], shape: list[Any], share
     z = start[2] + side * direction[2]
     # The cap on the viewer's side is entered where its plane is met between front and back of the tube.
     cap = (xp.where(start[2] > 0, half, -half) - start[2]) * shared[3]
-    t = xp.where(
-        abs(z) <= half, side, xp.where((cap > side) & (cap < back) & (abs(start[2]) > half), cap, _FAR)
-    )
+    t = xp.where(abs(z) <= half, side, xp.where((cap > side) & (cap < back) & (abs(start[2]) > half), cap, _FAR))
     return xp.where(discriminant > 0, t, _FAR)
 
 
@@ -360,9 +356,7 @@ def _lit(view: _View, light: list[Any], beam: list[Any]) -> Any:
     """
     xp = view.xp
     reach = xp.full_like(beam[0], 0.995)
-    nearest, _ = _trace_things(
-        view, light, beam, reach, xp.zeros_like(beam[0], dtype=xp.int32), 0.0, lamps=False
-    )
+    nearest, _ = _trace_things(view, light, beam, reach, xp.zeros_like(beam[0], dtype=xp.int32), 0.0, lamps=False)
     return nearest >= reach
 
 
@@ -378,9 +372,7 @@ def _openness(view: _View, point: list[Any]) -> Any:
     return 0.45 + 0.55 * high * xp.maximum(low, near[2])
 
 
-def _highlight(
-    xp: Any, normal: list[Any], direction: list[Any], length: Any, beam: list[Any], squared: Any
-) -> Any:
+def _highlight(xp: Any, normal: list[Any], direction: list[Any], length: Any, beam: list[Any], squared: Any) -> Any:
     """Blinn's highlight to the 32nd power, by squaring: powers in libraries differ between machines."""
     inverse = 1.0 / xp.sqrt(squared)
     half = [-(d / length + b * inverse) for d, b in zip(direction, beam, strict=True)]

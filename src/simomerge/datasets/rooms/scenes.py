@@ -214,9 +214,7 @@ class _Builder:
         self.gain = [exposure * d.uniform(0.88, 1.14) for _ in range(3)]
         self.grain = d.uniform(0.004, 0.022)
 
-    def _add(
-        self, kind: int, category: str, shape: list[float], material: str | list[float], yaw: float = 0.0
-    ) -> bool:
+    def _add(self, kind: int, category: str, shape: list[float], material: str | list[float], yaw: float = 0.0) -> bool:
         """Fill the next slot of a kind; False if all are taken."""
         if self.counts[kind] == _LIMITS[kind]:
             return False
@@ -225,9 +223,7 @@ class _Builder:
         self.shape[slot] = [*shape, math.cos(yaw), math.sin(yaw)]
         self.category[slot] = _CLASS[category]
         radius = shape[3] if kind >= BALL else 0.0
-        self.material[slot] = (
-            sample_material(self.dice, material, radius) if isinstance(material, str) else material
-        )
+        self.material[slot] = sample_material(self.dice, material, radius) if isinstance(material, str) else material
         return True
 
     # On the walls and the floor -------------------------------------------------------------------------
@@ -294,9 +290,7 @@ class _Builder:
         half = [d.uniform(0.18, 0.5), d.uniform(0.18, 0.5), d.uniform(0.12, 0.45)]
         reach = math.hypot(half[0], half[1])
         spot = self._spot(reach)
-        if spot is None or not self._add(
-            BOX, "furniture", [*spot, half[2], *half], "box", d.uniform(0, math.pi)
-        ):
+        if spot is None or not self._add(BOX, "furniture", [*spot, half[2], *half], "box", d.uniform(0, math.pi)):
             return
         top, small = 2 * half[2], min(half[0], half[1])
         if d.chance(0.3):

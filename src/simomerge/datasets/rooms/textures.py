@@ -50,9 +50,7 @@ def _companion(dice: Dice, colour: list[float]) -> list[float]:
         return _colour(dice, (0.1, 0.7), (0.25, 1.0))
     hue, saturation, value = colorsys.rgb_to_hsv(*(math.sqrt(channel) for channel in colour))
     value = value * dice.uniform(0.5, 0.75) if value > 0.6 else min(1.0, value * dice.uniform(1.35, 1.8))
-    rgb = colorsys.hsv_to_rgb(
-        (hue + dice.uniform(-0.08, 0.08)) % 1.0, saturation * dice.uniform(0.6, 1.2) % 1.0, value
-    )
+    rgb = colorsys.hsv_to_rgb((hue + dice.uniform(-0.08, 0.08)) % 1.0, saturation * dice.uniform(0.6, 1.2) % 1.0, value)
     return [channel * channel for channel in rgb]
 
 
@@ -139,9 +137,7 @@ def _square(xp: Any, x: Any, soft: Any) -> Any:
 def _lines(xp: Any, x: Any, width: float, soft: Any) -> Any:
     """How much of a pixel is covered by lines of ``width`` at the integers (0 to 1)."""
     distance = 0.5 - abs(x - xp.floor(x) - 0.5)
-    return xp.clip((width - distance) / (soft + 0.01) + 0.5, 0.0, 1.0) * xp.minimum(
-        1.0, 2 * width / soft + 0.2
-    )
+    return xp.clip((width - distance) / (soft + 0.01) + 0.5, 0.0, 1.0) * xp.minimum(1.0, 2 * width / soft + 0.2)
 
 
 def surface_colour(
@@ -187,9 +183,7 @@ def surface_colour(
     return colours, get["gloss"], glow * (1.0 - frame)
 
 
-def _pattern(
-    xp: Any, kind: Any, a: Any, b: Any, soft_u: Any, soft_v: Any, noise: Any, seed: Any
-) -> tuple[Any, Any]:
+def _pattern(xp: Any, kind: Any, a: Any, b: Any, soft_u: Any, soft_v: Any, noise: Any, seed: Any) -> tuple[Any, Any]:
     """The share of the second colour and the brightness of each hit, for the repeating patterns."""
 
     def where(name: str, value: Any, otherwise: Any) -> Any:

@@ -1,0 +1,3 @@
+from simomerge.cli import main
+
+main()

@@ -1,0 +1,20 @@
+"""What ships inside the package: the embedded base encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+EMBEDDED_BASE = "rooms-base"
+"""Name that stands for the embedded base wherever a hub id or a folder can be given."""
+
+
+def resolve_source(source: str | Path) -> str:
+    """The folder of the embedded base for its name; everything else as it is.
+
+    Example:
+        >>> Path(resolve_source("rooms-base")).name
+        'rooms-base'
+        >>> resolve_source("facebook/dinov2-base")
+        'facebook/dinov2-base'
+    """
+    return str(Path(__file__).parent / EMBEDDED_BASE) if str(source) == EMBEDDED_BASE else str(source)

@@ -1,0 +1,46 @@
+"""simomerge demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simomerge.cli.options import console, json_option, say, workers_option
+
+
+@click.command("demo")
+@click.option("--tasks", default="segmentation,depth,normals", show_default=True, help="Names, or 'all' for five.")
+@click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Repetitions.")
+@click.option("--full", is_flag=True, help="The benchmark's size: tens of minutes a seed.")
+@click.option("--base", default="rooms-base", show_default=True, help="Foundation encoder to start from.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@workers_option
+@json_option
+def command(
+    tasks: str, head: str, seeds: int, full: bool, base: str, output: Path, workers: int | None, as_json: bool
+) -> None:
+    """Train experts, merge them, re-align, compare; write OUTPUT/report.html and results.json.
+
+    Everything is made here: the images (rooms, ray-cast), the experts, the joint model. A second run reuses
+    what is there.
+    """
+    from simomerge.assets import resolve_source
+    from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
+    from simomerge.report import text_table, write_report
+
+    names = ALL_TASKS if tasks == "all" else tuple(tasks.split(","))
+    recipe = demo_recipe(names, head, seeds, full)
+    with console() as progress:
+        results: dict[str, Any] = run_recipe(recipe, resolve_source(base), output, workers, progress=progress)
+    report = write_report(output / "report.html", results, results.pop("gallery"))
+    say(
+        as_json,
+        {**results, "report": str(report)},
+        text_table(results),
+        "",
+        f"Results: {output / 'results.json'}",
+        f"Report:  {report}",
+    )

@@ -1,0 +1,93 @@
+"""simomerge doctor"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simomerge.cli.options import json_option, say
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Check versions, the device, the disk, the cache and the embedded base; say what to mend."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", lambda: sys.version.split()[0]),
+        *[(name, lambda name=name: _import(name)) for name in PACKAGES],
+        ("torchvision", _torchvision),
+        ("device", _device),
+        ("cache folder", _cache),
+        ("embedded base", _base),
+    ]
+    rows = [_run(name, check) for name, check in checks]
+    failed = [row["name"] for row in rows if not row["ok"]]
+    lines = [f"  {'ok  ' if row['ok'] else 'MEND'}  {row['name']:<14} {row['found']}" for row in rows]
+    verdict = f"Mend: {', '.join(failed)}." if failed else "All well. Next: simomerge demo"
+    say(as_json, {"checks": rows, "ok": not failed}, *lines, verdict)
+    if failed:
+        sys.exit(1)
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
+
+
+def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"name": name, "ok": True, "found": check()}
+    except Exception as error:  # whatever is broken, the other checks still run
+        return {"name": name, "ok": False, "found": " ".join(str(error).split())[:200] or type(error).__name__}
+
+
+def _import(name: str) -> str:
+    module = import_module(name)
+    return str(getattr(module, "__version__", "found"))
+
+
+def _torchvision() -> str:
+    try:
+        version = metadata.version("torchvision")
+    except metadata.PackageNotFoundError:
+        return "absent, and not needed"
+    try:
+        import_module("torchvision")
+    except Exception as error:
+        raise RuntimeError(
+            f"torchvision {version} is broken ({error}) and breaks transformers and torchmetrics:"
+            " `pip uninstall torchvision`; simomerge does not need it."
+        ) from error
+    return version
+
+
+def _device() -> str:
+    import torch
+
+    from simomerge.devices import available_cores, mixed_precision
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {available_cores()} cores"
+    return f"{device}, training in {'bfloat16' if mixed_precision() == 'bf16' else 'float32'}"
+
+
+def _cache() -> str:
+    import shutil
+    import tempfile
+
+    from simomerge.datasets.rooms.cache import cache_folder
+
+    folder = Path(cache_folder(None))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free / 1e9
+    return f"{folder}, {free:.0f} GB free"
+
+
+def _base() -> str:
+    from simomerge.model import load
+
+    encoder = load("rooms-base").encoder
+    return f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters"

@@ -1,0 +1,45 @@
+"""simomerge evaluate"""
+
+from __future__ import annotations
+
+import click
+
+from simomerge.cli.options import console, data_option, json_option, parse_pairs, say, score_lines
+
+
+@click.command("evaluate")
+@click.argument("model")
+@click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...")
+@data_option
+@click.option("--split", default="test", show_default=True)
+@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Images.")
+@json_option
+def command(model: str, experts: tuple[str, ...], data: str, split: str, count: int, as_json: bool) -> None:
+    """Measure every task of MODEL; with its EXPERTs, also normalised performance and Delta_MTL."""
+    named = parse_pairs(experts)
+    from simomerge.assemble import load_experts
+    from simomerge.datasets import load_data
+    from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
+    from simomerge.model import load
+
+    judged = load(model)
+    dataset = load_data(data, split=split, count=count)
+    with console() as progress:
+        scores = evaluate(judged, dataset, progress=progress)
+        baseline = {
+            task: evaluate(expert.select([task]), dataset, progress=progress)[task]
+            for task, expert in load_experts(**named).items()
+        }
+    result: dict[str, object] = {"scores": scores}
+    lines = [f"{model} on {len(dataset)} images of {data} ({split}):", *score_lines(scores, judged.tasks)]
+    if baseline:
+        shared = {task: values for task, values in scores.items() if task in baseline}
+        ratios = normalised_performance(shared, baseline, judged.tasks)
+        delta = delta_mtl(shared, baseline, judged.tasks)
+        result |= {"experts": baseline, "normalised_performance": ratios, "delta_mtl": delta}
+        lines += ["Experts:", *score_lines(baseline, judged.tasks)]
+        lines += [
+            "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
+            f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)",
+        ]
+    say(as_json, result, *lines)

@@ -1,0 +1,64 @@
+"""simomerge inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simomerge.cli.options import json_option, say
+
+
+@click.command("inspect")
+@click.argument("path")
+@json_option
+def command(path: str, as_json: bool) -> None:
+    """Say what PATH holds: a model folder, an encoder folder or a checkpoint file. Loads no model."""
+    from simomerge.assets import resolve_source
+    from simomerge.checkpoints import fingerprint, open_checkpoint
+
+    source = resolve_source(path)
+    checkpoint = open_checkpoint(source)
+    infos = [checkpoint.info(name) for name in checkpoint]
+    found: dict[str, Any] = {
+        "path": path,
+        "tensors": len(infos),
+        "parameters": sum(info.size for info in infos if info.is_float),
+        "dtypes": sorted({info.dtype for info in infos}),
+        "fingerprint": fingerprint(checkpoint),
+    }
+    if (Path(source) / "simo.json").is_file():
+        from simomerge.checkpoints import read_description
+
+        found["model"] = read_description(Path(source))
+    say(as_json, found, *_lines(found))
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{found['path']}: encoder of {found['parameters'] / 1e6:.2f} M parameters in {found['tensors']} tensors"
+        f" ({', '.join(found['dtypes'])})",
+        f"  fingerprint  {found['fingerprint']}",
+    ]
+    model = found.get("model")
+    if not model:
+        return lines
+    for name, task in model["tasks"].items():
+        head = model["heads"][name]["kind"]
+        lines.append(f"  task {name}: {task.get('kind', name)}, {head} head")
+    encoder = model["encoder"]
+    lines.append(f"  taps {encoder['taps']}, final layer norm {'on' if encoder['apply_layernorm'] else 'off'}")
+    if model["adapters"]:
+        lines.append(f"  adapters of rank {model['adapters']['rank']}")
+    for key, value in model["provenance"].items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+        lines.append(f"  {key}: {value}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("source") or value.get("fingerprint", "")[:12] or value)
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

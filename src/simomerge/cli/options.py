@@ -1,0 +1,89 @@
+"""What several commands share: options, parsing of TASK=FOLDER, output for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simomerge.errors import InputError
+from simomerge.progress import Console
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+data_option = click.option("--data", default="rooms", show_default=True, help="Dataset, as NAME or NAME:ROOT.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(1), help="Processes side by side; one per core by default."
+)
+
+
+def output_option(required: bool = True) -> Any:
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path), required=required, help="Folder to write (OUT)."
+    )
+
+
+def parse_pairs(pairs: Sequence[str], what: str = "TASK=EXPERT") -> dict[str, str]:
+    """``["depth=runs/depth"]`` -> ``{"depth": "runs/depth"}``.
+
+    Raises:
+        InputError: no equals sign, an empty side, or a name given twice.
+    """
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"{pair!r}: give {what}, such as depth=runs/depth.")
+        if name in parsed:
+            raise InputError(f"two experts for task {name!r}: {parsed[name]} and {value}; give one.")
+        parsed[name] = value
+    return parsed
+
+
+def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["density=0.2"]`` -> ``{"density": 0.2}``; what is no number stays text."""
+    return {name: _number(value) for name, value in parse_pairs(pairs, "KEY=VALUE").items()}
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists before any work starts."""
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} exists; choose another folder, or give --overwrite.")
+
+
+@contextmanager
+def console() -> Iterator[Console]:
+    """Progress on the terminal, closed however the work ends."""
+    shown = Console()
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+def say(as_json: bool, data: dict[str, Any], *lines: str) -> None:
+    """Print the result: lines for people, or JSON for machines."""
+    click.echo(json.dumps(data, indent=2) if as_json else "\n".join(lines))
+
+
+def score_lines(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> list[str]:
+    """One line per task: its metric first, the others after it."""
+    lines = []
+    for name, values in scores.items():
+        task = tasks[name]
+        others = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key != task.metric)
+        lines.append(f"  {name:<14} {task.metric} {values[task.metric]:.4g} {task.unit:<4} {others}".rstrip())
+    return lines

@@ -1,0 +1,40 @@
+"""simomerge predict"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from simomerge.cli.options import console, json_option, output_option, say
+
+
+@click.command("predict")
+@click.argument("model")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@output_option()
+@json_option
+def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """Predict every task of MODEL for each IMAGE; write a coloured PNG and the values as NPY per task."""
+    import numpy as np
+    from PIL import Image
+
+    from simomerge.images import read_image
+    from simomerge.model import load
+    from simomerge.tasks import colourise
+
+    pixels = {path: read_image(path) for path in images}  # all are checked before anything is written
+    stems = [Path(path).stem for path in images]
+    names = [stem if stems.count(stem) == 1 else f"{stem}-{i}" for i, stem in enumerate(stems, start=1)]
+    predictor = load(model)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    with console() as progress:
+        for done, (name, image) in enumerate(zip(names, pixels.values(), strict=True), start=1):
+            for task, values in predictor.predict(image).items():
+                target = output / f"{name}-{task}"
+                np.save(target.with_suffix(".npy"), values)
+                Image.fromarray(colourise(predictor.tasks[task], values)).save(target.with_suffix(".png"))
+                written.append(str(target.with_suffix(".png")))
+            progress("predict", done, len(names), "")
+    say(as_json, {"written": written}, *written)

@@ -1,0 +1,80 @@
+"""simomerge train"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from simomerge.cli.options import check_output, console, data_option, json_option, output_option, overwrite_option, say
+
+
+@click.command("train")
+@click.option("--task", "tasks", multiple=True, required=True, help="Task to train; repeat it for a joint model.")
+@click.option("--base", default="rooms-base", show_default=True, help="Folder, hub id or rooms-base.")
+@data_option
+@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="Training images.")
+@click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
+@click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
+@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of encoder and heads.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of the heads.")
+@click.option("--encoder-lr", type=float, default=3e-4, show_default=True, help="Peak learning rate of the encoder.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@output_option()
+@overwrite_option
+@json_option
+def command(
+    tasks: tuple[str, ...],
+    base: str,
+    data: str,
+    images: int,
+    head: str,
+    probe_steps: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    encoder_lr: float,
+    seed: int,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """LP-FT: heads on the frozen encoder first, then both together. A killed run goes on where it was."""
+    check_output(output, overwrite)
+    import shutil
+
+    from simomerge.datasets import load_data
+    from simomerge.model import SimoModel, load
+    from simomerge.recipes import ROOMS_HEADS
+    from simomerge.training import TrainSettings, fresh_head, lpft
+
+    train = load_data(data, split="train", count=images, tasks=tasks)
+    foundation = load(base)
+    settings = ROOMS_HEADS[head] if data == "rooms" else {}
+    heads = {
+        name: fresh_head(foundation.encoder, task, train, head, seed, **settings) for name, task in train.tasks.items()
+    }
+    model = SimoModel(foundation.encoder, train.tasks, heads)
+    fingerprint = model.encoder_fingerprint()
+    probe = TrainSettings(steps=probe_steps, batch_size=batch_size, lr=2 * lr, seed=seed)
+    tune = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, encoder_lr=encoder_lr, seed=seed)
+    work = output.parent / f"{output.name}.work"
+    with console() as progress:
+        logs = lpft(model, train, probe, tune, work_folder=work, progress=progress)
+    model.provenance = {
+        "base": {"source": base, "fingerprint": fingerprint},
+        "training": {"method": "lp-ft", "data": data, "images": images, "probe": asdict(probe), "tune": asdict(tune)},
+    }
+    model.save_pretrained(output, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    log = logs["tune"]
+    say(
+        as_json,
+        {"output": str(output), "tasks": list(tasks), "steps": log.steps, "losses": log.losses, "seconds": log.seconds},
+        f"Trained {', '.join(tasks)}: {log.steps} steps in {log.seconds:.0f} s, losses "
+        + ", ".join(f"{name} {value:.4f}" for name, value in log.losses.items()),
+        f"Model: {output}",
+        f"Next: simomerge evaluate {output} --data {data}",
+    )

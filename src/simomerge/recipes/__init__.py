@@ -1,0 +1,6 @@
+"""Recipes: what a run does, and the run that does it."""
+
+from simomerge.recipes.recipe import ALL_TASKS, DEMO_TASKS, ROOMS_HEADS, Recipe, demo_recipe
+from simomerge.recipes.run import run_recipe
+
+__all__ = ["ALL_TASKS", "DEMO_TASKS", "ROOMS_HEADS", "Recipe", "demo_recipe", "run_recipe"]

@@ -1,0 +1,418 @@
+"""A recipe carried out in a run folder: what is there already is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import simomerge
+from simomerge.checkpoints import atomic_write_text
+from simomerge.datasets import load_data
+from simomerge.evaluation import delta_mtl, normalised_performance
+from simomerge.model import load
+from simomerge.progress import Progress, silent
+from simomerge.recipes import stages
+from simomerge.recipes.recipe import Recipe
+from simomerge.tasks import colourise
+from simomerge.training import WorkerPool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work: a function of `simomerge.recipes.stages` and its arguments, plain data."""
+
+    name: str
+    function: Callable[..., None]
+    arguments: Mapping[str, Any]
+    cost: int = 0  # a guess; the longest starts first
+
+
+class Run:
+    """A folder of finished stages, each keyed by everything it depends on.
+
+    Args:
+        folder: of the run.
+        pool: where stages run.
+        salt: what else the results depend on (the base's weights, the version).
+    """
+
+    def __init__(self, folder: Path, pool: WorkerPool, salt: str) -> None:
+        self.folder = folder
+        self.pool = pool
+        self.salt = salt
+
+    def build(self, todo: Sequence[Stage]) -> dict[str, str]:
+        """Folder by stage name, after doing what is not there yet, side by side."""
+        outputs = {stage.name: self._output(stage) for stage in todo}
+        missing = [stage for stage in sorted(todo, key=lambda s: -s.cost) if not outputs[stage.name].exists()]
+        self.pool.run(
+            [
+                (stage.function, {**stage.arguments, "output": outputs[stage.name], "label": stage.name})
+                for stage in missing
+            ]
+        )
+        return {name: str(path) for name, path in outputs.items()}
+
+    def _output(self, stage: Stage) -> Path:
+        # An argument that is a stage's folder carries that stage's key in its name, so keys chain.
+        relative = json.dumps(stage.arguments, sort_keys=True, default=str).replace(str(self.folder), "")
+        key = hashlib.sha256(f"{self.salt} {stage.function.__name__} {relative}".encode()).hexdigest()[:12]
+        return self.folder / "stages" / f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
+
+
+def run_recipe(
+    recipe: Recipe,
+    base: str | Path,
+    folder: str | Path,
+    workers: int | None = None,
+    dataset: str = "rooms",
+    title: str = "simomerge demo",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Carry out a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
+
+    Args:
+        recipe: what to do.
+        base: folder of the foundation encoder.
+        folder: the run folder; a second run with the same recipe reuses every stage in it.
+        workers: processes side by side; one per core by default.
+
+    Returns:
+        The results: what ``results.json`` holds (see docs/formats.md). It is written to the folder, beside
+        ``gallery.npz`` with the pictures of the report.
+    """
+    folder = Path(folder).resolve()
+    base = Path(base).resolve()
+    splits: dict[str, dict[str, Any]] = {
+        split: {"spec": dataset, "split": split, "count": count}
+        for split, count in (
+            ("train", recipe.train_images),
+            ("val", recipe.val_images),
+            ("test", recipe.test_images),
+        )
+    }
+    for split, data in splits.items():
+        load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
+    salt = f"{simomerge.__version__} {load(base).encoder_fingerprint()}"
+    began = time.monotonic()
+    with WorkerPool(workers, progress) as pool:
+        run = Run(folder, pool, salt)
+        plan = _Plan(recipe, base, splits, run)
+        plan.train()
+        plan.merge()
+        plan.realign()
+        plan.score()
+    results = plan.results(title)
+    results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
+    atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    return {**results, "gallery": plan.gallery()}
+
+
+class _Plan:
+    """The stages of a recipe, level by level; every level runs the stages of all seeds side by side."""
+
+    def __init__(self, recipe: Recipe, base: Path, splits: Mapping[str, stages.Data], run: Run) -> None:
+        self.recipe = recipe
+        self.base = str(base)
+        self.splits = splits
+        self.run = run
+        self.tasks = load_data(**splits["test"]).select(list(recipe.tasks)).tasks
+        self.experts: dict[int, dict[str, str]] = {}
+        self.models: dict[tuple[int, str], str] = {}  # (seed, row) -> stage folder; the experts' row has none
+        self.probes: dict[int, dict[str, str]] = {}
+        self.scores: dict[tuple[int, str], dict[str, Any]] = {}
+        self.val_scores: dict[int, dict[str, dict[str, float]]] = {}
+
+    def _per_seed(self, make: Callable[[int], list[Stage]]) -> dict[str, str]:
+        return self.run.build([stage for seed in self.recipe.seeds for stage in make(seed)])
+
+    def train(self) -> None:
+        """LP-FT: features of the base, a head per task, then experts and the joint model."""
+        recipe, train = self.recipe, self.splits["train"]
+        arguments = {"model": self.base, "data": train}
+        cached = self.run.build([Stage("features of the base", stages.features, arguments)])["features of the base"]
+        probed = self._per_seed(
+            lambda seed: [
+                Stage(
+                    f"probe {task} seed {seed}",
+                    stages.probe,
+                    {
+                        "base": self.base,
+                        "cached": cached,
+                        "data": train,
+                        "task": task,
+                        "head": recipe.head,
+                        "head_settings": recipe.head_settings,
+                        "settings": asdict(replace(recipe.probe, seed=seed)),
+                    },
+                )
+                for task in recipe.tasks
+            ]
+        )
+        self.probes = {s: {t: probed[f"probe {t} seed {s}"] for t in recipe.tasks} for s in recipe.seeds}
+        tuned = self._per_seed(self._tuning)
+        self.experts = {s: {t: tuned[f"expert {t} seed {s}"] for t in recipe.tasks} for s in recipe.seeds}
+        self.models = {(s, "joint-mtl"): tuned[f"joint-mtl seed {s}"] for s in recipe.seeds}
+
+    def _tuning(self, seed: int) -> list[Stage]:
+        recipe = self.recipe
+        shared = {
+            "base": self.base,
+            "base_name": Path(self.base).name,
+            "train": self.splits["train"],
+            "validation": self.splits["val"],
+        }
+        joint = Stage(
+            f"joint-mtl seed {seed}",
+            stages.tune,
+            {**shared, "probes": self.probes[seed], "settings": asdict(replace(recipe.joint, seed=seed))},
+            cost=recipe.joint.steps * len(recipe.tasks),
+        )
+        experts = [
+            Stage(
+                f"expert {task} seed {seed}",
+                stages.tune,
+                {**shared, "probes": {task: folder}, "settings": asdict(replace(recipe.tune, seed=seed))},
+                cost=recipe.tune.steps,
+            )
+            for task, folder in self.probes[seed].items()
+        ]
+        return [joint, *experts]
+
+    def merge(self) -> None:
+        """Every merge method; those with a scale look for it on the validation split."""
+        self.val_scores = self._expert_scores("val")
+        built = self._per_seed(
+            lambda seed: [
+                Stage(
+                    f"{method} seed {seed}",
+                    stages.merged,
+                    {
+                        "base": self.base,
+                        "experts": self.experts[seed],
+                        "method": method,
+                        "validation": self.splits["val"],
+                        "baseline": self.val_scores[seed],
+                    },
+                )
+                for method in self.recipe.merges
+            ]
+        )
+        self.models |= {(s, m): built[f"{m} seed {s}"] for s in self.recipe.seeds for m in self.recipe.merges}
+
+    def realign(self) -> None:
+        """Heads or adapters after a merge, on the validation split's labels."""
+        recipe = self.recipe
+
+        def make(seed: int) -> list[Stage]:
+            made = []
+            for row in recipe.realigned:
+                method, _, how = row.partition("+")
+                settings = replace(getattr(recipe, how), seed=seed)
+                options = {"rank": recipe.rank, "activation": recipe.activation} if how == "adapters" else {}
+                arguments = {
+                    "model": self.models[seed, method],
+                    "data": {**self.splits["val"], "tasks": list(recipe.tasks)},
+                    "how": how,
+                    "settings": asdict(settings),
+                    "options": options,
+                }
+                made.append(Stage(f"{row} seed {seed}", stages.realigned, arguments, cost=how == "adapters"))
+            return made
+
+        built = self._per_seed(make)
+        self.models |= {(s, row): built[f"{row} seed {s}"] for s in recipe.seeds for row in recipe.realigned}
+
+    def score(self) -> None:
+        """Every row on the test split."""
+        test = self.splits["test"]
+        built = self.run.build(
+            [
+                Stage(f"score {row} seed {seed}", stages.score, {"model": folder, "data": test})
+                for (seed, row), folder in self.models.items()
+            ]
+        )
+        self.scores = {
+            key: stages.read_log(Path(built[f"score {key[1]} seed {key[0]}"]))["scores"] for key in self.models
+        }
+        self.scores |= {(seed, "experts"): scores for seed, scores in self._expert_scores("test").items()}
+
+    def _expert_scores(self, split: str) -> dict[int, dict[str, dict[str, float]]]:
+        built = self._per_seed(
+            lambda seed: [
+                Stage(
+                    f"score expert {task} {split} seed {seed}",
+                    stages.score,
+                    {"model": folder, "data": self.splits[split]},
+                )
+                for task, folder in self.experts[seed].items()
+            ]
+        )
+
+        def scores(task: str, seed: int) -> dict[str, float]:
+            return stages.read_log(Path(built[f"score expert {task} {split} seed {seed}"]))["scores"][task]
+
+        return {seed: {task: scores(task, seed) for task in self.recipe.tasks} for seed in self.recipe.seeds}
+
+    def results(self, title: str) -> dict[str, Any]:
+        recipe = self.recipe
+        rows = ["experts", "joint-mtl", *recipe.merges, *recipe.realigned]
+        return {
+            "format": 1,
+            "title": title,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "machine": machine(),
+            "recipe": recipe.to_dict(),
+            "tasks": [
+                {"name": t.name, "metric": t.metric, "unit": t.unit, "higher_is_better": t.higher_is_better}
+                for t in self.tasks.values()
+            ],
+            "rows": [self._row(row) for row in rows],
+            "scale_curves": self._curves(),
+            "notes": list(NOTES),
+        }
+
+    def _row(self, row: str) -> dict[str, Any]:
+        seeds = self.recipe.seeds
+        scores = [self.scores[seed, row] for seed in seeds]
+        baselines = [self.scores[seed, "experts"] for seed in seeds]
+        ratios = [normalised_performance(s, b, self.tasks) for s, b in zip(scores, baselines, strict=True)]
+        costs = [self._cost(seed, row) for seed in seeds]
+        scales = [cost.pop("scale") for cost in costs]
+        return {
+            "method": row,
+            "delta_mtl": spread([delta_mtl(s, b, self.tasks) for s, b in zip(scores, baselines, strict=True)]),
+            "metrics": {name: spread([s[name][task.metric] for s in scores]) for name, task in self.tasks.items()},
+            "normalised": {name: spread([r[name] for r in ratios]) for name in self.tasks},
+            "all_metrics": {name: [s[name] for s in scores] for name in self.tasks},
+            **{key: statistics.mean(cost[key] for cost in costs) for key in costs[0]},
+            "encoders": len(self.tasks) if row == "experts" else 1,
+            "parameters": {"scale": scales} if scales[0] is not None else {},
+        }
+
+    def _cost(self, seed: int, row: str) -> dict[str, Any]:
+        """What a row costs beyond the experts: seconds, steps, trained parameters, labelled images."""
+        logs: list[dict[str, Any]]
+        images = self.recipe.train_images
+        probes = [stages.read_log(Path(folder)) for folder in self.probes[seed].values()]
+        if row == "experts":
+            logs = [stages.read_log(Path(folder)) for folder in self.experts[seed].values()] + probes
+        elif row == "joint-mtl":
+            logs = [stages.read_log(Path(self.models[seed, row])), *probes]
+        else:
+            method, _, how = row.partition("+")
+            logs = [stages.read_log(Path(self.models[seed, name])) for name in ([method, row] if how else [method])]
+            images = max(log["labelled_images"] for log in logs)
+        return {
+            "seconds": sum(log["seconds"] for log in logs),
+            "steps": sum(log.get("steps", 0) for log in logs),
+            "trained_parameters": sum(log.get("trained_parameters", 0) for log in logs),
+            "labelled_images": images,
+            "scale": next((log["scale"] for log in logs if "scale" in log), None),
+        }
+
+    def _curves(self) -> dict[str, Any]:
+        curves = {}
+        for method in self.recipe.merges:
+            logs = [stages.read_log(Path(self.models[seed, method])) for seed in self.recipe.seeds]
+            if "curve" not in logs[0]:
+                continue
+            found = [log["curve"] for log in logs]
+            points = [spread(list(values)) for values in zip(*(c["delta_mtl"] for c in found), strict=True)]
+            curves[method] = {
+                "scales": found[0]["scales"],
+                "delta_mtl": {key: [point[key] for point in points] for key in ("mean", "std")},
+                "normalised": {
+                    task: [statistics.mean(v) for v in zip(*(c["normalised"][task] for c in found), strict=True)]
+                    for task in self.tasks
+                },
+                "chosen": [log["scale"] for log in logs],
+            }
+        return curves
+
+    def gallery(self, images: int = 4) -> list[dict[str, Any]]:
+        """Some test images with the truth and the predictions of the gallery's rows, coloured."""
+        seed = self.recipe.seeds[0]
+        data = load_data(**self.splits["test"]).select(list(self.recipe.tasks))
+        rows = [row for row in self.recipe.gallery if row == "experts" or (seed, row) in self.models]
+        models = {row: load(Path(self.models[seed, row]) / "model") for row in rows if row != "experts"}
+        experts = {task: load(Path(folder) / "model") for task, folder in self.experts[seed].items()}
+        shown = []
+        for index in range(0, len(data), max(1, len(data) // images)):
+            sample = data[index]
+            truth = {task: sample[task].numpy() for task in self.tasks}
+            predicted = {row: model.predict(sample["image"]) for row, model in models.items()}
+            predicted["experts"] = {task: expert.predict(sample["image"])[task] for task, expert in experts.items()}
+            shown.append(
+                {
+                    "image": (sample["image"].permute(1, 2, 0).numpy() * 255).astype("uint8"),
+                    "predictions": {name: self._coloured(name, truth[name], predicted, rows) for name in self.tasks},
+                }
+            )
+        return shown[:images]
+
+    def _coloured(self, name: str, truth: Any, predicted: Mapping[str, Any], rows: Sequence[str]) -> dict[str, Any]:
+        task = self.tasks[name]
+        limits = (
+            (float(truth.min()), float(truth.max())) if task.kind in ("depth", "texture", "keypoints") else (0.0, 1.0)
+        )
+        return {
+            "truth": colourise(task, truth, limits),
+            **{row: colourise(task, predicted[row][name], limits) for row in rows},
+        }
+
+
+NOTES = (
+    "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
+    " higher is better. No value of the test split chose anything.",
+    "The validation split chose the scales, stopped the training of experts and joint model, and is the labelled"
+    " data of every re-alignment.",
+    "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
+    " to it.",
+    "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
+    " targets; the last two overlap the tasks texture and depth.",
+    "Seconds, steps and trained parameters are those of the row beyond the experts; seconds are of one core, with"
+    " as many jobs side by side as there are cores.",
+)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one seed) and the values."""
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "per_seed": list(values),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine in plain words, for whoever reads the figures."""
+    import torch
+
+    from simomerge.devices import available_cores
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
+    return {
+        "cpu": cpu,
+        "cores": available_cores(),
+        "memory_gb": round(memory) if memory else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,206 @@
+"""The stages of a run. Each is a function that fills one folder, from folders that earlier stages filled.
+
+A stage's folder holds ``model/`` (a model folder) or ``features/``, and ``log.json``: what it cost and found.
+They run as jobs in worker processes, so they take and give paths and plain data only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from simomerge.assemble import merge, search_scale
+from simomerge.checkpoints import atomic_folder
+from simomerge.datasets import load_data
+from simomerge.evaluation import evaluate
+from simomerge.merging import available
+from simomerge.model import SimoModel, load
+from simomerge.progress import Progress, silent
+from simomerge.realignment import REALIGNMENTS
+from simomerge.training import (
+    CachedFeatures,
+    TrainSettings,
+    cache_features,
+    finetune,
+    fresh_head,
+    train_head,
+    trainable_parameters,
+)
+
+Data = Mapping[str, Any]
+"""A dataset as plain data: the keyword arguments of `load_data`."""
+
+
+def work_folder(output: Path) -> Path:
+    """Where a stage keeps what a killed run goes on from; removed when the stage is done."""
+    return output.parent / f"{output.name}.work"
+
+
+def read_log(output: Path) -> dict[str, Any]:
+    """What a finished stage cost and found."""
+    return json.loads((output / "log.json").read_text())
+
+
+def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None, **texts: Any) -> None:
+    with atomic_folder(output) as folder:
+        if model is not None:
+            model.save_pretrained(folder / "model")
+        (folder / "log.json").write_text(json.dumps({**log, **texts}, indent=2) + "\n")
+    shutil.rmtree(work_folder(output), ignore_errors=True)
+
+
+def features(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
+    """Features of a model's encoder on a dataset."""
+    began = time.monotonic()
+    with atomic_folder(output) as folder:
+        cache_features(load(model).encoder, load_data(**data), folder / "features", label=label, progress=progress)
+        (folder / "log.json").write_text(json.dumps({"seconds": time.monotonic() - began}) + "\n")
+
+
+def probe(
+    output: Path,
+    base: str,
+    cached: str,
+    data: Data,
+    task: str,
+    head: str,
+    head_settings: dict[str, Any],
+    settings: dict[str, Any],
+    label: str,
+    progress: Progress = silent,
+) -> None:
+    """A fresh head for one task, trained on the frozen base's features (LP-FT, first phase)."""
+    train = load_data(**data).select([task])
+    model = load(base)
+    chosen = train.tasks[task]
+    fresh = fresh_head(model.encoder, chosen, train, head, settings["seed"], **head_settings)
+    state = work_folder(output) / "state.pt"
+    log = train_head(
+        fresh,
+        chosen,
+        CachedFeatures(Path(cached) / "features", train, [task]),
+        TrainSettings(**settings),
+        state_file=state,
+        label=label,
+        progress=progress,
+    )
+    _finish(output, asdict(log), SimoModel(model.encoder, {task: chosen}, {task: fresh}))
+
+
+def tune(
+    output: Path,
+    base: str,
+    base_name: str,
+    probes: dict[str, str],
+    train: Data,
+    validation: Data,
+    settings: dict[str, Any],
+    label: str,
+    progress: Progress = silent,
+) -> None:
+    """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
+    model = load(base)
+    fingerprint = model.encoder_fingerprint()
+    probed = {task: load(Path(folder) / "model") for task, folder in probes.items()}
+    tasks = {task: probed[task].tasks[task] for task in probes}
+    model = SimoModel(model.encoder, tasks, {task: probed[task].heads[task] for task in probes})
+    model.requires_grad_(True)
+    log = finetune(
+        model,
+        load_data(**train).select(list(tasks)),
+        TrainSettings(**settings),
+        load_data(**validation).select(list(tasks)),
+        work_folder(output) / "state.pt",
+        label,
+        progress,
+    )
+    model.provenance = {
+        "base": {"source": base_name, "fingerprint": fingerprint},
+        "training": {"method": "lp-ft", **settings, "images": train["count"]},
+    }
+    _finish(output, asdict(log), model, trained_parameters=trainable_parameters(model))
+
+
+def score(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
+    """Metrics of a model on a dataset."""
+    began = time.monotonic()
+    scores = evaluate(load(Path(model) / "model"), load_data(**data), label=label, progress=progress)
+    _finish(output, {"seconds": time.monotonic() - began}, scores=scores)
+
+
+def merged(
+    output: Path,
+    base: str,
+    experts: dict[str, str],
+    method: str,
+    validation: Data,
+    baseline: dict[str, dict[str, float]],
+    label: str,
+    progress: Progress = silent,
+) -> None:
+    """Experts merged into one model; a method with a scale gets the best one on the validation split."""
+    began = time.monotonic()
+    foundation = load(base)
+    models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
+
+    def relabelled(_label: str, done: int, total: int, note: str = "") -> None:
+        progress(label, done, total, note)
+
+    if "scale" in available()[method].__dataclass_fields__:
+        data = load_data(**validation).select(list(experts))
+        search = search_scale(foundation, models, method, data, baseline=baseline, progress=relabelled)
+        model = search.model
+        found = {
+            "scale": search.scale,
+            "curve": {
+                "scales": search.scales,
+                "delta_mtl": search.delta_mtl,
+                "normalised": search.normalised,
+            },
+            "labelled_images": len(data),
+        }
+    else:
+        model, found = merge(foundation, models, method), {"labelled_images": 0}
+    _finish(output, {"seconds": time.monotonic() - began, **found}, model)
+
+
+def realigned(
+    output: Path,
+    model: str,
+    data: Data,
+    how: str,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    label: str,
+    progress: Progress = silent,
+) -> None:
+    """A merged model, re-aligned with heads or adapters."""
+    began = time.monotonic()
+
+    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{label} {inner}" if how == "heads" else label, done, total, note)
+
+    result = REALIGNMENTS[how](
+        load(Path(model) / "model"),
+        load_data(**data),
+        TrainSettings(**settings),
+        work_folder=work_folder(output),
+        progress=relabelled,
+        **options,
+    )
+    cost = result.provenance["realign"]
+    _finish(
+        output,
+        {
+            "seconds": time.monotonic() - began,
+            "steps": cost["steps"],
+            "trained_parameters": cost["trained_parameters"],
+            "labelled_images": cost["labelled_images"],
+        },
+        result,
+    )

@@ -1,0 +1,125 @@
+"""The run in a few sentences, computed from its numbers and never kinder than they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from simomerge.report.results import Results, family, finite, rows, signed, value
+
+ROUNDING = 0.05
+"""Differences of Delta_MTL, in points, that one decimal cannot show."""
+
+SMALL_COST = 1.0
+"""Points below which a share of the cost says more about noise than about re-alignment."""
+
+RE_ALIGNED = {"heads": "re-aligning its heads", "adapters": "re-aligning it with adapters"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one row stands: Delta_MTL in percent and its standard deviation (0 where unknown)."""
+
+    method: str
+    delta: float
+    std: float
+    labelled_images: int
+
+    def gain_over(self, other: Standing) -> float:
+        """Points of Delta_MTL above ``other``; 0 within rounding or the spread between seeds."""
+        gain = self.delta - other.delta
+        return gain if abs(gain) > max(self.std, other.std, ROUNDING) else 0.0
+
+
+def headline(results: Results) -> str:
+    """What merging cost, what re-alignment recovered, and what the control says about both.
+
+    The re-aligned row is the best one whose merge was measured too; rows that are missing leave their part
+    of the story out.
+
+    Example:
+        >>> def row(method, delta):
+        ...     return {"method": method, "delta_mtl": {"mean": delta}, "labelled_images": 256}
+        >>> for part in headline({"rows": [row("ties", -20.0), row("ties+heads", -5.0)]}).split("; "):
+        ...     print(part)
+        Merging by ties cost 20.0 points of Delta_MTL
+        re-aligning its heads on 256 labelled images recovered 75 % of that (now -5.0 %).
+    """
+    standings = _standings(results)
+    merges = {name: row for name, row in standings.items() if family(name) == "merge"}
+    re_aligned = {name: row for name, row in standings.items() if family(name) == "re-aligned"}
+    paired = [row for row in re_aligned.values() if _merge_name(row) in merges]
+    if not merges:
+        return _without_merge(re_aligned.values())
+    after = _best(paired)
+    before = merges[_merge_name(after)] if after else max(merges.values(), key=lambda row: row.delta)
+    story = _cost(before) + (_recovery(before, after, len(paired)) if after else "; nothing was re-aligned") + "."
+    control = _best(row for name, row in standings.items() if family(name) == "control")
+    return story + (_control(control, before, after) if control else "")
+
+
+def _standings(results: Results) -> dict[str, Standing]:
+    standings = {}
+    for row in rows(results):
+        delta = value(row, "delta_mtl")
+        if delta.mean is not None and "method" in row:
+            images = int(finite(row.get("labelled_images")) or 0)
+            standings[row["method"]] = Standing(row["method"], delta.mean, delta.std or 0.0, images)
+    return standings
+
+
+def _merge_name(row: Standing) -> str:
+    return row.method.split("+")[0]
+
+
+def _best(candidates: Iterable[Standing]) -> Standing | None:
+    return max(candidates, key=lambda row: row.delta, default=None)
+
+
+def _without_merge(re_aligned: Iterable[Standing]) -> str:
+    best = _best(re_aligned)
+    if best is None:
+        return "This run measured no merged model."
+    return f"{best.method} stands at Delta_MTL {signed(best.delta)} %; its merge alone was not measured."
+
+
+def _cost(before: Standing) -> str:
+    if before.delta <= -ROUNDING:
+        return f"Merging by {before.method} cost {-before.delta:.1f} points of Delta_MTL"
+    return f"Merging by {before.method} cost nothing (Delta_MTL {signed(before.delta)} %)"
+
+
+def _recovery(before: Standing, after: Standing, candidates: int) -> str:
+    kind = after.method.partition("+")[2]
+    action = RE_ALIGNED.get(kind, f"re-aligning it ({kind})")
+    images = f" on {after.labelled_images:,} labelled images" if after.labelled_images else ""
+    best_of = f", the best of {candidates} re-aligned rows" if candidates > 1 else ""
+    return f"; {action}{images} {_outcome(before, after)} (now {signed(after.delta)} %{best_of})"
+
+
+def _outcome(before: Standing, after: Standing) -> str:
+    gain = after.gain_over(before)
+    if gain == 0:
+        return "changed nothing measurable"
+    if gain < 0:
+        return f"made it {-gain:.1f} points worse"
+    if -before.delta < SMALL_COST:
+        return f"gained {gain:.1f} points"
+    if after.delta >= ROUNDING:
+        return f"recovered all of that and ended {after.delta:.1f} points above the experts"
+    # Rounded down: 99.6 % is not all of it.
+    return f"recovered {min(int(100 * gain / -before.delta + 1e-9), 100)} % of that"
+
+
+def _control(control: Standing, before: Standing, after: Standing | None) -> str:
+    """The control has the base encoder: where it is as good, the merge is not what helped."""
+    best = max(before, after or before, key=lambda row: row.delta)
+    gain = control.gain_over(best)
+    who = f"control {control.method} (base encoder, nothing merged) reaches {signed(control.delta)} %"
+    if gain >= 0:
+        margin = f"{gain:.1f} points better than" if gain else "level with"
+        # A control with labels says nothing against a merge that had none.
+        same_footing = "+" in best.method or "+" not in control.method
+        return f" But the {who}, {margin} {best.method}" + (": merging added nothing here." if same_footing else ".")
+    middle = f", better than {before.method} alone" if control.gain_over(before) > 0 else ""
+    return f" The {who}{middle}: {-gain:.1f} points below {best.method}."
