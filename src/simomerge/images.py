@@ -29,7 +29,7 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             _check_size(str(path), image.height, image.width)
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return _as_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
@@ -51,13 +51,17 @@ def to_tensor(image: Any) -> Tensor:
     elif not isinstance(image, (np.ndarray, Tensor)):
         if not hasattr(image, "convert"):
             raise InputError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor.")
-        image = np.asarray(image.convert("RGB"))
+        image = _as_rgb(image)
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=2)
         if image.ndim != 3 or image.shape[2] not in (3, 4):
             raise InputError(f"image array of shape {image.shape}; give (H, W), (H, W, 3) or (H, W, 4).")
-        tensor = torch.from_numpy(np.ascontiguousarray(image[..., :3])).permute(2, 0, 1)[None]
+        if image.dtype != np.uint8 and image.dtype.kind != "f":
+            raise InputError(f"image of dtype {image.dtype}; give uint8 in 0..255 or floats in [0, 1].")
+        # A copy: torch takes no read-only array, no negative strides and no foreign byte order.
+        native = image[..., :3].astype(image.dtype.newbyteorder("="), order="C")
+        tensor = torch.from_numpy(native).permute(2, 0, 1)[None]
     else:
         tensor = image[None] if image.ndim == 3 else image
         if tensor.ndim != 4 or tensor.shape[:2] != (1, 3):
@@ -72,6 +76,14 @@ def to_tensor(image: Any) -> Tensor:
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise InputError(f"image values from {low:.3g} to {high:.3g}; give floats in [0, 1] or uint8 in 0..255.")
     return tensor
+
+
+def _as_rgb(image: Any) -> np.ndarray:
+    """A PIL image as uint8 RGB; 16-bit grey is scaled, which Pillow itself would clip at 255."""
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
 
 
 def _check_size(name: str, height: int, width: int) -> None:

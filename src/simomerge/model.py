@@ -147,23 +147,35 @@ class SimoModel(nn.Module):
         """
         folder = Path(folder)
         description = read_description(folder)
+        if not (folder / "encoder").is_dir():  # a relative path that is no folder would be taken for a hub id
+            raise InputError(f"{folder / 'encoder'}: missing; take the model from its source again.")
+        backbone = load_backbone(folder / "encoder")
+        try:
+            model = cls._from_description(description, backbone)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{folder / 'simo.json'}: does not describe a model ({type(error).__name__}: {error});"
+                " take the model from its source again."
+            ) from error
+        for name, head in model.heads.items():
+            _load_tensors(head, folder / "heads" / f"{name}.safetensors")
+        if model.encoder.adapters is not None:
+            _load_tensors(model.encoder.adapters, folder / "adapters.safetensors")
+        return model.eval()
+
+    @classmethod
+    def _from_description(cls, description: dict[str, Any], backbone: nn.Module) -> SimoModel:
+        """The model that simo.json describes, its heads and adapters not loaded yet."""
         settings = description["encoder"]
-        encoder = Encoder(
-            load_backbone(folder / "encoder"),
-            settings["taps"],
-            settings["mean"],
-            settings["std"],
-            settings["apply_layernorm"],
-        )
+        encoder = Encoder(backbone, settings["taps"], settings["mean"], settings["std"], settings["apply_layernorm"])
+        if description["adapters"]:
+            encoder.add_adapters(**description["adapters"])
         tasks = {name: Task.from_dict(data) for name, data in description["tasks"].items()}
         heads = {}
         for name, task in tasks.items():
             spec = description["heads"][name]
             heads[name] = build_head(spec["kind"], encoder.channels, task.channels, spec["settings"])
-            _load_tensors(heads[name], folder / "heads" / f"{name}.safetensors")
-        if description["adapters"]:
-            _load_tensors(encoder.add_adapters(**description["adapters"]), folder / "adapters.safetensors")
-        return cls(encoder, tasks, heads, description["provenance"]).eval()
+        return cls(encoder, tasks, heads, description["provenance"])
 
 
 def load(source: str | Path) -> SimoModel:

@@ -27,12 +27,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); take the model from its source again.") from error
-    missing = [
-        key for key in ("format", "tasks", "heads", "encoder", "adapters", "provenance") if key not in description
-    ]
+    if not isinstance(description, dict):
+        raise InputError(f"{path}: holds no description of a model; take the model from its source again.")
+    missing = [key for key in _ENTRIES if key not in description]
     if missing:
         raise InputError(f"{path}: entry {missing[0]!r} is missing; take the model from its source again.")
-    if description["format"] > FORMAT:
+    if not isinstance(description["format"], int) or description["format"] > FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     without = [name for name in description["tasks"] if name not in description["heads"]]
     if without:

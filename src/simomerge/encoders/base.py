@@ -82,10 +82,10 @@ class Encoder(nn.Module):
 
     @property
     def preprocessing(self) -> dict[str, list[float]]:
-        """RGB mean and standard deviation, as plain numbers."""
+        """RGB mean and standard deviation, as the shortest plain numbers that give the same float32."""
         return {
-            "mean": [round(float(value), 6) for value in self.mean.flatten()],
-            "std": [round(float(value), 6) for value in self.std.flatten()],
+            name: [float(str(value)) for value in buffer.flatten().float().cpu().numpy()]
+            for name, buffer in (("mean", self.mean), ("std", self.std))
         }
 
     def add_adapters(self, rank: int = 16, activation: str = "none") -> Adapters:
@@ -255,6 +255,8 @@ def _read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[f
     try:
         path = cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         data = json.loads(Path(path).read_text()) if path else {}
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error}); mend it, or remove it to use ImageNet's.") from error
     except OSError:
         data = {}
     return data.get("image_mean", IMAGENET_MEAN), data.get("image_std", IMAGENET_STD)

@@ -6,6 +6,7 @@ segmentation, mean angular distance in degrees for normals, absolute error for a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,21 +41,26 @@ class TaskMetrics(nn.Module):
         super().__init__()
         self.task = task
         self.metrics = MetricCollection(_metrics(task), compute_groups=False)
+        self._counted = False
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count a batch: activated predictions and targets as in `simomerge.tasks.KINDS`."""
+        valid = valid_pixels(self.task, target)
+        if not valid.any():
+            return
+        self._counted = True
         if self.task.kind == "segmentation":
             self.metrics.update(prediction, target)
         elif self.task.kind == "edges":
-            valid = target >= 0
             self.metrics.update(prediction[valid], (target[valid] > 0.5).long())
         else:
-            for name, values in _errors(self.task, prediction, target).items():
-                if values.numel():
-                    self.metrics[name].update(values)
+            for name, values in _errors(self.task, prediction, target, valid).items():
+                self.metrics[name].update(values)
 
     def compute(self) -> dict[str, float]:
         """Metrics of everything counted so far; percent where the unit says so, NaN where nothing was valid."""
+        if not self._counted:
+            return dict.fromkeys(self.metrics.keys(), math.nan)
         percent = set(_FRACTIONS)
         if self.task.unit.startswith("%"):
             percent.add(self.task.metric)
@@ -76,18 +82,28 @@ def _metrics(task: Task) -> dict[str, Any]:
     if task.kind == "edges":
         return {"f1": BinaryF1Score(), "precision": BinaryPrecision(), "recall": BinaryRecall()}
     names = {"normals": ("mean_angle", "within_11"), "depth": ("abs_err", "rel_err", "delta_1")}
-    return {name: MeanMetric() for name in names.get(task.kind, ("abs_err",))}
+    # Its default drops NaN values: a model that predicts NaN would be scored on the rest of its pixels.
+    return {name: MeanMetric(nan_strategy=math.nan) for name in names.get(task.kind, ("abs_err",))}
 
 
-def _errors(task: Task, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+def valid_pixels(task: Task, target: Tensor) -> Tensor:
+    """Where a target counts: bool, of its shape, but (B, H, W) for normals."""
+    if task.kind == "segmentation":
+        return target != IGNORE_LABEL
+    if task.kind == "normals":
+        return target.square().sum(1) > 0
+    if task.kind == "edges":
+        return target >= 0
+    return target > 0 if task.kind in ("depth", "disparity") else torch.isfinite(target)
+
+
+def _errors(task: Task, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """Values to average over the valid pixels, by metric."""
     prediction = prediction.float()
     if task.kind == "normals":
-        valid = target.square().sum(1) > 0
         dot = (F.normalize(prediction, dim=1) * target).sum(1)[valid]
         angle = torch.rad2deg(torch.acos(dot.clamp(-1, 1)))
         return {"mean_angle": angle, "within_11": (angle < 11.25).float()}
-    valid = target > 0 if task.kind in ("depth", "disparity") else torch.isfinite(target)
     error = (prediction[valid] - target[valid]).abs()
     if task.kind != "depth":
         return {"abs_err": error}

@@ -5,6 +5,7 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), metrics.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,10 @@ def normalised_performance(scores: Scores, baseline: Scores, tasks: Mapping[str,
     """
     ratios = {}
     for name, (value, base) in _pairs(scores, baseline, tasks).items():
-        ratios[name] = value / base if tasks[name].higher_is_better else base / value
+        if tasks[name].higher_is_better:
+            ratios[name] = value / base
+        else:
+            ratios[name] = base / value if value else math.inf
     return ratios
 
 

@@ -59,6 +59,10 @@ class TrainSettings:
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"training: {name}={getattr(self, name)}; use a number above 0.")
+        if self.encoder_lr is not None and not self.encoder_lr > 0:
+            raise InputError(f"training: encoder_lr={self.encoder_lr}; use a number above 0.")
+        if not self.weight_decay >= 0:
+            raise InputError(f"training: weight_decay={self.weight_decay}; use a number of at least 0.")
         if not 0 <= self.warmup < 1:
             raise InputError(f"training: warmup={self.warmup}; use a fraction from 0 to below 1.")
 
@@ -114,8 +118,9 @@ def fit(
     state = _State(module, optimizer, schedule, state_file)
     log = state.resume()
     began = time.monotonic() - log.seconds
+    start = settings.steps if _is_flat(settings, log) else log.steps  # a run that had stopped stays stopped
     batches = training_batches(
-        train, settings.batch_size, settings.steps, settings.seed, start=log.steps, transform=transform
+        train, settings.batch_size, settings.steps, settings.seed, start=start, transform=transform
     )
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.train()
@@ -132,7 +137,7 @@ def fit(
         log.samples += min(settings.batch_size, len(train))
         log.seconds = time.monotonic() - began
         if log.steps % 10 == 0 or log.steps == settings.steps:
-            log.losses = {name: float(value) for name, value in parts.items()}
+            log.losses = {name: float(value.detach()) for name, value in parts.items()}
             _check_finite(log, label)
             progress(label, log.steps, settings.steps, _note(log))
         if _is_time_to_validate(settings, validation, log.steps):
@@ -142,7 +147,7 @@ def fit(
                 log.best_step = log.steps
                 state.keep_best()
             state.save(log)
-            if log.steps - log.best_step >= settings.patience * settings.validate_every:
+            if _is_flat(settings, log):
                 break
         else:
             state.save_once_in_a_while(log)
@@ -247,7 +252,8 @@ def _optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
             groups.setdefault((lr, decay), []).append(parameter)
     if not groups:
         raise InputError("nothing to train: no parameter requires a gradient.")
-    return torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()])
+    parameters = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+    return torch.optim.AdamW(parameters, fused=True)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
@@ -269,6 +275,11 @@ def _is_time_to_validate(settings: TrainSettings, validation: Any, step: int) ->
     if validation is None or not settings.validate_every:
         return False
     return step % settings.validate_every == 0 or step == settings.steps
+
+
+def _is_flat(settings: TrainSettings, log: TrainLog) -> bool:
+    """Whether the last ``patience`` looks at the validation loss brought nothing better."""
+    return bool(log.validation) and log.validation[-1][0] - log.best_step >= settings.patience * settings.validate_every
 
 
 def _check_finite(log: TrainLog, label: str) -> None:

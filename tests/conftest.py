@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests: no network, one thread, one tiny base encoder."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+import json
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+NORMALISATION = {"image_mean": [0.5, 0.45, 0.4], "image_std": [0.25, 0.24, 0.23]}
+"""Of the tiny base; unlike ImageNet's, so that a test sees whether the file was read."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """An empty cache of this session's own, as SIMOMERGE_CACHE."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMOMERGE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """The folder of a random Dinov2Model: 32 channels, 4 blocks, patches of 8 pixels. Do not write into it."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    config = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        patch_size=8,
+        image_size=80,
+        mlp_ratio=2,
+        layerscale_value=1.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Dinov2Model(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(NORMALISATION))
+    return folder
+
+
+@pytest.fixture
+def make_model(tiny_base):
+    """``make_model(tasks, head="linear", seed=0)``: a SimoModel on the tiny base.
+
+    ``tasks`` is a mapping of names to Tasks, or an iterable of Tasks. Heads differ with the seed.
+    """
+    from simomerge.encoders import load_encoder
+    from simomerge.heads import build_head
+    from simomerge.model import SimoModel
+
+    def make(tasks, head="linear", seed=0):
+        tasks = dict(tasks) if hasattr(tasks, "keys") else {task.name: task for task in tasks}
+        encoder = load_encoder(tiny_base)
+        settings = {"dpt": {"fusion_channels": 8}}.get(head)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            heads = {name: build_head(head, encoder.channels, t.channels, settings) for name, t in tasks.items()}
+        return SimoModel(encoder, tasks, heads).eval()
+
+    return make

@@ -1,0 +1,229 @@
+"""The interface of all datasets, on rooms: samples, subsets, mirroring, crossing processes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from simomerge.datasets import DenseDataset, load_data, random_flip
+from simomerge.errors import InputError
+from simomerge.tasks import KINDS, Task
+
+SIZE = (24, 32)
+
+
+@pytest.fixture(scope="module")
+def rooms() -> DenseDataset:
+    return load_data("rooms", split="train", count=8, size=SIZE)
+
+
+class Decides:
+    """A generator that mirrors, or does not."""
+
+    def __init__(self, mirrors: bool) -> None:
+        self.value = 0.75 if mirrors else 0.25
+
+    def random(self) -> float:
+        return self.value
+
+
+def sample_of_every_kind() -> tuple[dict[str, Task], dict[str, Tensor]]:
+    tasks = {kind: Task(kind, kind, classes=("a", "b", "c")) for kind in KINDS}
+    generator = torch.Generator().manual_seed(0)
+    sample: dict[str, Tensor] = {"image": torch.rand(3, 4, 6, generator=generator)}
+    for name, task in tasks.items():
+        if task.kind == "segmentation":
+            sample[name] = torch.randint(-1, 3, (4, 6), generator=generator)
+        else:
+            sample[name] = torch.randn(task.channels, 4, 6, generator=generator)
+    return tasks, sample
+
+
+# Mirroring ----------------------------------------------------------------------------------------------
+
+
+def test_mirroring_reverses_the_columns_of_everything_and_negates_the_x_of_normals() -> None:
+    tasks, sample = sample_of_every_kind()
+    flipped = random_flip(tasks, sample, Decides(True))
+    assert flipped.keys() == sample.keys()
+    for name, value in sample.items():
+        expected = torch.from_numpy(np.ascontiguousarray(value.numpy()[..., ::-1]))
+        if name == "normals":
+            expected = expected * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
+        assert torch.equal(flipped[name], expected), name
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_the_same_decision_twice_is_no_change(mirrors: bool) -> None:
+    tasks, sample = sample_of_every_kind()
+    before = {name: value.clone() for name, value in sample.items()}
+    twice = random_flip(tasks, random_flip(tasks, sample, Decides(mirrors)), Decides(mirrors))
+    assert all(torch.equal(twice[name], before[name]) for name in before)
+    assert all(torch.equal(sample[name], before[name]) for name in before)  # and the sample given is as it was
+
+
+def test_normals_of_any_name_are_mirrored_and_half_of_the_samples_are() -> None:
+    tasks = {"surface": Task("surface", "normals")}
+    sample = {"surface": torch.ones(3, 2, 2)}
+    signs = [float(random_flip(tasks, sample, np.random.default_rng(seed))["surface"][0, 0, 0]) for seed in range(400)]
+    assert 150 < signs.count(-1.0) < 250 and set(signs) == {1.0, -1.0}
+
+
+def test_a_mirrored_room_is_the_room_in_a_mirror(rooms: DenseDataset) -> None:
+    """A point to the left of the camera with a normal to the left has, mirrored, one to the right."""
+    sample = rooms[0]
+    flipped = random_flip(rooms.tasks, sample, Decides(True))
+    left, right = sample["normals"][:, :, 3], flipped["normals"][:, :, SIZE[1] - 1 - 3]
+    assert torch.equal(left[0], -right[0]) and torch.equal(left[1:], right[1:])
+    assert float(left[0].abs().max()) > 0
+
+
+# Samples ------------------------------------------------------------------------------------------------
+
+
+def samples(rooms: DenseDataset) -> Iterator[dict[str, Any]]:
+    return (rooms[index] for index in range(len(rooms)))
+
+
+def in_range(values: Tensor, low: float, high: float) -> bool:
+    return bool(((values >= low) & (values <= high)).all())
+
+
+def test_samples_have_the_documented_types_and_shapes(rooms: DenseDataset) -> None:
+    for sample in samples(rooms):
+        assert set(sample) == {"image", *rooms.tasks}
+        assert sample["image"].dtype == torch.float32 and sample["image"].shape == (3, *SIZE)
+        for name, task in rooms.tasks.items():
+            target = sample[name]
+            if task.kind == "segmentation":
+                assert target.dtype == torch.int64 and target.shape == SIZE
+            else:
+                assert target.dtype == torch.float32 and target.shape == (task.channels, *SIZE)
+
+
+def test_values_are_in_the_ranges_of_their_kinds(rooms: DenseDataset) -> None:
+    for sample in samples(rooms):
+        for name in ("image", "autoencoder", "texture", "keypoints", "edges"):
+            assert in_range(sample[name], 0, 1), name
+        assert set(sample["edges"].unique().tolist()) <= {0.0, 1.0}
+        assert in_range(sample["depth"], 0.05, 50)
+        assert in_range(sample["segmentation"], 0, len(rooms.tasks["segmentation"].classes) - 1)
+        assert torch.equal(sample["autoencoder"], sample["image"])
+    assert float(rooms[0]["image"].max()) > 0.5  # not left as fractions of 255
+
+
+def test_normals_are_unit_vectors(rooms: DenseDataset) -> None:
+    for sample in samples(rooms):
+        length = sample["normals"].norm(dim=0)
+        torch.testing.assert_close(length, torch.ones(SIZE), atol=1e-5, rtol=0)
+
+
+def test_targets_are_read_without_the_image(rooms: DenseDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = rooms[2]["depth"]
+    monkeypatch.setattr(type(rooms), "image", lambda self, index: pytest.fail("decoded an image"))
+    targets = rooms.targets(2, ["depth", "normals"])
+    assert list(targets) == ["depth", "normals"] and torch.equal(targets["depth"], expected)
+
+
+def test_a_sample_may_be_changed_without_changing_the_dataset(rooms: DenseDataset) -> None:
+    first = rooms[1]
+    kept = {name: value.clone() for name, value in first.items()}
+    for value in first.values():
+        value.zero_()
+    assert all(torch.equal(rooms[1][name], value) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("index", [8, 100, -1])
+def test_an_index_outside_ends_an_iteration(rooms: DenseDataset, index: int) -> None:
+    with pytest.raises(IndexError):
+        rooms[index]
+
+
+# Subsets ------------------------------------------------------------------------------------------------
+
+
+def test_select_keeps_the_images_and_the_order_asked_for(rooms: DenseDataset) -> None:
+    chosen = rooms.select(["normals", "depth"])
+    assert list(chosen[3]) == ["image", "normals", "depth"] and len(chosen) == len(rooms)
+    assert torch.equal(chosen[3]["normals"], rooms[3]["normals"])
+    assert len(rooms.tasks) == 7  # the dataset it came from has all of them still
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["deph"], "did you mean 'depth'"),
+        (["depth", "depth"], "given twice"),
+        (["optical flow"], "There are: segmentation, depth"),
+    ],
+)
+def test_select_refuses_unknown_and_repeated_names(rooms: DenseDataset, names: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rooms.select(names)
+
+
+def test_first_gives_the_first_images(rooms: DenseDataset) -> None:
+    few = rooms.first(3)
+    assert len(few) == 3 and len(rooms) == 8
+    assert torch.equal(few[2]["image"], rooms[2]["image"])
+    with pytest.raises(IndexError):
+        few[3]
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_first_refuses_more_than_there_is(rooms: DenseDataset, count: int) -> None:
+    with pytest.raises(InputError, match=r"images asked for; the split has 8"):
+        rooms.first(count)
+
+
+# Crossing processes -------------------------------------------------------------------------------------
+
+
+def test_a_pickle_maps_the_same_files_instead_of_copying_them(rooms: DenseDataset) -> None:
+    view = rooms.first(5).select(["depth", "segmentation"])
+    data = pickle.dumps(view)
+    assert len(data) < 4000  # one image alone is more
+    again = pickle.loads(data)
+    assert len(again) == 5 and list(again.tasks) == ["depth", "segmentation"]
+    assert all(torch.equal(again[4][name], value) for name, value in view[4].items())
+
+    def file_of(dataset: Any) -> str:
+        array = dataset.arrays["depth"]
+        while not hasattr(array, "filename"):
+            array = array.base
+        return str(array.filename)
+
+    assert file_of(again) == file_of(rooms)
+
+
+# Finding ------------------------------------------------------------------------------------------------
+
+
+def test_load_data_selects_tasks_and_counts() -> None:
+    data = load_data("rooms", split="val", count=3, tasks="depth,edges", size=SIZE)
+    assert len(data) == 3 and list(data.tasks) == ["depth", "edges"]
+
+
+def test_splits_have_other_images(rooms: DenseDataset) -> None:
+    other = load_data("rooms", split="val", count=3, size=SIZE)
+    assert not torch.equal(other[0]["image"], rooms[0]["image"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spec": "room"}, "unknown dataset 'room'; there is: rooms"),
+        ({"spec": "nyuv2:/data"}, "unknown dataset 'nyuv2'"),
+        ({"spec": "rooms", "split": "tets", "count": 2}, "split"),
+        ({"spec": "rooms", "count": -2}, "count"),
+    ],
+)
+def test_load_data_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_data(**arguments)

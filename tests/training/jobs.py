@@ -1,0 +1,39 @@
+"""Jobs that worker processes can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from simomerge.errors import InputError
+
+
+def square(number: float, progress: Any, seconds: float = 0.0) -> float:
+    time.sleep(seconds)
+    progress(f"square {number}", 1, 1, "done")
+    return number * number
+
+
+def process_and_threads(progress: Any) -> tuple[int, int]:
+    import torch
+
+    return os.getpid(), torch.get_num_threads()
+
+
+def refuse(progress: Any) -> None:
+    raise InputError("the loss is nan; lower the learning rate.")
+
+
+def break_down(progress: Any) -> None:
+    raise KeyError("no such thing")
+
+
+def be_killed(progress: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(seconds: float, progress: Any) -> None:
+    progress("sleeping", 0, 1, "")
+    time.sleep(seconds)

@@ -1,0 +1,127 @@
+"""Features on disk: what the encoder gives, memory-mapped, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simomerge.datasets import DenseDataset
+from simomerge.datasets.batches import ordered_batches
+from simomerge.encoders import Encoder, load_encoder
+from simomerge.errors import InputError
+from simomerge.tasks import Task
+from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_base: Path) -> Encoder:
+    return load_encoder(tiny_base).requires_grad_(False)
+
+
+@pytest.fixture
+def cache(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> Path:
+    return cache_features(encoder, rooms, tmp_path / "features", batch_size=5)
+
+
+def test_they_equal_the_encoder_s_output_within_half_precision(
+    encoder: Encoder, rooms: DenseDataset, cache: Path
+) -> None:
+    cached = CachedFeatures(cache, rooms, ["depth", "segmentation"])
+    (images,) = ordered_batches(rooms.select(["depth", "segmentation"]), 100)
+    (batch,) = ordered_batches(cached, 100)
+    expected, got = encoder(images["image"]), cached.features(batch)
+    assert (got.image_size, got.padded_size) == (expected.image_size, expected.padded_size) == ((24, 32), (24, 32))
+    assert len(got) == len(rooms) and len(got.maps) == len(got.cls) == 4
+    for ours, theirs in zip((*got.maps, *got.cls), (*expected.maps, *expected.cls), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    assert set(batch) == {"maps", "cls", "depth", "segmentation"}
+    assert torch.equal(batch["depth"], images["depth"])
+
+
+def test_an_image_of_odd_size_is_cropped_back(encoder: Encoder, tmp_path: Path) -> None:
+    from simomerge.datasets import load_data
+
+    odd = load_data("rooms", split="train", count=3, size=(20, 30), tasks="depth")
+    cached = CachedFeatures(cache_features(encoder, odd, tmp_path / "odd"), odd, ["depth"])
+    assert (cached.image_size, cached.padded_size) == ((20, 30), (24, 32))
+    head = fresh_head(encoder, odd.tasks["depth"], odd)
+    (batch,) = ordered_batches(cached, 3)
+    (images,) = ordered_batches(odd, 3)
+    expected = odd.tasks["depth"].loss(head.eval()(encoder(images["image"]))[..., :20, :30], images["depth"])
+    assert float(cached.head_losses(odd.tasks["depth"], head, batch)["depth"]) == pytest.approx(
+        float(expected), rel=1e-3
+    )
+
+
+def test_they_are_memory_mapped_and_in_half_precision(rooms: DenseDataset, cache: Path) -> None:
+    cached = CachedFeatures(cache, rooms, [])
+    for array in (*cached.maps, *cached.cls):
+        assert isinstance(array, np.memmap) and array.dtype == np.float16 and not array.flags.writeable
+    sample = cached[0]
+    sample["maps"][0].zero_()
+    assert float(cached[0]["maps"][0].abs().max()) > 0  # a sample is a copy
+
+
+def test_a_dataset_of_another_length_is_refused(rooms: DenseDataset, cache: Path) -> None:
+    with pytest.raises(InputError, match="features of 12 images, but the dataset has 7"):
+        CachedFeatures(cache, rooms.first(7), ["depth"])
+
+
+def test_targets_are_not_decoded_while_encoding(
+    encoder: Encoder, rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(rooms), "targets", lambda *_: pytest.fail("read a target"))
+    assert cache_features(encoder, rooms, tmp_path / "features").is_dir()
+
+
+def test_progress_counts_images(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:
+    lines: list[Any] = []
+    cache_features(encoder, rooms, tmp_path / "f", 5, label="base", progress=lambda *line: lines.append(line[:3]))
+    assert lines == [("base", 5, 12), ("base", 10, 12), ("base", 12, 12)]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    encoder: Encoder, rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    with pytest.raises(InputError, match=r"the features of 12 images need .* GB, .* GB are free; use fewer images"):
+        cache_features(encoder, rooms, tmp_path / "features")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_cache_that_was_interrupted(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:
+    def stop(label: str, done: int, total: int, note: str = "") -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(encoder, rooms, tmp_path / "features", batch_size=4, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("task_name", ["depth", "segmentation"])
+def test_a_head_trained_on_them_is_the_head_trained_through_the_frozen_encoder(
+    encoder: Encoder, rooms: DenseDataset, cache: Path, task_name: str
+) -> None:
+    task: Task = rooms.tasks[task_name]
+    settings = TrainSettings(steps=15, batch_size=4, lr=1e-2, seed=5)
+    fresh: Callable[[], Any] = lambda: fresh_head(encoder, task, rooms, seed=2)  # noqa: E731
+    start, cached_head, direct_head = (
+        torch.nn.utils.parameters_to_vector(fresh().parameters()),
+        fresh(),
+        fresh(),
+    )
+    train_head(cached_head, task, CachedFeatures(cache, rooms, [task_name]), settings)
+    data = rooms.select([task_name])
+    fit(direct_head, lambda b: {task_name: task.loss(direct_head(encoder(b["image"])), b[task_name])}, data, settings)
+    one, other = (torch.nn.utils.parameters_to_vector(head.parameters()) for head in (cached_head, direct_head))
+    assert float((one - start).norm()) > 0.1
+    assert float((one - other).norm()) < 0.05 * float((one - start).norm())

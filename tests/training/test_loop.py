@@ -1,0 +1,334 @@
+"""The one training loop: what it minimises, when it stops, what it keeps, how it goes on after a kill."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simomerge.datasets.batches import training_batches
+from simomerge.errors import InputError
+from simomerge.training import TrainLog, TrainSettings, fit
+from simomerge.training.loop import _State, validation_loss
+
+
+class Points:
+    """A little regression problem; ``role`` tells training from validation samples."""
+
+    def __init__(self, count: int = 24, role: int = 0) -> None:
+        generator = torch.Generator().manual_seed(role)
+        self.x = torch.randn(count, 3, generator=generator)
+        self.y = torch.sin(self.x.sum(1, keepdim=True)) + 5
+        self.role = role
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "y": self.y[index], "role": torch.tensor(self.role)}
+
+
+class Scalar(nn.Module):
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([value]))
+
+
+class WithEncoder(nn.Module):
+    """Named as a SimoModel is, so that the encoder may have its own learning rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.ModuleDict({"backbone": nn.Linear(3, 8)})
+        self.head = nn.Sequential(nn.Tanh(), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder["backbone"](x))
+
+
+def regression(module: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]]:
+    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        error = module(batch["x"]) - batch["y"]
+        return {"square": error.square().mean(), "absolute": error.abs().mean()}
+
+    return losses
+
+
+def jitter(sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+    return {**sample, "x": sample["x"] + 0.1 * torch.from_numpy(generator.standard_normal(3)).float()}
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+# What it does -------------------------------------------------------------------------------------------
+
+
+def test_it_finds_the_minimum_of_a_quadratic() -> None:
+    module, target = Scalar(), 3.0
+    log = fit(module, lambda batch: {"q": (module.w - target).square().sum()}, Points(), TrainSettings(150, 4, lr=0.2))
+    assert abs(float(module.w.detach()) - target) < 0.02
+    assert (log.steps, log.samples, log.validation, log.best_step) == (150, 600, [], 0)
+    assert log.losses["q"] < 1e-3 and log.seconds > 0
+    assert not module.training
+
+
+def test_it_is_adamw_with_one_cycle_and_clipping_to_the_last_digits() -> None:
+    """Compared with a loop written out in plain torch: groups, warm-up, clipping, mean of the task losses."""
+    steps, clip = 30, 0.5
+    settings = TrainSettings(steps, 8, lr=2e-2, encoder_lr=5e-3, weight_decay=0.1, warmup=0.3, clip=clip, seed=4)
+    trained, reference = WithEncoder(), WithEncoder()
+    fit(trained, regression(trained), Points(), settings, transform=jitter)
+
+    backbone, last, norm = reference.encoder["backbone"], reference.head[2], reference.head[1]
+    groups = [
+        {"params": [backbone.weight], "lr": 5e-3, "weight_decay": 0.1},
+        {"params": [backbone.bias], "lr": 5e-3, "weight_decay": 0.0},
+        {"params": [norm.weight, norm.bias, last.bias], "lr": 2e-2, "weight_decay": 0.0},
+        {"params": [last.weight], "lr": 2e-2, "weight_decay": 0.1},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=0.3)
+    rates, norms = [], []
+    reference.train()
+    for batch in training_batches(Points(), 8, steps, seed=4, transform=jitter):
+        parts = regression(reference)(batch)
+        ((parts["square"] + parts["absolute"]) / 2).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(reference.parameters(), clip)))
+        rates.append(optimizer.param_groups[3]["lr"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    assert min(norms) < clip < max(norms) or min(norms) > clip  # clipping had something to do
+    assert rates[0] < 2e-2 / 20 and np.argmax(rates) in (8, 9) and rates[-1] < 1e-3  # and so had the warm-up
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value, atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("change", [{"clip": 0.05}, {"warmup": 0.5}, {"weight_decay": 0.5}, {"seed": 1}, {"lr": 1e-2}])
+def test_every_setting_has_an_effect(change: dict[str, Any]) -> None:
+    finals = []
+    for changed in ({}, change):
+        module = WithEncoder()
+        settings = {"steps": 6, "batch_size": 8, "lr": 2e-2, **changed}
+        fit(module, regression(module), Points(), TrainSettings(**settings))
+        finals.append(module.head[2].weight.detach())
+    assert not torch.allclose(*finals, atol=1e-6)
+
+
+def test_frozen_parameters_are_not_touched() -> None:
+    module = WithEncoder()
+    module.encoder.requires_grad_(False)
+    before = weights(module)
+    fit(module, regression(module), Points(), TrainSettings(5, 8, lr=0.1))
+    after = module.state_dict()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("encoder"), name
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    module = WithEncoder().requires_grad_(False)
+    with pytest.raises(InputError, match="nothing to train"):
+        fit(module, regression(module), Points(), TrainSettings(2))
+
+
+def test_progress_shows_steps_and_losses() -> None:
+    module, lines = WithEncoder(), []
+    fit(
+        module, regression(module), Points(), TrainSettings(25, 8), label="regress", progress=lambda *a: lines.append(a)
+    )
+    assert [line[:3] for line in lines] == [("regress", 10, 25), ("regress", 20, 25), ("regress", 25, 25)]
+    assert "square " in lines[0][3] and "img/s" in lines[0][3]
+
+
+# Validation and early stop ------------------------------------------------------------------------------
+
+
+def climbing(module: Scalar) -> Callable[[Mapping[str, Any]], dict[str, Tensor]]:
+    """Training pushes w up for ever; validation would have it at 1."""
+
+    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"w": (module.w - 1).square().sum() if batch["role"].float().mean() > 0 else -module.w.sum()}
+
+    return losses
+
+
+def test_it_stops_when_validation_is_flat_and_keeps_the_best_weights() -> None:
+    module = Scalar()
+    settings = TrainSettings(400, 4, lr=0.05, validate_every=5, patience=3)
+    lines: list[Any] = []
+    log = fit(module, climbing(module), Points(), settings, Points(6, role=1), progress=lambda *a: lines.append(a))
+    looks = dict(log.validation)
+    assert list(looks) == list(range(5, log.steps + 1, 5))
+    assert log.best_step == min(looks, key=looks.get) and looks[log.best_step] < 0.05
+    assert log.steps == log.best_step + 15 < 400
+    assert validation_loss(module, climbing(module), Points(6, role=1)) == pytest.approx(looks[log.best_step], abs=1e-7)
+    assert lines[-1][1:3] == (400, 400) and f"stopped at step {log.steps}" in lines[-1][3]
+
+
+def test_the_last_step_is_looked_at_too_and_can_win() -> None:
+    module = Scalar()
+    settings = TrainSettings(13, 4, lr=0.01, validate_every=5, patience=3)
+    log = fit(module, climbing(module), Points(), settings, Points(6, role=1))
+    assert [step for step, _ in log.validation] == [5, 10, 13] and log.best_step == log.steps == 13
+
+
+def test_validation_is_the_mean_over_samples_whatever_the_batches() -> None:
+    module = WithEncoder().eval()
+    data, losses = Points(10), regression(module)
+    whole = validation_loss(module, losses, data, batch_size=10)
+    assert validation_loss(module, losses, data, batch_size=4) == pytest.approx(whole, rel=1e-5)
+    module.train()
+    before = weights(module)
+    validation_loss(module, losses, data)
+    assert module.training
+    assert_same(before, module.state_dict())  # running statistics are not those of validation images
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_task_and_step(value: float) -> None:
+    module, calls = WithEncoder(), []
+
+    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        calls.append(1)
+        good = module(batch["x"]).square().mean()
+        return {"normals": good, "depth": good * (value if len(calls) == 20 else 1.0)}
+
+    with pytest.raises(InputError, match=rf"expert: the loss of 'depth' is {value} at step 20; lower the learning"):
+        fit(module, losses, Points(), TrainSettings(40, 8), label="expert")
+
+
+# Going on after a kill ----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step: int) -> Callable[..., None]:
+    def progress(label: str, done: int, total: int, note: str = "") -> None:
+        if done >= step:
+            raise Killed
+
+    return progress
+
+
+@pytest.fixture
+def eager_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_State, "save_once_in_a_while", lambda self, log: self.save(log))
+
+
+SETTINGS = TrainSettings(40, 8, lr=1e-2, warmup=0.2, validate_every=7, patience=4, seed=3)
+
+
+def train(state_file: Path | None, progress: Callable[..., None] | None = None) -> tuple[dict[str, Tensor], TrainLog]:
+    module = WithEncoder()
+    module.encoder["backbone"].bias.requires_grad_(False)
+    more = {"progress": progress} if progress else {}
+    log = fit(module, regression(module), Points(), SETTINGS, Points(9, 1), jitter, state_file, **more)
+    return weights(module), log
+
+
+@pytest.mark.usefixtures("eager_state")
+@pytest.mark.parametrize("step", [10, 20, 30, 40])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(step: int, tmp_path: Path) -> None:
+    expected, straight = train(None)
+    with pytest.raises(Killed):
+        train(tmp_path / "deep" / "state.pt", killed_at(step))
+    got, log = train(tmp_path / "deep" / "state.pt")
+    assert_same(expected, got)
+    assert (log.steps, log.samples, log.best_step) == (straight.steps, straight.samples, straight.best_step)
+    assert log.validation == straight.validation and log.seconds > 0
+
+
+@pytest.mark.usefixtures("eager_state")
+def test_a_run_killed_twice_goes_on_both_times(tmp_path: Path) -> None:
+    expected, _ = train(None)
+    seen: list[int] = []
+    for step in (10, 30):
+        with pytest.raises(Killed):
+            train(tmp_path / "state.pt", killed_at(step))
+    got, _ = train(tmp_path / "state.pt", lambda label, done, total, note="": seen.append(done))
+    assert_same(expected, got)
+    assert min(seen) >= 30  # what was done is not done again
+
+
+@pytest.mark.usefixtures("eager_state")
+def test_a_run_that_had_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    settings = TrainSettings(400, 4, lr=0.05, validate_every=5, patience=3)
+    ends = []
+    for _ in range(2):
+        module = Scalar()
+        state = tmp_path / "state.pt"
+        log = fit(module, climbing(module), Points(), settings, Points(6, role=1), state_file=state)
+        ends.append((float(module.w.detach()), log.steps, log.best_step, log.validation))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.usefixtures("eager_state")
+def test_the_state_holds_no_frozen_weights_and_no_code(tmp_path: Path) -> None:
+    train(tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert "encoder.backbone.weight" in state["module"] and "encoder.backbone.bias" not in state["module"]
+    assert "head.1.running_mean" in state["module"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "state.pt"]
+
+
+def test_the_best_weights_are_a_copy() -> None:
+    module = WithEncoder()
+    state = _State(module, None, None, None)
+    state.keep_best()
+    kept = copy.deepcopy(state.best)
+    with torch.no_grad():
+        module.head[2].weight.add_(1)
+    assert kept is not None and state.best is not None
+    assert_same(kept, state.best)
+
+
+# Settings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("validate_every", -1),
+        ("patience", 0),
+        ("lr", 0.0),
+        ("lr", -1e-3),
+        ("lr", float("nan")),
+        ("encoder_lr", -1e-3),
+        ("encoder_lr", 0.0),
+        ("weight_decay", -0.1),
+        ("clip", 0.0),
+        ("warmup", -0.1),
+        ("warmup", 1.0),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"training: {name}={value}; use"):
+        TrainSettings(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("warmup", 0.0), ("validate_every", 0), ("steps", 1), ("clip", 1e9)])
+def test_a_setting_at_the_edge_of_its_range_trains(name: str, value: float) -> None:
+    module = WithEncoder()
+    before = weights(module)
+    fit(module, regression(module), Points(), TrainSettings(**{"steps": 2, "batch_size": 100, name: value}))
+    assert not torch.equal(before["head.2.weight"], module.head[2].weight)
