@@ -202,5 +202,5 @@ def test_the_size_limit_holds_for_arrays_and_tensors(picture, monkeypatch):
     assert to_tensor(picture).shape == (1, 3, 9, 14)
     monkeypatch.setattr(images, "MAX_PIXELS", 9 * 14 - 1)
     for form in (picture, torch.from_numpy(picture).permute(2, 0, 1), Image.fromarray(picture)):
-        with pytest.raises(InputError, match="14 x 9 pixels.*resize it"):
+        with pytest.raises(InputError, match=r"14 x 9 pixels.*resize it"):
             to_tensor(form)

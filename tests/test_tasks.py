@@ -98,6 +98,17 @@ def test_losses_are_computed_in_float32_even_for_half_logits(task):
     assert loss.item() == pytest.approx(task.loss(half.float(), target).item(), rel=1e-6)
 
 
+@EVERY
+def test_one_valid_pixel_is_its_own_mean(task):
+    logits, target, valid = sample(task)
+    image, row, column = valid.nonzero()[0].tolist()
+    alone = invalidate(task, target)
+    alone[image, ..., row, column] = target[image, ..., row, column]
+    pixel = target[image, row, column] if task is SEG else target[image, :, row, column].tolist()
+    terms = loss_of_pixel(task, logits[image, :, row, column].tolist(), pixel)
+    assert task.loss(logits, alone).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
 def test_normals_loss_is_zero_at_the_target_whatever_the_length_and_two_opposite():
     _, target, _ = sample(TASKS["normals"], invalid=False)
     loss = TASKS["normals"].loss

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def merge(
         raise InputError(f"scale {scale!r}: give a number, or 'auto' with validation data.")
     if scale is not None:
         parameters["scale"] = scale
-    chosen = get_method(method, **parameters) if isinstance(method, str) else method
+    chosen = _with_parameters(method, parameters)
     experts = check_experts(base, experts)
     return _assemble(base, experts, chosen)
 
@@ -111,8 +111,11 @@ def search_scale(
         baseline: the experts' scores on it, where they are known already.
 
     Raises:
-        InputError: no validation data, or it lacks a task.
+        InputError: no validation data, or it lacks a task; no scales, or a method without one.
     """
+    if not scales:
+        raise InputError("scale='auto': give at least one scale to try.")
+    _with_parameters(method, {**parameters, "scale": scales[0]})  # told before any model is evaluated
     if validation is None:
         raise InputError("scale='auto' chooses on labelled validation data: give validation=, or a number as scale.")
     experts = check_experts(base, experts)
@@ -125,8 +128,7 @@ def search_scale(
     search.normalised = {name: [] for name in experts}
     best = -math.inf
     for done, scale in enumerate(scales, start=1):
-        chosen = get_method(method, scale=scale, **parameters) if isinstance(method, str) else method
-        model = _assemble(base, experts, chosen)
+        model = _assemble(base, experts, _with_parameters(method, {**parameters, "scale": scale}))
         scores = evaluate(model, validation)
         search.delta_mtl.append(delta_mtl(scores, baseline, model.tasks))
         for name, value in normalised_performance(scores, baseline, model.tasks).items():
@@ -163,6 +165,16 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
                 raise InputError(f"experts {first!r} and {task!r} differ in {what}: {theirs} and {ours}.")
     _check_base(base, named)
     return named
+
+
+def _with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) -> MergeMethod:
+    """The method of that name, or the method given, with these parameters."""
+    if isinstance(method, str):
+        return get_method(method, **parameters)
+    unknown = [name for name in parameters if name not in {spec.name for spec in fields(method)}]
+    if unknown:
+        raise InputError(f"The merge method '{method.name}' has no parameter '{unknown[0]}'.")
+    return replace(method, **parameters)
 
 
 def _with_task(expert: SimoModel, task: str) -> SimoModel:

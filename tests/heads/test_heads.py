@@ -84,7 +84,7 @@ class TestEveryHead:
         with torch.no_grad():
             head.output.weight.zero_()
             logits = head.eval()(random_features())
-        assert torch.equal(logits, values.view(1, 3, 1, 1).expand(2, 3, 24, 40))
+        torch.testing.assert_close(logits, values.view(1, 3, 1, 1).expand(2, 3, 24, 40), rtol=1e-6, atol=0)
 
     def test_samples_of_a_batch_do_not_mix_when_it_predicts(self, head):
         features = random_features()
@@ -141,6 +141,45 @@ def test_linear_head_brings_maps_of_other_sizes_to_the_first():
     head = LinearHead([6, 6], 2).eval()
     with torch.no_grad():
         torch.testing.assert_close(head(coarse), head(spread))
+
+
+# DPT ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (4, 2)])
+def test_dpt_head_is_reassemble_and_fuse_written_out_from_its_tensors(grid):
+    padded = (8 * grid[0], 8 * grid[1])
+    features = random_features(grid=grid, padded=padded, image=padded)
+    head = build_head("dpt", CHANNELS, 3, {"fusion_channels": 8}).eval()
+    p = head.state_dict()
+
+    def conv(name, x, **options):
+        return F.conv2d(x, p[f"{name}.weight"], p[f"{name}.bias"], **options)
+
+    def residual(name, x):
+        inner = conv(f"{name}.first", x.relu(), padding=1)
+        return x + conv(f"{name}.second", inner.relu(), padding=1)
+
+    def resize(x, size):
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+    stages = []
+    for i, (patches, cls) in enumerate(zip(features.maps, features.cls, strict=True)):
+        readout = cls @ p[f"readouts.{i}.weight"].T  # the CLS readout 'add'
+        stages.append(conv(f"projects.{i}", patches) + readout[:, :, None, None])
+    for i, stride in ((0, 4), (1, 2)):
+        stages[i] = F.conv_transpose2d(stages[i], p[f"resizes.{i}.weight"], p[f"resizes.{i}.bias"], stride=stride)
+    stages[3] = conv("resizes.3", stages[3], stride=2, padding=1)
+    path = stages[3]
+    for i in (3, 2, 1, 0):
+        if i < 3:
+            path = path + residual(f"fusions.{i}.skip", stages[i])
+        path = conv(f"fusions.{i}.project", residual(f"fusions.{i}.refine", path))
+        path = resize(path, stages[max(i - 1, 0)].shape[-2:])
+    path = resize(conv("smooth", path, padding=1), padded)
+    expected = conv("output", conv("refine", path, padding=1).relu())
+    with torch.no_grad():
+        torch.testing.assert_close(head(features), expected, rtol=1e-4, atol=1e-5)
 
 
 # Sizes in the paper -------------------------------------------------------------------------------------

@@ -37,3 +37,9 @@ def be_killed(progress: Any) -> None:
 def sleep(seconds: float, progress: Any) -> None:
     progress("sleeping", 0, 1, "")
     time.sleep(seconds)
+
+
+def sleep_in_worker(seconds: float) -> None:
+    from simomerge.training.workers import _run_job
+
+    _run_job(sleep, {"seconds": seconds})

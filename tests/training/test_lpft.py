@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from simomerge.training import lpft as lpft_function
 
 PROBE = TrainSettings(steps=4, batch_size=4, lr=1e-2)
 TUNE = TrainSettings(steps=3, batch_size=4, lr=1e-2, encoder_lr=1e-3)
-MODULE = __import__("sys").modules[lpft_function.__module__]
+MODULE = sys.modules[lpft_function.__module__]
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -53,7 +54,6 @@ def test_the_first_phase_leaves_the_base_and_the_second_moves_it(
         assert not same(between["heads"][name], weights(model.heads[name]))
     after = weights(model.encoder)
     moved = {name for name in base if not torch.equal(base[name], after[name])}
-    assert {f"backbone.encoder.layer.{block}" in name for block in range(4) for name in moved} == {True, False}
     assert all(any(f".layer.{block}." in name for name in moved) for block in range(4))
 
 

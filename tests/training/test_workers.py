@@ -76,7 +76,7 @@ def test_no_jobs_give_no_results(pool: WorkerPool) -> None:
 
 
 def test_a_killed_worker_is_explained() -> None:
-    with WorkerPool(2) as doomed, pytest.raises(InputError, match="killed.*memory; try --workers 1"):
+    with WorkerPool(2) as doomed, pytest.raises(InputError, match=r"killed.*memory; try --workers 1"):
         doomed.run([(jobs.be_killed, {}), (jobs.square, {"number": 2})])
 
 
@@ -84,14 +84,8 @@ def test_an_interruption_ends_the_workers_at_once() -> None:
     lines = Lines()
     with pytest.raises(KeyboardInterrupt), WorkerPool(2, lines) as pool:
         assert pool._pool is not None
-        pool._pool.submit(jobs_in_worker, 600.0)
+        pool._pool.submit(jobs.sleep_in_worker, 600.0)
         assert lines.came.wait(60)  # it sleeps now
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30
-
-
-def jobs_in_worker(seconds: float) -> None:
-    from simomerge.training.workers import _run_job
-
-    _run_job(jobs.sleep, {"seconds": seconds})

@@ -28,6 +28,8 @@ def realign(
     """
     if method not in REALIGNMENTS:
         raise InputError(f"unknown re-alignment {method!r}; choose one of: {', '.join(REALIGNMENTS)}.")
+    if not model.tasks:
+        raise InputError("the model has no heads to re-align; give a merged model.")
     return REALIGNMENTS[method](model, data, progress=progress, **options)
 
 

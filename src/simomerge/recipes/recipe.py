@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from simomerge.errors import InputError
+from simomerge.heads import HEADS
+from simomerge.merging import get_method
 from simomerge.training import TrainSettings
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
@@ -66,6 +68,10 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        for name in self.merges:
+            get_method(name)  # a misspelt name is told now, not after the training
+        if self.head not in HEADS:
+            raise InputError(f"recipe: unknown head {self.head!r}; choose one of: {', '.join(HEADS)}.")
         for row in self.realigned:
             merge, _, how = row.partition("+")
             if merge not in self.merges or how not in ("heads", "adapters"):

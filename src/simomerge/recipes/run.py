@@ -86,8 +86,8 @@ def run_recipe(
         workers: processes side by side; one per core by default.
 
     Returns:
-        The results: what ``results.json`` holds (see docs/formats.md). It is written to the folder, beside
-        ``gallery.npz`` with the pictures of the report.
+        The results: what ``results.json`` in the folder holds (see docs/formats.md), and under ``gallery`` the
+        pictures of the report.
     """
     folder = Path(folder).resolve()
     base = Path(base).resolve()

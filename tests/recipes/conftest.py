@@ -1,0 +1,66 @@
+"""One micro run, made once: two tasks, six steps, sixteen images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simomerge.recipes import Recipe, run, run_recipe
+from simomerge.training import TrainSettings, WorkerPool
+
+SHORT = TrainSettings(steps=6, batch_size=8, lr=5e-3)
+MICRO = Recipe(
+    tasks=("depth", "normals"),
+    train_images=16,
+    val_images=8,
+    test_images=8,
+    probe=SHORT,
+    tune=SHORT,
+    joint=SHORT,
+    heads=SHORT,
+    adapters=SHORT,
+    rank=2,
+    merges=("average", "task-arithmetic"),
+    realigned=("task-arithmetic+heads", "average+adapters"),
+    gallery=("experts", "task-arithmetic", "task-arithmetic+heads"),
+)
+
+
+@dataclass
+class Finished:
+    """A run folder, what it returned and the stages that were done for it."""
+
+    folder: Path
+    results: dict[str, Any]
+    stages: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the stages that are done from here on."""
+    names: list[str] = []
+    record(monkeypatch, names)
+    yield names
+
+
+def record(patch: pytest.MonkeyPatch, names: list[str]) -> None:
+    class Recording(WorkerPool):
+        def run(self, jobs: Sequence[Any]) -> list[Any]:
+            names.extend(arguments["label"] for _, arguments in jobs)
+            return super().run(jobs)
+
+    patch.setattr(run, "WorkerPool", Recording)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The micro run, done in this process. Do not write into it."""
+    folder, names = tmp_path_factory.mktemp("run") / "micro", []
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, names)
+        results = run_recipe(MICRO, tiny_base, folder, workers=1)
+    return Finished(folder, results, names)

@@ -1,0 +1,49 @@
+"""A recipe is checked when it is made."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from simomerge.errors import InputError
+from simomerge.recipes import ALL_TASKS, DEMO_TASKS, Recipe, demo_recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"realigned": ("tie+heads",)}, "row 'tie.heads' is not one of its merges"),
+        ({"realigned": ("ties+head",)}, "followed by .heads or .adapters"),
+        ({"realigned": ("ties",)}, "row 'ties'"),
+        ({"merges": ("average",)}, "row 'zero-shot.heads'"),
+        ({"merges": ("tie",), "realigned": ()}, "did you mean 'ties'"),
+        ({"head": "liner"}, "unknown head 'liner'; choose one of: linear, dpt"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"seeds": (1, 2, 1)}, "each once"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe(**changes)
+
+
+def test_a_recipe_is_plain_data() -> None:
+    recipe = Recipe(seeds=(0, 1))
+    assert json.loads(json.dumps(recipe.to_dict()))["probe"]["steps"] == recipe.probe.steps
+
+
+def test_the_demo_is_small_and_the_benchmark_larger() -> None:
+    demo, full = demo_recipe(), demo_recipe(ALL_TASKS, "dpt", seeds=3, full=True)
+    assert demo.tasks == DEMO_TASKS and demo.seeds == (0,) and demo.head_settings == {"subpixels": 4}
+    assert full.tasks == ALL_TASKS and full.seeds == (0, 1, 2) and full.head_settings == {"fusion_channels": 32}
+    assert full.train_images > demo.train_images and full.val_images == demo.val_images
+    for phase in ("probe", "tune", "joint", "heads", "adapters"):
+        assert getattr(full, phase).steps > getattr(demo, phase).steps
+    assert "zero-shot+heads" in demo.realigned  # the control: what re-alignment gives without a merge
+
+
+def test_no_seeds_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        demo_recipe(seeds=0)

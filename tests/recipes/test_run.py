@@ -1,0 +1,302 @@
+"""A run: its results, what a second run does again, and what is left of one that was killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simomerge.errors import InputError
+from simomerge.model import load
+from simomerge.recipes import Recipe, run_recipe
+from simomerge.recipes.run import Run, Stage, spread
+from simomerge.training import WorkerPool
+
+from .conftest import MICRO, SHORT, Finished
+
+ROWS = ["experts", "joint-mtl", *MICRO.merges, *MICRO.realigned]
+STAGES = 1 + 2 + 3 + 2 + 2 + 2 + 7  # features, probes, tunings, val scores, merges, re-alignments, test scores
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Path:
+    """The micro run, moved to another place."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "elsewhere"))
+
+
+def by_method(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in results["rows"]}
+
+
+def deltas(results: dict[str, Any]) -> dict[str, float]:
+    return {row["method"]: row["delta_mtl"]["mean"] for row in results["rows"]}
+
+
+# Results ------------------------------------------------------------------------------------------------
+
+
+def test_results_json_is_what_was_returned_and_has_no_nan(finished: Finished) -> None:
+    text = (finished.folder / "results.json").read_text()
+    stored = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
+    returned = {key: value for key, value in finished.results.items() if key != "gallery"}
+    assert stored == json.loads(json.dumps(returned))
+    assert set(stored) == {
+        *("format", "title", "created", "machine", "recipe", "tasks", "rows", "scale_curves", "notes"),
+        "seconds_of_this_call",
+    }
+    assert stored["format"] == 1 and stored["recipe"] == json.loads(json.dumps(MICRO.to_dict()))
+    assert stored["tasks"] == [
+        {"name": "depth", "metric": "abs_err", "unit": "m", "higher_is_better": False},
+        {"name": "normals", "metric": "mean_angle", "unit": "deg", "higher_is_better": False},
+    ]
+    assert {"cpu", "cores", "memory_gb", "python", "torch"} <= set(stored["machine"])
+
+
+def test_every_row_has_the_documented_entries(finished: Finished) -> None:
+    assert [row["method"] for row in finished.results["rows"]] == ROWS
+    for row in finished.results["rows"]:
+        assert set(row) == {
+            *("method", "delta_mtl", "metrics", "normalised", "all_metrics", "encoders", "parameters"),
+            *("seconds", "steps", "trained_parameters", "labelled_images"),
+        }
+        for number in (row["delta_mtl"], *row["metrics"].values(), *row["normalised"].values()):
+            assert number["std"] is None and number["per_seed"] == [number["mean"]]
+        assert set(row["metrics"]) == set(row["normalised"]) == set(row["all_metrics"]) == set(MICRO.tasks)
+
+
+def test_delta_mtl_follows_from_the_metrics(finished: Finished) -> None:
+    rows = by_method(finished.results)
+    experts = rows["experts"]["metrics"]
+    for method, row in rows.items():
+        ratios = {task: experts[task]["mean"] / row["metrics"][task]["mean"] for task in MICRO.tasks}  # errors, both
+        assert {task: row["normalised"][task]["mean"] for task in MICRO.tasks} == pytest.approx(ratios), method
+        gain = [100 * (1 - row["metrics"][task]["mean"] / experts[task]["mean"]) for task in MICRO.tasks]
+        assert row["delta_mtl"]["mean"] == pytest.approx(sum(gain) / 2), method
+    assert rows["experts"]["delta_mtl"]["mean"] == 0
+
+
+def test_costs_are_those_beyond_the_experts(finished: Finished) -> None:
+    rows = by_method(finished.results)
+    steps = {method: row["steps"] for method, row in rows.items()}
+    assert steps == {
+        "experts": 24,  # two heads probed, two experts tuned
+        "joint-mtl": 18,  # the same heads, one model
+        "average": 0,
+        "task-arithmetic": 0,
+        "task-arithmetic+heads": 12,
+        "average+adapters": 6,
+    }
+    assert [row["encoders"] for row in rows.values()] == [2, 1, 1, 1, 1, 1]
+    labelled = {method: row["labelled_images"] for method, row in rows.items()}
+    assert labelled == {
+        **{"experts": 16, "joint-mtl": 16, "average": 0, "task-arithmetic": 8},
+        **{"task-arithmetic+heads": 8, "average+adapters": 8},
+    }
+    trained = {method: row["trained_parameters"] for method, row in rows.items()}
+    assert trained["average"] == trained["task-arithmetic"] == 0
+    heads = trained["task-arithmetic+heads"]
+    assert trained["average+adapters"] == heads + 4 * 2 * 32 * 2 and trained["experts"] > trained["joint-mtl"] > heads
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_scale_curves_say_which_scale_was_chosen_and_why(finished: Finished) -> None:
+    curves, rows = finished.results["scale_curves"], by_method(finished.results)
+    assert list(curves) == ["task-arithmetic"]  # an average has no scale
+    curve = curves["task-arithmetic"]
+    assert curve["scales"] == [round(step / 10, 1) for step in range(11)]
+    assert len(curve["delta_mtl"]["mean"]) == 11 and set(curve["normalised"]) == set(MICRO.tasks)
+    best = curve["scales"][int(np.argmax(curve["delta_mtl"]["mean"]))]
+    assert curve["chosen"] == [best] == rows["task-arithmetic"]["parameters"]["scale"]
+    assert rows["task-arithmetic+heads"]["parameters"]["scale"] == [best] and rows["average"]["parameters"] == {}
+
+
+def test_the_gallery_shows_the_truth_and_the_rows_asked_for(finished: Finished) -> None:
+    gallery = finished.results["gallery"]
+    assert len(gallery) == 4
+    for entry in gallery:
+        assert set(entry["predictions"]) == set(MICRO.tasks)
+        for pictures in entry["predictions"].values():
+            assert list(pictures) == ["truth", *MICRO.gallery]
+            for picture in (entry["image"], *pictures.values()):
+                assert picture.shape == (64, 80, 3) and picture.dtype == np.uint8
+    assert not np.array_equal(gallery[0]["image"], gallery[1]["image"])
+
+
+def test_every_stage_was_done_once_and_leaves_a_loadable_model(finished: Finished, tiny_base: Path) -> None:
+    assert len(finished.stages) == len(set(finished.stages)) == STAGES
+    folders = sorted(path.name for path in (finished.folder / "stages").iterdir())
+    assert len(folders) == STAGES and not [name for name in folders if name.endswith((".work", ".tmp"))]
+    assert all((finished.folder / "stages" / name / "log.json").is_file() for name in folders)
+    base = load(tiny_base).encoder_fingerprint()
+    (expert,) = (finished.folder / "stages").glob("expert-depth-seed-0-*/model")
+    assert load(expert).provenance["base"] == {"source": "base", "fingerprint": base}
+    (joint,) = (finished.folder / "stages").glob("joint-mtl-seed-0-*/model")
+    assert list(load(joint).tasks) == ["depth", "normals"]
+
+
+def test_two_workers_give_the_results_of_one(finished: Finished, tiny_base: Path, tmp_path: Path) -> None:
+    results = run_recipe(MICRO, tiny_base, tmp_path / "run", workers=2)
+    assert deltas(results) == pytest.approx(deltas(finished.results), abs=0.2)
+    assert (
+        by_method(results)["task-arithmetic"]["parameters"]
+        == by_method(finished.results)["task-arithmetic"]["parameters"]
+    )
+
+
+def test_spread_is_the_sample_standard_deviation() -> None:
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "per_seed": [1.0, 3.0]}
+    assert spread([4.0])["std"] is None
+
+
+# Doing nothing twice ------------------------------------------------------------------------------------
+
+
+def test_a_second_run_does_nothing_again_even_in_another_place(
+    finished: Finished, copied: Path, tiny_base: Path, done: list[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (copied / "stages").rglob("*")}
+    (copied / "results.json").unlink()
+    results = run_recipe(MICRO, tiny_base, copied, workers=1)
+    assert done == []
+    assert deltas(results) == deltas(finished.results)
+    assert before == {path: path.stat().st_mtime_ns for path in (copied / "stages").rglob("*")}
+    assert (copied / "results.json").is_file()
+
+
+HEADS_ROW = {"task-arithmetic+heads seed 0", "score task-arithmetic+heads seed 0"}
+ADAPTERS_ROW = {"average+adapters seed 0", "score average+adapters seed 0"}
+MERGED = {f"{prefix}{name} seed 0" for name in MICRO.merges for prefix in ("", "score ")} | HEADS_ROW | ADAPTERS_ROW
+TEST_SCORES = {f"score {row} seed 0" for row in ROWS[1:]} | {f"score expert {task} test seed 0" for task in MICRO.tasks}
+EXPERTS = {
+    f"{name} seed 0"
+    for t in MICRO.tasks
+    for name in (f"expert {t}", *(f"score expert {t} {s}" for s in ("val", "test")))
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({"heads": replace(SHORT, lr=1e-2)}, HEADS_ROW),
+        ({"rank": 3}, ADAPTERS_ROW),
+        ({"test_images": 4}, TEST_SCORES),
+        ({"tune": replace(SHORT, steps=5)}, EXPERTS | MERGED),
+        ({"gallery": ("experts",)}, set()),
+        ({"merges": ("average", "task-arithmetic", "zero-shot")}, {"zero-shot seed 0", "score zero-shot seed 0"}),
+    ],
+)
+def test_a_changed_setting_redoes_only_what_depends_on_it(
+    changes: dict[str, Any], again: set[str], copied: Path, tiny_base: Path, done: list[str]
+) -> None:
+    run_recipe(replace(MICRO, **changes), tiny_base, copied, workers=1)
+    assert set(done) == again and len(done) == len(again)
+
+
+def test_another_seed_is_added_to_the_first(finished: Finished, copied: Path, tiny_base: Path, done: list[str]) -> None:
+    results = run_recipe(replace(MICRO, seeds=(0, 1)), tiny_base, copied, workers=1)
+    assert len(done) == STAGES - 1 and all(name.endswith("seed 1") for name in done)  # the features serve both
+    for method, row in by_method(results).items():
+        assert row["delta_mtl"]["per_seed"][0] == deltas(finished.results)[method]
+        assert len(row["delta_mtl"]["per_seed"]) == 2 and row["delta_mtl"]["std"] is not None
+    assert by_method(results)["joint-mtl"]["delta_mtl"]["std"] > 0
+    assert len(results["scale_curves"]["task-arithmetic"]["chosen"]) == 2
+
+
+def touch(output: Path, label: str, progress: Any, **arguments: Any) -> None:
+    output.mkdir(parents=True)
+
+
+def build(folder: Path, salt: str = "s", **arguments: Any) -> dict[str, str]:
+    with WorkerPool(1) as pool:
+        run = Run(folder, pool, salt)
+        first = run.build([Stage("first", touch, {"value": 1, **arguments})])
+        return first | run.build([Stage("second", touch, {"from": first["first"]})])
+
+
+def test_keys_chain_and_do_not_depend_on_the_place(tmp_path: Path) -> None:
+    def names(built: dict[str, str]) -> dict[str, str]:
+        return {stage: Path(path).name for stage, path in built.items()}
+
+    here = names(build(tmp_path / "a"))
+    assert names(build(tmp_path / "b")) == here
+    for other in (names(build(tmp_path / "a", value=2)), names(build(tmp_path / "a", salt="t"))):
+        assert other["first"] != here["first"] and other["second"] != here["second"]
+    assert len(list((tmp_path / "a" / "stages").iterdir())) == 6
+
+
+def test_another_base_shares_no_stage(copied: Path, tiny_base: Path, tmp_path: Path, done: list[str]) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(label: str, *_: Any) -> None:
+        raise Enough
+
+    model = load(tiny_base)
+    model.encoder.backbone.layernorm.weight.data.add_(0.1)
+    other = model.save_pretrained(tmp_path / "other")
+    with pytest.raises(Enough):
+        run_recipe(MICRO, other / "encoder", copied, workers=1, progress=stop)
+    assert done == ["features of the base"]
+
+
+# Killed runs --------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Like KeyboardInterrupt, no Exception."""
+
+
+def killed_in(stage: str) -> Callable[..., None]:
+    def progress(label: str, done: int, total: int, note: str = "") -> None:
+        if label.startswith(stage):
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    "stage", ["features of the base", "expert depth", "task-arithmetic seed", "task-arithmetic+heads", "score joint"]
+)
+def test_a_killed_run_leaves_nothing_half_done_and_goes_on(
+    stage: str, finished: Finished, copied: Path, tiny_base: Path, done: list[str]
+) -> None:
+    before = {path.name for path in (copied / "stages").iterdir()}
+    at = next(index for index, name in enumerate(finished.stages) if name.startswith(stage))
+    for name in finished.stages[at:]:  # as if these had not been done yet
+        for folder in (copied / "stages").glob(f"{name.replace(' ', '-')}-*"):
+            shutil.rmtree(folder)
+    (copied / "results.json").unlink()
+    kept = {path.name for path in (copied / "stages").iterdir()}
+    with pytest.raises(Killed):
+        run_recipe(MICRO, tiny_base, copied, workers=1, progress=killed_in(stage))
+    left = {path.name for path in (copied / "stages").iterdir() if path.suffix != ".work"}
+    assert left == kept and not (copied / "results.json").exists()
+    done.clear()
+    results = run_recipe(MICRO, tiny_base, copied, workers=1)
+    assert done == finished.stages[at:]
+    assert {path.name for path in (copied / "stages").iterdir()} == before
+    assert deltas(results) == deltas(finished.results)
+
+
+# Mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_a_task_the_dataset_lacks_is_told_before_anything_is_trained(
+    tiny_base: Path, tmp_path: Path, done: list[str]
+) -> None:
+    with pytest.raises(InputError, match="did you mean 'depth'"):
+        run_recipe(replace(MICRO, tasks=("deth",)), tiny_base, tmp_path / "run", workers=1)
+    with pytest.raises(InputError, match="given twice"):
+        run_recipe(replace(MICRO, tasks=("depth", "depth")), tiny_base, tmp_path / "run", workers=1)
+    assert done == [] and not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_base_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        run_recipe(Recipe(), tmp_path / "nowhere", tmp_path / "run", workers=1)
