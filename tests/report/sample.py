@@ -57,7 +57,9 @@ def curve(tasks: list[str], peak: float, seeds: int = 1) -> dict[str, Any]:
     return {
         "scales": scales,
         "delta_mtl": {"mean": [-number for number in loss], "std": std},
-        "normalised": {task: [1 / (1 + number / 100 * (1 + place)) for number in loss] for place, task in enumerate(tasks)},
+        "normalised": {
+            task: [1 / (1 + number / 100 * (1 + place)) for number in loss] for place, task in enumerate(tasks)
+        },
         "chosen": [peak + 0.1 * (seed % 2) for seed in range(seeds)],
     }
 
@@ -70,9 +72,19 @@ def make_results(seeds: int = 1, task_count: int = 3) -> dict[str, Any]:
         "title": "Rooms: three experts, one encoder",
         "created": "2026-01-02T15:00:00",
         "machine": {"cpu": "a small one", "cores": 2, "memory_gb": 24, "python": "3.11.2", "torch": "2.9.0"},
-        "recipe": {"tasks": tasks, "head": "linear", "seeds": list(range(seeds)), "training": {"steps": 400, "lr": 1e-4}},
+        "recipe": {
+            "tasks": tasks,
+            "head": "linear",
+            "seeds": list(range(seeds)),
+            "training": {"steps": 400, "lr": 1e-4},
+        },
         "tasks": [
-            {"name": name, "metric": TASKS[name][0], "unit": TASKS[name][1], "higher_is_better": TASKS[name][2]}
+            {
+                "name": name,
+                "metric": TASKS[name][0],
+                "unit": TASKS[name][1],
+                "higher_is_better": TASKS[name][2],
+            }
             for name in tasks
         ],
         "rows": [row(method, ratio, tasks, seeds) for method, ratio in RATIOS.items()],

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from simomerge.cli.options import console, json_option, output_option, say
+from simomerge.errors import InputError
 
 
 @click.command("predict")
@@ -23,18 +24,21 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
     from simomerge.model import load
     from simomerge.tasks import colourise
 
-    pixels = {path: read_image(path) for path in images}  # all are checked before anything is written
+    pixels = [read_image(path) for path in images]  # all are checked before anything is written
     stems = [Path(path).stem for path in images]
-    names = [stem if stems.count(stem) == 1 else f"{stem}-{i}" for i, stem in enumerate(stems, start=1)]
+    alike = len(set(stems)) < len(stems)
+    names = [f"{stem}-{i}" for i, stem in enumerate(stems, start=1)] if alike else stems
     predictor = load(model)
+    if not predictor.tasks:
+        raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     output.mkdir(parents=True, exist_ok=True)
     written = []
     with console() as progress:
-        for done, (name, image) in enumerate(zip(names, pixels.values(), strict=True), start=1):
+        for done, (name, image) in enumerate(zip(names, pixels, strict=True), start=1):
             for task, values in predictor.predict(image).items():
-                target = output / f"{name}-{task}"
-                np.save(target.with_suffix(".npy"), values)
-                Image.fromarray(colourise(predictor.tasks[task], values)).save(target.with_suffix(".png"))
-                written.append(str(target.with_suffix(".png")))
+                np.save(output / f"{name}-{task}.npy", values)
+                picture = output / f"{name}-{task}.png"
+                Image.fromarray(colourise(predictor.tasks[task], values)).save(picture)
+                written.append(str(picture))
             progress("predict", done, len(names), "")
     say(as_json, {"written": written}, *written)

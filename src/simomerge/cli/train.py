@@ -15,6 +15,9 @@ from simomerge.cli.options import check_output, console, data_option, json_optio
 @click.option("--base", default="rooms-base", show_default=True, help="Folder, hub id or rooms-base.")
 @data_option
 @click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="Training images.")
+@click.option(
+    "--val-images", type=click.IntRange(1), default=256, show_default=True, help="Images that stop the training."
+)
 @click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of encoder and heads.")
@@ -30,6 +33,7 @@ def command(
     base: str,
     data: str,
     images: int,
+    val_images: int,
     head: str,
     probe_steps: int,
     steps: int,
@@ -43,6 +47,8 @@ def command(
 ) -> None:
     """LP-FT: heads on the frozen encoder first, then both together. A killed run goes on where it was."""
     check_output(output, overwrite)
+    import hashlib
+    import json
     import shutil
 
     from simomerge.datasets import load_data
@@ -51,6 +57,7 @@ def command(
     from simomerge.training import TrainSettings, fresh_head, lpft
 
     train = load_data(data, split="train", count=images, tasks=tasks)
+    validation = load_data(data, split="val", count=val_images, tasks=tasks)
     foundation = load(base)
     settings = ROOMS_HEADS[head] if data == "rooms" else {}
     heads = {
@@ -59,10 +66,13 @@ def command(
     model = SimoModel(foundation.encoder, train.tasks, heads)
     fingerprint = model.encoder_fingerprint()
     probe = TrainSettings(steps=probe_steps, batch_size=batch_size, lr=2 * lr, seed=seed)
-    tune = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, encoder_lr=encoder_lr, seed=seed)
+    tune = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, encoder_lr=encoder_lr, seed=seed, validate_every=50)
     work = output.parent / f"{output.name}.work"
+    # Only the very same command goes on from a killed one: other settings have a folder of their own.
+    everything = [fingerprint, data, images, val_images, tasks, head, asdict(probe), asdict(tune)]
+    key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
     with console() as progress:
-        logs = lpft(model, train, probe, tune, work_folder=work, progress=progress)
+        logs = lpft(model, train, probe, tune, validation, work / key, progress)
     model.provenance = {
         "base": {"source": base, "fingerprint": fingerprint},
         "training": {"method": "lp-ft", "data": data, "images": images, "probe": asdict(probe), "tune": asdict(tune)},

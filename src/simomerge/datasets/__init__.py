@@ -1,43 +1,23 @@
-"""Datasets behind one interface, and `load_data`, which finds one by its name."""
+"""Datasets behind one interface, and `load_data`, which finds one by its name.
+
+The names load on first use: rooms are rendered in processes that need no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from simomerge.datasets.base import DenseDataset, random_flip
-from simomerge.errors import InputError
+if TYPE_CHECKING:
+    from simomerge.datasets.base import DenseDataset, random_flip
+    from simomerge.datasets.load import load_data
 
-
-def load_data(
-    spec: str,
-    split: str = "test",
-    count: int | None = None,
-    tasks: str | Iterable[str] = "all",
-    **options: Any,
-) -> DenseDataset:
-    """A dataset by name: ``"rooms"``.
-
-    Args:
-        spec: ``NAME`` or ``NAME:ROOT``.
-        split: "train", "val" or "test".
-        count: images; a default per split where it is left out.
-        tasks: whose targets its samples hold; all by default.
-        **options: of the dataset, such as ``size`` and ``seed`` of rooms.
-
-    Raises:
-        InputError: an unknown name or split.
-
-    Example:
-        >>> len(load_data("rooms", split="val", count=8))
-        8
-    """
-    name = spec.partition(":")[0]
-    if name != "rooms":
-        raise InputError(f"unknown dataset {name!r}; there is: rooms.")
-    from simomerge.datasets.rooms.dataset import Rooms
-
-    return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options).select(tasks)
-
+_WHERE = {"DenseDataset": "base", "random_flip": "base", "load_data": "load"}
 
 __all__ = ["DenseDataset", "load_data", "random_flip"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

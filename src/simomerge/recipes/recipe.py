@@ -45,10 +45,10 @@ class Recipe:
     train_images: int = 1000
     val_images: int = 256
     test_images: int = 256
-    probe: TrainSettings = TrainSettings(steps=200, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=200, lr=1e-3, encoder_lr=3e-4)
-    joint: TrainSettings = TrainSettings(steps=200, lr=1e-3, encoder_lr=3e-4)
-    heads: TrainSettings = TrainSettings(steps=100, lr=1e-3)
+    probe: TrainSettings = TrainSettings(steps=120, lr=2e-3)
+    tune: TrainSettings = TrainSettings(steps=150, lr=1e-3, encoder_lr=3e-4, validate_every=50)
+    joint: TrainSettings = TrainSettings(steps=150, lr=1e-3, encoder_lr=3e-4, validate_every=50)
+    heads: TrainSettings = TrainSettings(steps=120, lr=1e-3)
     adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
     rank: int = 16
     activation: str = "none"
@@ -58,7 +58,6 @@ class Recipe:
         "task-arithmetic+heads",
         "ties+heads",
         "task-arithmetic+adapters",
-        "ties+adapters",
     )
     gallery: tuple[str, ...] = (
         "experts",
@@ -99,10 +98,7 @@ def full_size(recipe: Recipe) -> Recipe:
         recipe,
         train_images=4000,
         test_images=512,
-        probe=replace(recipe.probe, steps=300),
-        tune=replace(recipe.tune, steps=500),
-        joint=replace(recipe.joint, steps=500),
-        heads=replace(recipe.heads, steps=150),
-        adapters=replace(recipe.adapters, steps=150),
-        realigned=(*recipe.realigned, "zero-shot+adapters"),
+        tune=replace(recipe.tune, steps=300, validate_every=100),
+        joint=replace(recipe.joint, steps=300, validate_every=100),
+        adapters=replace(recipe.adapters, steps=100),
     )

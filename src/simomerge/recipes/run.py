@@ -99,9 +99,9 @@ def run_recipe(
             ("test", recipe.test_images),
         )
     }
+    salt = f"{simomerge.__version__} {load(base).encoder_fingerprint()}"  # a wrong base is told before any rendering
     for split, data in splits.items():
         load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
-    salt = f"{simomerge.__version__} {load(base).encoder_fingerprint()}"
     began = time.monotonic()
     with WorkerPool(workers, progress) as pool:
         run = Run(folder, pool, salt)

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from simomerge.errors import InputError
-from simomerge.report.results import FAMILIES, Results, Value, family, finite, rows, signed, task_names, value
+from simomerge.report.results import (
+    FAMILIES,
+    MISSING,
+    Results,
+    Value,
+    family,
+    finite,
+    rows,
+    signed,
+    task_names,
+    value,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,12 +93,10 @@ def overview_figure(results: Results, theme: ThemeName = "light", format: Format
     with _drawing(theme) as style:
         figure = _figure(7.6, 0.8 + 0.32 * len(methods))
         axes = figure.subplots()
-        _bars(axes, style, methods, values, zero=0.0, label=lambda mean: f"{signed(mean)} %")
-        means = [cell.mean for cell in values if cell.mean is not None]
-        low, high = _visible(means)
-        axes.set_xlim(low, high)
+        _bars(axes, style, methods, values, zero=0.0)
+        axes.set_xlim(_visible([cell.mean for cell in values if cell.mean is not None]))
+        _numbers_at_ends(axes, style, values)
         _name_rows(axes, style, methods)
-        _mark_cut_bars(axes, style, values, low)
         axes.set_xlabel("Delta_MTL in %, 0 = the experts, higher is better")
         _family_legend(figure, style, methods)
         return _rendered(figure, format)
@@ -113,13 +122,14 @@ def task_figure(results: Results, theme: ThemeName = "light", format: Format = "
         panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
         for axes, task in zip(panels, tasks, strict=True):
             values = [value(row, "normalised", task) for row in table]
-            _bars(axes, style, methods, values, zero=1.0, label="{:.2f}".format)
+            _bars(axes, style, methods, values, zero=1.0)
+            _numbers_at_edge(axes, values)
             widest = max([1.0, *(cell.mean + (cell.std or 0) for cell in values if cell.mean is not None)])
-            axes.set_xlim(0, 1.32 * widest)
-            axes.set_xticks([0, 0.5, 1])
+            axes.set_xlim(0, 1.36 * widest)
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             axes.set_title(task, loc="left", color=style.ink)
         _name_rows(panels[0], style, methods)
-        figure.supxlabel("normalised performance, 1 = the expert, higher is better")
+        figure.supxlabel("normalised performance, 1 = the expert, higher is better", color=style.muted)
         _family_legend(figure, style, methods)
         return _rendered(figure, format)
 
@@ -145,8 +155,8 @@ def scale_figure(results: Results, theme: ThemeName = "light", format: Format = 
         grid = figure.add_gridspec(2 if tasks else 1, max(len(tasks), 1), height_ratios=[1.9, 1][: 2 if tasks else 1])
         _delta_panel(figure.add_subplot(grid[0, :]), style, curves)
         for place, task in enumerate(tasks):
-            _task_panel(figure.add_subplot(grid[1, place]), style, curves, task)
-        figure.supxlabel("scale of the task vectors (measured on the validation split)")
+            _task_panel(figure.add_subplot(grid[1, place]), style, curves, task, first=place == 0)
+        figure.supxlabel("scale of the task vectors (measured on the validation split)", color=style.muted)
         return _rendered(figure, format)
 
 
@@ -167,6 +177,9 @@ def _drawing(theme: ThemeName) -> Iterator[Theme]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "text.color": style.ink,
+        "figure.constrained_layout.w_pad": 0.08,
+        "text.parse_math": False,
+        "figure.labelsize": 9,
         "xtick.color": style.muted,
         "ytick.color": style.muted,
         "xtick.major.size": 0,
@@ -185,16 +198,15 @@ def _figure(width: float, height: float) -> Figure:
     # Without pyplot: no global list of figures, no display, whatever backend the user has chosen.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _rendered(figure: Figure, format: Format) -> bytes:
     target = io.BytesIO()
     if format == "png":
-        figure.savefig(target, format="png", dpi=160, bbox_inches="tight", pad_inches=0.1)
+        figure.savefig(target, format="png", dpi=160)
         return target.getvalue()
-    figure.savefig(target, format="svg", bbox_inches="tight", pad_inches=0.1, metadata={"Date": None})
+    figure.savefig(target, format="svg", metadata={"Date": None})
     # The layout is measured with DejaVu, which is wider than these: what fits there fits here.
     return target.getvalue().decode().replace("'DejaVu Sans'", SYSTEM_FONTS).encode()
 
@@ -207,31 +219,46 @@ def _measured(results: Results, key: str) -> tuple[list[str], list[Value]]:
     return [method for method, _ in found], [cell for _, cell in found]
 
 
-def _bars(axes: Axes, style: Theme, methods: Sequence[str], values: Sequence[Value], zero: float, label: Any) -> None:
-    """One horizontal bar per row, first row on top, each with its number at its end."""
+def _bars(axes: Axes, style: Theme, methods: Sequence[str], values: Sequence[Value], zero: float) -> None:
+    """One horizontal bar per row, the first row on top, and the line where the experts are."""
     for place, (method, cell) in enumerate(zip(methods, values, strict=True)):
         if cell.mean is None:
             continue
         axes.barh(place, cell.mean, height=0.66, color=style.families[family(method)], zorder=2)
         if cell.std:
-            axes.plot([cell.mean - cell.std, cell.mean + cell.std], [place, place], color=style.ink, lw=1.1, zorder=3)
-        left = cell.mean < 0
-        end = cell.mean + (-1 if left else 1) * (cell.std or 0)
-        axes.annotate(
-            label(cell.mean),
-            (end, place),
-            xytext=(-4 if left else 4, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            fontsize=8,
-            annotation_clip=True,
-        )
-    axes.axvline(zero, color=style.muted, lw=1, ls="--" if zero else "-", zorder=1 if zero == 0 else 4)
+            axes.plot(
+                [cell.mean - cell.std, cell.mean + cell.std],
+                [place, place],
+                color=style.ink,
+                lw=1.1,
+                zorder=3,
+            )
+    axes.axvline(zero, color=style.muted, lw=1, ls="--" if zero else "-", zorder=4)
     axes.set_ylim(len(methods) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=style.line, lw=0.6, zorder=0)
+    axes.grid(axis="x", color=style.line, lw=0.6)
     axes.set_axisbelow(True)
+
+
+def _numbers_at_ends(axes: Axes, style: Theme, values: Sequence[Value]) -> None:
+    """Each bar's number beyond its end, or inside it where the end is out of view."""
+    low, _ = axes.get_xlim()
+    for place, cell in enumerate(values):
+        if cell.mean is None:
+            continue
+        text, side = f"{signed(cell.mean)} %", -1 if cell.mean < 0 else 1
+        at, colour = cell.mean + side * (cell.std or 0), style.ink
+        if cell.mean < low:
+            text, side, at, colour = f"◂ {text}", 1, low, style.paper
+        axes.annotate(text, (at, place), xytext=(4 * side, 0), textcoords="offset points", color=colour, fontsize=8,
+                      ha="left" if side > 0 else "right", va="center", zorder=5)  # fmt: skip
+
+
+def _numbers_at_edge(axes: Axes, values: Sequence[Value]) -> None:
+    """The numbers in a column of their own: most bars end near the dashed line, which would strike them out."""
+    for place, cell in enumerate(values):
+        text = MISSING if cell.mean is None else f"{cell.mean:.2f}"
+        axes.annotate(text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8)
 
 
 def _name_rows(axes: Axes, style: Theme, methods: Sequence[str]) -> None:
@@ -246,14 +273,6 @@ def _visible(means: Sequence[float]) -> tuple[float, float]:
         lowest = max(lowest, 1.3 * min((mean for mean in means if mean >= -100), default=lowest))
     span = max(*means, 0.0) - min(lowest, 0.0) or 1.0
     return min(lowest, 0.0) - 0.16 * span, max(*means, 0.0) + 0.14 * span
-
-
-def _mark_cut_bars(axes: Axes, style: Theme, values: Sequence[Value], low: float) -> None:
-    for place, cell in enumerate(values):
-        if cell.mean is not None and cell.mean < low:
-            text = f"◂ {signed(cell.mean)} %"
-            axes.annotate(text, (low, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
-                          color=style.paper, weight="bold", zorder=5)  # fmt: skip
 
 
 def _family_legend(figure: Figure, style: Theme, methods: Sequence[str]) -> None:
@@ -323,7 +342,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[str, str, float, float]]) -> No
         floor += gap
 
 
-def _task_panel(axes: Axes, style: Theme, curves: Mapping[str, Any], task: str) -> None:
+def _task_panel(axes: Axes, style: Theme, curves: Mapping[str, Any], task: str, first: bool) -> None:
     for place, curve in enumerate(curves.values()):
         colour = style.methods[place % len(style.methods)]
         scales = _numbers(curve["scales"], len(curve["scales"]))
@@ -334,15 +353,22 @@ def _task_panel(axes: Axes, style: Theme, curves: Mapping[str, Any], task: str) 
     axes.set_title(task, loc="left", color=style.ink, fontsize=8.5)
     axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))
     axes.set_yticks([0, 0.5, 1])
+    axes.locator_params(axis="x", nbins=3)
     axes.grid(axis="y", color=style.line, lw=0.6)
-    if axes.get_subplotspec().is_first_col():
+    if first:
         axes.set_ylabel("normalised")
     else:
         axes.set_yticklabels([])
 
 
 def _mark_chosen(
-    axes: Axes, style: Theme, colour: str, curve: Mapping[str, Any], scales: np.ndarray, mean: np.ndarray, size: float
+    axes: Axes,
+    style: Theme,
+    colour: str,
+    curve: Mapping[str, Any],
+    scales: np.ndarray,
+    mean: np.ndarray,
+    size: float,
 ) -> None:
     known = np.isfinite(mean)
     chosen = [scale for scale in map(finite, curve.get("chosen") or []) if scale is not None]

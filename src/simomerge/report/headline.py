@@ -32,7 +32,17 @@ class Standing:
 
 
 def headline(results: Results) -> str:
-    """What merging cost, what re-alignment recovered, and what the control says about both.
+    """The sentences of :func:`sentences` in one line.
+
+    Example:
+        >>> headline({"rows": []})
+        'This run measured no merged model.'
+    """
+    return " ".join(sentences(results))
+
+
+def sentences(results: Results) -> list[str]:
+    """What merging cost and what re-alignment recovered; then what the control says about both.
 
     The re-aligned row is the best one whose merge was measured too; rows that are missing leave their part
     of the story out.
@@ -40,7 +50,7 @@ def headline(results: Results) -> str:
     Example:
         >>> def row(method, delta):
         ...     return {"method": method, "delta_mtl": {"mean": delta}, "labelled_images": 256}
-        >>> for part in headline({"rows": [row("ties", -20.0), row("ties+heads", -5.0)]}).split("; "):
+        >>> for part in sentences({"rows": [row("ties", -20.0), row("ties+heads", -5.0)]})[0].split("; "):
         ...     print(part)
         Merging by ties cost 20.0 points of Delta_MTL
         re-aligning its heads on 256 labelled images recovered 75 % of that (now -5.0 %).
@@ -50,12 +60,16 @@ def headline(results: Results) -> str:
     re_aligned = {name: row for name, row in standings.items() if family(name) == "re-aligned"}
     paired = [row for row in re_aligned.values() if _merge_name(row) in merges]
     if not merges:
-        return _without_merge(re_aligned.values())
+        return [_without_merge(re_aligned.values())]
     after = _best(paired)
     before = merges[_merge_name(after)] if after else max(merges.values(), key=lambda row: row.delta)
     story = _cost(before) + (_recovery(before, after, len(paired)) if after else "; nothing was re-aligned") + "."
     control = _best(row for name, row in standings.items() if family(name) == "control")
-    return story + (_control(control, before, after) if control else "")
+    if control is None:
+        return [story]
+    # Adapters have more parameters than heads: a control is compared with a merge re-aligned as it was.
+    counterpart = _best(row for row in paired if _kind(row) == _kind(control))
+    return [story, _control(control, before, counterpart or before)]
 
 
 def _standings(results: Results) -> dict[str, Standing]:
@@ -70,6 +84,10 @@ def _standings(results: Results) -> dict[str, Standing]:
 
 def _merge_name(row: Standing) -> str:
     return row.method.split("+")[0]
+
+
+def _kind(row: Standing) -> str:
+    return row.method.partition("+")[2]
 
 
 def _best(candidates: Iterable[Standing]) -> Standing | None:
@@ -90,7 +108,7 @@ def _cost(before: Standing) -> str:
 
 
 def _recovery(before: Standing, after: Standing, candidates: int) -> str:
-    kind = after.method.partition("+")[2]
+    kind = _kind(after)
     action = RE_ALIGNED.get(kind, f"re-aligning it ({kind})")
     images = f" on {after.labelled_images:,} labelled images" if after.labelled_images else ""
     best_of = f", the best of {candidates} re-aligned rows" if candidates > 1 else ""
@@ -111,15 +129,15 @@ def _outcome(before: Standing, after: Standing) -> str:
     return f"recovered {min(int(100 * gain / -before.delta + 1e-9), 100)} % of that"
 
 
-def _control(control: Standing, before: Standing, after: Standing | None) -> str:
+def _control(control: Standing, before: Standing, counterpart: Standing) -> str:
     """The control has the base encoder: where it is as good, the merge is not what helped."""
-    best = max(before, after or before, key=lambda row: row.delta)
-    gain = control.gain_over(best)
+    gain = control.gain_over(counterpart)
     who = f"control {control.method} (base encoder, nothing merged) reaches {signed(control.delta)} %"
     if gain >= 0:
         margin = f"{gain:.1f} points better than" if gain else "level with"
-        # A control with labels says nothing against a merge that had none.
-        same_footing = "+" in best.method or "+" not in control.method
-        return f" But the {who}, {margin} {best.method}" + (": merging added nothing here." if same_footing else ".")
-    middle = f", better than {before.method} alone" if control.gain_over(before) > 0 else ""
-    return f" The {who}{middle}: {-gain:.1f} points below {best.method}."
+        # A control that saw labels says nothing against a merge that saw none.
+        verdict = ": merging added nothing here" if _kind(control) == _kind(counterpart) else ""
+        return f"But the {who}, {margin} {counterpart.method}{verdict}."
+    above = counterpart != before and control.gain_over(before) > 0
+    middle = f", better than {before.method} alone but" if above else ","
+    return f"The {who}{middle} {-gain:.1f} points below {counterpart.method}."

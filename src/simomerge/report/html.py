@@ -16,8 +16,8 @@ import numpy as np
 from simomerge.checkpoints import atomic_write_text
 from simomerge.errors import InputError
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
-from simomerge.report.headline import headline
-from simomerge.report.results import FAMILIES, Results, family, rows, seeds
+from simomerge.report.headline import sentences
+from simomerge.report.results import FAMILIES, MISSING, Results, family, rows, seeds
 from simomerge.report.tables import columns
 
 Gallery = Sequence[Mapping[str, Any]]
@@ -27,23 +27,32 @@ Gallery = Sequence[Mapping[str, Any]]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 WORDS = {
-    "Delta_MTL": "The mean over the tasks of the change of each task's metric against that task's expert, in %, with "
-    "the sign turned so that higher is better. 0 is equal to the experts; -10 is ten percent worse on "
+    "Delta_MTL": "The mean over the tasks of the change of each task's metric against that task's expert, in %, "
+    "with the sign turned so that higher is better. 0 is equal to the experts; -10 is ten percent worse on "
     "average. It has no lower end where an error can grow without one.",
     "normalised performance": "One task alone: its metric divided by its expert's, or the reverse where lower is "
     "better. 1 is equal to the expert, higher is better.",
     "experts": "One model per task, each with its own encoder. Everything else has one encoder for all tasks.",
-    "re-align": "After merging, the features no longer match the heads. Tuning the heads (+heads), or low-rank adapters "
-    "and the heads (+adapters), on a few labelled images mends that; the merged encoder stays as it is.",
+    "re-align": "After merging, the features no longer match the heads. Tuning the heads (+heads), or low-rank "
+    "adapters and the heads (+adapters), on a few labelled images is meant to mend that; the merged encoder "
+    "stays as it is.",
     "zero-shot+heads": "The control: the base encoder, nothing merged, its heads re-aligned on the same images. "
-    "A merge is worth its while only as far as it ends above this row.",
-    "cost": "Seconds, steps, trained parameters and labelled images are what a row takes beyond the experts; the row "
-    "of the experts has those of all experts.",
+    "A merge is worth its while only as far as it ends above this row once it is re-aligned too.",
+    "cost": "Seconds, steps, trained parameters and labelled images are what a row takes beyond the experts; the "
+    "row of the experts has those of all experts.",
 }
 
 FIGURES: tuple[tuple[str, Callable[..., bytes], str], ...] = (
-    ("Overview", overview_figure, "Delta_MTL of every row. A thin line is one standard deviation between seeds."),
-    ("By task", task_figure, "Normalised performance of every row on every task. The dashed line is the expert."),
+    (
+        "Overview",
+        overview_figure,
+        "Delta_MTL of every row. A thin line is one standard deviation between seeds.",
+    ),
+    (
+        "By task",
+        task_figure,
+        "Normalised performance of every row on every task. The dashed line is the expert.",
+    ),
     (
         "By scale",
         scale_figure,
@@ -92,6 +101,7 @@ def page(results: Results, gallery: Gallery = ()) -> str:
         ("Recipe and machine", _settings(results)),
         ("Notes", _notes(results.get("notes") or [])),
     ]
+    first, *more = (escape(sentence).replace(" %", "&nbsp;%") for sentence in sentences(results))
     body = "\n".join(f"<section>\n<h2>{head}</h2>\n{content}\n</section>" for head, content in sections if content)
     css = files("simomerge.report").joinpath("page.css").read_text("utf-8")
     return f"""<!DOCTYPE html>
@@ -108,7 +118,8 @@ def page(results: Results, gallery: Gallery = ()) -> str:
 <main>
 <header>
 <h1>{title}</h1>
-<p class="headline">{escape(headline(results))}</p>
+<p class="headline">{first}</p>
+{"".join(f'<p class="second">{sentence}</p>' for sentence in more)}
 <p class="about">{escape(_about(results))}</p>
 </header>
 {body}
@@ -153,7 +164,8 @@ def _table(results: Results) -> str:
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f"<tr><td>{_dot(family(row.get('method', '')))}{first}</td>{numbers}</tr>")
     body = "\n".join(lines)
-    return f'<div class="scroll"><table class="numbers">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    head = f"<thead><tr>{heads}</tr></thead>"
+    return f'<div class="scroll"><table class="numbers">\n{head}\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _figures(results: Results) -> Iterator[tuple[str, str]]:
@@ -167,7 +179,10 @@ def _figures(results: Results) -> Iterator[tuple[str, str]]:
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
             f'<img src="{light}" alt="{escape(caption)}"></picture>'
         )
-        yield head, f'<figure><div class="scroll">{picture}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        yield (
+            head,
+            f'<figure><div class="scroll">{picture}</div><figcaption>{escape(caption)}</figcaption></figure>',
+        )
 
 
 def _gallery(gallery: Gallery) -> str:
@@ -182,7 +197,7 @@ def _gallery(gallery: Gallery) -> str:
 
 def _gallery_rows(entry: Mapping[str, Any], names: Sequence[str], place: int) -> str:
     """One image: a line per task, the input beside the first."""
-    lines = []
+    lines: list[str] = []
     for task, maps in entry["predictions"].items():
         shown = "" if lines else _image(entry["image"], f"image {place}")
         cells = [_image(maps[name], f"{task} of image {place}: {name}") if name in maps else "" for name in names]
@@ -223,9 +238,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(setting, Mapping) and setting:
             yield from _flat(setting, f"{prefix}{key}.")
         elif isinstance(setting, (list, tuple)):
-            yield f"{prefix}{key}", ", ".join(map(str, setting)) or "–"
+            yield f"{prefix}{key}", ", ".join(map(str, setting)) or MISSING
         else:
-            yield f"{prefix}{key}", "–" if setting is None else str(setting)
+            yield f"{prefix}{key}", MISSING if setting is None else str(setting)
 
 
 def _notes(notes: Sequence[str]) -> str:

@@ -13,6 +13,9 @@ Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 """One entry of ``results["rows"]``: a method with its Delta_MTL, its metrics and its cost."""
 
+MISSING = "–"
+"""What stands where a number is not known."""
+
 FAMILIES = {
     "reference": "trained on all labels, not merged",
     "merge": "the experts' encoders in one, heads as they were",

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from simomerge.report.results import Results, Row, Value, finite, rows, signed, value
+from simomerge.report.results import MISSING, Results, Row, Value, finite, rows, signed, value
 
-MISSING = "–"
 ASCII = str.maketrans({"±": "+-", "↑": "(up)", "↓": "(down)", "–": "-", "─": "-"})
 
 
@@ -22,10 +21,12 @@ class Column:
     Attributes:
         head: up to three lines: what it is; metric and arrow of the better direction; unit.
         cells: one per row of the results.
+        cost: what a row takes, not how good it is.
     """
 
     head: tuple[str, ...]
     cells: tuple[str, ...]
+    cost: bool = False
 
     @property
     def title(self) -> str:
@@ -51,15 +52,17 @@ def columns(results: Results) -> list[Column]:
         Column(("method",), tuple(_method(row) for row in table)),
         Column(("Delta_MTL", "↑", "%"), tuple(_delta(value(row, "delta_mtl")) for row in table)),
         *(_task_column(task, table) for task in results.get("tasks") or []),
-        Column(("seconds",), tuple(_seconds(finite(row.get("seconds"))) for row in table)),
-        Column(("steps",), tuple(_count(finite(row.get("steps"))) for row in table)),
-        Column(("trained", "params"), tuple(_millions(finite(row.get("trained_parameters"))) for row in table)),
-        Column(("labelled", "images"), tuple(_count(finite(row.get("labelled_images"))) for row in table)),
+        Column(("seconds",), tuple(_seconds(finite(row.get("seconds"))) for row in table), cost=True),
+        Column(("steps",), tuple(_count(finite(row.get("steps"))) for row in table), cost=True),
+        Column(
+            ("trained", "params"), tuple(_millions(finite(row.get("trained_parameters"))) for row in table), cost=True
+        ),
+        Column(("labelled", "images"), tuple(_count(finite(row.get("labelled_images"))) for row in table), cost=True),
     ]
 
 
 def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> str:
-    """The table for a terminal. Columns that do not fit follow below, with the methods repeated.
+    """The table for a terminal. Where it is too wide, the costs follow below, with the methods repeated.
 
     Args:
         results: the content of a run's ``results.json``.
@@ -75,8 +78,13 @@ def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> 
         ────────────────────────────────────────────────────
         ties        -12.3      3.2      0        –         –
     """
-    lines = [_aligned(column, ascii_only) for column in columns(results)]
-    blocks = ["\n".join(_block(part)) for part in _fitting(lines, width)]
+    methods, *others = columns(results)
+    first = _aligned(methods, ascii_only)
+    scores, costs = ([_aligned(c, ascii_only) for c in others if c.cost == cost] for cost in (False, True))
+    parts = list(_fitting(first, [*scores, *costs], width))
+    if len(parts) > 1:
+        parts = [*_fitting(first, scores, width), *_fitting(first, costs, width)]
+    blocks = ["\n".join(_block(part)) for part in parts]
     return "\n\n".join(blocks).translate(ASCII if ascii_only else {})
 
 
@@ -106,7 +114,11 @@ def _task_column(task: Any, table: Sequence[Row]) -> Column:
     values = [value(row, "metrics", task["name"]) for row in table]
     decimals = _decimals(values)
     arrow = "↑" if task["higher_is_better"] else "↓"
-    head = (_printable(task["name"]), f"{_printable(task['metric'])} {arrow}", _printable(task.get("unit") or ""))
+    head = (
+        _printable(task["name"]),
+        f"{_printable(task['metric'])} {arrow}",
+        _printable(task.get("unit") or ""),
+    )
     return Column(head, tuple(_spread(cell, decimals) for cell in values))
 
 
@@ -166,9 +178,8 @@ def _aligned(column: Column, ascii_only: bool) -> list[str]:
     return [line + pad if left else pad + line for line, pad in zip(lines, pads, strict=True)]
 
 
-def _fitting(table: list[list[str]], width: int) -> Iterator[list[list[str]]]:
+def _fitting(first: list[str], rest: list[list[str]], width: int) -> Iterator[list[list[str]]]:
     """Groups of aligned columns, each led by the first column and no wider than ``width``."""
-    first, *rest = table
     block, used = [first], _screen_width(first[0])
     for column in rest:
         needed = 2 + _screen_width(column[0])

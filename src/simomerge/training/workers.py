@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -101,7 +103,15 @@ def _start_worker(messages: Any) -> None:
     global _messages
     _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us; a traceback per worker helps nobody
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     limit_threads(1)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, however that one was killed: nobody waits for the result."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _run_job(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

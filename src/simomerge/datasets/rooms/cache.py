@@ -8,14 +8,16 @@ the second to finish takes the first one's.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import queue
 import shutil
+import subprocess
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -179,26 +181,57 @@ def _fill(
 def _run(
     folder: Path, request: tuple[int, str, int, int], chunks: list[tuple[int, int]], processes: int
 ) -> Iterator[int]:
-    """Render chunks, yielding the size of each when it is done."""
-    left = set(chunks)
-    if processes > 1:
-        # A script without an ``if __name__ == "__main__"`` guard cannot start processes: do the rest here.
-        with (
-            contextlib.suppress(BrokenProcessPool),
-            ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
-        ):
-            futures: dict[Future[int], tuple[int, int]] = {
-                pool.submit(_render_into, folder, request, *chunk): chunk for chunk in chunks
-            }
-            try:
-                for future in as_completed(futures):
-                    finished = future.result()
-                    left.discard(futures[future])
-                    yield finished
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    for chunk in sorted(left):
-        yield _render_into(folder, request, *chunk)
+    """Render chunks, yielding the size of each when it is done.
+
+    In interpreters of their own, not by multiprocessing: that would run the caller's script once more in each
+    process, which a script without a main guard does not survive.
+    """
+    if processes == 1:
+        yield from (_render_into(folder, request, *chunk) for chunk in chunks)
+        return
+    done: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+    started = [_start(folder, request, chunks[share::processes]) for share in range(processes)]
+    threads = [threading.Thread(target=_listen, args=(process, done), daemon=True) for process in started]
+    for thread in threads:
+        thread.start()
+    try:
+        running = processes
+        while running:
+            message = done.get()
+            if isinstance(message, BaseException):
+                raise message
+            if message is None:
+                running -= 1
+            else:
+                yield message
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _start(folder: Path, request: tuple[int, str, int, int], chunks: list[tuple[int, int]]) -> subprocess.Popen[str]:
+    code = "import sys; from simomerge.datasets.rooms.cache import render_share; render_share(sys.argv[1])"
+    share = json.dumps({"folder": str(folder), "request": request, "chunks": chunks})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, share], stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def render_share(share: str) -> None:
+    """Render chunks and print the size of each; what a process of `load_rooms` runs."""
+    work = json.loads(share)
+    for start, stop in work["chunks"]:
+        print(_render_into(Path(work["folder"]), tuple(work["request"]), start, stop), flush=True)
+
+
+def _listen(process: subprocess.Popen[str], done: queue.SimpleQueue[int | BaseException | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        done.put(int(line))
+    status = process.wait()
+    done.put(InputError(f"Rendering rooms failed (exit status {status}): try workers=1.") if status else None)
 
 
 def _publish(temporary: Path, parent: Path, count: int, height: int, width: int) -> dict[str, np.ndarray]:

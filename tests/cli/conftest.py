@@ -1,0 +1,81 @@
+"""The command line in this process, and a little story told once: train, train, merge."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simomerge.cli import main
+
+TINY = ("--images", "8", "--val-images", "8", "--probe-steps", "2", "--steps", "2", "--batch-size", "4")
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def simomerge(*arguments: object) -> Outcome:
+    """Run a command as a terminal would."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["simomerge", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@dataclass
+class Story:
+    """What the commands wrote, and what they said as JSON."""
+
+    folder: Path
+    said: dict[str, Any]
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="session")
+def story(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Folders depth, normals (experts) and scene (merged). Do not write into them."""
+    folder = tmp_path_factory.mktemp("story")
+    said = {}
+    for task in ("depth", "normals"):
+        done = simomerge("train", "--task", task, "--base", tiny_base, *TINY, "-o", folder / task, "--json")
+        assert done.code == 0, done.err
+        said[task] = done.json
+    experts = (f"depth={folder / 'depth'}", f"normals={folder / 'normals'}")
+    done = simomerge("merge", tiny_base, *experts, "--scale", "0.5", "-o", folder / "scene", "--json")
+    assert done.code == 0, done.err
+    said["scene"] = done.json
+    return Story(folder, said)
+
+
+@pytest.fixture
+def copy_of(story: Story, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of one of the story's models, to be damaged."""
+    return lambda name: Path(shutil.copytree(story / name, tmp_path / name))

@@ -1,0 +1,168 @@
+"""Every mistake ends with status 2 and a sentence that names the mend; nothing half-written stays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from .conftest import TINY, Outcome, Story, simomerge
+
+
+def check(done: Outcome, message: str) -> None:
+    assert done.code == 2 and done.out == ""
+    assert "Traceback" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("Error: ") and len(last) < 600, done.err
+    assert re.search(message, last), last
+    assert len(re.findall(r"[.?!](?= [A-Z]|$)", last)) <= 3
+
+
+def listing(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+# Told by the words alone --------------------------------------------------------------------------------
+
+MERGE = ("merge", "BASE", "depth=DEPTH", "normals=NORMALS", "-o", "OUT")
+TRAIN = ("train", "--base", "BASE", *TINY, "-o", "OUT")
+MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
+    "command": (("merg",), "no such command 'merg'; did you mean 'merge'"),
+    "strange command": (("xyzzy",), r"no such command 'xyzzy'\."),
+    "option": ((*MERGE, "--metod", "ties"), r"(?i)no such option.*--metod.*--method"),
+    "missing argument": (("merge", "BASE", "-o", "OUT"), "TASK=EXPERT"),
+    "missing output": (("merge", "BASE", "depth=DEPTH"), "--output"),
+    "method": ((*MERGE, "--method", "tie"), "no merge method 'tie': did you mean 'ties'"),
+    "parameter": ((*MERGE, "--method", "ties", "-p", "densty=0.2"), "no parameter 'densty': did you mean 'density'"),
+    "parameter's form": ((*MERGE, "-p", "density"), "'density': give KEY=VALUE"),
+    "parameter's value": ((*MERGE, "--method", "ties", "-p", "density=much"), "density must be a number.*'much'"),
+    "parameter's range": ((*MERGE, "--method", "ties", "-p", "density=1.5"), "density must be a number.*1.5"),
+    "parameter's parameter": ((*MERGE, "--method", "average", "--scale", "1"), "'average' has no parameter 'scale'"),
+    "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, or 'auto'"),
+    "negative scale": ((*MERGE, "--scale", "-1"), "scale must be"),
+    "scale of a method without": ((*MERGE, "--method", "average", "--scale", "auto"), "no parameter 'scale'"),
+    "pair": (("merge", "BASE", "depth", "-o", "OUT"), "'depth': give TASK=EXPERT"),
+    "task twice": (("merge", "BASE", "depth=DEPTH", "depth=x", "-o", "OUT"), "two experts for task 'depth'"),
+    "expert's path": (("merge", "BASE", "depth=./nowhere", "-o", "OUT"), "nowhere: no such folder"),
+    "base's path": (("merge", "./nowhere", "depth=DEPTH", "-o", "OUT"), "nowhere: no such folder"),
+    "expert of no task": (("merge", "BASE", "depth=BASE", "-o", "OUT"), "expert 'depth' has the tasks none"),
+    "other base": (("merge", "DEPTH", "normals=NORMALS", "-o", "OUT"), "fine-tuned from another base"),
+    "output exists": ((*MERGE[:-1], "DEPTH"), "exists; choose another folder, or give --overwrite"),
+    "task": ((*TRAIN, "--task", "deth"), "unknown task 'deth'; did you mean 'depth'"),
+    "same task": ((*TRAIN, "--task", "depth", "--task", "depth"), "'depth' is given twice"),
+    "no task": (TRAIN, "--task"),
+    "dataset": ((*TRAIN, "--task", "depth", "--data", "room"), "unknown dataset 'room'; there is: rooms"),
+    "learning rate": ((*TRAIN, "--task", "depth", "--lr", "0"), "lr=0.0; use a number above 0"),
+    "encoder's rate": ((*TRAIN, "--task", "depth", "--encoder-lr", "-1"), "encoder_lr=-1.0; use a number above 0"),
+    "steps": ((*TRAIN, "--task", "depth", "--steps", "0"), "0 is not in the range"),
+    "head": ((*TRAIN, "--task", "depth", "--head", "liner"), "'liner' is not one of"),
+    "re-alignment": (("realign", "SCENE", "--method", "head", "-o", "OUT"), "'head' is not one of"),
+    "re-aligned path": (("realign", "./nowhere", "-o", "OUT"), "no such folder"),
+    "re-aligned base": (("realign", "BASE", "--count", "4", "-o", "OUT"), "no heads to re-align"),
+    "rate of re-alignment": (("realign", "SCENE", "--lr", "-1", "--count", "4", "-o", "OUT"), "lr=-1.0"),
+    "split": (("evaluate", "SCENE", "--split", "tets"), "split"),
+    "model without heads": (("evaluate", "BASE", "--count", "4"), "the model predicts nothing"),
+    "evaluated path": (("evaluate", "./nowhere"), "no such folder"),
+    "unshared expert": (("evaluate", "DEPTH", "normals=NORMALS", "--count", "4"), "no score"),
+    "expert without the task": (("evaluate", "SCENE", "normals=DEPTH", "--count", "4"), "unknown task 'normals'"),
+    "predicting base": (("predict", "BASE", "PHOTO", "-o", "OUT"), "without heads predicts nothing"),
+    "no photo": (("predict", "SCENE", "./nowhere.png", "-o", "OUT"), "nowhere.png: no such image file"),
+    "no picture": (("predict", "SCENE", "PHOTO", "TEXT", "-o", "OUT"), "cannot be read as an image"),
+    "broken picture": (("predict", "SCENE", "BROKEN", "-o", "OUT"), "cannot be read as an image"),
+    "photo of a file": (("predict", "SCENE", "PHOTO", "-o", "TEXT"), "File exists"),
+    "inspected path": (("inspect", "./nowhere"), "does not exist"),
+    "inspected file": (("inspect", "TEXT"), "not a weight file"),
+    "inspected folder": (("inspect", "FOLDER"), "holds no weights"),
+    "demo's task": (("demo", "--tasks", "deth", "--base", "./nowhere", "-o", "OUT"), "no such folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_a_sentence(name: str, story: Story, tiny_base: Path, tmp_path: Path) -> None:
+    arguments, message = MISTAKES[name]
+    photo, text, broken, folder = (tmp_path / part for part in ("photo.png", "notes.txt", "broken.png", "folder"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)).save(photo)
+    text.write_text("not an image")
+    broken.write_bytes(photo.read_bytes()[:200])
+    folder.mkdir()
+    places = {"BASE": tiny_base, "SCENE": story / "scene", "DEPTH": story / "depth", "NORMALS": story / "normals"}
+    places |= {"OUT": tmp_path / "out", "PHOTO": photo, "TEXT": text, "BROKEN": broken, "FOLDER": folder}
+
+    def real(argument: object) -> str:
+        task, equals, place = str(argument).rpartition("=")
+        return f"{task}{equals}{places.get(place, place)}"
+
+    before = listing(tmp_path), listing(story.folder)
+    check(simomerge(*map(real, arguments)), message)
+    assert (listing(tmp_path), listing(story.folder)) == before
+
+
+# Told by the files --------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def poison(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layernorm.weight"))
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def lose_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["layernorm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def empty(path: Path) -> None:
+    path.write_text("{}")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "truncated encoder": ("encoder/model.safetensors", cut, "cannot load an encoder"),
+    "truncated head": ("heads/depth.safetensors", cut, r"heads/depth.safetensors: .*damaged"),
+    "NaN": ("encoder/model.safetensors", poison, "of the expert 'depth' holds NaN"),
+    "lost tensor": ("encoder/model.safetensors", lose_a_tensor, "1 tensors are missing.*layernorm.weight"),
+    "lost head": ("heads/depth.safetensors", remove, "heads/depth.safetensors: missing"),
+    "lost weights": ("encoder/model.safetensors", remove, "cannot load an encoder"),
+    "truncated description": ("simo.json", cut, "simo.json: cannot be read"),
+    "empty description": ("simo.json", empty, "simo.json: .*missing"),
+    "no configuration": ("encoder/config.json", remove, "cannot load an encoder"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_expert_is_named(name: str, copy_of: Any, tiny_base: Path, story: Story) -> None:
+    file, damage, message = DAMAGE[name]
+    expert = copy_of("depth")
+    damage(expert / file)
+    before = listing(expert.parent)
+    out = expert.parent / "out"
+    check(simomerge("merge", tiny_base, f"normals={story / 'normals'}", f"depth={expert}", "-o", out), message)
+    assert listing(expert.parent) == before
+
+
+def test_a_truncated_checkpoint_is_named_by_inspect(copy_of: Any) -> None:
+    expert = copy_of("depth")
+    cut(expert / "encoder" / "model.safetensors")
+    check(simomerge("inspect", expert), "model.safetensors is not a complete safetensors file")
+
+
+def test_an_output_below_a_file_is_told(story: Story, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = simomerge("merge", tiny_base, f"depth={story / 'depth'}", "-o", tmp_path / "file" / "out")
+    check(done, "(?i)not a directory")
+    assert listing(tmp_path) == {tmp_path / "file"}

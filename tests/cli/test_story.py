@@ -1,0 +1,250 @@
+"""The commands one after the other, as a newcomer types them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simomerge.cli import COMMANDS
+from simomerge.model import load
+from simomerge.progress import Console
+from simomerge.recipes import Recipe
+from simomerge.training import TrainSettings
+
+from .conftest import TINY, Story, simomerge
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 24)) -> Path:
+    values = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+# Help ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    done = simomerge(command, "--help")
+    assert done.code == 0 and f"Usage: simomerge {command}" in done.out and "--json" in done.out
+    assert simomerge(command, "-h").out == done.out
+
+
+def test_help_lists_every_command_and_version_is_told() -> None:
+    done = simomerge("--help")
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out.split("Commands:")[1].splitlines() if line] == list(COMMANDS)
+    assert simomerge("--version").out.startswith("simomerge, version ")
+
+
+def test_without_a_command_it_shows_the_help() -> None:
+    done = simomerge()
+    assert "demo" in done.out + done.err and "Traceback" not in done.err
+
+
+# Train, merge -------------------------------------------------------------------------------------------
+
+
+def test_train_writes_an_expert_that_records_its_base(story: Story, tiny_base: Path) -> None:
+    said = story.said["depth"]
+    assert said["tasks"] == ["depth"] and said["steps"] == 2 and set(said["losses"]) == {"depth"}
+    assert said["output"] == str(story / "depth")
+    expert = load(story / "depth")
+    base = load(tiny_base).encoder_fingerprint()
+    assert expert.provenance["base"] == {"source": str(tiny_base), "fingerprint": base}
+    assert expert.provenance["training"]["images"] == 8
+    assert list(expert.tasks) == ["depth"] and expert.encoder_fingerprint() != base
+    assert sorted(path.name for path in story.folder.iterdir()) == ["depth", "normals", "scene"]  # and no .work
+
+
+def test_merge_writes_a_model_with_all_heads(story: Story, tiny_base: Path) -> None:
+    assert story.said["scene"] == {
+        "output": str(story / "scene"),
+        "tasks": ["depth", "normals"],
+        "merge": {"method": "task-arithmetic", "scale": 0.5},
+    }
+    scene = load(story / "scene")
+    assert scene.provenance["base"]["fingerprint"] == load(tiny_base).encoder_fingerprint()
+    assert scene.provenance["experts"]["depth"]["source"] == str(story / "depth")
+
+
+def test_merge_tells_what_it_did_and_what_comes_next(story: Story, tiny_base: Path, tmp_path: Path) -> None:
+    experts = [f"{task}={story / task}" for task in ("depth", "normals")]
+    options = ("--method", "ties", "-p", "density=0.4", "--scale", "0.3", "-o", tmp_path / "ties")
+    done = simomerge("merge", tiny_base, *experts, *options)
+    first, second, third = done.out.splitlines()
+    assert first.startswith("Merged depth, normals by ties (density 0.4, scale 0.3")
+    assert second == f"Model: {tmp_path / 'ties'}" and third.startswith(f"Next: simomerge realign {tmp_path / 'ties'}")
+    assert (done.code, done.err) == (0, "")
+
+
+def test_merge_with_scale_auto_chooses_on_validation_images(story: Story, tiny_base: Path, tmp_path: Path) -> None:
+    experts = [f"{task}={story / task}" for task in ("depth", "normals")]
+    done = simomerge("merge", tiny_base, *experts, "--scale", "auto", "--count", 4, "-o", tmp_path / "auto", "--json")
+    assert done.code == 0, done.err
+    assert done.json["merge"]["scale_chosen_on"] == "4 labelled images" and 0 <= done.json["merge"]["scale"] <= 1
+    assert "scale  11/11" in done.err
+
+
+def test_overwrite_replaces_what_is_there(story: Story, tiny_base: Path, tmp_path: Path) -> None:
+    for scale in (0.1, 0.2):
+        more = ("--scale", scale, "-o", tmp_path / "one", "--overwrite")
+        assert simomerge("merge", tiny_base, f"depth={story / 'depth'}", *more).code == 0
+    assert load(tmp_path / "one").provenance["merge"]["scale"] == 0.2
+
+
+def test_merge_warns_in_a_line_of_its_own_about_experts_without_a_base(copy_of: Any, tiny_base: Path) -> None:
+    expert = copy_of("depth")
+    description = json.loads((expert / "simo.json").read_text())
+    description["provenance"] = {}
+    (expert / "simo.json").write_text(json.dumps(description))
+    done = simomerge("merge", tiny_base, f"depth={expert}", "-o", expert.parent / "out")
+    assert done.code == 0
+    assert done.err.startswith("Warning: expert 'depth' does not record its base") and done.err.count("\n") == 1
+
+
+def interrupt_in(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Console, label: str, done: int, total: int, note: str = "") -> None:
+        if label.startswith(phase):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "__call__", stop)
+
+
+def test_an_interrupted_training_goes_on_and_other_settings_start_afresh(
+    story: Story, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*more: object) -> Any:
+        return simomerge("train", "--task", "depth", "--base", tiny_base, *TINY, "-o", tmp_path / "expert", *more)
+
+    with monkeypatch.context() as patch:
+        interrupt_in("depth", patch)
+        done = train()
+    assert done.code == 130 and done.err.startswith("Stopped.") and "Traceback" not in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["expert.work"]
+    other = train("--images", "6")  # not "features of 8 images, but the dataset has 6"
+    assert other.code == 0, other.err
+    assert [path.name for path in tmp_path.iterdir()] == ["expert"]
+    assert load(tmp_path / "expert").provenance["training"]["images"] == 6
+    assert train("--overwrite").code == 0
+    assert load(tmp_path / "expert").encoder_fingerprint() == load(story / "depth").encoder_fingerprint()
+
+
+# Re-align, evaluate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "more"), [("heads", ("--workers", 1)), ("adapters", ("--rank", 2))])
+def test_realign_writes_a_model_and_its_cost(story: Story, tmp_path: Path, method: str, more: tuple[Any, ...]) -> None:
+    options = ("--method", method, "--count", 4, "--steps", 2, "-o", tmp_path / "mended", "--json", *more)
+    done = simomerge("realign", story / "scene", *options)
+    assert done.code == 0, done.err
+    assert done.json["realign"]["method"] == method and done.json["realign"]["labelled_images"] == 4
+    mended = load(tmp_path / "mended")
+    assert mended.encoder_fingerprint() == load(story / "scene").encoder_fingerprint()
+    assert mended.provenance["realign"] == done.json["realign"] and "merge" in mended.provenance
+    assert [path.name for path in tmp_path.iterdir()] == ["mended"]
+    inspected = simomerge("inspect", tmp_path / "mended")
+    assert ("adapters of rank 2" in inspected.out) == (method == "adapters")
+
+
+def test_evaluate_measures_and_compares_with_the_experts(story: Story) -> None:
+    experts = [f"{task}={story / task}" for task in ("depth", "normals")]
+    found = simomerge("evaluate", story / "scene", *experts, "--count", 4, "--json").json
+    assert set(found) == {"scores", "experts", "normalised_performance", "delta_mtl"}
+    ratios = {
+        task: found["experts"][task][metric] / found["scores"][task][metric]
+        for task, metric in (("depth", "abs_err"), ("normals", "mean_angle"))
+    }
+    assert found["normalised_performance"] == pytest.approx(ratios)
+    gains = [100 * (1 - 1 / ratio) for ratio in ratios.values()]
+    assert found["delta_mtl"] == pytest.approx(sum(gains) / 2, abs=1e-6)
+
+
+def test_evaluate_prints_one_line_per_task(story: Story) -> None:
+    done = simomerge("evaluate", story / "scene", "--count", 4)
+    head, depth, normals = done.out.splitlines()
+    assert head.endswith("on 4 images of rooms (test):") and done.code == 0
+    assert depth.split()[:2] == ["depth", "abs_err"] and normals.split()[:2] == ["normals", "mean_angle"]
+
+
+# Predict, inspect ---------------------------------------------------------------------------------------
+
+
+def test_predict_writes_values_and_pictures_at_the_image_s_size(story: Story, tmp_path: Path) -> None:
+    photo = picture(tmp_path / "my.photo.of.a.room.png", (41, 23))
+    done = simomerge("predict", story / "scene", photo, "-o", tmp_path / "maps", "--json")
+    assert done.code == 0, done.err
+    names = [f"my.photo.of.a.room-{task}" for task in ("depth", "normals")]
+    assert done.json["written"] == [str(tmp_path / "maps" / f"{name}.png") for name in names]
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {
+        f"{n}.{end}" for n in names for end in ("png", "npy")
+    }
+    expected = load(story / "scene").predict(photo)
+    for name, values in zip(names, expected.values(), strict=True):
+        np.testing.assert_array_equal(np.load(tmp_path / "maps" / f"{name}.npy"), values)
+        with Image.open(tmp_path / "maps" / f"{name}.png") as image:
+            assert image.size == (41, 23)
+
+
+def test_predict_keeps_images_of_one_name_apart(story: Story, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    first, second = picture(tmp_path / "a.png"), picture(tmp_path / "other" / "a.png", (16, 16))
+    done = simomerge("predict", story / "depth", first, second, first, "-o", tmp_path / "maps", "--json")
+    assert done.code == 0, done.err
+    assert [Path(name).name for name in done.json["written"]] == ["a-1-depth.png", "a-2-depth.png", "a-3-depth.png"]
+    assert np.load(tmp_path / "maps" / "a-2-depth.npy").shape == (16, 16)
+
+
+def test_inspect_reads_models_encoders_and_files(story: Story, tiny_base: Path) -> None:
+    scene = simomerge("inspect", story / "scene", "--json").json
+    assert scene["fingerprint"] == load(story / "scene").encoder_fingerprint()
+    assert set(scene["model"]["tasks"]) == {"depth", "normals"} and scene["dtypes"] == ["F32"]
+    folder, file = (simomerge("inspect", p, "--json").json for p in (tiny_base, tiny_base / "model.safetensors"))
+    assert "model" not in folder and folder["fingerprint"] == file["fingerprint"] != scene["fingerprint"]
+    assert folder["fingerprint"] == scene["model"]["provenance"]["base"]["fingerprint"]
+    lines = simomerge("inspect", story / "scene").out
+    assert "task depth: depth, linear head" in lines and "merge: method task-arithmetic, scale 0.5" in lines
+
+
+# Doctor, demo -------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_all_well() -> None:
+    done = simomerge("doctor", "--json")
+    checks = {check["name"]: check for check in done.json["checks"]}
+    assert {"python", "torch", "transformers", "torchvision", "device", "cache folder", "embedded base"} <= set(checks)
+    assert done.code == 0 and done.json["ok"], checks
+
+
+def test_doctor_says_what_to_mend(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("simomerge.model.resolve_source", lambda source: str(tmp_path / "nowhere"))
+    done = simomerge("doctor")
+    assert done.code == 1 and done.out.splitlines()[-1] == "Mend: cache folder, embedded base."
+    assert "no such folder" in done.out and "Traceback" not in done.err
+
+
+def test_demo_writes_a_report(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = TrainSettings(steps=2, batch_size=4, lr=1e-3)
+
+    def tiny_recipe(tasks: tuple[str, ...], head: str, seeds: int, full: bool) -> Recipe:
+        assert (tasks, head, seeds, full) == (("depth", "normals"), "linear", 1, False)
+        phases = dict.fromkeys(("probe", "tune", "joint", "heads", "adapters"), short)
+        counts = dict.fromkeys(("train_images", "val_images", "test_images"), 4)
+        recipe = replace(Recipe(tasks=tasks), **phases, **counts)
+        return replace(recipe, merges=("average",), realigned=("average+heads",), gallery=("experts", "average"))
+
+    monkeypatch.setattr("simomerge.recipes.demo_recipe", tiny_recipe)
+    run = tmp_path / "run"
+    done = simomerge("demo", "--tasks", "depth,normals", "--base", tiny_base, "-o", run, "--workers", 1, "--json")
+    assert done.code == 0, done.err
+    assert [row["method"] for row in done.json["rows"]] == ["experts", "joint-mtl", "average", "average+heads"]
+    assert done.json["report"] == str(run / "report.html") and "<html" in (run / "report.html").read_text()
+    assert json.loads((run / "results.json").read_text())["rows"] == done.json["rows"]
