@@ -12,12 +12,12 @@ import pytest
 from simomerge.recipes import Recipe, run, run_recipe
 from simomerge.training import TrainSettings, WorkerPool
 
-SHORT = TrainSettings(steps=6, batch_size=8, lr=5e-3)
+SHORT = TrainSettings(steps=6, batch_size=4, lr=5e-3)
 MICRO = Recipe(
     tasks=("depth", "normals"),
     train_images=16,
-    val_images=8,
-    test_images=8,
+    val_images=6,
+    test_images=5,
     probe=SHORT,
     tune=SHORT,
     joint=SHORT,

@@ -95,8 +95,8 @@ def test_costs_are_those_beyond_the_experts(finished: Finished) -> None:
     assert [row["encoders"] for row in rows.values()] == [2, 1, 1, 1, 1, 1]
     labelled = {method: row["labelled_images"] for method, row in rows.items()}
     assert labelled == {
-        **{"experts": 16, "joint-mtl": 16, "average": 0, "task-arithmetic": 8},
-        **{"task-arithmetic+heads": 8, "average+adapters": 8},
+        **{"experts": 16, "joint-mtl": 16, "average": 0, "task-arithmetic": 6},
+        **{"task-arithmetic+heads": 6, "average+adapters": 6},
     }
     trained = {method: row["trained_parameters"] for method, row in rows.items()}
     assert trained["average"] == trained["task-arithmetic"] == 0
@@ -140,6 +140,7 @@ def test_every_stage_was_done_once_and_leaves_a_loadable_model(finished: Finishe
     assert list(load(joint).tasks) == ["depth", "normals"]
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_results_of_one(finished: Finished, tiny_base: Path, tmp_path: Path) -> None:
     results = run_recipe(MICRO, tiny_base, tmp_path / "run", workers=2)
     assert deltas(results) == pytest.approx(deltas(finished.results), abs=0.2)
@@ -198,6 +199,7 @@ def test_a_changed_setting_redoes_only_what_depends_on_it(
     assert set(done) == again and len(done) == len(again)
 
 
+@pytest.mark.slow
 def test_another_seed_is_added_to_the_first(finished: Finished, copied: Path, tiny_base: Path, done: list[str]) -> None:
     results = run_recipe(replace(MICRO, seeds=(0, 1)), tiny_base, copied, workers=1)
     assert len(done) == STAGES - 1 and all(name.endswith("seed 1") for name in done)  # the features serve both

@@ -67,7 +67,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="simomerge", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -62,7 +62,7 @@ def command(
             wanted = float(scale)
         except ValueError:
             raise InputError(f"--scale {scale}: give a number, or 'auto'.") from None
-    given = chosen if wanted in (None, "auto") else {**chosen, "scale": wanted}
+    given = chosen if wanted is None else {**chosen, "scale": 1.0 if wanted == "auto" else wanted}
     get_method(method, **given)  # a misspelt name or parameter is told before anything is read
     validation = load_data(data, split="val", count=count, tasks=list(named)) if wanted == "auto" else None
     with console() as progress:

@@ -48,7 +48,7 @@ class Recipe:
     probe: TrainSettings = TrainSettings(steps=120, lr=2e-3)
     tune: TrainSettings = TrainSettings(steps=150, lr=1e-3, encoder_lr=3e-4, validate_every=50)
     joint: TrainSettings = TrainSettings(steps=150, lr=1e-3, encoder_lr=3e-4, validate_every=50)
-    heads: TrainSettings = TrainSettings(steps=120, lr=1e-3)
+    heads: TrainSettings = TrainSettings(steps=100, lr=1e-3)
     adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
     rank: int = 16
     activation: str = "none"
@@ -100,5 +100,6 @@ def full_size(recipe: Recipe) -> Recipe:
         test_images=512,
         tune=replace(recipe.tune, steps=300, validate_every=100),
         joint=replace(recipe.joint, steps=300, validate_every=100),
+        heads=replace(recipe.heads, steps=120),
         adapters=replace(recipe.adapters, steps=100),
     )
