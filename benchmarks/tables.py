@@ -1,8 +1,8 @@
 """The tables of docs/benchmarks.md, from runs that are there:
 
-    simomerge demo --seeds 3 -o runs/rooms-linear
-    simomerge demo --tasks all --head dpt --full --seeds 3 -o runs/rooms-dpt
-    python benchmarks/tables.py runs/rooms-linear runs/rooms-dpt
+simomerge demo --seeds 3 -o runs/rooms-linear
+simomerge demo --tasks all --head dpt --full --seeds 3 -o runs/rooms-dpt
+python benchmarks/tables.py runs/rooms-linear runs/rooms-dpt
 """
 
 from __future__ import annotations

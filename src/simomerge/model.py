@@ -61,7 +61,9 @@ class SimoModel(nn.Module):
     def decode(self, features: Features, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Features -> logits by task, each (B, C, H, W) at the size of the images that were encoded."""
         height, width = features.image_size
-        return {name: self.heads[name](features)[..., :height, :width] for name in tasks or self.tasks}
+        return {
+            name: self.heads[name](features)[..., :height, :width] for name in (self.tasks if tasks is None else tasks)
+        }
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Float images (B, 3, H, W), RGB in [0, 1] -> logits by task."""

@@ -1,0 +1,74 @@
+"""The pictures of README and docs:
+
+    simomerge demo --tasks all --head dpt --full -o runs/rooms-dpt
+    python benchmarks/pictures.py runs/rooms-dpt
+
+docs/pictures/rooms.png shows test images with their labels; docs/pictures/story.png shows, for two of them, the
+truth, the experts, the merged and the re-aligned model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from simomerge.assets import resolve_source
+from simomerge.datasets import DenseDataset, load_data
+from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
+from simomerge.tasks import colourise
+
+PICTURES = Path("docs/pictures")
+LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]
+
+
+def beside(tiles: list[np.ndarray], gap: int) -> np.ndarray:
+    """Tiles (H, W, 3) of one height in a row, white between them."""
+    white = np.full((tiles[0].shape[0], gap, 3), 255, np.uint8)
+    return np.concatenate([part for tile in tiles for part in (tile, white)][:-1], axis=1)
+
+
+def below(rows: list[np.ndarray], gap: int) -> np.ndarray:
+    return beside([row.transpose(1, 0, 2) for row in rows], gap).transpose(1, 0, 2)
+
+
+def labels(data: DenseDataset, index: int) -> np.ndarray:
+    """One image and its labels in a row."""
+    sample = data[index]
+    tiles = [(sample["image"].permute(1, 2, 0).numpy() * 255).astype(np.uint8)]
+    for name, task in data.tasks.items():
+        values = sample[name].numpy()
+        limits = (float(values.min()), float(values.max())) if task.kind == "depth" else (0.0, 1.0)
+        tiles.append(colourise(task, values, limits))
+    return beside(tiles, 2)
+
+
+def rooms_picture() -> None:
+    data = load_data("rooms", split="test", count=256, tasks=LABELS)
+    rows = [beside([labels(data, 2 * row), labels(data, 2 * row + 1)], 6) for row in range(7)]
+    Image.fromarray(below(rows, 3)).save(PICTURES / "rooms.png", optimize=True)
+
+
+def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
+    gallery = run_recipe(demo_recipe(ALL_TASKS, "dpt", full=True), resolve_source("rooms-base"), folder)["gallery"]
+    columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+heads"]
+    blocks = []
+    for shown in gallery[:2]:
+        blank = np.full_like(shown["image"], 255)
+        rows = []
+        for index, task in enumerate(tasks):
+            maps = shown["predictions"][task]
+            rows.append(beside([shown["image"] if index == 0 else blank, *(maps[column] for column in columns)], 3))
+        blocks.append(below(rows, 3))
+    picture = Image.fromarray(beside(blocks, 10))
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(
+        PICTURES / "story.png", optimize=True
+    )
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    rooms_picture()
+    story_picture(Path(sys.argv[1]))
