@@ -30,6 +30,7 @@ class Recipe:
         seeds: one repetition of everything but the data per seed.
         train_images, val_images, test_images: how many images of each split. The validation split is the
             paper's D_val: it chooses scales and re-aligns. The test split is only reported on.
+        scale_images: how many of the validation images choose the scale.
         probe, tune: the two phases of LP-FT for each expert; joint: the second phase of joint MTL.
         heads, adapters: the paper's two re-alignments.
         rank, activation: of the adapters.
@@ -42,14 +43,15 @@ class Recipe:
     head: str = "linear"
     head_settings: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
-    train_images: int = 1000
+    train_images: int = 800
     val_images: int = 256
     test_images: int = 256
-    probe: TrainSettings = TrainSettings(steps=120, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=150, lr=1e-3, encoder_lr=3e-4, validate_every=50)
-    joint: TrainSettings = TrainSettings(steps=150, lr=1e-3, encoder_lr=3e-4, validate_every=50)
-    heads: TrainSettings = TrainSettings(steps=100, lr=1e-3)
-    adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
+    scale_images: int = 128
+    probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
+    tune: TrainSettings = TrainSettings(steps=110, lr=1e-3, encoder_lr=3e-4, validate_every=55)
+    joint: TrainSettings = TrainSettings(steps=110, lr=1e-3, encoder_lr=3e-4, validate_every=55)
+    heads: TrainSettings = TrainSettings(steps=80, lr=1e-3)
+    adapters: TrainSettings = TrainSettings(steps=50, lr=1e-3)
     rank: int = 16
     activation: str = "none"
     merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
@@ -98,6 +100,8 @@ def full_size(recipe: Recipe) -> Recipe:
         recipe,
         train_images=4000,
         test_images=512,
+        scale_images=256,
+        probe=replace(recipe.probe, steps=120),
         tune=replace(recipe.tune, steps=300, validate_every=100),
         joint=replace(recipe.joint, steps=300, validate_every=100),
         heads=replace(recipe.heads, steps=120),

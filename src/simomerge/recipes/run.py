@@ -189,7 +189,8 @@ class _Plan:
 
     def merge(self) -> None:
         """Every merge method; those with a scale look for it on the validation split."""
-        self.val_scores = self._expert_scores("val")
+        choosing = {**self.splits["val"], "count": self.recipe.scale_images}
+        self.val_scores = self._expert_scores(choosing)
         built = self._per_seed(
             lambda seed: [
                 Stage(
@@ -199,7 +200,7 @@ class _Plan:
                         "base": self.base,
                         "experts": self.experts[seed],
                         "method": method,
-                        "validation": self.splits["val"],
+                        "validation": choosing,
                         "baseline": self.val_scores[seed],
                     },
                 )
@@ -243,22 +244,22 @@ class _Plan:
         self.scores = {
             key: stages.read_log(Path(built[f"score {key[1]} seed {key[0]}"]))["scores"] for key in self.models
         }
-        self.scores |= {(seed, "experts"): scores for seed, scores in self._expert_scores("test").items()}
+        self.scores |= {(seed, "experts"): scores for seed, scores in self._expert_scores(test).items()}
 
-    def _expert_scores(self, split: str) -> dict[int, dict[str, dict[str, float]]]:
+    def _expert_scores(self, data: stages.Data) -> dict[int, dict[str, dict[str, float]]]:
         built = self._per_seed(
             lambda seed: [
                 Stage(
-                    f"score expert {task} {split} seed {seed}",
+                    f"score expert {task} {data['split']} seed {seed}",
                     stages.score,
-                    {"model": folder, "data": self.splits[split]},
+                    {"model": folder, "data": data},
                 )
                 for task, folder in self.experts[seed].items()
             ]
         )
 
         def scores(task: str, seed: int) -> dict[str, float]:
-            return stages.read_log(Path(built[f"score expert {task} {split} seed {seed}"]))["scores"][task]
+            return stages.read_log(Path(built[f"score expert {task} {data['split']} seed {seed}"]))["scores"][task]
 
         return {seed: {task: scores(task, seed) for task in self.recipe.tasks} for seed in self.recipe.seeds}
 
