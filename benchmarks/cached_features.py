@@ -22,6 +22,7 @@ from simomerge.datasets import DenseDataset, load_data
 from simomerge.devices import limit_threads
 from simomerge.encoders import Encoder, load_encoder
 from simomerge.model import SimoModel
+from simomerge.recipes import ROOMS_HEADS
 from simomerge.recipes.run import machine
 from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head
 from simomerge.training.lpft import image_losses
@@ -49,11 +50,11 @@ def timed(work: Callable[[], object], repeats: int) -> tuple[float, str]:
 
 
 def compare(name: str, encoder: Encoder, kind: str, data: DenseDataset, repeats: int) -> None:
-    heads = {task.name: fresh_head(encoder, task, data, kind) for task in data.tasks.values()}
+    heads = {task.name: fresh_head(encoder, task, data, kind, **ROOMS_HEADS[kind]) for task in data.tasks.values()}
     model = SimoModel(encoder, data.tasks, heads)
     model.requires_grad_(False)
     model.heads.requires_grad_(True)
-    settings = TrainSettings(steps=len(data) // BATCH, batch_size=BATCH)
+    settings = TrainSettings(steps=max(1, len(data) // BATCH), batch_size=BATCH)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         cache_features(encoder, data, Path(folder) / "features")

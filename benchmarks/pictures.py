@@ -9,6 +9,7 @@ truth, the experts, the merged and the re-aligned model.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from simomerge.assets import resolve_source
 from simomerge.datasets import DenseDataset, load_data
-from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
+from simomerge.recipes import Recipe, run_recipe
 from simomerge.tasks import colourise
 
 PICTURES = Path("docs/pictures")
@@ -52,7 +53,8 @@ def rooms_picture() -> None:
 
 
 def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
-    gallery = run_recipe(demo_recipe(ALL_TASKS, "dpt", full=True), resolve_source("rooms-base"), folder)["gallery"]
+    recipe = Recipe.from_dict(json.loads((folder / "results.json").read_text())["recipe"])
+    gallery = run_recipe(recipe, resolve_source("rooms-base"), folder)["gallery"]  # every stage is there already
     columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+heads"]
     blocks = []
     for shown in gallery[:2]:

@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("src/simomerge/assets/rooms-base"))
     parser.add_argument("--images", type=int, default=30_000)
-    parser.add_argument("--steps", type=int, default=5_000)
+    parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--batch", type=int, default=64, help="images per process and step")
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -125,8 +125,8 @@ def main() -> None:
     grid = (rooms["image"].shape[1] // PATCH) * (rooms["image"].shape[2] // PATCH)
     began, seen = time.time(), 0
     for step in range(done, args.steps):
-        batch = next(stream)
-        mask = torch.from_numpy(generator.random((args.batch, grid)) < 0.4)
+        batch = next(stream).to(accelerator.device)
+        mask = torch.from_numpy(generator.random((args.batch, grid)) < 0.4).to(accelerator.device)
         with accelerator.autocast():
             losses = model(batch[:, :3], batch[:, 3:4], batch[:, 4:5], mask)
         accelerator.backward(losses["rgb"] + 0.5 * losses["gradient"] + 0.5 * losses["depth"])

@@ -19,12 +19,14 @@ _WHERE = {
     "load": "model",
     "load_experts": "assemble",
     "merge": "assemble",
+    "merging": "merging",
     "normalised_performance": "evaluation",
     "realign": "realignment",
     "search_scale": "assemble",
 }
 
 if TYPE_CHECKING:
+    from simomerge import merging
     from simomerge.assemble import load_experts, merge, search_scale
     from simomerge.datasets import load_data as data
     from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "load_experts",
     "merge",
+    "merging",
     "normalised_performance",
     "realign",
     "search_scale",
@@ -51,7 +54,8 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'simomerge' has no attribute {name!r}")
     module, _, attribute = _WHERE[name].partition(":")
-    value = getattr(import_module(f"simomerge.{module}"), attribute or name)
+    found = import_module(f"simomerge.{module}")
+    value = found if module == name else getattr(found, attribute or name)
     globals()[name] = value
     return value
 

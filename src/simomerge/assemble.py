@@ -149,7 +149,7 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
     """
     if not experts:
         raise InputError("no experts given; name at least one, as TASK=EXPERT.")
-    named = {task: _with_task(expert, task) for task, expert in experts.items()}
+    named = {task: as_expert(expert, task) for task, expert in experts.items()}
     first = next(iter(named))
     for task, expert in named.items():
         encoder, reference = expert.encoder, named[first].encoder
@@ -177,7 +177,7 @@ def _with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) -
     return replace(method, **parameters)
 
 
-def _with_task(expert: SimoModel, task: str) -> SimoModel:
+def as_expert(expert: SimoModel, task: str) -> SimoModel:
     """The expert with one task, which is called ``task``."""
     if task in expert.tasks:
         return expert.select([task])
@@ -235,7 +235,9 @@ def _assemble(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMe
 
 def _provenance(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod) -> dict[str, Any]:
     def origin(model: SimoModel) -> dict[str, Any]:
-        return {"source": model.source, "fingerprint": model.encoder_fingerprint()}
+        # The folder's name, not its path: a model that is shared says nothing of the machine it was made on.
+        name = Path(model.source).name if Path(model.source).exists() else model.source
+        return {"source": name, "fingerprint": model.encoder_fingerprint()}
 
     return {
         "base": origin(base),

@@ -7,11 +7,6 @@ import os
 import torch
 
 
-def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -25,14 +20,19 @@ def limit_threads(count: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def mixed_precision() -> str:
-    """ "bf16" where the device computes in it (a GPU, or a CPU with its matrix instructions), else "no"."""
-    if torch.cuda.is_available():
+def mixed_precision(device: torch.device | str | None = None) -> str:
+    """ "bf16" where the device computes in it (a GPU, or a CPU with its matrix instructions), else "no".
+
+    Args:
+        device: which; by default the one that training uses, a GPU where there is one.
+    """
+    kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if has_matrix_unit() else "no"
+    return "bf16" if kind == "cpu" and has_matrix_unit() else "no"
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """The mixed precision that training uses, for inference."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision() == "bf16")
+    """The mixed precision that training uses on a device, for inference."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")

@@ -12,7 +12,7 @@ from torch import Tensor
 from simomerge.errors import InputError
 
 MAX_PIXELS = 64_000_000
-"""Images above this many pixels are refused: their feature maps would not fit in memory."""
+"""Images above this many pixels are refused: the maps of a few tasks at that size would not fit in memory."""
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge import images
@@ -70,11 +71,13 @@ class SimoModel(nn.Module):
         return self.decode(self.encode(images))
 
     @torch.no_grad()
-    def predict(self, image: Any) -> dict[str, np.ndarray]:
+    def predict(self, image: Any, max_patches: int = 4096) -> dict[str, np.ndarray]:
         """Predict every task for one image.
 
         Args:
             image: a path, a PIL image, an array or a tensor of any size; see `simomerge.images.to_tensor`.
+            max_patches: an image of more patches is made smaller for the encoder, and the predictions are
+                brought back to its size: attention takes memory with the square of the patches.
 
         Returns:
             By task, at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
@@ -87,11 +90,22 @@ class SimoModel(nn.Module):
         training = self.training
         self.eval()
         try:
-            logits = self(tensor)
+            logits = self(self._fit(tensor, max_patches))
         finally:
             self.train(training)
-        maps = {name: self.tasks[name].activate(value)[0] for name, value in logits.items()}
+        size = tensor.shape[-2:]
+        maps = {name: self.tasks[name].activate(_resized(value, size))[0] for name, value in logits.items()}
         return {name: (m[0] if m.ndim == 3 and m.shape[0] == 1 else m).cpu().numpy() for name, m in maps.items()}
+
+    def _fit(self, image: Tensor, max_patches: int) -> Tensor:
+        """The image (1, 3, H, W), smaller where it has more patches than allowed."""
+        height, width = image.shape[-2:]
+        patches = height * width / self.encoder.patch_size**2
+        if patches <= max_patches:
+            return image
+        shrink = (max_patches / patches) ** 0.5
+        size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
+        return F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
 
     def encoder_fingerprint(self) -> str:
         """sha256 of the encoder's weights, whatever their names, layout and storage width."""
@@ -121,8 +135,8 @@ class SimoModel(nn.Module):
                 save_file(_tensors(head), target / "heads" / f"{name}.safetensors")
             if self.encoder.adapters is not None:
                 save_file(_tensors(self.encoder.adapters), target / "adapters.safetensors")
-            (target / "simo.json").write_text(json.dumps(self._description(), indent=2) + "\n")
-            (target / "README.md").write_text(model_card(self))
+            (target / "simo.json").write_text(json.dumps(self._description(), indent=2) + "\n", encoding="utf-8")
+            (target / "README.md").write_text(model_card(self), encoding="utf-8")
         return Path(folder)
 
     def _description(self) -> dict[str, Any]:
@@ -250,6 +264,12 @@ def _save_encoder(encoder: Encoder, folder: Path) -> None:
         )
         + "\n"
     )
+
+
+def _resized(logits: Tensor, size: torch.Size) -> Tensor:
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -69,8 +69,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "split": (("evaluate", "SCENE", "--split", "tets"), "split"),
     "model without heads": (("evaluate", "BASE", "--count", "4"), "the model predicts nothing"),
     "evaluated path": (("evaluate", "./nowhere"), "no such folder"),
-    "unshared expert": (("evaluate", "DEPTH", "normals=NORMALS", "--count", "4"), "no score"),
-    "expert without the task": (("evaluate", "SCENE", "normals=DEPTH", "--count", "4"), "unknown task 'normals'"),
+    "unshared expert": (("evaluate", "DEPTH", "normals=NORMALS", "--count", "4"), "does not predict 'normals'"),
+    "expert without the task": (
+        ("evaluate", "SCENE", "normals=DEPTH", "--count", "4"),
+        "is depth of 1 channels in the model",
+    ),
     "predicting base": (("predict", "BASE", "PHOTO", "-o", "OUT"), "without heads predicts nothing"),
     "no photo": (("predict", "SCENE", "./nowhere.png", "-o", "OUT"), "nowhere.png: no such image file"),
     "no picture": (("predict", "SCENE", "PHOTO", "TEXT", "-o", "OUT"), "cannot be read as an image"),

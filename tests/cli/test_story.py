@@ -72,7 +72,7 @@ def test_merge_writes_a_model_with_all_heads(story: Story, tiny_base: Path) -> N
     }
     scene = load(story / "scene")
     assert scene.provenance["base"]["fingerprint"] == load(tiny_base).encoder_fingerprint()
-    assert scene.provenance["experts"]["depth"]["source"] == str(story / "depth")
+    assert scene.provenance["experts"]["depth"]["source"] == "depth"
 
 
 def test_merge_tells_what_it_did_and_what_comes_next(story: Story, tiny_base: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, seed=1)
 def float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from accelerate.state import AcceleratorState
 
-    monkeypatch.setattr(devices, "mixed_precision", lambda: "no")
-    monkeypatch.setattr(loop, "mixed_precision", lambda: "no")
+    monkeypatch.setattr(devices, "mixed_precision", lambda device=None: "no")
+    monkeypatch.setattr(loop, "mixed_precision", lambda device=None: "no")
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision it was made with
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -216,7 +216,7 @@ def touch(output: Path, label: str, progress: Any, **arguments: Any) -> None:
 
 def build(folder: Path, salt: str = "s", **arguments: Any) -> dict[str, str]:
     with WorkerPool(1) as pool:
-        run = Run(folder, pool, salt)
+        run = Run(folder, pool, "/base", salt)
         first = run.build([Stage("first", touch, {"value": 1, **arguments})])
         return first | run.build([Stage("second", touch, {"from": first["first"]})])
 

@@ -9,7 +9,7 @@ EMBEDDED_BASE = "rooms-base"
 
 
 def resolve_source(source: str | Path) -> str:
-    """The folder of the embedded base for its name; everything else as it is.
+    """The folder of the embedded base for its name; everything else as it is, with ``~`` expanded.
 
     Example:
         >>> Path(resolve_source("rooms-base")).name
@@ -17,4 +17,6 @@ def resolve_source(source: str | Path) -> str:
         >>> resolve_source("facebook/dinov2-base")
         'facebook/dinov2-base'
     """
-    return str(Path(__file__).parent / EMBEDDED_BASE) if str(source) == EMBEDDED_BASE else str(source)
+    if str(source) == EMBEDDED_BASE:
+        return str(Path(__file__).parent / EMBEDDED_BASE)
+    return str(Path(source).expanduser())

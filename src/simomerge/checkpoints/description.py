@@ -24,7 +24,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no simo.json in it); give a folder that simomerge wrote.")
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); take the model from its source again.") from error
     if not isinstance(description, dict):

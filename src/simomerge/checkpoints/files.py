@@ -88,7 +88,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
 
     Example:
         >>> with atomic_folder("scene") as folder:
-        ...     _ = (folder / "simo.json").write_text("{}")
+        ...     _ = (folder / "simo.json").write_text("{}", encoding="utf-8")
     """
     target = Path(path).resolve()
     _check_target(target, overwrite)

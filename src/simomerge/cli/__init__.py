@@ -75,10 +75,13 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Stopped. Finished work is kept: the same command goes on from it.", err=True)
+        click.echo("Stopped. Nothing is half-written; the same `demo` or `train` goes on from where it was.", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except MemoryError:
+        click.echo("Error: out of memory; use fewer --workers, a smaller --batch-size or smaller images.", err=True)
+        sys.exit(2)
     except OSError as error:
         click.echo(f"Error: {error.filename or 'the system'}: {error.strerror or error}.", err=True)
         sys.exit(2)

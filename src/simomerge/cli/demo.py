@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def command(
     say(
         as_json,
         {**results, "report": str(report)},
-        text_table(results),
+        text_table(results, ascii_only="utf" not in (sys.stdout.encoding or "").lower()),
         "",
         f"Results: {output / 'results.json'}",
         f"Report:  {report}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from simomerge.cli.options import console, data_option, json_option, parse_pairs, say, score_lines
+from simomerge.errors import InputError
 
 
 @click.command("evaluate")
@@ -17,19 +18,20 @@ from simomerge.cli.options import console, data_option, json_option, parse_pairs
 def command(model: str, experts: tuple[str, ...], data: str, split: str, count: int, as_json: bool) -> None:
     """Measure every task of MODEL; with its EXPERTs, also normalised performance and Delta_MTL."""
     named = parse_pairs(experts)
-    from simomerge.assemble import load_experts
+    from simomerge.assemble import as_expert, load_experts
     from simomerge.datasets import load_data
     from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
     from simomerge.model import load
 
     judged = load(model)
+    strange = [task for task in named if task not in judged.tasks]
+    if strange:
+        raise InputError(f"{model} does not predict {strange[0]!r}; it has {', '.join(judged.tasks) or 'no heads'}.")
+    judges = {task: as_expert(expert, task) for task, expert in load_experts(**named).items()}
     dataset = load_data(data, split=split, count=count)
     with console() as progress:
         scores = evaluate(judged, dataset, progress=progress)
-        baseline = {
-            task: evaluate(expert.select([task]), dataset, progress=progress)[task]
-            for task, expert in load_experts(**named).items()
-        }
+        baseline = {task: evaluate(expert, dataset, progress=progress)[task] for task, expert in judges.items()}
     result: dict[str, object] = {"scores": scores}
     lines = [f"{model} on {len(dataset)} images of {data} ({split}):", *score_lines(scores, judged.tasks)]
     if baseline:

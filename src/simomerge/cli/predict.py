@@ -20,6 +20,7 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
     import numpy as np
     from PIL import Image
 
+    from simomerge.checkpoints import atomic_file
     from simomerge.images import read_image
     from simomerge.model import load
     from simomerge.tasks import colourise
@@ -36,9 +37,11 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
     with console() as progress:
         for done, (name, image) in enumerate(zip(names, pixels, strict=True), start=1):
             for task, values in predictor.predict(image).items():
-                np.save(output / f"{name}-{task}.npy", values)
+                with atomic_file(output / f"{name}-{task}.npy") as file:
+                    np.save(file, values)
                 picture = output / f"{name}-{task}.png"
-                Image.fromarray(colourise(predictor.tasks[task], values)).save(picture)
+                with atomic_file(picture) as file:
+                    Image.fromarray(colourise(predictor.tasks[task], values)).save(file, "PNG")
                 written.append(str(picture))
             progress("predict", done, len(names), "")
     say(as_json, {"written": written}, *written)

@@ -219,8 +219,8 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
     except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for one cause
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{source}: cannot load an encoder ({first_line}). Give a folder with config.json and model.safetensors,"
-            " or a hub id while online."
+            f"{source}: {'' if Path(source).is_dir() else 'no such folder, and as a hub id: '}cannot load an encoder"
+            f" ({first_line}). Give a folder with config.json and model.safetensors, or a hub id while online."
         ) from error
     finally:
         if shown:
@@ -254,7 +254,7 @@ def _read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[f
 
     try:
         path = cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        data = json.loads(Path(path).read_text()) if path else {}
+        data = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error}); mend it, or remove it to use ImageNet's.") from error
     except OSError:

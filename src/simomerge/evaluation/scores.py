@@ -35,7 +35,7 @@ def evaluate(
         batch_size: images encoded at once.
 
     Raises:
-        InputError: model and dataset have no task in common.
+        InputError: model and dataset have no task in common, or one of another kind by the same name.
 
     Example:
         >>> scores = evaluate(model, load_data("rooms", split="test"))       # doctest: +SKIP
@@ -48,6 +48,13 @@ def evaluate(
             f"the model predicts {', '.join(model.tasks) or 'nothing'}, the dataset has {', '.join(dataset.tasks)}:"
             " no task in common."
         )
+    for name in shared:
+        ours, theirs = model.tasks[name], dataset.tasks[name]
+        if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
+            raise InputError(
+                f"task {name!r} is {ours.kind} of {ours.channels} channels in the model, {theirs.kind} of"
+                f" {theirs.channels} in the data; give a model or an expert of that task."
+            )
     device = next(model.parameters()).device
     metrics = {name: TaskMetrics(model.tasks[name]).to(device) for name in shared}
     dataset = dataset.select(shared)

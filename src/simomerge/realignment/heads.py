@@ -42,7 +42,8 @@ def realign_heads(
         model: a merged model; it stays as it is.
         data: a labelled dataset with the targets of every task (the paper's D_val).
         settings: of each head's training.
-        work_folder: where features and the state of a killed run are kept; a temporary folder by default.
+        work_folder: where features and the state of a killed run are kept, of this very re-alignment and no
+            other; a temporary folder by default.
         workers: heads trained at once, each in its process.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -82,6 +83,20 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `to_dict` wrote, also after a way through JSON.
+
+        Example:
+            >>> Recipe.from_dict(Recipe().to_dict()) == Recipe()
+            True
+        """
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            trains = name in ("probe", "tune", "joint", "heads", "adapters")
+            values[name] = TrainSettings(**value) if trains else tuple(value) if isinstance(value, list) else value
+        return cls(**values)
 
 
 def demo_recipe(

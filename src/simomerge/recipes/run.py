@@ -16,6 +16,8 @@ from typing import Any
 import simomerge
 from simomerge.checkpoints import atomic_write_text
 from simomerge.datasets import load_data
+from simomerge.datasets.rooms import RENDER_VERSION
+from simomerge.devices import available_cores, mixed_precision
 from simomerge.evaluation import delta_mtl, normalised_performance
 from simomerge.model import load
 from simomerge.progress import Progress, silent
@@ -41,11 +43,13 @@ class Run:
     Args:
         folder: of the run.
         pool: where stages run.
+        base: where the foundation encoder is.
         salt: what else the results depend on (the base's weights, the version).
     """
 
-    def __init__(self, folder: Path, pool: WorkerPool, salt: str) -> None:
+    def __init__(self, folder: Path, pool: WorkerPool, base: str, salt: str) -> None:
         self.folder = folder
+        self.base = base
         self.pool = pool
         self.salt = salt
 
@@ -63,8 +67,10 @@ class Run:
 
     def _output(self, stage: Stage) -> Path:
         # An argument that is a stage's folder carries that stage's key in its name, so keys chain.
-        relative = json.dumps(stage.arguments, sort_keys=True, default=str).replace(str(self.folder), "")
-        key = hashlib.sha256(f"{self.salt} {stage.function.__name__} {relative}".encode()).hexdigest()[:12]
+        # Places of this machine do not count; the base counts by its weights, which the salt holds.
+        arguments = _without_places(dict(stage.arguments), {str(self.folder): "", self.base: "base"})
+        named = json.dumps(arguments, sort_keys=True, default=str)
+        key = hashlib.sha256(f"{self.salt} {stage.function.__name__} {named}".encode()).hexdigest()[:12]
         return self.folder / "stages" / f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
 
 
@@ -90,7 +96,7 @@ def run_recipe(
         pictures of the report.
     """
     folder = Path(folder).resolve()
-    base = Path(base).resolve()
+    base = Path(base).resolve() if Path(base).exists() else base  # else a hub id
     splits: dict[str, dict[str, Any]] = {
         split: {"spec": dataset, "split": split, "count": count}
         for split, count in (
@@ -99,12 +105,13 @@ def run_recipe(
             ("test", recipe.test_images),
         )
     }
-    salt = f"{simomerge.__version__} {load(base).encoder_fingerprint()}"  # a wrong base is told before any rendering
+    fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
+    salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
     for split, data in splits.items():
         load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
     began = time.monotonic()
     with WorkerPool(workers, progress) as pool:
-        run = Run(folder, pool, salt)
+        run = Run(folder, pool, str(base), salt)
         plan = _Plan(recipe, base, splits, run)
         plan.train()
         plan.merge()
@@ -116,10 +123,20 @@ def run_recipe(
     return {**results, "gallery": plan.gallery()}
 
 
+def _without_places(value: Any, places: Mapping[str, str]) -> Any:
+    """Plain data with the start of every path replaced."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(item, places) for key, item in value.items()}
+    if isinstance(value, str):
+        for place, short in places.items():
+            value = short + value[len(place) :].replace("\\", "/") if value.startswith(place) else value
+    return value
+
+
 class _Plan:
     """The stages of a recipe, level by level; every level runs the stages of all seeds side by side."""
 
-    def __init__(self, recipe: Recipe, base: Path, splits: Mapping[str, stages.Data], run: Run) -> None:
+    def __init__(self, recipe: Recipe, base: str | Path, splits: Mapping[str, stages.Data], run: Run) -> None:
         self.recipe = recipe
         self.base = str(base)
         self.splits = splits
@@ -189,7 +206,7 @@ class _Plan:
 
     def merge(self) -> None:
         """Every merge method; those with a scale look for it on the validation split."""
-        choosing = {**self.splits["val"], "count": self.recipe.scale_images}
+        choosing = {**self.splits["val"], "count": min(self.recipe.scale_images, self.recipe.val_images)}
         self.val_scores = self._expert_scores(choosing)
         built = self._per_seed(
             lambda seed: [
@@ -373,15 +390,16 @@ class _Plan:
 
 NOTES = (
     "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
-    " higher is better. No value of the test split chose anything.",
-    "The validation split chose the scales, stopped the training of experts and joint model, and is the labelled"
-    " data of every re-alignment.",
+    " higher is better. No value of the test split chose a model, a scale or a setting; the headline names the row that"
+    " came out best.",
+    "The validation split chose the scales and the checkpoint kept of experts and joint model, and is the labelled"
+    " data of every re-alignment: experts and joint model have seen its labels only through that choice.",
     "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
     " to it.",
     "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
     " targets; the last two overlap the tasks texture and depth.",
-    "Seconds, steps and trained parameters are those of the row beyond the experts; seconds are of one core, with"
-    " as many jobs side by side as there are cores.",
+    "The costs of the experts and of joint MTL are those of their training, all other rows' those beyond the experts."
+    " Seconds are of one process, with as many side by side as there are cores.",
 )
 
 
@@ -398,13 +416,11 @@ def machine() -> dict[str, Any]:
     """The machine in plain words, for whoever reads the figures."""
     import torch
 
-    from simomerge.devices import available_cores
-
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [
             line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             if "model name" in line
         ]
         cpu = names[0] if names else cpu

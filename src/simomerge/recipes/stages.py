@@ -43,14 +43,16 @@ def work_folder(output: Path) -> Path:
 
 def read_log(output: Path) -> dict[str, Any]:
     """What a finished stage cost and found."""
-    return json.loads((output / "log.json").read_text())
+    return json.loads((output / "log.json").read_text(encoding="utf-8"))
 
 
 def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None, **texts: Any) -> None:
+    if output.exists():  # another process was faster with the same stage
+        return
     with atomic_folder(output) as folder:
         if model is not None:
             model.save_pretrained(folder / "model")
-        (folder / "log.json").write_text(json.dumps({**log, **texts}, indent=2) + "\n")
+        (folder / "log.json").write_text(json.dumps({**log, **texts}, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(work_folder(output), ignore_errors=True)
 
 
@@ -59,7 +61,7 @@ def features(output: Path, model: str, data: Data, label: str, progress: Progres
     began = time.monotonic()
     with atomic_folder(output) as folder:
         cache_features(load(model).encoder, load_data(**data), folder / "features", label=label, progress=progress)
-        (folder / "log.json").write_text(json.dumps({"seconds": time.monotonic() - began}) + "\n")
+        (folder / "log.json").write_text(json.dumps({"seconds": time.monotonic() - began}) + "\n", encoding="utf-8")
 
 
 def probe(

@@ -43,7 +43,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         self.folder = Path(folder)
         self.dataset = dataset
         self.tasks = list(tasks)
-        meta = json.loads((self.folder / "features.json").read_text())
+        meta = json.loads((self.folder / "features.json").read_text(encoding="utf-8"))
         self.image_size = tuple(meta["image_size"])
         self.padded_size = tuple(meta["padded_size"])
         self.maps = [np.load(self.folder / f"map{i}.npy", mmap_mode="r") for i in range(meta["taps"])]
@@ -115,6 +115,7 @@ def cache_features(
             progress(label, done, len(dataset), "")
         for array in arrays.values():
             array.flush()  # type: ignore[attr-defined]
+        arrays.clear()  # an open map would keep Windows from renaming the folder
     return Path(folder)
 
 
@@ -152,4 +153,4 @@ def _write_meta(folder: Path, features: Features) -> None:
         "image_size": features.image_size,
         "padded_size": features.padded_size,
     }
-    (folder / "features.json").write_text(json.dumps(meta) + "\n")
+    (folder / "features.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")

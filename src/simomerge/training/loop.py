@@ -106,6 +106,7 @@ def fit(
         InputError: the loss is not finite (lower the learning rate).
     """
     accelerator = _accelerator()
+    home = next(module.parameters()).device
     module.to(accelerator.device)
     optimizer = _optimizer(module, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -152,7 +153,7 @@ def fit(
         else:
             state.save_once_in_a_while(log)
     state.restore_best()
-    module.eval()
+    module.to(home).eval()
     log.seconds = time.monotonic() - began
     if log.steps < settings.steps:
         progress(label, settings.steps, settings.steps, f"stopped at step {log.steps}: the validation loss is flat")

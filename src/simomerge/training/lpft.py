@@ -7,6 +7,7 @@ of the task losses.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -101,21 +102,35 @@ def lpft(
     probe: TrainSettings,
     tune: TrainSettings,
     validation: Any = None,
-    work_folder: str | Path = "runs/lpft",
+    work_folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, TrainLog]:
-    """Both phases, in place. Features and the state of a killed run are kept in ``work_folder``.
+    """Both phases, in place.
 
     Args:
         model: a foundation encoder with fresh heads.
         train: a dataset with the targets of all the model's tasks.
         probe, tune: settings of the two phases.
-        validation: the dataset whose loss stops the second phase.
+        validation: the dataset whose loss stops the second phase and chooses the weights to keep.
+        work_folder: where features and the state of a killed run are kept, of this very training and no other;
+            a temporary folder by default.
 
     Returns:
         The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
     """
-    work = Path(work_folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        return _lpft(model, train, probe, tune, validation, Path(work_folder or temporary), progress)
+
+
+def _lpft(
+    model: SimoModel,
+    train: Any,
+    probe: TrainSettings,
+    tune: TrainSettings,
+    validation: Any,
+    work: Path,
+    progress: Progress,
+) -> dict[str, TrainLog]:
     if not (work / "features").exists():
         cache_features(model.encoder, train, work / "features", progress=progress)
     logs = {}

@@ -85,7 +85,10 @@ class WorkerPool:
             for future in as_completed(futures):
                 future.result()
         except BrokenProcessPool as error:
-            raise InputError("a worker process was killed, most often for want of memory; try --workers 1.") from error
+            raise InputError(
+                "a worker process ended, most often for want of memory (use one worker); a script must also keep its"
+                " calls under `if __name__ == '__main__':`, as Python's multiprocessing asks."
+            ) from error
         finally:
             for future in futures:
                 future.cancel()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import shutil
@@ -146,6 +147,13 @@ def _open(folder: Path, count: int, height: int, width: int) -> dict[str, np.nda
 
 def _create(folder: Path, count: int, height: int, width: int) -> None:
     folder.mkdir()
+    needed = count * height * width * sum(np.dtype(d).itemsize * math.prod(c) for d, c in _LAYOUT.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:  # a full disk under a memory map would kill the process
+        raise InputError(
+            f"{count} rooms need {needed / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} GB are free:"
+            " make room, or set SIMOMERGE_CACHE to a folder on another disk."
+        )
     for name, (dtype, channels) in _LAYOUT.items():
         shape = (count, height, width, *channels)
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
