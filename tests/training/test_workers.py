@@ -76,7 +76,10 @@ def test_no_jobs_give_no_results(pool: WorkerPool) -> None:
 
 
 def test_a_killed_worker_is_explained() -> None:
-    with WorkerPool(2) as doomed, pytest.raises(InputError, match=r"killed.*memory; try --workers 1"):
+    with (
+        WorkerPool(2) as doomed,
+        pytest.raises(InputError, match=r"ended.*want of memory \(use one worker\).*__main__"),
+    ):
         doomed.run([(jobs.be_killed, {})])
 
 

@@ -49,9 +49,9 @@ class Recipe:
     test_images: int = 256
     scale_images: int = 128
     probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=110, lr=1e-3, encoder_lr=3e-4, validate_every=55)
-    joint: TrainSettings = TrainSettings(steps=110, lr=1e-3, encoder_lr=3e-4, validate_every=55)
-    heads: TrainSettings = TrainSettings(steps=80, lr=1e-3)
+    tune: TrainSettings = TrainSettings(steps=100, lr=1e-3, encoder_lr=3e-4, validate_every=50)
+    joint: TrainSettings = TrainSettings(steps=100, lr=1e-3, encoder_lr=3e-4, validate_every=50)
+    heads: TrainSettings = TrainSettings(steps=70, lr=1e-3)
     adapters: TrainSettings = TrainSettings(steps=50, lr=1e-3)
     rank: int = 16
     activation: str = "none"

@@ -95,6 +95,7 @@ def run_recipe(
         The results: what ``results.json`` in the folder holds (see docs/formats.md), and under ``gallery`` the
         pictures of the report.
     """
+    began = time.monotonic()
     folder = Path(folder).resolve()
     base = Path(base).resolve() if Path(base).exists() else base  # else a hub id
     splits: dict[str, dict[str, Any]] = {
@@ -109,7 +110,6 @@ def run_recipe(
     salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
     for split, data in splits.items():
         load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
-    began = time.monotonic()
     with WorkerPool(workers, progress) as pool:
         run = Run(folder, pool, str(base), salt)
         plan = _Plan(recipe, base, splits, run)
