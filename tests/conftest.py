@@ -69,3 +69,18 @@ def make_model(tiny_base):
         return SimoModel(encoder, tasks, heads).eval()
 
     return make
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """Training and inference in float32: comparisons to the last bit must not depend on the machine."""
+    from accelerate.state import AcceleratorState
+
+    from simomerge import devices
+    from simomerge.training import loop
+
+    monkeypatch.setattr(devices, "mixed_precision", lambda device=None: "no")
+    monkeypatch.setattr(loop, "mixed_precision", lambda device=None: "no")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision it was made with
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from simomerge import devices
 from simomerge.datasets import DenseDataset, load_data
-from simomerge.training import loop
 
 
 @pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setattr(devices, "mixed_precision", lambda device=None: "no")
-    monkeypatch.setattr(loop, "mixed_precision", lambda device=None: "no")
-    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision it was made with
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def always_float32(float32: None) -> None:
+    """Every test here computes in float32."""
 
 
 @pytest.fixture(scope="session")
