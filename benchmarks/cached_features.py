@@ -4,7 +4,7 @@
 
 One epoch trains the heads of three tasks on rooms, in this process with one thread: once through the frozen
 encoder, once on features computed before (the paper's head re-alignment). Two encoders: the embedded base, and
-one of ViT-S size with random weights. Prints the median and the range of the repeats.
+one of ViT-B size with random weights. Prints the median and the range of the repeats.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from simomerge.training.lpft import image_losses
 BATCH = 32
 
 
-def vit_small() -> Encoder:
+def vit_base() -> Encoder:
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=8, image_size=80)
+    config = Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=8, image_size=80)
     return Encoder(Dinov2Model(config))
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for name, make in (
         ("embedded base", lambda: load_encoder(resolve_source("rooms-base"))),
-        ("ViT-S size", vit_small),
+        ("ViT-B size", vit_base),
     ):
         for kind in ("linear", "dpt"):
             compare(name, make(), kind, data, args.repeats)
