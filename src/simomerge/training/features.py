@@ -63,8 +63,9 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def features(self, batch: Mapping[str, Any]) -> Features:
         """The Features of a batch of samples, in float32."""
+        # Channels last, as an encoder's tokens lie: convolutions on them take half the time on a CPU.
         return Features(
-            maps=tuple(m.float() for m in batch["maps"]),
+            maps=tuple(m.float().contiguous(memory_format=torch.channels_last) for m in batch["maps"]),
             cls=tuple(c.float() for c in batch["cls"]),
             image_size=self.image_size,
             padded_size=self.padded_size,
