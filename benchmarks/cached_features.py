@@ -1,10 +1,11 @@
 """How much faster is a re-alignment epoch on cached features than one through the encoder?
 
-    python benchmarks/cached_features.py [--images 256] [--repeats 5]
+    python benchmarks/cached_features.py [--images 256] [--large-images 16] [--repeats 5]
 
 One epoch trains the heads of three tasks on rooms, in this process with one thread: once through the frozen
 encoder, once on features computed before (the paper's head re-alignment). Two encoders: the embedded base, and
-one of ViT-B size with random weights. Prints the median and the range of the repeats.
+one of ViT-B size with random weights; that one also on images of 280 x 378 with patches of 14 and the paper's linear
+head (one logit per patch), as the paper's models read NYUv2. Prints the median and the range of the repeats.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from simomerge.assets import resolve_source
 from simomerge.datasets import DenseDataset, load_data
@@ -30,10 +32,12 @@ from simomerge.training.lpft import image_losses
 BATCH = 32
 
 
-def vit_base() -> Encoder:
+def vit_base(patch: int = 8, image: int = 80) -> Encoder:
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=8, image_size=80)
+    config = Dinov2Config(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=patch, image_size=image
+    )
     return Encoder(Dinov2Model(config))
 
 
@@ -49,12 +53,20 @@ def timed(work: Callable[[], object], repeats: int) -> tuple[float, str]:
     return median, f"{median:.2f} s ({min(times):.2f} to {max(times):.2f})"
 
 
-def compare(name: str, encoder: Encoder, kind: str, data: DenseDataset, repeats: int) -> None:
-    heads = {task.name: fresh_head(encoder, task, data, kind, **ROOMS_HEADS[kind]) for task in data.tasks.values()}
+def compare(
+    name: str,
+    encoder: Encoder,
+    kind: str,
+    data: DenseDataset,
+    repeats: int,
+    head_settings: Mapping[str, Any],
+    batch: int = BATCH,
+) -> None:
+    heads = {task.name: fresh_head(encoder, task, data, kind, **head_settings) for task in data.tasks.values()}
     model = SimoModel(encoder, data.tasks, heads)
     model.requires_grad_(False)
     model.heads.requires_grad_(True)
-    settings = TrainSettings(steps=max(1, len(data) // BATCH), batch_size=BATCH)
+    settings = TrainSettings(steps=max(1, len(data) // batch), batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         cache_features(encoder, data, Path(folder) / "features")
@@ -68,25 +80,31 @@ def compare(name: str, encoder: Encoder, kind: str, data: DenseDataset, repeats:
 
         slow, through = timed(lambda: fit(model, partial(image_losses, model), data, settings), repeats)
         fast, on_cache = timed(cached, repeats)
-    print(f"| {name} | {kind} | {through} | {on_cache} | {slow / fast:.1f} | {caching:.1f} s |", flush=True)
+    size = " x ".join(str(n) for n in data.image(0).shape[1:])
+    print(f"| {name} | {size} | {kind} | {through} | {on_cache} | {slow / fast:.1f} | {caching:.1f} s |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--large-images", type=int, default=16, help="of 280 x 378; 0 leaves these out")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    data = load_data("rooms", split="val", count=args.images, tasks=["segmentation", "depth", "normals"])
+    tasks = ["segmentation", "depth", "normals"]
+    data = load_data("rooms", split="val", count=args.images, tasks=tasks)
     limit_threads(1)
-    print(f"{machine()}; {args.images} images of 64 x 80, batch {BATCH}, three heads, median of {args.repeats}")
-    print("| encoder | heads | epoch through the encoder | epoch on cached features | ratio | caching once |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(f"{machine()}; {args.images} images (large: {args.large_images}), three heads, median of {args.repeats}")
+    print("| encoder | images | heads | epoch through the encoder | epoch on cached features | ratio | caching once |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, make in (
         ("embedded base", lambda: load_encoder(resolve_source("rooms-base"))),
         ("ViT-B size", vit_base),
     ):
         for kind in ("linear", "dpt"):
-            compare(name, make(), kind, data, args.repeats)
+            compare(name, make(), kind, data, args.repeats, ROOMS_HEADS[kind])
+    if args.large_images:
+        large = load_data("rooms", split="val", count=args.large_images, tasks=tasks, size=(280, 378))
+        compare("ViT-B size, patch 14", vit_base(14, 518), "linear", large, args.repeats, {}, batch=8)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ LAYERS = [
     {"errors", "progress"},
     {"assets", "checkpoints"},
     {"merging"},
+    {"ondisk"},
     {"tasks", "devices", "images"},
     {"encoders"},
     {"heads"},
@@ -46,6 +47,7 @@ HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accele
 FORBIDDEN = {
     "merging": ("torch", "transformers"),
     "report": ("torch", "transformers", "torchmetrics", "accelerate"),
+    "ondisk": ("torch", "transformers"),
     "checkpoints": ("torch.nn", "transformers"),
     "progress": ("torch", "numpy"),
     "errors": ("torch", "numpy"),

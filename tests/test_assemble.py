@@ -224,7 +224,7 @@ def change_layer_norm(expert: SimoModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_taps, r"'depth' and 'normals' differ in taps: \(1, 2, 3, 4\) and \(1, 2, 3\)"),
+        (change_taps, r"'depth' and 'normals' differ in taps: \[1, 2, 3, 4\] and \[1, 2, 3\]"),
         (change_normalisation, r"differ in image normalisation: .*0\.5, 0\.45, 0\.4.* and .*0\.6, 0\.55, 0\.5"),
         (change_patch_size, "differ in patch size: 8 and 4"),
         (change_layer_norm, "differ in final layer norm: True and False"),

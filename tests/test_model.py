@@ -226,10 +226,10 @@ def test_load_takes_a_model_folder_or_a_bare_encoder(folder, tiny_base):
 
 def test_the_model_card_lists_the_tasks_and_where_the_weights_come_from(adapted, tmp_path):
     card = (adapted.save_pretrained(tmp_path / "scene") / "README.md").read_text()
-    assert "| seg | segmentation | 3 | dpt |" in card
-    assert "| depth | depth | 1 | dpt |" in card
+    assert "| seg | segmentation | dpt |" in card
+    assert "| depth | depth | dpt |" in card
     assert "# One encoder, 3 tasks" in card and '"method": "ties"' in card
-    assert "# One encoder, 1 task\n" in simomerge.model.model_card(adapted.select("depth"))
+    assert "# One encoder, 1 task\n" in simomerge.model.model_card(adapted.select("depth").description())
 
 
 # An existing folder, a crash, a full disk ---------------------------------------------------------------

@@ -12,12 +12,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from simomerge.checkpoints import check_same_encoder
 from simomerge.errors import InputError
 from simomerge.evaluation import Scores, delta_mtl, evaluate, normalised_performance
-from simomerge.merging import MergeMethod, get_method, merge_state_dicts
+from simomerge.merging import (
+    Fisher,
+    MergeMethod,
+    RegMean,
+    Schedule,
+    as_schedule,
+    describe_method,
+    get_method,
+    merge_state_dicts,
+)
 from simomerge.model import SimoModel, load
 from simomerge.progress import Progress, silent
 from simomerge.tasks import Task
+from simomerge.training.statistics import fisher_information, input_grams
 
 SCALE_GRID: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(11))
 """The scales that ``scale="auto"`` tries: 0 to 1 in eleven values, as the paper's reference code does."""
@@ -38,6 +49,7 @@ def merge(
     method: str | MergeMethod = "task-arithmetic",
     scale: float | str | None = None,
     validation: Any = None,
+    schedule: Schedule | Sequence[float] | str | None = None,
     progress: Progress = silent,
     **parameters: Any,
 ) -> SimoModel:
@@ -48,7 +60,9 @@ def merge(
         experts: one model per task; the key names the task.
         method: a name of `simomerge.merging.available()` or a method.
         scale: of the merged task vector; ``"auto"`` tries `SCALE_GRID` on ``validation``.
-        validation: a dataset with labels of every task; only for ``scale="auto"``.
+        validation: a dataset with labels of every task, for ``scale="auto"``; for ``"regmean"`` a dataset of images
+            and for ``"fisher"`` one with labels, where their statistics are not given as parameters.
+        schedule: factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
         **parameters: further parameters of the method.
 
     Returns:
@@ -65,6 +79,8 @@ def merge(
         >>> model = merge(base, experts, "ties", density=0.2, scale=0.4)          # doctest: +SKIP
     """
     if scale == "auto":
+        if schedule is not None:
+            raise InputError("scale='auto' and a schedule do not go together: give a number as scale.")
         return search_scale(base, experts, method, validation, progress=progress, **parameters).model
     if isinstance(scale, str):
         raise InputError(f"scale {scale!r}: give a number, or 'auto' with validation data.")
@@ -72,7 +88,8 @@ def merge(
         parameters["scale"] = scale
     chosen = _with_parameters(method, parameters)
     experts = check_experts(base, experts)
-    return _assemble(base, experts, chosen)
+    chosen = _with_statistics(chosen, experts, validation, progress)
+    return _assemble(base, experts, chosen, as_schedule(schedule))
 
 
 @dataclass
@@ -150,19 +167,11 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
     if not experts:
         raise InputError("no experts given; name at least one, as TASK=EXPERT.")
     named = {task: as_expert(expert, task) for task, expert in experts.items()}
-    first = next(iter(named))
-    for task, expert in named.items():
-        encoder, reference = expert.encoder, named[first].encoder
-        if encoder.adapters is not None:
-            raise InputError(f"expert {task!r} has adapters beside its blocks: a weight merge would lose them.")
-        for what, ours, theirs in (
-            ("taps", encoder.taps, reference.taps),
-            ("patch size", encoder.patch_size, reference.patch_size),
-            ("final layer norm", encoder.apply_layernorm, reference.apply_layernorm),
-            ("image normalisation", encoder.preprocessing, reference.preprocessing),
-        ):
-            if ours != theirs:
-                raise InputError(f"experts {first!r} and {task!r} differ in {what}: {theirs} and {ours}.")
+    patches = {task: expert.encoder.patch_size for task, expert in named.items()}
+    for task, patch in patches.items():
+        if patch != (first := next(iter(patches.values()))):
+            raise InputError(f"experts {next(iter(patches))!r} and {task!r} differ in patch size: {first} and {patch}.")
+    check_same_encoder({task: expert.description() for task, expert in named.items()})
     _check_base(base, named)
     return named
 
@@ -188,6 +197,25 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     result = SimoModel(expert.encoder, {task: renamed}, {task: expert.heads[old.name]}, expert.provenance)
     result.source = expert.source
     return result
+
+
+def _with_statistics(
+    method: MergeMethod, experts: Mapping[str, SimoModel], data: Any, progress: Progress
+) -> MergeMethod:
+    """The method with what it needs to know of the experts' behaviour, from images or labels."""
+    if isinstance(method, RegMean) and not method.grams and data is not None:
+        grams = {
+            task: input_grams(expert.encoder, data, label=f"Grams {task}", progress=progress)
+            for task, expert in experts.items()
+        }
+        return replace(method, grams=grams)
+    if isinstance(method, Fisher) and not method.fishers and data is not None:
+        fishers = {
+            task: fisher_information(expert, data, label=f"Fisher {task}", progress=progress)
+            for task, expert in experts.items()
+        }
+        return replace(method, fishers=fishers)
+    return method
 
 
 def _check_base(base: SimoModel, experts: Mapping[str, SimoModel]) -> None:
@@ -219,21 +247,24 @@ def _relative_distance(base: nn.Module, expert: nn.Module) -> float:
     return math.sqrt(difference / max(sum(float(ours[name].float().square().sum()) for name in shared), 1e-30))
 
 
-def _assemble(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod) -> SimoModel:
+def _assemble(
+    base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod, schedule: Schedule | None = None
+) -> SimoModel:
     weights: dict[str, Tensor] = merge_state_dicts(
         base.encoder.backbone.state_dict(),
         {task: expert.encoder.backbone.state_dict() for task, expert in experts.items()},
         method,
+        schedule,
     )
     template = next(iter(experts.values())).encoder
     encoder = copy.deepcopy(template)  # taps and normalisation are the experts', not the base folder's
     encoder.backbone.load_state_dict(weights)
     heads = {task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()}
     tasks = {task: expert.tasks[task] for task, expert in experts.items()}
-    return SimoModel(encoder, tasks, heads, _provenance(base, experts, method)).eval()
+    return SimoModel(encoder, tasks, heads, _provenance(base, experts, describe_method(method, schedule))).eval()
 
 
-def _provenance(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod) -> dict[str, Any]:
+def _provenance(base: SimoModel, experts: Mapping[str, SimoModel], how: dict[str, Any]) -> dict[str, Any]:
     def origin(model: SimoModel) -> dict[str, Any]:
         # The folder's name, not its path: a model that is shared says nothing of the machine it was made on.
         name = Path(model.source).name if Path(model.source).exists() else model.source
@@ -242,5 +273,5 @@ def _provenance(base: SimoModel, experts: Mapping[str, SimoModel], method: Merge
     return {
         "base": origin(base),
         "experts": {task: origin(expert) for task, expert in experts.items()},
-        "merge": {"method": method.name, **vars(method)},
+        "merge": how,
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simomerge import images
 from simomerge.assets import resolve_source
-from simomerge.checkpoints import FORMAT, atomic_folder, fingerprint, read_description
+from simomerge.checkpoints import FORMAT, atomic_folder, fingerprint, model_card, read_description
 from simomerge.encoders import Encoder, Features, load_backbone, load_encoder
 from simomerge.errors import InputError
 from simomerge.heads import build_head, head_kind
@@ -135,11 +135,13 @@ class SimoModel(nn.Module):
                 save_file(_tensors(head), target / "heads" / f"{name}.safetensors")
             if self.encoder.adapters is not None:
                 save_file(_tensors(self.encoder.adapters), target / "adapters.safetensors")
-            (target / "simo.json").write_text(json.dumps(self._description(), indent=2) + "\n", encoding="utf-8")
-            (target / "README.md").write_text(model_card(self), encoding="utf-8")
+            description = self.description()
+            (target / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            (target / "README.md").write_text(model_card(description), encoding="utf-8")
         return Path(folder)
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """What simo.json says of this model."""
         adapters = self.encoder.adapters
         return {
             "format": FORMAT,
@@ -207,37 +209,6 @@ def load(source: str | Path) -> SimoModel:
         model = SimoModel(load_encoder(folder), {}, {})
     model.source = str(source)
     return model
-
-
-def model_card(model: SimoModel) -> str:
-    """The README.md of a model folder: what it predicts, from what it was made, how to use it."""
-    rows = "\n".join(
-        f"| {name} | {task.kind} | {task.channels} | {head_kind(model.heads[name])} |"
-        for name, task in model.tasks.items()
-    )
-    return f"""---
-library_name: simomerge
-tags: [model-merging, dense-prediction, multi-task]
----
-# One encoder, {len(model.tasks)} task{"s" if len(model.tasks) != 1 else ""}
-
-| task | kind | channels | head |
-| --- | --- | --- | --- |
-{rows}
-
-```python
-import simomerge as sm
-
-model = sm.load("this/folder")
-maps = model.predict("photo.jpg")  # one array per task, at the photo's size
-```
-
-`encoder/` is a plain transformers folder. Where the weights come from:
-
-```json
-{json.dumps(model.provenance, indent=2)}
-```
-"""
 
 
 def _save_encoder(encoder: Encoder, folder: Path) -> None:

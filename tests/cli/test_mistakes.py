@@ -44,14 +44,17 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "parameter's value": ((*MERGE, "--method", "ties", "-p", "density=much"), "density must be a number.*'much'"),
     "parameter's range": ((*MERGE, "--method", "ties", "-p", "density=1.5"), "density must be a number.*1.5"),
     "parameter's parameter": ((*MERGE, "--method", "average", "--scale", "1"), "'average' has no parameter 'scale'"),
-    "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, or 'auto'"),
+    "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, .*or 'auto'"),
     "negative scale": ((*MERGE, "--scale", "-1"), "scale must be"),
     "scale of a method without": ((*MERGE, "--method", "average", "--scale", "auto"), "no parameter 'scale'"),
     "pair": (("merge", "BASE", "depth", "-o", "OUT"), "'depth': give TASK=EXPERT"),
     "task twice": (("merge", "BASE", "depth=DEPTH", "depth=x", "-o", "OUT"), "two experts for task 'depth'"),
-    "expert's path": (("merge", "BASE", "depth=./nowhere", "-o", "OUT"), "nowhere: no such folder"),
+    "expert's path": (("merge", "BASE", "depth=./nowhere", "-o", "OUT"), "nowhere does not exist"),
     "base's path": (("merge", "./nowhere", "depth=DEPTH", "-o", "OUT"), "nowhere: no such folder"),
-    "expert of no task": (("merge", "BASE", "depth=BASE", "-o", "OUT"), "expert 'depth' has the tasks none"),
+    "expert of no task": (
+        ("merge", "BASE", "depth=BASE", "--scale", "auto", "-o", "OUT"),
+        "expert 'depth' has the tasks none",
+    ),
     "other base": (("merge", "DEPTH", "normals=NORMALS", "-o", "OUT"), "fine-tuned from another base"),
     "output exists": ((*MERGE[:-1], "DEPTH"), "exists; choose another folder, or give --overwrite"),
     "task": ((*TRAIN, "--task", "deth"), "unknown task 'deth'; did you mean 'depth'"),
@@ -135,15 +138,15 @@ def remove(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "truncated encoder": ("encoder/model.safetensors", cut, "cannot load an encoder"),
-    "truncated head": ("heads/depth.safetensors", cut, r"heads/depth.safetensors: .*damaged"),
-    "NaN": ("encoder/model.safetensors", poison, "of the expert 'depth' holds NaN"),
-    "lost tensor": ("encoder/model.safetensors", lose_a_tensor, "1 tensors are missing.*layernorm.weight"),
+    "truncated encoder": ("encoder/model.safetensors", cut, "model.safetensors is not a complete safetensors file"),
+    "truncated head": ("heads/depth.safetensors", cut, r"heads/depth.safetensors is not a complete safetensors file"),
+    "NaN": ("encoder/model.safetensors", poison, "of the expert 'depth'.* holds NaN"),
+    "lost tensor": ("encoder/model.safetensors", lose_a_tensor, "'depth' lacks 1 tensor of the base: layernorm.weight"),
     "lost head": ("heads/depth.safetensors", remove, "heads/depth.safetensors: missing"),
-    "lost weights": ("encoder/model.safetensors", remove, "cannot load an encoder"),
+    "lost weights": ("encoder/model.safetensors", remove, "holds no weights"),
     "truncated description": ("simo.json", cut, "simo.json: cannot be read"),
     "empty description": ("simo.json", empty, "simo.json: .*missing"),
-    "no configuration": ("encoder/config.json", remove, "cannot load an encoder"),
+    "no configuration": ("encoder/config.json", remove, "config.json: missing"),
 }
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from simomerge.encoders import Features, load_encoder
 from simomerge.errors import InputError
 from simomerge.heads import HEADS, LinearHead, build_head, head_for, head_kind
+from simomerge.heads.resize import resize
 
 CHANNELS = [6, 6, 6, 6]
 SETTINGS = {  # every registered head stands here, with settings that are not its defaults
@@ -230,3 +231,16 @@ def test_a_head_that_is_not_registered_cannot_be_named():
 
     with pytest.raises(InputError, match=r"Mine.*HEADS"):
         head_kind(Mine(CHANNELS, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 80), (8, 10), (17, 80), (5, 4), (8, 33)])
+def test_resize_is_the_librarys_bilinear(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 8, 10, requires_grad=True)
+    expected = torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+    direction = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((expected * direction).sum(), x)
+    with torch.inference_mode():  # the weights it keeps must serve training as well
+        resize(x, size)
+    found = resize(x, size)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), x)[0], gradient, rtol=1e-5, atol=1e-5)

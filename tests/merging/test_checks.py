@@ -8,7 +8,7 @@ import pytest
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
 from simomerge.errors import InputError
-from simomerge.merging import available, merge_state_dicts, merge_tensors
+from simomerge.merging import merge_state_dicts, merge_tensors
 
 BASE = {f"w{i}": np.full((2, 3), i, np.float32) for i in range(6)}
 EXPERT = {name: array + 1 for name, array in BASE.items()}
@@ -35,7 +35,7 @@ def test_missing_extra_and_misshapen() -> None:
         merge_state_dicts(None, {"a": {"w": np.zeros(1)}, "b": {}}, "average")
 
 
-@pytest.mark.parametrize("method", available())
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties", "zero-shot"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite(method: str, value: float) -> None:
     broken = EXPERT["w3"].copy()
@@ -79,7 +79,7 @@ def test_one_expert_given_twice(tmp_path: Path) -> None:
         merge_state_dicts(BASE, {"a": open_checkpoint(file), "b": open_checkpoint(file)})
 
 
-@pytest.mark.parametrize("method", available())
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties", "zero-shot"])
 def test_an_expert_equal_to_the_base_is_a_warning(method: str) -> None:
     with pytest.warns(UserWarning, match="The task vector of depth is zero"):
         merge_state_dicts(BASE, {"seg": EXPERT, "depth": dict(BASE)}, method)

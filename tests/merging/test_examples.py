@@ -2,11 +2,18 @@
 
 import doctest
 import importlib
+import pkgutil
 
+import numpy as np
 import pytest
 
+import simomerge.merging
 
-@pytest.mark.parametrize("name", ["linear", "merge", "method", "stream", "ties"])
+MODULES = sorted(found.name for found in pkgutil.iter_modules(simomerge.merging.__path__))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "checks"])
 def test_examples(name: str) -> None:
-    outcome = doctest.testmod(importlib.import_module(f"simomerge.merging.{name}"))
+    module = importlib.import_module(f"simomerge.merging.{name}")
+    outcome = doctest.testmod(module, extraglobs={"np": np})
     assert outcome.attempted > 0 and outcome.failed == 0

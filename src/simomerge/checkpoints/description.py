@@ -1,8 +1,9 @@
-"""simo.json: what a model folder says of itself."""
+"""simo.json: what a model folder says of itself, and the model card made from it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,73 @@ def read_description(folder: Path) -> dict[str, Any]:
     if without:
         raise InputError(f"{path}: task {without[0]!r} has no head in it; take the model from its source again.")
     return description
+
+
+def only_task(description: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The description of a model as an expert in one task, which is called ``task``.
+
+    A model of one task lends it under any name, one of several must have a task of that name.
+
+    Raises:
+        InputError: it has several tasks and none is called so.
+    """
+    tasks = description["tasks"]
+    own = task if task in tasks else next(iter(tasks), "")
+    if task not in tasks and len(tasks) != 1:
+        raise InputError(f"expert {task!r} has the tasks {', '.join(tasks) or 'none'}; name one of them.")
+    renamed = {"kind": own, **tasks[own], "name": task} if own != task else tasks[own]
+    return {**description, "tasks": {task: renamed}, "heads": {task: description["heads"][own]}}
+
+
+def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Experts can share one encoder only if their heads read the same taps of equally normalised images.
+
+    Args:
+        descriptions: by task, of the experts.
+
+    Raises:
+        InputError: an expert with adapters, or two that differ in taps, final layer norm or normalisation.
+    """
+    first = next(iter(descriptions))
+    for task, description in descriptions.items():
+        if description["adapters"]:
+            raise InputError(f"expert {task!r} has adapters beside its blocks: a weight merge would lose them.")
+        ours, theirs = description["encoder"], descriptions[first]["encoder"]
+        for what, keys in (
+            ("taps", ("taps",)),
+            ("final layer norm", ("apply_layernorm",)),
+            ("image normalisation", ("mean", "std")),
+        ):
+            values = [[settings[key] for key in keys] for settings in (theirs, ours)]
+            if values[0] != values[1]:
+                shown = [value[0] if len(value) == 1 else value for value in values]
+                raise InputError(f"experts {first!r} and {task!r} differ in {what}: {shown[0]} and {shown[1]}.")
+
+
+def model_card(description: Mapping[str, Any]) -> str:
+    """The README.md of a model folder: what it predicts, from what it was made, how to use it."""
+    tasks, heads = description["tasks"], description["heads"]
+    rows = "\n".join(f"| {name} | {task.get('kind', name)} | {heads[name]['kind']} |" for name, task in tasks.items())
+    return f"""---
+library_name: simomerge
+tags: [model-merging, dense-prediction, multi-task]
+---
+# One encoder, {len(tasks)} task{"s" if len(tasks) != 1 else ""}
+
+| task | kind | head |
+| --- | --- | --- |
+{rows}
+
+```python
+import simomerge as sm
+
+model = sm.load("this/folder")
+maps = model.predict("photo.jpg")  # one array per task, at the photo's size
+```
+
+`encoder/` is a plain transformers folder. Where the weights come from:
+
+```json
+{json.dumps(description["provenance"], indent=2)}
+```
+"""

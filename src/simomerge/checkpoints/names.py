@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from simomerge.errors import InputError
 
@@ -39,6 +40,7 @@ _RULES = [
 ]
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical_name(name: str) -> str:
     """The on-disk name of an encoder tensor, given its name on disk or in memory, wrapped or not.
 

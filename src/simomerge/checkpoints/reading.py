@@ -7,8 +7,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 class _Entry(NamedTuple):
     info: TensorInfo
-    read: Callable[[], np.ndarray]
+    stored: Any  # a flat numpy view of the file's bytes in the storage dtype, or a torch tensor
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -52,7 +51,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return self._entries[name].info
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._entries[name].read()
+        info, stored = self._entries[name]
+        return decode(stored, info).reshape(info.shape) if isinstance(stored, np.ndarray) else as_numpy(stored, name)
+
+    def flat(self, name: str, part: slice = slice(None)) -> np.ndarray:
+        """A part of a tensor's flattened values, of which nothing else is read. Raises KeyError."""
+        info, stored = self._entries[name]
+        if isinstance(stored, np.ndarray):
+            return decode(stored[part], info)
+        return as_numpy(stored.reshape(-1)[part], name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -138,7 +145,7 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
             raise InputError(f"{file}: '{name}' is stored as {spec['dtype']}: convert it to F32, F16 or BF16.")
         info = TensorInfo(tuple(spec["shape"]), spec["dtype"])
         begin, end = spec["data_offsets"]
-        entries[name] = _Entry(info, partial(decode, np.asarray(content[begin:end]), info))
+        entries[name] = _Entry(info, np.asarray(content[begin:end]).view(STORAGE[info.dtype]))
     return entries
 
 
@@ -181,7 +188,7 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error
     state = _state_dict(loaded, file)
-    return {name: _Entry(value_info(tensor, name), partial(as_numpy, tensor, name)) for name, tensor in state.items()}
+    return {name: _Entry(value_info(tensor, name), tensor) for name, tensor in state.items()}
 
 
 def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:

@@ -96,9 +96,23 @@ def as_numpy(value: Any, name: str = "tensor") -> np.ndarray:
     return np.asarray(value, dtype=np.float32 if info.is_float else None)
 
 
-def decode(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """Stored bytes (uint8, 1-D) to an array of ``info.shape``: floats as float32, the rest as stored."""
-    stored = raw.view(STORAGE[info.dtype]).reshape(info.shape)
+def flat_values(tensors: Mapping[str, Any], name: str, part: slice = slice(None)) -> np.ndarray:
+    """A part of the flattened values of ``tensors[name]``, like :func:`as_numpy`; a Checkpoint reads only that.
+
+    Example:
+        >>> flat_values({"w": np.arange(6.0).reshape(2, 3)}, "w", slice(2, 4))
+        array([2., 3.], dtype=float32)
+    """
+    lazy = getattr(tensors, "flat", None)
+    if callable(lazy):
+        return lazy(name, part)
+    value = tensors[name]
+    value_info(value, name)
+    return as_numpy(value.reshape(-1)[part], name)
+
+
+def decode(stored: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """An array as stored to its values, in the same shape: floats as float32, the rest as it is."""
     if info.dtype == "BF16":
         return _from_bfloat16(stored)
     return stored.astype(np.float32, copy=False) if info.is_float else stored

@@ -1,18 +1,28 @@
-"""Write safetensors files: atomically, streaming, the same bytes for the same input."""
+"""Write safetensors files, one or in shards: atomically, streaming, the same bytes for the same input."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints.files import atomic_file
+from simomerge.checkpoints.files import atomic_file, atomic_write_text
 from simomerge.checkpoints.tensors import FLOATS, STORAGE, TensorInfo, as_numpy, encode, tensor_info
 from simomerge.errors import InputError
+
+_Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
 
 
 def write_safetensors(
@@ -45,27 +55,167 @@ def write_safetensors(
         'w.safetensors'
     """
     path = Path(path)
+    pairs, layout = _prepare(tensors, dtypes, layout)
+    with _open(path, layout, metadata) as write:
+        for name, value in pairs:
+            write(name, value)
+    return path
+
+
+def write_sharded(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    dtypes: str | Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    layout: Mapping[str, TensorInfo] | None = None,
+    max_shard_size: int | None = None,
+) -> list[Path]:
+    """Write named tensors into a folder as transformers does; one tensor is in memory at a time.
+
+    What fits goes into ``model.safetensors``. More goes into ``model-00001-of-0000N.safetensors`` and so on, with
+    ``model.safetensors.index.json`` beside them. Tensors are dealt out in the order of ``layout`` as
+    huggingface_hub does: a shard is closed by the first tensor that it has no room for, and a tensor larger than
+    the limit is a shard by itself. Each file appears complete or not at all; for all of them to appear together,
+    write into a folder of :func:`~simomerge.checkpoints.files.atomic_folder`.
+
+    Args:
+        folder: where to write; it is made if it is not there, and should hold no other weights.
+        tensors, dtypes, metadata, layout: see :func:`write_safetensors`. In the order of ``layout`` at most two
+            files are open at a time; any other order works as well.
+        max_shard_size: bytes of tensors in one file; no limit by default. See :func:`parse_size`.
+
+    Returns:
+        The weight files, first to last; the index is not among them.
+
+    Raises:
+        InputError: see :func:`write_safetensors`; a limit below 1.
+
+    Example:
+        >>> tensors = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}
+        >>> [path.name for path in write_sharded("encoder", tensors, max_shard_size=12)]
+        ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    folder = Path(folder)
+    pairs, layout = _prepare(tensors, dtypes, layout)
+    shards = _partition(layout, max_shard_size)
+    if len(shards) < 2:
+        return [write_safetensors(folder / "model.safetensors", pairs, metadata=metadata, layout=layout)]
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    layouts = {file: {name: layout[name] for name in names} for file, names in zip(files, shards, strict=True)}
+    file_of = {name: file for file, part in layouts.items() for name in part}
+    _write_shards(folder, layouts, file_of, pairs, metadata)
+    index = {"metadata": {"total_size": sum(info.nbytes for info in layout.values())}, "weight_map": file_of}
+    content = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    atomic_write_text(folder / "model.safetensors.index.json", content)
+    return [folder / file for file in files]
+
+
+def parse_size(size: str | int) -> int:
+    """A size in bytes from text such as ``"5GB"``, ``"500 MB"`` or ``"1.5GiB"``; a plain number is bytes.
+
+    KB, MB, GB and TB are powers of 1000, KiB, MiB, GiB and TiB of 1024, in upper or lower case.
+
+    Raises:
+        InputError: not a size, or less than one byte.
+
+    Example:
+        >>> parse_size("5GB"), parse_size("1GiB"), parse_size(4096)
+        (5000000000, 1073741824, 4096)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
+    if not match or match[2] not in _UNITS:
+        raise InputError(f"{size!r} is not a size: give one such as 5GB, 500MB or 1GiB, or a number of bytes.")
+    parsed = int(Fraction(match[1]) * _UNITS[match[2]])
+    if parsed < 1:
+        raise InputError(f"{size!r} is less than one byte: give a size such as 5GB, 500MB or 1GiB.")
+    return parsed
+
+
+def _prepare(
+    tensors: _Tensors, dtypes: str | Mapping[str, str] | None, layout: Mapping[str, TensorInfo] | None
+) -> tuple[Iterable[tuple[str, Any]], dict[str, TensorInfo]]:
+    """The pairs to write, not read yet, and the shape and storage dtype of each, in order."""
     if layout is None:
         if not isinstance(tensors, Mapping):
             tensors = dict(tensors)
         layout = {name: tensor_info(tensors, name) for name in tensors}
     layout = {name: TensorInfo(info.shape, _dtype(name, info, dtypes)) for name, info in layout.items()}
+    pairs = ((name, tensors[name]) for name in tensors) if isinstance(tensors, Mapping) else tensors
+    return pairs, layout
+
+
+@contextmanager
+def _open(
+    path: Path, layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None
+) -> Iterator[Callable[[str, Any], None]]:
+    """Yield a function that writes one tensor to its place in the file."""
     header, offsets = _header(layout, metadata)
     pending = set(layout)
-    pairs = ((name, tensors[name]) for name in tensors) if isinstance(tensors, Mapping) else tensors
     with atomic_file(path, len(header) + sum(info.nbytes for info in layout.values())) as handle:
-        handle.write(header)
-        for name, value in pairs:
+
+        def write(name: str, value: Any) -> None:
             array = as_numpy(value, name)
             if name not in pending or array.shape != layout[name].shape:
                 expected = f"{layout[name].shape} once" if name in layout else "no such tensor"
                 raise InputError(f"{path}: got '{name}' of shape {array.shape}, expected {expected}.")
             handle.seek(len(header) + offsets[name])
+            # The memory of the array itself is handed over: a float32 array is written without a copy.
             handle.write(encode(array, layout[name].dtype, name).reshape(-1).view(np.uint8).data)
             pending.remove(name)
+
+        handle.write(header)
+        yield write
         if pending:
             raise InputError(f"{path}: {len(pending)} tensors never came, the first is '{min(pending)}'.")
-    return path
+
+
+def _write_shards(
+    folder: Path,
+    layouts: Mapping[str, Mapping[str, TensorInfo]],
+    file_of: Mapping[str, str],
+    pairs: Iterable[tuple[str, Any]],
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """Every tensor to its file; a file is opened with its first tensor and closed with its last."""
+    left = Counter(file_of.values())
+    opened: dict[str, tuple[ExitStack, Callable[[str, Any], None]]] = {}
+    with ExitStack() as all_files:
+        for name, value in pairs:
+            if name not in file_of:
+                raise InputError(f"{folder}: got '{name}', expected no such tensor.")
+            file = file_of[name]
+            if file not in opened:
+                closing = all_files.enter_context(ExitStack())
+                opened[file] = closing, closing.enter_context(_open(folder / file, layouts[file], metadata))
+            closing, write = opened[file]
+            write(name, value)
+            left[file] -= 1
+            if not left[file]:
+                closing.close()
+        if missing := sum(left.values()):
+            raise InputError(f"{folder}: {missing} of {len(file_of)} tensors never came.")
+
+
+def _partition(layout: Mapping[str, TensorInfo], limit: int | None) -> list[list[str]]:
+    """The names in each shard, exactly as huggingface_hub deals them out."""
+    if limit is None:
+        return [list(layout)]
+    if limit < 1:
+        raise InputError(f"A shard of at most {limit} bytes holds nothing: give a size such as 5GB.")
+    shards: list[list[str]] = []
+    current: list[str] = []
+    size = 0
+    for name, info in layout.items():
+        if info.nbytes > limit:
+            # The shard that was being filled goes on after it.
+            shards.append([name])
+            continue
+        if size + info.nbytes > limit:
+            shards.append(current)
+            current, size = [], 0
+        current.append(name)
+        size += info.nbytes
+    return [*shards, current] if current else shards
 
 
 def _dtype(name: str, info: TensorInfo, dtypes: str | Mapping[str, str] | None) -> str:

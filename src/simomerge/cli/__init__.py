@@ -13,10 +13,15 @@ COMMANDS = {
     "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
     "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
     "merge": "Merge experts' encoders into one model with all their heads.",
+    "methods": "List the merge methods with their parameters.",
+    "edit": "Add a task to a merged model, or remove one.",
     "realign": "Repair the mismatch between merged features and heads.",
     "evaluate": "Measure a model on a dataset, beside its experts where they are given.",
     "predict": "Predict every task for images of your own.",
     "inspect": "Say what a model folder or a checkpoint holds and where it comes from.",
+    "diff": "Say how two checkpoints, or two experts' task vectors, differ.",
+    "compress": "Store many experts of one base in little more than the space of two.",
+    "restore": "Give one expert back from a compressed folder.",
     "doctor": "Check this installation and say what to mend.",
 }
 

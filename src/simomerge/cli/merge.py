@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +16,7 @@ from simomerge.cli.options import (
     overwrite_option,
     parse_pairs,
     parse_parameters,
+    parse_value,
     say,
 )
 from simomerge.errors import InputError
@@ -23,11 +25,19 @@ from simomerge.errors import InputError
 @click.command("merge")
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="TASK=EXPERT...")
-@click.option("--method", default="task-arithmetic", show_default=True, help="Merge method, such as average or ties.")
+@click.option("--method", default="task-arithmetic", show_default=True, help="See `simomerge methods`.")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE", help="Parameter of the method.")
-@click.option("--scale", help="Of the merged task vector: a number, or 'auto' (needs labelled validation data).")
+@click.option(
+    "--scale",
+    help="Of the merged task vector: a number, TASK:NUMBER,... or 'auto' (needs labelled validation data).",
+)
+@click.option("--schedule", help="Factors over the depth: 0.2,0.5,1 or lines or lines:beta=0.3.")
+@click.option("--dtype", help="Storage: float32, float16 or bfloat16; as the base's by default.")
+@click.option("--max-shard-size", metavar="S", help="Split larger weights, such as 2GB; one file by default.")
 @data_option
-@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Images for --scale auto.")
+@click.option(
+    "--count", type=click.IntRange(1), default=256, show_default=True, help="Images for --scale auto, regmean, fisher."
+)
 @output_option()
 @overwrite_option
 @json_option
@@ -37,6 +47,9 @@ def command(
     method: str,
     parameters: tuple[str, ...],
     scale: str | None,
+    schedule: str | None,
+    dtype: str | None,
+    max_shard_size: str | None,
     data: str,
     count: int,
     output: Path,
@@ -45,37 +58,104 @@ def command(
 ) -> None:
     """Merge the EXPERTs' encoders, fine-tuned from BASE, into one model with all their heads.
 
+    BASE and EXPERTs are model folders, transformers folders, weight files (.safetensors, .pt, .bin) or, experts
+    only, peft LoRA adapters. Where not every EXPERT is a model folder, or OUT ends in .safetensors, only weights
+    are merged.
+
     \b
     simomerge merge rooms-base depth=runs/depth normals=runs/normals --method ties --scale 0.4 -o runs/scene
+    simomerge merge base.safetensors a=a.safetensors b=b.safetensors -o merged.safetensors
     """
     check_output(output, overwrite)
-    named = parse_pairs(experts)
-    chosen = parse_parameters(parameters)
-    from simomerge.assemble import load_experts, merge
-    from simomerge.datasets import load_data
-    from simomerge.merging import get_method
-    from simomerge.model import load
+    named, chosen = parse_pairs(experts), parse_parameters(parameters)
+    from simomerge.assets import resolve_source
+    from simomerge.checkpoints import parse_size
+    from simomerge.merging import as_schedule, available, get_method
 
-    wanted: float | str | None = scale
-    if scale is not None and scale != "auto":
-        try:
-            wanted = float(scale)
-        except ValueError:
-            raise InputError(f"--scale {scale}: give a number, or 'auto'.") from None
-    given = chosen if wanted is None else {**chosen, "scale": 1.0 if wanted == "auto" else wanted}
-    get_method(method, **given)  # a misspelt name or parameter is told before anything is read
-    validation = load_data(data, split="val", count=count, tasks=list(named)) if wanted == "auto" else None
-    with console() as progress:
-        model = merge(
-            load(base), load_experts(**named), method, scale=wanted, validation=validation, progress=progress, **chosen
-        )
-    model.save_pretrained(output, overwrite)
-    made = model.provenance["merge"]
-    settings = ", ".join(f"{key} {value}" for key, value in made.items() if key != "method")
+    limit = parse_size(max_shard_size) if max_shard_size else None
+    if scale not in (None, "auto"):
+        chosen["scale"] = parse_value(scale or "")
+        if isinstance(chosen["scale"], str):
+            raise InputError(f"--scale {scale}: give a number, TASK:NUMBER,... or 'auto'.")
+    # A misspelt name or parameter is told before anything is read.
+    get_method(method, **{**chosen, "scale": 1.0} if scale == "auto" else chosen)
+    as_schedule(schedule)
+    on_models = scale == "auto" or available()[method].needs_data or available()[method].needs_labels
+    if on_models or not Path(resolve_source(base)).exists():
+        if schedule or dtype or limit:
+            raise InputError(
+                "--schedule, --dtype and --max-shard-size go with a plain merge: give a number as --scale."
+            )
+        made, tasks = _merge_models(base, named, method, scale, chosen, data, count, output, overwrite)
+    else:
+        made, tasks = _merge_files(base, named, method, chosen, schedule, dtype, limit, output, overwrite)
+    details = ", ".join(f"{key} {value}" for key, value in made.items() if key != "method")
+    next_step = f"simomerge realign {output} --data {data} -o {output}-realigned   (the heads no longer fit)"
     say(
         as_json,
-        {"output": str(output), "tasks": list(model.tasks), "merge": made},
-        f"Merged {', '.join(model.tasks)} by {made['method']}" + (f" ({settings})." if settings else "."),
-        f"Model: {output}",
-        f"Next: simomerge realign {output} --data {data} -o {output}-realigned   (the heads no longer fit)",
+        {"output": str(output), "tasks": list(tasks), "merge": made},
+        f"Merged {', '.join(named)} by {made['method']}" + (f" ({details})." if details else "."),
+        f"{'Model' if tasks else 'Weights'}: {output}",
+        f"Next: {next_step}" if tasks else f"Next: simomerge diff {base} {output}   (how far it is from the base)",
     )
+
+
+def _merge_files(
+    base: str,
+    experts: dict[str, str],
+    method: str,
+    parameters: dict[str, Any],
+    schedule: str | None,
+    dtype: str | None,
+    limit: int | None,
+    output: Path,
+    overwrite: bool,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """From disk to disk, without torch."""
+    from simomerge.ondisk.merge import merge_on_disk
+
+    with console() as progress:
+        result = merge_on_disk(
+            base,
+            experts,
+            output,
+            method,
+            schedule=schedule,
+            dtype=dtype,
+            max_shard_size=limit,
+            overwrite=overwrite,
+            progress=progress,
+            **parameters,
+        )
+    return result.merge, result.tasks
+
+
+def _merge_models(
+    base: str,
+    experts: dict[str, str],
+    method: str,
+    scale: str | None,
+    parameters: dict[str, Any],
+    data: str,
+    count: int,
+    output: Path,
+    overwrite: bool,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """With the models in memory, where images take part."""
+    from simomerge.assemble import load_experts, merge
+    from simomerge.datasets import load_data
+    from simomerge.model import load
+
+    images = load_data(data, split="val", count=count, tasks=list(experts))
+    with console() as progress:
+        model = merge(
+            load(base),
+            load_experts(**experts),
+            method,
+            scale="auto" if scale == "auto" else None,
+            validation=images,
+            progress=progress,
+            **parameters,
+        )
+    model.save_pretrained(output, overwrite)
+    return model.provenance["merge"], tuple(model.tasks)

@@ -45,8 +45,19 @@ def parse_pairs(pairs: Sequence[str], what: str = "TASK=EXPERT") -> dict[str, st
 
 
 def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["density=0.2"]`` -> ``{"density": 0.2}``; what is no number stays text."""
-    return {name: _number(value) for name, value in parse_pairs(pairs, "KEY=VALUE").items()}
+    """``["density=0.2"]`` -> ``{"density": 0.2}``; what is no number stays text.
+
+    ``scale=depth:0.3,normals:0.5`` gives one value per expert.
+    """
+    return {name: parse_value(value) for name, value in parse_pairs(pairs, "KEY=VALUE").items()}
+
+
+def parse_value(text: str) -> Any:
+    """A number, a mapping ``NAME:NUMBER,NAME:NUMBER``, or the text."""
+    items = [item.rpartition(":") for item in text.split(",")]
+    if all(name and colon for name, colon, _ in items):
+        return {name: _number(value) for name, _, value in items}
+    return _number(text)
 
 
 def _number(text: str) -> Any:

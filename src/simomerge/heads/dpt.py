@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simomerge.encoders import Features
 from simomerge.errors import InputError
+from simomerge.heads.resize import resize
 
 
 class DPTHead(nn.Module):
@@ -75,7 +76,7 @@ class DPTHead(nn.Module):
         fused = self.fusions[2](fused, stages[2], stages[1].shape[-2:])
         fused = self.fusions[1](fused, stages[1], stages[0].shape[-2:])
         fused = self.fusions[0](fused, stages[0], stages[0].shape[-2:])
-        fused = _resize(self.smooth(fused), features.padded_size)
+        fused = resize(self.smooth(fused), features.padded_size)
         return self.output(F.relu(self.refine(fused)))
 
 
@@ -103,10 +104,4 @@ class _Fusion(nn.Module):
     def forward(self, x: Tensor, finer: Tensor | None, size: tuple[int, int]) -> Tensor:
         if self.skip is not None and finer is not None:
             x = x + self.skip(finer)
-        return _resize(self.project(self.refine(x)), size)
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if x.shape[-2:] == tuple(size):
-        return x
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+        return resize(self.project(self.refine(x)), size)

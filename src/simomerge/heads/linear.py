@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.encoders import Features
+from simomerge.heads.resize import resize
 
 
 class LinearHead(nn.Module):
@@ -50,11 +51,55 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
-        size = features.maps[0].shape[-2:]
-        maps = [m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear") for m in features.maps]
-        if self.cls:
-            maps += [token[..., None, None].expand(-1, -1, *size) for token in features.cls]
-        logits = self.output(self.norm(torch.cat(maps, 1)))
+        size = (features.maps[0].shape[-2], features.maps[0].shape[-1])
+        maps = [resize(m, size) for m in features.maps]
+        # In float32: unlike normalised inputs, raw ones may have means far larger than their spread.
+        with torch.autocast(maps[0].device.type, enabled=False):
+            logits = self._project([m.float() for m in maps], [c.float() for c in features.cls if self.cls])
         if self.subpixels > 1:
             logits = F.pixel_shuffle(logits, self.subpixels)
-        return F.interpolate(logits, features.padded_size, mode="bilinear", align_corners=False)
+        return resize(logits, features.padded_size)
+
+    def _project(self, maps: list[Tensor], cls: list[Tensor]) -> Tensor:
+        """The batch norm and the 1x1 convolution at once.
+
+        The normalisation is an affine map per channel, so it goes into the convolution's weights. What is
+        then computed is the convolution of the taps as they are; nothing of the width of all taps is made, and
+        the CLS tokens, the same for all places of an image, are multiplied once per image.
+        """
+        mean, variance = self._moments(maps, cls)
+        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
+        weight = self.output.weight.flatten(1)
+        assert self.output.bias is not None
+        bias = self.output.bias + weight @ (self.norm.bias - mean * scale)
+        parts = (weight * scale).split([tap.shape[1] for tap in (*maps, *cls)], 1)
+        logits = bias[:, None, None]
+        for tap, part in zip((*maps, *cls), parts, strict=True):
+            logits = logits + (
+                F.conv2d(tap, part[..., None, None]) if tap.ndim == 4 else (tap @ part.T)[..., None, None]
+            )
+        return logits
+
+    def _moments(self, maps: list[Tensor], cls: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every input channel: of the batch in training, else the running ones."""
+        norm = self.norm
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        if not self.training:
+            return norm.running_mean, norm.running_var
+        # The rows are the places: sums over them run along memory, for taps that lie channels last.
+        rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps] + cls
+        mean, variance = (torch.cat(values) for values in zip(*map(_mean_variance, rows), strict=True))
+        with torch.no_grad():
+            places = len(rows[0])
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * (places / max(places - 1, 1)), norm.momentum)
+        return mean, variance
+
+
+def _mean_variance(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each column of (N, C); a few rows at a time, for torch.var_mean takes ten times as long."""
+    mean = rows.mean(0)
+    squares = torch.stack([(part - mean).square().sum(0) for part in rows.split(512)])
+    return mean, squares.sum(0) / len(rows)

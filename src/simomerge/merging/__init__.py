@@ -3,26 +3,72 @@
 A method lives in the file of its family and registers itself when that file is imported, which is done here.
 """
 
+from simomerge.merging.algebra import interpolate, negate, with_experts
 from simomerge.merging.checks import check_models
-from simomerge.merging.linear import Average, TaskArithmetic, ZeroShot
+from simomerge.merging.competition import Pcb, Sce
+from simomerge.merging.consensus import Consensus, Emr, MagMax, TallMask, tall_mask
+from simomerge.merging.linear import Average, LinearMethod, TaskArithmetic, WeightedAverage, ZeroShot
 from simomerge.merging.merge import merge_state_dicts, merge_tensors
-from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register
+from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register, settings
+from simomerge.merging.schedule import (
+    LayerScales,
+    Lines,
+    Schedule,
+    as_schedule,
+    describe_method,
+    described_method,
+)
+from simomerge.merging.sparse import Breadcrumbs, DareLinear, DareTies, Della
+from simomerge.merging.spectral import IsoC, IsoCts, TsvM
+from simomerge.merging.spherical import Karcher, ModelStock, Slerp
+from simomerge.merging.statistics import Fisher, RegMean
 from simomerge.merging.stream import TaskVectorStream
 from simomerge.merging.ties import Ties
 
 __all__ = [
     "Average",
+    "Breadcrumbs",
+    "Consensus",
+    "DareLinear",
+    "DareTies",
+    "Della",
+    "Emr",
+    "Fisher",
+    "IsoC",
+    "IsoCts",
+    "Karcher",
+    "LayerScales",
+    "LinearMethod",
+    "Lines",
+    "MagMax",
     "MergeMethod",
+    "ModelStock",
+    "Pcb",
+    "RegMean",
+    "Sce",
+    "Schedule",
+    "Slerp",
+    "TallMask",
     "TaskArithmetic",
     "TaskVectorStream",
     "Ties",
+    "TsvM",
+    "WeightedAverage",
     "ZeroShot",
+    "as_schedule",
     "available",
     "check_models",
+    "describe_method",
+    "described_method",
     "get_method",
+    "interpolate",
     "merge_state_dicts",
     "merge_tensors",
+    "negate",
     "of_expert",
     "parameter",
     "register",
+    "settings",
+    "tall_mask",
+    "with_experts",
 ]

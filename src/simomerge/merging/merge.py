@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from simomerge.checkpoints import as_numpy, canonicalise
+from simomerge.errors import InputError
 from simomerge.merging.checks import check_models
 from simomerge.merging.method import MergeMethod, get_method
+from simomerge.merging.schedule import Factor, Schedule, as_schedule
 from simomerge.merging.stream import TaskVectorStream
 
 
@@ -18,9 +22,11 @@ def merge_tensors(
     base: Mapping[str, Any] | None,
     experts: Mapping[str, Mapping[str, Any]],
     method: str | MergeMethod = "task-arithmetic",
+    schedule: Schedule | Sequence[float] | str | None = None,
+    threads: int | None = None,
     **parameters: Any,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Merge tensor by tensor; what is in memory is one tensor of each model (and the method's statistics).
+    """Merge tensor by tensor; what is in memory is a few tensors of each model (and the method's statistics).
 
     The contracts are checked in the call, before the first tensor. Values are checked as they are read: an
     error can come after some tensors have been delivered, so write them where half a result is discarded, as
@@ -30,6 +36,8 @@ def merge_tensors(
         base: name -> numpy array or torch tensor, or a Checkpoint. None for a method that needs no base.
         experts: expert name -> the same, fine-tuned from ``base``. On-disk and in-memory names may be mixed.
         method: a name of ``available()``, or a method.
+        schedule: factors over the depth for the merged task vector: see ``schedule.as_schedule``.
+        threads: all cores by default; the result does not depend on it.
         **parameters: of the method, when it is given by name.
 
     Yields:
@@ -51,42 +59,70 @@ def merge_tensors(
     elif parameters:
         raise TypeError("parameters go with a method given by name; a method object has its own")
     check_models(method, base, experts)
-    return _merge(base, experts, method.for_experts(tuple(experts)))
+    chosen = as_schedule(schedule)
+    if chosen is not None and base is None:
+        raise InputError("a schedule scales the task vectors: give the base.")
+    return _merged_tensors(method.for_experts(list(experts)), base, experts, chosen, threads)
 
 
-def _merge(
-    base: Mapping[str, Any] | None, experts: Mapping[str, Mapping[str, Any]], method: MergeMethod
+def _merged_tensors(
+    method: MergeMethod,
+    base: Mapping[str, Any] | None,
+    experts: Mapping[str, Mapping[str, Any]],
+    schedule: Schedule | None,
+    threads: int | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    # Without a base any point of reference will do (the method said so), and an expert is at hand.
-    reference = next(iter(experts.values())) if base is None else base
-    stream = TaskVectorStream(reference, experts)
-    statistics = method.prepare(stream)
-    taking_part = set(stream.names)
-    for name, own_name in canonicalise(reference).items():
-        if name not in taking_part:
-            yield own_name, as_numpy(reference[own_name], own_name).copy()
-            continue
-        values, task_vectors = stream.read(name)
-        yield own_name, np.asarray(method.merge_tensor(name, values, task_vectors, statistics), np.float32)
+    # Without a base any point of reference will do (the method said so), and an expert is at hand: always the same
+    # one, for the last digit depends on it.
+    reference = experts[min(experts)] if base is None else base
+    stream = TaskVectorStream(reference, experts, threads)
+    # The threads share out the tensors. Were the linear algebra to start threads of its own, there would be too many,
+    # and sums would be split differently on another number of cores.
+    with threadpool_limits(1, user_api="blas"):
+        statistics = method.prepare(stream)
+        factors = schedule.factors(method, stream, statistics) if schedule else None
+        merged = stream.map(partial(_merged_tensor, method, stream, statistics, factors))
+        for name, own_name in canonicalise(reference).items():
+            if name in stream.sizes:
+                yield own_name, next(merged)[1]
+            else:
+                yield own_name, as_numpy(reference[own_name], own_name).copy()
     unchanged = [expert for expert in stream.experts if expert not in stream.changed]
     if unchanged and base is not None:
         warnings.warn(f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.", stacklevel=2)
+
+
+def _merged_tensor(
+    method: MergeMethod, stream: TaskVectorStream, statistics: Any, factors: Factor | None, name: str
+) -> np.ndarray:
+    merged = np.empty(stream.shapes[name], np.float32)
+    flat = merged.reshape(-1)
+    buffers: dict[str, np.ndarray] = {}
+    for part in stream.blocks(name) if method.elementwise else (None,):
+        base, task_vectors = stream.read(name, part, buffers)
+        values = method.merge_tensor(name, base, task_vectors, statistics)
+        if factors is not None:
+            values = base + np.float32(factors(name)) * (values - base)
+        flat[slice(None) if part is None else part] = values.reshape(-1)
+    return merged
 
 
 def merge_state_dicts(
     base: Mapping[str, Any] | None,
     experts: Mapping[str, Mapping[str, Any]],
     method: str | MergeMethod = "task-arithmetic",
+    schedule: Schedule | Sequence[float] | str | None = None,
+    threads: int | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Merge state dicts into one, without any model class.
 
     Like :func:`merge_tensors`, but all at once and in the base's terms: its names, and for each tensor its
     kind (numpy or torch), dtype and device. The arithmetic is in float32 whatever the dtype. With
-    ``base=None`` the first expert takes that role.
+    ``base=None`` the first expert by name takes that role.
 
     Args:
-        base, experts, method, **parameters: see :func:`merge_tensors`.
+        base, experts, method, schedule, threads, **parameters: see :func:`merge_tensors`.
 
     Returns:
         name -> merged tensor; nothing is shared with the inputs. A Checkpoint as base gives float32 arrays.
@@ -98,8 +134,8 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": np.zeros(1, np.float16)}, {"a": {"w": np.ones(1)}}, scale=0.5)
         {'w': array([0.5], dtype=float16)}
     """
-    reference = next(iter(experts.values()), {}) if base is None else base
-    merged = merge_tensors(base, experts, method, **parameters)
+    merged = merge_tensors(base, experts, method, schedule, threads, **parameters)
+    reference = experts[min(experts)] if base is None else base
     return {name: _like(array, reference[name]) for name, array in merged}
 
 

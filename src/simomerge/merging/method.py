@@ -27,6 +27,7 @@ def parameter(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
     per_expert: bool = False,
+    per_block: bool = False,
     help: str,
 ) -> Any:
     """A dataclass field with a range: the default, what is allowed, and one line of help.
@@ -36,10 +37,12 @@ def parameter(
         low, above, high: the value must be >= low, > above, <= high.
         choices: for a str, the values allowed.
         per_expert: also allow one value per expert, as a sequence in the experts' order or by expert name.
+        per_block: by expert name, also allow a sequence of one value per block of the encoder.
         help: what it does, in one line.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices}
-    return field(default=default, metadata={**limits, "per_expert": per_expert, "help": help})
+    shapes = {"per_expert": per_expert, "per_block": per_block}
+    return field(default=default, metadata={**limits, **shapes, "help": help})
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class MergeMethod:
 
     Class attributes: ``name`` (what the user types), ``paper`` and ``link`` (its source), ``needs_base``,
     ``minimum_experts``, ``needs_data`` (images), ``needs_labels``, ``needs_statistics`` (a first pass over
-    all tensors, :meth:`prepare`).
+    all tensors, :meth:`prepare`), ``elementwise`` (``merge_tensor`` treats every entry by itself and is given
+    flat blocks of a tensor, which stay in a core's cache).
     """
 
     name: ClassVar[str]
@@ -59,10 +63,11 @@ class MergeMethod:
     needs_data: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check every parameter. Raises InputError that names the parameter, its range and the value."""
-        for spec in fields(self):
+        for spec in settings(self):
             for value in _each(getattr(self, spec.name), spec):
                 _check_value(self.name, spec, value)
 
@@ -73,7 +78,7 @@ class MergeMethod:
             InputError: a sequence of another length than ``experts``, or a mapping with other names.
         """
         resolved = {}
-        for spec in fields(self):
+        for spec in settings(self):
             value = getattr(self, spec.name)
             if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
                 resolved[spec.name] = _by_expert(spec.name, value, experts)
@@ -90,14 +95,20 @@ class MergeMethod:
 
         Args:
             name: canonical (on-disk) name of the tensor.
-            base: float32, any shape; not to be written to.
-            task_vectors: expert name -> expert minus base, float32, the shape of ``base``; sorted by name.
+            base: float32, any shape, or (``elementwise``) a flat block of it; not to be written to.
+            task_vectors: expert name -> expert minus base, float32, the shape of ``base``; sorted by name. The
+                method may overwrite them.
             statistics: what :meth:`prepare` returned.
 
         Returns:
             The merged tensor, float32, the shape of ``base``.
         """
         raise NotImplementedError
+
+
+def settings(method: MergeMethod | type[MergeMethod]) -> tuple[Field[Any], ...]:
+    """The parameters of a method that a user types: all but given statistics (arrays by expert and tensor)."""
+    return tuple(spec for spec in fields(method) if not spec.metadata.get("statistics"))
 
 
 def of_expert(value: float | Mapping[str, float], expert: str) -> float:
@@ -161,7 +172,12 @@ def _suggest(given: str, known: Collection[str]) -> str:
 def _each(value: Any, spec: Field[Any]) -> list[Any]:
     """The single values in a parameter: one, or one per expert."""
     if spec.metadata["per_expert"] and isinstance(value, Mapping):
-        return list(value.values())
+        nested = spec.metadata.get("per_block", False)
+        return [
+            single
+            for given in value.values()
+            for single in (given if nested and isinstance(given, (list, tuple)) else (given,))
+        ]
     if spec.metadata["per_expert"] and isinstance(value, Sequence) and not isinstance(value, str):
         return list(value)
     return [value]

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
-from simomerge.checkpoints import as_numpy, canonicalise, tensor_info
+from simomerge.checkpoints import as_numpy, canonicalise, flat_values, tensor_info
 from simomerge.errors import InputError
+from simomerge.merging.parallel import ordered_map
+
+BLOCK = 1 << 16
+"""Entries that are worked on at once where tensors need not be whole: what is in hand stays in the core's cache."""
+
+_Result = TypeVar("_Result")
 
 
 class TaskVectorStream:
-    """Read task vectors, tau = expert - base, one tensor at a time and in float32.
+    """Read task vectors, tau = expert - base, one tensor or one block at a time and in float32.
 
     Nothing is kept: reading a tensor twice reads it twice. The models must agree in names and shapes
-    (``checks.check_models``).
+    (``checks.check_models``). Several threads may read.
 
     Args:
         base: name -> array or tensor, or a Checkpoint.
-        experts: expert name -> the same kind of mapping.
+        experts: expert name -> the same kind of mapping. One with a method ``task_vector(name)`` (an expert of
+            low-rank factors) is asked for it, which is more exact than adding to the base and subtracting again.
+        threads: how many :meth:`map` uses; all cores by default.
 
     Attributes:
         experts: expert names, sorted, so that no result depends on the order in which they were given.
         names: canonical names of the float tensors, the ones that take part, in the base's order.
+        shapes: canonical name -> shape.
         sizes: canonical name -> number of entries.
         changed: the experts seen so far to differ from the base somewhere.
 
@@ -33,52 +43,123 @@ class TaskVectorStream:
         array([1., 1.], dtype=float32)
     """
 
-    def __init__(self, base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]) -> None:
-        self._base, self._experts = base, experts
+    def __init__(
+        self, base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], threads: int | None = None
+    ) -> None:
+        self._base, self._experts, self._threads = base, experts, threads
         self._base_names = canonicalise(base)
         self._expert_names = {expert: canonicalise(experts[expert]) for expert in experts}
         infos = {name: tensor_info(base, own) for name, own in self._base_names.items()}
         self.experts = tuple(sorted(experts))
         self.names = tuple(name for name, info in infos.items() if info.is_float)
+        self.shapes = {name: infos[name].shape for name in self.names}
         self.sizes = {name: infos[name].size for name in self.names}
         self.changed: set[str] = set()
 
-    def base(self, name: str) -> np.ndarray:
-        """The base's tensor, float32. Raises InputError if it holds a value that is not finite."""
-        values = as_numpy(self._base[self._base_names[name]], name)
+    def base(self, name: str, part: slice | None = None) -> np.ndarray:
+        """The base's tensor, float32, or a part of it flattened.
+
+        Raises:
+            InputError: it holds a value that is not finite.
+        """
+        values = _values(self._base, self._base_names[name], part)
         if not _all_finite(values):
-            raise InputError(f"'{name}' of the base holds NaN or infinite values: the checkpoint is damaged.")
+            raise InputError(
+                f"'{name}' of the base{_place(self._base)} holds NaN or infinite values: the checkpoint is damaged."
+            )
         return values
 
-    def task_vector(self, expert: str, name: str, base: np.ndarray | None = None) -> np.ndarray:
-        """The expert's tensor minus the base's, float32.
+    def task_vector(
+        self,
+        expert: str,
+        name: str,
+        base: np.ndarray | None = None,
+        part: slice | None = None,
+        buffers: dict[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """The expert's tensor minus the base's, float32, or a part of it flattened.
 
         Args:
-            base: the base's tensor, if it has been read already.
+            base: the base's tensor (or that part), if it has been read already.
+            buffers: see :meth:`read`.
 
         Raises:
             InputError: the expert's tensor holds a value that is not finite.
         """
-        base = self.base(name) if base is None else base
-        tau = np.asarray(as_numpy(self._experts[expert][self._expert_names[expert][name]], name) - base)
+        base = self.base(name, part) if base is None else base
+        source, own = self._experts[expert], self._expert_names[expert][name]
+        low_rank = getattr(source, "task_vector", None)
+        tau = low_rank(own) if callable(low_rank) else None
+        if tau is None:
+            tau = np.subtract(_values(source, own, part), base, out=_buffer(buffers, expert, base))
+        elif part is not None:
+            tau = tau.reshape(-1)[part]
         if not _all_finite(tau):
             raise InputError(
-                f"'{name}' of the expert '{expert}' holds NaN or infinite values: "
+                f"'{name}' of the expert '{expert}'{_place(source)} holds NaN or infinite values: "
                 "its training diverged or the checkpoint is damaged."
             )
         if expert not in self.changed and tau.any():
             self.changed.add(expert)
         return tau
 
-    def read(self, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The base's tensor and every expert's task vector, sorted by expert name."""
-        base = self.base(name)
-        return base, {expert: self.task_vector(expert, name, base) for expert in self.experts}
+    def read(
+        self, name: str, part: slice | None = None, buffers: dict[str, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The base's tensor and every expert's task vector, sorted by expert name; or a part of them, flattened.
+
+        Args:
+            buffers: a dict, empty at first, in which arrays are kept for the next call with it. What this call
+                returns is valid until then. Without it every call makes new arrays, which costs more than the
+                arithmetic.
+        """
+        base = self.base(name, part)
+        return base, {expert: self.task_vector(expert, name, base, part, buffers) for expert in self.experts}
+
+    def blocks(self, name: str) -> Iterator[slice]:
+        """The parts of a tensor, for :meth:`read`, that make it up.
+
+        Example:
+            >>> stream = TaskVectorStream({"w": np.zeros(70_000)}, {})
+            >>> [part.stop for part in stream.blocks("w")]
+            [65536, 70000]
+        """
+        # Low-rank factors are multiplied out for the whole tensor: in one piece, or it would be done per block.
+        step = self.sizes[name] if any(hasattr(e, "task_vector") for e in self._experts.values()) else BLOCK
+        for start in range(0, self.sizes[name], max(step, 1)):
+            yield slice(start, min(start + step, self.sizes[name]))
+
+    def map(self, function: Callable[[str], _Result]) -> Iterator[tuple[str, _Result]]:
+        """``(name, function(name))`` for every tensor in order, computed by all cores and a few ahead at most."""
+
+        def quiet(name: str) -> _Result:
+            with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values; once per tensor
+                return function(name)
+
+        return zip(self.names, ordered_map(quiet, self.names, self._threads), strict=True)
+
+
+def _buffer(buffers: dict[str, np.ndarray] | None, key: str, like: np.ndarray) -> np.ndarray:
+    """An array of that shape to write to: new, or the one kept."""
+    if buffers is None:
+        return np.empty(like.shape, np.float32)
+    if key not in buffers or buffers[key].size < like.size:
+        buffers[key] = np.empty(like.size, np.float32)
+    return buffers[key][: like.size].reshape(like.shape)
+
+
+def _values(source: Mapping[str, Any], name: str, part: slice | None) -> np.ndarray:
+    # At least 1-D: numpy's arithmetic turns an array without an axis into a number, which cannot be written to.
+    return np.atleast_1d(as_numpy(source[name], name)) if part is None else flat_values(source, name, part)
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    path = getattr(source, "path", None)
+    return f" ({path})" if path is not None else ""
 
 
 def _all_finite(values: np.ndarray) -> bool:
     # The dot product with itself is finite only if every entry is, at a fraction of the cost of testing each;
     # it may overflow on large finite values, so a failure is looked at closely.
     flat = values.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
+    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())

@@ -45,14 +45,14 @@ class Recipe:
     head_settings: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     train_images: int = 800
-    val_images: int = 256
+    val_images: int = 640
     test_images: int = 256
     scale_images: int = 128
     probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=100, lr=1e-3, encoder_lr=3e-4, validate_every=50)
-    joint: TrainSettings = TrainSettings(steps=100, lr=1e-3, encoder_lr=3e-4, validate_every=50)
-    heads: TrainSettings = TrainSettings(steps=70, lr=1e-3)
-    adapters: TrainSettings = TrainSettings(steps=50, lr=1e-3)
+    tune: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
+    joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
+    heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
+    adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
     rank: int = 16
     activation: str = "none"
     merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
@@ -114,11 +114,12 @@ def full_size(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         train_images=4000,
+        val_images=512,
         test_images=512,
         scale_images=256,
         probe=replace(recipe.probe, steps=120),
-        tune=replace(recipe.tune, steps=300, validate_every=100),
-        joint=replace(recipe.joint, steps=300, validate_every=100),
-        heads=replace(recipe.heads, steps=120),
+        tune=replace(recipe.tune, steps=400, encoder_lr=3e-4, validate_every=100),
+        joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
+        heads=replace(recipe.heads, steps=120, lr=1e-3),
         adapters=replace(recipe.adapters, steps=100),
     )

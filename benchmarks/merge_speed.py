@@ -1,0 +1,308 @@
+"""Time and memory of merging from disk to disk: ours, a floor, and mergekit where it is installed.
+
+    python benchmarks/merge_speed.py --work /tmp/merge_speed [--sections vitb svd growth vitg] [--mergekit PATH]
+
+Makes the checkpoints (random weights, task vectors a tenth of their size), then runs every command as a process of
+its own, in turn, `--repeats` times. Prints medians with ranges: seconds of wall time, and the peak of anonymous
+memory (pages of mapped files do not count), read from /proc every few milliseconds. Linux only.
+
+The floor reads the four files and writes one with the safetensors library and does no arithmetic. mergekit is run
+through its command `mergekit-yaml`, given with --mergekit, on the same files as folders with a config of the
+architecture it asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simomerge.checkpoints import TensorInfo, write_safetensors
+from simomerge.merging import available
+from simomerge.recipes.run import machine
+
+SIZES = {"S": (384, 12, 1536), "B": (768, 12, 3072), "L": (1024, 24, 4096), "g": (1536, 40, 4096)}
+"""Hidden width, blocks and width of the MLP of DINOv2's encoders (g has a gated MLP: two tensors of twice that)."""
+
+SVD = ("iso-c", "iso-cts", "tsv-m")
+SKIPPED = {"slerp": "two experts", "regmean": "needs images", "fisher": "needs labels"}
+
+FLOOR = """
+import sys
+from safetensors import safe_open
+from safetensors.numpy import save_file
+kept = {}
+for number, path in enumerate(sys.argv[2:]):
+    with safe_open(path, "numpy") as file:
+        for name in file.keys():
+            tensor = file.get_tensor(name)
+            if number == 0:
+                kept[name] = tensor
+save_file(kept, sys.argv[1])
+"""
+SVDS = """
+import sys, numpy as np
+from threadpoolctl import threadpool_limits
+from safetensors import safe_open
+mode, base, *experts = sys.argv[1:]
+with threadpool_limits(1, "blas"):
+    files = [safe_open(path, "numpy").__enter__() for path in (base, *experts)]
+    for name in files[0].keys():
+        tensors = [file.get_tensor(name) for file in files]
+        if tensors[0].ndim == 2:
+            taus = [tensor - tensors[0] for tensor in tensors[1:]]
+            for matrix in [sum(taus)] if mode == "sum" else taus:
+                np.linalg.svd(matrix, full_matrices=False)
+"""
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a DINOv2 encoder."""
+    width, blocks, inner = SIZES[size]
+    found: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.mask_token": (1, width),
+        "embeddings.position_embeddings": (1, 1370, width),
+        "embeddings.patch_embeddings.projection.weight": (width, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": (width,),
+        "layernorm.weight": (width,),
+        "layernorm.bias": (width,),
+    }
+    mlp = {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    if size == "g":
+        mlp = {"mlp.weights_in": (2 * inner, width), "mlp.weights_out": (width, inner)}
+    for block in range(blocks):
+        layer = f"encoder.layer.{block}."
+        for norm in ("norm1", "norm2"):
+            found |= {f"{layer}{norm}.weight": (width,), f"{layer}{norm}.bias": (width,)}
+        for number in (1, 2):
+            found[f"{layer}layer_scale{number}.lambda1"] = (width,)
+        attention = dict.fromkeys(
+            ("attention.query", "attention.key", "attention.value", "output.dense"), (width, width)
+        )
+        for name, shape in {**{f"attention.{key}": value for key, value in attention.items()}, **mlp}.items():
+            found |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
+    return found
+
+
+def make(folder: Path, size: str, experts: int, dtype: str = "F32") -> list[Path]:
+    """base.safetensors and the experts', written once: the tensors of one file at a time, one tensor in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = {name: TensorInfo(shape, "F32") for name, shape in shapes(size).items()}
+    paths = [folder / f"{name}.safetensors" for name in ("base", *(f"expert{i}" for i in range(experts)))]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            write_safetensors(path, _tensors(layout, number), dtype, layout=layout)
+    return paths
+
+
+def _tensors(layout: Mapping[str, TensorInfo], number: int) -> Iterable[tuple[str, np.ndarray]]:
+    for place, (name, info) in enumerate(layout.items()):
+        values = np.random.default_rng([0, place]).standard_normal(info.shape, dtype=np.float32) * 0.02
+        if number:
+            values += np.random.default_rng([number, place]).standard_normal(info.shape, dtype=np.float32) * 0.002
+        yield name, values
+
+
+def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, float]:
+    """Wall seconds and peak anonymous memory in GB of one process with its threads."""
+    if output is not None and output.exists():
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+    began, peak = time.perf_counter(), 0
+    with subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            try:
+                lines = status.read_text().splitlines()
+            except OSError:
+                break
+            peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+            time.sleep(0.003)
+        errors = process.stderr.read() if process.stderr else ""
+        seconds = time.perf_counter() - began
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{errors}")
+    return seconds, peak * 1024 / 1e9
+
+
+def ours(paths: Sequence[Path], output: Path, method: str, *more: str) -> list[str]:
+    """The command that merges these files."""
+    experts = [f"{path.stem}={path}" for path in paths[1:]]
+    command = [sys.executable, "-m", "simomerge", "merge", str(paths[0]), *experts, "--method", method]
+    return [*command, "-o", str(output), *more]
+
+
+def in_turn(commands: Mapping[str, Sequence[str]], repeats: int, output: Path) -> dict[str, list[tuple[float, float]]]:
+    """Each command in turn, `repeats` rounds, so that a drift of the machine's speed meets all alike."""
+    for command in commands.values():  # once unmeasured: the files are in the page cache then
+        measure(command, output)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            found[name].append(measure(command, output))
+    return found
+
+
+def show(title: str, found: Mapping[str, list[tuple[float, float]]], reference: str | None) -> None:
+    print(f"\n### {title}\n")
+    print("| command | seconds, median (range) | times the floor | anonymous memory, GB |")
+    print("| --- | --: | --: | --: |")
+    floor = statistics.median(seconds for seconds, _ in found[reference]) if reference else float("nan")
+    for name, runs in found.items():
+        seconds, memory = [run[0] for run in runs], max(run[1] for run in runs)
+        median = statistics.median(seconds)
+        ratio = f"{median / floor:.2f}" if reference else ""
+        print(f"| {name} | {median:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {ratio} | {memory:.2f} |")
+    sys.stdout.flush()
+
+
+def vit_b(work: Path, repeats: int, mergekit: str | None) -> None:
+    paths, output = make(work / "B", "B", 3), work / "out.safetensors"
+    floor = [sys.executable, "-c", FLOOR, str(output), *map(str, paths)]
+    commands: dict[str, Sequence[str]] = {
+        "floor: read four, write one": floor,
+        "task-arithmetic": ours(paths, output, "task-arithmetic"),
+        "ties, trim global": ours(paths, output, "ties"),
+        "ties, trim tensor": ours(paths, output, "ties", "-p", "trim=tensor"),
+    }
+    show("ViT-B, base and 3 experts, float32", in_turn(commands, repeats, output), "floor: read four, write one")
+    if mergekit:
+        peers = {
+            f"mergekit {m}": mergekit_command(mergekit, paths, work / "mergekit", m)
+            for m in ("task_arithmetic", "ties")
+        }
+        commands = {"floor: read four, write one": floor, "ties, trim global": commands["ties, trim global"], **peers}
+        found = in_turn(commands, repeats, work / "mergekit" / "out")
+        show("The same beside mergekit", found, "floor: read four, write one")
+    others = [name for name in available() if name not in SVD and name not in SKIPPED]
+    commands = {"floor: read four, write one": floor, **{name: ours(paths, output, name) for name in others}}
+    show("ViT-B, all other methods (no images, no SVD)", in_turn(commands, 1, output), "floor: read four, write one")
+
+
+def mergekit_command(program: str, paths: Sequence[Path], folder: Path, method: str) -> list[str]:
+    """mergekit-yaml on the same weights as folders; its ViT support guesses the architecture from the tensors."""
+    config = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "torch_dtype": "float32"}
+    for path in paths:
+        target = folder / path.stem
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(json.dumps(config))
+        link = target / "model.safetensors"
+        if not link.exists():
+            link.symlink_to(path.resolve())
+    recipe = {
+        "merge_method": method,
+        "base_model": str(folder / "base"),
+        "models": [
+            {"model": str(folder / path.stem), "parameters": {"weight": 0.4, "density": 0.2}} for path in paths[1:]
+        ],
+        "dtype": "float32",
+    }
+    file = folder / f"{method}.yaml"
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    return [program, str(file), str(folder / "out"), "--allow-crimes"]
+
+
+def svd(work: Path) -> None:
+    paths, output = make(work / "S", "S", 3), work / "out.safetensors"
+    alone = [sys.executable, "-c", SVDS]
+    found = in_turn(
+        {
+            "the SVDs of the sums alone, one core": [*alone, "sum", *map(str, paths)],
+            "iso-c": ours(paths, output, "iso-c"),
+            "the SVDs of the task vectors alone, one core": [*alone, "each", *map(str, paths)],
+            "tsv-m": ours(paths, output, "tsv-m"),
+            "iso-cts": ours(paths, output, "iso-cts"),
+        },
+        1,
+        output,
+    )
+    show("SVD methods, ViT-S, 3 experts", found, None)
+
+
+def growth(work: Path, repeats: int, picture: Path) -> None:
+    """Time and memory against parameters, experts and cores, printed and drawn."""
+    import os
+
+    output, cores = work / "out.safetensors", sorted(os.sched_getaffinity(0))
+    series: dict[str, dict[str, list[tuple[float, float]]]] = {"parameters (M)": {}, "experts": {}, "cores": {}}
+    for method in ("task-arithmetic", "ties"):
+        for size in ("S", "B", "L"):
+            millions = sum(TensorInfo(shape, "F32").size for shape in shapes(size).values()) / 1e6
+            command = ours(make(work / size, size, 3), output, method)
+            series["parameters (M)"][f"{method} {millions:.0f}"] = in_turn({"": command}, repeats, output)[""]
+        paths = make(work / "S", "S", 16)
+        for experts in (2, 4, 8, 16):
+            command = ours(paths[: experts + 1], output, method)
+            series["experts"][f"{method} {experts}"] = in_turn({"": command}, repeats, output)[""]
+        for count in range(1, len(cores) + 1):
+            pinned = ["taskset", "-c", ",".join(map(str, cores[:count]))]
+            command = [*pinned, *ours(make(work / "B", "B", 3), output, method)]
+            series["cores"][f"{method} {count}"] = in_turn({"": command}, repeats, output)[""]
+    for what, found in series.items():
+        show(f"Growth with {what}", found, None)
+    draw(series, picture)
+
+
+def draw(series: Mapping[str, Mapping[str, list[tuple[float, float]]]], picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, len(series), figsize=(10, 5.4), sharey="row", constrained_layout=True)
+    for column, (what, found) in enumerate(series.items()):
+        for method in dict.fromkeys(name.rpartition(" ")[0] for name in found):
+            chosen = {float(n.rpartition(" ")[2]): runs for n, runs in found.items() if n.rpartition(" ")[0] == method}
+            for row, pick in enumerate((0, 1)):
+                values = [statistics.median(run[pick] for run in runs) for runs in chosen.values()]
+                axes[row, column].plot(list(chosen), values, marker="o", label=method)
+        axes[1, column].set_xlabel(what)
+        axes[1, column].set_ylim(bottom=0)
+        axes[0, column].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("seconds, whole process")
+    axes[1, 0].set_ylabel("peak anonymous memory, GB")
+    axes[0, 0].legend(frameon=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.savefig(picture, dpi=110)
+    print(f"\nPlot: {picture}")
+
+
+def vit_g(work: Path) -> None:
+    paths, output = make(work / "g", "g", 3, "F16"), work / "out.safetensors"
+    others = [name for name in available() if name not in SVD and name not in SKIPPED]
+    found = {name: [measure(ours(paths, output, name), output)] for name in others}
+    show("ViT-g size (1.1 B parameters), base and 3 experts, float16, one run each", found, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints (13 GB with vitg)")
+    sections = ("vitb", "svd", "growth", "vitg")
+    parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mergekit", help="path of the command mergekit-yaml")
+    parser.add_argument("--picture", type=Path, default=Path("docs/pictures/merge_speed.png"))
+    args = parser.parse_args()
+    print(f"Machine: {machine()}")
+    if "vitb" in args.sections:
+        vit_b(args.work, args.repeats, args.mergekit)
+    if "svd" in args.sections:
+        svd(args.work)
+    if "growth" in args.sections:
+        growth(args.work, min(args.repeats, 3), args.picture)
+    if "vitg" in args.sections:
+        vit_g(args.work)
+
+
+if __name__ == "__main__":
+    main()

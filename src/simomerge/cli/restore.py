@@ -1,0 +1,37 @@
+"""simomerge restore"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from simomerge.cli.compress import table
+from simomerge.cli.options import check_output, json_option, output_option, overwrite_option, say
+
+
+@click.command("restore")
+@click.argument("compressed")
+@click.argument("task")
+@output_option()
+@overwrite_option
+@json_option
+def command(compressed: str, task: str, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Write the expert of one TASK out of a COMPRESSED folder, as the folder it was.
+
+    OUT may also end in .safetensors, for the weights of its encoder alone.
+
+    \b
+    simomerge restore runs/compressed depth -o runs/depth-again
+    """
+    check_output(output, overwrite)
+    from simomerge.ondisk.compress import restore
+
+    done = restore(compressed, task, output, overwrite)
+    say(
+        as_json,
+        {"output": str(output), "task": task, **asdict(done.tasks[task])},
+        f"Restored {task}: {output}",
+        *table(done),
+    )

@@ -1,0 +1,211 @@
+"""Methods that look at angles: slerp and the Karcher mean of the weights, model stock of the task vectors.
+
+Each takes one tensor at a time, flattened: its merged weights are a sum of the experts' weights (or task vectors),
+and the factors depend on their dot products only. So a T x T matrix of dot products is all that is worked on, and
+the tensors themselves are read twice. All of it in float64: the angle between two experts is often below 1e-2, and
+its cosine within 1e-5 of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, ClassVar
+
+import numpy as np
+
+from simomerge.errors import InputError
+from simomerge.merging.method import MergeMethod, parameter, register
+
+_COLLINEAR = 0.9995  # |cosine| above which slerp interpolates linearly; as in mergekit
+
+
+@register
+@dataclass(frozen=True)
+class Slerp(MergeMethod):
+    """Spherical linear interpolation of two experts (Shoemake, 1985); it needs no base.
+
+    As in mergekit: per tensor on the flattened **weights** (not the task vectors), with the angle between the two
+    and the tensors as they are, not normalised:
+    (sin((1 - t) * angle) * first + sin(t * angle) * second) / sin(angle). Where the absolute cosine is above 0.9995,
+    as it mostly is between experts of one base, (1 - t) * first + t * second.
+
+    First and second go by expert name, sorted: t = 0 is the first. In mergekit the base is one of the two. Where
+    one tensor is zero, there is no angle and the interpolation is linear; mergekit takes an angle of 90 degrees.
+
+    Example:
+        >>> method = Slerp(t=0.5)
+        >>> method.merge_tensor("w", np.zeros(2), {"a": np.array([2.0, 0.0]), "b": np.array([0.0, 2.0])}, None)
+        array([1.4142135, 1.4142135], dtype=float32)
+    """
+
+    name: ClassVar[str] = "slerp"
+    paper: ClassVar[str] = "Animating rotation with quaternion curves (Shoemake, 1985)"
+    link: ClassVar[str] = "https://doi.org/10.1145/325334.325242"
+    needs_base: ClassVar[bool] = False
+    minimum_experts: ClassVar[int] = 2
+
+    t: float = parameter(0.5, low=0.0, high=1.0, help="0 is the first expert by name, 1 the second")
+
+    def for_experts(self, experts: Sequence[str]) -> MergeMethod:
+        """Raises InputError unless there are two experts."""
+        if len(experts) != 2:
+            raise InputError(f"'slerp' merges exactly 2 experts, got {len(experts)}: {', '.join(experts)}.")
+        return super().for_experts(experts)
+
+    def merge_tensor(
+        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
+    ) -> np.ndarray:
+        weights = _flattened(task_vectors, base)
+        return _combined(_slerp_factors(weights @ weights.T, self.t), weights, base)
+
+
+@register
+@dataclass(frozen=True)
+class Karcher(MergeMethod):
+    """The Riemannian centre of mass (Karcher mean) of the experts' weights on the sphere; it needs no base.
+
+    Per tensor, flattened: the directions of the weights are points on the unit sphere, and the mean is the point
+    whose squared angles to them are least in sum. Found by fixed-point iteration: step by the mean of the tangent
+    vectors towards the experts, until the step is below ``tolerance`` (an angle) or ``iterations`` are done. It has
+    the mean of the experts' norms.
+
+    As in mergekit, but run to convergence (mergekit: 10 iterations, tolerance 1e-5; a step costs next to nothing
+    here). Tensors that are zero have no direction, and count in the mean of the norms only (mergekit: below 1e-5).
+    An expert opposite to the mean has no tangent towards it and is left out of the step; where the directions
+    cancel out, the iteration starts at the first expert by name. Both happen in tensors of one entry.
+
+    Example:
+        >>> three = {"a": np.array([3.0, 0.0]), "b": np.array([0.0, 1.0]), "c": np.array([0.0, 2.0])}
+        >>> merged = Karcher().merge_tensor("w", np.zeros(2), three, None)
+        >>> print(np.degrees(np.arctan2(merged[1], merged[0])).round(3), np.linalg.norm(merged).round(3))
+        60.0 2.0
+    """
+
+    name: ClassVar[str] = "karcher"
+    paper: ClassVar[str] = "Riemannian center of mass and mollifier smoothing (Karcher, 1977)"
+    link: ClassVar[str] = "https://doi.org/10.1002/cpa.3160300502"
+    needs_base: ClassVar[bool] = False
+
+    iterations: int = parameter(100, low=1, help="at most; experts of one base need two or three")
+    tolerance: float = parameter(1e-7, above=0.0, help="step, in radians, at which the iteration stops")
+
+    def merge_tensor(
+        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
+    ) -> np.ndarray:
+        weights = _flattened(task_vectors, base)
+        factors = _karcher_factors(weights @ weights.T, self.iterations, self.tolerance)
+        return _combined(factors, weights, base)
+
+
+@register
+@dataclass(frozen=True)
+class ModelStock(MergeMethod):
+    """Model stock (Jang et al., 2024): as far from the base to the mean as the angles between experts allow.
+
+    Per tensor ("layer-wise"), flattened: theta_0 + t * mean(tau), t = T * c / (1 + (T - 1) * c), where c is the
+    cosine of the angle between two task vectors. With more than two, as in mergekit, c is the mean of the cosines
+    over all pairs, each clamped to [-1, 1] (fusion_bench: the cosine of the mean angle).
+
+    Where a task vector is zero, its cosines count as 0. mergekit does the same, but takes the product of two norms
+    as 1e-6 at least, which makes cosines of small biases too small; here they are exact.
+
+    Task vectors that point apart give a negative t, as in public code. There it has no bound: t goes to minus
+    infinity as c goes to -1 / (T - 1), where a tensor of one entry always is if its two experts disagree. Here t
+    is -1 at least, a step no longer than the mean.
+
+    Example:
+        >>> both = {"a": np.array([2.0, 0.0]), "b": np.array([1.0, np.sqrt(3)])}  # 60 degrees apart: t = 2/3
+        >>> ModelStock().merge_tensor("w", np.zeros(2), both, None)
+        array([1.        , 0.57735026], dtype=float32)
+    """
+
+    name: ClassVar[str] = "model-stock"
+    paper: ClassVar[str] = "Model Stock (Jang et al., 2024)"
+    link: ClassVar[str] = "https://arxiv.org/abs/2403.19522"
+    minimum_experts: ClassVar[int] = 2
+
+    def merge_tensor(
+        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
+    ) -> np.ndarray:
+        taus = _flattened(task_vectors)
+        factor = _stock_ratio(taus @ taus.T) / len(taus)
+        return np.asarray(base + factor * taus.sum(axis=0).reshape(base.shape), np.float32)
+
+
+def _flattened(task_vectors: Mapping[str, np.ndarray], base: np.ndarray | None = None) -> np.ndarray:
+    """Every expert's task vector, or its weights if the base is given, flattened: (T, entries), float64."""
+    rows = np.stack([tau.reshape(-1) for tau in task_vectors.values()], dtype=np.float64)
+    if base is not None:
+        rows += base.reshape(-1)
+    return rows
+
+
+def _combined(factors: np.ndarray, weights: np.ndarray, base: np.ndarray) -> np.ndarray:
+    return (factors @ weights).reshape(base.shape).astype(np.float32)
+
+
+def _slerp_factors(dots: np.ndarray, t: float) -> np.ndarray:
+    """Factors of two vectors, given their dot products (2, 2).
+
+    Example:
+        >>> _slerp_factors(np.array([[1.0, 0.5], [0.5, 1.0]]), 0.5).round(4)  # 60 degrees apart
+        array([0.5774, 0.5774])
+    """
+    norms = np.sqrt(dots[0, 0] * dots[1, 1])
+    cosine = dots[0, 1] / norms if norms > 0 else 1.0
+    if abs(cosine) > _COLLINEAR:
+        return np.array([1 - t, t])
+    angle = np.arccos(cosine)
+    return np.sin(angle * np.array([1 - t, t])) / np.sin(angle)
+
+
+def _karcher_factors(dots: np.ndarray, iterations: int, tolerance: float) -> np.ndarray:
+    """Factors whose sum of T vectors is their Karcher mean, given their dot products (T, T)."""
+    norms = np.sqrt(np.diag(dots))
+    units = np.flatnonzero(norms)
+    factors = np.zeros(len(norms))
+    if not units.size:
+        return factors
+    cosines = dots[np.ix_(units, units)] / np.outer(norms[units], norms[units])
+    factors[units] = _mean_direction(cosines, iterations, tolerance) / norms[units]
+    return factors * norms.mean()
+
+
+def _mean_direction(cosines: np.ndarray, iterations: int, tolerance: float) -> np.ndarray:
+    """Karcher mean of unit vectors, as factors of them, given their dot products."""
+    count = len(cosines)
+    mean = np.full(count, 1 / count)
+    if _norm(mean, cosines) < 1e-6:
+        mean = np.eye(count)[0]
+    for _ in range(iterations):
+        mean = mean / _norm(mean, cosines)
+        dots = np.clip(cosines @ mean, -1, 1)
+        angles = np.arccos(dots)
+        # angle / sin(angle), which is 1 at 0; at 180 degrees there is no tangent (and rounding would choose one).
+        pull = np.where(angles < np.pi - 1e-6, 1 / np.sinc(angles / np.pi), 0) / count
+        tangent = pull - (pull @ dots) * mean
+        step = _norm(tangent, cosines)
+        if step < tolerance:
+            break
+        mean = np.cos(step) * mean + np.sin(step) / step * tangent
+    return mean / _norm(mean, cosines)
+
+
+def _norm(factors: np.ndarray, cosines: np.ndarray) -> float:
+    return float(np.sqrt(max(factors @ cosines @ factors, 0)))
+
+
+def _stock_ratio(dots: np.ndarray) -> float:
+    """t of model stock, given the dot products of the task vectors (T, T)."""
+    count = len(dots)
+    norms = np.sqrt(np.diag(dots))
+    cosines = [
+        np.clip(dots[i, j] / (norms[i] * norms[j]), -1, 1) if norms[i] * norms[j] > 0 else 0.0
+        for i, j in combinations(range(count), 2)
+    ]
+    mean = float(np.mean(cosines))
+    below = 1 + (count - 1) * mean
+    # t >= -1 where T * c >= -(1 + (T - 1) * c); compared so that nothing is divided by zero.
+    return count * mean / below if count * mean > -below else -1.0

@@ -1,0 +1,75 @@
+"""The table of merge methods, for the documentation and the command line, generated from the dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import Field
+from typing import Any
+
+from simomerge.merging.method import MergeMethod, available, settings
+
+
+def method_rows() -> list[dict[str, Any]]:
+    """One row per merge method: name, what it does, needs, parameters with ranges and defaults, paper and link.
+
+    Example:
+        >>> next(row for row in method_rows() if row["name"] == "average")["parameters"]
+        {}
+    """
+    return [
+        {
+            "name": name,
+            "summary": " ".join((method.__doc__ or "").partition("\n\n")[0].split()),
+            "needs": _needs(method),
+            "parameters": {spec.name: _range(spec) for spec in settings(method)},
+            "paper": method.paper,
+            "link": method.link,
+        }
+        for name, method in available().items()
+    ]
+
+
+def methods_markdown() -> str:
+    """The table as a Markdown page."""
+    lines = [
+        "# Merge methods",
+        "",
+        "Generated from the code by `simomerge methods --markdown`; a test keeps the two equal. The docstrings say",
+        "which public convention each follows and where others differ.",
+        "",
+        "| method | what it does | needs | parameters (default; range) | source |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in method_rows():
+        parameters = "<br>".join(f"`{name}` {text}" for name, text in row["parameters"].items()) or "none"
+        summary = row["summary"].replace("|", "\\|")
+        cells = (f"`{row['name']}`", summary, row["needs"], parameters, f"[{row['paper']}]({row['link']})")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "A schedule over the depth combines with every method: `--schedule 0.2,0.5,1` (one factor per block, or a few",
+        "that are interpolated) or `--schedule lines` (LiNeS, [arXiv 2410.17146](https://arxiv.org/abs/2410.17146)).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _needs(method: type[MergeMethod]) -> str:
+    needs = ["base"] * method.needs_base
+    if method.minimum_experts > 1:
+        needs.append(f"{method.minimum_experts} experts")
+    if method.needs_labels:
+        needs.append("labelled images")
+    elif method.needs_data:
+        needs.append("images")
+    return ", ".join(needs) or "experts only"
+
+
+def _range(spec: Field[Any]) -> str:
+    limits = spec.metadata
+    text = f"{spec.default!r}" if isinstance(spec.default, str) else f"{spec.default}"
+    if limits["choices"]:
+        return f"{text}; {' or '.join(limits['choices'])}"
+    words = ((limits["low"], "≥"), (limits["above"], ">"), (limits["high"], "≤"))
+    bounds = ", ".join(f"{sign} {limit:g}" for limit, sign in words if limit is not None)
+    per_expert = ", one or per expert" if limits["per_expert"] else ""
+    return f"{text}; {bounds or 'any'}{per_expert}" if not isinstance(spec.default, str) else text
