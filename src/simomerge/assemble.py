@@ -211,7 +211,7 @@ def _with_statistics(
         return replace(method, grams=grams)
     if isinstance(method, Fisher) and not method.fishers and data is not None:
         fishers = {
-            task: fisher_information(expert, data, label=f"Fisher {task}", progress=progress)
+            task: fisher_information(expert, data, len(data), label=f"Fisher {task}", progress=progress)
             for task, expert in experts.items()
         }
         return replace(method, fishers=fishers)

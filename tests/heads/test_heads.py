@@ -242,5 +242,5 @@ def test_resize_is_the_librarys_bilinear(size: tuple[int, int]) -> None:
     with torch.inference_mode():  # the weights it keeps must serve training as well
         resize(x, size)
     found = resize(x, size)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), x)[0], gradient, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), x)[0], gradient, rtol=1e-4, atol=1e-5)

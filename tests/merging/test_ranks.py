@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from simomerge.merging import TaskVectorStream, ranks, stream
-from simomerge.merging.ranks import kth_smallest
+from simomerge.merging.ranks import kth_smallest, sample_of, sampled_distances
 
 from .models import COARSE, FINE, Tensors
 
@@ -213,8 +213,43 @@ def test_no_ranks_and_impossible_ranks() -> None:
 
 
 @pytest.mark.parametrize("total", [1, 999_999, 1_000_000, 1_999_999, 2_000_000, 4_100_000, 86_600_000, 304_000_000])
-def test_the_stride_shares_no_factor_with_the_width_of_an_encoder(total: int) -> None:
-    step = ranks._stride(total)
-    assert step == 1 or (step % 2 and step % 3)
+def test_a_sample_shares_no_factor_with_the_width_of_an_encoder(total: int) -> None:
+    step = sample_of(total).step
+    assert sample_of(total) == slice(0, None, step) and (step == 1 or (step % 2 and step % 3))
     assert max(total // ranks._SAMPLE, 1) <= step <= max(total // ranks._SAMPLE, 1) + 4
     assert all(np.gcd(step, width) == 1 for width in (384, 768, 1024, 1536, 3072, 4096))
+
+
+# Distances ----------------------------------------------------------------------------------------------
+
+
+def test_distances_of_small_encoders_are_exact_and_those_of_large_ones_near() -> None:
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((300, 100)), "b": rng.standard_normal(7), "scalar": np.array(3.0), "n": np.ones(2)}
+    base = {name: array.astype(np.float32) for name, array in base.items()} | {"steps": np.array([9])}
+    models = {
+        expert: {n: a + np.float32(size) * rng.standard_normal(a.shape).astype(np.float32) for n, a in base.items()}
+        for expert, size in (("seg", 1e-3), ("depth", 2.0))
+    } | {"still": dict(base)}
+    for model in models.values():
+        model["steps"] = np.array([10])
+    expected = {}
+    for expert, model in models.items():
+        squares = [
+            (np.square(model[n] - base[n], dtype=np.float64).sum(), np.square(base[n], dtype=np.float64).sum())
+            for n in base
+            if n != "steps"
+        ]
+        expected[expert] = float(np.sqrt(sum(s[0] for s in squares) / sum(s[1] for s in squares)))
+    found = sampled_distances(TaskVectorStream(base, models))
+    assert found == pytest.approx(expected, rel=1e-5) and found["still"] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_SAMPLE", 3000)
+        sampled = sampled_distances(TaskVectorStream(base, models))
+    assert sampled == pytest.approx(expected, rel=0.1) and sampled != found
+
+
+def test_distances_from_a_base_of_zeros_are_numbers() -> None:
+    base = {"w": np.zeros(4, np.float32)}
+    found = sampled_distances(TaskVectorStream(base, {"a": {"w": np.ones(4, np.float32)}, "b": dict(base)}))
+    assert np.isfinite(found["a"]) and found["a"] > 1e6 and found["b"] == 0

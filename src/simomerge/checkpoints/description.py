@@ -47,8 +47,10 @@ def only_task(description: Mapping[str, Any], task: str) -> dict[str, Any]:
     A model of one task lends it under any name, one of several must have a task of that name.
 
     Raises:
-        InputError: it has several tasks and none is called so.
+        InputError: it has several tasks and none is called so, or no task can be called so.
     """
+    if not task.isidentifier():  # it becomes the name of a file
+        raise InputError(f"{task!r} cannot be the name of a task: use letters, digits and underscores.")
     tasks = description["tasks"]
     own = task if task in tasks else next(iter(tasks), "")
     if task not in tasks and len(tasks) != 1:

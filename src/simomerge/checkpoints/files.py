@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simomerge.errors import InputError
+
+_LARGE = 64_000_000
 
 
 @contextmanager
@@ -40,7 +43,8 @@ def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -
         if needed_bytes is not None and needed_bytes > (free := shutil.disk_usage(target.parent).free):
             raise OSError(errno.ENOSPC, f"No space left on device, {free:,} bytes are free")
         with temporary.open("xb") as handle:
-            yield handle
+            with _flushing(handle, needed_bytes or 0):
+                yield handle
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(target)
@@ -52,6 +56,33 @@ def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _flushing(handle: BinaryIO, size: int) -> Iterator[None]:
+    """Send a large file to the disk while it is being written: at the end there is less to wait for."""
+    if size < _LARGE or not hasattr(os, "fdatasync"):
+        yield
+        return
+    done = threading.Event()
+    failed: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            while not done.wait(0.05):
+                os.fdatasync(handle.fileno())
+        except OSError as error:
+            failed.append(error)  # the system tells it once: the last flush would not hear of it
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failed:
+        raise failed[0]
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

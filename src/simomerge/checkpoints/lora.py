@@ -89,6 +89,7 @@ class LoraExpert(Mapping[str, np.ndarray]):
 
     Attributes:
         path: the adapter's folder.
+        base: what it was opened with; ``task_vector`` is relative to it.
     """
 
     def __init__(
@@ -100,11 +101,11 @@ class LoraExpert(Mapping[str, np.ndarray]):
         whole: Mapping[str, str],
     ) -> None:
         self.path = path
-        self._base, self._adapter, self._low_rank, self._whole = base, adapter, low_rank, whole
+        self.base, self._adapter, self._low_rank, self._whole = base, adapter, low_rank, whole
 
     def info(self, name: str) -> TensorInfo:
         """Shape of one tensor and the dtype that holds it: the base's, or F32 where B @ A is added. Raises KeyError."""
-        info = tensor_info(self._base, name)
+        info = tensor_info(self.base, name)
         if name in self._low_rank:
             return TensorInfo(info.shape, "F32")
         return self._adapter.info(self._whole[name]) if name in self._whole else info
@@ -114,26 +115,26 @@ class LoraExpert(Mapping[str, np.ndarray]):
 
         Where nothing but the factors changes a tensor, this is ``scale * B @ A`` itself.
         """
-        if name not in self._base:
+        if name not in self.base:
             raise KeyError(name)
         delta = self._low_rank[name].delta(self._adapter) if name in self._low_rank else None
         if name not in self._whole:
             return delta
-        difference = self._adapter[self._whole[name]] - as_numpy(self._base[name], name)
+        difference = self._adapter[self._whole[name]] - as_numpy(self.base[name], name)
         return difference if delta is None else difference + delta
 
     def __getitem__(self, name: str) -> np.ndarray:
-        start = self._adapter[self._whole[name]] if name in self._whole else as_numpy(self._base[name], name)
+        start = self._adapter[self._whole[name]] if name in self._whole else as_numpy(self.base[name], name)
         return start + self._low_rank[name].delta(self._adapter) if name in self._low_rank else start
 
     def __contains__(self, name: object) -> bool:
-        return name in self._base
+        return name in self.base
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
+        return iter(self.base)
 
     def __len__(self) -> int:
-        return len(self._base)
+        return len(self.base)
 
     def __repr__(self) -> str:
         changed = len(self._low_rank.keys() | self._whole.keys())

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import click
 
 from simomerge.cli.options import json_option, say
+
+if TYPE_CHECKING:
+    from simomerge.ondisk.diff import Difference
 
 
 @click.command("diff")
@@ -25,17 +31,24 @@ def command(first: str, second: str, base: str | None, top: int, as_json: bool) 
     found = diff_on_disk(first, second, base)
     whole, tensors = found[0], found[1:]
     if not as_json:
-        tensors = sorted(tensors, key=lambda one: -one.distance / max(one.first, 1e-30))[:top]
+        tensors = sorted(tensors, key=lambda one: -_relative(one))[:top]
     what = "task vectors" if base else "weights"
-    width = max((len(one.name) for one in tensors), default=4)
+    width = max(len(name) for name in ("tensor", *(one.name for one in tensors)))
     say(
         as_json,
         {"first": first, "second": second, "base": base, "differences": as_dicts(found)},
         f"{what} of {first} (a) and {second} (b), {len(found) - 1} tensors; the {len(tensors)} furthest apart:",
         f"  {'tensor':<{width}}  {'|a|':>9}  {'|b|':>9}  {'|b-a|/|a|':>9}  {'cosine':>7}  {'same sign':>9}",
         *(
-            f"  {one.name:<{width}}  {one.first:9.4g}  {one.second:9.4g}  {one.distance / max(one.first, 1e-30):9.4g}"
+            f"  {one.name:<{width}}  {one.first:9.4g}  {one.second:9.4g}  {_relative(one):9.4g}"
             f"  {one.cosine:7.4f}  {one.sign_agreement:9.1%}"
             for one in [whole, *tensors]
         ),
     )
+
+
+def _relative(one: Difference) -> float:
+    """|b - a| / |a|; infinite where a is zero and b is not."""
+    if one.first:
+        return one.distance / one.first
+    return math.inf if one.distance else 0.0

@@ -21,6 +21,8 @@ from simomerge.cli.options import (
 )
 from simomerge.errors import InputError
 
+_FILES = (".safetensors", ".pt", ".pth", ".bin")
+
 
 @click.command("merge")
 @click.argument("base")
@@ -81,12 +83,18 @@ def command(
     get_method(method, **{**chosen, "scale": 1.0} if scale == "auto" else chosen)
     as_schedule(schedule)
     on_models = scale == "auto" or available()[method].needs_data or available()[method].needs_labels
-    if on_models or not Path(resolve_source(base)).exists():
-        if schedule or dtype or limit:
+    if on_models and (bare := [path for path in (base, *named.values()) if Path(path).suffix in _FILES]):
+        what = "--scale auto" if scale == "auto" else method
+        raise InputError(f"{bare[0]} is a weight file, and {what} computes with images: give folders with config.json.")
+    # What is neither here nor named as a file may be on a hub.
+    if on_models or not (Path(resolve_source(base)).exists() or Path(base).suffix in _FILES):
+        if schedule or dtype or limit or output.suffix == ".safetensors":
             raise InputError(
-                "--schedule, --dtype and --max-shard-size go with a plain merge: give a number as --scale."
+                "a weight file as OUT, --schedule, --dtype and --max-shard-size go with a plain merge: no images, and"
+                " a base on disk."
             )
-        made, tasks = _merge_models(base, named, method, scale, chosen, data, count, output, overwrite)
+        needed = (data, count) if on_models else None
+        made, tasks = _merge_models(base, named, method, scale, chosen, needed, output, overwrite)
     else:
         made, tasks = _merge_files(base, named, method, chosen, schedule, dtype, limit, output, overwrite)
     details = ", ".join(f"{key} {value}" for key, value in made.items() if key != "method")
@@ -136,23 +144,23 @@ def _merge_models(
     method: str,
     scale: str | None,
     parameters: dict[str, Any],
-    data: str,
-    count: int,
+    data: tuple[str, int] | None,
     output: Path,
     overwrite: bool,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """With the models in memory, where images take part."""
+    """With the models in memory, where images take part (``data``: their name and number) or the base is on a hub."""
     from simomerge.assemble import load_experts, merge
     from simomerge.datasets import load_data
     from simomerge.model import load
 
-    images = load_data(data, split="val", count=count, tasks=list(experts))
+    foundation, loaded = load(base), load_experts(**experts)
+    images = load_data(data[0], split="val", count=data[1], tasks=list(experts)) if data else None
     with console() as progress:
         model = merge(
-            load(base),
-            load_experts(**experts),
+            foundation,
+            loaded,
             method,
-            scale="auto" if scale == "auto" else None,
+            scale="auto" if scale == "auto" else parameters.pop("scale", None),
             validation=images,
             progress=progress,
             **parameters,

@@ -84,13 +84,15 @@ class LinearHead(nn.Module):
         """Mean and variance of every input channel: of the batch in training, else the running ones."""
         norm = self.norm
         assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-        if not self.training:
+        if not norm.training:
             return norm.running_mean, norm.running_var
         # The rows are the places: sums over them run along memory, for taps that lie channels last.
         rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps] + cls
         mean, variance = (torch.cat(values) for values in zip(*map(_mean_variance, rows), strict=True))
+        places = len(rows[0])
+        if places < 2:
+            raise ValueError("the batch norm of a linear head needs more than one place to train on; use more images.")
         with torch.no_grad():
-            places = len(rows[0])
             assert norm.num_batches_tracked is not None
             norm.num_batches_tracked += 1
             norm.running_mean.lerp_(mean, norm.momentum)

@@ -10,6 +10,7 @@ from simomerge.merging.consensus import Consensus, Emr, MagMax, TallMask, tall_m
 from simomerge.merging.linear import Average, LinearMethod, TaskArithmetic, WeightedAverage, ZeroShot
 from simomerge.merging.merge import merge_state_dicts, merge_tensors
 from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register, settings
+from simomerge.merging.ranks import kth_smallest, sampled_distances
 from simomerge.merging.schedule import (
     LayerScales,
     Lines,
@@ -62,12 +63,14 @@ __all__ = [
     "described_method",
     "get_method",
     "interpolate",
+    "kth_smallest",
     "merge_state_dicts",
     "merge_tensors",
     "negate",
     "of_expert",
     "parameter",
     "register",
+    "sampled_distances",
     "settings",
     "tall_mask",
     "with_experts",

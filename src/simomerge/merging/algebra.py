@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints import as_numpy, canonicalise
+from simomerge.checkpoints import as_numpy, canonicalise, tensor_info
 from simomerge.errors import InputError
 from simomerge.merging.checks import check_models
-from simomerge.merging.depth import Depth
 from simomerge.merging.linear import LinearMethod, TaskArithmetic, WeightedAverage
-from simomerge.merging.merge import merge_state_dicts
-from simomerge.merging.method import get_method
+from simomerge.merging.merge import like, merge_state_dicts, merge_tensors
+from simomerge.merging.method import get_method, restricted
 from simomerge.merging.stream import TaskVectorStream
 
 _MERGED = "the merged model"
@@ -38,8 +37,11 @@ def negate(base: Mapping[str, Any], expert: Mapping[str, Any], scale: float = 1.
     """
     if not (np.isfinite(scale) and scale > 0):
         raise InputError(f"negate: scale must be a number above 0, got {scale!r}.")
-    mirrored = merge_state_dicts(base, {"expert": expert}, TaskArithmetic(scale=scale))
-    return {name: base[name] + (base[name] - value) for name, value in mirrored.items()}
+    mirrored = dict(merge_tensors(base, {"expert": expert}, TaskArithmetic(scale=scale)))
+    for name, value in mirrored.items():
+        if tensor_info(base, name).is_float:
+            mirrored[name] = np.asarray(2 * as_numpy(base[name], name) - value)
+    return {name: like(value, base[name]) for name, value in mirrored.items()}
 
 
 def interpolate(first: Mapping[str, Any], second: Mapping[str, Any], weight: float = 0.5) -> dict[str, Any]:
@@ -83,7 +85,8 @@ def with_experts(
         merged: what ``method`` made of ``base`` and the experts ``present``.
         present: names of the experts that are in it.
         add, remove: expert name -> its weights.
-        **parameters: of the method, when it is given by name.
+        **parameters: of the method, when it is given by name. Those that differ between experts, by expert name: of
+            all that are in it, are added or are removed.
 
     Yields:
         ``(name, array)`` as `simomerge.merging.merge_tensors` does.
@@ -104,28 +107,35 @@ def with_experts(
         raise InputError(f"the expert '{twice[0]}' is in the merged model already: remove it first.")
     if missing := [name for name in remove if name not in present]:
         raise InputError(f"the expert '{missing[0]}' is not in the merged model, which has {', '.join(present)}.")
-    after = sorted([name for name in present if name not in remove] + list(add))
+    after = [name for name in present if name not in remove] + list(add)
     if not after:
         raise InputError("no expert would be left: use the base.")
     others = {_MERGED: merged, **add, **remove}
     check_models(chosen, base, others)
-    return _reweighted(chosen, base, others, sorted(present), after)
+    old_method, new_method = (restricted(chosen, names).for_experts(names) for names in (list(present), after))
+    assert isinstance(old_method, LinearMethod) and isinstance(new_method, LinearMethod)
+    return _reweighted(old_method, new_method, base, others, sorted(present), sorted(after))
 
 
 def _reweighted(
-    method: LinearMethod, base: Mapping[str, Any], others: Mapping[str, Any], before: list[str], after: list[str]
+    old_method: LinearMethod,
+    new_method: LinearMethod,
+    base: Mapping[str, Any],
+    others: Mapping[str, Any],
+    before: list[str],
+    after: list[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
     stream = TaskVectorStream(base, others)
-    depth = Depth(stream.names)
-    old_method, new_method = method.for_experts(before), method.for_experts(after)
-    assert isinstance(old_method, LinearMethod) and isinstance(new_method, LinearMethod)
+    old_depth, new_depth = old_method.prepare(stream), new_method.prepare(stream)
 
     def change(name: str) -> np.ndarray:
-        old, new = old_method.weights(name, before, depth), new_method.weights(name, after, depth)
+        old, new = old_method.weights(name, before, old_depth), new_method.weights(name, after, new_depth)
         kept = [expert for expert in before if expert in new]
         factors = {new[expert] / old[expert] for expert in kept if old[expert]} or {0.0}
         if max(factors) - min(factors) > 1e-9 * max(map(abs, factors)):
-            raise InputError(f"'{method.name}' weighs the experts that stay anew, each differently: merge all anew.")
+            raise InputError(
+                f"'{new_method.name}' weighs the experts that stay anew, each differently: merge all anew."
+            )
         factor = next(iter(factors))
         values, task_vectors = stream.read(name)
         changed = task_vectors[_MERGED] * np.float32(factor)

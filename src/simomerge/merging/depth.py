@@ -44,7 +44,7 @@ class Depth:
         """As :meth:`index`, but embeddings count to the first block and all else outside to the last."""
         index = self.index(name)
         if index is None:
-            index = 0 if "embed" in name or "stem" in name else self.blocks - 1
+            index = 0 if any(word in name for word in ("embed", "stem", "token", "pre_l")) else self.blocks - 1
         return max(index, 0)
 
 

@@ -121,6 +121,22 @@ def of_expert(value: float | Mapping[str, float], expert: str) -> float:
     return value[expert] if isinstance(value, Mapping) else value
 
 
+_Given = TypeVar("_Given", bound=MergeMethod)
+
+
+def restricted(method: _Given, experts: Collection[str]) -> _Given:
+    """The same method with every per-expert mapping cut to these experts.
+
+    Example:
+        >>> from simomerge.merging import TaskArithmetic
+        >>> restricted(TaskArithmetic(scale={"depth": 0.5, "edges": 0.2}), ["depth"])
+        TaskArithmetic(scale={'depth': 0.5})
+    """
+    values = {spec.name: getattr(method, spec.name) for spec in settings(method)}
+    mappings = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    return replace(method, **{n: {e: v for e, v in given.items() if e in experts} for n, given in mappings.items()})
+
+
 _METHODS: dict[str, type[MergeMethod]] = {}
 _Method = TypeVar("_Method", bound=type[MergeMethod])
 

@@ -6,7 +6,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from threading import Lock
+from typing import Any, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -15,6 +18,34 @@ _Result = TypeVar("_Result")
 def available_threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _OneBlasThread:
+    """While anything is in it, the linear algebra library runs on one thread.
+
+    The threads here share out the tensors. Were the library to start threads of its own, there would be too many, and
+    sums would be split differently on another number of cores. The limit is the process's: what enters first sets
+    it, what leaves last takes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit = threadpool_limits(1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._limit is not None:
+                self._limit.restore_original_limits()
+
+
+_ONE_BLAS_THREAD = _OneBlasThread()
 
 
 def ordered_map(
@@ -33,9 +64,14 @@ def ordered_map(
         [1, 2, 3]
     """
     threads = threads or available_threads()
-    if threads == 1:
-        yield from map(function, items)
-        return
+    with _ONE_BLAS_THREAD:
+        if threads == 1:
+            yield from map(function, items)
+        else:
+            yield from _on_threads(function, items, threads)
+
+
+def _on_threads(function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int) -> Iterator[_Result]:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="simomerge")
     waiting: deque[Future[_Result]] = deque()
     try:

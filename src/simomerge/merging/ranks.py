@@ -15,7 +15,7 @@ import numpy as np
 from simomerge.merging.stream import TaskVectorStream
 
 Values: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-"""Flat task vectors of some entries -> per expert the values to rank, entry by entry."""
+"""Flat task vectors of some entries (which it may overwrite) -> per expert the values to rank, entry by entry."""
 
 _SAMPLE = 1_000_000
 _MARGIN = 8.0  # standard deviations of a sampled quantile
@@ -109,10 +109,10 @@ def _from_sample(
     stream: TaskVectorStream, values: Values, ranks: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], _Bracket]:
     total = sum(stream.sizes.values())
-    step = _stride(total)
+    part = sample_of(total)
 
     def sample(name: str) -> Mapping[str, np.ndarray]:
-        return values(stream.read(name, slice(0, None, step))[1])
+        return values(stream.read(name, part)[1])
 
     parts = [part for _, part in stream.map(sample)]
     brackets = {}
@@ -130,20 +130,45 @@ def _from_sample(
     return brackets
 
 
-def _stride(total: int) -> int:
-    """Every how manieth entry is sampled: never a divisor of a row, which would pick the same columns again."""
+def sample_of(total: int) -> slice:
+    """The part of every tensor that makes a sample of about a million of all entries.
+
+    Never a divisor of a row apart, which would pick the same columns of all rows.
+
+    Example:
+        >>> sample_of(10_000_000)
+        slice(0, None, 11)
+    """
     step = max(total // _SAMPLE, 1)
     while step > 1 and (step % 2 == 0 or step % 3 == 0):
         step += 1
-    return step
+    return slice(0, None, step)
+
+
+def sampled_distances(stream: TaskVectorStream) -> dict[str, float]:
+    """``||expert - base|| / ||base||`` per expert, from a sample of the entries.
+
+    Example:
+        >>> sampled_distances(TaskVectorStream({"w": np.full(4, 2.0)}, {"a": {"w": np.full(4, 3.0)}}))
+        {'a': 0.5}
+    """
+    part = sample_of(sum(stream.sizes.values()))
+
+    def squares(name: str) -> np.ndarray:
+        base, task_vectors = stream.read(name, part)
+        return np.array([np.dot(x, x) for x in (base, *task_vectors.values())], np.float64)
+
+    total = sum((found for _, found in stream.map(squares)), np.zeros(len(stream.experts) + 1))
+    relative = np.sqrt(total[1:] / max(total[0], 1e-30))
+    return {expert: float(value) for expert, value in zip(stream.experts, relative, strict=True)}
 
 
 def _pass(stream: TaskVectorStream, values: Values, brackets: Mapping[tuple[str, int], _Bracket]) -> None:
     def look(name: str) -> list[dict[tuple[str, int], tuple[int, int, int, np.ndarray]]]:
         found = []
-        buffers: dict[str, np.ndarray] = {}
+        workspace = stream.workspace(name)
         for part in stream.blocks(name):
-            ranked = values(stream.read(name, part, buffers)[1])
+            ranked = values(stream.read(name, part, workspace)[1])
             found.append({key: bracket.look(ranked[key[0]]) for key, bracket in brackets.items()})
         return found
 

@@ -71,9 +71,9 @@ class Lines:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta") if self.alpha is not None else ("beta",):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and np.isfinite(value)):
+            if not (isinstance(value, (int, float)) and np.isfinite(value)):
                 raise InputError(f"lines: {name} must be a finite number, got {value!r}.")
 
     def over(self, depth: Depth, alpha: float) -> Factor:
@@ -93,7 +93,8 @@ def _lines_alpha(method: MergeMethod, stream: TaskVectorStream, statistics: Any)
         return float(np.abs(total).sum(dtype=np.float64)), float(np.abs(merged).sum(dtype=np.float64))
 
     summed, merged = (sum(values) for values in zip(*(found for _, found in stream.map(norms)), strict=True))
-    return summed / max(merged, 1e-30) / max(len(stream.experts), 1)
+    # Where nothing is merged there is nothing to scale, and any number will do.
+    return summed / merged / len(stream.experts) if merged else 0.0
 
 
 Schedule: TypeAlias = LayerScales | Lines

@@ -261,4 +261,4 @@ def rank_mask(values: np.ndarray, low: int, high: int) -> np.ndarray:
 
 def _elected_mean(kept: Sequence[np.ndarray]) -> np.ndarray:
     # Flat: in-place arithmetic needs arrays, and numpy makes a number of an array without axes.
-    return disjoint_mean([tau.reshape(-1) for tau in kept]).reshape(kept[0].shape)
+    return disjoint_mean(np.stack(kept))

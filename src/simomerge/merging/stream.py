@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from simomerge.checkpoints import as_numpy, canonicalise, flat_values, tensor_in
 from simomerge.errors import InputError
 from simomerge.merging.parallel import ordered_map
 
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 """Entries that are worked on at once where tensors need not be whole: what is in hand stays in the core's cache."""
 
 _Result = TypeVar("_Result")
@@ -75,25 +75,26 @@ class TaskVectorStream:
         name: str,
         base: np.ndarray | None = None,
         part: slice | None = None,
-        buffers: dict[str, np.ndarray] | None = None,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """The expert's tensor minus the base's, float32, or a part of it flattened.
 
         Args:
             base: the base's tensor (or that part), if it has been read already.
-            buffers: see :meth:`read`.
+            out: an array of the base's shape to write to.
 
         Raises:
             InputError: the expert's tensor holds a value that is not finite.
         """
         base = self.base(name, part) if base is None else base
         source, own = self._experts[expert], self._expert_names[expert][name]
-        low_rank = getattr(source, "task_vector", None)
+        # Low-rank factors are relative to the adapter's own base, which need not be the reference here.
+        low_rank = getattr(source, "task_vector", None) if getattr(source, "base", None) is self._base else None
         tau = low_rank(own) if callable(low_rank) else None
         if tau is None:
-            tau = np.subtract(_values(source, own, part), base, out=_buffer(buffers, expert, base))
+            tau = np.subtract(_values(source, own, part), base, out=np.empty_like(base) if out is None else out)
         elif part is not None:
-            tau = tau.reshape(-1)[part]
+            tau = np.ascontiguousarray(tau.reshape(-1)[part])  # a view would keep all of it
         if not _all_finite(tau):
             raise InputError(
                 f"'{name}' of the expert '{expert}'{_place(source)} holds NaN or infinite values: "
@@ -104,25 +105,32 @@ class TaskVectorStream:
         return tau
 
     def read(
-        self, name: str, part: slice | None = None, buffers: dict[str, np.ndarray] | None = None
+        self, name: str, part: slice | None = None, workspace: np.ndarray | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The base's tensor and every expert's task vector, sorted by expert name; or a part of them, flattened.
 
         Args:
-            buffers: a dict, empty at first, in which arrays are kept for the next call with it. What this call
-                returns is valid until then. Without it every call makes new arrays, which costs more than the
-                arithmetic.
+            workspace: for a part: what :meth:`workspace` made, whose rows the task vectors are then written to; valid
+                until it is used again. New arrays for every block cost more than the arithmetic.
         """
         base = self.base(name, part)
-        return base, {expert: self.task_vector(expert, name, base, part, buffers) for expert in self.experts}
+        rows = [None] * len(self.experts) if workspace is None else [row[: base.size] for row in workspace]
+        return base, {
+            expert: self.task_vector(expert, name, base, part, row)
+            for expert, row in zip(self.experts, rows, strict=True)
+        }
+
+    def workspace(self, name: str) -> np.ndarray:
+        """(experts, largest block) float32, for :meth:`read` in a loop over the blocks of a tensor."""
+        return np.empty((len(self.experts), max((p.stop - p.start for p in self.blocks(name)), default=0)), np.float32)
 
     def blocks(self, name: str) -> Iterator[slice]:
         """The parts of a tensor, for :meth:`read`, that make it up.
 
         Example:
-            >>> stream = TaskVectorStream({"w": np.zeros(70_000)}, {})
+            >>> stream = TaskVectorStream({"w": np.zeros(140_000)}, {})
             >>> [part.stop for part in stream.blocks("w")]
-            [65536, 70000]
+            [131072, 140000]
         """
         # Low-rank factors are multiplied out for the whole tensor: in one piece, or it would be done per block.
         step = self.sizes[name] if any(hasattr(e, "task_vector") for e in self._experts.values()) else BLOCK
@@ -139,13 +147,23 @@ class TaskVectorStream:
         return zip(self.names, ordered_map(quiet, self.names, self._threads), strict=True)
 
 
-def _buffer(buffers: dict[str, np.ndarray] | None, key: str, like: np.ndarray) -> np.ndarray:
-    """An array of that shape to write to: new, or the one kept."""
-    if buffers is None:
-        return np.empty(like.shape, np.float32)
-    if key not in buffers or buffers[key].size < like.size:
-        buffers[key] = np.empty(like.size, np.float32)
-    return buffers[key][: like.size].reshape(like.shape)
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of one shape as one (T, ...) array: without a copy where they are what ``read`` filled a workspace with.
+
+    Example:
+        >>> stacked([np.zeros(2), np.ones(2)]).shape
+        (2, 2)
+    """
+    workspace = arrays[0].base
+    if isinstance(workspace, np.ndarray) and workspace.ndim == 2 and len(workspace) == len(arrays):
+        begin, (row, entry) = workspace.__array_interface__["data"][0], workspace.strides
+        places = (begin + row * number for number in range(len(arrays)))
+        if all(
+            array.base is workspace and array.strides == (entry,) and array.__array_interface__["data"][0] == place
+            for array, place in zip(arrays, places, strict=True)
+        ):
+            return workspace[:, : arrays[0].size]
+    return np.stack(arrays)
 
 
 def _values(source: Mapping[str, Any], name: str, part: slice | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar
@@ -11,7 +11,7 @@ import numpy as np
 
 from simomerge.merging.method import MergeMethod, parameter, register
 from simomerge.merging.ranks import kth_smallest
-from simomerge.merging.stream import TaskVectorStream
+from simomerge.merging.stream import TaskVectorStream, stacked
 
 
 class TiesStatistics:
@@ -35,9 +35,13 @@ class TiesStatistics:
                 self._majority = sum(_balance(self.keep(part)) for part in parts) > 0
             return self._majority
 
-    def keep(self, task_vectors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The task vectors with everything below their threshold set to zero, in place."""
-        return [_keep_from(tau, self.thresholds[expert]) for expert, tau in task_vectors.items()]
+    def keep(self, task_vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The task vectors with everything below their threshold set to zero: (experts, entries), overwritten."""
+        kept = stacked(list(task_vectors.values()))
+        # In float32, in which the thresholds are exact.
+        low = np.array([self.thresholds[expert] for expert in task_vectors], np.float32)
+        low = low.reshape(-1, *[1] * (kept.ndim - 1))
+        return _masked(kept, (kept >= low) | (kept <= -low))
 
 
 @register
@@ -97,7 +101,7 @@ class Ties(MergeMethod):
         statistics: TiesStatistics | None,
     ) -> np.ndarray:
         if statistics is None:
-            merged = disjoint_mean([_keep_largest(tau, self.density) for tau in task_vectors.values()])
+            merged = disjoint_mean(np.stack([_keep_largest(tau, self.density) for tau in task_vectors.values()]))
         else:
             merged = disjoint_mean(statistics.keep(task_vectors), lambda: statistics.majority_is_positive)
         merged *= np.float32(self.scale)
@@ -106,20 +110,13 @@ class Ties(MergeMethod):
 
 
 def _magnitudes(task_vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {expert: np.abs(tau) for expert, tau in task_vectors.items()}
+    return {expert: np.abs(tau, out=tau) for expert, tau in task_vectors.items()}
 
 
-def _balance(kept: list[np.ndarray]) -> int:
+def _balance(kept: np.ndarray) -> int:
     """How many entries elect plus, less those that elect minus."""
     total = _sum(kept)
     return int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
-
-
-def _keep_from(tau: np.ndarray, threshold: float | np.float32) -> np.ndarray:
-    # In place. The comparisons are in float32, in which the threshold is exact; multiplying by the mask takes a sixth
-    # of the time of np.where.
-    threshold = np.float32(threshold)
-    return np.multiply(tau, (tau >= threshold) | (tau <= -threshold), out=tau)
 
 
 def _keep_largest(tau: np.ndarray, density: float) -> np.ndarray:
@@ -135,35 +132,45 @@ def _keep_largest(tau: np.ndarray, density: float) -> np.ndarray:
     return tau * mask.reshape(tau.shape)
 
 
-def disjoint_mean(kept: Sequence[np.ndarray], zero_is_positive: Callable[[], bool] = lambda: True) -> np.ndarray:
+def disjoint_mean(kept: np.ndarray, zero_is_positive: Callable[[], bool] = lambda: True) -> np.ndarray:
     """Per entry the mean of the values that have the sign of their sum; zeros do not count, 0 where there is none.
 
     Args:
-        kept: one array per expert, all of one shape, float32. They are overwritten: new arrays are what costs
-            most in a loop over blocks.
+        kept: (experts, ...) float32. It is overwritten: new arrays are what costs most in a loop over blocks.
         zero_is_positive: says which sign wins where values that are not zero sum to zero; asked only then.
+
+    Example:
+        >>> disjoint_mean(np.array([[1.0, 1.0], [3.0, -2.0]], np.float32))
+        array([ 2., -2.], dtype=float32)
     """
     total = _sum(kept)
     up, down = total > 0, total < 0
-    cancelled = ~(up | down)
-    if any((((tau > 0) | (tau < 0)) & cancelled).any() for tau in kept):
-        if zero_is_positive():
-            up = up | cancelled
-        else:
-            down = down | cancelled
-    total.fill(0)
-    count = np.zeros(total.shape, np.uint8 if len(kept) < 256 else np.uint16)
-    for tau in kept:
-        agrees = ((tau > 0) & up) | ((tau < 0) & down)
-        total += np.multiply(tau, agrees, out=tau)
-        count += agrees
-    total /= np.maximum(count, 1, out=count)
+    plus, minus = kept > 0, kept < 0
+    cancelled = (plus | minus) & ~(up | down)
+    if cancelled.any():
+        elected = up if zero_is_positive() else down
+        np.logical_or(elected, cancelled.any(0), out=elected)
+    agrees = (plus & up) | (minus & down)
+    total = _sum(_masked(kept, agrees))
+    count = agrees.view(np.uint8).sum(0, dtype=np.uint8 if len(kept) < 256 else np.uint16)
+    count += count == 0
+    total /= count
     return total
 
 
-def _sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    first, *others = arrays
-    total = first.copy()
-    for array in others:
-        total += array
+def _sum(rows: np.ndarray) -> np.ndarray:
+    # One after the other. numpy's own sum is no faster, and adds eight rows and more of a single entry in another
+    # order than longer ones: the last digit would depend on where a block ends.
+    total = rows[0].copy()
+    for row in rows[1:]:
+        total += row
     return total
+
+
+def _masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The values where the mask is set and 0 elsewhere, in place."""
+    # A product takes a sixth of the time of np.where, and one axis half the time of two.
+    if values.flags.c_contiguous:
+        np.multiply(values.reshape(-1), mask.reshape(-1), out=values.reshape(-1))
+        return values
+    return np.multiply(values, mask, out=values)

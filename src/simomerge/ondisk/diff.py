@@ -57,7 +57,7 @@ def diff_on_disk(
         reference = open_source(first)
         other = open_source(second, _checkpoint(reference.weights))
         check_models(TaskArithmetic(), reference.weights, {"second": other.weights})
-        stream = TaskVectorStream(reference.weights, {"second": other.weights})
+        stream, others = (TaskVectorStream(source.weights, {}) for source in (reference, other))
     else:
         reference = open_source(base)
         opened = {key: open_source(p, _checkpoint(reference.weights)) for key, p in (("a", first), ("b", second))}
@@ -66,8 +66,7 @@ def diff_on_disk(
         stream = TaskVectorStream(reference.weights, weights)
 
     def sums(name: str) -> np.ndarray:
-        values, task_vectors = stream.read(name)
-        a, b = task_vectors.values() if base is not None else (values, values + task_vectors["second"])
+        a, b = (stream.base(name), others.base(name)) if base is None else stream.read(name)[1].values()
         return _sums(a.reshape(-1), b.reshape(-1))
 
     found = dict(stream.map(sums))

@@ -12,8 +12,25 @@ import numpy as np
 
 from simomerge.checkpoints import Checkpoint, tensor_info
 from simomerge.errors import InputError
-from simomerge.merging import LinearMethod, described_method, merge_tensors, with_experts
-from simomerge.ondisk.merge import MergedOnDisk, Source, open_source, write_model
+from simomerge.merging import (
+    LinearMethod,
+    MergeMethod,
+    Schedule,
+    describe_method,
+    described_method,
+    merge_tensors,
+    with_experts,
+)
+from simomerge.merging.method import restricted
+from simomerge.ondisk.merge import (
+    MergedOnDisk,
+    Source,
+    check_base,
+    check_output,
+    open_source,
+    without_extras,
+    write_model,
+)
 from simomerge.progress import Progress, silent
 
 
@@ -50,20 +67,30 @@ def edit_on_disk(
     output, add, remove, others = Path(output), dict(add or {}), dict(remove or {}), dict(others or {})
     if not add and not remove:
         raise InputError("nothing to do: name a task to add or to remove.")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} already exists: choose another path, or pass overwrite to replace it.")
-    merged, foundation = open_source(model), open_source(base)
-    assert isinstance(foundation.weights, Checkpoint)
+    merged = open_source(model)
     recorded = _recorded(merged)
+    foundation = without_extras(open_source(base), {"model": merged})
+    assert isinstance(foundation.weights, Checkpoint)
     opened = {t: open_source(path, foundation.weights) for t, path in {**others, **remove, **add}.items()}
+    check_output(output, [merged, foundation, *opened.values()], overwrite)
     _check_recorded(recorded, foundation, {task: opened[task] for task in (*others, *remove)})
+    check_base(recorded["base"], {task: opened[task] for task in add})
+    if bare := [opened[task].path for task in add if opened[task].description is None]:
+        raise InputError(f"{bare[0]}: not a model folder (no simo.json in it), and so without a head; give one.")
+    if twice := [task for task in add if task in recorded["experts"]]:
+        raise InputError(f"the expert '{twice[0]}' is in the merged model already: remove it first.")
     after = [task for task in recorded["experts"] if task not in remove] + list(add)
-    tensors = _tensors(merged, foundation, opened, recorded, add, remove, after)
+    method, schedule = described_method(recorded["merge"])
+    if method.needs_data:
+        raise InputError(f"'{method.name}' computed with images, which the model does not record: merge all anew.")
+    method = method.for_experts(list(recorded["experts"]))  # a sequence goes with the experts in the recorded order
+    tensors = _tensors(merged, foundation, opened, method, schedule, list(recorded["experts"]), add, remove, after)
+    how = {**recorded["merge"], **describe_method(restricted(method, after), schedule)}
     heads = {task: opened[task] if task in add else merged for task in after}
     provenance = {
         "base": recorded["base"],
         "experts": {task: opened[task].origin() if task in add else recorded["experts"][task] for task in after},
-        "merge": recorded["merge"],
+        "merge": how,
     }
     if "realign" in recorded:
         warnings.warn(
@@ -73,7 +100,7 @@ def edit_on_disk(
     stored = {name: merged.weights.info(name).dtype for name in merged.weights}  # type: ignore[attr-defined]
     dtypes = {name: dtype for name, dtype in stored.items() if name in layout and layout[name].is_float}
     write_model(output, heads, provenance, tensors, layout, dtypes or None, overwrite=overwrite, progress=progress)
-    return MergedOnDisk(output, recorded["merge"], tuple(after))
+    return MergedOnDisk(output, how, tuple(after))
 
 
 def _recorded(merged: Source) -> dict[str, Any]:
@@ -107,17 +134,19 @@ def _tensors(
     merged: Source,
     base: Source,
     opened: Mapping[str, Source],
-    recorded: Mapping[str, Any],
+    method: MergeMethod,
+    schedule: Schedule | None,
+    before: list[str],
     add: Mapping[str, Any],
     remove: Mapping[str, Any],
     after: list[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    method, schedule = described_method(recorded["merge"])
     if isinstance(method, LinearMethod) and schedule is None:
         added, removed = ({task: opened[task].weights for task in some} for some in (add, remove))
-        return with_experts(merged.weights, base.weights, method, list(recorded["experts"]), added, removed)
+        return with_experts(merged.weights, base.weights, method, before, added, removed)
     if missing := [task for task in after if task not in opened]:
         raise InputError(
             f"'{method.name}' weighs every entry by all the experts: give those that stay too ({', '.join(missing)})."
         )
-    return merge_tensors(base.weights, {task: opened[task].weights for task in after}, method, schedule)
+    weights = {task: opened[task].weights for task in after}
+    return merge_tensors(base.weights, weights, restricted(method, after), schedule)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from simomerge.checkpoints import (
     Checkpoint,
     TensorInfo,
     atomic_folder,
+    canonicalise,
     check_same_encoder,
     fingerprint,
     is_lora_folder,
@@ -30,7 +33,17 @@ from simomerge.checkpoints import (
     write_sharded,
 )
 from simomerge.errors import InputError
-from simomerge.merging import MergeMethod, Schedule, as_schedule, describe_method, get_method, merge_tensors
+from simomerge.merging import (
+    MergeMethod,
+    Schedule,
+    TaskVectorStream,
+    as_schedule,
+    check_models,
+    describe_method,
+    get_method,
+    merge_tensors,
+    sampled_distances,
+)
 from simomerge.progress import Progress, silent
 
 CONFIGS = ("config.json", "preprocessor_config.json")
@@ -119,48 +132,101 @@ def merge_on_disk(
             written then.
 
     Example:
-        >>> for name, value in (("base", 0), ("depth", 1), ("normals", 2)):
+        >>> for name, value in (("base", 4), ("depth", 5), ("normals", 6)):
         ...     _ = write_safetensors(f"{name}.safetensors", {"w": np.full(2, value, np.float32)})
         >>> experts = {"depth": "depth.safetensors", "normals": "normals.safetensors"}
         >>> merged = merge_on_disk("base.safetensors", experts, "merged.safetensors", "average")
         >>> open_checkpoint(merged.output)["w"]
-        array([1.5, 1.5], dtype=float32)
+        array([5.5, 5.5], dtype=float32)
     """
     output = Path(output)
     chosen = method if isinstance(method, MergeMethod) else get_method(method, **parameters)
     depthwise = as_schedule(schedule)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: use float32, float16 or bfloat16.")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} already exists: choose another path, or pass overwrite to replace it.")
     foundation = open_source(base)
     assert isinstance(foundation.weights, Checkpoint)
     opened = {name: open_source(path, foundation.weights) for name, path in experts.items()}
+    check_output(output, [foundation, *opened.values()], overwrite)
+    for name, expert in opened.items():
+        if expert.description and expert.description["adapters"]:
+            raise InputError(f"expert {name!r} has adapters beside its blocks: a weight merge would lose them.")
+    to_model = output.suffix != ".safetensors" and all(expert.description for expert in opened.values())
+    if to_model:
+        foundation = without_extras(foundation, opened)
+        assert isinstance(foundation.weights, Checkpoint)
     layout = {name: tensor_info(foundation.weights, name) for name in foundation.weights}
     weights = {name: expert.weights for name, expert in opened.items()}
+    check_models(chosen, foundation.weights, weights)
+    _warn_of_another_base(foundation, opened, threads)
     tensors = merge_tensors(foundation.weights, weights, chosen, depthwise, threads=threads)
     stored = DTYPES[dtype] if dtype else None
     how = describe_method(chosen, depthwise)
-    if output.suffix != ".safetensors" and all(expert.description for expert in opened.values()):
+    if to_model:
         provenance = _provenance(foundation, opened, how)
         write_model(output, opened, provenance, tensors, layout, stored, max_shard_size, overwrite, progress)
         return MergedOnDisk(output, how, tuple(opened))
+    if any("fingerprint" in _recorded_base(expert) for expert in opened.values()):
+        check_base(foundation.origin(), opened)
     shown = _counted(tensors, len(layout), progress)
     if output.suffix == ".safetensors":
         write_safetensors(output, shown, stored, layout=layout)
     else:
         with atomic_folder(output, overwrite) as folder:
             write_sharded(folder, shown, stored, layout=layout, max_shard_size=max_shard_size)
-            _copy_configs(foundation.encoder_folder(), folder)
+            _copy_configs(foundation.encoder_folder(), folder, layout, stored)
     return MergedOnDisk(output, how, ())
+
+
+def check_output(output: Path, inputs: Sequence[Source], overwrite: bool) -> None:
+    """Refuse an output that exists, unless it may be replaced, or a folder in which an input lies.
+
+    Raises:
+        InputError: which of these.
+    """
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} already exists: choose another path, or pass overwrite to replace it.")
+    for source in inputs:
+        if output.exists() and output.resolve() in source.path.resolve().parents:
+            raise InputError(f"{output} holds the input {source.path} and would be replaced: choose another path.")
+
+
+def without_extras(base: Source, experts: Mapping[str, Source]) -> Source:
+    """A base without the tensors that no expert has: a pooler or a head is dropped when an expert is trained."""
+    assert isinstance(base.weights, Checkpoint)
+    known = {name for expert in experts.values() for name in canonicalise(expert.weights)}
+    kept = [own for name, own in canonicalise(base.weights).items() if name in known]
+    return replace(base, weights=base.weights.only(kept))
+
+
+def _warn_of_another_base(base: Source, experts: Mapping[str, Source], threads: int | None) -> None:
+    """Where an expert does not say what its base was, say how far its weights are from the given one."""
+    unsure = {name: e for name, e in experts.items() if "fingerprint" not in _recorded_base(e)}
+    if not unsure:
+        return
+    stream = TaskVectorStream(base.weights, {name: e.weights for name, e in unsure.items()}, threads)
+    for name, distance in sampled_distances(stream).items():
+        # A bare file never says; a model folder of ours should have.
+        if distance > 0.5 or unsure[name].description is not None:
+            warnings.warn(
+                f"expert {name!r} does not record its base. Its weights differ from the given one by {distance:.0%} of"
+                f" their norm: {'this looks like another base' if distance > 0.5 else 'plausible for a fine-tuning'}.",
+                stacklevel=3,
+            )
+
+
+def _recorded_base(expert: Source) -> dict[str, Any]:
+    return (expert.description or {}).get("provenance", {}).get("base", {})
 
 
 def _counted(
     tensors: Iterator[tuple[str, np.ndarray]], total: int, progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
+    began = time.monotonic()
     for done, pair in enumerate(tensors, start=1):
         yield pair
-        progress("merge", done, total, "")
+        if time.monotonic() - began > 1:  # short work says nothing
+            progress("merge", done, total, "")
 
 
 def write_model(
@@ -205,7 +271,7 @@ def write_model(
             _copy_head(source, task, folder / "heads" / f"{task}.safetensors")
         shown = _counted(tensors, len(layout), progress)
         write_sharded(folder / "encoder", shown, dtypes, layout=layout, max_shard_size=max_shard_size)
-        _copy_configs(next(iter(heads.values())).encoder_folder(), folder / "encoder")
+        _copy_configs(next(iter(heads.values())).encoder_folder(), folder / "encoder", layout, dtypes)
         (folder / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(description), encoding="utf-8")
 
@@ -213,15 +279,24 @@ def write_model(
 def _provenance(base: Source, experts: Mapping[str, Source], how: dict[str, Any]) -> dict[str, Any]:
     """What the model is made of, after comparing what the experts say of their base with the given one."""
     origin = base.origin()
+    check_base(origin, experts)
+    return {"base": origin, "experts": {task: expert.origin() for task, expert in experts.items()}, "merge": how}
+
+
+def check_base(base: Mapping[str, str], experts: Mapping[str, Source]) -> None:
+    """Compare what the experts say of their base with the origin of the given one.
+
+    Raises:
+        InputError: it is another one.
+    """
     for task, expert in experts.items():
-        recorded = (expert.description or {})["provenance"].get("base", {})
+        recorded = _recorded_base(expert)
         theirs = recorded.get("fingerprint")
-        if theirs and theirs != origin["fingerprint"]:
+        if theirs and theirs != base["fingerprint"]:
             raise InputError(
                 f"expert {task!r} was fine-tuned from another base (its base {theirs[:12]}, the given one"
-                f" {origin['fingerprint'][:12]}); give {recorded.get('source', 'that base')}."
+                f" {base['fingerprint'][:12]}); give {recorded.get('source', 'that base')}."
             )
-    return {"base": origin, "experts": {task: expert.origin() for task, expert in experts.items()}, "merge": how}
 
 
 def _copy_head(expert: Source, task: str, target: Path) -> None:
@@ -233,7 +308,19 @@ def _copy_head(expert: Source, task: str, target: Path) -> None:
     shutil.copyfile(head, target)
 
 
-def _copy_configs(source: Path, target: Path) -> None:
+def _copy_configs(
+    source: Path, target: Path, layout: Mapping[str, TensorInfo], dtypes: str | Mapping[str, str] | None
+) -> None:
+    """The configurations, with the dtype in which the weights are stored: transformers loads them in it."""
     for name in CONFIGS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    config = target / "config.json"
+    stored = {dtypes} if isinstance(dtypes, str) else {info.dtype for info in layout.values() if info.is_float}
+    if not config.is_file() or isinstance(dtypes, Mapping) or len(stored) != 1:
+        return
+    described = json.loads(config.read_text(encoding="utf-8"))
+    dtype = {code: name for name, code in DTYPES.items() if name != code}.get(next(iter(stored)))
+    changed = {key: dtype for key in ("dtype", "torch_dtype") if dtype and described.get(key, dtype) != dtype}
+    if changed:
+        config.write_text(json.dumps(described | changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")

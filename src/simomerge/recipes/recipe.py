@@ -52,7 +52,7 @@ class Recipe:
     tune: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
     joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
     heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
-    adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
+    adapters: TrainSettings = TrainSettings(steps=120, lr=1e-3)
     rank: int = 16
     activation: str = "none"
     merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
@@ -121,5 +121,5 @@ def full_size(recipe: Recipe) -> Recipe:
         tune=replace(recipe.tune, steps=400, encoder_lr=3e-4, validate_every=100),
         joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
         heads=replace(recipe.heads, steps=120, lr=1e-3),
-        adapters=replace(recipe.adapters, steps=100),
+        adapters=replace(recipe.adapters, steps=150),
     )
