@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,10 @@ def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, 
     if output is not None and output.exists():
         shutil.rmtree(output) if output.is_dir() else output.unlink()
     began, peak = time.perf_counter(), 0
-    with subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        tempfile.TemporaryFile() as told,  # a pipe that nobody reads would block a command that says much
+        subprocess.Popen(list(command), stdout=told, stderr=told) as process,
+    ):
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             try:
@@ -126,10 +130,11 @@ def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, 
                 break
             peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
             time.sleep(0.003)
-        errors = process.stderr.read() if process.stderr else ""
+        process.wait()
         seconds = time.perf_counter() - began
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{errors}")
+        told.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{told.read().decode()[-3000:]}")
     return seconds, peak * 1024 / 1e9
 
 
@@ -180,11 +185,12 @@ def vit_b(work: Path, repeats: int, mergekit: str | None) -> None:
             for m in ("task_arithmetic", "ties")
         }
         commands = {"floor: read four, write one": floor, "ties, trim global": commands["ties, trim global"], **peers}
-        found = in_turn(commands, repeats, work / "mergekit" / "out")
+        found = in_turn(commands, min(repeats, 3), work / "mergekit" / "out")
         show("The same beside mergekit", found, "floor: read four, write one")
     others = [name for name in available() if name not in SVD and name not in SKIPPED]
     commands = {"floor: read four, write one": floor, **{name: ours(paths, output, name) for name in others}}
-    show("ViT-B, all other methods (no images, no SVD)", in_turn(commands, 1, output), "floor: read four, write one")
+    found = {name: [measure(command, output)] for name, command in commands.items()}
+    show("ViT-B, all methods without images or SVD, one run each", found, "floor: read four, write one")
 
 
 def mergekit_command(program: str, paths: Sequence[Path], folder: Path, method: str) -> list[str]:
@@ -210,21 +216,32 @@ def mergekit_command(program: str, paths: Sequence[Path], folder: Path, method: 
     return [program, str(file), str(folder / "out"), "--allow-crimes"]
 
 
-def svd(work: Path) -> None:
+def svd(work: Path, repeats: int) -> None:
     paths, output = make(work / "S", "S", 3), work / "out.safetensors"
     alone = [sys.executable, "-c", SVDS]
+    import os
+
+    core = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]  # all on one core, so that the ratio is of work
     found = in_turn(
         {
-            "the SVDs of the sums alone, one core": [*alone, "sum", *map(str, paths)],
-            "iso-c": ours(paths, output, "iso-c"),
-            "the SVDs of the task vectors alone, one core": [*alone, "each", *map(str, paths)],
-            "tsv-m": ours(paths, output, "tsv-m"),
-            "iso-cts": ours(paths, output, "iso-cts"),
+            "the SVDs of the sums alone": [*core, *alone, "sum", *map(str, paths)],
+            "iso-c": [*core, *ours(paths, output, "iso-c")],
         },
-        1,
+        repeats,
         output,
     )
-    show("SVD methods, ViT-S, 3 experts", found, None)
+    show("iso-c, ViT-S, 3 experts, one core (floor: its SVDs, numpy, float32)", found, "the SVDs of the sums alone")
+    found = in_turn(
+        {
+            "the SVDs of the task vectors alone": [*core, *alone, "each", *map(str, paths)],
+            "tsv-m": [*core, *ours(paths, output, "tsv-m")],
+            "iso-cts": [*core, *ours(paths, output, "iso-cts")],
+        },
+        repeats,
+        output,
+    )
+    title = "tsv-m and iso-cts, ViT-S, 3 experts, one core (floor: the SVDs of the task vectors, numpy, float32)"
+    show(title, found, "the SVDs of the task vectors alone")
 
 
 def growth(work: Path, repeats: int, picture: Path) -> None:
@@ -277,9 +294,9 @@ def draw(series: Mapping[str, Mapping[str, list[tuple[float, float]]]], picture:
     print(f"\nPlot: {picture}")
 
 
-def vit_g(work: Path) -> None:
+def vit_g(work: Path, methods: Sequence[str] | None) -> None:
     paths, output = make(work / "g", "g", 3, "F16"), work / "out.safetensors"
-    others = [name for name in available() if name not in SVD and name not in SKIPPED]
+    others = methods or [name for name in available() if name not in SVD and name not in SKIPPED]
     found = {name: [measure(ours(paths, output, name), output)] for name in others}
     show("ViT-g size (1.1 B parameters), base and 3 experts, float16, one run each", found, None)
 
@@ -290,6 +307,7 @@ def main() -> None:
     sections = ("vitb", "svd", "growth", "vitg")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", help="of the section vitg; all without images or SVD by default")
     parser.add_argument("--mergekit", help="path of the command mergekit-yaml")
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/merge_speed.png"))
     args = parser.parse_args()
@@ -297,11 +315,11 @@ def main() -> None:
     if "vitb" in args.sections:
         vit_b(args.work, args.repeats, args.mergekit)
     if "svd" in args.sections:
-        svd(args.work)
+        svd(args.work, min(args.repeats, 3))
     if "growth" in args.sections:
         growth(args.work, min(args.repeats, 3), args.picture)
     if "vitg" in args.sections:
-        vit_g(args.work)
+        vit_g(args.work, args.methods)
 
 
 if __name__ == "__main__":

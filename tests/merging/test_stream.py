@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
 from simomerge.errors import InputError
@@ -34,8 +35,8 @@ BASE, MODELS = model(0), {"seg": model(1), "depth": model(2), "normals": model(3
 class LowRank(Mapping[str, np.ndarray]):
     """An expert that computes its task vector of one tensor, and leaves the others alone."""
 
-    def __init__(self, delta: np.ndarray) -> None:
-        self.delta, self.asked = delta, 0
+    def __init__(self, delta: np.ndarray, base: Tensors = BASE) -> None:
+        self.delta, self.base, self.asked = delta, base, 0
 
     def task_vector(self, name: str) -> np.ndarray | None:
         self.asked += name == "matrix"
@@ -117,7 +118,6 @@ def test_an_expert_of_low_rank_factors_is_asked_for_its_task_vector(monkeypatch:
     monkeypatch.setattr(stream, "BLOCK", 10)
     delta = np.full((7, 9), 1e-9, np.float32)  # lost if it were added to the base and subtracted again
     small = LowRank(delta)
-    small.base = BASE
     opened = TaskVectorStream(BASE, {"seg": MODELS["seg"], "small": small})
     np.testing.assert_array_equal(opened.read("matrix")[1]["small"], delta)
     assert opened.read("bias")[1]["small"].tolist() == [0] * 5
@@ -129,6 +129,15 @@ def test_an_expert_of_low_rank_factors_is_asked_for_its_task_vector(monkeypatch:
     np.testing.assert_array_equal(task_vectors["seg"], MODELS["seg"]["matrix"].reshape(-1) - base)
     assert small.asked == 1
     assert opened.changed == {"seg", "small"}
+
+
+def test_low_rank_factors_count_from_their_own_base_only() -> None:
+    """Another reference (merging without a base, comparing two experts) is subtracted from the weights."""
+    small = LowRank(np.full((7, 9), 0.5, np.float32))
+    for reference in (MODELS["seg"], dict(BASE)):
+        tau = TaskVectorStream(reference, {"small": small}).task_vector("small", "matrix")
+        np.testing.assert_array_equal(tau, small["matrix"] - reference["matrix"])
+    assert small.asked == 0
 
 
 def test_who_differs_from_the_base_is_noted() -> None:
@@ -240,6 +249,33 @@ def test_one_thread_is_the_caller_s() -> None:
     assert set(ordered_map(lambda _: threading.get_ident(), range(5), 1)) == {me}
     assert me not in set(ordered_map(lambda _: threading.get_ident(), range(5), 2))
     assert available_threads() >= 1
+
+
+def blas_threads() -> set[int]:
+    return {int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_linear_algebra_library_has_one_thread_inside_and_its_own_after(threads: int) -> None:
+    def fails(item: int) -> set[int]:
+        if item == 2:
+            raise ValueError("stop")
+        return blas_threads()
+
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        assert before == {2}
+        assert set().union(*ordered_map(lambda _: blas_threads(), range(4), threads)) == {1}
+        assert blas_threads() == before
+        with pytest.raises(ValueError, match="stop"):
+            list(ordered_map(fails, range(4), threads))
+        assert blas_threads() == before
+        outer, inner = (ordered_map(fails, [0, 0, 0], threads) for _ in range(2))
+        next(outer), next(inner)
+        inner.close()  # type: ignore[attr-defined]
+        assert blas_threads() == {1}  # the outer one is not done
+        list(outer)
+        assert blas_threads() == before
 
 
 def test_numpy_warns_again_after_a_tensor_and_only_then() -> None:

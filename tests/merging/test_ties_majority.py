@@ -1,15 +1,13 @@
-"""TIES where kept values cancel exactly: the majority sign of all entries decides, counted when it is first needed."""
+"""TIES where kept values cancel exactly: the majority sign of all entries decides."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.merging import TaskVectorStream, Ties, merge_state_dicts, stream, ties
+from simomerge.merging import TaskVectorStream, Ties, merge_state_dicts, stream
 
 from .models import COARSE, SHAPES, Tensors, assert_close, experts, tensors
 from .test_ties import elect_and_merge, flat_task_vector, sign, trim_original
@@ -17,20 +15,6 @@ from .test_ties import elect_and_merge, flat_task_vector, sign, trim_original
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 some = settings(max_examples=25, deadline=None)
 threads = pytest.mark.parametrize("threads", [1, 2, 5])
-
-
-@pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Grows by the number of entries with every block whose signs are counted."""
-    counted: list[int] = []
-    balance = ties._balance
-
-    def spy(kept: list[np.ndarray]) -> int:
-        counted.append(kept[0].size)
-        return balance(kept)
-
-    monkeypatch.setattr(ties, "_balance", spy)
-    yield counted
 
 
 def opposite(majority: list[float], size: int = 5, value: float = 3.0) -> tuple[Tensors, dict[str, Tensors]]:
@@ -123,22 +107,6 @@ def test_a_larger_encoder_against_the_slow_one(threads: int, block: int, monkeyp
     for density in (0.2, 0.5, 1.0):
         merged = merge_state_dicts(base, models, "ties", density=density, threads=threads)
         assert_close(merged, slow_ties(base, models, density), 1e-6)
-
-
-@threads
-def test_it_is_counted_once_and_only_where_it_is_needed(counts: list[int], threads: int) -> None:
-    base, models = opposite([1, 1, -1], size=50)
-    base |= {f"x{i}": base["w"] for i in range(20)}
-    models = {e: {**model, **{f"x{i}": model["w"] for i in range(20)}} for e, model in models.items()}
-    merge_state_dicts(base, models, "ties", density=1.0, threads=threads)
-    assert sum(counts) == sum(array.size for array in base.values())  # one pass, however many workers ask
-    counts.clear()
-    only = {"a": models["a"]}
-    merge_state_dicts(base, only, "ties", density=1.0, threads=threads)
-    still = {"a": models["a"], "b": dict(base)}  # zeros cancel nothing
-    merge_state_dicts(base, still, "ties", density=0.5, threads=threads)
-    merge_state_dicts(base, models, "ties", density=1.0, threads=threads, trim="tensor")
-    assert not counts
 
 
 def test_trimming_by_tensor_elects_plus_whatever_the_majority() -> None:

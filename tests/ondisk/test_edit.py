@@ -210,6 +210,24 @@ def test_ties_with_one_more(shared_models: Models, tiny_base: Path, tmp_path: Pa
     assert content(tmp_path / "new") == content(tmp_path / "anew")
 
 
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_methods_that_need_images_are_merged_anew(
+    method: str, shared_models: Models, tiny_base: Path, tmp_path: Path
+) -> None:
+    merge_on_disk(tiny_base, some(shared_models, "depth"), tmp_path / "old")
+    record(tmp_path / "old", merge={"method": method})
+    with pytest.raises(InputError, match=f"'{method}' computed with images, which the model does not record"):
+        edit_on_disk(
+            tmp_path / "old",
+            tiny_base,
+            tmp_path / "new",
+            some(shared_models, "edges"),
+            {},
+            some(shared_models, "depth"),
+        )
+    assert not (tmp_path / "new").exists()
+
+
 # Re-aligned heads ---------------------------------------------------------------------------------------
 
 

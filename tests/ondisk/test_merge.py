@@ -291,6 +291,64 @@ def test_a_model_folder_s_storage_and_shards(models: dict[str, Path], tiny_base:
     assert fingerprint(loaded.state_dict()) == fingerprint(encoder)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_configuration_says_how_the_weights_are_stored(
+    dtype: str, models: dict[str, Path], folder_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    """transformers loads them in that dtype."""
+    from transformers import Dinov2Model
+
+    scene = merge_on_disk(tiny_base, models, tmp_path / "scene", dtype=dtype).output / "encoder"
+    plain = merge_on_disk(tiny_base, {"a": folder_of("a", 1)}, tmp_path / "plain", dtype=dtype).output
+    original = json.loads((tiny_base / "config.json").read_text())
+    for folder in (scene, plain):
+        assert json.loads((folder / "config.json").read_text()) == {**original, "dtype": dtype}
+        loaded = Dinov2Model.from_pretrained(folder)
+        assert {value.dtype for value in loaded.state_dict().values()} == {getattr(torch, dtype)}
+
+
+def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
+    """As a pooler, which training drops; of weights alone it is a mistake that is told."""
+    import simomerge
+
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    pooler = {"pooler.dense.weight": np.ones((32, 32), np.float32), "pooler.dense.bias": np.ones(32, np.float32)}
+    write_safetensors(base / "model.safetensors", {**tensors_of(tiny_base), **pooler})
+    done = merge_on_disk(base, models, tmp_path / "scene", "ties")
+    expected_scene = merge_on_disk(tiny_base, models, tmp_path / "expected", "ties").output
+    assert_equal(tensors_of(done.output), tensors_of(expected_scene))
+    said = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
+    assert said["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
+    assert list(simomerge.load(done.output).tasks) == list(models)
+    with pytest.raises(InputError, match="lacks 2 tensors of the base: pooler"):
+        merge_on_disk(base, models, tmp_path / "weights.safetensors")
+    # What one expert has is not left out.
+    changed = {**tensors_of(models["depth"]), **pooler}
+    write_safetensors(models["depth"] / "encoder" / "model.safetensors", changed)
+    with pytest.raises(InputError, match="The expert 'normals' lacks 2 tensors of the base: pooler"):
+        merge_on_disk(base, models, tmp_path / "other")
+
+
+def test_an_output_must_not_hold_an_input(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
+    before = content(tmp_path)
+    for output in (tmp_path, models["depth"] / ".." / ".." / tmp_path.name):
+        with pytest.raises(InputError, match=r"holds the input .* and would be replaced: choose another path"):
+            merge_on_disk(tiny_base, models, output, overwrite=True)
+    with pytest.raises(InputError, match="depth holds the input"):
+        merge_on_disk(models["depth"] / "encoder", {"x": models["normals"]}, models["depth"], overwrite=True)
+    assert content(tmp_path) == before
+    # An input itself may be replaced: it has been read by then.
+    done = merge_on_disk(tiny_base, models, models["depth"], "average", overwrite=True)
+    assert done.tasks == ("depth", "normals") and set(content(tmp_path)) > set(before)
+
+
+@pytest.mark.parametrize("task", ["a/b", "../depth", "a b", "", "2d", "a.b"])
+def test_tasks_that_cannot_be_files(task: str, models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be the name of a task: use letters, digits and underscores"):
+        merge_on_disk(tiny_base, {task: models["depth"]}, tmp_path / "scene")
+    assert not (tmp_path / "scene").exists()
+
+
 def test_one_model_under_another_name(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
     import simomerge
 
