@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -323,11 +324,15 @@ def test_misspelt_methods_and_parameters_are_corrected(base: SimoModel, experts:
         merge(base, experts, "tie")
     with pytest.raises(InputError, match="did you mean 'density'"):
         merge(base, experts, "ties", densty=0.2)
-    with pytest.raises(InputError, match=r"scale 'best': give a number, or 'auto'"):
+    with pytest.raises(InputError, match=r"scale 'best': give a number, 'auto' or 'learned'"):
         merge(base, experts, scale="best")
 
 
 # Scale --------------------------------------------------------------------------------------------------
+
+
+search_unaligned = partial(search_scale, align=False)
+"""As the paper searches: the heads are not folded before each look."""
 
 
 def curve(base: SimoModel, experts: dict[str, SimoModel], data: DenseDataset, scales: Any) -> list[float]:
@@ -354,7 +359,7 @@ def test_the_scale_found_is_the_best_of_the_curve(
 ) -> None:
     lines: list[Any] = []
     scales = (0.0, 0.5, 1.0, 3.0)
-    found = search_scale(base, experts, "task-arithmetic", rooms, scales, progress=lambda *line: lines.append(line))
+    found = search_unaligned(base, experts, "task-arithmetic", rooms, scales, progress=lambda *line: lines.append(line))
     expected = curve(base, experts, rooms, scales)
     assert found.scales == list(scales)
     assert found.delta_mtl == pytest.approx(expected, abs=0.05)
@@ -362,13 +367,13 @@ def test_the_scale_found_is_the_best_of_the_curve(
     assert found.scale == scales[expected.index(max(expected))]
     assert same(weights(found.model), weights(merge(base, experts, scale=found.scale)))
     assert found.model.provenance["merge"]["scale"] == found.scale
-    assert found.model.provenance["merge"]["scale_chosen_on"] == "8 labelled images"
+    assert found.model.provenance["merge"]["scale_chosen_on"] == "8 labelled images, unaligned"
     shown = [line for line in lines if line[0] == "scale"]
     assert [line[1:3] for line in shown] == [(1, 4), (2, 4), (3, 4), (4, 4)] and "Delta_MTL" in shown[0][3]
 
 
 def test_the_parts_of_the_curve_agree(base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset) -> None:
-    found = search_scale(base, experts, "ties", rooms, (0.2, 0.8), density=0.5)
+    found = search_unaligned(base, experts, "ties", rooms, (0.2, 0.8), density=0.5)
     baseline = {task: evaluate(expert, rooms)[task] for task, expert in experts.items()}
     for index, scale in enumerate(found.scales):
         model = merge(base, experts, "ties", density=0.5, scale=scale)
@@ -409,15 +414,15 @@ def test_a_known_baseline_is_not_measured_again(
     base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline = {task: evaluate(expert, rooms)[task] for task, expert in experts.items()}
-    plain = search_scale(base, experts, "task-arithmetic", rooms, (0.3,))
+    plain = search_unaligned(base, experts, "task-arithmetic", rooms, (0.3,))
     seen: list[list[str]] = []
 
     def watched(model: SimoModel, *arguments: Any, **more: Any) -> Any:
         seen.append(list(model.tasks))
         return evaluate(model, *arguments, **more)
 
-    monkeypatch.setattr("simomerge.assemble.evaluate", watched)
-    known = search_scale(base, experts, "task-arithmetic", rooms, (0.3,), baseline=baseline)
+    monkeypatch.setattr("simomerge.assemble.scale.evaluate", watched)
+    known = search_unaligned(base, experts, "task-arithmetic", rooms, (0.3,), baseline=baseline)
     assert known.delta_mtl == plain.delta_mtl and seen == [list(TASKS)]
 
 
@@ -426,8 +431,8 @@ def test_a_method_object_is_searched_as_its_name_is(
     base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, method: MergeMethod
 ) -> None:
     parameters = {"density": 0.5} if method.name == "ties" else {}
-    by_name = search_scale(base, experts, method.name, rooms, (0.0, 2.0), **parameters)
-    by_object = search_scale(base, experts, method, rooms, (0.0, 2.0))
+    by_name = search_unaligned(base, experts, method.name, rooms, (0.0, 2.0), **parameters)
+    by_object = search_unaligned(base, experts, method, rooms, (0.0, 2.0))
     assert by_object.delta_mtl == by_name.delta_mtl and by_object.delta_mtl[0] != by_object.delta_mtl[1]
 
 
@@ -441,7 +446,7 @@ def test_what_auto_cannot_do_is_said(base: SimoModel, experts: dict[str, SimoMod
     with pytest.raises(InputError, match="'average' has no parameter 'scale'"):
         merge(base, experts, Average(), scale="auto", validation=rooms)
     with pytest.raises(InputError, match="at least one scale"):
-        search_scale(base, experts, "ties", rooms, ())
+        search_unaligned(base, experts, "ties", rooms, ())
 
 
 def test_experts_come_back_with_the_one_task_they_are_named_for(base: SimoModel, experts: dict[str, SimoModel]) -> None:

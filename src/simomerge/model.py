@@ -20,6 +20,9 @@ from simomerge.errors import InputError
 from simomerge.heads import build_head, head_kind
 from simomerge.tasks import Task, select_tasks
 
+MAX_PATCHES = 4096
+"""Images of more patches are made smaller for the encoder: attention takes memory with the square of the patches."""
+
 
 class SimoModel(nn.Module):
     """One encoder and one head per task.
@@ -71,7 +74,7 @@ class SimoModel(nn.Module):
         return self.decode(self.encode(images))
 
     @torch.no_grad()
-    def predict(self, image: Any, max_patches: int = 4096) -> dict[str, np.ndarray]:
+    def predict(self, image: Any, max_patches: int = MAX_PATCHES) -> dict[str, np.ndarray]:
         """Predict every task for one image.
 
         Args:
@@ -90,15 +93,15 @@ class SimoModel(nn.Module):
         training = self.training
         self.eval()
         try:
-            logits = self(self._fit(tensor, max_patches))
+            logits = self(self.fit(tensor, max_patches))
         finally:
             self.train(training)
         size = tensor.shape[-2:]
         maps = {name: self.tasks[name].activate(_resized(value, size))[0] for name, value in logits.items()}
         return {name: (m[0] if m.ndim == 3 and m.shape[0] == 1 else m).cpu().numpy() for name, m in maps.items()}
 
-    def _fit(self, image: Tensor, max_patches: int) -> Tensor:
-        """The image (1, 3, H, W), smaller where it has more patches than allowed."""
+    def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
+        """The images (B, 3, H, W), smaller where they have more patches than allowed."""
         height, width = image.shape[-2:]
         patches = height * width / self.encoder.patch_size**2
         if patches <= max_patches:
@@ -209,6 +212,19 @@ def load(source: str | Path) -> SimoModel:
         model = SimoModel(load_encoder(folder), {}, {})
     model.source = str(source)
     return model
+
+
+def as_expert(expert: SimoModel, task: str) -> SimoModel:
+    """The expert with one task, which is called ``task``."""
+    if task in expert.tasks:
+        return expert.select([task])
+    if len(expert.tasks) != 1:
+        raise InputError(f"expert {task!r} has the tasks {', '.join(expert.tasks) or 'none'}; name one of them.")
+    (old,) = expert.tasks.values()
+    renamed = Task(task, old.kind, old.classes, old.colours)
+    result = SimoModel(expert.encoder, {task: renamed}, {task: expert.heads[old.name]}, expert.provenance)
+    result.source = expert.source
+    return result
 
 
 def _save_encoder(encoder: Encoder, folder: Path) -> None:

@@ -66,6 +66,28 @@ def _edge_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return _masked_mean(losses, valid)
 
 
+def _soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the classes' probabilities from the teacher's, mean over the pixels."""
+    own, wanted = F.log_softmax(logits.float(), 1), F.log_softmax(teacher.float(), 1)
+    return (wanted.exp() * (wanted - own)).sum(1).mean()
+
+
+def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
+    return F.l1_loss(logits.float(), teacher.float())
+
+
+def _angle(logits: Tensor, teacher: Tensor) -> Tensor:
+    return _cosine(logits, F.normalize(teacher.float(), dim=1))
+
+
+def _edge_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the edge probability from the teacher's, mean over the pixels."""
+    wanted = torch.sigmoid(teacher.float())
+    return F.binary_cross_entropy_with_logits(logits.float(), wanted) - F.binary_cross_entropy_with_logits(
+        teacher.float(), wanted
+    )
+
+
 @dataclass(frozen=True)
 class Kind:
     """Behaviour shared by all tasks of one sort.
@@ -77,6 +99,8 @@ class Kind:
         metric: the metric that speaks for the task (a key of what its metrics compute).
         higher_is_better: the sign of better of that metric.
         unit: unit of that metric, for tables.
+        distance: ``(logits, teacher's logits) -> scalar``: how far predictions are from another model's, 0 where they
+            agree; needs no label.
         colour_map: name of a matplotlib colour map for one-channel maps; empty where colours are special.
     """
 
@@ -86,6 +110,7 @@ class Kind:
     metric: str
     higher_is_better: bool
     unit: str
+    distance: Callable[[Tensor, Tensor], Tensor]
     colour_map: str = ""
 
 
@@ -110,14 +135,14 @@ def _positive(logits: Tensor) -> Tensor:
 
 
 KINDS: dict[str, Kind] = {
-    "segmentation": Kind(None, _cross_entropy, _labels, "miou", True, "%"),
-    "depth": Kind(1, _depth_l1, _positive, "abs_err", False, "m", "magma_r"),
-    "disparity": Kind(1, _depth_l1, _positive, "abs_err", False, "", "magma"),
-    "normals": Kind(3, _cosine, _unit_vectors, "mean_angle", False, "deg"),
-    "edges": Kind(1, _edge_cross_entropy, torch.sigmoid, "f1", True, "%", "gray"),
-    "texture": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", "gray"),
-    "keypoints": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", "inferno"),
-    "autoencoder": Kind(3, _l1, _unit_interval, "abs_err", False, "% of range"),
+    "segmentation": Kind(None, _cross_entropy, _labels, "miou", True, "%", _soft_cross_entropy),
+    "depth": Kind(1, _depth_l1, _positive, "abs_err", False, "m", _absolute_difference, "magma_r"),
+    "disparity": Kind(1, _depth_l1, _positive, "abs_err", False, "", _absolute_difference, "magma"),
+    "normals": Kind(3, _cosine, _unit_vectors, "mean_angle", False, "deg", _angle),
+    "edges": Kind(1, _edge_cross_entropy, torch.sigmoid, "f1", True, "%", _edge_divergence, "gray"),
+    "texture": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "gray"),
+    "keypoints": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "inferno"),
+    "autoencoder": Kind(3, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference),
 }
 """Every kind of task. Targets are float (B, C, H, W), but labels int64 (B, H, W). Invalid pixels are: label
 -1, depth or disparity 0, normal (0, 0, 0), edge -1, NaN elsewhere."""
@@ -185,6 +210,10 @@ class Task:
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Training loss: a float32 scalar. Shapes as in `KINDS`."""
         return self.behaviour.loss(logits, target)
+
+    def distance(self, logits: Tensor, teacher: Tensor) -> Tensor:
+        """How far predictions are from another model's: a float32 scalar, 0 where they agree. Both (B, C, H, W)."""
+        return self.behaviour.distance(logits, teacher)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Logits (B, C, H, W) -> prediction: labels (B, H, W) or a map (B, C, H, W) in the target's units."""

@@ -13,7 +13,7 @@ from simomerge.heads.resize import resize
 CHANNELS = [6, 6, 6, 6]
 SETTINGS = {  # every registered head stands here, with settings that are not its defaults
     "linear": [{}, {"subpixels": 2}, {"cls": False, "subpixels": 4}],
-    "dpt": [{"fusion_channels": 8}, {"fusion_channels": 4, "cls": False}],
+    "dpt": [{"fusion_channels": 8}, {"fusion_channels": 4, "cls": False}, {"fusion_channels": 4, "cross_tap": True}],
 }
 CASES = [(kind, settings) for kind in HEADS for settings in SETTINGS[kind]]
 

@@ -102,11 +102,11 @@ def test_missing_labels_are_named(merged: SimoModel, rooms: DenseDataset) -> Non
 @pytest.mark.parametrize("method", ["heads", "adapters"])
 def test_a_model_without_heads_is_refused(merged: SimoModel, rooms: DenseDataset, method: str) -> None:
     with pytest.raises(InputError, match="no heads"):
-        realign(SimoModel(merged.encoder, {}, {}), rooms, method, settings=SETTINGS)
+        realign(SimoModel(merged.encoder, {}, {}), data=rooms, method=method, settings=SETTINGS)
 
 
 def test_realign_finds_the_method_by_name(merged: SimoModel, rooms: DenseDataset) -> None:
-    by_name = realign(merged, rooms, "heads", settings=SETTINGS)
+    by_name = realign(merged, data=rooms, method="heads", settings=SETTINGS)
     assert same(weights(by_name), weights(realign_heads(merged, rooms, SETTINGS)))
-    with pytest.raises(InputError, match="unknown re-alignment 'head'; choose one of: heads, adapters"):
-        realign(merged, rooms, "head")
+    with pytest.raises(InputError, match="unknown re-alignment 'head'; choose one of: fold, distill, heads, adapters"):
+        realign(merged, data=rooms, method="head")

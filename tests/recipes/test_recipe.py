@@ -15,7 +15,7 @@ from simomerge.recipes import ALL_TASKS, DEMO_TASKS, Recipe, demo_recipe
     ("changes", "message"),
     [
         ({"realigned": ("tie+heads",)}, "row 'tie.heads' is not one of its merges"),
-        ({"realigned": ("ties+head",)}, "followed by .heads or .adapters"),
+        ({"realigned": ("ties+head",)}, "is not one of its merges, or auto, followed by"),
         ({"realigned": ("ties",)}, "row 'ties'"),
         ({"merges": ("average",)}, "row 'zero-shot.heads'"),
         ({"merges": ("tie",), "realigned": ()}, "did you mean 'ties'"),

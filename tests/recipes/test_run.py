@@ -63,7 +63,7 @@ def test_every_row_has_the_documented_entries(finished: Finished) -> None:
     for row in finished.results["rows"]:
         assert set(row) == {
             *("method", "delta_mtl", "metrics", "normalised", "all_metrics", "encoders", "parameters"),
-            *("seconds", "steps", "trained_parameters", "labelled_images"),
+            *("seconds", "steps", "trained_parameters", "labelled_images", "unlabelled_images"),
         }
         for number in (row["delta_mtl"], *row["metrics"].values(), *row["normalised"].values()):
             assert number["std"] is None and number["per_seed"] == [number["mean"]]

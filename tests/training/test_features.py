@@ -56,7 +56,7 @@ def test_an_image_of_odd_size_is_cropped_back(encoder: Encoder, tmp_path: Path) 
     (images,) = ordered_batches(odd, 3)
     expected = odd.tasks["depth"].loss(head.eval()(encoder(images["image"]))[..., :20, :30], images["depth"])
     with torch.no_grad():
-        (loss,) = cached.head_losses(odd.tasks["depth"], head, batch).values()
+        (loss,) = cached.head_losses(odd.tasks["depth"], head, "loss", batch).values()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=0)
 
 

@@ -18,10 +18,10 @@ from simomerge.errors import InputError
 def command(model: str, experts: tuple[str, ...], data: str, split: str, count: int, as_json: bool) -> None:
     """Measure every task of MODEL; with its EXPERTs, also normalised performance and Delta_MTL."""
     named = parse_pairs(experts)
-    from simomerge.assemble import as_expert, load_experts
+    from simomerge.assemble import load_experts
     from simomerge.datasets import load_data
     from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
-    from simomerge.model import load
+    from simomerge.model import as_expert, load
 
     judged = load(model)
     strange = [task for task in named if task not in judged.tasks]

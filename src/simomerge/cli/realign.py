@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,20 +12,36 @@ from simomerge.cli.options import (
     check_output,
     console,
     data_option,
+    images_option,
     json_option,
     output_option,
     overwrite_option,
+    parse_pairs,
     say,
+    size_option,
     workers_option,
 )
+from simomerge.errors import InputError
 
 
 @click.command("realign")
 @click.argument("model")
-@click.option("--method", type=click.Choice(["heads", "adapters"]), default="heads", show_default=True)
+@click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...")
+@click.option(
+    "--method", type=click.Choice(["fold", "distill", "heads", "adapters"]), default="fold", show_default=True
+)
+@images_option
+@size_option
+@click.option("--count", type=click.IntRange(1), help="Images: 64 to fold, 256 by default for all else.")
+@click.option(
+    "--variant",
+    type=click.Choice(["per-tap", "cross-tap"]),
+    help="Of the fold: the same shapes, or every tap repaired from all. [default: per-tap; cross-tap under distill]",
+)
+@click.option("--ridge", type=float, help="Of the fold, in units of the mean variance; chosen by default.")
+@click.option("--with-adapters", is_flag=True, help="distill: train adapters in the encoder as well.")
 @data_option
-@click.option("--split", default="val", show_default=True)
-@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Labelled images.")
+@click.option("--split", default="val", show_default=True, help="Of the data.")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps (of each head).")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters.")
@@ -38,10 +55,16 @@ from simomerge.cli.options import (
 @json_option
 def command(
     model: str,
+    experts: tuple[str, ...],
     method: str,
+    images: str | None,
+    size: str | None,
+    count: int | None,
+    variant: str | None,
+    ridge: float | None,
+    with_adapters: bool,
     data: str,
     split: str,
-    count: int,
     steps: int | None,
     lr: float | None,
     rank: int,
@@ -52,32 +75,107 @@ def command(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Re-align the heads of a merged MODEL, alone (heads) or with low-rank adapters in the encoder (adapters).
+    """Re-align the heads of a merged MODEL.
 
-    Needs labels of every task for a few hundred images: the paper's validation set.
+    \b
+    Without labels, from its EXPERTs' behaviour on a folder of images:
+      fold       in closed form, in seconds; nothing is trained, no parameter added
+      distill    heads (and adapters) trained to predict what the experts predict, from the fold
+    With labels of every task (--data):
+      heads      the paper's first re-alignment
+      adapters   the paper's second: low-rank adapters in the encoder, with the heads
+
+    \b
+    simomerge realign runs/scene depth=runs/depth normals=runs/normals --images photos/ -o runs/folded
     """
     check_output(output, overwrite)
-    from simomerge.datasets import load_data
-    from simomerge.devices import available_cores
+    named = parse_pairs(experts)
+    labelled = method in ("heads", "adapters")
+    _check_given(method, named, images, labelled)
+    from simomerge.assemble import load_experts
     from simomerge.model import load
-    from simomerge.realignment import ADAPTER_SETTINGS, HEAD_SETTINGS, realign
+    from simomerge.realignment import realign
 
-    settings = replace(HEAD_SETTINGS if method == "heads" else ADAPTER_SETTINGS, seed=seed)
-    settings = replace(settings, steps=steps or settings.steps, lr=settings.lr if lr is None else lr)
+    count = count or (64 if method == "fold" else 256)
     merged = load(model)
-    labelled = load_data(data, split=split, count=count, tasks=list(merged.tasks))
-    options = {"rank": rank, "activation": activation} if method == "adapters" else {}
-    if method == "heads":
-        options = {"workers": workers or available_cores()}
+    given: dict[str, Any] = {}
+    if labelled:
+        from simomerge.datasets import load_data
+
+        given["data"] = load_data(data, split=split, count=count, tasks=list(merged.tasks))
+    else:
+        from simomerge.datasets.pictures import as_images
+
+        given |= {"experts": load_experts(**named), "images": as_images(images, count, size)}
+    options = _options(method, steps, lr, seed, rank, activation, with_adapters, variant, ridge, workers)
     with console() as progress:
-        result = realign(merged, labelled, method, settings=settings, progress=progress, **options)
+        result = realign(merged, method=method, progress=progress, **given, **options)
     result.save_pretrained(output, overwrite)
-    cost = result.provenance["realign"]
+    record = result.provenance["realign"]
     say(
         as_json,
-        {"output": str(output), "realign": cost},
-        f"Re-aligned {', '.join(result.tasks)} with {method} on {count} labelled images:"
-        f" {cost['steps']} steps, {cost['seconds']:.0f} s, {cost['trained_parameters']:,} parameters trained.",
+        {"output": str(output), "realign": record},
+        *_lines(record, list(result.tasks)),
         f"Model: {output}",
         f"Next: simomerge evaluate {output} --data {data} --split test",
     )
+
+
+def _check_given(method: str, experts: dict[str, str], images: str | None, labelled: bool) -> None:
+    if labelled and (experts or images):
+        raise InputError(f"--method {method} learns from the labels of --data; leave the experts and --images out.")
+    if not labelled and images is None:
+        raise InputError(f"--method {method} looks at images without labels: give --images FOLDER.")
+    if not labelled and not experts:
+        raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
+
+
+def _options(
+    method: str,
+    steps: int | None,
+    lr: float | None,
+    seed: int,
+    rank: int,
+    activation: str,
+    with_adapters: bool,
+    variant: str | None,
+    ridge: float | None,
+    workers: int | None,
+) -> dict[str, Any]:
+    """The keyword arguments of one re-alignment."""
+    from simomerge.devices import available_cores
+    from simomerge.realignment import ADAPTER_SETTINGS, DISTILL_SETTINGS, HEAD_SETTINGS
+
+    options: dict[str, Any] = {"variant": variant} if variant else {}
+    if method == "fold":
+        return options | ({} if ridge is None else {"ridge": ridge})
+    settings = {"heads": HEAD_SETTINGS, "adapters": ADAPTER_SETTINGS, "distill": DISTILL_SETTINGS}[method]
+    settings = replace(settings, seed=seed, steps=steps or settings.steps, lr=settings.lr if lr is None else lr)
+    options = options if method == "distill" else {}
+    options["settings"] = settings
+    if method == "adapters" or with_adapters:
+        options |= {"rank": rank, "activation": activation}
+    if method == "distill":
+        options["adapters"] = with_adapters
+    if method in ("heads", "distill"):
+        options["workers"] = workers or available_cores()
+    return options
+
+
+def _lines(record: dict[str, Any], tasks: list[str]) -> list[str]:
+    """What was done, for people."""
+    unlabelled = record.get("unlabelled_images", 0)
+    seen = f"{unlabelled} unlabelled" if unlabelled else f"{record['labelled_images']} labelled"
+    lines = [
+        f"Re-aligned {', '.join(tasks)} by {record['method']} on {seen} images: {record['steps']} steps,"
+        f" {record['seconds']:.1f} s, {record['trained_parameters']:,} parameters trained."
+    ]
+    for task, after in record.get("r2", {}).items():
+        before, ridge = record["r2_before"][task], record["ridge"][task]
+        if after is not None:
+            lines.append(
+                f"  {task:<14} R2 of the head's input on held-out images {before:.3f} -> {after:.3f}, ridge {ridge:g}"
+                if ridge != "none"
+                else f"  {task:<14} left as it was: no map did better on held-out images"
+            )
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from simomerge.encoders import Features
 from simomerge.errors import InputError
+from simomerge.heads.projections import Moments, Projection, assign, layer_projection
 from simomerge.heads.resize import resize
 
 
@@ -25,6 +27,7 @@ class DPTHead(nn.Module):
         out_channels: channels of the task.
         fusion_channels: width of the fusion path.
         cls: add each tap's projected CLS token to its projected patches.
+        cross_tap: every projection reads all taps, as the cross-tap fold leaves it; by default its own.
 
     Example:
         >>> import torch
@@ -35,16 +38,23 @@ class DPTHead(nn.Module):
     """
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: int, fusion_channels: int = 128, cls: bool = True
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        fusion_channels: int = 128,
+        cls: bool = True,
+        cross_tap: bool = False,
     ) -> None:
         super().__init__()
         if len(in_channels) != 4:
             raise InputError(f"a DPT head reads four taps, not {len(in_channels)}; use a linear head or four taps.")
         self.settings: dict[str, Any] = {"fusion_channels": fusion_channels, "cls": cls}
+        self.settings |= {"cross_tap": True} if cross_tap else {}
+        self.in_channels = tuple(in_channels)
         width = fusion_channels
         self.cls = cls
-        self.projects = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
-        self.readouts = nn.ModuleList(nn.Linear(channels, width, bias=False) for channels in in_channels if cls)
+        self.cross_tap = cross_tap
+        self._add_projections(width)
         self.resizes = nn.ModuleList(
             [
                 nn.ConvTranspose2d(width, width, 4, stride=4),
@@ -58,6 +68,46 @@ class DPTHead(nn.Module):
         self.refine = nn.Conv2d(width // 2, 32, 3, padding=1)
         self.output = nn.Conv2d(32, out_channels, 1)
 
+    def _add_projections(self, width: int) -> None:
+        """Fresh 1x1 projections of the patches and the CLS tokens."""
+        widths = [sum(self.in_channels)] * 4 if self.cross_tap else self.in_channels
+        self.projects = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
+        self.readouts = nn.ModuleList(nn.Linear(channels, width, bias=False) for channels in widths if self.cls)
+
+    def projections(self) -> list[Projection]:
+        """One per tap."""
+        return [
+            layer_projection(self.projects[tap], self._read_by(tap), self.readouts[tap] if self.cls else None, tap)
+            for tap in range(4)
+        ]
+
+    def with_projections(self, projections: list[Projection], moments: Moments) -> DPTHead:
+        """A copy that computes these; it becomes a cross-tap head where one of them reads all taps."""
+        head = copy.deepcopy(self)
+        if not self.cross_tap and any(len(projection.taps) > 1 for projection in projections):
+            projections = [projection.widened(self.in_channels) for projection in projections]
+            head.cross_tap = head.settings["cross_tap"] = True
+            head._add_projections(len(projections[0].bias))
+            head.projects.to(projections[0].bias)
+            head.readouts.to(projections[0].bias)
+        for tap, projection in enumerate(projections):
+            assign(projection, head.projects[tap], head.readouts[tap] if self.cls else None)
+        return head
+
+    def _read_by(self, tap: int) -> tuple[int, ...]:
+        return (0, 1, 2, 3) if self.cross_tap else (tap,)
+
+    def _project(self, features: Features, tap: int) -> Tensor:
+        """The input of one stage: the projected patches, with the projected CLS tokens added."""
+        size = (features.maps[tap].shape[-2], features.maps[tap].shape[-1])
+        read = self._read_by(tap)
+        maps = [resize(features.maps[index], size) for index in read]
+        x = self.projects[tap](torch.cat(maps, 1) if len(maps) > 1 else maps[0])
+        if self.cls:
+            tokens = torch.cat([features.cls[index] for index in read], 1)
+            x = x + self.readouts[tap](tokens)[..., None, None]
+        return x
+
     @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
         """Make these (C,) the output of a fresh head, by its bias."""
@@ -66,12 +116,7 @@ class DPTHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
-        stages = []
-        for index, feature_map in enumerate(features.maps):
-            x = self.projects[index](feature_map)
-            if self.cls:
-                x = x + self.readouts[index](features.cls[index])[..., None, None]
-            stages.append(self.resizes[index](x))
+        stages = [resize_stage(self._project(features, tap)) for tap, resize_stage in enumerate(self.resizes)]
         fused = self.fusions[3](stages[3], None, stages[2].shape[-2:])
         fused = self.fusions[2](fused, stages[2], stages[1].shape[-2:])
         fused = self.fusions[1](fused, stages[1], stages[0].shape[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.encoders import Features
+from simomerge.heads.projections import Moments, Projection
 from simomerge.heads.resize import resize
 
 
@@ -35,6 +37,7 @@ class LinearHead(nn.Module):
     def __init__(self, in_channels: Sequence[int], out_channels: int, cls: bool = True, subpixels: int = 1) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {"cls": cls, "subpixels": subpixels}
+        self.in_channels = tuple(in_channels)
         width = sum(in_channels) * (2 if cls else 1)
         self.norm = nn.BatchNorm2d(width)
         self.output = nn.Conv2d(width, out_channels * subpixels**2, 1)
@@ -67,18 +70,53 @@ class LinearHead(nn.Module):
         then computed is the convolution of the taps as they are; nothing of the width of all taps is made, and
         the CLS tokens, the same for all places of an image, are multiplied once per image.
         """
-        mean, variance = self._moments(maps, cls)
-        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
-        weight = self.output.weight.flatten(1)
-        assert self.output.bias is not None
-        bias = self.output.bias + weight @ (self.norm.bias - mean * scale)
-        parts = (weight * scale).split([tap.shape[1] for tap in (*maps, *cls)], 1)
+        weight, bias = self._without_norm(*self._moments(maps, cls))
+        parts = weight.split([tap.shape[1] for tap in (*maps, *cls)], 1)
         logits = bias[:, None, None]
         for tap, part in zip((*maps, *cls), parts, strict=True):
             logits = logits + (
                 F.conv2d(tap, part[..., None, None]) if tap.ndim == 4 else (tap @ part.T)[..., None, None]
             )
         return logits
+
+    def _without_norm(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (O, inputs) and bias of the one linear map that the batch norm and the convolution are."""
+        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
+        weight = self.output.weight.flatten(1)
+        assert self.output.bias is not None
+        return weight * scale, self.output.bias + weight @ (self.norm.bias - mean * scale)
+
+    def projections(self) -> list[Projection]:
+        """One, of all taps, through the batch norm as it is in evaluation."""
+        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        weight, bias = self._without_norm(self.norm.running_mean, self.norm.running_var)
+        parts = weight.split(list(self.in_channels) * (2 if self.cls else 1), 1)
+        taps = len(self.in_channels)
+        return [Projection(dict(enumerate(parts[:taps])), dict(enumerate(parts[taps:])), bias)]
+
+    @torch.no_grad()
+    def with_projections(self, projections: list[Projection], moments: Moments) -> LinearHead:
+        """A copy that computes this projection; its batch norm holds the moments of what it will read.
+
+        So it computes the same in training, where a batch norm takes the moments of the batch, and can be trained on.
+        """
+        (projection,) = projections
+        head = copy.deepcopy(self)
+        taps = range(len(self.in_channels))
+        sources = ((projection.maps, moments.maps), (projection.cls, moments.cls))[: 2 if self.cls else 1]
+        weight = torch.cat([weights[tap] for weights, _ in sources for tap in taps], 1)
+        mean, variance = (
+            torch.cat([of[tap][which] for _, of in sources for tap in taps]).to(weight) for which in (0, 1)
+        )
+        assert head.norm.running_mean is not None and head.norm.running_var is not None
+        assert head.output.bias is not None
+        head.norm.running_mean.copy_(mean)
+        head.norm.running_var.copy_(variance)
+        head.norm.weight.fill_(1.0)
+        head.norm.bias.fill_(0.0)
+        head.output.weight.copy_((weight * (variance + head.norm.eps).sqrt())[..., None, None])
+        head.output.bias.copy_(projection.bias + weight @ mean)
+        return head
 
     def _moments(self, maps: list[Tensor], cls: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and variance of every input channel: of the batch in training, else the running ones."""

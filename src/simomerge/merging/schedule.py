@@ -99,8 +99,8 @@ def _lines_alpha(method: MergeMethod, stream: TaskVectorStream, statistics: Any)
 
 Schedule: TypeAlias = LayerScales | Lines
 
-_NO_PARAMETERS = ("method", "schedule", "scale_chosen_on")
-"""Of a described method; the last is a note of `simomerge.assemble.search_scale`."""
+_NO_PARAMETERS = ("method", "schedule", "scale_chosen_on", "tried")
+"""Of a described method; the last two are notes of `simomerge.assemble` on how it was chosen."""
 
 
 def as_schedule(given: Schedule | Sequence[float] | str | None) -> Schedule | None:

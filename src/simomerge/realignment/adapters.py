@@ -15,6 +15,7 @@ import torch
 from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
+from simomerge.realignment.record import after
 from simomerge.training import TrainSettings, finetune, trainable_parameters
 
 ADAPTER_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
@@ -55,7 +56,7 @@ def realign_adapters(
     trained = trainable_parameters(result)
     state_file = Path(work_folder) / "adapters.pt" if work_folder else None
     log = finetune(result, data, settings, None, state_file, "adapters", progress)
-    result.provenance["realign"] = {
+    record = {
         "method": "adapters",
         "rank": rank,
         "activation": activation,
@@ -65,4 +66,5 @@ def realign_adapters(
         "seconds": log.seconds,
         "trained_parameters": trained,
     }
+    result.provenance = {**model.provenance, "realign": after(model, record)}
     return result.eval()

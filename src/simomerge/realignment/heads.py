@@ -19,6 +19,7 @@ from torch import nn
 from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
+from simomerge.realignment.record import after
 from simomerge.tasks import Task
 from simomerge.training import CachedFeatures, TrainSettings, WorkerPool, cache_features, train_head
 
@@ -57,36 +58,60 @@ def realign_heads(
         raise InputError(f"head re-alignment needs labels of every task; the data has none of {', '.join(missing)}.")
     result = copy.deepcopy(model)
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(work_folder or temporary)
-        if not (work / "features").exists():
-            cache_features(result.encoder, data, work / "features", progress=progress)
-        jobs = [
-            (
-                _train_one,
-                {"head": head, "task": result.tasks[name], "data": data, "settings": settings, "work": work},
-            )
-            for name, head in result.heads.items()
-        ]
-        with WorkerPool(min(workers, len(jobs)), progress) as pool:
-            outcomes = pool.run(jobs)
-    for (_name, head), (state, _log) in zip(result.heads.items(), outcomes, strict=True):
-        head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-    logs = {name: log for name, (_state, log) in zip(result.heads, outcomes, strict=True)}
-    result.provenance["realign"] = {
-        "method": "heads",
-        **asdict(settings),
-        "labelled_images": len(data),
-        "steps": sum(log["steps"] for log in logs.values()),
-        "seconds": sum(log["seconds"] for log in logs.values()),
-        "trained_parameters": sum(p.numel() for p in result.heads.parameters()),
-    }
+        cost = train_heads(result, data, settings, Path(work_folder or temporary), workers, "loss", progress)
+    record = {"method": "heads", **asdict(settings), "labelled_images": len(data), **cost}
+    result.provenance = {**model.provenance, "realign": after(model, record)}
     return result.eval()
 
 
+def train_heads(
+    model: SimoModel, data: Any, settings: TrainSettings, work: Path, workers: int, criterion: str, progress: Progress
+) -> dict[str, Any]:
+    """Train each head of a model on features computed once, in place, side by side; what it cost.
+
+    Args:
+        data: images with what the criterion compares with: targets, or another model's logits.
+        work: where features and states are kept.
+        criterion: "loss" (labels) or "distance" (a teacher's logits): the method of `Task` to minimise.
+    """
+    if not (work / "features").exists():
+        cache_features(model.encoder, data, work / "features", progress=progress)
+    jobs = [
+        (
+            _train_one,
+            {
+                "head": head,
+                "task": model.tasks[name],
+                "data": data,
+                "settings": settings,
+                "work": work,
+                "criterion": criterion,
+            },
+        )
+        for name, head in model.heads.items()
+    ]
+    with WorkerPool(min(workers, len(jobs)), progress) as pool:
+        outcomes = pool.run(jobs)
+    for head, (state, _log) in zip(model.heads.values(), outcomes, strict=True):
+        head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return {
+        "steps": sum(log["steps"] for _state, log in outcomes),
+        "seconds": sum(log["seconds"] for _state, log in outcomes),
+        "trained_parameters": sum(p.numel() for p in model.heads.parameters()),
+    }
+
+
 def _train_one(
-    head: nn.Module, task: Task, data: Any, settings: TrainSettings, work: Path, progress: Progress = silent
+    head: nn.Module,
+    task: Task,
+    data: Any,
+    settings: TrainSettings,
+    work: Path,
+    criterion: str,
+    progress: Progress = silent,
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     """Weights (as arrays, which cross processes cheaply) and log of one head's training."""
     cached = CachedFeatures(work / "features", data, [task.name])
-    log = train_head(head, task, cached, settings, None, work / f"{task.name}.pt", f"head {task.name}", progress)
+    label = f"{'head' if criterion == 'loss' else 'distill'} {task.name}"
+    log = train_head(head, task, cached, settings, None, work / f"{task.name}.pt", label, progress, criterion)
     return {key: value.detach().cpu().numpy() for key, value in head.state_dict().items()}, vars(log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,12 @@ DEMO_TASKS = ("segmentation", "depth", "normals")
 
 ROOMS_HEADS: dict[str, dict[str, Any]] = {"linear": {"subpixels": 4}, "dpt": {"fusion_channels": 32}}
 """Head settings that fit rooms: images of 8 x 10 patches need more than one logit per patch, and no 128 channels."""
+
+WITHOUT_LABELS = ("fold", "fold-cross", "distill", "distill-adapters")
+"""Steps of a row that look at unlabelled images only."""
+
+STEPS = (*WITHOUT_LABELS, "heads", "adapters")
+"""What may follow a merge's name in a row, each after a plus."""
 
 ALL_TASKS = (*DEMO_TASKS, "edges", "texture")
 
@@ -34,9 +40,17 @@ class Recipe:
         scale_images: how many of the validation images choose the scale.
         probe, tune: the two phases of LP-FT for each expert; joint: the second phase of joint MTL.
         heads, adapters: the paper's two re-alignments.
+        folded_heads, folded_adapters: the same, starting from a fold.
+        distill, distill_adapters: training on the experts' predictions, of heads alone and of adapters with them.
         rank, activation: of the adapters.
-        merges: merge methods, by name; those with a scale get ``scale="auto"`` on the validation split.
-        realigned: rows of a merge's name followed by ``+heads`` or ``+adapters``.
+        fold_images, fold_cross_images, distill_images: how many images of the validation split, without their labels,
+            the fold per tap (and the choice of a scale without labels), the fold cross tap (and auto) and distillation
+            look at.
+        merges: merge methods, by name; those with a scale get the best one on the validation split's labels, as
+            in the paper.
+        realigned: rows of a merge's name followed by steps of `STEPS`, each after a plus. Where the first step needs no
+            labels, neither does the row's merge: its scale is the one that can be folded best. "auto" is the merge
+            and fold that `simomerge.merge` finds by itself, and may be followed by steps too.
         gallery: rows shown as pictures, after the input and the ground truth.
     """
 
@@ -53,20 +67,34 @@ class Recipe:
     joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
     heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
     adapters: TrainSettings = TrainSettings(steps=120, lr=1e-3)
+    folded_heads: TrainSettings = TrainSettings(steps=60, lr=1e-3)
+    folded_adapters: TrainSettings = TrainSettings(steps=40, lr=1e-3)
+    distill: TrainSettings = TrainSettings(steps=60, lr=1e-3)
+    distill_adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
     rank: int = 16
     activation: str = "none"
+    fold_images: int = 64
+    fold_cross_images: int = 256
+    distill_images: int = 512
     merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
     realigned: tuple[str, ...] = (
         "zero-shot+heads",
+        "zero-shot+fold-cross",
         "task-arithmetic+heads",
-        "ties+heads",
         "task-arithmetic+adapters",
+        "ties+heads",
+        "task-arithmetic+fold",
+        "task-arithmetic+fold-cross",
+        "task-arithmetic+distill",
+        "task-arithmetic+fold+heads",
+        "task-arithmetic+fold+adapters",
+        "auto",
     )
     gallery: tuple[str, ...] = (
         "experts",
         "task-arithmetic",
+        "task-arithmetic+fold-cross",
         "task-arithmetic+heads",
-        "task-arithmetic+adapters",
     )
 
     def __post_init__(self) -> None:
@@ -75,14 +103,26 @@ class Recipe:
         if self.head not in HEADS:
             raise InputError(f"recipe: unknown head {self.head!r}; choose one of: {', '.join(HEADS)}.")
         for row in self.realigned:
-            merge, _, how = row.partition("+")
-            if merge not in self.merges or how not in ("heads", "adapters"):
-                raise InputError(f"recipe: row {row!r} is not one of its merges followed by +heads or +adapters.")
+            merge, *steps = row.split("+")
+            known = merge == "auto" or (merge in self.merges and steps)
+            if not known or any(step not in STEPS for step in steps):
+                raise InputError(
+                    f"recipe: row {row!r} is not one of its merges, or auto, followed by +{', +'.join(STEPS[:-1])} or"
+                    f" +{STEPS[-1]}."
+                )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError("recipe: give at least one seed, and each once.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def settings(self, steps: Sequence[str]) -> TrainSettings:
+        """Of the last of a row's steps: gentler where a fold came before it, for there is less to mend."""
+        *before, step = steps
+        name = step.replace("-", "_")
+        folded = bool(before) and step in ("heads", "adapters")
+        found: TrainSettings = getattr(self, f"folded_{name}" if folded else name)
+        return found
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -94,7 +134,7 @@ class Recipe:
         """
         values: dict[str, Any] = {}
         for name, value in data.items():
-            trains = name in ("probe", "tune", "joint", "heads", "adapters")
+            trains = isinstance(value, Mapping) and name != "head_settings"
             values[name] = TrainSettings(**value) if trains else tuple(value) if isinstance(value, list) else value
         return cls(**values)
 
@@ -122,4 +162,7 @@ def full_size(recipe: Recipe) -> Recipe:
         joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
         heads=replace(recipe.heads, steps=120, lr=1e-3),
         adapters=replace(recipe.adapters, steps=150),
+        folded_adapters=replace(recipe.folded_adapters, steps=80),
+        distill=replace(recipe.distill, steps=200),
+        distill_adapters=replace(recipe.distill_adapters, steps=200),
     )

@@ -19,10 +19,11 @@ from simomerge.datasets import load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.devices import available_cores, mixed_precision
 from simomerge.evaluation import delta_mtl, normalised_performance
+from simomerge.merging import available
 from simomerge.model import load
 from simomerge.progress import Progress, silent
 from simomerge.recipes import stages
-from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.recipe import WITHOUT_LABELS, Recipe
 from simomerge.tasks import colourise
 from simomerge.training import WorkerPool
 
@@ -227,40 +228,96 @@ class _Plan:
         self.models |= {(s, m): built[f"{m} seed {s}"] for s in self.recipe.seeds for m in self.recipe.merges}
 
     def realign(self) -> None:
-        """Heads or adapters after a merge, on the validation split's labels."""
-        recipe = self.recipe
+        """The steps that follow a merge in the rows, level by level; rows with the same beginning share it."""
+        self._merge_without_labels()
+        rows = [row.split("+") for row in self.recipe.realigned]
+        for level in range(2, max((len(row) for row in rows), default=0) + 1):
+            prefixes = list(dict.fromkeys(tuple(row[:level]) for row in rows if len(row) >= level))
+            built = self._per_seed(lambda seed, wanted=prefixes: [self._step(seed, prefix) for prefix in wanted])  # type: ignore[misc]
+            for seed in self.recipe.seeds:
+                for name in map("+".join, prefixes):
+                    self.models[seed, name] = built[f"{name} seed {seed}"]
 
-        def make(seed: int) -> list[Stage]:
-            made = []
-            for row in recipe.realigned:
-                method, _, how = row.partition("+")
-                settings = replace(getattr(recipe, how), seed=seed)
-                options = {"rank": recipe.rank, "activation": recipe.activation} if how == "adapters" else {}
-                arguments = {
-                    "model": self.models[seed, method],
-                    "data": {**self.splits["val"], "tasks": list(recipe.tasks)},
-                    "how": how,
-                    "settings": asdict(settings),
-                    "options": options,
-                }
-                made.append(Stage(f"{row} seed {seed}", stages.realigned, arguments, cost=how == "adapters"))
-            return made
+    def _merge_without_labels(self) -> None:
+        """The merges that the rows without labels start from, as (seed, "METHOD without labels")."""
+        rows = [row.split("+") for row in self.recipe.realigned]
+        methods = {row[0] for row in rows if row[0] == "auto" or row[1] in WITHOUT_LABELS}
+        chosen = [m for m in sorted(methods) if m == "auto" or "scale" in available()[m].__dataclass_fields__]
+        counts = {m: self.recipe.fold_cross_images if m == "auto" else self.recipe.fold_images for m in chosen}
+        built = self._per_seed(
+            lambda seed: [
+                Stage(
+                    f"{method} without labels seed {seed}",
+                    stages.merged_without_labels,
+                    {
+                        "base": self.base,
+                        "experts": self.experts[seed],
+                        "method": method,
+                        "images": self._unlabelled(counts[method]),
+                    },
+                    cost=method == "auto",
+                )
+                for method in chosen
+            ]
+        )
+        for seed in self.recipe.seeds:
+            for method in chosen:
+                folder = built[f"{method} without labels seed {seed}"]
+                self.models[seed, method if method == "auto" else f"{method} without labels"] = folder
 
-        built = self._per_seed(make)
-        self.models |= {(s, row): built[f"{row} seed {s}"] for s in recipe.seeds for row in recipe.realigned}
+    def _unlabelled(self, count: int) -> dict[str, Any]:
+        return {**self.splits["val"], "count": min(count, self.recipe.val_images), "tasks": []}
+
+    def _before(self, seed: int, prefix: Sequence[str]) -> str:
+        """The name of what a step starts from."""
+        merge, *steps = prefix[:-1]
+        bare = f"{merge} without labels"
+        without = not steps and prefix[-1] in WITHOUT_LABELS and (seed, bare) in self.models
+        return bare if without else "+".join(prefix[:-1])
+
+    def _step(self, seed: int, prefix: Sequence[str]) -> Stage:
+        """The stage that does the last step of a row's beginning."""
+        recipe, how = self.recipe, prefix[-1]
+        model = self.models[seed, self._before(seed, prefix)]
+        adapts = how in ("adapters", "distill-adapters")
+        options = {"rank": recipe.rank, "activation": recipe.activation} if adapts else {}
+        name = f"{'+'.join(prefix)} seed {seed}"
+        if how in WITHOUT_LABELS:
+            counts = {"fold": recipe.fold_images, "fold-cross": recipe.fold_cross_images}
+            settings = {} if how in counts else asdict(replace(recipe.settings(prefix[1:]), seed=seed))
+            arguments = {
+                "model": model,
+                "experts": self.experts[seed],
+                "images": self._unlabelled(counts.get(how, recipe.distill_images)),
+                "how": how,
+                "settings": settings,
+                "options": options,
+            }
+            return Stage(name, stages.taught, arguments, cost=adapts)
+        arguments = {
+            "model": model,
+            "data": {**self.splits["val"], "tasks": list(recipe.tasks)},
+            "how": how,
+            "settings": asdict(replace(recipe.settings(prefix[1:]), seed=seed)),
+            "options": options,
+        }
+        return Stage(name, stages.realigned, arguments, cost=adapts)
+
+    def _rows(self) -> list[str]:
+        """The rows that have one model per seed, in the order of the table."""
+        return ["joint-mtl", *self.recipe.merges, *self.recipe.realigned]
 
     def score(self) -> None:
         """Every row on the test split."""
         test = self.splits["test"]
+        keys = [(seed, row) for seed in self.recipe.seeds for row in self._rows()]
         built = self.run.build(
             [
-                Stage(f"score {row} seed {seed}", stages.score, {"model": folder, "data": test})
-                for (seed, row), folder in self.models.items()
+                Stage(f"score {row} seed {seed}", stages.score, {"model": self.models[seed, row], "data": test})
+                for seed, row in keys
             ]
         )
-        self.scores = {
-            key: stages.read_log(Path(built[f"score {key[1]} seed {key[0]}"]))["scores"] for key in self.models
-        }
+        self.scores = {key: stages.read_log(Path(built[f"score {key[1]} seed {key[0]}"]))["scores"] for key in keys}
         self.scores |= {(seed, "experts"): scores for seed, scores in self._expert_scores(test).items()}
 
     def _expert_scores(self, data: stages.Data) -> dict[int, dict[str, dict[str, float]]]:
@@ -282,7 +339,6 @@ class _Plan:
 
     def results(self, title: str) -> dict[str, Any]:
         recipe = self.recipe
-        rows = ["experts", "joint-mtl", *recipe.merges, *recipe.realigned]
         return {
             "format": 1,
             "title": title,
@@ -293,7 +349,7 @@ class _Plan:
                 {"name": t.name, "metric": t.metric, "unit": t.unit, "higher_is_better": t.higher_is_better}
                 for t in self.tasks.values()
             ],
-            "rows": [self._row(row) for row in rows],
+            "rows": [self._row(row) for row in ["experts", *self._rows()]],
             "scale_curves": self._curves(),
             "notes": list(NOTES),
         }
@@ -326,16 +382,23 @@ class _Plan:
         elif row == "joint-mtl":
             logs = [stages.read_log(Path(self.models[seed, row])), *probes]
         else:
-            method, _, how = row.partition("+")
-            logs = [stages.read_log(Path(self.models[seed, name])) for name in ([method, row] if how else [method])]
+            logs = [stages.read_log(Path(folder)) for folder in self._chain(seed, row)]
             images = max(log["labelled_images"] for log in logs)
         return {
             "seconds": sum(log["seconds"] for log in logs),
             "steps": sum(log.get("steps", 0) for log in logs),
             "trained_parameters": sum(log.get("trained_parameters", 0) for log in logs),
             "labelled_images": images,
+            "unlabelled_images": max(log.get("unlabelled_images", 0) for log in logs),
             "scale": next((log["scale"] for log in logs if "scale" in log), None),
         }
+
+    def _chain(self, seed: int, row: str) -> list[str]:
+        """The folders of all stages after the experts that made a row."""
+        *before, _last = names = row.split("+")
+        if not before:
+            return [self.models[seed, row]]
+        return [*self._chain(seed, self._before(seed, names)), self.models[seed, row]]
 
     def _curves(self) -> dict[str, Any]:
         curves = {}
@@ -393,7 +456,9 @@ NOTES = (
     " higher is better. No value of the test split chose a model, a scale or a setting; the headline names the row that"
     " came out best.",
     "The validation split chose the scales and the checkpoint kept of experts and joint model, and is the labelled"
-    " data of every re-alignment: experts and joint model have seen its labels only through that choice.",
+    " data of every re-alignment with labels: experts and joint model have seen its labels only through that choice.",
+    "Rows with 0 labelled images use no label in the merge either: its scale is the one whose features can be folded"
+    " best. Their unlabelled images are the first of the validation split.",
     "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
     " to it.",
     "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"

@@ -21,7 +21,7 @@ from simomerge.evaluation import evaluate
 from simomerge.merging import available
 from simomerge.model import SimoModel, load
 from simomerge.progress import Progress, silent
-from simomerge.realignment import REALIGNMENTS
+from simomerge.realignment import REALIGNMENTS, realign_distill, realign_fold
 from simomerge.training import (
     CachedFeatures,
     TrainSettings,
@@ -155,7 +155,7 @@ def merged(
 
     if "scale" in available()[method].__dataclass_fields__:
         data = load_data(**validation).select(list(experts))
-        search = search_scale(foundation, models, method, data, baseline=baseline, progress=relabelled)
+        search = search_scale(foundation, models, method, data, baseline=baseline, align=False, progress=relabelled)
         model = search.model
         found = {
             "scale": search.scale,
@@ -169,6 +169,86 @@ def merged(
     else:
         model, found = merge(foundation, models, method), {"labelled_images": 0}
     _finish(output, {"seconds": time.monotonic() - began, **found}, model)
+
+
+def merged_without_labels(
+    output: Path,
+    base: str,
+    experts: dict[str, str],
+    method: str,
+    images: Data,
+    label: str,
+    progress: Progress = silent,
+) -> None:
+    """Experts merged with the scale that can be folded best, or, with the method "auto", whatever can be."""
+    began = time.monotonic()
+    models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
+
+    def relabelled(_label: str, done: int, total: int, note: str = "") -> None:
+        progress(label, done, total, note)
+
+    source = load_data(**images)
+    model = merge(
+        load(base),
+        models,
+        method,
+        scale=None if method == "auto" else "auto",
+        images=source,
+        count=len(source),
+        progress=relabelled,
+    )
+    chosen = model.provenance["merge"]
+    log = {
+        "seconds": time.monotonic() - began,
+        "labelled_images": 0,
+        "unlabelled_images": len(source),
+        "tried": chosen["tried"],
+        "chosen": {key: value for key, value in chosen.items() if key != "tried"},
+    }
+    if isinstance(chosen.get("scale"), float):
+        log["scale"] = chosen["scale"]
+    _finish(output, log, model)
+
+
+def taught(
+    output: Path,
+    model: str,
+    experts: dict[str, str],
+    images: Data,
+    how: str,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    label: str,
+    progress: Progress = silent,
+) -> None:
+    """A model re-aligned on unlabelled images: "fold", "fold-cross", "distill" or "distill-adapters"."""
+    began = time.monotonic()
+    teachers = {task: load(Path(folder) / "model") for task, folder in experts.items()}
+
+    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{label} {inner}" if how == "distill" else label, done, total, note)
+
+    start, source = load(Path(model) / "model"), load_data(**images)
+    if how.startswith("fold"):
+        result = realign_fold(
+            start, teachers, source, "cross-tap" if how == "fold-cross" else "per-tap", progress=relabelled
+        )
+    else:
+        adapters = how == "distill-adapters"
+        result = realign_distill(
+            start,
+            teachers,
+            source,
+            TrainSettings(**settings),
+            adapters,
+            work_folder=work_folder(output),
+            progress=relabelled,
+            **options,
+        )
+    cost = result.provenance["realign"]
+    keys = ("steps", "trained_parameters", "labelled_images", "unlabelled_images")
+    log = {"seconds": time.monotonic() - began, **{key: cost[key] for key in keys}}
+    _finish(output, {**log, **({"r2": cost["r2"]} if "r2" in cost else {})}, result)
 
 
 def realigned(

@@ -71,11 +71,13 @@ class CachedFeatures(Dataset[dict[str, Any]]):
             padded_size=self.padded_size,
         )
 
-    def head_losses(self, task: Task, head: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss of one head on a batch of samples."""
+    def head_losses(
+        self, task: Task, head: torch.nn.Module, criterion: str, batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """``task.loss`` or ``task.distance`` of one head on a batch of samples."""
         height, width = self.image_size
         logits = head(self.features(batch))[..., :height, :width]
-        return {task.name: task.loss(logits, batch[task.name])}
+        return {task.name: getattr(task, criterion)(logits, batch[task.name])}
 
 
 @torch.no_grad()

@@ -53,11 +53,15 @@ def train_head(
     state_file: Path | None = None,
     label: str = "",
     progress: Progress = silent,
+    criterion: str = "loss",
 ) -> TrainLog:
-    """Train one head on cached features, in place: linear probing, and the paper's head re-alignment."""
+    """Train one head on cached features, in place: linear probing, and the paper's head re-alignment.
+
+    With the criterion "distance" the targets are another model's logits, not labels.
+    """
     return fit(
         head,
-        partial(train.head_losses, task, head),
+        partial(train.head_losses, task, head, criterion),
         train,
         settings,
         validation,

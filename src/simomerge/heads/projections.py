@@ -1,0 +1,158 @@
+"""What a head first computes from the taps, said as data: this is where a fold (closed-form re-alignment) goes in.
+
+Any head whose first layers are linear in the tokens can be folded. It declares them with two methods::
+
+    def projections(self) -> list[Projection]: ...
+    def with_projections(self, projections: list[Projection], moments: Moments) -> nn.Module: ...
+
+The first says what they are, the second gives a copy of the head that computes the given ones instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.encoders import Features
+from simomerge.errors import InputError
+from simomerge.heads.resize import resize
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of the tapped tokens: ``u[n] = sum_l maps[l] z^l[n] + cls[l] cls^l + bias``.
+
+    Attributes:
+        maps: tap (counted from 0, in the order of the Features) -> weights (O, C_l) of its patch tokens.
+        cls: tap -> weights (O, C_l) of its CLS token.
+        bias: (O,).
+        grid: the tap whose places u has; other taps are resized to it.
+
+    Example:
+        >>> projection = Projection({0: torch.eye(3, 8)}, {}, torch.zeros(3))
+        >>> projection(Features((torch.rand(2, 8, 4, 5),), (), (32, 40), (32, 40))).shape
+        torch.Size([2, 3, 4, 5])
+    """
+
+    maps: Mapping[int, Tensor]
+    cls: Mapping[int, Tensor]
+    bias: Tensor
+    grid: int = 0
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.maps, *self.cls}))
+
+    def __call__(self, features: Features) -> Tensor:
+        """Features -> u (B, O, h, w), computed in float32."""
+        size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
+        total = self.bias.float()[:, None, None]
+        with torch.autocast(self.bias.device.type, enabled=False):
+            for tap, weight in self.maps.items():
+                patches = resize(features.maps[tap].float(), size)
+                total = total + torch.einsum("oc,bchw->bohw", weight.float(), patches)
+            for tap, weight in self.cls.items():
+                total = total + (features.cls[tap].float() @ weight.float().T)[..., None, None]
+        return total.expand(len(features), -1, *size)
+
+    def split(self) -> list[Projection]:
+        """One projection per tap, which add up to this one; the first carries the bias."""
+        parts = []
+        for position, tap in enumerate(self.taps):
+            bias = self.bias if position == 0 else torch.zeros_like(self.bias)
+            maps, cls = ({tap: weights[tap]} if tap in weights else {} for weights in (self.maps, self.cls))
+            parts.append(Projection(maps, cls, bias, self.grid))
+        return parts
+
+    def widened(self, channels: Sequence[int]) -> Projection:
+        """The same function, written as one of all taps: those it does not read get zeros.
+
+        Args:
+            channels: of every tap.
+        """
+        rows = len(self.bias)
+        blank = {tap: self.bias.new_zeros(rows, width) for tap, width in enumerate(channels)}
+        return Projection({**blank, **self.maps}, {**blank, **self.cls} if self.cls else {}, self.bias, self.grid)
+
+
+def joined(parts: Sequence[Projection]) -> Projection:
+    """The sum of projections, as one."""
+    maps: dict[int, Tensor] = {}
+    cls: dict[int, Tensor] = {}
+    for part in parts:
+        for total, weights in ((maps, part.maps), (cls, part.cls)):
+            for tap, weight in weights.items():
+                total[tap] = total[tap] + weight if tap in total else weight
+    bias = torch.stack([part.bias for part in parts]).sum(0)
+    return Projection(maps, cls, bias, parts[0].grid)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance (C_l,) of every channel a head will read, by tap: what its normalisation needs to know."""
+
+    maps: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cls: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def input_projections(head: nn.Module, name: str = "") -> list[Projection]:
+    """The projections that a head declares.
+
+    Raises:
+        InputError: it declares none; the message says how to.
+    """
+    declare = getattr(head, "projections", None)
+    if not callable(declare) or not callable(getattr(head, "with_projections", None)):
+        raise InputError(
+            f"head {name or type(head).__name__!r} ({type(head).__name__}) does not declare its input projections, so"
+            " nothing can be folded into it. Give its class projections() and with_projections(), see"
+            " simomerge.heads.projections, or re-align with method='distill'."
+        )
+    found: list[Projection] = [_detached(projection) for projection in declare()]
+    return found
+
+
+def _detached(projection: Projection) -> Projection:
+    return Projection(
+        {tap: weight.detach() for tap, weight in projection.maps.items()},
+        {tap: weight.detach() for tap, weight in projection.cls.items()},
+        projection.bias.detach(),
+        projection.grid,
+    )
+
+
+def layer_projection(layer: Any, taps: Sequence[int], readout: Any = None, grid: int = 0) -> Projection:
+    """The projection of a 1x1 convolution or linear layer that reads some taps, concatenated.
+
+    Args:
+        layer: ``nn.Conv2d`` of kernel 1, or ``nn.Linear``, on the patch tokens.
+        taps: which it reads, in order; of equal width.
+        readout: the same for the CLS tokens, without a bias of its own.
+
+    Example:
+        >>> layer_projection(nn.Conv2d(8, 3, 1), [2]).maps[2].shape
+        torch.Size([3, 8])
+    """
+    maps = dict(zip(taps, layer.weight.flatten(1).chunk(len(taps), 1), strict=True))
+    cls = dict(zip(taps, readout.weight.flatten(1).chunk(len(taps), 1), strict=True)) if readout is not None else {}
+    bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
+    return Projection(maps, cls, bias, grid)
+
+
+@torch.no_grad()
+def assign(projection: Projection, layer: Any, readout: Any = None) -> None:
+    """Make a layer (and its readout), as in `layer_projection`, compute this projection."""
+    layer.weight.copy_(_concatenated(projection.maps).view_as(layer.weight))
+    if layer.bias is None:
+        raise InputError("a fold moves the bias: give the head's input layer a bias.")
+    layer.bias.copy_(projection.bias)
+    if readout is not None:
+        readout.weight.copy_(_concatenated(projection.cls).view_as(readout.weight))
+
+
+def _concatenated(weights: Mapping[int, Tensor]) -> Tensor:
+    return torch.cat([weights[tap] for tap in sorted(weights)], 1)

@@ -1,0 +1,190 @@
+"""Distillation: heads, or adapters and heads, trained to predict on unlabelled images what the experts predict.
+
+It starts from the fold, which has done most of the work in closed form; gradient descent mends what is not linear.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor
+
+from simomerge.datasets import DenseDataset, random_flip
+from simomerge.datasets.pictures import as_images
+from simomerge.devices import autocast
+from simomerge.errors import InputError
+from simomerge.model import SimoModel
+from simomerge.progress import Progress, silent
+from simomerge.realignment.experts import matching_experts, observe
+from simomerge.realignment.fold import Variant, realign_fold
+from simomerge.realignment.heads import train_heads
+from simomerge.realignment.record import after
+from simomerge.training import TrainSettings, fit, trainable_parameters
+
+DISTILL_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=5e-4)
+
+
+class TeacherPredictions(DenseDataset):
+    """Images with the experts' logits as targets, kept memory-mapped in half precision.
+
+    Args:
+        images: as `simomerge.datasets.pictures.as_images` gives, all of one size.
+        experts: by task.
+        folder: where the logits are kept.
+
+    Raises:
+        InputError: images of different sizes, or one that cannot be read.
+    """
+
+    def __init__(
+        self, images: Any, experts: Mapping[str, SimoModel], folder: Path, progress: Progress = silent
+    ) -> None:
+        super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
+        self.images = images
+        self.folder = folder
+        if not (folder / "done").exists():
+            _write_predictions(images, experts, folder, progress)
+        self.logits = {task: np.load(folder / f"{task}.npy", mmap_mode="r") for task in self.tasks}
+
+    def image(self, index: int) -> Tensor:
+        found: Tensor = self.images.image(index)
+        return found
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return {task: torch.from_numpy(self.logits[task][index].astype(np.float32)) for task in tasks}
+
+
+@torch.no_grad()
+def _write_predictions(images: Any, experts: Mapping[str, SimoModel], folder: Path, progress: Progress) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    size = tuple(images.image(0).shape[-2:])
+    arrays = {
+        task: open_memmap(
+            folder / f"{task}.npy", mode="w+", dtype=np.float16, shape=(len(images), expert.tasks[task].channels, *size)
+        )
+        for task, expert in experts.items()
+    }
+    seen = 0
+    for batch in observe(experts, images, label="experts' predictions", progress=progress):
+        if tuple(batch.images.shape[-2:]) != size:
+            raise InputError(
+                f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
+                f" {batch.indices[0]} {batch.images.shape[-1]} x {batch.images.shape[-2]}: resize them"
+                " (--size HEIGHTxWIDTH)."
+            )
+        for task, expert in experts.items():
+            with autocast(batch.images.device):
+                logits = expert.decode(batch.features[task])[task]
+            arrays[task][batch.indices] = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
+        seen += len(batch.indices)
+    if seen < len(images):
+        raise InputError(f"{len(images) - seen} of {len(images)} images cannot be read; take them out to distill.")
+    for array in arrays.values():
+        array.flush()
+    (folder / "done").touch()
+
+
+def prediction_distances(model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """How far each task's predictions are from the teacher's, whose logits the batch holds."""
+    logits = model(batch["image"])
+    return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
+
+
+def realign_distill(
+    model: SimoModel,
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    settings: TrainSettings = DISTILL_SETTINGS,
+    adapters: bool = False,
+    rank: int = 16,
+    activation: str = "none",
+    variant: Variant = "cross-tap",
+    count: int | None = None,
+    work_folder: str | Path | None = None,
+    workers: int = 1,
+    progress: Progress = silent,
+) -> SimoModel:
+    """Train heads, or adapters and heads, to match the experts' predictions on unlabelled images.
+
+    Args:
+        model: a merged model; it stays as it is. Its heads are folded first, unless it was re-aligned before.
+        experts: by task, those it was merged from.
+        images: a folder of pictures, a sequence of images, or a dataset (its labels are not read); of one size.
+        settings: of the training (of each head's, without adapters).
+        adapters: train a low-rank adapter beside every block as well.
+        rank, activation: of the adapters; see `realign_adapters`.
+        variant: of the fold it starts from.
+        count: of the images; all by default.
+        work_folder: where predictions, features and the state of a killed run are kept, of this very re-alignment
+            and no other; a temporary folder by default.
+        workers: heads trained at once, each in its process.
+
+    Raises:
+        InputError: experts that do not fit the model, images of several sizes, or none.
+
+    Example:
+        >>> model = realign_distill(model, experts, "photos/", count=256)     # doctest: +SKIP
+    """
+    experts = matching_experts(model, experts)
+    source = as_images(images, count)
+    if adapters and model.encoder.adapters is not None:
+        raise InputError("the model has adapters already; distill its heads alone, or the model they were made from.")
+    start = model
+    if not model.provenance.get("realign"):
+        start = realign_fold(model, experts, source, variant, progress=progress)
+    result = copy.deepcopy(start)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(work_folder or temporary)
+        taught = TeacherPredictions(source, experts, work / "predictions", progress)
+        if adapters:
+            cost = _train_adapters(result, taught, settings, rank, activation, work, progress)
+        else:
+            cost = train_heads(result, taught, settings, work, workers, "distance", progress)
+    record = {
+        "method": "distill",
+        "adapters": adapters,
+        **({"rank": rank, "activation": activation} if adapters else {}),
+        **asdict(settings),
+        "unlabelled_images": len(source),
+        "labelled_images": 0,
+        **cost,
+    }
+    result.provenance = {**start.provenance, "realign": after(start, record)}
+    return result.eval()
+
+
+def _train_adapters(
+    model: SimoModel,
+    taught: TeacherPredictions,
+    settings: TrainSettings,
+    rank: int,
+    activation: str,
+    work: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Adapters and heads together, in place; what it cost."""
+    torch.manual_seed(settings.seed)
+    model.requires_grad_(False)
+    model.encoder.add_adapters(rank, activation)
+    model.heads.requires_grad_(True)
+    trained = trainable_parameters(model)
+    log = fit(
+        model,
+        partial(prediction_distances, model),
+        taught,
+        settings,
+        transform=partial(random_flip, model.tasks),
+        state_file=work / "adapters.pt",
+        label="distill",
+        progress=progress,
+    )
+    return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
