@@ -36,7 +36,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"realignment"},
-    {"assemble"},
+    {"assemble", "relations"},
     {"report"},
     {"recipes"},
     {"cli"},

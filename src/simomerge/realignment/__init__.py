@@ -10,7 +10,7 @@ from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment.adapters import ADAPTER_SETTINGS, realign_adapters
 from simomerge.realignment.distill import DISTILL_SETTINGS, realign_distill
-from simomerge.realignment.fold import Fold, fold_heads, realign_fold, see
+from simomerge.realignment.fold import HELD_OUT, RIDGES, Fold, fold_heads, realign_fold, see
 from simomerge.realignment.heads import HEAD_SETTINGS, realign_heads
 
 WITHOUT_LABELS: dict[str, Callable[..., SimoModel]] = {"fold": realign_fold, "distill": realign_distill}
@@ -69,7 +69,9 @@ __all__ = [
     "ADAPTER_SETTINGS",
     "DISTILL_SETTINGS",
     "HEAD_SETTINGS",
+    "HELD_OUT",
     "REALIGNMENTS",
+    "RIDGES",
     "WITHOUT_LABELS",
     "WITH_LABELS",
     "Fold",

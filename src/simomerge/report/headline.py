@@ -13,7 +13,15 @@ ROUNDING = 0.05
 SMALL_COST = 1.0
 """Points below which a share of the cost says more about noise than about re-alignment."""
 
-RE_ALIGNED = {"heads": "re-aligning its heads", "adapters": "re-aligning it with adapters"}
+RE_ALIGNED = {
+    "heads": "re-aligning its heads",
+    "adapters": "re-aligning it with adapters",
+    "fold": "folding its heads",
+    "fold-cross": "folding its heads cross tap",
+    "distill": "distilling its heads from the experts",
+    "fold+heads": "folding, then re-aligning its heads",
+    "fold+adapters": "folding, then re-aligning it with adapters",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Standing:
     delta: float
     std: float
     labelled_images: int
+    unlabelled_images: int = 0
 
     def gain_over(self, other: Standing) -> float:
         """Points of Delta_MTL above ``other``; 0 within rounding or the spread between seeds."""
@@ -64,12 +73,13 @@ def sentences(results: Results) -> list[str]:
     after = _best(paired)
     before = merges[_merge_name(after)] if after else max(merges.values(), key=lambda row: row.delta)
     story = _cost(before) + (_recovery(before, after, len(paired)) if after else "; nothing was re-aligned") + "."
+    told = [story, *_without_labels(re_aligned.values(), after)]
     control = _best(row for name, row in standings.items() if family(name) == "control")
     if control is None:
-        return [story]
+        return told
     # Adapters have more parameters than heads: a control is compared with a merge re-aligned as it was.
     counterpart = _best(row for row in paired if _kind(row) == _kind(control))
-    return [story, _control(control, before, counterpart or before)]
+    return [*told, _control(control, before, counterpart or before)]
 
 
 def _standings(results: Results) -> dict[str, Standing]:
@@ -77,8 +87,8 @@ def _standings(results: Results) -> dict[str, Standing]:
     for row in rows(results):
         delta = value(row, "delta_mtl")
         if delta.mean is not None and "method" in row:
-            images = int(finite(row.get("labelled_images")) or 0)
-            standings[row["method"]] = Standing(row["method"], delta.mean, delta.std or 0.0, images)
+            labelled, unlabelled = (int(finite(row.get(f"{kind}_images")) or 0) for kind in ("labelled", "unlabelled"))
+            standings[row["method"]] = Standing(row["method"], delta.mean, delta.std or 0.0, labelled, unlabelled)
     return standings
 
 
@@ -110,9 +120,23 @@ def _cost(before: Standing) -> str:
 def _recovery(before: Standing, after: Standing, candidates: int) -> str:
     kind = _kind(after)
     action = RE_ALIGNED.get(kind, f"re-aligning it ({kind})")
-    images = f" on {after.labelled_images:,} labelled images" if after.labelled_images else ""
+    images = _images(after)
     best_of = f", the best of {candidates} re-aligned rows" if candidates > 1 else ""
     return f"; {action}{images} {_outcome(before, after)} (now {signed(after.delta)} %{best_of})"
+
+
+def _images(row: Standing) -> str:
+    if row.labelled_images:
+        return f" on {row.labelled_images:,} labelled images"
+    return f" on {row.unlabelled_images:,} unlabelled images" if row.unlabelled_images else ""
+
+
+def _without_labels(rows: Iterable[Standing], best: Standing | None) -> list[str]:
+    """The best row that saw no label, where the story was about another one."""
+    free = _best(row for row in rows if row.unlabelled_images and not row.labelled_images)
+    if free is None or free == best:
+        return []
+    return [f"Without any label, {free.method} stands at {signed(free.delta)} %{_images(free)}."]
 
 
 def _outcome(before: Standing, after: Standing) -> str:

@@ -19,7 +19,7 @@ MISSING = "–"
 FAMILIES = {
     "reference": "trained on all labels, not merged",
     "merge": "the experts' encoders in one, heads as they were",
-    "re-aligned": "a merge whose heads or adapters were tuned afterwards",
+    "re-aligned": "a merge whose heads or adapters were folded or tuned afterwards",
     "control": "the base encoder in place of a merged one",
 }
 """The four sorts of row and what they are."""
@@ -81,7 +81,7 @@ def family(method: str) -> str:
         return "reference"
     if method.split("+")[0] == "zero-shot":
         return "control"
-    return "re-aligned" if "+" in method else "merge"
+    return "re-aligned" if "+" in method or method == "auto" else "merge"
 
 
 def seeds(results: Results) -> int:

@@ -57,7 +57,11 @@ def columns(results: Results) -> list[Column]:
         Column(
             ("trained", "params"), tuple(_millions(finite(row.get("trained_parameters"))) for row in table), cost=True
         ),
-        Column(("labelled", "images"), tuple(_count(finite(row.get("labelled_images"))) for row in table), cost=True),
+        *(
+            Column((kind, "images"), tuple(_count(finite(row.get(f"{kind}_images"))) for row in table), cost=True)
+            for kind in ("labelled", "unlabelled")
+            if kind == "labelled" or any(f"{kind}_images" in row for row in table)
+        ),
     ]
 
 

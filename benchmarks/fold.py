@@ -1,0 +1,247 @@
+"""What the fold does with more images, another ridge, another scale, and how well its proxy chooses; and what it costs.
+
+    python benchmarks/fold.py --run runs/rooms-dpt [--sections curves proxy] [--seeds 0 1 2] -o runs/fold-dpt.json
+    python benchmarks/fold.py --sections speed
+
+Takes the experts of a finished `simomerge demo --full` run. Every figure is Delta_MTL on the run's test split against
+the experts; the images of the folds are from the validation split's generator, without labels. Nothing is chosen on
+the test split: the curves are shown, not searched.
+
+- curves: number of images (4 to 1,024), ridge, and scale, each per tap and cross tap.
+- proxy: scales of several merge methods; rank correlation of the held-out R^2 with Delta_MTL after the fold, and the
+  regret of taking the best by R^2.
+- labelled: the paper's head re-alignment on as many labelled images, rate and steps chosen on other validation images.
+- speed: accumulating and solving at ViT-B width (768 channels, 4 taps, CLS) from random features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simomerge.assemble.parts import check_experts, with_merged_encoder
+from simomerge.assets import resolve_source
+from simomerge.checkpoints import atomic_write_text
+from simomerge.datasets import load_data
+from simomerge.devices import autocast
+from simomerge.evaluation import delta_mtl, evaluate
+from simomerge.merging import Lines, ZeroShot, get_method
+from simomerge.model import SimoModel, load
+from simomerge.realignment import HEAD_SETTINGS, RIDGES, Fold, fold_heads, realign_heads, see
+from simomerge.realignment.fold import VARIANTS, Seen
+from simomerge.recipes.run import machine, spread
+
+COUNTS = (4, 16, 64, 256, 1024)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
+MERGES = {
+    "task-arithmetic": SCALES,
+    "ties": (0.2, 0.4, 0.6, 0.8, 1.0),
+    "task-arithmetic+lines": SCALES,
+}
+
+
+class Bench:
+    """The experts of one seed, their scores on the test split, and what they make of the unlabelled images."""
+
+    def __init__(self, run: Path, seed: int, test_images: int) -> None:
+        recipe = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
+        self.base = load(resolve_source("rooms-base"))
+        self.experts = check_experts(self.base, {task: load(_expert(run, task, seed)) for task in recipe["tasks"]})
+        tasks = list(self.experts)
+        self.test = load_data("rooms", split="test", count=test_images, tasks=tasks)
+        self.pool = load_data("rooms", split="val", count=max(COUNTS))
+        self.val_images = recipe["val_images"]
+        self.baseline = {task: evaluate(expert, self.test)[task] for task, expert in self.experts.items()}
+        self.unmerged = with_merged_encoder(self.base, self.experts, ZeroShot())
+
+    def delta(self, model: SimoModel) -> float:
+        return delta_mtl(evaluate(model, self.test), self.baseline, model.tasks)
+
+    def merged(self, name: str, scale: float) -> SimoModel:
+        method, _, schedule = name.partition("+")
+        return with_merged_encoder(
+            self.base, self.experts, get_method(method, scale=scale), Lines() if schedule else None
+        )
+
+    def seen(self, variant: Any, count: int) -> list[Seen]:
+        return list(see(self.unmerged, self.experts, self.pool.first(count), variant))
+
+
+def _expert(run: Path, task: str, seed: int) -> Path:
+    """The newest finished expert of a run."""
+    found = [p for p in (run / "stages").glob(f"expert-{task}-seed-{seed}-*/model") if ".work" not in str(p)]
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def images_curve(bench: Bench, scale: float) -> dict[str, dict[str, float]]:
+    """Delta_MTL by number of images; the sums of the larger sets go on from those of the smaller."""
+    found: dict[str, dict[str, float]] = {}
+    for variant in VARIANTS:
+        model = bench.merged("task-arithmetic", scale)
+        fold, done, values = Fold(model, variant), 0, {}
+        batches: Iterator[Seen] = see(bench.unmerged, bench.experts, bench.pool, variant, batch_size=4)
+        for batch in batches:
+            with torch.no_grad(), autocast("cpu"):
+                features = model.encode(batch.images)
+            with torch.no_grad():
+                fold.add(features, batch.targets, batch.indices)
+            done += len(batch.indices)
+            if done in COUNTS:
+                values[str(done)] = bench.delta(_with_heads(model, fold))
+        found[variant] = values
+    return found
+
+
+def _with_heads(model: SimoModel, fold: Fold, ridge: Any = "auto") -> SimoModel:
+    return SimoModel(model.encoder, model.tasks, fold.solve(ridge)[0]).eval()
+
+
+def ridge_curve(bench: Bench, scale: float, count: int) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for variant in VARIANTS:
+        model = bench.merged("task-arithmetic", scale)
+        fold = fold_heads(model, bench.seen(variant, count), variant)[2]
+        found[variant] = {str(ridge): bench.delta(_with_heads(model, fold, ridge)) for ridge in ("auto", *RIDGES)}
+    return found
+
+
+def proxy_points(bench: Bench, count: int) -> list[dict[str, Any]]:
+    """Every merge and scale: Delta_MTL as it is and after either fold, and the held-out R^2 that may choose."""
+    points = []
+    seen = {variant: bench.seen(variant, count) for variant in VARIANTS}
+    for name, scales in MERGES.items():
+        for scale in scales:
+            model = bench.merged(name, scale)
+            point: dict[str, Any] = {"merge": name, "scale": scale, "unaligned": bench.delta(model)}
+            for variant in VARIANTS:
+                folded, fits, _ = fold_heads(model, seen[variant], variant)
+                point[variant] = bench.delta(folded)
+                point[f"r2 {variant}"] = statistics.mean(fit.r2 for fit in fits.values())
+            points.append(point)
+            print(f"  {name} {scale}: {point}", flush=True)
+    return points
+
+
+def judge(points: Sequence[Mapping[str, Any]], by: str, truth: str) -> dict[str, float]:
+    """Spearman's rank correlation of the proxy with the truth, and what taking its best one costs in points."""
+    ranks = [_ranks([point[key] for point in points]) for key in (by, truth)]
+    best = max(points, key=lambda point: point[by])
+    return {
+        "rank_correlation": statistics.correlation(*ranks),
+        "regret": max(point[truth] for point in points) - best[truth],
+    }
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(values)
+    return [float(order.index(value)) for value in values]
+
+
+def labelled(bench: Bench, scale: float, count: int, settings: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Head re-alignment on ``count`` labelled images; steps and rate by Delta_MTL on the other half of validation."""
+    from dataclasses import replace
+
+    tasks = list(bench.experts)
+    data = load_data("rooms", split="val", count=count, tasks=tasks)
+    other = load_data("rooms", split="val", count=256, seed=1, tasks=tasks)
+    reference = {task: evaluate(expert, other)[task] for task, expert in bench.experts.items()}
+    model = bench.merged("task-arithmetic", scale)
+    tried = []
+    for steps, lr in settings:
+        aligned = realign_heads(model, data, replace(HEAD_SETTINGS, steps=steps, lr=lr))
+        judged = delta_mtl(evaluate(aligned, other), reference, aligned.tasks)
+        tried.append((judged, steps, lr, aligned))
+        print(f"  heads, {count} labelled images, {steps} steps at {lr:g}: {judged:+.2f} on validation", flush=True)
+    _, steps, lr, best = max(tried, key=lambda trial: trial[0])
+    return {"steps": steps, "lr": lr, "delta_mtl": bench.delta(best)}
+
+
+def speed(images: int = 64, grid: tuple[int, int] = (20, 27), threads: int = 2) -> dict[str, Any]:
+    """Seconds to accumulate and to solve at ViT-B width, five DPT heads of 128 fusion channels, random features."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    from simomerge.encoders import Encoder, Features
+    from simomerge.heads import head_for
+    from simomerge.tasks import Task
+
+    torch.set_num_threads(threads)
+    config = Dinov2Config(hidden_size=768, num_hidden_layers=4, num_attention_heads=12, patch_size=14, image_size=378)
+    encoder = Encoder(Dinov2Model(config))
+    tasks = {name: Task(name) for name in ("depth", "normals", "edges", "texture", "keypoints")}
+    model = SimoModel(encoder, tasks, {n: head_for(encoder, "dpt", t.channels) for n, t in tasks.items()})
+    size = (grid[0] * 14, grid[1] * 14)
+    found: dict[str, Any] = {"images": images, "tokens": grid[0] * grid[1], "threads": threads}
+
+    def features(seed: int, batch: int) -> Features:
+        generator = torch.Generator().manual_seed(seed)
+        maps = tuple(torch.randn(batch, 768, *grid, generator=generator) for _ in range(4))
+        return Features(maps, tuple(torch.randn(batch, 768, generator=generator) for _ in range(4)), size, size)
+
+    for variant in VARIANTS:
+        fold, counting = Fold(model, variant), 0.0
+        for first in range(0, images, 16):
+            own, expert = features(first, 16), features(first + 1, 16)
+            began = time.perf_counter()
+            with torch.no_grad():
+                fold.add(own, fold.targets(dict.fromkeys(tasks, expert)), range(first, first + 16))
+            counting += time.perf_counter() - began
+        began = time.perf_counter()
+        fold.solve()
+        found[variant] = {"accumulate": counting, "solve": time.perf_counter() - began}
+        print(f"ViT-B width, {variant}: {found[variant]}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--sections", nargs="+", default=["curves", "proxy"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scale", type=float, default=0.3, help="Of task arithmetic in the curves.")
+    parser.add_argument("--test-images", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {"machine": machine(), "run": str(options.run), "scale": options.scale, "seeds": {}}
+    if "speed" in options.sections:
+        results["speed"] = speed(threads=options.threads)
+    for seed in options.seeds if options.run else ():
+        bench = Bench(options.run, seed, options.test_images)
+        found = results["seeds"][str(seed)] = {}
+        if "curves" in options.sections:
+            found["images"] = images_curve(bench, options.scale)
+            print(f"seed {seed} images {found['images']}", flush=True)
+            found["ridge"] = ridge_curve(bench, options.scale, 64)
+            print(f"seed {seed} ridge {found['ridge']}", flush=True)
+        if "proxy" in options.sections:
+            found["proxy"] = proxy_points(bench, 64)
+            for variant in VARIANTS:
+                found[f"judged {variant}"] = judge(found["proxy"], "r2 per-tap", variant)
+                print(f"seed {seed} proxy, {variant}: {found[f'judged {variant}']}", flush=True)
+        if "labelled" in options.sections:
+            settings = [(60, 1e-3), (150, 1e-3), (150, 3e-3)]
+            found["labelled"] = {str(n): labelled(bench, options.scale, n, settings) for n in (64, 256)}
+            print(f"seed {seed} labelled {found['labelled']}", flush=True)
+    if options.output:
+        atomic_write_text(options.output, json.dumps(results, indent=2) + "\n")
+        print(f"Results: {options.output}")
+    for section in ("images", "ridge"):
+        rows = [found[section] for found in results["seeds"].values() if section in found]
+        for variant in VARIANTS if rows else ():
+            for key in rows[0][variant]:
+                value = spread([row[variant][key] for row in rows])
+                print(f"{section} {variant} {key}: {value['mean']:+.2f} ± {value['std'] or 0:.2f}")
+
+
+if __name__ == "__main__":
+    main()
