@@ -33,7 +33,7 @@ def test_the_best_re_aligned_row_is_told_with_its_own_merge() -> None:
 
 
 def test_without_labels_none_are_named() -> None:
-    assert "re-aligning it (fold) recovered 50 % of that" in told(images=0, ta=-20.0, ta_fold=-10.0)
+    assert "folding its heads recovered 50 % of that" in told(images=0, ta=-20.0, ta_fold=-10.0)
 
 
 def test_a_share_is_rounded_down() -> None:
