@@ -162,6 +162,7 @@ def full_size(recipe: Recipe) -> Recipe:
         joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
         heads=replace(recipe.heads, steps=120, lr=1e-3),
         adapters=replace(recipe.adapters, steps=150),
+        folded_heads=replace(recipe.folded_heads, steps=120),
         folded_adapters=replace(recipe.folded_adapters, steps=80),
         distill=replace(recipe.distill, steps=200),
         distill_adapters=replace(recipe.distill_adapters, steps=200),
