@@ -8,8 +8,8 @@ the experts; the images of the folds are from the validation split's generator, 
 the test split: the curves are shown, not searched.
 
 - curves: number of images (4 to 1,024), ridge, and scale, each per tap and cross tap.
-- proxy: scales of several merge methods; rank correlation of the held-out R^2 with Delta_MTL after the fold, and the
-  regret of taking the best by R^2.
+- proxy: scales of several merge methods; rank correlation of the held-out alignment with Delta_MTL after the fold, and
+  the regret of taking the best by it.
 - labelled: the paper's head re-alignment on as many labelled images, rate and steps chosen on other validation images.
 - speed: accumulating and solving at ViT-B width (768 channels, 4 taps, CLS) from random features.
 """
@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from simomerge.assemble import Trial
 from simomerge.assemble.parts import check_experts, with_merged_encoder
 from simomerge.assets import resolve_source
 from simomerge.checkpoints import atomic_write_text
@@ -114,7 +115,7 @@ def ridge_curve(bench: Bench, scale: float, count: int) -> dict[str, dict[str, f
 
 
 def proxy_points(bench: Bench, count: int) -> list[dict[str, Any]]:
-    """Every merge and scale: Delta_MTL as it is and after either fold, and the held-out R^2 that may choose."""
+    """Every merge and scale: Delta_MTL as it is and after either fold, and the alignment that may choose."""
     points = []
     seen = {variant: bench.seen(variant, count) for variant in VARIANTS}
     for name, scales in MERGES.items():
@@ -124,7 +125,8 @@ def proxy_points(bench: Bench, count: int) -> list[dict[str, Any]]:
             for variant in VARIANTS:
                 folded, fits, _ = fold_heads(model, seen[variant], variant)
                 point[variant] = bench.delta(folded)
-                point[f"r2 {variant}"] = statistics.mean(fit.r2 for fit in fits.values())
+                trial = Trial(get_method("zero-shot"), None, {task: fit.r2 for task, fit in fits.items()})
+                point[f"alignment {variant}"] = trial.alignment
             points.append(point)
             print(f"  {name} {scale}: {point}", flush=True)
     return points
@@ -226,7 +228,7 @@ def main() -> None:
         if "proxy" in options.sections:
             found["proxy"] = proxy_points(bench, 64)
             for variant in VARIANTS:
-                found[f"judged {variant}"] = judge(found["proxy"], "r2 per-tap", variant)
+                found[f"judged {variant}"] = judge(found["proxy"], "alignment per-tap", variant)
                 print(f"seed {seed} proxy, {variant}: {found[f'judged {variant}']}", flush=True)
         if "labelled" in options.sections:
             settings = [(60, 1e-3), (150, 1e-3), (150, 3e-3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ class Trial:
     Attributes:
         method, schedule: what was tried.
         r2: by task, the R^2 of what the folded head's first layer computes against the expert's, on held-out images.
-        alignment: their mean, the proxy for Delta_MTL.
+        alignment: 1 minus the geometric mean over the tasks of what R^2 leaves unexplained, the proxy for Delta_MTL. A
+            task that is nearly right then counts as much as one that is far off, which their plain mean forgets.
     """
 
     method: MergeMethod
@@ -34,7 +36,8 @@ class Trial:
 
     @property
     def alignment(self) -> float:
-        return sum(self.r2.values()) / len(self.r2)
+        left = [math.log(max(1 - r2, 1e-9)) for r2 in self.r2.values()]
+        return 1 - math.exp(sum(left) / len(left))
 
     def describe(self) -> dict[str, Any]:
         """As plain data, for provenance."""
