@@ -202,6 +202,56 @@ def speed(images: int = 64, grid: tuple[int, int] = (20, 27), threads: int = 2) 
     return found
 
 
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Delta_MTL against images, ridge and scale; the mean over the seeds, a band of one standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = list(results["seeds"].values())
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.2), sharey=True)
+    for variant, colour in zip(VARIANTS, ("tab:blue", "tab:orange"), strict=True):
+        images = [[run["images"][variant][key] for run in runs] for key in map(str, COUNTS)]
+        _band(panels[0], COUNTS, images, variant, colour)
+        ridges = [ridge for ridge in RIDGES if ridge != float("inf")]
+        _band(panels[1], ridges, [[run["ridge"][variant][str(r)] for run in runs] for r in ridges], variant, colour)
+        panels[1].axhline(
+            statistics.mean(run["ridge"][variant]["auto"] for run in runs), color=colour, linestyle=":", linewidth=1
+        )
+    for key, label, colour in (
+        ("unaligned", "not aligned", "gray"),
+        ("per-tap", "per-tap", "tab:blue"),
+        ("cross-tap", "cross-tap", "tab:orange"),
+    ):
+        values = [
+            [p[key] for run in runs for p in run["proxy"] if (p["merge"], p["scale"]) == ("task-arithmetic", scale)]
+            for scale in SCALES
+        ]
+        _band(panels[2], SCALES, values, label, colour)
+    for panel, title, logarithmic in zip(
+        panels, ("unlabelled images", "ridge (dotted: chosen)", "scale of task arithmetic"), (2, 10, 0), strict=True
+    ):
+        panel.set_xlabel(title)
+        if logarithmic:
+            panel.set_xscale("log", base=logarithmic)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0].set_ylabel("Delta_MTL (%)")
+    panels[0].set_ylim(bottom=-30, top=0)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _band(panel: Any, x: Sequence[float], values: Sequence[Sequence[float]], label: str, colour: str) -> None:
+    found = [spread(list(value)) for value in values]
+    mean = [value["mean"] for value in found]
+    std = [value["std"] or 0.0 for value in found]
+    panel.plot(x, mean, marker="o", markersize=3, label=label, color=colour)
+    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+    panel.fill_between(x, low, high, color=colour, alpha=0.15)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path)
@@ -211,6 +261,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--picture", type=Path, help="Draw the curves and the proxy's scales into this file.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -237,6 +288,8 @@ def main() -> None:
     if options.output:
         atomic_write_text(options.output, json.dumps(results, indent=2) + "\n")
         print(f"Results: {options.output}")
+    if options.picture:
+        plot(results, options.picture)
     for section in ("images", "ridge"):
         rows = [found[section] for found in results["seeds"].values() if section in found]
         for variant in VARIANTS if rows else ():

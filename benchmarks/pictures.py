@@ -4,7 +4,7 @@
     python benchmarks/pictures.py runs/rooms-dpt
 
 docs/pictures/rooms.png shows test images with their labels; docs/pictures/story.png shows, for two of them, the
-truth, the experts, the merged and the re-aligned model.
+truth, the experts, the merged and the folded model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def rooms_picture() -> None:
 def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
     recipe = Recipe.from_dict(json.loads((folder / "results.json").read_text())["recipe"])
     gallery = run_recipe(recipe, resolve_source("rooms-base"), folder)["gallery"]  # every stage is there already
-    columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+heads"]
+    columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+fold-cross"]
     blocks = []
     for shown in gallery[:2]:
         blank = np.full_like(shown["image"], 255)

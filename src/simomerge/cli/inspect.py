@@ -59,6 +59,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # the merges that were tried
+        return f"{len(value)} merges"
     if isinstance(value, dict):
-        return str(value.get("source") or value.get("fingerprint", "")[:12] or value)
+        return str(value.get("source") or value.get("fingerprint", "")[:12] or value.get("method") or value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
