@@ -77,7 +77,9 @@ class DPTHead(nn.Module):
     def projections(self) -> list[Projection]:
         """One per tap."""
         return [
-            layer_projection(self.projects[tap], self._read_by(tap), self.readouts[tap] if self.cls else None, tap)
+            layer_projection(
+                self.projects[tap], self._read_by(tap), self.readouts[tap] if self.cls else None, tap, self.in_channels
+            )
             for tap in range(4)
         ]
 

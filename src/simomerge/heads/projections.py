@@ -99,20 +99,24 @@ class Moments:
     cls: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def input_projections(head: nn.Module, name: str = "") -> list[Projection]:
+def is_foldable(head: nn.Module) -> bool:
+    """Whether a head declares its input projections."""
+    return all(callable(getattr(head, name, None)) for name in ("projections", "with_projections"))
+
+
+def input_projections(head: Any, name: str = "") -> list[Projection]:
     """The projections that a head declares.
 
     Raises:
         InputError: it declares none; the message says how to.
     """
-    declare = getattr(head, "projections", None)
-    if not callable(declare) or not callable(getattr(head, "with_projections", None)):
+    if not is_foldable(head):
         raise InputError(
             f"head {name or type(head).__name__!r} ({type(head).__name__}) does not declare its input projections, so"
             " nothing can be folded into it. Give its class projections() and with_projections(), see"
             " simomerge.heads.projections, or re-align with method='distill'."
         )
-    found: list[Projection] = [_detached(projection) for projection in declare()]
+    found: list[Projection] = [_detached(projection) for projection in head.projections()]
     return found
 
 
@@ -125,20 +129,25 @@ def _detached(projection: Projection) -> Projection:
     )
 
 
-def layer_projection(layer: Any, taps: Sequence[int], readout: Any = None, grid: int = 0) -> Projection:
+def layer_projection(
+    layer: Any, taps: Sequence[int], readout: Any = None, grid: int = 0, channels: Sequence[int] | None = None
+) -> Projection:
     """The projection of a 1x1 convolution or linear layer that reads some taps, concatenated.
 
     Args:
         layer: ``nn.Conv2d`` of kernel 1, or ``nn.Linear``, on the patch tokens.
-        taps: which it reads, in order; of equal width.
+        taps: which it reads, in order.
         readout: the same for the CLS tokens, without a bias of its own.
+        grid: the tap whose places the result has.
+        channels: of every tap of the encoder; not needed where those it reads are of equal width.
 
     Example:
         >>> layer_projection(nn.Conv2d(8, 3, 1), [2]).maps[2].shape
         torch.Size([3, 8])
     """
-    maps = dict(zip(taps, layer.weight.flatten(1).chunk(len(taps), 1), strict=True))
-    cls = dict(zip(taps, readout.weight.flatten(1).chunk(len(taps), 1), strict=True)) if readout is not None else {}
+    widths = [channels[tap] for tap in taps] if channels else [layer.weight.shape[1] // len(taps)] * len(taps)
+    maps = dict(zip(taps, layer.weight.flatten(1).split(widths, 1), strict=True))
+    cls = dict(zip(taps, readout.weight.flatten(1).split(widths, 1), strict=True)) if readout is not None else {}
     bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
     return Projection(maps, cls, bias, grid)
 

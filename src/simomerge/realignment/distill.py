@@ -22,6 +22,7 @@ from simomerge.datasets import DenseDataset, random_flip
 from simomerge.datasets.pictures import as_images
 from simomerge.devices import autocast
 from simomerge.errors import InputError
+from simomerge.heads.projections import is_foldable
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment.experts import matching_experts, observe
@@ -50,23 +51,23 @@ class TeacherPredictions(DenseDataset):
     ) -> None:
         super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
         self.images = images
-        self.folder = folder
+        self.fit = next(iter(experts.values())).fit
         if not (folder / "done").exists():
-            _write_predictions(images, experts, folder, progress)
+            _write_predictions(images, self.image(0).shape[-2:], experts, folder, progress)
         self.logits = {task: np.load(folder / f"{task}.npy", mmap_mode="r") for task in self.tasks}
 
     def image(self, index: int) -> Tensor:
-        found: Tensor = self.images.image(index)
-        return found
+        return self.fit(self.images.image(index)[None])[0]
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return {task: torch.from_numpy(self.logits[task][index].astype(np.float32)) for task in tasks}
 
 
 @torch.no_grad()
-def _write_predictions(images: Any, experts: Mapping[str, SimoModel], folder: Path, progress: Progress) -> None:
+def _write_predictions(
+    images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path, progress: Progress
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    size = tuple(images.image(0).shape[-2:])
     arrays = {
         task: open_memmap(
             folder / f"{task}.npy", mode="w+", dtype=np.float16, shape=(len(images), expert.tasks[task].channels, *size)
@@ -75,7 +76,7 @@ def _write_predictions(images: Any, experts: Mapping[str, SimoModel], folder: Pa
     }
     seen = 0
     for batch in observe(experts, images, label="experts' predictions", progress=progress):
-        if tuple(batch.images.shape[-2:]) != size:
+        if batch.images.shape[-2:] != size:
             raise InputError(
                 f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
                 f" {batch.indices[0]} {batch.images.shape[-1]} x {batch.images.shape[-2]}: resize them"
@@ -116,7 +117,8 @@ def realign_distill(
     """Train heads, or adapters and heads, to match the experts' predictions on unlabelled images.
 
     Args:
-        model: a merged model; it stays as it is. Its heads are folded first, unless it was re-aligned before.
+        model: a merged model; it stays as it is. Its heads are folded first where they can be, unless it was
+            re-aligned before.
         experts: by task, those it was merged from.
         images: a folder of pictures, a sequence of images, or a dataset (its labels are not read); of one size.
         settings: of the training (of each head's, without adapters).
@@ -138,9 +140,7 @@ def realign_distill(
     source = as_images(images, count)
     if adapters and model.encoder.adapters is not None:
         raise InputError("the model has adapters already; distill its heads alone, or the model they were made from.")
-    start = model
-    if not model.provenance.get("realign"):
-        start = realign_fold(model, experts, source, variant, progress=progress)
+    start = model if model.provenance.get("realign") else _folded(model, experts, source, variant, progress)
     result = copy.deepcopy(start)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(work_folder or temporary)
@@ -160,6 +160,18 @@ def realign_distill(
     }
     result.provenance = {**start.provenance, "realign": after(start, record)}
     return result.eval()
+
+
+def _folded(
+    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, variant: Variant, progress: Progress
+) -> SimoModel:
+    """The model with those of its heads folded that can be."""
+    tasks = [task for task, head in model.heads.items() if is_foldable(head)]
+    if not tasks:
+        return model
+    folded = realign_fold(model.select(tasks), {t: experts[t] for t in tasks}, images, variant, progress=progress)
+    heads = {task: folded.heads[task] if task in tasks else head for task, head in model.heads.items()}
+    return SimoModel(model.encoder, model.tasks, heads, folded.provenance)
 
 
 def _train_adapters(

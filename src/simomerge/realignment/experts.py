@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simomerge.checkpoints import check_same_encoder
 from simomerge.datasets.pictures import image_batches
@@ -33,6 +34,19 @@ class Observation:
     features: dict[str, Features]
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """In evaluation mode; each module's own mode is back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def observe(
     experts: Mapping[str, SimoModel],
@@ -53,10 +67,8 @@ def observe(
     done = 0
     for indices, batch in image_batches(images, batch_size, start=rank, step=world):
         batch = first.fit(batch.to(device))
-        features = {}
-        for task, expert in experts.items():
-            with autocast(device):
-                features[task] = expert.eval().encode(batch)
+        with evaluating(*experts.values()), autocast(device):
+            features = {task: expert.encode(batch) for task, expert in experts.items()}
         yield Observation(indices, batch, features)
         done += len(indices)
         progress(label, min(done * world, len(images)), len(images), "")
@@ -90,7 +102,9 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
                 f"expert {task!r} has patches of {expert.encoder.patch_size} pixels, the model of"
                 f" {model.encoder.patch_size}; give the expert that the model was merged from."
             )
-    check_same_encoder({"the model": model.description(), **{t: e.description() for t, e in named.items()}})
+    # Adapters of the model's are no obstacle: its features are what they are.
+    ours = {**model.description(), "adapters": None}
+    check_same_encoder({"the model": ours, **{task: expert.description() for task, expert in named.items()}})
     return named
 
 

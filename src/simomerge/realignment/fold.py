@@ -12,12 +12,13 @@ W' - W penalised, which is what is done here: O outputs instead of C channels. d
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from simomerge.heads.projections import Moments, Projection, input_projections, 
 from simomerge.heads.resize import resize
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
-from simomerge.realignment.experts import check_heads, matching_experts, observe
+from simomerge.realignment.experts import check_heads, evaluating, matching_experts, observe
 from simomerge.realignment.normal_equations import NormalEquations
 from simomerge.realignment.record import after
 
@@ -62,14 +63,38 @@ class Fit:
     r2_before: float
 
 
+class _System(NamedTuple):
+    """What one system of normal equations reads: patches of some taps, CLS tokens of some, at the places of one tap."""
+
+    maps: tuple[int, ...]
+    cls: tuple[int, ...]
+    grid: int
+
+    def widths(self, channels: Sequence[int]) -> list[int]:
+        """Inputs per tap: first the patches', then the CLS tokens'."""
+        return [channels[tap] for tap in (*self.maps, *self.cls)]
+
+    def patches(self, channels: Sequence[int]) -> int:
+        return sum(channels[tap] for tap in self.maps)
+
+    def inputs(self, features: Features) -> tuple[Tensor, Tensor]:
+        """The patches (B, n, D_z) and the CLS tokens (B, D_c)."""
+        size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
+        patches = [_tokens(resize(features.maps[tap].float(), size)) for tap in self.maps]
+        cls = [features.cls[tap].float() for tap in self.cls]
+        blank = features.maps[self.grid].new_zeros(len(features), 0, dtype=torch.float32)
+        places = blank[:, None].expand(-1, size[0] * size[1], -1)
+        return torch.cat([places, *patches], 2), torch.cat([blank, *cls], 1)
+
+
 @dataclass(frozen=True)
 class _Part:
     """One regression target: a projection of one head, or one tap's part of it."""
 
     task: str
     index: int
-    projection: Projection  # as the head has it, possibly widened with zeros
-    system: tuple[tuple[int, ...], bool, int]  # the inputs: taps, whether their CLS tokens too, the grid
+    projection: Projection  # as the head has it
+    system: _System
     columns: slice  # of the system's outputs
 
 
@@ -91,24 +116,39 @@ class Fold:
         self.variant = variant
         self.projections = {name: input_projections(head, name) for name, head in model.heads.items()}
         self.parts = self._parts()
-        self.sums: dict[Any, list[NormalEquations]] = {}  # system -> [solved on, held out]
+        self.sums = self._empty_sums()  # system -> [solved on, held out]
+        self._first: Tensor | None = None
+        self.all_alike = True  # whether every image so far gave the features of the first
 
     def _parts(self) -> list[_Part]:
         parts: list[_Part] = []
-        widths: dict[Any, int] = {}
+        widths: dict[_System, int] = {}
         for task, projections in self.projections.items():
             for index, projection in enumerate(projections):
-                for piece in self._pieces(projection):
-                    system = (tuple(sorted(piece.maps)), bool(piece.cls), piece.grid)
+                for piece in projection.split() if self.variant == "per-tap" else [projection]:
+                    system = self._system(piece)
                     first = widths.get(system, 0)
                     widths[system] = first + len(piece.bias)
                     parts.append(_Part(task, index, piece, system, slice(first, widths[system])))
         return parts
 
-    def _pieces(self, projection: Projection) -> list[Projection]:
+    def _system(self, piece: Projection) -> _System:
         if self.variant == "per-tap":
-            return projection.split()
-        return [projection.widened(self.model.encoder.channels)]
+            return _System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
+        taps = tuple(range(len(self.model.encoder.channels)))
+        return _System(taps, taps if piece.cls else (), piece.grid)
+
+    def _empty_sums(self) -> dict[_System, list[NormalEquations]]:
+        device = next(self.model.parameters()).device
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        outputs: dict[_System, int] = {}
+        for part in self.parts:
+            outputs[part.system] = part.columns.stop
+        channels = self.model.encoder.channels
+        return {
+            system: [NormalEquations.empty(sum(system.widths(channels)), width, device) for _ in range(2)]
+            for system, width in outputs.items()
+        }
 
     def targets(self, experts: Mapping[str, Features]) -> list[Tensor]:
         """What each part should give: computed from the expert's features, (B, n, O) per part."""
@@ -123,39 +163,40 @@ class Fold:
             indices: of the images; they decide which are held out.
         """
         held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
-        by_system: dict[Any, list[tuple[_Part, Tensor]]] = {}
+        self._compare(features.maps[0])
+        by_system: dict[_System, list[tuple[_Part, Tensor]]] = {}
         for part, target in zip(self.parts, targets, strict=True):
             by_system.setdefault(part.system, []).append((part, target))
         for system, members in by_system.items():
-            patches, cls = _inputs(features, system)
+            patches, cls = system.inputs(features)
             target = torch.cat([value for _, value in members], 2)
             residual = target - torch.cat([_tokens(part.projection(features)) for part, _ in members], 2)
-            if system not in self.sums:
-                width = patches.shape[2] + cls.shape[1]
-                device = "cpu" if patches.device.type == "mps" else patches.device  # which has no float64
-                self.sums[system] = [NormalEquations.empty(width, target.shape[2], device) for _ in range(2)]
             for sums, chosen in zip(self.sums[system], (~held_out, held_out), strict=True):
                 if chosen.any():
                     sums.add(patches[chosen], cls[chosen], residual[chosen], target[chosen])
 
+    def _compare(self, maps: Tensor) -> None:
+        means = maps.float().mean((2, 3))
+        self._first = means[0] if self._first is None else self._first
+        self.all_alike = self.all_alike and torch.allclose(means, self._first.expand_as(means), rtol=1e-4, atol=1e-6)
+
     def gather(self) -> None:
         """Add up the sums of all processes, where there are several; each then goes on with the same totals."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        from accelerate.utils import reduce
+        from torch import distributed
 
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
         for pair in self.sums.values():
             for sums in pair:
-                device = sums.x.device
-                counts = torch.tensor([sums.tokens, sums.images], dtype=torch.float64, device=device)
-                sums.tokens, sums.images = reduce(counts, "sum").tolist()
-                for name in ("x", "xx", "r", "rr", "xr", "u", "uu"):
-                    setattr(sums, name, reduce(getattr(sums, name), "sum"))
+                counts = torch.tensor([sums.tokens, sums.images], dtype=torch.float64, device=sums.x.device)
+                for total in (counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu):
+                    distributed.all_reduce(total)
+                sums.tokens, sums.images = counts.tolist()
 
     @property
     def images(self) -> int:
         """How many images were counted."""
-        return int(sum(sums.images for sums in next(iter(self.sums.values())))) if self.sums else 0
+        return int(sum(sums.images for sums in next(iter(self.sums.values()))))
 
     def solve(self, ridge: float | Literal["auto"] = "auto") -> tuple[dict[str, nn.Module], dict[str, Fit]]:
         """The folded heads, new ones, and how well each fits.
@@ -188,17 +229,21 @@ class Fold:
             return dict.fromkeys(self.projections, given), dict.fromkeys(
                 self.projections, Fit(given, math.nan, math.nan)
             )
-        r2 = {ridge: self._held_out_r2(ridge) for ridge in {*ridges, math.inf}}
+        solvers = {system: _Solver(pair[0], system, self.model.encoder.channels) for system, pair in self.sums.items()}
+        judges = {system: solver.seen(self.sums[system][1]) for system, solver in solvers.items()}
+        r2 = {ridge: self._held_out_r2(ridge, solvers, judges) for ridge in {*ridges, math.inf}}
         chosen = {task: max(ridges, key=lambda ridge: r2[ridge][task]) for task in self.projections}
         fits = {task: Fit(ridge, r2[ridge][task], r2[math.inf][task]) for task, ridge in chosen.items()}
         return chosen, fits
 
-    def _held_out_r2(self, ridge: float) -> dict[str, float]:
+    def _held_out_r2(
+        self, ridge: float, solvers: Mapping[_System, _Solver], judges: Mapping[_System, NormalEquations]
+    ) -> dict[str, float]:
         """R^2 per task, the mean over its parts."""
         found: dict[str, list[float]] = {task: [] for task in self.projections}
-        for system, (train, held_out) in self.sums.items():
-            weights, bias = _solution(train, ridge, system, self.model)
-            error, spread = held_out.error(weights, bias), held_out.spread()
+        for system, solver in solvers.items():
+            weights, bias = solver.solve(ridge)
+            error, spread = judges[system].error(weights, bias), judges[system].spread()
             for part in self.parts:
                 if part.system == system:
                     total = float(spread[part.columns].sum())
@@ -208,13 +253,17 @@ class Fold:
 
     def _solve_all(self, ridges: Mapping[str, float]) -> list[Projection]:
         """The new projection of every part, from all images."""
-        totals = {system: train + held_out for system, (train, held_out) in self.sums.items()}
+        solvers = {
+            system: _Solver(train + held_out, system, self.model.encoder.channels)
+            for system, (train, held_out) in self.sums.items()
+        }
         solutions: dict[Any, tuple[Tensor, Tensor]] = {}
         solved = []
         for part in self.parts:
             key = (part.system, ridges[part.task])
             if key not in solutions:
-                solutions[key] = _solution(totals[part.system], ridges[part.task], part.system, self.model)
+                weights, bias = solvers[part.system].solve(ridges[part.task])
+                solutions[key] = solvers[part.system].expanded(weights), bias
             weights, bias = solutions[key]
             solved.append(_moved(part, weights[part.columns], bias[part.columns], self.model.encoder.channels))
         return solved
@@ -234,17 +283,13 @@ class Fold:
     def _moments(self) -> Moments:
         maps: dict[int, tuple[Tensor, Tensor]] = {}
         cls: dict[int, tuple[Tensor, Tensor]] = {}
-        for (taps, has_cls, _grid), (train, held_out) in self.sums.items():
+        for system, (train, held_out) in self.sums.items():
             total = train + held_out
-            widths = _widths([self.model.encoder.channels[tap] for tap in taps], has_cls)
-            pieces = zip(total.mean.split(widths), total.variance.split(widths), strict=True)
-            for position, piece in enumerate(pieces):
-                (maps if position < len(taps) else cls)[taps[position % len(taps)]] = piece
+            widths = system.widths(self.model.encoder.channels)
+            pieces = list(zip(total.mean.split(widths), total.variance.split(widths), strict=True))
+            maps |= dict(zip(system.maps, pieces, strict=False))
+            cls |= dict(zip(system.cls, pieces[len(system.maps) :], strict=True))
         return Moments(maps, cls)
-
-
-def _widths(widths: Sequence[int], has_cls: bool) -> list[int]:
-    return [*widths, *(widths if has_cls else ())]
 
 
 def _tokens(maps: Tensor) -> Tensor:
@@ -252,38 +297,44 @@ def _tokens(maps: Tensor) -> Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def _inputs(features: Features, system: tuple[tuple[int, ...], bool, int]) -> tuple[Tensor, Tensor]:
-    """The patches (B, n, D_z) and CLS tokens (B, D_c) that a system reads."""
-    taps, has_cls, grid = system
-    size = (features.maps[grid].shape[-2], features.maps[grid].shape[-1])
-    patches = torch.cat([_tokens(resize(features.maps[tap].float(), size)) for tap in taps], 2)
-    cls = torch.cat([features.cls[tap].float() for tap in taps], 1) if has_cls else patches.new_zeros(len(patches), 0)
-    return patches, cls
+class _Solver:
+    """Solves one system for any ridge, among the few directions in which its CLS tokens vary."""
 
+    def __init__(self, sums: NormalEquations, system: _System, channels: Sequence[int]) -> None:
+        self.patches = system.patches(channels)
+        self.basis = sums.cls_basis(self.patches) if system.cls else None
+        self.sums = self.seen(sums)
+        self.unit = sums.unit
+        # An image gives one CLS token but n patches: what n equal rows seem to prove about it is one observation.
+        self.penalties = torch.ones_like(self.sums.x)
+        self.penalties[self.patches :] = sums.tokens / max(sums.images, 1.0)
 
-def _solution(
-    sums: NormalEquations, ridge: float, system: tuple[tuple[int, ...], bool, int], model: SimoModel
-) -> tuple[Tensor, Tensor]:
-    """Weights and biases to add to the heads'; none for an infinite ridge."""
-    if math.isinf(ridge):
-        return torch.zeros_like(sums.xr.T), torch.zeros_like(sums.r)
-    # An image gives one CLS token but n patches: what n equal rows seem to prove about it is one observation.
-    patches = sum(model.encoder.channels[tap] for tap in system[0])
-    penalties = torch.ones_like(sums.x)
-    penalties[patches:] = sums.tokens / max(sums.images, 1.0)
-    return sums.solve(ridge, penalties)
+    def seen(self, sums: NormalEquations) -> NormalEquations:
+        """Sums in the coordinates that `solve` works in."""
+        return sums.in_basis(self.patches, self.basis)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weights, in these coordinates, and biases to add to the heads'; none for an infinite ridge."""
+        if math.isinf(ridge):
+            return torch.zeros_like(self.sums.xr.T), torch.zeros_like(self.sums.r)
+        return self.sums.solve(ridge, self.penalties, self.unit)
+
+    def expanded(self, weights: Tensor) -> Tensor:
+        """Weights of the inputs themselves."""
+        if self.basis is None:
+            return weights
+        return torch.cat([weights[:, : self.patches], weights[:, self.patches :] @ self.basis.T], 1)
 
 
 def _moved(part: _Part, weights: Tensor, bias: Tensor, channels: Sequence[int]) -> Projection:
     """The part's projection with a solution added."""
-    old = part.projection
-    taps, has_cls, _ = part.system
-    pieces = weights.split(_widths([channels[tap] for tap in taps], has_cls), 1)
-    maps = {tap: (old.maps[tap].double() + piece).to(old.bias) for tap, piece in zip(taps, pieces, strict=False)}
-    cls = {
-        tap: (old.cls[tap].double() + piece).to(old.bias) for tap, piece in zip(taps, pieces[len(taps) :], strict=False)
-    }
-    return Projection(maps, cls, (old.bias.double() + bias).to(old.bias), old.grid)
+    system = part.system
+    wide = part.projection.widened(channels)
+    pieces = weights.split(system.widths(channels), 1)
+    maps = {t: (wide.maps[t].double() + piece).to(wide.bias) for t, piece in zip(system.maps, pieces, strict=False)}
+    tokens = zip(system.cls, pieces[len(system.maps) :], strict=True)
+    cls = {tap: (wide.cls[tap].double() + piece).to(wide.bias) for tap, piece in tokens}
+    return Projection(maps, cls, (wide.bias.double() + bias).to(wide.bias), wide.grid)
 
 
 @dataclass(frozen=True)
@@ -302,14 +353,14 @@ def fold_heads(
     """A model of the same encoder with folded heads, how well each fits, and the sums it was solved from."""
     fold = Fold(model, variant)
     device = next(model.parameters()).device
-    model.eval()
     for batch in seen:
-        with autocast(device):
+        with evaluating(model), autocast(device):
             features = model.encode(batch.images)
         fold.add(features, batch.targets, batch.indices)
     fold.gather()
     heads, fits = fold.solve(ridge)
-    return SimoModel(model.encoder, model.tasks, heads, model.provenance).eval(), fits, fold
+    result = SimoModel(copy.deepcopy(model.encoder), model.tasks, heads, dict(model.provenance))
+    return result.eval(), fits, fold
 
 
 def see(
@@ -400,15 +451,20 @@ def _rounded(value: float) -> float | None:
 
 
 def _warn_if_poor(fold: Fold) -> None:
-    for train, held_out in fold.sums.values():
-        total = train + held_out
-        if float(total.variance.sum()) < 1e-9 * float(total.mean.square().sum()):
-            warnings.warn("all images give the same features: only the heads' biases were folded.", stacklevel=3)
-            return
-        if total.tokens < len(total.x):
-            warnings.warn(
-                f"{int(total.images)} images give {int(total.tokens)} tokens for a map of {len(total.x)} inputs: the"
-                " fold stays close to the unfolded head; give more images.",
-                stacklevel=3,
-            )
-            return
+    if all((train + held_out).unit == 0 for train, held_out in fold.sums.values()):
+        warnings.warn("all images give the same features: only the heads' biases were folded.", stacklevel=3)
+        return
+    if fold.images > 1 and fold.all_alike:
+        warnings.warn(
+            f"all {fold.images} images give the same features: the fold knows no more than from one; give images of"
+            " what the model will see.",
+            stacklevel=3,
+        )
+        return
+    widest = max((train + held_out for train, held_out in fold.sums.values()), key=lambda total: len(total.x))
+    if widest.tokens < len(widest.x):
+        warnings.warn(
+            f"{fold.images} images give {int(widest.tokens)} tokens for a map of {len(widest.x)} inputs: the fold stays"
+            " close to the unfolded head; give more images.",
+            stacklevel=3,
+        )

@@ -6,11 +6,14 @@ that involves a CLS token takes one product per image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LEAST_RIDGE = 1e-11
+"""Stands for 0: with fewer tokens than inputs the equations have no unique solution, and float64 no digit to spare."""
 
 
 @dataclass
@@ -78,24 +81,63 @@ class NormalEquations:
         """(D,): of every input."""
         return (self.xx.diagonal() / self.tokens - self.mean.square()).clamp(min=0)
 
-    def solve(self, ridge: float, penalties: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def unit(self) -> float:
+        """What a ridge is measured in: the mean diagonal of the centred Gram matrix; 0 where all tokens are alike."""
+        mean = float(self.variance.mean() * self.tokens)
+        return mean if mean > 1e-12 * float(self.xx.diagonal().mean()) else 0.0
+
+    def solve(self, ridge: float, penalties: Tensor, unit: float | None = None) -> tuple[Tensor, Tensor]:
         """The map that best explains the residuals: weights (O, D) and biases (O,).
 
-        ``argmin sum ||r - W x - b||^2 + lambda sum_d penalties[d] ||W[:, d]||^2``, the bias not being penalised.
+        ``argmin sum ||r - W x - b||^2 + ridge * unit * sum_d penalties[d] ||W[:, d]||^2``, b not being penalised.
 
         Args:
-            ridge: lambda in units of the mean diagonal of the centred Gram matrix.
+            ridge: in units of ``unit``.
             penalties: (D,).
+            unit: this one's own by default.
         """
+        unit = self.unit if unit is None else unit
         mean = self.mean
-        gram = self.xx - self.tokens * torch.outer(mean, mean)
-        unit = float(gram.diagonal().mean())
-        if not unit > 1e-12 * max(1.0, float(self.xx.diagonal().mean())):  # all tokens are the same: only a bias
+        if not unit:
             return torch.zeros_like(self.xr.T), self.r / self.tokens
-        gram.diagonal().add_(ridge * unit * penalties)
+        gram = self.xx - self.tokens * torch.outer(mean, mean)
+        gram.diagonal().add_(max(ridge, LEAST_RIDGE) * unit * penalties)
         factor = torch.linalg.cholesky(gram)
         weights = torch.cholesky_solve(self.xr - torch.outer(mean, self.r), factor).T
         return weights, self.r / self.tokens - weights @ mean
+
+    def cls_basis(self, patches: int) -> Tensor | None:
+        """Orthonormal (D_c, k) that span what the CLS tokens vary in, where k, the images, are fewer than D_c.
+
+        A ridge solution has no part outside of it, so it can be found among k coordinates instead of D_c: at the width
+        of a ViT-B with four taps and 64 images 64 instead of 3,072. Found from random combinations of the columns of
+        the centred Gram matrix, which has at most that rank.
+
+        Args:
+            patches: how many of the inputs are patches' (the first).
+        """
+        count, width = int(self.images), len(self.x) - patches
+        if count >= width:
+            return None
+        mean = self.mean[patches:]
+        gram = self.xx[patches:, patches:] - self.tokens * torch.outer(mean, mean)
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(width, count, dtype=torch.float64, generator=generator).to(gram.device)
+        return torch.linalg.qr(gram @ probes)[0]
+
+    def in_basis(self, patches: int, basis: Tensor | None) -> NormalEquations:
+        """The same sums of inputs whose CLS part is given in the coordinates of a basis."""
+        if basis is None:
+            return self
+        across = self.xx[:patches, patches:] @ basis
+        corner = basis.T @ self.xx[patches:, patches:] @ basis
+        return replace(
+            self,
+            x=torch.cat([self.x[:patches], self.x[patches:] @ basis]),
+            xx=torch.cat([torch.cat([self.xx[:patches, :patches], across], 1), torch.cat([across.T, corner], 1)]),
+            xr=torch.cat([self.xr[:patches], basis.T @ self.xr[patches:]]),
+        )
 
     def error(self, weights: Tensor, bias: Tensor) -> Tensor:
         """(O,): sum over the tokens of ``(r - W x - b)^2``."""

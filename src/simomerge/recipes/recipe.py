@@ -165,12 +165,11 @@ def full_size(recipe: Recipe) -> Recipe:
         folded_heads=replace(recipe.folded_heads, steps=120),
         folded_adapters=replace(recipe.folded_adapters, steps=80),
         distill=replace(recipe.distill, steps=200),
-        distill_adapters=replace(recipe.distill_adapters, steps=200),
+        distill_adapters=replace(recipe.distill_adapters, steps=120),
         realigned=(
             *recipe.realigned,
             "auto+distill",
             "auto+distill-adapters",
-            "auto+adapters",
             "task-arithmetic+fold-cross+adapters",
         ),
     )
