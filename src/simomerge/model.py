@@ -145,18 +145,24 @@ class SimoModel(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """What simo.json says of this model."""
-        adapters = self.encoder.adapters
         return {
             "format": FORMAT,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "heads": {name: {"kind": head_kind(head), "settings": head.settings} for name, head in self.heads.items()},
+            **self.encoder_description(),
+            "provenance": self.provenance,
+        }
+
+    def encoder_description(self) -> dict[str, Any]:
+        """What simo.json says of the encoder: ``encoder`` and ``adapters``."""
+        adapters = self.encoder.adapters
+        return {
             "encoder": {
                 "taps": list(self.encoder.taps),
                 "apply_layernorm": self.encoder.apply_layernorm,
                 **self.encoder.preprocessing,
             },
             "adapters": adapters.settings if adapters is not None else None,
-            "provenance": self.provenance,
         }
 
     @classmethod

@@ -216,7 +216,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "parameter's form": ((*MERGE, "-p", "density"), "'density': give KEY=VALUE"),
     "parameter's value": ((*MERGE, "--method", "ties", "-p", "density=20"), "density must be a number above 0 and at"),
     "parameter twice": ((*MERGE, "-p", "scale=1", "-p", "scale=2"), "'scale'"),
-    "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, TASK:NUMBER,... or 'auto'"),
+    "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, TASK:NUMBER,..., 'auto' or 'learned'"),
     "scale's form": ((*MERGE, "--scale", ":0.3"), "--scale :0.3: give a number"),
     "scale of one": (
         (*MERGE, "--scale", "a:0.3"),

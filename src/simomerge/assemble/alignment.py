@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simomerge.assemble.parts import check_experts, with_merged_encoder, with_parameters
-from simomerge.datasets.pictures import as_images
+from simomerge.datasets.pictures import as_images, readable
 from simomerge.errors import InputError
 from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.model import SimoModel
@@ -63,7 +63,7 @@ class Aligner:
 
     Example:
         >>> aligner = Aligner(base, experts, "photos/")                               # doctest: +SKIP
-        >>> aligner.best_scale("ties", density=0.2).method.scale                      # doctest: +SKIP
+        >>> aligner.best_scale(get_method("ties", density=0.2)).method.scale                      # doctest: +SKIP
         0.4
     """
 
@@ -77,7 +77,7 @@ class Aligner:
     ) -> None:
         self.base = base
         self.experts = check_experts(base, experts)
-        self.images = as_images(images, count)
+        self.images = readable(as_images(images, count))
         if len(self.images) < 4:
             raise InputError(
                 f"{len(self.images)} images: a choice without labels holds out every fourth; give at least 4."
@@ -114,8 +114,8 @@ class Aligner:
         best, scale = at(START_SCALE), START_SCALE
         for step in (0.1, 0.05):
             for direction in (step, -step):
-                while scale + direction >= 0 and (tried := at(scale + direction)).alignment > best.alignment:
-                    best, scale = tried, scale + direction
+                while (near := round(scale + direction, 2)) >= 0 and (tried := at(near)).alignment > best.alignment:
+                    best, scale = tried, near
         return best
 
     @property

@@ -7,8 +7,9 @@ from typing import Any
 
 from simomerge.assemble.alignment import Aligner
 from simomerge.assemble.coefficients import learn_coefficients
-from simomerge.assemble.parts import assemble, check_experts, merge_models, with_parameters
+from simomerge.assemble.parts import assemble, check_experts, merge_models, with_parameters, with_statistics
 from simomerge.assemble.scale import search_scale
+from simomerge.datasets.pictures import as_images, readable
 from simomerge.errors import InputError
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.model import SimoModel
@@ -32,6 +33,7 @@ def merge(
     images: Any = None,
     schedule: Schedule | Sequence[float] | str | None = None,
     count: int | None = None,
+    size: tuple[int, int] | None = None,
     progress: Progress = silent,
     **parameters: Any,
 ) -> SimoModel:
@@ -45,11 +47,12 @@ def merge(
         scale: of the merged task vector; ``"auto"`` chooses it: on the labels of ``validation`` where that is given,
             after a fold, else on ``images`` by how well the merge can be folded; ``"learned"`` learns one per expert
             and block on ``images`` (task arithmetic only).
-        validation: a dataset with labels of every task, for ``scale="auto"``; for ``"regmean"`` a dataset of images
-            and for ``"fisher"`` one with labels, where their statistics are not given as parameters.
-        images: images without labels: a folder of pictures, a sequence of images, or a dataset.
+        validation: a dataset with labels of every task, for ``scale="auto"`` and for ``"fisher"``, where its
+            statistics are not given as a parameter.
+        images: images without labels: a folder of pictures, a sequence of images, or a dataset; also for ``"regmean"``.
         schedule: factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
-        count: of the images; 64 by default for a choice, 256 to learn coefficients.
+        count: of the images; by default 64 for the choice of a scale, 256 for all else.
+        size: (height, width) to make pictures of a folder or list; learning needs images of one size.
         **parameters: further parameters of the method.
 
     Returns:
@@ -67,22 +70,27 @@ def merge(
         >>> model = merge(base, experts, "auto", images="photos/")                # doctest: +SKIP
     """
     plan = as_schedule(schedule)
+    pictures = None if images is None else as_images(images, size=size)
     if method == "auto":
-        return _auto(base, experts, images, count, progress, {**parameters, "scale": scale, "schedule": schedule})
+        given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
+        return _auto(base, experts, pictures, count, progress, given)
     if not isinstance(scale, str):
         chosen = with_parameters(method, {**parameters, "scale": scale} if scale is not None else parameters)
-        return merge_models(base, experts, chosen, plan, images if validation is None else validation, progress)
+        data = as_images(pictures, count or 256) if validation is None and pictures is not None else validation
+        return merge_models(base, experts, chosen, plan, data, progress)
     if scale == "learned":
-        return _learned(base, experts, method, images, count, plan, progress)
+        with_parameters(method, parameters)  # a misspelt one is told
+        return _learned(base, experts, method, pictures, count, plan, progress)
     if scale != "auto":
         raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
-    if validation is not None or images is None:
+    if validation is not None or pictures is None:
         if schedule is not None:
-            raise InputError("scale='auto' and a schedule do not go together: give a number as scale.")
+            raise InputError("scale='auto' on labels and a schedule do not go together: give a number as scale.")
         return search_scale(base, experts, method, validation, progress=progress, **parameters).model
-    aligner = Aligner(base, experts, images, count or 64, progress)
-    trial = aligner.best_scale(with_parameters(method, {**parameters, "scale": 1.0}), plan)
-    model = assemble(base, aligner.experts, trial.method, plan)
+    aligner = Aligner(base, experts, pictures, count or 64, progress)
+    searched = with_parameters(method, {**parameters, "scale": 1.0})
+    searched = with_statistics(searched, aligner.experts, aligner.images, progress)
+    model = assemble(base, aligner.experts, aligner.best_scale(searched, plan).method, plan)
     _record_choice(model, aligner)
     return model
 
@@ -123,8 +131,9 @@ def _auto(
         raise InputError("method='auto' looks at images without labels: give images=, such as a folder.")
     if wrong := [name for name, value in given.items() if value is not None]:
         raise InputError(f"method='auto' chooses {wrong[0]!r} itself; leave it out, or name a method.")
-    experts = check_experts(base, experts)
-    aligner = Aligner(base, experts, images, min(count or 64, 64), progress)
+    experts, count = check_experts(base, experts), count or 256
+    images = readable(as_images(images, count), one_size=True)
+    aligner = Aligner(base, experts, images, min(count, 64), progress)
     for name, schedule in AUTO_METHODS:
         aligner.best_scale(get_method(name), schedule)
     plain = max(

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from simomerge.assemble.parts import check_experts, with_merged_encoder
 from simomerge.datasets import random_flip
-from simomerge.datasets.pictures import as_images
+from simomerge.datasets.pictures import as_images, readable
 from simomerge.merging import TaskArithmetic
 from simomerge.merging.depth import Depth
 from simomerge.model import SimoModel
@@ -66,7 +66,7 @@ def learn_coefficients(
         >>> model = merge(base, experts, method)                               # doctest: +SKIP
     """
     experts = check_experts(base, experts)
-    source = as_images(images, count)
+    source = readable(as_images(images, count), one_size=True)
     method = TaskArithmetic(scale=dict(start) if isinstance(start, Mapping) else start)
     model = with_merged_encoder(base, experts, method)
     seen = list(see(model, experts, source, progress=progress))
@@ -110,6 +110,12 @@ class _Blend(nn.Module):
         blocks = max(self.depth.blocks, 1)
         initial = torch.tensor([_per_block(start, task, blocks) for task in self.experts])
         self.coefficients = nn.Parameter(initial)
+
+    def train(self, mode: bool = True) -> _Blend:
+        """Training is of the coefficients: the frozen heads' batch norms stay as they are in use."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         scales = self.coefficients.clamp(min=0)

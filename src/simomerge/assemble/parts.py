@@ -47,7 +47,7 @@ def merge_models(
 ) -> SimoModel:
     """Merge the experts' encoders by a method whose parameters are all numbers; see `simomerge.merge`."""
     experts = check_experts(base, experts)
-    chosen = _with_statistics(method, experts, validation, progress)
+    chosen = with_statistics(method, experts, validation, progress)
     return assemble(base, experts, chosen, schedule)
 
 
@@ -65,7 +65,7 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
     for task, patch in patches.items():
         if patch != (first := next(iter(patches.values()))):
             raise InputError(f"experts {next(iter(patches))!r} and {task!r} differ in patch size: {first} and {patch}.")
-    check_same_encoder({task: expert.description() for task, expert in named.items()})
+    check_same_encoder({task: expert.encoder_description() for task, expert in named.items()})
     _check_base(base, named)
     return named
 
@@ -80,7 +80,7 @@ def with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) ->
     return replace(method, **parameters)
 
 
-def _with_statistics(
+def with_statistics(
     method: MergeMethod, experts: Mapping[str, SimoModel], data: Any, progress: Progress
 ) -> MergeMethod:
     """The method with what it needs to know of the experts' behaviour, from images or labels."""

@@ -7,9 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from simomerge.assemble.parts import assemble, check_experts, with_merged_encoder, with_parameters
+from simomerge.assemble.parts import (
+    assemble,
+    check_experts,
+    with_merged_encoder,
+    with_parameters,
+    with_statistics,
+)
+from simomerge.datasets.pictures import as_images
 from simomerge.errors import InputError
 from simomerge.evaluation import Scores, delta_mtl, evaluate, normalised_performance
+from simomerge.heads.projections import is_foldable
 from simomerge.merging import MergeMethod, ZeroShot
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
@@ -45,7 +53,7 @@ def search_scale(
     validation: Any,
     scales: Sequence[float] = SCALE_GRID,
     baseline: Scores | None = None,
-    align: bool = True,
+    align: bool | None = None,
     progress: Progress = silent,
     **parameters: Any,
 ) -> ScaleSearch:
@@ -53,8 +61,9 @@ def search_scale(
 
     Args:
         validation: a dataset with labels of every task; never the test split.
-        align: fold the heads (see `realign_fold`) before each evaluation. Heads that do not fit yet prefer a scale that
-            is far too small. False judges the merge as it is, as the paper does.
+        align: fold the heads (see `realign_fold`; on 64 of the images) before each evaluation. Heads that do not fit
+            yet prefer a scale that is far too small. False judges the merge as it is, as the paper does; by default
+            they are folded where all of them can be.
         baseline: the experts' scores on it, where they are known already.
 
     Raises:
@@ -65,7 +74,9 @@ def search_scale(
         raise InputError("scale='auto': give at least one scale to try.")
     with_parameters(method, {**parameters, "scale": scales[0]})  # told before any model is evaluated
     if validation is None:
-        raise InputError("scale='auto' chooses on labelled validation data: give validation=, or a number as scale.")
+        raise InputError(
+            "scale='auto' chooses on data: give validation= (with labels) or images= (without), or a number as scale."
+        )
     experts = check_experts(base, experts)
     missing = [task for task in experts if task not in validation.tasks]
     if missing:
@@ -75,9 +86,13 @@ def search_scale(
     search = ScaleSearch(list(scales), [])
     search.normalised = {name: [] for name in experts}
     best = -math.inf
-    seen = list(see(with_merged_encoder(base, experts, ZeroShot()), experts, validation)) if align else []
+    method = with_statistics(with_parameters(method, {**parameters, "scale": scales[0]}), experts, validation, progress)
+    unmerged = with_merged_encoder(base, experts, ZeroShot())
+    if align is None:
+        align = all(is_foldable(head) for head in unmerged.heads.values())
+    seen = list(see(unmerged, experts, as_images(validation, 64))) if align else []
     for done, scale in enumerate(scales, start=1):
-        model = with_merged_encoder(base, experts, with_parameters(method, {**parameters, "scale": scale}))
+        model = with_merged_encoder(base, experts, with_parameters(method, {"scale": scale}))
         scores = evaluate(fold_heads(model, seen)[0] if align else model, validation)
         search.delta_mtl.append(delta_mtl(scores, baseline, model.tasks))
         for name, value in normalised_performance(scores, baseline, model.tasks).items():
@@ -85,7 +100,7 @@ def search_scale(
         if search.delta_mtl[-1] > best:
             best, search.scale = search.delta_mtl[-1], scale
         progress("scale", done, len(scales), f"scale {scale:.1f}: Delta_MTL {search.delta_mtl[-1]:+.1f} %")
-    search.model = assemble(base, experts, with_parameters(method, {**parameters, "scale": search.scale}))
+    search.model = assemble(base, experts, with_parameters(method, {"scale": search.scale}))
     aligned = ", after a fold" if align else ", unaligned"
     search.model.provenance["merge"]["scale_chosen_on"] = f"{len(validation)} labelled images{aligned}"
     return search

@@ -63,7 +63,7 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     """Experts can share one encoder only if their heads read the same taps of equally normalised images.
 
     Args:
-        descriptions: by task, of the experts.
+        descriptions: by task, of the experts; what is no identifier, such as "the model", is shown as it is.
 
     Raises:
         InputError: an expert with adapters, or two that differ in taps, final layer norm or normalisation.
@@ -81,7 +81,11 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
             values = [[settings[key] for key in keys] for settings in (theirs, ours)]
             if values[0] != values[1]:
                 shown = [value[0] if len(value) == 1 else value for value in values]
-                raise InputError(f"experts {first!r} and {task!r} differ in {what}: {shown[0]} and {shown[1]}.")
+                raise InputError(f"{_who(first, task)} differ in {what}: {shown[0]} and {shown[1]}.")
+
+
+def _who(first: str, task: str) -> str:
+    return f"experts {first!r} and {task!r}" if first.isidentifier() else f"{first} and expert {task!r}"
 
 
 def model_card(description: Mapping[str, Any]) -> str:

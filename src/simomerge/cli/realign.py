@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from simomerge.cli.options import (
     check_output,
@@ -92,10 +93,13 @@ def command(
     named = parse_pairs(experts)
     labelled = method in ("heads", "adapters")
     _check_given(method, named, images, labelled)
+    _check_options(method, with_adapters)
     from simomerge.assemble import load_experts
+    from simomerge.devices import join_processes
     from simomerge.model import load
     from simomerge.realignment import realign
 
+    rank_here = join_processes()
     count = count or (64 if method == "fold" else 256)
     merged = load(model)
     given: dict[str, Any] = {}
@@ -110,6 +114,8 @@ def command(
     options = _options(method, steps, lr, seed, rank, activation, with_adapters, variant, ridge, workers)
     with console() as progress:
         result = realign(merged, method=method, progress=progress, **given, **options)
+    if rank_here:  # under torchrun the first process writes what all have
+        return
     result.save_pretrained(output, overwrite)
     record = result.provenance["realign"]
     say(
@@ -128,6 +134,34 @@ def _check_given(method: str, experts: dict[str, str], images: str | None, label
         raise InputError(f"--method {method} looks at images without labels: give --images FOLDER.")
     if not labelled and not experts:
         raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
+
+
+_ONLY_FOR = {
+    "variant": ("fold", "distill"),
+    "ridge": ("fold",),
+    "with_adapters": ("distill",),
+    "size": ("fold", "distill"),
+    "data": ("heads", "adapters"),
+    "split": ("heads", "adapters"),
+    "steps": ("distill", "heads", "adapters"),
+    "lr": ("distill", "heads", "adapters"),
+    "seed": ("distill", "heads", "adapters"),
+    "workers": ("distill", "heads"),
+    "rank": ("distill", "adapters"),
+    "activation": ("distill", "adapters"),
+}
+"""Options that some methods have no use for."""
+
+
+def _check_options(method: str, with_adapters: bool) -> None:
+    """An option that would be ignored is refused."""
+    context = click.get_current_context()
+    for name, methods in _ONLY_FOR.items():
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE and method not in methods:
+            raise InputError(f"--{name.replace('_', '-')} does nothing under --method {method}; leave it out.")
+    for name in ("rank", "activation") if method == "distill" and not with_adapters else ():
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            raise InputError(f"--{name} is of adapters: give --with-adapters, or leave it out.")
 
 
 def _options(

@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Compare a merged MODEL's features with its EXPERTs', tap by tap, on images without labels.
 
-    R2 is 1 where merged features equal the expert's; what it lacks after the map, no fold of that tap can repair.
+    R2 is 1 where merged features equal the expert's; what it lacks after the map is not linear, or needs more images.
     """
     named = parse_pairs(experts)
     if images is None:

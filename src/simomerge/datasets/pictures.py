@@ -61,18 +61,26 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
         size: (height, width) or "HEIGHTxWIDTH" to make pictures; as they are by default.
 
     Raises:
-        InputError: no such folder, no picture in it, or a size that is none.
+        InputError: no such folder, no picture in it, a count below 1, or a size that is none.
 
     Example:
         >>> len(as_images([np.zeros((8, 8, 3), np.uint8)] * 10, count=4))
         4
     """
+    if count is not None and count < 1:
+        raise InputError(f"{count} images asked for; use at least 1.")
     if isinstance(source, (str, Path)):
         source = _files(Path(source))
-    if isinstance(source, DenseDataset) or (hasattr(source, "image") and hasattr(source, "__len__")):
+    if isinstance(source, Pictures):
+        source, size = source.sources, size or source.size
+    if hasattr(source, "image") and hasattr(source, "__len__"):
         if not len(source):
             raise InputError("the dataset has no images; give at least one.")
-        return source.first(count) if count is not None and count < len(source) else source
+        if size is not None:
+            raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
+        if count is None or count >= len(source):
+            return source
+        return source.first(count) if hasattr(source, "first") else _First(source, count)
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4:
         source = list(source)
     if not isinstance(source, Sequence) or not len(source):
@@ -119,14 +127,14 @@ def image_batches(
         InputError: none of the images can be read.
     """
     kept: list[tuple[int, Tensor]] = []
-    unreadable: list[str] = []
+    unreadable: list[tuple[str, str]] = []
     for index in range(start, len(images), step):
         try:
             image = images.image(index)
         except InputError as error:
             if not isinstance(images, Pictures):
                 raise
-            unreadable.append(str(error).partition(": ")[0] if ": " in str(error) else images.name(index))
+            unreadable.append((images.name(index), str(error)))
             continue
         full = len(kept) >= min(batch_size, max(1, max_pixels // image[0].numel()))
         if kept and (full or kept[0][1].shape != image.shape):
@@ -136,8 +144,59 @@ def image_batches(
     if kept:
         yield [i for i, _ in kept], torch.stack([tensor for _, tensor in kept])
     if unreadable:
-        asked = len(range(start, len(images), step))
-        if len(unreadable) == asked:
-            raise InputError(f"none of the {asked} images can be read, first {unreadable[0]}; give PNG or JPEG files.")
-        shown = ", ".join(unreadable[:3]) + (", ..." if len(unreadable) > 3 else "")
-        warnings.warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}", stacklevel=2)
+        _report(unreadable, len(range(start, len(images), step)), alone=step == 1)
+
+
+def readable(images: Any, one_size: bool = False) -> Any:
+    """The images without those that cannot be read, which a warning names: for work that looks at them repeatedly.
+
+    Args:
+        images: as `as_images` gives; not so many that each may not be opened once more.
+        one_size: they must be of one size.
+
+    Raises:
+        InputError: none can be read, or two differ in size where they must not.
+    """
+    if not isinstance(images, Pictures):
+        return images
+    kept, unreadable = [], []
+    first: tuple[int, int] | None = None
+    for index, source in enumerate(images.sources):
+        try:
+            height, width = images.image(index).shape[-2:]
+        except InputError as error:
+            unreadable.append((images.name(index), str(error)))
+            continue
+        first = first or (height, width)
+        if one_size and (height, width) != first:
+            raise InputError(
+                f"{images.name(index)} is {width} x {height} pixels, the first {first[1]} x {first[0]}; this needs"
+                " images of one size: give size=(height, width), or --size HEIGHTxWIDTH."
+            )
+        kept.append(source)
+    if unreadable:
+        _report(unreadable, len(images), alone=True)
+    return Pictures(kept, images.size)
+
+
+def _report(unreadable: Sequence[tuple[str, str]], asked: int, alone: bool) -> None:
+    """Say which images were left out; ``alone``: no other process has any."""
+    if alone and len(unreadable) == asked:
+        raise InputError(f"none of the {asked} images can be read, first {unreadable[0][0]} ({unreadable[0][1]}).")
+    shown = ", ".join(name for name, _ in unreadable[:3]) + (", ..." if len(unreadable) > 3 else "")
+    warnings.warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}", stacklevel=3)
+
+
+class _First:
+    """The first images of whatever has ``image(i)``."""
+
+    def __init__(self, source: Any, count: int) -> None:
+        self.source = source
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, index: int) -> Tensor:
+        found: Tensor = self.source.image(index)
+        return found

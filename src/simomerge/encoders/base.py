@@ -77,6 +77,11 @@ class Encoder(nn.Module):
         return (int(self.config.hidden_size),) * len(self.taps)
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per place of each tapped map."""
+        return (self.patch_size,) * len(self.taps)
+
+    @property
     def has_cls(self) -> bool:
         return hasattr(_embeddings(self.backbone), "cls_token")
 

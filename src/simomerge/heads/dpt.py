@@ -37,6 +37,8 @@ class DPTHead(nn.Module):
         torch.Size([2, 1, 64, 80])
     """
 
+    widens = True  # a cross-tap fold may make its projections read all taps
+
     def __init__(
         self,
         in_channels: Sequence[int],

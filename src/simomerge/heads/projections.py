@@ -5,7 +5,9 @@ Any head whose first layers are linear in the tokens can be folded. It declares 
     def projections(self) -> list[Projection]: ...
     def with_projections(self, projections: list[Projection], moments: Moments) -> nn.Module: ...
 
-The first says what they are, the second gives a copy of the head that computes the given ones instead.
+The first says what they are, the second gives a copy of the head that computes the given ones instead. A head that can
+also hold projections of taps it did not read so far says so with ``widens = True``; a cross-tap fold keeps to the taps
+of a projection otherwise.
 """
 
 from __future__ import annotations
@@ -154,7 +156,16 @@ def layer_projection(
 
 @torch.no_grad()
 def assign(projection: Projection, layer: Any, readout: Any = None) -> None:
-    """Make a layer (and its readout), as in `layer_projection`, compute this projection."""
+    """Make a layer (and its readout), as in `layer_projection`, compute this projection.
+
+    Raises:
+        InputError: a layer without a bias, or one that reads other taps.
+    """
+    if _concatenated(projection.maps).numel() != layer.weight.numel():
+        raise InputError(
+            f"a layer of weights {tuple(layer.weight.shape)} cannot hold a projection of taps {list(projection.maps)}:"
+            " only heads that say widens = True may be given more taps than they read."
+        )
     layer.weight.copy_(_concatenated(projection.maps).view_as(layer.weight))
     if layer.bias is None:
         raise InputError("a fold moves the bias: give the head's input layer a bias.")

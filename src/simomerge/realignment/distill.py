@@ -6,6 +6,7 @@ It starts from the fold, which has done most of the work in closed form; gradien
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -15,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from simomerge.datasets import DenseDataset, random_flip
-from simomerge.datasets.pictures import as_images
+from simomerge.datasets.pictures import as_images, readable
 from simomerge.devices import autocast
 from simomerge.errors import InputError
 from simomerge.heads.projections import is_foldable
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
-from simomerge.realignment.experts import matching_experts, observe
+from simomerge.realignment.experts import evaluating, matching_experts, observe
 from simomerge.realignment.fold import Variant, realign_fold
 from simomerge.realignment.heads import train_heads
 from simomerge.realignment.record import after
@@ -51,16 +53,29 @@ class TeacherPredictions(DenseDataset):
     ) -> None:
         super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
         self.images = images
-        self.fit = next(iter(experts.values())).fit
+        self.folder = folder
+        self._logits: dict[str, np.ndarray] = {}
+        self.size = tuple(next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:])
         if not (folder / "done").exists():
-            _write_predictions(images, self.image(0).shape[-2:], experts, folder, progress)
-        self.logits = {task: np.load(folder / f"{task}.npy", mmap_mode="r") for task in self.tasks}
+            _write_predictions(images, self.size, experts, folder, progress)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_logits": {}}  # a memory map would cross to a worker with all its content
 
     def image(self, index: int) -> Tensor:
-        return self.fit(self.images.image(index)[None])[0]
+        image: Tensor = self.images.image(index)
+        if tuple(image.shape[-2:]) == self.size:
+            return image
+        # As the experts saw it: an image of very many patches was made smaller.
+        return F.interpolate(image[None], self.size, mode="bilinear", antialias=True, align_corners=False)[0]
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        return {task: torch.from_numpy(self.logits[task][index].astype(np.float32)) for task in tasks}
+        found = {}
+        for task in tasks:
+            if task not in self._logits:
+                self._logits[task] = np.load(self.folder / f"{task}.npy", mmap_mode="r")
+            found[task] = torch.from_numpy(self._logits[task][index].astype(np.float32))
+        return found
 
 
 @torch.no_grad()
@@ -74,7 +89,12 @@ def _write_predictions(
         )
         for task, expert in experts.items()
     }
-    seen = 0
+    needed = sum(array.nbytes for array in arrays.values())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"{folder}: the experts' predictions on {len(images)} images need {needed / 1e9:.1f} GB, and"
+            f" {free / 1e9:.1f} GB are free; use fewer images or another disk."
+        )
     for batch in observe(experts, images, label="experts' predictions", progress=progress):
         if batch.images.shape[-2:] != size:
             raise InputError(
@@ -83,12 +103,9 @@ def _write_predictions(
                 " (--size HEIGHTxWIDTH)."
             )
         for task, expert in experts.items():
-            with autocast(batch.images.device):
+            with evaluating(expert), autocast(batch.images.device):
                 logits = expert.decode(batch.features[task])[task]
             arrays[task][batch.indices] = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
-        seen += len(batch.indices)
-    if seen < len(images):
-        raise InputError(f"{len(images) - seen} of {len(images)} images cannot be read; take them out to distill.")
     for array in arrays.values():
         array.flush()
     (folder / "done").touch()
@@ -137,7 +154,7 @@ def realign_distill(
         >>> model = realign_distill(model, experts, "photos/", count=256)     # doctest: +SKIP
     """
     experts = matching_experts(model, experts)
-    source = as_images(images, count)
+    source = readable(as_images(images, count), one_size=True)
     if adapters and model.encoder.adapters is not None:
         raise InputError("the model has adapters already; distill its heads alone, or the model they were made from.")
     start = model if model.provenance.get("realign") else _folded(model, experts, source, variant, progress)

@@ -53,15 +53,17 @@ def observe(
     images: Any,
     batch_size: int = 32,
     label: str = "experts",
+    shared: bool = False,
     progress: Progress = silent,
 ) -> Iterator[Observation]:
-    """Encode images with every expert, a batch at a time; under torchrun each process takes its share of the images.
+    """Encode images with every expert, a batch at a time.
 
     Args:
         experts: by task.
         images: as `simomerge.datasets.pictures.as_images` gives.
+        shared: under torchrun, see this process's share of the images only.
     """
-    rank, world = _share()
+    rank, world = _share() if shared else (0, 1)
     first = next(iter(experts.values()))
     device = next(first.parameters()).device
     done = 0
@@ -102,10 +104,30 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
                 f"expert {task!r} has patches of {expert.encoder.patch_size} pixels, the model of"
                 f" {model.encoder.patch_size}; give the expert that the model was merged from."
             )
+        _check_origin(model, task, expert)
     # Adapters of the model's are no obstacle: its features are what they are.
-    ours = {**model.description(), "adapters": None}
-    check_same_encoder({"the model": ours, **{task: expert.description() for task, expert in named.items()}})
+    ours = {**model.encoder_description(), "adapters": None}
+    check_same_encoder({"the model": ours, **{task: expert.encoder_description() for task, expert in named.items()}})
     return named
+
+
+def _check_origin(model: SimoModel, task: str, expert: SimoModel) -> None:
+    """An expert must be where the model is, and the one that it was merged from, where that is recorded."""
+    here, there = (next(module.parameters()).device for module in (model, expert))
+    if here != there:
+        raise InputError(f"expert {task!r} is on {there}, the model on {here}: move one with .to({str(here)!r}).")
+    recorded = model.provenance.get("experts", {}).get(task, {}).get("fingerprint")
+    if recorded and recorded != expert.encoder_fingerprint():
+        raise InputError(
+            f"expert {task!r} is not the one that the model was merged from (its encoder is"
+            f" {expert.encoder_fingerprint()[:12]}, recorded is {recorded[:12]})."
+        )
+    ours, theirs = model.tasks[task], expert.tasks[task]
+    if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
+        raise InputError(
+            f"task {task!r} is {ours.kind} of {ours.channels} channels in the model, {theirs.kind} of"
+            f" {theirs.channels} in the expert."
+        )
 
 
 def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:

@@ -45,12 +45,15 @@ HELD_OUT = 4
 """Every fourth image is held out to choose the ridge; it takes part in the final solution."""
 
 FALLBACK_RIDGE = 1e-1
-"""Of a single image, which leaves none to hold out."""
+"""Where no image is left to hold out."""
 
 
 @dataclass(frozen=True)
 class Fit:
     """How well a fold repairs one task, on images that its maps were not solved on.
+
+    Both are the mean over the regressions of the task: per tap one for each tap of a projection, cross tap one for each
+    projection.
 
     Attributes:
         ridge: the one chosen, in units of the mean diagonal of the Gram matrix.
@@ -126,17 +129,21 @@ class Fold:
         for task, projections in self.projections.items():
             for index, projection in enumerate(projections):
                 for piece in projection.split() if self.variant == "per-tap" else [projection]:
-                    system = self._system(piece)
+                    system = self._system(task, piece)
                     first = widths.get(system, 0)
                     widths[system] = first + len(piece.bias)
                     parts.append(_Part(task, index, piece, system, slice(first, widths[system])))
         return parts
 
-    def _system(self, piece: Projection) -> _System:
+    def _system(self, task: str, piece: Projection) -> _System:
         if self.variant == "per-tap":
             return _System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
-        taps = tuple(range(len(self.model.encoder.channels)))
-        return _System(taps, taps if piece.cls else (), piece.grid)
+        head: Any = self.model.heads[task]
+        taps = tuple(range(len(self.model.encoder.channels))) if getattr(head, "widens", False) else piece.taps
+        # Taps of one stride have one grid: then all projections share one system, and its equations.
+        strides = getattr(self.model.encoder, "strides", None)
+        grid = strides.index(strides[piece.grid]) if strides else piece.grid
+        return _System(taps, taps if piece.cls else (), grid)
 
     def _empty_sums(self) -> dict[_System, list[NormalEquations]]:
         device = next(self.model.parameters()).device
@@ -192,6 +199,7 @@ class Fold:
                 for total in (counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu):
                     distributed.all_reduce(total)
                 sums.tokens, sums.images = counts.tolist()
+        self.all_alike = False  # this process knows its own images only
 
     @property
     def images(self) -> int:
@@ -212,8 +220,7 @@ class Fold:
             raise InputError("the fold has seen no image; give at least one.")
         if not all(torch.isfinite(sums.xx).all() and torch.isfinite(sums.rr).all() for sums in self._all()):
             raise InputError("the fold met features that are not finite; a model or an image is damaged.")
-        if ridge != "auto" and not ridge >= 0:
-            raise InputError(f"ridge {ridge}: use a number of at least 0, or 'auto'.")
+        check_ridge(ridge)
         chosen, fits = self._choose(RIDGES if ridge == "auto" else (float(ridge),))
         solved = self._solve_all(chosen)
         heads = {task: self._head(task, solved) for task in self.projections}
@@ -350,7 +357,7 @@ class Seen:
 def fold_heads(
     model: SimoModel, seen: Iterable[Seen], variant: Variant = "per-tap", ridge: float | Literal["auto"] = "auto"
 ) -> tuple[SimoModel, dict[str, Fit], Fold]:
-    """A model of the same encoder with folded heads, how well each fits, and the sums it was solved from."""
+    """A model that shares the encoder, with folded heads; how well each fits; and the sums it was solved from."""
     fold = Fold(model, variant)
     device = next(model.parameters()).device
     for batch in seen:
@@ -359,8 +366,7 @@ def fold_heads(
         fold.add(features, batch.targets, batch.indices)
     fold.gather()
     heads, fits = fold.solve(ridge)
-    result = SimoModel(copy.deepcopy(model.encoder), model.tasks, heads, dict(model.provenance))
-    return result.eval(), fits, fold
+    return SimoModel(model.encoder, model.tasks, heads, dict(model.provenance)), fits, fold
 
 
 def see(
@@ -377,7 +383,7 @@ def see(
         model: any merge of the experts, whose heads are still theirs.
     """
     fold = Fold(model, variant)
-    for batch in observe(experts, images, batch_size, "fold", progress):
+    for batch in observe(experts, images, batch_size, "fold", True, progress):
         yield Seen(batch.indices, batch.images, fold.targets(batch.features))
 
 
@@ -419,12 +425,14 @@ def realign_fold(
         >>> model = realign_fold(model, experts, "photos/", count=64)     # doctest: +SKIP
     """
     began = time.monotonic()
+    check_ridge(ridge)
     experts = matching_experts(model, experts)
     check_heads(model, experts)
     source = as_images(images, count)
     batches = see(model, experts, source, variant, batch_size, progress)
     result, fits, fold = fold_heads(model, batches, variant, ridge)
     _warn_if_poor(fold)
+    result = SimoModel(copy.deepcopy(model.encoder), model.tasks, dict(result.heads.items())).eval()
     result.provenance = {
         **model.provenance,
         "realign": after(
@@ -436,7 +444,7 @@ def realign_fold(
                 "labelled_images": 0,
                 "steps": 0,
                 "trained_parameters": 0,
-                "seconds": time.monotonic() - began,
+                "seconds": round(time.monotonic() - began, 2),
                 "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in fits.items()},
                 "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
                 "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
@@ -446,6 +454,12 @@ def realign_fold(
     return result
 
 
+def check_ridge(ridge: Any) -> None:
+    """Raises InputError where a ridge is neither "auto" nor a number of at least 0."""
+    if ridge != "auto" and not (isinstance(ridge, (int, float)) and ridge >= 0):
+        raise InputError(f"ridge {ridge!r}: use a number of at least 0, or 'auto'.")
+
+
 def _rounded(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
@@ -453,6 +467,13 @@ def _rounded(value: float) -> float | None:
 def _warn_if_poor(fold: Fold) -> None:
     if all((train + held_out).unit == 0 for train, held_out in fold.sums.values()):
         warnings.warn("all images give the same features: only the heads' biases were folded.", stacklevel=3)
+        return
+    if any(held_out.images == 0 for _, held_out in fold.sums.values()):
+        warnings.warn(
+            f"too few images ({fold.images}) to hold one out: a ridge of {FALLBACK_RIDGE:g} was taken, and how well the"
+            f" fold fits is not known; give at least {HELD_OUT}.",
+            stacklevel=3,
+        )
         return
     if fold.images > 1 and fold.all_alike:
         warnings.warn(

@@ -98,8 +98,9 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        for name in self.merges:
-            get_method(name)  # a misspelt name is told now, not after the training
+        for name in self.merges:  # what cannot be is told now, not after the training
+            if get_method(name).needs_labels or get_method(name).needs_data:
+                raise InputError(f"recipe: {name!r} needs statistics of the experts; merge it by `simomerge merge`.")
         if self.head not in HEADS:
             raise InputError(f"recipe: unknown head {self.head!r}; choose one of: {', '.join(HEADS)}.")
         for row in self.realigned:
@@ -116,11 +117,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def settings(self, steps: Sequence[str]) -> TrainSettings:
-        """Of the last of a row's steps: gentler where a fold came before it, for there is less to mend."""
-        *before, step = steps
+    def settings(self, row: Sequence[str]) -> TrainSettings:
+        """Of the last step of a row (merge, steps...): fewer steps where a fold came before it."""
+        *before, step = row
         name = step.replace("-", "_")
-        folded = bool(before) and step in ("heads", "adapters")
+        folded = step in ("heads", "adapters") and any(part == "auto" or part in WITHOUT_LABELS for part in before)
         found: TrainSettings = getattr(self, f"folded_{name}" if folded else name)
         return found
 

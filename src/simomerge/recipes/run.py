@@ -284,7 +284,7 @@ class _Plan:
         name = f"{'+'.join(prefix)} seed {seed}"
         if how in WITHOUT_LABELS:
             counts = {"fold": recipe.fold_images, "fold-cross": recipe.fold_cross_images}
-            settings = {} if how in counts else asdict(replace(recipe.settings(prefix[1:]), seed=seed))
+            settings = {} if how in counts else asdict(replace(recipe.settings(prefix), seed=seed))
             arguments = {
                 "model": model,
                 "experts": self.experts[seed],
@@ -298,7 +298,7 @@ class _Plan:
             "model": model,
             "data": {**self.splits["val"], "tasks": list(recipe.tasks)},
             "how": how,
-            "settings": asdict(replace(recipe.settings(prefix[1:]), seed=seed)),
+            "settings": asdict(replace(recipe.settings(prefix), seed=seed)),
             "options": options,
         }
         return Stage(name, stages.realigned, arguments, cost=adapts)

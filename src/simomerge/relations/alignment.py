@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simomerge.datasets.pictures import as_images
+from simomerge.datasets.pictures import as_images, readable
 from simomerge.devices import autocast
 from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment import HELD_OUT, RIDGES
-from simomerge.realignment.experts import matching_experts, observe
+from simomerge.realignment.experts import evaluating, matching_experts, observe
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class TapAlignment:
     Attributes:
         task: the expert's.
         tap: the block of the encoder, counted from 1.
-        r2_before, r2_after: R^2 of the merged features as the expert's, as they are and after the best linear map; what
-            is missing to 1 afterwards is what no fold of this tap can repair.
+        r2_before, r2_after: R^2 of the merged features as the expert's, as they are and after the best linear map of
+            this tap's patches; what is missing to 1 afterwards is not linear, or needs more images to be found.
         cka_before, cka_after: linear centred kernel alignment (Kornblith et al., arXiv 1905.00414) of the same pairs;
             it does not see rotations.
     """
@@ -62,7 +62,7 @@ def alignment(
         ...     print(row.task, row.tap, row.r2_before, row.r2_after)
     """
     experts = matching_experts(model, experts)
-    source = as_images(images, count)
+    source = readable(as_images(images, count))
     if len(source) < HELD_OUT:
         raise InputError(f"{len(source)} images: every fourth is held out; give at least {HELD_OUT}.")
     taps = model.encoder.taps
@@ -72,8 +72,8 @@ def alignment(
         for tap, width in zip(taps, model.encoder.channels, strict=True)
     }
     for batch in observe(experts, source, progress=progress):
-        with autocast(batch.images.device):
-            merged = model.eval().encode(batch.images)
+        with evaluating(model), autocast(batch.images.device):
+            merged = model.encode(batch.images)
         held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in batch.indices])
         for task, features in batch.features.items():
             for tap, ours, theirs in zip(taps, merged.maps, features.maps, strict=True):
@@ -126,8 +126,9 @@ def _measure(task: str, tap: int, train: _Pair, held_out: _Pair) -> TapAlignment
 
     before = _plain_r2(held_out, spread)
     maps = [torch.linalg.solve(xx + ridge * unit * eye, (zx + ridge * unit * eye).T).T for ridge in RIDGES[:-1] if unit]
-    best = max(maps or [eye], key=r2)
-    return TapAlignment(task, tap, before, max(r2(best), before), _cka(eye, *seen), _cka(best, *seen))
+    best = max([*maps, eye], key=r2)
+    own = held_out.covariance(held_out.total / held_out.tokens)  # CKA is about the sample's own mean
+    return TapAlignment(task, tap, before, max(r2(best), before), _cka(eye, *own), _cka(best, *own))
 
 
 def _plain_r2(pair: _Pair, spread: float) -> float:
