@@ -141,7 +141,7 @@ def _auto(
         key=lambda trial: trial.alignment,
     )
     assert isinstance(plain.method, TaskArithmetic) and isinstance(plain.method.scale, float)
-    aligner.try_out(learn_coefficients(base, experts, images, plain.method.scale, count=count, progress=progress))
+    aligner.try_out(learn_coefficients(base, experts, images, plain.method.scale, rounds=1, progress=progress))
     best = aligner.best
     model = assemble(base, experts, best.method, best.schedule)
     _record_choice(model, aligner)

@@ -67,22 +67,21 @@ class Recipe:
     joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
     heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
     adapters: TrainSettings = TrainSettings(steps=120, lr=1e-3)
-    folded_heads: TrainSettings = TrainSettings(steps=60, lr=1e-3)
+    folded_heads: TrainSettings = TrainSettings(steps=40, lr=1e-3)
     folded_adapters: TrainSettings = TrainSettings(steps=40, lr=1e-3)
-    distill: TrainSettings = TrainSettings(steps=60, lr=1e-3)
+    distill: TrainSettings = TrainSettings(steps=40, lr=1e-3)
     distill_adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
     rank: int = 16
     activation: str = "none"
     fold_images: int = 64
     fold_cross_images: int = 256
-    distill_images: int = 512
+    distill_images: int = 256
     merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
     realigned: tuple[str, ...] = (
         "zero-shot+heads",
         "zero-shot+fold-cross",
         "task-arithmetic+heads",
         "task-arithmetic+adapters",
-        "ties+heads",
         "task-arithmetic+fold",
         "task-arithmetic+fold-cross",
         "task-arithmetic+distill",
@@ -158,6 +157,7 @@ def full_size(recipe: Recipe) -> Recipe:
         val_images=512,
         test_images=512,
         scale_images=256,
+        distill_images=512,
         probe=replace(recipe.probe, steps=120),
         tune=replace(recipe.tune, steps=400, encoder_lr=3e-4, validate_every=100),
         joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
@@ -169,6 +169,7 @@ def full_size(recipe: Recipe) -> Recipe:
         distill_adapters=replace(recipe.distill_adapters, steps=120),
         realigned=(
             *recipe.realigned,
+            "ties+heads",
             "auto+distill",
             "auto+distill-adapters",
             "task-arithmetic+fold-cross+adapters",
