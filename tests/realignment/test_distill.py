@@ -166,7 +166,7 @@ def test_images_of_several_sizes_are_refused_with_the_sizes(
     message = r"images of one size; the first is 32 x 24 pixels, image 3 40 x 16: .*--size HEIGHTxWIDTH"
     with pytest.raises(InputError, match=message):
         TeacherPredictions(as_images(mixed), experts, tmp_path / "predictions")
-    with pytest.raises(InputError, match="image 3 is 40 x 16 pixels, the first 32 x 24; .*give size="):
+    with pytest.raises(InputError, match=r"image 3 is 40 x 16 pixels, the first 32 x 24; .*give size="):
         realign_distill(scene, experts, mixed, SETTINGS)
     resized = as_images(mixed, size="24x32")
     assert len(TeacherPredictions(resized, experts, tmp_path / "again")) == 5
