@@ -3,8 +3,8 @@
     python benchmarks/cached_features.py [--images 256] [--large-images 16] [--repeats 5]
 
 One epoch trains the heads of three tasks on rooms, in this process with one thread: once through the frozen
-encoder, once on features computed before (the paper's head re-alignment). Two encoders: the embedded base, and
-one of ViT-B size with random weights; that one also on images of 280 x 378 with patches of 14 and the paper's linear
+encoder, once on features computed before (the paper's head re-alignment). The encoders are the embedded base and ones
+of ViT-B and ViT-L size with random weights; those also on images of 280 x 378 with patches of 14 and the paper's linear
 head (one logit per patch), as the paper's models read NYUv2. Prints the median and the range of the repeats.
 """
 
@@ -32,11 +32,13 @@ from simomerge.training.lpft import image_losses
 BATCH = 32
 
 
-def vit_base(patch: int = 8, image: int = 80) -> Encoder:
+def vit(size: str, patch: int = 8, image: int = 80) -> Encoder:
+    """An encoder of ViT-B or ViT-L size, with random weights."""
     from transformers import Dinov2Config, Dinov2Model
 
+    width, depth, heads = {"B": (768, 12, 12), "L": (1024, 24, 16)}[size]
     config = Dinov2Config(
-        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=patch, image_size=image
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, patch_size=patch, image_size=image
     )
     return Encoder(Dinov2Model(config))
 
@@ -88,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--large-images", type=int, default=16, help="of 280 x 378; 0 leaves these out")
+    parser.add_argument("--large", nargs="*", default=["B", "L"], help="encoder sizes for these")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     tasks = ["segmentation", "depth", "normals"]
@@ -98,13 +101,14 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, make in (
         ("embedded base", lambda: load_encoder(resolve_source("rooms-base"))),
-        ("ViT-B size", vit_base),
+        ("ViT-B size", lambda: vit("B")),
     ):
         for kind in ("linear", "dpt"):
             compare(name, make(), kind, data, args.repeats, ROOMS_HEADS[kind])
     if args.large_images:
         large = load_data("rooms", split="val", count=args.large_images, tasks=tasks, size=(280, 378))
-        compare("ViT-B size, patch 14", vit_base(14, 518), "linear", large, args.repeats, {}, batch=8)
+        for size in args.large:
+            compare(f"ViT-{size} size, patch 14", vit(size, 14, 518), "linear", large, args.repeats, {}, batch=8)
 
 
 if __name__ == "__main__":
