@@ -272,7 +272,7 @@ def _visible(means: Sequence[float]) -> tuple[float, float]:
     if lowest < -100:
         lowest = max(lowest, 1.3 * min((mean for mean in means if mean >= -100), default=lowest))
     span = max(*means, 0.0) - min(lowest, 0.0) or 1.0
-    return min(lowest, 0.0) - 0.16 * span, max(*means, 0.0) + 0.14 * span
+    return min(lowest, 0.0) - 0.22 * span, max(*means, 0.0) + 0.14 * span
 
 
 def _family_legend(figure: Figure, style: Theme, methods: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def _images(row: Standing) -> str:
 def _without_labels(rows: Iterable[Standing], best: Standing | None) -> list[str]:
     """The best row that saw no label, where the story was about another one."""
     free = _best(row for row in rows if row.unlabelled_images and not row.labelled_images)
-    if free is None or free == best:
+    if free is None or (best is not None and not best.labelled_images and best.unlabelled_images):
         return []
     return [f"Without any label, {free.method} stands at {signed(free.delta)} %{_images(free)}."]
 
