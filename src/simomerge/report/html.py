@@ -34,9 +34,9 @@ WORDS = {
     "better. 1 is equal to the expert, higher is better.",
     "experts": "One model per task, each with its own encoder. Everything else has one encoder for all tasks.",
     "re-align": "After merging, the features no longer match the heads. Without labels, a linear map mends that, "
-    "folded into the heads in closed form (+fold per tap, +fold-cross from all taps), or training on the experts' predictions "
-    "(+distill). With labels, tuning the heads (+heads), or low-rank adapters and the heads (+adapters). The merged "
-    "encoder stays as it is.",
+    "folded into the heads in closed form (+fold per tap, +fold-cross from all taps), or training on the experts' "
+    "predictions (+distill). With labels, tuning the heads (+heads), or low-rank adapters and the heads (+adapters). "
+    "The merged encoder stays as it is.",
     "zero-shot+heads": "The control: the base encoder, nothing merged, its heads re-aligned on the same images. "
     "A merge is worth its while only as far as it ends above this row once it is re-aligned too.",
     "cost": "Seconds, steps, trained parameters and labelled images are what a row takes beyond the experts; the "
