@@ -77,7 +77,7 @@ def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _angle(logits: Tensor, teacher: Tensor) -> Tensor:
-    return _cosine(logits, F.normalize(teacher.float(), dim=1))
+    return _cosine(logits, unit_vectors(teacher.float()))
 
 
 def _edge_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -126,8 +126,9 @@ def _labels(logits: Tensor) -> Tensor:
     return logits.argmax(1)
 
 
-def _unit_vectors(logits: Tensor) -> Tensor:
-    return F.normalize(logits, dim=1)
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Vectors (B, 3, H, W) of length one; on a CPU many times as fast as F.normalize, which gives the same."""
+    return vectors * vectors.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
 def _positive(logits: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ KINDS: dict[str, Kind] = {
     "segmentation": Kind(None, _cross_entropy, _labels, "miou", True, "%", _soft_cross_entropy),
     "depth": Kind(1, _depth_l1, _positive, "abs_err", False, "m", _absolute_difference, "magma_r"),
     "disparity": Kind(1, _depth_l1, _positive, "abs_err", False, "", _absolute_difference, "magma"),
-    "normals": Kind(3, _cosine, _unit_vectors, "mean_angle", False, "deg", _angle),
+    "normals": Kind(3, _cosine, unit_vectors, "mean_angle", False, "deg", _angle),
     "edges": Kind(1, _edge_cross_entropy, torch.sigmoid, "f1", True, "%", _edge_divergence, "gray"),
     "texture": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "gray"),
     "keypoints": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "inferno"),

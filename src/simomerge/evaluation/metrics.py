@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
@@ -21,7 +20,7 @@ from torchmetrics.classification import (
     MulticlassJaccardIndex,
 )
 
-from simomerge.tasks import IGNORE_LABEL, Task
+from simomerge.tasks import IGNORE_LABEL, Task, unit_vectors
 
 
 class TaskMetrics(nn.Module):
@@ -76,8 +75,11 @@ def _metrics(task: Task) -> dict[str, Any]:
     if task.kind == "segmentation":
         classes = len(task.classes)
         return {
-            "miou": MulticlassJaccardIndex(classes, ignore_index=IGNORE_LABEL),
-            "pixel_accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=IGNORE_LABEL),
+            # Without its own checks, which sort every batch's labels and take a tenth of an evaluation.
+            "miou": MulticlassJaccardIndex(classes, ignore_index=IGNORE_LABEL, validate_args=False),
+            "pixel_accuracy": MulticlassAccuracy(
+                classes, average="micro", ignore_index=IGNORE_LABEL, validate_args=False
+            ),
         }
     if task.kind == "edges":
         return {"f1": BinaryF1Score(), "precision": BinaryPrecision(), "recall": BinaryRecall()}
@@ -101,7 +103,7 @@ def _errors(task: Task, prediction: Tensor, target: Tensor, valid: Tensor) -> di
     """Values to average over the valid pixels, by metric."""
     prediction = prediction.float()
     if task.kind == "normals":
-        dot = (F.normalize(prediction, dim=1) * target).sum(1)[valid]
+        dot = (unit_vectors(prediction) * target).sum(1)[valid]
         angle = torch.rad2deg(torch.acos(dot.clamp(-1, 1)))
         return {"mean_angle": angle, "within_11": (angle < 11.25).float()}
     error = (prediction[valid] - target[valid]).abs()

@@ -206,30 +206,58 @@ class _Plan:
         return [joint, *experts]
 
     def merge(self) -> None:
-        """Every merge method; those with a scale look for it on the validation split."""
+        """Every merge method with its best scale on the validation split, and the merges that see no label."""
         choosing = {**self.splits["val"], "count": min(self.recipe.scale_images, self.recipe.val_images)}
         self.val_scores = self._expert_scores(choosing)
+        without = self._merges_without_labels()
         built = self._per_seed(
             lambda seed: [
-                Stage(
-                    f"{method} seed {seed}",
-                    stages.merged,
-                    {
-                        "base": self.base,
-                        "experts": self.experts[seed],
-                        "method": method,
-                        "validation": choosing,
-                        "baseline": self.val_scores[seed],
-                    },
-                )
-                for method in self.recipe.merges
+                *(self._merge_without_labels(seed, method) for method in without),
+                *(
+                    Stage(
+                        f"{method} seed {seed}",
+                        stages.merged,
+                        {
+                            "base": self.base,
+                            "experts": self.experts[seed],
+                            "method": method,
+                            "validation": choosing,
+                            "baseline": self.val_scores[seed],
+                        },
+                    )
+                    for method in self.recipe.merges
+                ),
             ]
         )
-        self.models |= {(s, m): built[f"{m} seed {s}"] for s in self.recipe.seeds for m in self.recipe.merges}
+        for seed in self.recipe.seeds:
+            for method in self.recipe.merges:
+                self.models[seed, method] = built[f"{method} seed {seed}"]
+            for method, row in without.items():
+                self.models[seed, row] = built[f"{method} without labels seed {seed}"]
+
+    def _merges_without_labels(self) -> dict[str, str]:
+        """The methods whose merges the rows without labels start from, with the name that each merge goes by."""
+        rows = [row.split("+") for row in self.recipe.realigned]
+        methods = {row[0] for row in rows if row[0] == "auto" or row[1] in WITHOUT_LABELS}
+        chosen = [m for m in sorted(methods) if m == "auto" or "scale" in available()[m].__dataclass_fields__]
+        return {method: method if method == "auto" else f"{method} without labels" for method in chosen}
+
+    def _merge_without_labels(self, seed: int, method: str) -> Stage:
+        count = self.recipe.fold_cross_images if method == "auto" else self.recipe.fold_images
+        return Stage(
+            f"{method} without labels seed {seed}",
+            stages.merged_without_labels,
+            {
+                "base": self.base,
+                "experts": self.experts[seed],
+                "method": method,
+                "images": self._unlabelled(count),
+            },
+            cost=method == "auto",
+        )
 
     def realign(self) -> None:
         """The steps that follow a merge in the rows, level by level; rows with the same beginning share it."""
-        self._merge_without_labels()
         rows = [row.split("+") for row in self.recipe.realigned]
         for level in range(2, max((len(row) for row in rows), default=0) + 1):
             prefixes = list(dict.fromkeys(tuple(row[:level]) for row in rows if len(row) >= level))
@@ -237,33 +265,6 @@ class _Plan:
             for seed in self.recipe.seeds:
                 for name in map("+".join, prefixes):
                     self.models[seed, name] = built[f"{name} seed {seed}"]
-
-    def _merge_without_labels(self) -> None:
-        """The merges that the rows without labels start from, as (seed, "METHOD without labels")."""
-        rows = [row.split("+") for row in self.recipe.realigned]
-        methods = {row[0] for row in rows if row[0] == "auto" or row[1] in WITHOUT_LABELS}
-        chosen = [m for m in sorted(methods) if m == "auto" or "scale" in available()[m].__dataclass_fields__]
-        counts = {m: self.recipe.fold_cross_images if m == "auto" else self.recipe.fold_images for m in chosen}
-        built = self._per_seed(
-            lambda seed: [
-                Stage(
-                    f"{method} without labels seed {seed}",
-                    stages.merged_without_labels,
-                    {
-                        "base": self.base,
-                        "experts": self.experts[seed],
-                        "method": method,
-                        "images": self._unlabelled(counts[method]),
-                    },
-                    cost=method == "auto",
-                )
-                for method in chosen
-            ]
-        )
-        for seed in self.recipe.seeds:
-            for method in chosen:
-                folder = built[f"{method} without labels seed {seed}"]
-                self.models[seed, method if method == "auto" else f"{method} without labels"] = folder
 
     def _unlabelled(self, count: int) -> dict[str, Any]:
         return {**self.splits["val"], "count": min(count, self.recipe.val_images), "tasks": []}
