@@ -222,6 +222,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     runs = list(results["seeds"].values())
+    points = [p for run in runs for p in run.get("proxy", []) if p["merge"] == "task-arithmetic"]
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.2), sharey=True)
     for variant, colour in zip(VARIANTS, ("tab:blue", "tab:orange"), strict=True):
         images = [[run["images"][variant][key] for run in runs] for key in map(str, COUNTS)]
@@ -236,10 +237,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         ("per-tap", "per-tap", "tab:blue"),
         ("cross-tap", "cross-tap", "tab:orange"),
     ):
-        values = [
-            [p[key] for run in runs for p in run["proxy"] if (p["merge"], p["scale"]) == ("task-arithmetic", scale)]
-            for scale in SCALES
-        ]
+        values = [[point[key] for point in points if point["scale"] == scale] for scale in SCALES]
         _band(panels[2], SCALES, values, label, colour)
     for panel, title, logarithmic in zip(
         panels, ("unlabelled images", "ridge (dotted: chosen)", "scale of task arithmetic"), (2, 10, 0), strict=True
