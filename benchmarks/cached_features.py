@@ -25,7 +25,7 @@ from simomerge.devices import limit_threads
 from simomerge.encoders import Encoder, load_encoder
 from simomerge.model import SimoModel
 from simomerge.recipes import ROOMS_HEADS
-from simomerge.recipes.run import machine
+from simomerge.recipes.results import machine
 from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head
 from simomerge.training.lpft import image_losses
 

@@ -41,7 +41,7 @@ from simomerge.merging import Lines, TaskArithmetic, ZeroShot, get_method
 from simomerge.model import SimoModel, load
 from simomerge.realignment import HEAD_SETTINGS, RIDGES, Fold, fold_heads, realign_heads, see
 from simomerge.realignment.fold import VARIANTS, Seen
-from simomerge.recipes.run import machine, spread
+from simomerge.recipes.results import machine, spread
 
 COUNTS = (4, 16, 64, 256, 1024)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)

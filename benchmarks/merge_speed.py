@@ -28,7 +28,7 @@ import numpy as np
 
 from simomerge.checkpoints import TensorInfo, write_safetensors
 from simomerge.merging import available
-from simomerge.recipes.run import machine
+from simomerge.recipes.results import machine
 
 SIZES = {"S": (384, 12, 1536), "B": (768, 12, 3072), "L": (1024, 24, 4096), "g": (1536, 40, 4096)}
 """Hidden width, blocks and width of the MLP of DINOv2's encoders (g has a gated MLP: two tensors of twice that)."""

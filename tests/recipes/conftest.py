@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,15 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def record(patch: pytest.MonkeyPatch, names: list[str]) -> None:
     class Recording(WorkerPool):
-        def run(self, jobs: Sequence[Any]) -> list[Any]:
-            names.extend(arguments["label"] for _, arguments in jobs)
-            return super().run(jobs)
+        def run(self, jobs: Sequence[Any], after: Sequence[Any] = ()) -> list[Any]:
+            return super().run([(recorded(function), arguments) for function, arguments in jobs], after)
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            names.append(arguments["label"])
+            return function(**arguments)
+
+        return call
 
     patch.setattr(run, "WorkerPool", Recording)
 

@@ -15,7 +15,8 @@ import pytest
 from simomerge.errors import InputError
 from simomerge.model import load
 from simomerge.recipes import run_recipe
-from simomerge.recipes.run import Run, Stage, spread
+from simomerge.recipes.graph import Run, Stage
+from simomerge.recipes.results import spread
 from simomerge.training import WorkerPool
 
 from .conftest import MICRO, SHORT, Finished
@@ -214,22 +215,48 @@ def touch(output: Path, label: str, progress: Any, **arguments: Any) -> None:
     output.mkdir(parents=True)
 
 
-def build(folder: Path, salt: str = "s", **arguments: Any) -> dict[str, str]:
+def build(folder: Path, salt: str = "s", **arguments: Any) -> dict[str, Path]:
+    run = Run(folder, "/base", salt)
+    first = Stage("first", touch, {"value": 1, **arguments})
+    second = Stage("second", touch, {"from": {"a": first}})
     with WorkerPool(1) as pool:
-        run = Run(folder, pool, "/base", salt)
-        first = run.build([Stage("first", touch, {"value": 1, **arguments})])
-        return first | run.build([Stage("second", touch, {"from": first["first"]})])
+        run.build([second], pool)
+    return {"first": run.output(first), "second": run.output(second)}
 
 
 def test_keys_chain_and_do_not_depend_on_the_place(tmp_path: Path) -> None:
-    def names(built: dict[str, str]) -> dict[str, str]:
-        return {stage: Path(path).name for stage, path in built.items()}
+    def names(built: dict[str, Path]) -> dict[str, str]:
+        return {stage: path.name for stage, path in built.items()}
 
     here = names(build(tmp_path / "a"))
     assert names(build(tmp_path / "b")) == here
     for other in (names(build(tmp_path / "a", value=2)), names(build(tmp_path / "a", salt="t"))):
         assert other["first"] != here["first"] and other["second"] != here["second"]
     assert len(list((tmp_path / "a" / "stages").iterdir())) == 6
+
+
+def test_the_longest_chain_starts_first_and_nothing_before_what_it_needs(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def note(output: Path, label: str, progress: Any, **_: Any) -> None:
+        order.append(label)
+        output.mkdir(parents=True)
+
+    root = Stage("root", note, {}, 1)
+    branch = Stage("branch", note, {"from": root}, 2)
+    leaves = [
+        Stage("short", note, {"from": root, "number": 1}, 1),
+        Stage("alone", note, {}, 4),
+        Stage("long", note, {"from": {"nested": branch}, "also": root}, 3),
+        Stage("twin", note, {"from": branch}, 1),
+    ]
+    with WorkerPool(1) as pool:
+        run = Run(tmp_path, "/base", "s")
+        run.build(leaves, pool)
+        assert order == ["root", "branch", "alone", "long", "short", "twin"]
+        run.output(branch).rmdir()
+        run.build([*leaves, leaves[0]], pool)
+    assert order[6:] == ["branch"]
 
 
 def test_another_base_shares_no_stage(copied: Path, tiny_base: Path, tmp_path: Path, done: list[str]) -> None:
@@ -244,7 +271,7 @@ def test_another_base_shares_no_stage(copied: Path, tiny_base: Path, tmp_path: P
     other = model.save_pretrained(tmp_path / "other")
     with pytest.raises(Enough):
         run_recipe(MICRO, other / "encoder", copied, workers=1, progress=stop)
-    assert done == ["features of the base"]
+    assert done == ["features of the base"]  # no other's features served
 
 
 # Killed runs --------------------------------------------------------------------------------------------

@@ -71,6 +71,20 @@ def test_errors_cross_processes_as_they_are_and_the_pool_lives_on(pool: WorkerPo
     assert pool.run([(jobs.square, {"number": 5})]) == [25]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_starts_when_those_it_waits_for_are_done(workers: int) -> None:
+    waits = [0.3, 0.0, 0.0, 0.0]
+    after = [(), (), (0,), (1, 2)]
+    lines = Lines()
+    with WorkerPool(workers, lines) as some:
+        found = some.run([(jobs.square, {"number": n, "seconds": wait}) for n, wait in enumerate(waits)], after)
+    deadline = time.monotonic() + 5
+    while len(lines) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found == [0, 1, 4, 9]
+    assert [line[0] for line in lines] == [f"square {n}" for n in ((0, 1, 2, 3) if workers == 1 else (1, 0, 2, 3))]
+
+
 def test_no_jobs_give_no_results(pool: WorkerPool) -> None:
     assert pool.run([]) == []
 

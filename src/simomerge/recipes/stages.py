@@ -141,7 +141,7 @@ def merged(
     experts: dict[str, str],
     method: str,
     validation: Data,
-    baseline: dict[str, dict[str, float]],
+    baseline: dict[str, str],
     label: str,
     progress: Progress = silent,
 ) -> None:
@@ -155,7 +155,8 @@ def merged(
 
     if "scale" in available()[method].__dataclass_fields__:
         data = load_data(**validation).select(list(experts))
-        search = search_scale(foundation, models, method, data, baseline=baseline, align=False, progress=relabelled)
+        scores = {task: read_log(Path(folder))["scores"][task] for task, folder in baseline.items()}
+        search = search_scale(foundation, models, method, data, baseline=scores, align=False, progress=relabelled)
         model = search.model
         found = {
             "scale": search.scale,

@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
@@ -69,30 +69,39 @@ class WorkerPool:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._messages.put(None)
 
-    def run(self, jobs: Sequence[Job]) -> list[Any]:
+    def run(self, jobs: Sequence[Job], after: Sequence[Collection[int]] = ()) -> list[Any]:
         """Results in the order of the jobs; the first error ends the run.
+
+        Args:
+            jobs: the first of those that can start is the next to start.
+            after: for each job, the earlier jobs (by their place) that must be done before it starts.
 
         Raises:
             InputError: a worker was killed, most often for want of memory.
         """
         if self._pool is None:
             return [function(**arguments, progress=self.progress) for function, arguments in jobs]
-        futures = [self._pool.submit(_run_job, function, dict(arguments)) for function, arguments in jobs]
-        return self._results(futures)
-
-    def _results(self, futures: list[Future[Any]]) -> list[Any]:
+        waits = [set(places) for places in after] or [set() for _ in jobs]
+        running: dict[Future[Any], int] = {}
+        results: dict[int, Any] = {}
         try:
-            for future in as_completed(futures):
-                future.result()
+            while len(results) < len(jobs):
+                idle = [i for i in range(len(jobs)) if i not in results and i not in running.values()]
+                ready = [i for i in idle if waits[i] <= results.keys()]
+                for index in ready[: self.workers - len(running)]:
+                    function, arguments = jobs[index]
+                    running[self._pool.submit(_run_job, function, dict(arguments))] = index
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(future)] = future.result()
         except BrokenProcessPool as error:
             raise InputError(
                 "a worker process ended, most often for want of memory (use one worker); a script must also keep its"
                 " calls under `if __name__ == '__main__':`, as Python's multiprocessing asks."
             ) from error
         finally:
-            for future in futures:
+            for future in running:
                 future.cancel()
-        return [future.result() for future in futures]
+        return [results[index] for index in range(len(jobs))]
 
     def _forward_progress(self) -> None:
         while (message := self._messages.get()) is not None:

@@ -1,0 +1,172 @@
+"""What a finished run found: the table, the curves and the pictures of its report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simomerge.devices import available_cores
+from simomerge.evaluation import delta_mtl, normalised_performance
+from simomerge.model import load
+from simomerge.recipes.graph import Run
+from simomerge.recipes.plan import Plan
+from simomerge.tasks import Task, colourise
+
+
+def summarise(plan: Plan, run: Run, tasks: Mapping[str, Task], title: str) -> dict[str, Any]:
+    """The results of a run whose stages are done: what ``results.json`` holds (docs/formats.md)."""
+    return {
+        "format": 1,
+        "title": title,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "machine": machine(),
+        "recipe": plan.recipe.to_dict(),
+        "tasks": [
+            {"name": t.name, "metric": t.metric, "unit": t.unit, "higher_is_better": t.higher_is_better}
+            for t in tasks.values()
+        ],
+        "rows": [_row(plan, run, tasks, row) for row in ["experts", *plan.rows]],
+        "scale_curves": _curves(plan, run),
+        "notes": list(NOTES),
+    }
+
+
+def _row(plan: Plan, run: Run, tasks: Mapping[str, Task], row: str) -> dict[str, Any]:
+    seeds = plan.recipe.seeds
+    baselines = [
+        {task: run.log(stage)["scores"][task] for task, stage in plan.expert_scores[seed].items()} for seed in seeds
+    ]
+    scores = baselines if row == "experts" else [run.log(plan.scores[seed, row])["scores"] for seed in seeds]
+    ratios = [normalised_performance(s, b, tasks) for s, b in zip(scores, baselines, strict=True)]
+    costs = [_cost(plan, run, seed, row) for seed in seeds]
+    scales = [cost.pop("scale") for cost in costs]
+    return {
+        "method": row,
+        "delta_mtl": spread([delta_mtl(s, b, tasks) for s, b in zip(scores, baselines, strict=True)]),
+        "metrics": {name: spread([s[name][task.metric] for s in scores]) for name, task in tasks.items()},
+        "normalised": {name: spread([r[name] for r in ratios]) for name in tasks},
+        "all_metrics": {name: [s[name] for s in scores] for name in tasks},
+        **{key: statistics.mean(cost[key] for cost in costs) for key in costs[0]},
+        "encoders": len(tasks) if row == "experts" else 1,
+        "parameters": {"scale": scales} if scales[0] is not None else {},
+    }
+
+
+def _cost(plan: Plan, run: Run, seed: int, row: str) -> dict[str, Any]:
+    """What a row costs beyond the experts: seconds, steps, trained parameters, labelled images."""
+    if row in ("experts", "joint-mtl"):
+        tuned = plan.experts[seed].values() if row == "experts" else [plan.models[seed, row]]
+        logs = [run.log(stage) for stage in (*tuned, *plan.probes[seed].values())]
+        images = plan.recipe.train_images
+    else:
+        logs = [run.log(stage) for stage in plan.chain(seed, row)]
+        images = max(log["labelled_images"] for log in logs)
+    return {
+        "seconds": sum(log["seconds"] for log in logs),
+        "steps": sum(log.get("steps", 0) for log in logs),
+        "trained_parameters": sum(log.get("trained_parameters", 0) for log in logs),
+        "labelled_images": images,
+        "unlabelled_images": max(log.get("unlabelled_images", 0) for log in logs),
+        "scale": next((log["scale"] for log in logs if "scale" in log), None),
+    }
+
+
+def _curves(plan: Plan, run: Run) -> dict[str, Any]:
+    """Delta_MTL on the validation split over the scales of every merge that has one."""
+    curves = {}
+    for method in plan.recipe.merges:
+        logs = [run.log(plan.models[seed, method]) for seed in plan.recipe.seeds]
+        if "curve" not in logs[0]:
+            continue
+        found = [log["curve"] for log in logs]
+        points = [spread(list(values)) for values in zip(*(c["delta_mtl"] for c in found), strict=True)]
+        curves[method] = {
+            "scales": found[0]["scales"],
+            "delta_mtl": {key: [point[key] for point in points] for key in ("mean", "std")},
+            "normalised": {
+                task: [statistics.mean(v) for v in zip(*(c["normalised"][task] for c in found), strict=True)]
+                for task in plan.recipe.tasks
+            },
+            "chosen": [log["scale"] for log in logs],
+        }
+    return curves
+
+
+def gallery(plan: Plan, run: Run, data: Any, images: int = 4) -> list[dict[str, Any]]:
+    """Some test images with the truth and the predictions of the gallery's rows, coloured."""
+    seed = plan.recipe.seeds[0]
+    rows = [row for row in plan.recipe.gallery if row == "experts" or (seed, row) in plan.models]
+    models = {row: load(run.output(plan.models[seed, row]) / "model") for row in rows if row != "experts"}
+    experts = {task: load(run.output(stage) / "model") for task, stage in plan.experts[seed].items()}
+    shown = []
+    for index in range(0, len(data), max(1, len(data) // images)):
+        sample = data[index]
+        predicted = {row: model.predict(sample["image"]) for row, model in models.items()}
+        predicted["experts"] = {task: expert.predict(sample["image"])[task] for task, expert in experts.items()}
+        predictions = {
+            name: _coloured(task, sample[name].numpy(), {row: predicted[row][name] for row in rows})
+            for name, task in data.tasks.items()
+        }
+        image = (sample["image"].permute(1, 2, 0).numpy() * 255).astype("uint8")
+        shown.append({"image": image, "predictions": predictions})
+    return shown[:images]
+
+
+def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
+    own = task.kind in ("depth", "texture", "keypoints")
+    limits = (float(truth.min()), float(truth.max())) if own else (0.0, 1.0)
+    return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
+
+
+NOTES = (
+    "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
+    " higher is better. No value of the test split chose a model, a scale or a setting; the headline names the row that"
+    " came out best.",
+    "The validation split chose the scales and the checkpoint kept of experts and joint model, and is the labelled"
+    " data of every re-alignment with labels: experts and joint model have seen its labels only through that choice.",
+    "Rows with 0 labelled images use no label in the merge either: its scale is the one whose features can be folded"
+    " best. Their unlabelled images are the first of the validation split.",
+    "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
+    " to it.",
+    "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
+    " targets; the last two overlap the tasks texture and depth.",
+    "The costs of the experts and of joint MTL are those of their training, all other rows' those beyond the experts."
+    " Seconds are of one process, with as many side by side as there are cores.",
+)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one seed) and the values."""
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "per_seed": list(values),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine in plain words, for whoever reads the figures."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
+    return {
+        "cpu": cpu,
+        "cores": available_cores(),
+        "memory_gb": round(memory) if memory else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
