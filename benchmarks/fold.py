@@ -11,7 +11,7 @@ the test split: the curves are shown, not searched.
   64 images without labels.
 - proxy: scales of several merge methods; rank correlation of the held-out alignment with Delta_MTL after the fold, and
   the regret of taking the best by it.
-- labelled: the paper's head re-alignment on as many labelled images, rate and steps (three settings) chosen on
+- labelled: the paper's two re-alignments on 64 and 256 labelled images, rate and steps (three settings) chosen on
   validation rooms of another seed.
 - speed: accumulating and solving from random features, at the embedded base's width (one thread) and at ViT-B's (768
   channels, 4 taps, CLS, 540 tokens; two threads).
@@ -39,9 +39,10 @@ from simomerge.devices import autocast
 from simomerge.evaluation import delta_mtl, evaluate
 from simomerge.merging import Lines, TaskArithmetic, ZeroShot, get_method
 from simomerge.model import SimoModel, load
-from simomerge.realignment import HEAD_SETTINGS, RIDGES, Fold, fold_heads, realign_heads, see
+from simomerge.realignment import RIDGES, WITH_LABELS, Fold, fold_heads, see
 from simomerge.realignment.fold import VARIANTS, Seen
 from simomerge.recipes.results import machine, spread
+from simomerge.training import TrainSettings
 
 COUNTS = (4, 16, 64, 256, 1024)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
@@ -51,6 +52,9 @@ MERGES = {
     "task-arithmetic+lines": SCALES,
     "zero-shot": (0.0,),
 }
+
+SETTINGS = ((60, 1e-3), (150, 1e-3), (150, 3e-3))
+"""Steps and learning rates of a re-alignment with labels."""
 
 
 class Bench:
@@ -156,21 +160,19 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [float(order.index(value)) for value in values]
 
 
-def labelled(bench: Bench, scale: float, count: int, settings: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """Head re-alignment on ``count`` labelled images; steps and rate by Delta_MTL on the other half of validation."""
-    from dataclasses import replace
-
+def labelled(bench: Bench, scale: float, how: str, count: int) -> dict[str, Any]:
+    """One of the paper's re-alignments on ``count`` labelled images; steps and rate by other validation rooms."""
     tasks = list(bench.experts)
     data = load_data("rooms", split="val", count=count, tasks=tasks)
     other = load_data("rooms", split="val", count=256, seed=1, tasks=tasks)
     reference = {task: evaluate(expert, other)[task] for task, expert in bench.experts.items()}
     model = bench.merged("task-arithmetic", scale)
     tried = []
-    for steps, lr in settings:
-        aligned = realign_heads(model, data, replace(HEAD_SETTINGS, steps=steps, lr=lr))
+    for steps, lr in SETTINGS:
+        aligned = WITH_LABELS[how](model, data, TrainSettings(steps=steps, lr=lr))
         judged = delta_mtl(evaluate(aligned, other), reference, aligned.tasks)
         tried.append((judged, steps, lr, aligned))
-        print(f"  heads, {count} labelled images, {steps} steps at {lr:g}: {judged:+.2f} on validation", flush=True)
+        print(f"  {how}, {count} labelled images, {steps} steps at {lr:g}: {judged:+.2f} on validation", flush=True)
     _, steps, lr, best = max(tried, key=lambda trial: trial[0])
     return {"steps": steps, "lr": lr, "delta_mtl": bench.delta(best)}
 
@@ -295,8 +297,9 @@ def main() -> None:
                 found[f"judged {variant}"] = judge(found["proxy"], "alignment per-tap", variant)
                 print(f"seed {seed} proxy, {variant}: {found[f'judged {variant}']}", flush=True)
         if "labelled" in options.sections:
-            settings = [(60, 1e-3), (150, 1e-3), (150, 3e-3)]
-            found["labelled"] = {str(n): labelled(bench, scale, n, settings) for n in (64, 256)}
+            found["labelled"] = {
+                how: {str(count): labelled(bench, scale, how, count) for count in (64, 256)} for how in WITH_LABELS
+            }
             print(f"seed {seed} labelled {found['labelled']}", flush=True)
     for other in options.add:
         results["seeds"] |= json.loads(other.read_text(encoding="utf-8"))["seeds"]
@@ -305,6 +308,11 @@ def main() -> None:
         print(f"Results: {options.output}")
     if options.picture:
         plot(results, options.picture)
+    for how in WITH_LABELS:
+        rows = [found["labelled"][how] for found in results["seeds"].values() if "labelled" in found]
+        for count in rows[0] if rows else ():
+            value = spread([row[count]["delta_mtl"] for row in rows])
+            print(f"{how}, {count} labelled images: {value['mean']:+.2f} ± {value['std'] or 0:.2f}")
     for section in ("images", "ridge"):
         rows = [found[section] for found in results["seeds"].values() if section in found]
         for variant in VARIANTS if rows else ():
