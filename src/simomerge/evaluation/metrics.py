@@ -11,14 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import (
-    BinaryF1Score,
-    BinaryPrecision,
-    BinaryRecall,
-    MulticlassAccuracy,
-    MulticlassJaccardIndex,
-)
 
 from simomerge.tasks import IGNORE_LABEL, Task, unit_vectors
 
@@ -37,6 +29,8 @@ class TaskMetrics(nn.Module):
     """
 
     def __init__(self, task: Task) -> None:
+        from torchmetrics import MetricCollection  # with its own imports two seconds: only for who evaluates
+
         super().__init__()
         self.task = task
         self.metrics = MetricCollection(_metrics(task), compute_groups=False)
@@ -72,6 +66,15 @@ _FRACTIONS = ("pixel_accuracy", "precision", "recall", "within_11", "rel_err", "
 
 
 def _metrics(task: Task) -> dict[str, Any]:
+    from torchmetrics import MeanMetric
+    from torchmetrics.classification import (
+        BinaryF1Score,
+        BinaryPrecision,
+        BinaryRecall,
+        MulticlassAccuracy,
+        MulticlassJaccardIndex,
+    )
+
     if task.kind == "segmentation":
         classes = len(task.classes)
         return {

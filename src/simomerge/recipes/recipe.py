@@ -63,8 +63,8 @@ class Recipe:
     test_images: int = 256
     scale_images: int = 128
     probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
-    joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4, validate_every=60)
+    tune: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4)
+    joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4)
     heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
     adapters: TrainSettings = TrainSettings(steps=120, lr=1e-3)
     folded_heads: TrainSettings = TrainSettings(steps=40, lr=1e-3)

@@ -127,8 +127,8 @@ NOTES = (
     "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
     " higher is better. No value of the test split chose a model, a scale or a setting; the headline names the row that"
     " came out best.",
-    "The validation split chose the scales and the checkpoint kept of experts and joint model, and is the labelled"
-    " data of every re-alignment with labels: experts and joint model have seen its labels only through that choice.",
+    "The validation split chose the scales and, where training looked at it, the checkpoint kept of experts and joint"
+    " model, and is the labelled data of every re-alignment with labels.",
     "Rows with 0 labelled images use no label in the merge either: its scale is the one whose features can be folded"
     " best. Their unlabelled images are the first of the validation split.",
     "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
