@@ -63,10 +63,10 @@ class Recipe:
     test_images: int = 256
     scale_images: int = 128
     probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4)
-    joint: TrainSettings = TrainSettings(steps=120, lr=3e-3, encoder_lr=4e-4)
+    tune: TrainSettings = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
+    joint: TrainSettings = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
     heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
-    adapters: TrainSettings = TrainSettings(steps=120, lr=1e-3)
+    adapters: TrainSettings = TrainSettings(steps=100, lr=2e-3)
     folded_heads: TrainSettings = TrainSettings(steps=40, lr=1e-3)
     folded_adapters: TrainSettings = TrainSettings(steps=40, lr=1e-3)
     distill: TrainSettings = TrainSettings(steps=40, lr=1e-3)
@@ -162,7 +162,7 @@ def full_size(recipe: Recipe) -> Recipe:
         tune=replace(recipe.tune, steps=400, encoder_lr=3e-4, validate_every=100),
         joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
         heads=replace(recipe.heads, steps=120, lr=1e-3),
-        adapters=replace(recipe.adapters, steps=150),
+        adapters=replace(recipe.adapters, steps=150, lr=1e-3),
         folded_heads=replace(recipe.folded_heads, steps=120),
         folded_adapters=replace(recipe.folded_adapters, steps=80),
         distill=replace(recipe.distill, steps=200),
