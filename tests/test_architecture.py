@@ -24,7 +24,7 @@ PACKAGE = Path(simomerge.__file__).parent
 ROOT = PACKAGE.parent.parent
 
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "parallel", "progress"},
     {"assets", "checkpoints"},
     {"merging"},
     {"ondisk"},

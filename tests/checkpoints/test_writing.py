@@ -2,7 +2,9 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from simomerge.checkpoints import TensorInfo, open_checkpoint, write_safetensors
+from simomerge.checkpoints import TensorInfo, files, open_checkpoint, write_safetensors, write_sharded
 from simomerge.checkpoints.tensors import decode, encode
 from simomerge.errors import InputError
 
@@ -96,7 +98,7 @@ def test_bad_requests(tmp_path: Path) -> None:
         ([("w", np.zeros(3))], r"'w' of shape \(3,\), expected \(2,\)"),
         ([("u", np.zeros(3))], "'u'.*expected no such tensor"),
         ([("w", np.zeros(2))] * 2, "'w'.* once"),
-        ([("w", np.zeros(2))], "1 tensors never came, the first is 'v'"),
+        ([("w", np.zeros(2))], "1 of 2 tensors never came, the first is 'v'"),
     ):
         with pytest.raises(InputError, match=message):
             write_safetensors(file, iter(pairs), layout=layout)
@@ -131,3 +133,66 @@ def test_a_file_larger_than_the_disk_fails_before_writing(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"4,000,000,000,\d+,\d+ bytes\): No space left .* are free"):
         write_safetensors(tmp_path / "w.safetensors", iter([]), layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+class Computed(Mapping[str, np.ndarray]):
+    """Tensors that are computed when they are read; remembers which threads did."""
+
+    def __init__(self, count: int, fails_at: str = "") -> None:
+        self.names, self.fails_at, self.threads = [f"t{i}" for i in range(count)], fails_at, set[int]()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self.threads.add(threading.get_ident())
+        if name == self.fails_at:
+            raise RuntimeError("cannot be computed")
+        time.sleep(0.002)
+        return np.full((3, 5), int(name[1:]), np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@pytest.mark.parametrize("limit", [None, 150])
+def test_threads_compute_and_write_side_by_side_the_same_bytes(tmp_path: Path, limit: int | None) -> None:
+    content = []
+    for threads in (1, 4):
+        computed, folder = Computed(40), tmp_path / str(threads)
+        layout = {name: TensorInfo((3, 5), "F32") for name in computed}
+        written = write_sharded(folder, computed, "BF16", layout=layout, max_shard_size=limit, threads=threads)
+        assert (len(computed.threads) == 1) == (threads == 1) and (len(written) == 1) == (limit is None)
+        content.append([path.read_bytes() for path in sorted(folder.iterdir())])
+        assert all((open_checkpoint(folder)[name] == int(name[1:])).all() for name in computed)
+    assert content[0] == content[1]
+
+
+def test_a_tensor_that_cannot_be_computed_leaves_nothing(tmp_path: Path) -> None:
+    layout = {f"t{i}": TensorInfo((3, 5), "F32") for i in range(40)}
+    with pytest.raises(RuntimeError, match="cannot be computed"):
+        write_safetensors(tmp_path / "w.safetensors", Computed(40, "t7"), layout=layout, threads=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_written_where_the_system_has_no_positional_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write_safetensors(tmp_path / "a.safetensors", tensors()).read_bytes()
+    monkeypatch.delattr(os, "pwrite")
+    assert write_safetensors(tmp_path / "b.safetensors", tensors(), threads=3).read_bytes() == expected
+
+
+def test_only_a_large_new_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(files, "_LARGE", 1000)
+    for size, waits in ((10, True), (1000, False), (1000, True)):  # the last replaces the one before
+        flushed.clear()
+        with files.atomic_file(tmp_path / f"of {size}", size) as handle:
+            handle.write(b"a" * size)
+        assert (size in flushed) == waits
+        flushed.clear()
+        with files.atomic_folder(tmp_path / f"folder of {size}", overwrite=True) as folder:
+            (folder / "content").write_bytes(b"a" * size)
+        assert (size in flushed) == waits

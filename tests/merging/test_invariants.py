@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from simomerge.checkpoints import as_numpy, open_checkpoint, write_safetensors, write_sharded
 from simomerge.errors import InputError
 from simomerge.merging import MergeMethod, available, get_method, merge_state_dicts, merge_tensors, settings, stream
-from simomerge.merging.parallel import ordered_map
+from simomerge.parallel import ordered_map
 
 from .models import Tensors
 

@@ -1,5 +1,6 @@
 """What holds for every method: invariants, dtypes, torch and numpy, checkpoints."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
 from simomerge.errors import InputError
-from simomerge.merging import TaskArithmetic, get_method, merge_state_dicts, merge_tensors
+from simomerge.merging import Merged, TaskArithmetic, get_method, merge_state_dicts, merge_tensors
 
 from .models import COARSE, Tensors, assert_close, experts, tensors
 
@@ -141,3 +142,28 @@ def test_a_method_object_takes_no_further_parameters() -> None:
 def test_contracts_are_checked_in_the_call_not_at_the_first_tensor() -> None:
     with pytest.raises(InputError, match="lacks 1 tensor of the base"):
         merge_tensors({"w": np.zeros(1)}, {"a": {}})
+
+
+@pytest.mark.parametrize("name", ["task-arithmetic", "ties"])
+def test_a_merge_is_a_mapping_whose_tensors_may_be_read_in_any_order_and_again(name: str) -> None:
+    rng = np.random.default_rng(0)
+    base = {n: rng.standard_normal((4, 5)).astype(np.float32) for n in "abc"} | {"steps": np.array([3])}
+    models = {e: {n: v if n == "steps" else v + rng.random(v.shape, np.float32) for n, v in base.items()} for e in "xy"}
+    expected = dict(merge_tensors(base, models, name))
+    merged = Merged(get_method(name), base, models)
+    assert list(merged) == list(expected) == list(base) and len(merged) == 4
+    for own in (*reversed(list(merged)), *merged):
+        np.testing.assert_array_equal(merged[own], expected[own])
+    with pytest.raises(KeyError):
+        merged["no such tensor"]
+
+
+def test_only_when_asked_a_merge_warns_of_an_expert_that_equals_the_base() -> None:
+    base, moved = {"w": np.zeros(3)}, {"w": np.ones(3)}
+    still = Merged(TaskArithmetic(), base, {"moved": moved, "still": dict(base)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dict(still)
+        assert not caught
+        still.warn_of_unchanged()
+    assert "The task vector of still is zero" in str(caught[0].message) and len(caught) == 1

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from simomerge.checkpoints import open_checkpoint, write_safetensors
 from simomerge.errors import InputError
 from simomerge.merging import TaskVectorStream, stream
-from simomerge.merging.parallel import available_threads, ordered_map
+from simomerge.parallel import available_threads, ordered_map
 
 from .models import Tensors
 

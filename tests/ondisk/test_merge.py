@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors, write_sharded
+from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors, write_sharded, writing
 from simomerge.errors import InputError
 from simomerge.merging import Lines, MergeMethod, TaskArithmetic, available, merge_state_dicts
-from simomerge.ondisk import merge as ondisk
 from simomerge.ondisk.merge import MergedOnDisk, merge_on_disk
 
 from .conftest import TASKS, assert_equal, content, tensors_of, weights
@@ -485,10 +484,10 @@ def test_progress_counts_the_tensors(files: dict[str, Path], tmp_path: Path, mon
     merge_on_disk(files["base"], experts(files), tmp_path / "1.safetensors", progress=progress)
     assert not said  # short work says nothing
     clock = iter(range(0, 10_000, 5))
-    monkeypatch.setattr(ondisk.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(writing.time, "monotonic", lambda: next(clock))
     merge_on_disk(files["base"], experts(files), tmp_path / "2.safetensors", progress=progress)
     total = len(weights())
-    assert said == [("merge", done, total) for done in range(1, total + 1)]
+    assert said == [("write", done, total) for done in range(1, total + 1)]
 
 
 # Another base -------------------------------------------------------------------------------------------

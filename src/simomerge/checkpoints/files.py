@@ -1,7 +1,9 @@
 """Files and folders that are either complete or not there.
 
-Everything is written to a temporary sibling (same file system, so a rename is atomic), flushed to the disk
-and renamed into place. An exception, a full disk or a crash leaves the old content, never half of the new.
+Everything is written to a temporary sibling (same file system, so a rename is atomic) and renamed into place. An
+exception, a full disk or a kill leaves the old content, never half of the new. What is small, or replaces something, is
+flushed to the disk before; for a large new file nobody waits that long: should the power fail in the seconds after, it
+has to be made again, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,10 +44,10 @@ def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -
         if needed_bytes is not None and needed_bytes > (free := shutil.disk_usage(target.parent).free):
             raise OSError(errno.ENOSPC, f"No space left on device, {free:,} bytes are free")
         with temporary.open("xb") as handle:
-            with _flushing(handle, needed_bytes or 0):
-                yield handle
+            yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            if _waits(handle.tell() if needed_bytes is None else needed_bytes, target):
+                os.fsync(handle.fileno())
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
@@ -58,31 +59,9 @@ def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def _flushing(handle: BinaryIO, size: int) -> Iterator[None]:
-    """Send a large file to the disk while it is being written: at the end there is less to wait for."""
-    if size < _LARGE or not hasattr(os, "fdatasync"):
-        yield
-        return
-    done = threading.Event()
-    failed: list[OSError] = []
-
-    def flush() -> None:
-        try:
-            while not done.wait(0.05):
-                os.fdatasync(handle.fileno())
-        except OSError as error:
-            failed.append(error)  # the system tells it once: the last flush would not hear of it
-
-    thread = threading.Thread(target=flush, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    if failed:
-        raise failed[0]
+def _waits(size: int, target: Path) -> bool:
+    """Whether a file of this size is flushed to the disk before it takes its place."""
+    return size < _LARGE or target.exists()
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -128,7 +107,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         temporary.mkdir(parents=True)
         yield temporary
         for written in temporary.rglob("*"):
-            _sync(written)
+            if _waits(written.stat().st_size, target):
+                _sync(written)
         _check_target(target, overwrite)
         _swap(temporary, target)
         _sync(target.parent)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from simomerge.checkpoints.files import atomic_file, atomic_write_text
 from simomerge.checkpoints.tensors import FLOATS, STORAGE, TensorInfo, as_numpy, encode, tensor_info
 from simomerge.errors import InputError
+from simomerge.parallel import ordered_map
+from simomerge.progress import Progress, silent
 
 _Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -31,8 +34,10 @@ def write_safetensors(
     dtypes: str | Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     layout: Mapping[str, TensorInfo] | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
 ) -> Path:
-    """Write named tensors to one safetensors file; one tensor is in memory at a time.
+    """Write named tensors to one safetensors file; a tensor per thread is in memory at a time.
 
     The header comes first in the file, so shapes and dtypes must be known before the first value: from
     ``tensors`` itself when it is a mapping (a Checkpoint answers without reading), else from ``layout``. The
@@ -40,11 +45,14 @@ def write_safetensors(
 
     Args:
         path: the file to write or replace; it appears complete or not at all.
-        tensors: name -> numpy array or torch tensor, or an iterable of such pairs in any order.
+        tensors: name -> numpy array or torch tensor, or an iterable of such pairs in any order. A mapping is read by
+            several threads, and so is one that computes its tensors when they are read.
         dtypes: storage dtype of the floats, ``"F32"``, ``"F16"`` or ``"BF16"``, for all or by name; by
             default each keeps the dtype it has. Tensors that are not floats always do.
         metadata: text entries of the header; ``format: pt`` is added, which transformers asks for.
         layout: name -> TensorInfo of everything that ``tensors`` will deliver; needed for an iterable.
+        threads: that read a mapping; all cores by default.
+        progress: told now and then, after a second.
 
     Raises:
         InputError: an unknown dtype, a value too large for it, a tensor that ``layout`` lacks or shapes
@@ -55,10 +63,9 @@ def write_safetensors(
         'w.safetensors'
     """
     path = Path(path)
-    pairs, layout = _prepare(tensors, dtypes, layout)
+    layout = _layout(tensors, dtypes, layout)
     with _open(path, layout, metadata) as write:
-        for name, value in pairs:
-            write(name, value)
+        _write_all(path, write, tensors, layout, threads, progress)
     return path
 
 
@@ -69,8 +76,10 @@ def write_sharded(
     metadata: Mapping[str, str] | None = None,
     layout: Mapping[str, TensorInfo] | None = None,
     max_shard_size: int | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
 ) -> list[Path]:
-    """Write named tensors into a folder as transformers does; one tensor is in memory at a time.
+    """Write named tensors into a folder as transformers does; a tensor per thread is in memory at a time.
 
     What fits goes into ``model.safetensors``. More goes into ``model-00001-of-0000N.safetensors`` and so on, with
     ``model.safetensors.index.json`` beside them. Tensors are dealt out in the order of ``layout`` as
@@ -80,8 +89,7 @@ def write_sharded(
 
     Args:
         folder: where to write; it is made if it is not there, and should hold no other weights.
-        tensors, dtypes, metadata, layout: see :func:`write_safetensors`. In the order of ``layout`` at most two
-            files are open at a time; any other order works as well.
+        tensors, dtypes, metadata, layout, threads, progress: see :func:`write_safetensors`.
         max_shard_size: bytes of tensors in one file; no limit by default. See :func:`parse_size`.
 
     Returns:
@@ -96,14 +104,25 @@ def write_sharded(
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     folder = Path(folder)
-    pairs, layout = _prepare(tensors, dtypes, layout)
+    layout = _layout(tensors, dtypes, layout)
     shards = _partition(layout, max_shard_size)
     if len(shards) < 2:
-        return [write_safetensors(folder / "model.safetensors", pairs, metadata=metadata, layout=layout)]
+        path = folder / "model.safetensors"
+        return [write_safetensors(path, tensors, dtypes, metadata, layout, threads, progress)]
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    layouts = {file: {name: layout[name] for name in names} for file, names in zip(files, shards, strict=True)}
-    file_of = {name: file for file, part in layouts.items() for name in part}
-    _write_shards(folder, layouts, file_of, pairs, metadata)
+    file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    with ExitStack() as opened:
+        writes = {}
+        for file, names in zip(files, shards, strict=True):
+            shard = {name: layout[name] for name in names}
+            writes[file] = opened.enter_context(_open(folder / file, shard, metadata))
+
+        def write(name: str, value: Any) -> None:
+            if name not in file_of:
+                raise InputError(f"{folder}: got '{name}', expected no such tensor.")
+            writes[file_of[name]](name, value)
+
+        _write_all(folder, write, tensors, layout, threads, progress)
     index = {"metadata": {"total_size": sum(info.nbytes for info in layout.values())}, "weight_map": file_of}
     content = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write_text(folder / "model.safetensors.index.json", content)
@@ -131,69 +150,82 @@ def parse_size(size: str | int) -> int:
     return parsed
 
 
-def _prepare(
+def _layout(
     tensors: _Tensors, dtypes: str | Mapping[str, str] | None, layout: Mapping[str, TensorInfo] | None
-) -> tuple[Iterable[tuple[str, Any]], dict[str, TensorInfo]]:
-    """The pairs to write, not read yet, and the shape and storage dtype of each, in order."""
+) -> dict[str, TensorInfo]:
+    """The shape and storage dtype of each tensor, in order, before any is read."""
     if layout is None:
         if not isinstance(tensors, Mapping):
-            tensors = dict(tensors)
+            raise TypeError("an iterable of tensors needs a layout: its shapes are not known beforehand")
         layout = {name: tensor_info(tensors, name) for name in tensors}
-    layout = {name: TensorInfo(info.shape, _dtype(name, info, dtypes)) for name, info in layout.items()}
-    pairs = ((name, tensors[name]) for name in tensors) if isinstance(tensors, Mapping) else tensors
-    return pairs, layout
+    return {name: TensorInfo(info.shape, _dtype(name, info, dtypes)) for name, info in layout.items()}
+
+
+def _write_all(
+    path: Path,
+    write: Callable[[str, Any], None],
+    tensors: _Tensors,
+    layout: Mapping[str, TensorInfo],
+    threads: int | None,
+    progress: Progress,
+) -> None:
+    """Every tensor to its place: of a mapping read and written by several threads, else one by one."""
+
+    def put(pair: tuple[str, Any]) -> str:
+        name, value = pair
+        write(name, tensors[name] if isinstance(tensors, Mapping) else value)
+        return name
+
+    pairs = ((name, None) for name in tensors) if isinstance(tensors, Mapping) else tensors
+    finished = ordered_map(put, pairs, threads if isinstance(tensors, Mapping) else 1)
+    began, missing = time.monotonic(), set(layout)
+    for name in finished:
+        missing.remove(name)
+        if time.monotonic() - began > 1:  # short work says nothing
+            progress("write", len(layout) - len(missing), len(layout), "")
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of {len(layout)} tensors never came, the first is '{min(missing)}'.")
 
 
 @contextmanager
 def _open(
     path: Path, layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None
 ) -> Iterator[Callable[[str, Any], None]]:
-    """Yield a function that writes one tensor to its place in the file."""
+    """Yield a function that writes one tensor to its place in the file, whichever thread calls it."""
     header, offsets = _header(layout, metadata)
     pending = set(layout)
-    with atomic_file(path, len(header) + sum(info.nbytes for info in layout.values())) as handle:
+    size = len(header) + sum(info.nbytes for info in layout.values())
+    with atomic_file(path, size) as handle:
+        write_at = _positional(handle)
 
         def write(name: str, value: Any) -> None:
             array = as_numpy(value, name)
             if name not in pending or array.shape != layout[name].shape:
                 expected = f"{layout[name].shape} once" if name in layout else "no such tensor"
                 raise InputError(f"{path}: got '{name}' of shape {array.shape}, expected {expected}.")
-            handle.seek(len(header) + offsets[name])
             # The memory of the array itself is handed over: a float32 array is written without a copy.
-            handle.write(encode(array, layout[name].dtype, name).reshape(-1).view(np.uint8).data)
+            stored = encode(array, layout[name].dtype, name).reshape(-1).view(np.uint8)
+            write_at(stored.data, len(header) + offsets[name])
             pending.remove(name)
 
-        handle.write(header)
+        write_at(memoryview(header), 0)
         yield write
-        if pending:
-            raise InputError(f"{path}: {len(pending)} tensors never came, the first is '{min(pending)}'.")
 
 
-def _write_shards(
-    folder: Path,
-    layouts: Mapping[str, Mapping[str, TensorInfo]],
-    file_of: Mapping[str, str],
-    pairs: Iterable[tuple[str, Any]],
-    metadata: Mapping[str, str] | None,
-) -> None:
-    """Every tensor to its file; a file is opened with its first tensor and closed with its last."""
-    left = Counter(file_of.values())
-    opened: dict[str, tuple[ExitStack, Callable[[str, Any], None]]] = {}
-    with ExitStack() as all_files:
-        for name, value in pairs:
-            if name not in file_of:
-                raise InputError(f"{folder}: got '{name}', expected no such tensor.")
-            file = file_of[name]
-            if file not in opened:
-                closing = all_files.enter_context(ExitStack())
-                opened[file] = closing, closing.enter_context(_open(folder / file, layouts[file], metadata))
-            closing, write = opened[file]
-            write(name, value)
-            left[file] -= 1
-            if not left[file]:
-                closing.close()
-        if missing := sum(left.values()):
-            raise InputError(f"{folder}: {missing} of {len(file_of)} tensors never came.")
+def _positional(handle: BinaryIO) -> Callable[[memoryview, int], None]:
+    """A function that writes bytes to a place in an open file; threads do so side by side where the system can."""
+    lock, number = Lock(), handle.fileno()
+
+    def write(content: memoryview, place: int) -> None:
+        while content and hasattr(os, "pwrite"):
+            written = os.pwrite(number, content, place)
+            content, place = content[written:], place + written
+        if content:
+            with lock:
+                handle.seek(place)
+                handle.write(content)
+
+    return write
 
 
 def _partition(layout: Mapping[str, TensorInfo], limit: int | None) -> list[list[str]]:

@@ -8,7 +8,7 @@ from simomerge.merging.checks import check_models
 from simomerge.merging.competition import Pcb, Sce
 from simomerge.merging.consensus import Consensus, Emr, MagMax, TallMask, tall_mask
 from simomerge.merging.linear import Average, LinearMethod, TaskArithmetic, WeightedAverage, ZeroShot
-from simomerge.merging.merge import merge_state_dicts, merge_tensors
+from simomerge.merging.merge import Merged, merge_state_dicts, merge_tensors
 from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register, settings
 from simomerge.merging.ranks import kth_smallest, sampled_distances
 from simomerge.merging.schedule import (
@@ -43,6 +43,7 @@ __all__ = [
     "Lines",
     "MagMax",
     "MergeMethod",
+    "Merged",
     "ModelStock",
     "Pcb",
     "RegMean",

@@ -55,7 +55,9 @@ class LinearMethod(MergeMethod):
     ) -> np.ndarray:
         merged = base.copy()
         for expert, weight in self.weights(name, task_vectors, statistics).items():
-            merged += task_vectors[expert] * np.float32(weight)
+            tau = task_vectors[expert]
+            tau *= np.float32(weight)  # in place: a new array for every block costs as much as the product
+            merged += tau
         return merged
 
 

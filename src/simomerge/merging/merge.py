@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,80 @@ from simomerge.merging.checks import check_models
 from simomerge.merging.method import MergeMethod, get_method
 from simomerge.merging.schedule import Factor, Schedule, as_schedule
 from simomerge.merging.stream import TaskVectorStream
+from simomerge.parallel import ordered_map
+
+
+class Merged(Mapping[str, np.ndarray]):
+    """A merge as a mapping from tensor names to arrays: a tensor is merged when it is read, and not kept.
+
+    Several threads may read. What a method needs to know of whole models (its statistics) is computed with the first
+    tensor. Names and order are the base's; floats are merged, as float32, all others copied from the base as stored.
+
+    Args:
+        method: the method.
+        base, experts, schedule, threads: see :func:`merge_tensors`.
+
+    Raises:
+        InputError: what ``check_models`` raises; a value that is not finite, when its tensor is read.
+
+    Example:
+        >>> from simomerge.merging import TaskArithmetic
+        >>> merged = Merged(TaskArithmetic(scale=0.5), {"w": np.zeros(1)}, {"a": {"w": np.ones(1)}})
+        >>> list(merged), merged["w"]
+        (['w'], array([0.5], dtype=float32))
+    """
+
+    def __init__(
+        self,
+        method: MergeMethod,
+        base: Mapping[str, Any] | None,
+        experts: Mapping[str, Mapping[str, Any]],
+        schedule: Schedule | Sequence[float] | str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        check_models(method, base, experts)
+        self._schedule = as_schedule(schedule)
+        if self._schedule is not None and base is None:
+            raise InputError("a schedule scales the task vectors: give the base.")
+        # Without a base any point of reference will do (the method said so), and an expert is at hand: always the
+        # same one, for the last digit depends on it.
+        self._reference = experts[min(experts)] if base is None else base
+        self._has_base = base is not None
+        self._method = method.for_experts(list(experts))
+        self._stream = TaskVectorStream(self._reference, experts, threads)
+        self._canonical = {own: name for name, own in canonicalise(self._reference).items()}
+        self._lock = Lock()
+        _keep_freed_memory()
+
+    @cached_property
+    def _prepared(self) -> tuple[Any, Factor | None]:
+        """The method's statistics and the schedule's factors."""
+        statistics = self._method.prepare(self._stream)
+        return statistics, self._schedule.factors(self._method, self._stream, statistics) if self._schedule else None
+
+    def __getitem__(self, own_name: str) -> np.ndarray:
+        name = self._canonical[own_name]
+        if name not in self._stream.sizes:
+            return as_numpy(self._reference[own_name], own_name).copy()
+        with self._lock:
+            statistics, factors = self._prepared
+        with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values
+            return _merged_tensor(self._method, self._stream, statistics, factors, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._canonical)
+
+    def __len__(self) -> int:
+        return len(self._canonical)
+
+    def warn_of_unchanged(self, stacklevel: int = 2) -> None:
+        """After all tensors were read: warn of experts that equal the base."""
+        unchanged = [expert for expert in self._stream.experts if expert not in self._stream.changed]
+        if unchanged and self._has_base:
+            warnings.warn(
+                f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.",
+                stacklevel=stacklevel + 1,
+            )
 
 
 def merge_tensors(
@@ -57,38 +132,12 @@ def merge_tensors(
         method = get_method(method, **parameters)
     elif parameters:
         raise TypeError("parameters go with a method given by name; a method object has its own")
-    check_models(method, base, experts)
-    chosen = as_schedule(schedule)
-    if chosen is not None and base is None:
-        raise InputError("a schedule scales the task vectors: give the base.")
-    return _merged_tensors(method.for_experts(list(experts)), base, experts, chosen, threads)
+    return _in_order(Merged(method, base, experts, schedule, threads), threads)
 
 
-def _merged_tensors(
-    method: MergeMethod,
-    base: Mapping[str, Any] | None,
-    experts: Mapping[str, Mapping[str, Any]],
-    schedule: Schedule | None,
-    threads: int | None,
-) -> Iterator[tuple[str, np.ndarray]]:
-    # Without a base any point of reference will do (the method said so), and an expert is at hand: always the same
-    # one, for the last digit depends on it.
-    reference = experts[min(experts)] if base is None else base
-    stream = TaskVectorStream(reference, experts, threads)
-    _keep_freed_memory()
-    statistics = method.prepare(stream)
-    factors = schedule.factors(method, stream, statistics) if schedule else None
-    merged = stream.map(partial(_merged_tensor, method, stream, statistics, factors))
-    for name, own_name in canonicalise(reference).items():
-        if name in stream.sizes:
-            yield own_name, next(merged)[1]
-        else:
-            yield own_name, as_numpy(reference[own_name], own_name).copy()
-    for _ in merged:  # nothing is left: this lets its threads end
-        pass
-    unchanged = [expert for expert in stream.experts if expert not in stream.changed]
-    if unchanged and base is not None:
-        warnings.warn(f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.", stacklevel=2)
+def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    yield from ordered_map(lambda name: (name, merged[name]), merged, threads)
+    merged.warn_of_unchanged()
 
 
 def _keep_freed_memory() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from simomerge.checkpoints import as_numpy, canonicalise, flat_values, tensor_info
 from simomerge.errors import InputError
-from simomerge.merging.parallel import ordered_map
+from simomerge.parallel import ordered_map
 
 BLOCK = 1 << 17
 """Entries that are worked on at once where tensors need not be whole: what is in hand stays in the core's cache."""
@@ -36,6 +36,7 @@ class TaskVectorStream:
         shapes: canonical name -> shape.
         sizes: canonical name -> number of entries.
         changed: the experts seen so far to differ from the base somewhere.
+        checked: set where every value has been read and found finite: it is not looked for again.
 
     Example:
         >>> stream = TaskVectorStream({"w": np.zeros(2)}, {"depth": {"w": np.ones(2)}})
@@ -55,6 +56,7 @@ class TaskVectorStream:
         self.shapes = {name: infos[name].shape for name in self.names}
         self.sizes = {name: infos[name].size for name in self.names}
         self.changed: set[str] = set()
+        self.checked = False
 
     def base(self, name: str, part: slice | None = None) -> np.ndarray:
         """The base's tensor, float32, or a part of it flattened.
@@ -70,39 +72,40 @@ class TaskVectorStream:
         return values
 
     def task_vector(
-        self,
-        expert: str,
-        name: str,
-        base: np.ndarray | None = None,
-        part: slice | None = None,
-        out: np.ndarray | None = None,
+        self, expert: str, name: str, base: np.ndarray | None = None, part: slice | None = None
     ) -> np.ndarray:
         """The expert's tensor minus the base's, float32, or a part of it flattened.
 
         Args:
             base: the base's tensor (or that part), if it has been read already.
-            out: an array of the base's shape to write to.
 
         Raises:
             InputError: the expert's tensor holds a value that is not finite.
         """
         base = self.base(name, part) if base is None else base
+        tau = self._difference(expert, name, base, part)
+        if not _all_finite(tau):
+            raise InputError(
+                f"'{name}' of the expert '{expert}'{_place(self._experts[expert])} holds NaN or infinite values: "
+                "its training diverged or the checkpoint is damaged."
+            )
+        self._note_change(expert, tau)
+        return tau
+
+    def _difference(
+        self, expert: str, name: str, base: np.ndarray, part: slice | None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         source, own = self._experts[expert], self._expert_names[expert][name]
         # Low-rank factors are relative to the adapter's own base, which need not be the reference here.
         low_rank = getattr(source, "task_vector", None) if getattr(source, "base", None) is self._base else None
         tau = low_rank(own) if callable(low_rank) else None
         if tau is None:
-            tau = np.subtract(_values(source, own, part), base, out=np.empty_like(base) if out is None else out)
-        elif part is not None:
-            tau = np.ascontiguousarray(tau.reshape(-1)[part])  # a view would keep all of it
-        if not _all_finite(tau):
-            raise InputError(
-                f"'{name}' of the expert '{expert}'{_place(source)} holds NaN or infinite values: "
-                "its training diverged or the checkpoint is damaged."
-            )
+            return np.subtract(_values(source, own, part), base, out=np.empty_like(base) if out is None else out)
+        return tau if part is None else np.ascontiguousarray(tau.reshape(-1)[part])  # a view would keep all of it
+
+    def _note_change(self, expert: str, tau: np.ndarray) -> None:
         if expert not in self.changed and tau.any():
             self.changed.add(expert)
-        return tau
 
     def read(
         self, name: str, part: slice | None = None, workspace: np.ndarray | None = None
@@ -113,12 +116,20 @@ class TaskVectorStream:
             workspace: for a part: what :meth:`workspace` made, whose rows the task vectors are then written to; valid
                 until it is used again. New arrays for every block cost more than the arithmetic.
         """
-        base = self.base(name, part)
-        rows = [None] * len(self.experts) if workspace is None else [row[: base.size] for row in workspace]
-        return base, {
-            expert: self.task_vector(expert, name, base, part, row)
-            for expert, row in zip(self.experts, rows, strict=True)
-        }
+        if workspace is None:
+            base = self.base(name, part)
+            return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
+        # Threads take turns at the interpreter between any two calls of numpy, so fewer and longer ones are faster. One
+        # check does for all: where the base or an expert is not finite, neither is their difference.
+        base = _values(self._base, self._base_names[name], part)
+        rows = workspace[:, : base.size]
+        taus = {e: self._difference(e, name, base, part, row) for e, row in zip(self.experts, rows, strict=True)}
+        within = all(tau.base is workspace for tau in taus.values())
+        if not (self.checked or (_all_finite(rows) if within else all(map(_all_finite, taus.values())))):
+            return self.read(name, part)  # which says what is wrong
+        for expert, tau in taus.items():
+            self._note_change(expert, tau)
+        return base, taus
 
     def workspace(self, name: str) -> np.ndarray:
         """(experts, largest block) float32, for :meth:`read` in a loop over the blocks of a tensor."""
@@ -128,9 +139,9 @@ class TaskVectorStream:
         """The parts of a tensor, for :meth:`read`, that make it up.
 
         Example:
-            >>> stream = TaskVectorStream({"w": np.zeros(140_000)}, {})
+            >>> stream = TaskVectorStream({"w": np.zeros(300_000)}, {})
             >>> [part.stop for part in stream.blocks("w")]
-            [131072, 140000]
+            [131072, 262144, 300000]
         """
         # Low-rank factors are multiplied out for the whole tensor: in one piece, or it would be done per block.
         step = self.sizes[name] if any(hasattr(e, "task_vector") for e in self._experts.values()) else BLOCK
@@ -179,5 +190,7 @@ def _place(source: Mapping[str, Any]) -> str:
 def _all_finite(values: np.ndarray) -> bool:
     # The dot product with itself is finite only if every entry is, at a fraction of the cost of testing each;
     # it may overflow on large finite values, so a failure is looked at closely.
+    if values.ndim > 1 and not values.flags.c_contiguous:
+        return all(map(_all_finite, values))
     flat = values.reshape(-1)
     return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())

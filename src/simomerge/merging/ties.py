@@ -132,6 +132,10 @@ def _keep_largest(tau: np.ndarray, density: float) -> np.ndarray:
     return tau * mask.reshape(tau.shape)
 
 
+_SIGN = np.int32(-(2**31))
+"""The sign bit of a float32."""
+
+
 def disjoint_mean(kept: np.ndarray, zero_is_positive: bool = True) -> np.ndarray:
     """Per entry the mean of the values that have the sign of their sum; zeros do not count, 0 where there is none.
 
@@ -144,18 +148,20 @@ def disjoint_mean(kept: np.ndarray, zero_is_positive: bool = True) -> np.ndarray
         array([ 2., -2.], dtype=float32)
     """
     total = _sum(kept)
-    up, down = total > 0, total < 0
-    plus, minus = kept > 0, kept < 0
-    cancelled = (plus | minus) & ~(up | down)
-    if cancelled.any():
-        elected = up if zero_is_positive else down
-        np.logical_or(elected, cancelled.any(0), out=elected)
-    agrees = (plus & up) | (minus & down)
-    total = _sum(_masked(kept, agrees))
-    count = agrees.view(np.uint8).sum(0, dtype=np.uint8 if len(kept) < 256 else np.uint16)
-    count += count == 0
-    total /= count
+    # Signs are bits, which are told apart and turned without a cast. A sum that cancels is +0.0 (x - x rounds to it);
+    # one bit pattern lower it is negative.
+    sign = _bits(total) & _SIGN if zero_is_positive else (_bits(total) - 1) & _SIGN
+    np.bitwise_xor(_bits(kept), sign, out=_bits(kept))  # what agrees with the elected sign is now above zero
+    np.maximum(kept, 0, out=kept)
+    total = _sum(kept)
+    count = (kept > 0).view(np.uint8).sum(0, dtype=np.uint8 if len(kept) < 256 else np.uint16)
+    total /= np.maximum(count, 1, out=count).astype(np.float32)
+    np.bitwise_xor(_bits(total), sign, out=_bits(total))
     return total
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    return values.view(np.int32)
 
 
 def _sum(rows: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from simomerge.checkpoints import (
 )
 from simomerge.errors import InputError
 from simomerge.merging import (
+    Merged,
     MergeMethod,
     Schedule,
     TaskVectorStream,
@@ -41,7 +41,6 @@ from simomerge.merging import (
     check_models,
     describe_method,
     get_method,
-    merge_tensors,
     sampled_distances,
 )
 from simomerge.progress import Progress, silent
@@ -159,22 +158,23 @@ def merge_on_disk(
     weights = {name: expert.weights for name, expert in opened.items()}
     check_models(chosen, foundation.weights, weights)
     _warn_of_another_base(foundation, opened, threads)
-    tensors = merge_tensors(foundation.weights, weights, chosen, depthwise, threads=threads)
+    tensors = Merged(chosen, foundation.weights, weights, depthwise, threads)
     stored = DTYPES[dtype] if dtype else None
     how = describe_method(chosen, depthwise)
     if to_model:
         provenance = _provenance(foundation, opened, how)
-        write_model(output, opened, provenance, tensors, layout, stored, max_shard_size, overwrite, progress)
+        write_model(output, opened, provenance, tensors, layout, stored, max_shard_size, overwrite, threads, progress)
+        tensors.warn_of_unchanged()
         return MergedOnDisk(output, how, tuple(opened))
     if any("fingerprint" in _recorded_base(expert) for expert in opened.values()):
         check_base(foundation.origin(), opened)
-    shown = _counted(tensors, len(layout), progress)
     if output.suffix == ".safetensors":
-        write_safetensors(output, shown, stored, layout=layout)
+        write_safetensors(output, tensors, stored, layout=layout, threads=threads, progress=progress)
     else:
         with atomic_folder(output, overwrite) as folder:
-            write_sharded(folder, shown, stored, layout=layout, max_shard_size=max_shard_size)
+            write_sharded(folder, tensors, stored, None, layout, max_shard_size, threads, progress)
             _copy_configs(foundation.encoder_folder(), folder, layout, stored)
+    tensors.warn_of_unchanged()
     return MergedOnDisk(output, how, ())
 
 
@@ -219,25 +219,16 @@ def _recorded_base(expert: Source) -> dict[str, Any]:
     return (expert.description or {}).get("provenance", {}).get("base", {})
 
 
-def _counted(
-    tensors: Iterator[tuple[str, np.ndarray]], total: int, progress: Progress
-) -> Iterator[tuple[str, np.ndarray]]:
-    began = time.monotonic()
-    for done, pair in enumerate(tensors, start=1):
-        yield pair
-        if time.monotonic() - began > 1:  # short work says nothing
-            progress("merge", done, total, "")
-
-
 def write_model(
     output: Path,
     heads: Mapping[str, Source],
     provenance: Mapping[str, Any],
-    tensors: Iterator[tuple[str, np.ndarray]],
+    tensors: Mapping[str, np.ndarray] | Iterator[tuple[str, np.ndarray]],
     layout: Mapping[str, TensorInfo],
     dtypes: str | Mapping[str, str] | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
+    threads: int | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write a model folder of merged weights.
@@ -245,7 +236,7 @@ def write_model(
     Args:
         heads: task -> the model folder whose head (and definition of the task) it takes.
         provenance: what simo.json says the model was made of.
-        tensors, layout, dtypes, max_shard_size: see `simomerge.checkpoints.write_sharded`.
+        tensors, layout, dtypes, max_shard_size, threads: see `simomerge.checkpoints.write_sharded`.
 
     Raises:
         InputError: heads that cannot share one encoder, a missing head, no space left.
@@ -269,8 +260,7 @@ def write_model(
         (folder / "heads").mkdir()
         for task, source in heads.items():
             _copy_head(source, task, folder / "heads" / f"{task}.safetensors")
-        shown = _counted(tensors, len(layout), progress)
-        write_sharded(folder / "encoder", shown, dtypes, layout=layout, max_shard_size=max_shard_size)
+        write_sharded(folder / "encoder", tensors, dtypes, None, layout, max_shard_size, threads, progress)
         _copy_configs(next(iter(heads.values())).encoder_folder(), folder / "encoder", layout, dtypes)
         (folder / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(description), encoding="utf-8")
