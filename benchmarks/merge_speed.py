@@ -1,6 +1,7 @@
 """Time and memory of merging from disk to disk: ours, a floor, and mergekit where it is installed.
 
     python benchmarks/merge_speed.py --work /tmp/merge_speed [--sections vitb svd growth vitg] [--mergekit PATH]
+        [--fusion-bench PYTHON]
 
 Makes the checkpoints (random weights, task vectors a tenth of their size), then runs every command as a process of
 its own, in turn, `--repeats` times. Prints medians with ranges: seconds of wall time, and the peak of anonymous
@@ -8,7 +9,8 @@ memory (pages of mapped files do not count), read from /proc every few milliseco
 
 The floor reads the four files and writes one with the safetensors library and does no arithmetic. mergekit is run
 through its command `mergekit-yaml`, given with --mergekit, on the same files as folders with a config of the
-architecture it asks for.
+architecture it asks for. fusion_bench has no command that reads such files: a script of ours loads them, calls its
+functions and saves, with the Python given by --fusion-bench; the seconds after its imports are printed too.
 """
 
 from __future__ import annotations
@@ -62,6 +64,31 @@ with threadpool_limits(1, "blas"):
             taus = [tensor - tensors[0] for tensor in tensors[1:]]
             for matrix in [sum(taus)] if mode == "sum" else taus:
                 np.linalg.svd(matrix, full_matrices=False)
+"""
+
+FUSION = """
+import sys, time
+import torch
+from safetensors.torch import load_file, save_file
+from fusion_bench.method.task_arithmetic.task_arithmetic import task_arithmetic_merge
+from fusion_bench.method.ties_merging.ties_merging_utils import state_dict_to_vector, ties_merging, vector_to_state_dict
+began = time.perf_counter()
+method, output, base, *experts = sys.argv[1:]
+if method == "ties":
+    base = load_file(base)
+    vector = state_dict_to_vector(base)
+    taus = torch.vstack([state_dict_to_vector(load_file(path)) - vector for path in experts])
+    merged = vector_to_state_dict(vector + ties_merging(taus, reset_thresh=20, merge_func="mean"), base)
+else:
+    def module(path):
+        made = torch.nn.Module()
+        for name, value in load_file(path).items():
+            made.register_parameter(name.replace(".", "/"), torch.nn.Parameter(value))
+        return made
+    merged = task_arithmetic_merge(module(base), [module(path) for path in experts], 0.4).state_dict()
+    merged = {name.replace("/", "."): value for name, value in merged.items()}
+save_file({name: value.contiguous() for name, value in merged.items()}, output)
+print(f"after imports: {time.perf_counter() - began:.2f} s", file=sys.stderr)
 """
 
 
@@ -133,6 +160,9 @@ def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, 
         process.wait()
         seconds = time.perf_counter() - began
         told.seek(0)
+        if (spoken := told.read()) and b"after imports" in spoken:
+            print(spoken.decode().strip().splitlines()[-1])
+        told.seek(0)
         if process.returncode:
             raise SystemExit(f"{' '.join(map(str, command))} failed:\n{told.read().decode()[-3000:]}")
     return seconds, peak * 1024 / 1e9
@@ -169,7 +199,7 @@ def show(title: str, found: Mapping[str, list[tuple[float, float]]], reference: 
     sys.stdout.flush()
 
 
-def vit_b(work: Path, repeats: int, mergekit: str | None) -> None:
+def vit_b(work: Path, repeats: int, mergekit: str | None, fusion: str | None) -> None:
     paths, output = make(work / "B", "B", 3), work / "out.safetensors"
     floor = [sys.executable, "-c", FLOOR, str(output), *map(str, paths)]
     commands: dict[str, Sequence[str]] = {
@@ -185,8 +215,14 @@ def vit_b(work: Path, repeats: int, mergekit: str | None) -> None:
             for m in ("task_arithmetic", "ties")
         }
         commands = {"floor: read four, write one": floor, "ties, trim global": commands["ties, trim global"], **peers}
-        found = in_turn(commands, min(repeats, 3), work / "mergekit" / "out")
-        show("The same beside mergekit", found, "floor: read four, write one")
+        found = {name: [measure(command, work / "mergekit" / "out")] for name, command in commands.items()}
+        show("The same beside mergekit, one run each", found, "floor: read four, write one")
+    if fusion:
+        once = {
+            f"fusion_bench {m}": measure([fusion, "-c", FUSION, m, str(output), *map(str, paths)], output)
+            for m in ("task-arithmetic", "ties")
+        }
+        show("fusion_bench, one run each", {name: [run] for name, run in once.items()}, None)
     others = [name for name in available() if name not in SVD and name not in SKIPPED]
     commands = {"floor: read four, write one": floor, **{name: ours(paths, output, name) for name in others}}
     found = {name: [measure(command, output)] for name, command in commands.items()}
@@ -309,11 +345,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--methods", nargs="+", help="of the section vitg; all without images or SVD by default")
     parser.add_argument("--mergekit", help="path of the command mergekit-yaml")
+    parser.add_argument("--fusion-bench", help="a Python that has fusion_bench")
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/merge_speed.png"))
     args = parser.parse_args()
     print(f"Machine: {machine()}")
     if "vitb" in args.sections:
-        vit_b(args.work, args.repeats, args.mergekit)
+        vit_b(args.work, args.repeats, args.mergekit, args.fusion_bench)
     if "svd" in args.sections:
         svd(args.work, min(args.repeats, 3))
     if "growth" in args.sections:
