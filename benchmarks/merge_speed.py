@@ -215,7 +215,8 @@ def vit_b(work: Path, repeats: int, mergekit: str | None, fusion: str | None) ->
             for m in ("task_arithmetic", "ties")
         }
         commands = {"floor: read four, write one": floor, "ties, trim global": commands["ties, trim global"], **peers}
-        found = {name: [measure(command, work / "mergekit" / "out")] for name, command in commands.items()}
+        outputs = {name: work / "mergekit" / "out" if name in peers else output for name in commands}
+        found = {name: [measure(command, outputs[name])] for name, command in commands.items()}
         show("The same beside mergekit, one run each", found, "floor: read four, write one")
     if fusion:
         once = {

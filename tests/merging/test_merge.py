@@ -167,3 +167,12 @@ def test_only_when_asked_a_merge_warns_of_an_expert_that_equals_the_base() -> No
         assert not caught
         still.warn_of_unchanged()
     assert "The task vector of still is zero" in str(caught[0].message) and len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_result_too_large_for_its_dtype_is_refused(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    base, expert = {"w": torch.full((2,), 0.9 * largest, dtype=dtype)}, {"w": torch.full((2,), largest, dtype=dtype)}
+    with pytest.raises(InputError, match=r"'w' holds .* too large for B?F16"):
+        merge_state_dicts(base, {"a": expert}, scale=2.0)
+    assert merge_state_dicts(base, {"a": expert}, scale=0.5)["w"].dtype == dtype

@@ -328,6 +328,24 @@ def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny
         merge_on_disk(base, models, tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("merged.pt", {}, r"merged\.pt: weights are written as safetensors; name it merged\.safetensors"),
+        ("merged.safetensors", {"max_shard_size": 100}, "is one file, and shards are several"),
+        ("file/below", {}, r"Cannot write .*file.*: Not a directory"),
+    ],
+)
+def test_an_output_that_cannot_be_what_was_asked_for(
+    name: str, options: dict[str, Any], message: str, models: dict[str, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=message):
+        merge_on_disk(tiny_base, models, tmp_path / name, **options)
+    assert content(tmp_path) == before
+
+
 def test_an_output_must_not_hold_an_input(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
     before = content(tmp_path)
     for output in (tmp_path, models["depth"] / ".." / ".." / tmp_path.name):

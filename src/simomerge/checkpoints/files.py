@@ -112,7 +112,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         _check_target(target, overwrite)
         _swap(temporary, target)
         _sync(target.parent)
-    except PermissionError as error:
+    except (PermissionError, NotADirectoryError) as error:  # the latter: a parent is a file
         raise InputError(f"Cannot write {error.filename or target}: {error.strerror}.") from error
     except Exception as error:
         if not isinstance(error, InputError) and _is_full(error):

@@ -41,7 +41,7 @@ def negate(base: Mapping[str, Any], expert: Mapping[str, Any], scale: float = 1.
     for name, value in mirrored.items():
         if tensor_info(base, name).is_float:
             mirrored[name] = np.asarray(2 * as_numpy(base[name], name) - value)
-    return {name: like(value, base[name]) for name, value in mirrored.items()}
+    return {name: like(value, base[name], name) for name, value in mirrored.items()}
 
 
 def interpolate(first: Mapping[str, Any], second: Mapping[str, Any], weight: float = 0.5) -> dict[str, Any]:

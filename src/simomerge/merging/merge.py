@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints import as_numpy, canonicalise
+from simomerge.checkpoints.tensors import encode, value_info
 from simomerge.errors import InputError
 from simomerge.merging.checks import check_models
 from simomerge.merging.method import MergeMethod, get_method
@@ -194,11 +195,13 @@ def merge_state_dicts(
     """
     merged = merge_tensors(base, experts, method, schedule, threads, **parameters)
     reference = experts[min(experts)] if base is None else base
-    return {name: like(array, reference[name]) for name, array in merged}
+    return {name: like(array, reference[name], name) for name, array in merged}
 
 
-def like(array: np.ndarray, original: Any) -> Any:
-    """The array as the kind, dtype and device of the original."""
+def like(array: np.ndarray, original: Any, name: str) -> Any:
+    """The array as the kind, dtype and device of the original. Raises InputError where a value is too large for it."""
+    if (dtype := value_info(original, name).dtype) in ("F16", "BF16"):
+        encode(array, dtype, name)
     if hasattr(original, "new_tensor"):
         return original.new_tensor(array)
     return array.astype(original.dtype, copy=False)

@@ -126,7 +126,7 @@ def merge_on_disk(
         overwrite: replace the output where it exists.
 
     Raises:
-        InputError: an output that exists, a damaged or missing input, models that do not fit each other, a base
+        InputError: an output that exists or cannot be what was asked for, a damaged or missing input, models that do not fit each other, a base
             that is not the experts' base, an unknown method, parameter or dtype, no space left. Nothing is
             written then.
 
@@ -143,6 +143,12 @@ def merge_on_disk(
     depthwise = as_schedule(schedule)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: use float32, float16 or bfloat16.")
+    if output.suffix in (".pt", ".pth", ".bin"):
+        raise InputError(
+            f"{output}: weights are written as safetensors; name it {output.stem}.safetensors, or a folder."
+        )
+    if output.suffix == ".safetensors" and max_shard_size is not None:
+        raise InputError(f"{output} is one file, and shards are several: name a folder, or leave the shard size out.")
     foundation = open_source(base)
     assert isinstance(foundation.weights, Checkpoint)
     opened = {name: open_source(path, foundation.weights) for name, path in experts.items()}
