@@ -10,7 +10,8 @@ memory (pages of mapped files do not count), read from /proc every few milliseco
 The floor reads the four files and writes one with the safetensors library and does no arithmetic. mergekit is run
 through its command `mergekit-yaml`, given with --mergekit, on the same files as folders with a config of the
 architecture it asks for. fusion_bench has no command that reads such files: a script of ours loads them, calls its
-functions and saves, with the Python given by --fusion-bench; the seconds after its imports are printed too.
+functions and saves, with the Python given by --fusion-bench; the seconds after its imports are printed too. (Its
+task_arithmetic_merge fails on parameters in 0.2.33, so task arithmetic is done with the functions beneath it.)
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ FUSION = """
 import sys, time
 import torch
 from safetensors.torch import load_file, save_file
-from fusion_bench.method.task_arithmetic.task_arithmetic import task_arithmetic_merge
 from fusion_bench.method.ties_merging.ties_merging_utils import state_dict_to_vector, ties_merging, vector_to_state_dict
+from fusion_bench.utils.state_dict_arithmetic import state_dict_add, state_dict_mul, state_dict_sub
 began = time.perf_counter()
 method, output, base, *experts = sys.argv[1:]
 if method == "ties":
@@ -80,13 +81,13 @@ if method == "ties":
     taus = torch.vstack([state_dict_to_vector(load_file(path)) - vector for path in experts])
     merged = vector_to_state_dict(vector + ties_merging(taus, reset_thresh=20, merge_func="mean"), base)
 else:
-    def module(path):
-        made = torch.nn.Module()
-        for name, value in load_file(path).items():
-            made.register_parameter(name.replace(".", "/"), torch.nn.Parameter(value))
-        return made
-    merged = task_arithmetic_merge(module(base), [module(path) for path in experts], 0.4).state_dict()
-    merged = {name.replace("/", "."): value for name, value in merged.items()}
+    base, taus = load_file(base), []
+    for path in experts:
+        taus.append(state_dict_sub(load_file(path), base))
+    total = taus[0]
+    for tau in taus[1:]:
+        total = state_dict_add(total, tau)
+    merged = state_dict_add(base, state_dict_mul(total, 0.4))
 save_file({name: value.contiguous() for name, value in merged.items()}, output)
 print(f"after imports: {time.perf_counter() - began:.2f} s", file=sys.stderr)
 """
@@ -319,8 +320,10 @@ def draw(series: Mapping[str, Mapping[str, list[tuple[float, float]]]], picture:
                 values = [statistics.median(run[pick] for run in runs) for runs in chosen.values()]
                 axes[row, column].plot(list(chosen), values, marker="o", label=method)
         axes[1, column].set_xlabel(what)
-        axes[1, column].set_ylim(bottom=0)
-        axes[0, column].set_ylim(bottom=0)
+        for axis in axes[:, column]:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    for row in (0, 1):
+        axes[row, 0].set_ylim(bottom=0)  # of the whole row, once everything is drawn
     axes[0, 0].set_ylabel("seconds, whole process")
     axes[1, 0].set_ylabel("peak anonymous memory, GB")
     axes[0, 0].legend(frameon=False)

@@ -778,8 +778,9 @@ def test_an_interruption_leaves_nothing(
     base, given = (tiny_base, models) if output == "scene" else (files["base"], experts(files))
     before = set(tmp_path.rglob("*"))
     Stopped.seen.clear()
+    limit = None if output.endswith(".safetensors") else 200
     with pytest.raises(KeyboardInterrupt):
-        merge_on_disk(base, given, tmp_path / output, Stopped(), max_shard_size=200, threads=1)
+        merge_on_disk(base, given, tmp_path / output, Stopped(), max_shard_size=limit, threads=1)
     assert set(tmp_path.rglob("*")) == before
 
 

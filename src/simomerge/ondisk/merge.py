@@ -126,9 +126,9 @@ def merge_on_disk(
         overwrite: replace the output where it exists.
 
     Raises:
-        InputError: an output that exists or cannot be what was asked for, a damaged or missing input, models that do not fit each other, a base
-            that is not the experts' base, an unknown method, parameter or dtype, no space left. Nothing is
-            written then.
+        InputError: an output that exists or cannot be what was asked for, a damaged input, models that do not fit
+            each other, a base that is not the experts' base, an unknown method, parameter or dtype, no space left.
+            Nothing is written then.
 
     Example:
         >>> for name, value in (("base", 4), ("depth", 5), ("normals", 6)):
