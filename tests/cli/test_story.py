@@ -33,8 +33,12 @@ def picture(path: Path, size: tuple[int, int] = (40, 24)) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     done = simomerge(command, "--help")
-    assert done.code == 0 and f"Usage: simomerge {command}" in done.out and "--json" in done.out
+    assert done.code == 0 and f"Usage: simomerge {command}" in done.out
     assert simomerge(command, "-h").out == done.out
+    for inner in re.findall(r"^  (\w+) ", done.out.partition("Commands:")[2], re.MULTILINE):
+        done = simomerge(command, inner, "--help")
+        assert done.code == 0 and f"Usage: simomerge {command} {inner}" in done.out
+    assert "--json" in done.out
 
 
 def test_help_lists_every_command_and_version_is_told() -> None:

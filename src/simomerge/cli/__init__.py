@@ -11,6 +11,7 @@ import click
 
 COMMANDS = {
     "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
+    "data": "Check a dataset of your own before training on it.",
     "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
     "merge": "Merge experts' encoders into one model with all their heads.",
     "methods": "List the merge methods with their parameters.",
@@ -66,14 +67,17 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 a mistake in what was given, 130 stopped by Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a check found something to mend, 2 a mistake in what was given, 130 stopped by Ctrl-C.
+    """
     from simomerge.errors import InputError
 
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        cli.main(prog_name="simomerge", standalone_mode=False)
+        code = cli.main(prog_name="simomerge", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
@@ -91,6 +95,8 @@ def main() -> None:
     except OSError as error:
         click.echo(f"Error: {error.filename or 'the system'}: {error.strerror or error}.", err=True)
         sys.exit(2)
+    if isinstance(code, int) and code:
+        sys.exit(code)
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

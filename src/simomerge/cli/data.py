@@ -1,0 +1,72 @@
+"""simomerge data"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simomerge.cli.options import console, json_option, say
+
+
+@click.group("data")
+def command() -> None:
+    """Look at a dataset of your own before training on it."""
+
+
+@command.command("check")
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Images read of each split.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("contact-sheet.png"),
+    show_default=True,
+    help="Contact sheet: some images with their targets in colour.",
+)
+@json_option
+def check_command(manifest: Path, count: int, output: Path, as_json: bool) -> None:
+    """Count, measure and show what MANIFEST (data.yaml, data.csv or their folder) names, and find the usual mistakes.
+
+    Exit code 1 where there is something to mend.
+    """
+    from simomerge.checkpoints import atomic_file
+    from simomerge.datasets.check import check, contact_sheet
+    from simomerge.datasets.folder import read_manifest
+    from simomerge.errors import InputError
+
+    said = read_manifest(manifest)
+    with console() as progress:
+        found = check(said, count, progress)
+    result = found.to_dict(said)
+    lines = [line for split, what in result["splits"].items() for line in _split_lines(split, what)]
+    try:
+        sheet = contact_sheet(said)
+        with atomic_file(output) as handle:
+            sheet.save(handle, "PNG")
+        lines.append(f"Contact sheet: {output}")
+        result["contact_sheet"] = str(output)
+    except InputError as error:
+        lines.append(f"No contact sheet: {error}")
+    problems = [f"  {problem}" for problem in found.problems[:20]]
+    more = [f"  and {len(found.problems) - 20} more"] if len(found.problems) > 20 else []
+    verdict = [f"To mend ({len(found.problems)}):", *problems, *more] if problems else ["Nothing to mend."]
+    say(as_json, result, *lines, *verdict)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _split_lines(split: str, what: dict[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{size} ({count})" for size, count in what["sizes"].items()) or "none readable"
+    lines = [f"{split}: {what['images']} images; width x height of those read: {sizes}"]
+    for name, seen in what["tasks"].items():
+        valid = f"{seen['images']} images, {seen['valid']:.1%} of the pixels valid"
+        if "classes" in seen:
+            shares = ", ".join(f"{c} {share:.1%}" for c, share in seen["classes"].items())
+            lines.append(f"  {name}: {valid}; {shares}")
+        else:
+            span = f"; {seen['low']:.3g} to {seen['high']:.3g}, mean {seen['mean']:.3g}" if "low" in seen else ""
+            lines.append(f"  {name}: {valid}{span}")
+    return lines

@@ -1,0 +1,71 @@
+"""simomerge data check, and training on data of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simomerge.datasets import load_data
+
+from .conftest import TINY, simomerge
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rooms, written to files as somebody would have them."""
+    folder = tmp_path_factory.mktemp("mine")
+    lines = ["image,split,depth,parts"]
+    for split in ("train", "val", "test"):
+        rooms = load_data("rooms", split=split, count=8, tasks=["depth", "segmentation"])
+        for index in range(len(rooms)):
+            sample, name = rooms[index], f"{split}{index}"
+            image = (sample["image"].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            Image.fromarray(image).save(folder / f"{name}.png")
+            depth = (sample["depth"][0].numpy() * 1000).round().astype(np.uint16)
+            Image.fromarray(depth).save(folder / f"{name}-depth.png")
+            Image.fromarray(sample["segmentation"].numpy().astype(np.uint8)).save(folder / f"{name}-parts.png")
+            lines.append(f"{name}.png,{split},{name}-depth.png,{name}-parts.png")
+    classes = load_data("rooms", count=1).tasks["segmentation"].classes
+    (folder / "images.csv").write_text("\n".join(lines) + "\n")
+    (folder / "data.yaml").write_text(
+        "images: images.csv\ntasks:\n  depth: {scale: 0.001}\n"
+        f"  parts: {{kind: segmentation, classes: [{', '.join(classes)}], ignore: [255]}}\n"
+    )
+    return folder
+
+
+def test_what_is_there_is_counted_and_shown(mine: Path, tmp_path: Path) -> None:
+    done = simomerge("data", "check", mine, "-o", tmp_path / "sheet.png")
+    assert done.code in (0, 1)  # eight images need not show every class
+    assert "train: 8 images; width x height of those read: 80x64 (8)" in done.out
+    assert "depth: 8 images, 100.0% of the pixels valid;" in done.out and "parts: 8 images" in done.out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * (150 + 4), 6 * (120 + 4))
+    found = simomerge("data", "check", mine / "data.yaml", "--count", 2, "-o", tmp_path / "sheet.png", "--json")
+    assert found.json["splits"]["val"]["tasks"]["depth"]["images"] == 2
+    assert found.code == bool(found.json["problems"])
+
+
+def test_mistakes_are_listed_with_exit_code_1_and_a_wrong_manifest_with_2(mine: Path, tmp_path: Path) -> None:
+    text = (mine / "data.yaml").read_text()
+    for name, changed in (
+        ("mm.yaml", text.replace("{scale: 0.001}", "{}")),
+        ("key.yaml", text.replace("scale", "scal")),
+    ):
+        (mine / name).write_text(changed)
+    wrong = simomerge("data", "check", mine / "mm.yaml", "-o", tmp_path / "sheet.png")
+    assert wrong.code == 1 and "To mend" in wrong.out and "say `scale: 0.001`" in wrong.out
+    refused = simomerge("data", "check", mine / "key.yaml", "-o", tmp_path / "other.png")
+    assert refused.code == 2 and "did you mean 'scale'?" in refused.err and "Traceback" not in refused.err
+    assert not (tmp_path / "other.png").exists()
+
+
+def test_an_expert_is_trained_and_measured_on_it(mine: Path, tiny_base: Path, tmp_path: Path) -> None:
+    data = ("--data", mine / "data.yaml")
+    made = simomerge("train", "--base", tiny_base, "--task", "parts", *data, *TINY, "-o", tmp_path / "parts")
+    assert made.code == 0, made.err
+    measured = simomerge("evaluate", tmp_path / "parts", *data, "--json")
+    assert measured.code == 0 and 0 <= measured.json["scores"]["parts"]["miou"] <= 100

@@ -1,0 +1,340 @@
+"""A dataset of your own: every way to store a target, and every mistake in a manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from simomerge.datasets import load_data
+from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.check import check, contact_sheet
+from simomerge.datasets.folder import Folder, Stored, read_manifest
+from simomerge.errors import InputError
+from simomerge.evaluation import evaluate
+from simomerge.tasks import Task
+
+H, W = 6, 8
+CLASSES = ("wall", "floor", "chair")
+RNG = np.random.default_rng(0)
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    """Writes six images with three targets in two splits, and their manifest with some of its keys changed."""
+
+    def write(name: str = "data.yaml", **changes: Any) -> Path:
+        rows = []
+        for index in range(6):
+            rng = np.random.default_rng(index)
+            normals = rng.standard_normal((3, H, W))
+            save(tmp_path / f"images/{index}.png", rng.integers(0, 256, (H, W, 3), np.uint8))
+            save(tmp_path / f"parts/{index}.png", rng.integers(0, 3, (H, W)).astype(np.uint8))
+            save(tmp_path / f"depth/{index}.png", rng.integers(500, 4000, (H, W)).astype(np.uint16))
+            save(tmp_path / f"normals/{index}.npy", (normals / np.linalg.norm(normals, axis=0)).astype(np.float32))
+            rows.append(
+                {
+                    "image": f"images/{index}.png",
+                    "split": "train" if index < 4 else "val",
+                    "parts": f"parts/{index}.png",
+                    "depth": f"depth/{index}.png",
+                    "normals": f"normals/{index}.npy",
+                }
+            )
+        tasks: dict[str, Any] = {
+            "parts": {"kind": "segmentation", "classes": list(CLASSES)},
+            "depth": {"scale": 0.001},
+            "normals": {},
+        }
+        said = {"tasks": tasks, "images": rows} | changes
+        (tmp_path / name).write_text(yaml.safe_dump({key: value for key, value in said.items() if value is not None}))
+        return tmp_path / name
+
+    return write
+
+
+# Reading ------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_gives_samples_as_every_dataset_does(make: Callable[..., Path]) -> None:
+    data = load_data(str(make()), split="train", tasks=["depth", "parts"])
+    assert len(data) == 4 and list(data.tasks) == ["depth", "parts"] and data.tasks["parts"].classes == CLASSES
+    sample = data[1]
+    rng = np.random.default_rng(1)
+    rng.standard_normal((3, H, W))
+    image, parts = rng.integers(0, 256, (H, W, 3), np.uint8), rng.integers(0, 3, (H, W))
+    depth = rng.integers(500, 4000, (H, W))
+    torch.testing.assert_close(sample["image"], torch.from_numpy(image).permute(2, 0, 1) / 255)
+    assert sample["parts"].dtype == torch.int64 and (sample["parts"].numpy() == parts).all()
+    np.testing.assert_allclose(sample["depth"].numpy(), depth[None] / 1000, rtol=1e-6)
+    batch = next(iter(ordered_batches(data, 3)))
+    assert batch["image"].shape == (3, 3, H, W) and batch["parts"].shape == (3, H, W)
+
+
+def test_a_csv_alone_or_named_by_the_yaml_or_its_folder(make: Callable[..., Path], tmp_path: Path) -> None:
+    make("other.yaml")
+    (tmp_path / "table.csv").write_text(
+        "image,split,depth\nimages/0.png,train,depth/0.png\nimages/1.png,,depth/1.png\n"
+    )
+    (tmp_path / "data.yaml").write_text("images: table.csv\ntasks: {depth: {scale: 0.001}}\n")
+    named, alone = load_data(str(tmp_path), split="train"), Folder(tmp_path / "table.csv", "train")
+    assert len(named) == len(alone) == 1
+    torch.testing.assert_close(1000 * named[0]["depth"], alone[0]["depth"])  # no scale: as stored
+    assert len(load_data(str(tmp_path / "data.yaml"), split="test")) == 1  # without a split it is the test split
+
+
+def test_images_without_labels_need_no_target(make: Callable[..., Path], tmp_path: Path) -> None:
+    make()
+    (tmp_path / "bare.csv").write_text("image\nimages/0.png\nimages/1.png\n")
+    bare = Folder(tmp_path / "bare.csv", "test")
+    assert list(bare.tasks) == [] and list(bare[0]) == ["image"] and len(bare) == 2
+    (tmp_path / "part.csv").write_text("image,depth\nimages/0.png,depth/0.png\nimages/1.png,\n")
+    assert list(Folder(tmp_path / "part.csv", "test").tasks) == []  # the second image has no depth
+    assert list(Folder(tmp_path / "part.csv", "test", count=1).tasks) == ["depth"]
+
+
+def test_count_takes_the_first_or_all_there_are(make: Callable[..., Path]) -> None:
+    assert [len(load_data(str(make()), split="train", count=n)) for n in (1, 4, 99)] == [1, 4, 4]
+
+
+def test_size_makes_images_and_targets_alike(make: Callable[..., Path], tmp_path: Path) -> None:
+    path = make(size=[3, 4])
+    save(tmp_path / "images/1.png", np.zeros((30, 20, 3), np.uint8))
+    data = Folder(path, "train")
+    assert data[1]["image"].shape == (3, 3, 4)
+    sample, whole = data[0], Folder(make(), "train")[0]
+    assert sample["normals"].shape == (3, 3, 4) and sample["parts"].shape == (3, 4)
+    for name in ("parts", "depth"):  # the nearest pixel, no mixture
+        assert set(sample[name].flatten().tolist()) <= set(whole[name].flatten().tolist())
+    assert sample["parts"].dtype == torch.int64 and sample["depth"].dtype == torch.float32
+    torch.testing.assert_close(sample["normals"].square().sum(0), torch.ones(3, 4))
+
+
+STORED: dict[str, tuple[Task, dict[str, Any], str, np.ndarray, np.ndarray]] = {
+    "labels to ignore": (
+        Task("parts", "segmentation", CLASSES),
+        {"ignore": (255.0,)},
+        "a.png",
+        np.array([[0, 2], [255, 1]], np.uint8),
+        np.array([[0, 2], [-1, 1]]),
+    ),
+    "labels in an array, -1 ignored": (
+        Task("parts", "segmentation", CLASSES),
+        {},
+        "a.npy",
+        np.array([[0, -1], [2, 1]], np.int16),
+        np.array([[0, -1], [2, 1]]),
+    ),
+    "depth in metres with holes": (
+        Task("depth"),
+        {"ignore": (99.0,)},
+        "a.npy",
+        np.array([[1.5, np.nan], [99.0, -1.0]], np.float32),
+        np.array([[[1.5, 0], [0, 0]]]),
+    ),
+    "16-bit depth": (
+        Task("depth"),
+        {"scale": 0.001},
+        "a.png",
+        np.array([[40_000, 0], [1, 65_535]], np.uint16),
+        np.array([[[40.0, 0], [0.001, 65.535]]]),
+    ),
+    "disparity with ignored value": (
+        Task("disparity"),
+        {"scale": 0.5, "ignore": (4.0,)},
+        "a.npy",
+        np.array([[2, 4]], np.uint8),
+        np.array([[[1.0, 0.0]]]),
+    ),
+    "8-bit normals, black is none": (
+        Task("normals"),
+        {},
+        "a.png",
+        np.array([[[255, 127, 127], [0, 0, 0]]], np.uint8),
+        np.array([[[1.0, 0]], [[-0.0039, 0]], [[-0.0039, 0]]]),
+    ),
+    "normals to be made unit, channels last": (
+        Task("normals"),
+        {},
+        "a.npy",
+        np.array([[[0, 3, 4], [0, 0, 0]]], np.float64),
+        np.array([[[0, 0]], [[0.6, 0]], [[0.8, 0]]]),
+    ),
+    "edges with unknown pixels": (
+        Task("edges"),
+        {"ignore": (128.0,)},
+        "a.png",
+        np.array([[0, 255, 128]], np.uint8),
+        np.array([[[0.0, 1.0, -1.0]]]),
+    ),
+    "texture in 16 bits": (
+        Task("texture"),
+        {},
+        "a.png",
+        np.array([[0, 65_535]], np.uint16),
+        np.array([[[0.0, 1.0]]]),
+    ),
+    "key points as floats with holes": (
+        Task("keypoints"),
+        {},
+        "a.npy",
+        np.array([[0.25, np.nan]], np.float32),
+        np.array([[[0.25, np.nan]]]),
+    ),
+    "the image itself": (
+        Task("autoencoder"),
+        {},
+        "a.png",
+        np.array([[[255, 0, 51]]], np.uint8),
+        np.array([[[1.0]], [[0.0]], [[0.2]]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_targets_are_decoded(case: str, tmp_path: Path) -> None:
+    task, how, name, stored, expected = STORED[case]
+    found = Stored(task, **how).read(save(tmp_path / name, stored))
+    assert found.dtype == (torch.int64 if task.kind == "segmentation" else torch.float32)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-4)
+
+
+def test_a_palette_holds_labels_not_colours(tmp_path: Path) -> None:
+    labels = np.array([[0, 1], [2, 1]], np.uint8)
+    picture = Image.fromarray(labels, "P")
+    picture.putpalette([200, 30, 30] * 3)
+    picture.save(tmp_path / "a.png")
+    assert (Stored(Task("parts", "segmentation", CLASSES)).read(tmp_path / "a.png").numpy() == labels).all()
+
+
+def test_a_model_is_evaluated_on_it(make: Callable[..., Path], make_model: Callable[..., Any]) -> None:
+    data = load_data(str(make(size=[16, 24])), split="val", tasks=["depth", "normals"])
+    scores = evaluate(make_model([Task("depth"), Task("normals")]), data)
+    assert np.isfinite([scores["depth"]["abs_err"], scores["normals"]["mean_angle"]]).all()
+
+
+# Mistakes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": {}}, r"unknown key 'task'; did you mean 'tasks'\?"),
+        ({"tasks": {"depth": {"scal": 1}}}, r"task 'depth': unknown key 'scal'; did you mean 'scale'\?"),
+        ({"tasks": {"deph": {}}}, r"task 'deph' is of unknown kind 'deph'; did you mean 'depth'\?"),
+        ({"tasks": {"parts": {"kind": "segmentation"}}}, "needs the names of at least two classes"),
+        ({"tasks": {"depth": {"scale": 0}}}, "scale 0; give a number above 0"),
+        ({"tasks": {"depth": {}, "normals": {}}}, "column 'parts' is no task"),
+        ({"tasks": [1]}, "'tasks' is a list; give a mapping"),
+        ({"tasks": {"depth": 3}}, "task 'depth' is a int; give kind"),
+        ({"images": []}, "neither a CSV file nor a list"),
+        ({"images": "no.csv"}, r"no\.csv: no such file; 'images' names a CSV"),
+        ({"images": [{"imgae": "x.png"}], "tasks": None}, "unknown kind 'imgae'"),
+        ({"images": [{"imgae": "x.png", "depth": "y.png"}]}, "column 'imgae' is no task"),
+        ({"size": [480]}, r"size \[480\]; give \[height, width\]"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_told(changes: dict[str, Any], message: str, make: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=message):
+        read_manifest(make(**changes))
+
+
+def test_files_that_are_no_manifest(tmp_path: Path) -> None:
+    for name, text, message in (
+        ("a.yaml", "a: [", "not YAML"),
+        ("b.yaml", "- 1", "holds no mapping"),
+        ("c.csv", "image,depth\nx.png\n", "line 2 has more or fewer values"),
+        ("d.csv", "image,parts\nx.png,y.png\n", "unknown kind 'parts'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_manifest(tmp_path / name)
+    for path, message in ((tmp_path, "no data.yaml or data.csv in it"), (tmp_path / "no.yaml", "no such file")):
+        with pytest.raises(InputError, match=message):
+            read_manifest(path)
+
+
+def test_wrong_files_name_themselves(make: Callable[..., Path], tmp_path: Path) -> None:
+    data = Folder(make(), "train")
+    save(tmp_path / "parts/0.png", np.full((H, W), 7, np.uint8))
+    with pytest.raises(
+        InputError, match=r"parts.0\.png: label 7 of parts, which has classes 0 to 2; name it under ignore"
+    ):
+        data[0]
+    save(tmp_path / "parts/0.png", np.zeros((H, W, 3), np.uint8))
+    with pytest.raises(InputError, match=r"parts of shape \(6, 8, 3\); give \(H, W\)"):
+        data[0]
+    (tmp_path / "depth/1.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"depth.1\.png: cannot be read"):
+        data[1]
+    (tmp_path / "depth/2.png").unlink()
+    with pytest.raises(InputError, match=r"depth.2\.png: no such file"):
+        data[2]
+    save(tmp_path / "images/3.png", np.zeros((9, 5, 3), np.uint8))
+    with pytest.raises(InputError, match=r"is 5 x 9 pixels, the first image 8 x 6: say `size: \[6, 8\]`"):
+        data[3]
+    with pytest.raises(InputError, match="no split 'test'; it has train, val"):
+        load_data(str(make()), split="test")
+
+
+# The check ----------------------------------------------------------------------------------------------
+
+
+def test_a_good_dataset_has_nothing_to_mend(make: Callable[..., Path]) -> None:
+    manifest = read_manifest(make())
+    found = check(manifest)
+    assert found.problems == [] and found.images == {"train": 4, "val": 2}
+    described = found.to_dict(manifest)["splits"]["train"]
+    assert described["sizes"] == {"8x6": 4} and described["tasks"]["depth"]["images"] == 4
+    labels = np.concatenate([Folder(manifest.path, "train")[i]["parts"].numpy().ravel() for i in range(4)])
+    assert described["tasks"]["parts"]["classes"] == {
+        name: pytest.approx(float((labels == i).mean()), abs=1e-4) for i, name in enumerate(CLASSES)
+    }
+    depths = torch.stack([Folder(manifest.path, "train")[i]["depth"] for i in range(4)])
+    assert described["tasks"]["depth"]["mean"] == pytest.approx(float(depths.mean()))
+    json.dumps(found.to_dict(manifest))
+    sheet = contact_sheet(manifest, images=3, height=30)
+    assert sheet.size == (4 * (40 + 4), 3 * (30 + 4))
+    assert sheet.getpixel((3, 3)) != (255, 255, 255)
+
+
+def test_the_usual_mistakes_are_found(make: Callable[..., Path], tmp_path: Path) -> None:
+    tasks = {"parts": {"kind": "segmentation", "classes": [*CLASSES, "lamp"]}, "depth": {}, "normals": {}}
+    rows = yaml.safe_load(make().read_text())["images"]
+    rows.append({**rows[0], "split": "val"})
+    rows.append({"image": "images/gone.png", "split": "val"})
+    manifest = read_manifest(make(tasks=tasks, images=rows))
+    save(tmp_path / "images/1.png", np.zeros((10, 4, 3), np.uint8))
+    save(tmp_path / "parts/2.png", np.full((H, W), 200, np.uint8))
+    save(tmp_path / "normals/3.npy", np.full((3, H, W), 0.2, np.float32))
+    (tmp_path / "images/4.png").write_text("broken")
+    problems = "\n".join(check(manifest).problems)
+    for expected in (
+        "1 of 29 files are not there",
+        "1 images are in two splits, first",
+        "depth (train): median depth 2,",
+        "say `scale: 0.001`",
+        "normals of length 0.35, not 1",
+        "label 200 of parts",
+        "is 8 x 6 pixels, its image 4 x 10",
+        "images of 2 sizes (8 x 6, 4 x 10)",
+        "4.png: cannot be read",
+        "no pixel of lamp",
+    ):
+        assert expected in problems, (expected, problems)
