@@ -23,8 +23,9 @@ from simomerge.parallel import ordered_map
 class Merged(Mapping[str, np.ndarray]):
     """A merge as a mapping from tensor names to arrays: a tensor is merged when it is read, and not kept.
 
-    Several threads may read. What a method needs to know of whole models (its statistics) is computed with the first
-    tensor. Names and order are the base's; floats are merged, as float32, all others copied from the base as stored.
+    Several threads may read. What a method needs to know of whole models (its statistics) is computed by `prepare`, or
+    else with the first tensor. Names and order are the base's; floats are merged, as float32, all others copied from
+    the base as stored.
 
     Args:
         method: the method.
@@ -68,12 +69,17 @@ class Merged(Mapping[str, np.ndarray]):
         statistics = self._method.prepare(self._stream)
         return statistics, self._schedule.factors(self._method, self._stream, statistics) if self._schedule else None
 
+    def prepare(self) -> None:
+        """Compute what the method needs to know of whole models now, in this thread, not with the first tensor."""
+        with self._lock:
+            _ = self._prepared
+
     def __getitem__(self, own_name: str) -> np.ndarray:
         name = self._canonical[own_name]
         if name not in self._stream.sizes:
             return as_numpy(self._reference[own_name], own_name).copy()
-        with self._lock:
-            statistics, factors = self._prepared
+        self.prepare()
+        statistics, factors = self._prepared
         with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values
             return _merged_tensor(self._method, self._stream, statistics, factors, name)
 
@@ -137,6 +143,7 @@ def merge_tensors(
 
 
 def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    merged.prepare()
     yield from ordered_map(lambda name: (name, merged[name]), merged, threads)
     merged.warn_of_unchanged()
 

@@ -54,7 +54,7 @@ class Ties(MergeMethod):
         >>> method = Ties(density=0.5, trim="tensor")
         >>> task_vectors = {"a": np.array([4.0, 1.0]), "b": np.array([2.0, -1.0])}
         >>> method.merge_tensor("w", np.zeros(2), task_vectors, None)
-        array([3., 0.])
+        array([3., 0.], dtype=float32)
     """
 
     name: ClassVar[str] = "ties"
@@ -147,6 +147,7 @@ def disjoint_mean(kept: np.ndarray, zero_is_positive: bool = True) -> np.ndarray
         >>> disjoint_mean(np.array([[1.0, 1.0], [3.0, -2.0]], np.float32))
         array([ 2., -2.], dtype=float32)
     """
+    kept = np.asarray(kept, np.float32)
     total = _sum(kept)
     # Signs are bits, which are told apart and turned without a cast. A sum that cancels is +0.0 (x - x rounds to it);
     # one bit pattern lower it is negative.

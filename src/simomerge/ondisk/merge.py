@@ -165,6 +165,7 @@ def merge_on_disk(
     check_models(chosen, foundation.weights, weights)
     _warn_of_another_base(foundation, opened, threads)
     tensors = Merged(chosen, foundation.weights, weights, depthwise, threads)
+    tensors.prepare()  # before anything is written, and where Ctrl-C is heard at once
     stored = DTYPES[dtype] if dtype else None
     how = describe_method(chosen, depthwise)
     if to_model:
