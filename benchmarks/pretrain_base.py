@@ -29,7 +29,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from simomerge.datasets.rooms import load_rooms
 from simomerge.devices import mixed_precision
-from simomerge.encoders.base import IMAGENET_MEAN, IMAGENET_STD
+from simomerge.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 PATCH = 8
 CONFIG = {

@@ -25,6 +25,7 @@ ROOT = PACKAGE.parent.parent
 
 LAYERS = [
     {"errors", "parallel", "progress"},
+    {"classes"},
     {"assets", "checkpoints"},
     {"merging"},
     {"ondisk"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def change_normalisation(expert: SimoModel) -> None:
 
 
 def change_patch_size(expert: SimoModel) -> None:
-    expert.encoder.config.patch_size = 4
+    expert.encoder.anatomy = replace(expert.encoder.anatomy, strides=[4] * 4)
 
 
 def change_layer_norm(expert: SimoModel) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Features": "encoders",
+    "Foldable": "heads",
     "SimoModel": "model",
     "Task": "tasks",
     "data": "datasets:load_data",
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
     from simomerge import merging
     from simomerge.assemble import load_experts, merge, search_scale
     from simomerge.datasets import load_data as data
+    from simomerge.encoders import Features
     from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
+    from simomerge.heads import Foldable
     from simomerge.model import SimoModel, load
     from simomerge.realignment import realign
     from simomerge.tasks import Task
 
 __all__ = [
+    "Features",
+    "Foldable",
     "SimoModel",
     "Task",
     "data",

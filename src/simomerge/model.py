@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from simomerge import images
 from simomerge.assets import resolve_source
 from simomerge.checkpoints import FORMAT, atomic_folder, fingerprint, model_card, read_description
-from simomerge.encoders import Encoder, Features, load_backbone, load_encoder
+from simomerge.classes import make, settings_of
+from simomerge.encoders import Encoder, Features, OwnEncoder, load_backbone, load_encoder
 from simomerge.errors import InputError
 from simomerge.heads import build_head, head_kind
 from simomerge.tasks import Task, select_tasks
@@ -28,9 +29,9 @@ class SimoModel(nn.Module):
     """One encoder and one head per task.
 
     Args:
-        encoder: images -> Features.
+        encoder: images -> Features; an `Encoder`, or a module of your own, see `ImageEncoder`.
         tasks: the tasks by name, in order.
-        heads: one head per task, Features -> logits at the padded size.
+        heads: one head per task, Features -> logits at the padded size; see `DenseHead` for one of your own.
         provenance: where the weights come from; plain data that goes into simo.json.
 
     Raises:
@@ -44,7 +45,7 @@ class SimoModel(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | nn.Module,
         tasks: Mapping[str, Task],
         heads: Mapping[str, nn.Module],
         provenance: dict[str, Any] | None = None,
@@ -52,7 +53,7 @@ class SimoModel(nn.Module):
         super().__init__()
         if set(tasks) != set(heads):
             raise InputError(f"tasks {sorted(tasks)} and heads {sorted(heads)} do not pair up.")
-        self.encoder = encoder
+        self.encoder = encoder if isinstance(encoder, Encoder) else OwnEncoder(encoder)
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
         self.provenance: dict[str, Any] = dict(provenance or {})
@@ -103,7 +104,7 @@ class SimoModel(nn.Module):
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
         """The images (B, 3, H, W), smaller where they have more patches than allowed."""
         height, width = image.shape[-2:]
-        patches = height * width / self.encoder.patch_size**2
+        patches = height * width / self.encoder.multiple**2
         if patches <= max_patches:
             return image
         shrink = (max_patches / patches) ** 0.5
@@ -148,7 +149,9 @@ class SimoModel(nn.Module):
         return {
             "format": FORMAT,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
-            "heads": {name: {"kind": head_kind(head), "settings": head.settings} for name, head in self.heads.items()},
+            "heads": {
+                name: {"kind": head_kind(head), "settings": settings_of(head)} for name, head in self.heads.items()
+            },
             **self.encoder_description(),
             "provenance": self.provenance,
         }
@@ -157,11 +160,7 @@ class SimoModel(nn.Module):
         """What simo.json says of the encoder: ``encoder`` and ``adapters``."""
         adapters = self.encoder.adapters
         return {
-            "encoder": {
-                "taps": list(self.encoder.taps),
-                "apply_layernorm": self.encoder.apply_layernorm,
-                **self.encoder.preprocessing,
-            },
+            "encoder": self.encoder.describe(),
             "adapters": adapters.settings if adapters is not None else None,
         }
 
@@ -176,9 +175,8 @@ class SimoModel(nn.Module):
         description = read_description(folder)
         if not (folder / "encoder").is_dir():  # a relative path that is no folder would be taken for a hub id
             raise InputError(f"{folder / 'encoder'}: missing; take the model from its source again.")
-        backbone = load_backbone(folder / "encoder")
         try:
-            model = cls._from_description(description, backbone)
+            model = cls._from_description(description, folder / "encoder")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{folder / 'simo.json'}: does not describe a model ({type(error).__name__}: {error});"
@@ -191,10 +189,16 @@ class SimoModel(nn.Module):
         return model.eval()
 
     @classmethod
-    def _from_description(cls, description: dict[str, Any], backbone: nn.Module) -> SimoModel:
+    def _from_description(cls, description: dict[str, Any], weights: Path) -> SimoModel:
         """The model that simo.json describes, its heads and adapters not loaded yet."""
         settings = description["encoder"]
-        encoder = Encoder(backbone, settings["taps"], settings["mean"], settings["std"], settings["apply_layernorm"])
+        encoder: Encoder
+        if "class" in settings:
+            encoder = OwnEncoder(make(settings["class"], settings["settings"], nn.Module))
+            _load_tensors(encoder.backbone, weights / "model.safetensors")
+        else:
+            how = (settings[name] for name in ("taps", "mean", "std", "apply_layernorm"))
+            encoder = Encoder(load_backbone(weights), *how)
         if description["adapters"]:
             encoder.add_adapters(**description["adapters"])
         tasks = {name: Task.from_dict(data) for name, data in description["tasks"].items()}
@@ -236,6 +240,13 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
 def _save_encoder(encoder: Encoder, folder: Path) -> None:
     from transformers.utils import logging
 
+    if isinstance(encoder, OwnEncoder):
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        save_file(_tensors(encoder.backbone), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(encoder.describe(), indent=2) + "\n")
+        return
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -84,8 +84,8 @@ def test_a_deep_copy_taps_and_adapts_for_itself(tiny_base):
     twin.add_adapters(rank=2)
     assert len(original(random_images()).maps) == 4 and original.adapters is None
     assert len(twin(random_images()).maps) == 1
-    assert all(ours is not theirs for ours, theirs in zip(original.blocks, twin.blocks, strict=True))
-    assert twin.blocks[0] is twin.backbone.encoder.layer[0]
+    assert all(ours is not theirs for ours, theirs in zip(original.anatomy.blocks, twin.anatomy.blocks, strict=True))
+    assert twin.anatomy.blocks[0] is twin.backbone.encoder.layer[0]
 
 
 def test_gradients_reach_every_adapter_and_not_a_frozen_backbone(tiny_base):

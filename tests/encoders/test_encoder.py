@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from simomerge.encoders import Encoder, default_taps, load_backbone, load_encoder
-from simomerge.encoders.base import IMAGENET_MEAN, IMAGENET_STD
+from simomerge.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 from simomerge.errors import InputError
 
 MEAN = torch.tensor([0.5, 0.45, 0.4]).view(1, 3, 1, 1)  # what the tiny base's preprocessor_config.json holds
@@ -142,7 +142,7 @@ def test_padding_repeats_the_last_row_and_column_at_the_bottom_right(encoder):
 
 def test_no_features_are_kept_after_a_call(encoder):
     encoder(random_images(1, 3, 16, 16))
-    assert encoder._tapped == {}
+    assert encoder._tapped is None
 
 
 # Settings -----------------------------------------------------------------------------------------------
@@ -168,8 +168,23 @@ def test_a_missing_tap_is_named(tiny_base):
 
 def test_an_architecture_without_blocks_is_refused():
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
-    with pytest.raises(InputError, match=r"ResNetModel.*plain vision transformer"):
+    with pytest.raises(InputError, match=r"ResNetModel.*no stages of blocks.*`simomerge encoders`"):
         Encoder(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("dinov4", "'dinov4' is no vision encoder.*dinov2"), ("bert", "'bert'.*no vision encoder"), ("", "cannot load")],
+)
+def test_what_is_no_vision_encoder_is_refused_with_near_ones(tiny_base, tmp_path, model_type, message):
+    folder = copy_with(tiny_base, tmp_path / "other", {"model_type": model_type})
+    if model_type == "bert":
+        from transformers import BertConfig, BertModel
+
+        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        BertModel(BertConfig(**size, vocab_size=9)).save_pretrained(folder)
+    with pytest.raises(InputError, match=message):
+        load_backbone(folder)
 
 
 def test_normalisation_comes_from_the_folder_else_imagenets(tiny_base, tmp_path):
@@ -189,7 +204,7 @@ def test_preprocessing_numbers_give_back_the_same_float32(tiny_base):
 
 
 def test_channels_patch_and_cls_are_read_from_the_model(encoder):
-    assert (encoder.channels, encoder.patch_size, encoder.has_cls) == ((32,) * 4, 8, True)
+    assert (encoder.channels, encoder.multiple, encoder.has_cls) == ((32,) * 4, 8, True)
 
 
 # What loading refuses -----------------------------------------------------------------------------------

@@ -61,10 +61,16 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
     if not experts:
         raise InputError("no experts given; name at least one, as TASK=EXPERT.")
     named = {task: as_expert(expert, task) for task, expert in experts.items()}
-    patches = {task: expert.encoder.patch_size for task, expert in named.items()}
-    for task, patch in patches.items():
-        if patch != (first := next(iter(patches.values()))):
-            raise InputError(f"experts {next(iter(patches))!r} and {task!r} differ in patch size: {first} and {patch}.")
+    first = next(iter(named))
+    for task, expert in named.items():
+        ours, theirs = named[first].encoder, expert.encoder
+        if type(ours.backbone) is not type(theirs.backbone):
+            kinds = f"{type(ours.backbone).__name__} and {type(theirs.backbone).__name__}"
+            raise InputError(f"experts {first!r} and {task!r} differ in architecture: {kinds}.")
+        if ours.multiple != theirs.multiple:
+            raise InputError(
+                f"experts {first!r} and {task!r} differ in patch size: {ours.multiple} and {theirs.multiple}."
+            )
     check_same_encoder({task: expert.encoder_description() for task, expert in named.items()})
     _check_base(base, named)
     return named

@@ -5,9 +5,8 @@ is ``encoder.layer.0.attention.q_proj.weight`` in ``model.state_dict()`` and
 ``encoder.layer.0.attention.attention.query.weight`` in ``model.safetensors``. Wrappers add prefixes on top.
 Names are brought to one convention before anything is compared, and the table below is all there is to it.
 
-Checked with transformers 5.23: DINOv2 (with and without registers), ViT and ViT-MAE, DINOv3; CLIP and SigLIP
-keep their names and at most differ by ``vision_model.``. One thing no renaming can express: the gate and up
-projections of a SwiGLU DINOv2 (giant) are two tensors in memory and one (``mlp.weights_in``) on disk.
+Checked with transformers 5.23, against all families of `simomerge encoders`. One thing no renaming can express: the
+gate and up projections of a SwiGLU DINOv2 (giant) are two tensors in memory and one (``mlp.weights_in``) on disk.
 """
 
 from __future__ import annotations
@@ -19,21 +18,36 @@ from functools import lru_cache
 from simomerge.errors import InputError
 
 # What wrappers put in front: data parallel, torch.compile, a model around a backbone or an encoder.
-_PREFIX = re.compile(r"^(?:(?:module|_orig_mod|backbone|dinov2|dinov2_with_registers|dinov3_vit|vit|vision_model)\.)+")
+_PREFIX = re.compile(
+    r"^(?:(?:module|_orig_mod|backbone|dinov2|dinov2_with_registers|dinov3_vit|dinov3_convnext|vit|beit|deit|swin|swinv2"
+    r"|convnext|convnextv2|resnet|pvt_v2|vision_model)\.)+"
+)
 _RULES = [
     (re.compile(pattern), target)
     for pattern, target in (
-        # DINOv3: only the blocks gained a prefix.
-        (r"^model\.(layer\.\d+\.)", r"\1"),
-        # ViT: `layers` at the top is `encoder.layer`, and its MLP has names of its own.
+        # DINOv3: only the blocks or stages gained a prefix.
+        (r"^model\.((?:layer|stages)\.\d+\.)", r"\1"),
+        # ViT, DeiT and BEiT: `layers` at the top is `encoder.layer`, and its MLP has names of its own.
         (r"^layers\.(\d+)\.mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
         (r"^layers\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
-        (r"^layers\.(\d+)\.(attention\.|layernorm_before\.|layernorm_after\.)", r"encoder.layer.\1.\2"),
+        (r"^layers\.(\d+)\.(attention\.|layernorm_before\.|layernorm_after\.|lambda_[12]$)", r"encoder.layer.\1.\2"),
+        (r"^layers\.(\d+)\.(relative_position_bias\.)", r"encoder.layer.\1.attention.attention.\2"),
         # ViT and DINOv2: the attention.
         (r"^(encoder\.layer\.\d+\.attention)\.q_proj\.", r"\1.attention.query."),
         (r"^(encoder\.layer\.\d+\.attention)\.k_proj\.", r"\1.attention.key."),
         (r"^(encoder\.layer\.\d+\.attention)\.v_proj\.", r"\1.attention.value."),
         (r"^(encoder\.layer\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
+        # Swin.
+        (r"^(encoder\.layers\.\d+\.blocks\.\d+\.attention)\.q_proj\.", r"\1.self.query."),
+        (r"^(encoder\.layers\.\d+\.blocks\.\d+\.attention)\.k_proj\.", r"\1.self.key."),
+        (r"^(encoder\.layers\.\d+\.blocks\.\d+\.attention)\.v_proj\.", r"\1.self.value."),
+        (r"^(encoder\.layers\.\d+\.blocks\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
+        (
+            r"^(encoder\.layers\.\d+\.blocks\.\d+\.attention)\.relative_position_bias\.relative_position_bias_table$",
+            r"\1.self.relative_position_bias_table",
+        ),
+        (r"^(encoder\.layers\.\d+\.blocks\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+        (r"^(encoder\.layers\.\d+\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
         # SwiGLU DINOv2.
         (r"^(encoder\.layer\.\d+\.mlp)\.down_proj\.", r"\1.weights_out."),
     )

@@ -14,6 +14,7 @@ COMMANDS = {
     "data": "Check a dataset of your own before training on it.",
     "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
     "merge": "Merge experts' encoders into one model with all their heads.",
+    "encoders": "List the families of encoders that can be a base.",
     "methods": "List the merge methods with their parameters.",
     "edit": "Add a task to a merged model, or remove one.",
     "realign": "Repair the mismatch between merged features and heads.",

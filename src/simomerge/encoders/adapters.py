@@ -15,7 +15,7 @@ from simomerge.errors import InputError
 
 
 class Adapter(nn.Module):
-    """One low-rank map ``B f(A x)`` on tokens (..., C); zero at the start, because B is."""
+    """One low-rank map ``B f(A x)`` on tokens (B, N, C) or maps (B, C, h, w); zero at the start, because B is."""
 
     def __init__(self, channels: int, rank: int, activation: str) -> None:
         super().__init__()
@@ -25,9 +25,10 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.down(tokens)
-        return self.up(torch.relu(hidden) if self.relu else hidden)
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.down(x.movedim(1, -1) if x.ndim == 4 else x)
+        beside: Tensor = self.up(torch.relu(hidden) if self.relu else hidden)
+        return beside.movedim(-1, 1) if x.ndim == 4 else beside
 
 
 class Adapters(nn.ModuleList):

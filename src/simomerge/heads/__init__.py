@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from simomerge.encoders import Encoder
+from simomerge.classes import class_path, make
+from simomerge.encoders import Encoder, Features
 from simomerge.errors import InputError
 from simomerge.heads.dpt import DPTHead
 from simomerge.heads.linear import LinearHead
+from simomerge.heads.projections import Foldable
 
 HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "dpt": DPTHead}
 """Every head that a recipe or a model folder can name. A new one is one line here."""
@@ -22,7 +24,7 @@ def build_head(
     """A freshly initialised head.
 
     Args:
-        kind: a key of `HEADS`.
+        kind: a key of `HEADS`, or ``module:Class`` of a head of your own, which takes its settings alone.
         in_channels: channels of each tap.
         out_channels: channels of the task.
         settings: further keyword arguments of the head's class.
@@ -30,6 +32,8 @@ def build_head(
     Raises:
         InputError: an unknown kind or setting.
     """
+    if ":" in kind:
+        return make(kind, settings or {}, nn.Module)
     if kind not in HEADS:
         raise InputError(f"unknown head {kind!r}; choose one of: {', '.join(HEADS)}.")
     try:
@@ -39,16 +43,27 @@ def build_head(
 
 
 def head_for(encoder: Encoder, kind: str, out_channels: int, **settings: Any) -> nn.Module:
-    """A fresh head that fits an encoder's taps; reads CLS tokens where the encoder has them."""
-    return build_head(kind, encoder.channels, out_channels, {"cls": encoder.has_cls, **settings})
+    """A fresh head that fits an encoder's taps: their strides, and CLS tokens where the encoder has them."""
+    fitting: dict[str, Any] = {"cls": encoder.has_cls}
+    if kind == "dpt" and len(set(encoder.strides)) > 1:
+        fitting["pyramid"] = True
+    return build_head(kind, encoder.channels, out_channels, {**fitting, **settings})
 
 
 def head_kind(head: nn.Module) -> str:
-    """The key of `HEADS` that a head was built from."""
-    for kind, cls in HEADS.items():
-        if type(head) is cls:
-            return kind
-    raise InputError(f"{type(head).__name__} is not a registered head; add it to simomerge.heads.HEADS to save it.")
+    """The key of `HEADS` that a head was built from, or ``module:Class`` of one of the user's own."""
+    return next((kind for kind, cls in HEADS.items() if type(head) is cls), None) or class_path(head)
 
 
-__all__ = ["HEADS", "DPTHead", "LinearHead", "build_head", "head_for", "head_kind"]
+class DenseHead(Protocol):
+    """What an ``nn.Module`` must have to be a head.
+
+    May have ``settings``, the keyword arguments that make it again: a model folder holds them beside its class's name.
+    To be folded, it declares its input projections, most simply as a `Foldable`.
+    """
+
+    def __call__(self, features: Features) -> Tensor:
+        """Features -> logits (B, C, H, W) at the padded size."""
+
+
+__all__ = ["HEADS", "DPTHead", "DenseHead", "Foldable", "LinearHead", "build_head", "head_for", "head_kind"]

@@ -19,6 +19,8 @@ from simomerge.heads.resize import resize
 class DPTHead(nn.Module):
     """Four taps, reassembled at strides p/4, p/2, p and 2p (p: the patch), then fused from coarse to fine.
 
+    Taps of a pyramid, each at half the resolution of the one before, are fused as they are.
+
     Source: "Vision Transformers for Dense Prediction" (arXiv 2103.13413); CLS readout 'add' and 128 fusion
     channels as in "Single-Input Multi-Output Model Merging" (arXiv 2504.11268).
 
@@ -28,6 +30,7 @@ class DPTHead(nn.Module):
         fusion_channels: width of the fusion path.
         cls: add each tap's projected CLS token to its projected patches.
         cross_tap: every projection reads all taps, as the cross-tap fold leaves it; by default its own.
+        pyramid: the taps are those of a pyramid.
 
     Example:
         >>> import torch
@@ -46,19 +49,23 @@ class DPTHead(nn.Module):
         fusion_channels: int = 128,
         cls: bool = True,
         cross_tap: bool = False,
+        pyramid: bool = False,
     ) -> None:
         super().__init__()
         if len(in_channels) != 4:
             raise InputError(f"a DPT head reads four taps, not {len(in_channels)}; use a linear head or four taps.")
         self.settings: dict[str, Any] = {"fusion_channels": fusion_channels, "cls": cls}
         self.settings |= {"cross_tap": True} if cross_tap else {}
+        self.settings |= {"pyramid": True} if pyramid else {}
         self.in_channels = tuple(in_channels)
         width = fusion_channels
         self.cls = cls
         self.cross_tap = cross_tap
         self._add_projections(width)
         self.resizes = nn.ModuleList(
-            [
+            [nn.Identity() for _ in range(4)]
+            if pyramid
+            else [
                 nn.ConvTranspose2d(width, width, 4, stride=4),
                 nn.ConvTranspose2d(width, width, 2, stride=2),
                 nn.Identity(),

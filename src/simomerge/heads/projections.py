@@ -5,13 +5,15 @@ Any head whose first layers are linear in the tokens can be folded. It declares 
     def projections(self) -> list[Projection]: ...
     def with_projections(self, projections: list[Projection], moments: Moments) -> nn.Module: ...
 
-The first says what they are, the second gives a copy of the head that computes the given ones instead. A head that can
+The first says what they are, the second gives a copy of the head that computes the given ones instead. Where the
+projections are 1x1 convolutions or linear layers, `Foldable` writes both. A head that can
 also hold projections of taps it did not read so far says so with ``widens = True``; a cross-tap fold keeps to the taps
 of a projection otherwise.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +101,48 @@ class Moments:
 
     maps: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cls: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Foldable:
+    """For a head whose first layers are 1x1 convolutions (or linear layers) on taps: says so, and takes a fold.
+
+    Attributes:
+        reads: name of such a layer -> the taps it reads (counted from 0), concatenated; their places are the first's.
+        in_channels: of every tap; needed where a layer reads taps of unequal width.
+
+    Example:
+        >>> class Head(Foldable, nn.Module):
+        ...     reads = {"project": (0,)}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.project = nn.Conv2d(8, 3, 1)
+        >>> Head().projections()[0].taps
+        (0,)
+    """
+
+    reads: Mapping[str, Sequence[int]]
+    in_channels: Sequence[int] | None = None
+
+    def projections(self) -> list[Projection]:
+        """One per layer in ``reads``."""
+        return [
+            layer_projection(self._layer(name), taps, grid=taps[0], channels=self.in_channels)
+            for name, taps in self.reads.items()
+        ]
+
+    def with_projections(self, projections: list[Projection], moments: Moments) -> Any:
+        """A copy whose layers compute these."""
+        head = copy.deepcopy(self)
+        for name, projection in zip(self.reads, projections, strict=True):
+            assign(projection, head._layer(name))
+        return head
+
+    def _layer(self, name: str) -> Any:
+        assert isinstance(self, nn.Module)
+        try:
+            return self.get_submodule(name)
+        except AttributeError as error:
+            raise InputError(f"{type(self).__name__}.reads names {name!r}, and it has no such layer.") from error
 
 
 def is_foldable(head: nn.Module) -> bool:

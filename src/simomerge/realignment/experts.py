@@ -99,10 +99,10 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
         raise InputError(f"expert {unknown[0]!r}: the model has no such task; it has {', '.join(model.tasks)}.")
     named = {task: as_expert(experts[task], task) for task in model.tasks}
     for task, expert in named.items():
-        if expert.encoder.patch_size != model.encoder.patch_size:
+        if expert.encoder.multiple != model.encoder.multiple:
             raise InputError(
-                f"expert {task!r} has patches of {expert.encoder.patch_size} pixels, the model of"
-                f" {model.encoder.patch_size}; give the expert that the model was merged from."
+                f"expert {task!r} has patches of {expert.encoder.multiple} pixels, the model of"
+                f" {model.encoder.multiple}; give the expert that the model was merged from."
             )
         _check_origin(model, task, expert)
     # Adapters of the model's are no obstacle: its features are what they are.
