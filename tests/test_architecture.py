@@ -33,7 +33,7 @@ LAYERS = [
     {"encoders"},
     {"heads"},
     {"model"},
-    {"datasets"},
+    {"datasets", "sources"},
     {"evaluation"},
     {"training"},
     {"realignment"},
@@ -203,7 +203,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_modules_of_every_command_import_nothing_heavy() -> None:
     """What a command computes with is imported when it runs: its --help is as fast as that of the group."""
-    loading = "import importlib; [importlib.import_module(f'simomerge.cli.{name}') for name in %r]"
+    loading = "import importlib, simomerge.cli as c; [importlib.import_module(c.module_of(name)) for name in %r]"
     assert not modules_after(loading % sorted(COMMANDS)) & set(HEAVY)
 
 

@@ -18,6 +18,7 @@ _WHERE = {
     "data": "datasets:load_data",
     "delta_mtl": "evaluation",
     "evaluate": "evaluation",
+    "import_expert": "sources",
     "load": "model",
     "load_experts": "assemble",
     "merge": "assemble",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from simomerge.heads import Foldable
     from simomerge.model import SimoModel, load
     from simomerge.realignment import realign
+    from simomerge.sources import import_expert
     from simomerge.tasks import Task
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "data",
     "delta_mtl",
     "evaluate",
+    "import_expert",
     "load",
     "load_experts",
     "merge",

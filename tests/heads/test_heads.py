@@ -11,11 +11,11 @@ from simomerge.heads import HEADS, LinearHead, build_head, head_for, head_kind
 from simomerge.heads.resize import resize
 
 CHANNELS = [6, 6, 6, 6]
-SETTINGS = {  # every registered head stands here, with settings that are not its defaults
+SETTINGS = {  # every head that is trained here, with settings that are not its defaults
     "linear": [{}, {"subpixels": 2}, {"cls": False, "subpixels": 4}],
     "dpt": [{"fusion_channels": 8}, {"fusion_channels": 4, "cls": False}, {"fusion_channels": 4, "cross_tap": True}],
 }
-CASES = [(kind, settings) for kind in HEADS for settings in SETTINGS[kind]]
+CASES = [(kind, settings) for kind in SETTINGS for settings in SETTINGS[kind]]
 
 
 def random_features(batch=2, grid=(3, 5), padded=(24, 40), image=(22, 37), channels=CHANNELS, seed=0):
@@ -95,7 +95,7 @@ class TestEveryHead:
 
 
 def test_every_registered_head_is_tested():
-    assert set(SETTINGS) == set(HEADS)
+    assert set(SETTINGS) | {"binned-depth", "transformers"} == set(HEADS)  # those two: test_imported_heads.py
 
 
 # Linear -------------------------------------------------------------------------------------------------

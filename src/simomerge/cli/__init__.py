@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
     "data": "Check a dataset of your own before training on it.",
     "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
+    "import": "Make an expert of a model that was trained elsewhere.",
     "merge": "Merge experts' encoders into one model with all their heads.",
     "encoders": "List the families of encoders that can be a base.",
     "methods": "List the merge methods with their parameters.",
@@ -29,6 +30,11 @@ COMMANDS = {
 }
 
 
+def module_of(command: str) -> str:
+    """Where a command is: in the file of its name, but for a word that Python keeps to itself."""
+    return f"simomerge.cli.{'import_expert' if command == 'import' else command}"
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -36,7 +42,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return getattr(import_module(f"simomerge.cli.{cmd_name}"), "command")  # noqa: B009
+        return getattr(import_module(module_of(cmd_name)), "command")  # noqa: B009
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

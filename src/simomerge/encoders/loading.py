@@ -35,7 +35,7 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
         raise InputError(
             f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
         )
-    with _quiet():
+    with quiet():
         config = _read_config(source)
         if attention is None and not torch.cuda.is_available() and getattr(config, "hidden_size", 0) <= 256:
             attention = "eager"
@@ -65,7 +65,7 @@ def load_encoder(source: str | Path, taps: Sequence[int] | None = None, apply_la
         >>> load_encoder("facebook/dinov2-base").taps                                           # doctest: +SKIP
         (3, 6, 9, 12)
     """
-    mean, std = _read_normalisation(source)
+    mean, std = read_normalisation(source)
     return Encoder(load_backbone(source), taps=taps, mean=mean, std=std, apply_layernorm=apply_layernorm)
 
 
@@ -124,7 +124,7 @@ def _model_type(folder: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bars and its reports of poolers that are left out."""
     from transformers.utils import logging
 
@@ -139,7 +139,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
+def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
     from transformers.utils import cached_file
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,11 +11,18 @@ from torch import Tensor, nn
 from simomerge.classes import class_path, make
 from simomerge.encoders import Encoder, Features
 from simomerge.errors import InputError
+from simomerge.heads.binned import BinnedDepthHead
 from simomerge.heads.dpt import DPTHead
 from simomerge.heads.linear import LinearHead
 from simomerge.heads.projections import Foldable
+from simomerge.heads.transformers import TransformersHead
 
-HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "dpt": DPTHead}
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "dpt": DPTHead,
+    "binned-depth": BinnedDepthHead,
+    "transformers": TransformersHead,
+}
 """Every head that a recipe or a model folder can name. A new one is one line here."""
 
 
@@ -44,10 +52,10 @@ def build_head(
 
 def head_for(encoder: Encoder, kind: str, out_channels: int, **settings: Any) -> nn.Module:
     """A fresh head that fits an encoder's taps: their strides, and CLS tokens where the encoder has them."""
-    fitting: dict[str, Any] = {"cls": encoder.has_cls}
-    if kind == "dpt" and len(set(encoder.strides)) > 1:
-        fitting["pyramid"] = True
-    return build_head(kind, encoder.channels, out_channels, {**fitting, **settings})
+    known = inspect.signature(HEADS[kind]).parameters if kind in HEADS else {}
+    fitting = {"cls": encoder.has_cls, "pyramid": len(set(encoder.strides)) > 1}
+    taken = {name: value for name, value in fitting.items() if name in known}
+    return build_head(kind, encoder.channels, out_channels, {**taken, **settings})
 
 
 def head_kind(head: nn.Module) -> str:
@@ -66,4 +74,15 @@ class DenseHead(Protocol):
         """Features -> logits (B, C, H, W) at the padded size."""
 
 
-__all__ = ["HEADS", "DPTHead", "DenseHead", "Foldable", "LinearHead", "build_head", "head_for", "head_kind"]
+__all__ = [
+    "HEADS",
+    "BinnedDepthHead",
+    "DPTHead",
+    "DenseHead",
+    "Foldable",
+    "LinearHead",
+    "TransformersHead",
+    "build_head",
+    "head_for",
+    "head_kind",
+]
