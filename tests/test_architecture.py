@@ -45,7 +45,7 @@ LAYERS = [
 """Lowest first. A unit imports only from layers below its own; `simomerge/__init__.py` stands above all."""
 
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
-HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accelerate", "PIL")
+HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accelerate", "peft", "PIL")
 FORBIDDEN = {
     "merging": ("torch", "transformers"),
     "report": ("torch", "transformers", "torchmetrics", "accelerate"),

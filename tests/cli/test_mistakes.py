@@ -32,6 +32,7 @@ def listing(folder: Path) -> set[Path]:
 
 MERGE = ("merge", "BASE", "depth=DEPTH", "normals=NORMALS", "-o", "OUT")
 TRAIN = ("train", "--base", "BASE", *TINY, "-o", "OUT")
+DISTILL = ("realign", "SCENE", "depth=DEPTH", "--images", "./nowhere", "--method", "distill")
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "command": (("merg",), "no such command 'merg'; did you mean 'merge'"),
     "strange command": (("xyzzy",), r"no such command 'xyzzy'\."),
@@ -78,6 +79,17 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("realign", "SCENE", "depth=DEPTH", "--images", "./nowhere", "--steps", "3", "-o", "OUT"),
         "--steps does nothing under --method fold",
     ),
+    "adapters and LoRA": ((*DISTILL, "--with-adapters", "--with-lora", "-o", "OUT"), "exclude each other; give one"),
+    "rank of no adapters": (
+        (*DISTILL, "--rank", "2", "-o", "OUT"),
+        "--rank .*--with-adapters or --with-lora",
+    ),
+    "activation of LoRA": (
+        (*DISTILL, "--with-lora", "--activation", "relu", "-o", "OUT"),
+        "--activation is of adapters: give --with-adapters",
+    ),
+    "LoRA under a fold": ((*DISTILL[:-1], "fold", "--with-lora", "-o", "OUT"), "--with-lora does nothing under"),
+    "alpha": (("realign", "SCENE", "--method", "lora", "--alpha", "0", "--count", "4", "-o", "OUT"), "LoRA alpha 0"),
     "split": (("evaluate", "SCENE", "--split", "tets"), "split"),
     "model without heads": (("evaluate", "BASE", "--count", "4"), "the model predicts nothing"),
     "evaluated path": (("evaluate", "./nowhere"), "no such folder"),

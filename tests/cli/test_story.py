@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,18 +148,39 @@ def test_an_interrupted_training_goes_on_and_other_settings_start_afresh(
 # Re-align, evaluate -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "more"), [("heads", ("--workers", 1)), ("adapters", ("--rank", 2))])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("heads", ("--workers", 1)), ("adapters", ("--rank", 2)), ("lora", ("--rank", 2, "--alpha", 3))],
+)
 def test_realign_writes_a_model_and_its_cost(story: Story, tmp_path: Path, method: str, more: tuple[Any, ...]) -> None:
     options = ("--method", method, "--count", 4, "--steps", 2, "-o", tmp_path / "mended", "--json", *more)
     done = simomerge("realign", story / "scene", *options)
     assert done.code == 0, done.err
     assert done.json["realign"]["method"] == method and done.json["realign"]["labelled_images"] == 4
     mended = load(tmp_path / "mended")
-    assert mended.encoder_fingerprint() == load(story / "scene").encoder_fingerprint()
+    same = mended.encoder_fingerprint() == load(story / "scene").encoder_fingerprint()
+    assert same == (method != "lora")
     assert mended.provenance["realign"] == done.json["realign"] and "merge" in mended.provenance
     assert [path.name for path in tmp_path.iterdir()] == ["mended"]
     inspected = simomerge("inspect", tmp_path / "mended")
     assert ("adapters of rank 2" in inspected.out) == (method == "adapters")
+
+
+def test_realign_distils_with_lora(story: Story, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        picture(tmp_path / "photos" / f"{i}.png")
+    experts = [f"{task}={story / task}" for task in ("depth", "normals")]
+    options = ("--method", "distill", "--with-lora", "--rank", 2, "--steps", 2, "--images", tmp_path / "photos")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few images hold the fold back
+        done = simomerge("realign", story / "scene", *experts, *options, "-o", tmp_path / "mended", "--json")
+    assert done.code == 0, done.err
+    record = done.json["realign"]
+    assert (record["adapters"], record["rank"], record["alpha"], record["labelled_images"]) == ("lora", 2, 2, 0)
+    mended = load(tmp_path / "mended")
+    assert mended.encoder.adapters is None
+    assert mended.encoder_fingerprint() != load(story / "scene").encoder_fingerprint()
 
 
 def test_evaluate_measures_and_compares_with_the_experts(story: Story) -> None:

@@ -357,6 +357,11 @@ def test_models_that_no_merge_made(
     (scene / "simo.json").write_text(json.dumps({**described, "adapters": {"rank": 2}}))
     with pytest.raises(InputError, match="has adapters beside its blocks, which fit its weights only; edit the merge"):
         edit(scene)
+    (scene / "simo.json").write_text(json.dumps(described))
+    for realign in ({"method": "lora"}, {"method": "heads", "after": {"method": "distill", "adapters": "lora"}}):
+        record(scene, realign=realign)
+        with pytest.raises(InputError, match="LoRA was folded into its weights, which are no merge now; edit the"):
+            edit(scene)
     for how, message in (
         ({"method": "sorcery"}, "no merge method 'sorcery'"),
         ({"method": "ties", "spell": 1}, "'ties' has no parameter 'spell'"),

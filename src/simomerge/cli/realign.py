@@ -24,13 +24,14 @@ from simomerge.cli.options import (
 )
 from simomerge.errors import InputError
 
+_LABELLED = ("heads", "adapters", "lora")
+"""Methods that learn from labels: the keys of `simomerge.realignment.WITH_LABELS`, which imports torch."""
+
 
 @click.command("realign")
 @click.argument("model")
 @click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...")
-@click.option(
-    "--method", type=click.Choice(["fold", "distill", "heads", "adapters"]), default="fold", show_default=True
-)
+@click.option("--method", type=click.Choice(["fold", "distill", *_LABELLED]), default="fold", show_default=True)
 @images_option
 @size_option
 @click.option("--count", type=click.IntRange(1), help="Images: 64 to fold, 256 by default for all else.")
@@ -41,11 +42,13 @@ from simomerge.errors import InputError
 )
 @click.option("--ridge", type=float, help="Of the fold, in units of the mean variance; chosen by default.")
 @click.option("--with-adapters", is_flag=True, help="distill: train adapters in the encoder as well.")
+@click.option("--with-lora", is_flag=True, help="distill: train LoRA in the encoder as well, and fold it.")
 @data_option
 @click.option("--split", default="val", show_default=True, help="Of the data.")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps (of each head).")
 @click.option("--lr", type=float, help="Peak learning rate.")
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters.")
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters or LoRA.")
+@click.option("--alpha", type=float, help="Of lora: its change is scaled by alpha / rank. [default: the rank]")
 @click.option(
     "--activation", type=click.Choice(["none", "relu"]), default="none", show_default=True, help="Inside the adapters."
 )
@@ -64,11 +67,13 @@ def command(
     variant: str | None,
     ridge: float | None,
     with_adapters: bool,
+    with_lora: bool,
     data: str,
     split: str,
     steps: int | None,
     lr: float | None,
     rank: int,
+    alpha: float | None,
     activation: str,
     seed: int,
     output: Path,
@@ -81,19 +86,20 @@ def command(
     \b
     Without labels, from its EXPERTs' behaviour on a folder of images:
       fold       in closed form, in seconds; nothing is trained, no parameter added
-      distill    heads (and adapters) trained to predict what the experts predict, from the fold
+      distill    heads (and adapters or LoRA) trained to predict what the experts predict, from the fold
     With labels of every task (--data):
       heads      the paper's first re-alignment
       adapters   the paper's second: low-rank adapters in the encoder, with the heads
+      lora       LoRA in the encoder's linear layers, with the heads; folded, so the encoder stays plain
 
     \b
     simomerge realign runs/scene depth=runs/depth normals=runs/normals --images photos/ -o runs/folded
     """
     check_output(output, overwrite)
     named = parse_pairs(experts)
-    labelled = method in ("heads", "adapters")
+    labelled = method in _LABELLED
     _check_given(method, named, images, labelled)
-    _check_options(method, with_adapters)
+    _check_options(method, with_adapters, with_lora)
     from simomerge.assemble import load_experts
     from simomerge.devices import join_processes
     from simomerge.model import load
@@ -111,7 +117,8 @@ def command(
         from simomerge.datasets.pictures import as_images
 
         given |= {"experts": load_experts(**named), "images": as_images(images, count, size)}
-    options = _options(method, steps, lr, seed, rank, activation, with_adapters, variant, ridge, workers)
+    inside: Any = "lora" if with_lora else with_adapters
+    options = _options(method, steps, lr, seed, rank, alpha, activation, inside, variant, ridge, workers)
     with console() as progress:
         result = realign(merged, method=method, progress=progress, **given, **options)
     if rank_here:  # under torchrun the first process writes what all have
@@ -140,28 +147,35 @@ _ONLY_FOR = {
     "variant": ("fold", "distill"),
     "ridge": ("fold",),
     "with_adapters": ("distill",),
+    "with_lora": ("distill",),
     "size": ("fold", "distill"),
-    "data": ("heads", "adapters"),
-    "split": ("heads", "adapters"),
-    "steps": ("distill", "heads", "adapters"),
-    "lr": ("distill", "heads", "adapters"),
-    "seed": ("distill", "heads", "adapters"),
+    "data": _LABELLED,
+    "split": _LABELLED,
+    "steps": ("distill", *_LABELLED),
+    "lr": ("distill", *_LABELLED),
+    "seed": ("distill", *_LABELLED),
     "workers": ("distill", "heads"),
-    "rank": ("distill", "adapters"),
+    "rank": ("distill", "adapters", "lora"),
+    "alpha": ("lora",),
     "activation": ("distill", "adapters"),
 }
 """Options that some methods have no use for."""
 
 
-def _check_options(method: str, with_adapters: bool) -> None:
+def _check_options(method: str, with_adapters: bool, with_lora: bool) -> None:
     """An option that would be ignored is refused."""
     context = click.get_current_context()
+    if with_adapters and with_lora:
+        raise InputError("--with-adapters and --with-lora exclude each other; give one of them.")
     for name, methods in _ONLY_FOR.items():
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE and method not in methods:
             raise InputError(f"--{name.replace('_', '-')} does nothing under --method {method}; leave it out.")
-    for name in ("rank", "activation") if method == "distill" and not with_adapters else ():
+    useless = {} if with_adapters else {"activation": "adapters: give --with-adapters"}
+    if not with_adapters and not with_lora:
+        useless["rank"] = "adapters or LoRA: give --with-adapters or --with-lora"
+    for name, mend in useless.items() if method == "distill" else ():
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name} is of adapters: give --with-adapters, or leave it out.")
+            raise InputError(f"--{name} is of {mend}, or leave it out.")
 
 
 def _options(
@@ -170,27 +184,36 @@ def _options(
     lr: float | None,
     seed: int,
     rank: int,
+    alpha: float | None,
     activation: str,
-    with_adapters: bool,
+    inside: bool | str,
     variant: str | None,
     ridge: float | None,
     workers: int | None,
 ) -> dict[str, Any]:
-    """The keyword arguments of one re-alignment."""
+    """The keyword arguments of one re-alignment; ``inside``: what distillation trains in the encoder."""
     from simomerge.devices import available_cores
-    from simomerge.realignment import ADAPTER_SETTINGS, DISTILL_SETTINGS, HEAD_SETTINGS
+    from simomerge.realignment import ADAPTER_SETTINGS, DISTILL_SETTINGS, HEAD_SETTINGS, LORA_SETTINGS
 
     options: dict[str, Any] = {"variant": variant} if variant else {}
     if method == "fold":
         return options | ({} if ridge is None else {"ridge": ridge})
-    settings = {"heads": HEAD_SETTINGS, "adapters": ADAPTER_SETTINGS, "distill": DISTILL_SETTINGS}[method]
+    defaults = {
+        "heads": HEAD_SETTINGS,
+        "adapters": ADAPTER_SETTINGS,
+        "lora": LORA_SETTINGS,
+        "distill": DISTILL_SETTINGS,
+    }
+    settings = defaults[method]
     settings = replace(settings, seed=seed, steps=steps or settings.steps, lr=settings.lr if lr is None else lr)
     options = options if method == "distill" else {}
     options["settings"] = settings
-    if method == "adapters" or with_adapters:
+    if method == "adapters" or inside:
         options |= {"rank": rank, "activation": activation}
+    if method == "lora":
+        options |= {"rank": rank, "alpha": alpha}
     if method == "distill":
-        options["adapters"] = with_adapters
+        options["adapters"] = inside
     if method in ("heads", "distill"):
         options["workers"] = workers or available_cores()
     return options

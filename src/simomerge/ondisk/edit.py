@@ -59,7 +59,7 @@ def edit_on_disk(
 
     Raises:
         InputError: a model that no merge made, another base or expert than it records, an expert missing that the
-            method needs, adapters beside its blocks, and what ``merge_on_disk`` raises.
+            method needs, adapters beside its blocks or LoRA folded into its weights, and what ``merge_on_disk`` raises.
 
     Example:
         >>> edit_on_disk("scene", "rooms-base", "scene-2", add={"edges": "runs/edges"})        # doctest: +SKIP
@@ -113,7 +113,16 @@ def _recorded(merged: Source) -> dict[str, Any]:
         raise InputError(f"{merged.path}: its simo.json does not say what it was merged from; merge the experts anew.")
     if description["adapters"]:
         raise InputError(f"{merged.path}: has adapters beside its blocks, which fit its weights only; edit the merge.")
+    if _holds_lora(provenance.get("realign")):
+        raise InputError(f"{merged.path}: LoRA was folded into its weights, which are no merge now; edit the merge.")
     return provenance
+
+
+def _holds_lora(record: Mapping[str, Any] | None) -> bool:
+    """Whether a re-alignment, or one that it started from, folded LoRA into the encoder."""
+    if record is None:
+        return False
+    return "lora" in (record.get("method"), record.get("adapters")) or _holds_lora(record.get("after"))
 
 
 def _check_recorded(recorded: Mapping[str, Any], base: Source, experts: Mapping[str, Source]) -> None:

@@ -12,11 +12,16 @@ from simomerge.realignment.adapters import ADAPTER_SETTINGS, realign_adapters
 from simomerge.realignment.distill import DISTILL_SETTINGS, realign_distill
 from simomerge.realignment.fold import HELD_OUT, RIDGES, Fold, fold_heads, realign_fold, see
 from simomerge.realignment.heads import HEAD_SETTINGS, realign_heads
+from simomerge.realignment.lora import LORA_SETTINGS, realign_lora
 
 WITHOUT_LABELS: dict[str, Callable[..., SimoModel]] = {"fold": realign_fold, "distill": realign_distill}
 """Re-alignments that learn from the experts: ``(model, experts, images, ...)``."""
 
-WITH_LABELS: dict[str, Callable[..., SimoModel]] = {"heads": realign_heads, "adapters": realign_adapters}
+WITH_LABELS: dict[str, Callable[..., SimoModel]] = {
+    "heads": realign_heads,
+    "adapters": realign_adapters,
+    "lora": realign_lora,
+}
 """Re-alignments that learn from labels: ``(model, data, ...)``."""
 
 REALIGNMENTS = {**WITHOUT_LABELS, **WITH_LABELS}
@@ -35,7 +40,8 @@ def realign(
     """Re-align a merged model; it stays as it is.
 
     ``"fold"`` (closed form) and ``"distill"`` need the experts and images without labels; ``"heads"`` and
-    ``"adapters"`` (the paper's) need labelled data. Each may start from what another one gave.
+    ``"adapters"`` (the paper's) and ``"lora"`` need labelled data. Each may start from what another one gave; those
+    that put adapters or LoRA into an encoder, from one without adapters.
 
     Args:
         model: a merged model.
@@ -43,7 +49,7 @@ def realign(
         images: a folder of pictures, a sequence of images, or a dataset whose labels are not read.
         data: a dataset with the targets of every task.
         method: a key of `REALIGNMENTS`.
-        **options: see `realign_fold`, `realign_distill`, `realign_heads` and `realign_adapters`.
+        **options: see `realign_fold`, `realign_distill`, `realign_heads`, `realign_adapters` and `realign_lora`.
 
     Raises:
         InputError: an unknown method, what it needs is not given, or what the method refuses.
@@ -70,6 +76,7 @@ __all__ = [
     "DISTILL_SETTINGS",
     "HEAD_SETTINGS",
     "HELD_OUT",
+    "LORA_SETTINGS",
     "REALIGNMENTS",
     "RIDGES",
     "WITHOUT_LABELS",
@@ -81,5 +88,6 @@ __all__ = [
     "realign_distill",
     "realign_fold",
     "realign_heads",
+    "realign_lora",
     "see",
 ]

@@ -10,13 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
+from simomerge.realignment.labels import check_labels
+from simomerge.realignment.low_rank import check_no_adapters, only_heads_learn, train_with_heads
 from simomerge.realignment.record import after
-from simomerge.training import TrainSettings, finetune, trainable_parameters
+from simomerge.training import TrainSettings
 
 ADAPTER_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 
@@ -43,28 +42,20 @@ def realign_adapters(
     Raises:
         InputError: the data lacks labels of a task, or the model has adapters already.
     """
-    missing = [name for name in model.tasks if name not in data.tasks]
-    if missing:
-        raise InputError(f"adapters need labels of every task; the data has none of {', '.join(missing)}.")
-    if model.encoder.adapters is not None:
-        raise InputError("the model has adapters already; re-align the merged model they were made from.")
+    check_labels(model, data, "adapters need")
+    check_no_adapters(model)
     result = copy.deepcopy(model)
-    torch.manual_seed(settings.seed)
-    result.requires_grad_(False)
-    result.encoder.add_adapters(rank, activation)
-    result.heads.requires_grad_(True)
-    trained = trainable_parameters(result)
     state_file = Path(work_folder) / "adapters.pt" if work_folder else None
-    log = finetune(result, data, settings, None, state_file, "adapters", progress)
+    only_heads_learn(result, settings.seed)
+    result.encoder.add_adapters(rank, activation)
+    cost = train_with_heads(result, data, settings, state_file, "adapters", progress)
     record = {
         "method": "adapters",
         "rank": rank,
         "activation": activation,
         **asdict(settings),
         "labelled_images": len(data),
-        "steps": log.steps,
-        "seconds": log.seconds,
-        "trained_parameters": trained,
+        **cost,
     }
     result.provenance = {**model.provenance, "realign": after(model, record)}
     return result.eval()

@@ -1,4 +1,4 @@
-"""Distillation: heads, or adapters and heads, trained to predict on unlabelled images what the experts predict.
+"""Distillation: heads, or adapters or LoRA and heads, trained to predict on unlabelled images what the experts predict.
 
 It starts from the fold, which has done most of the work in closed form; gradient descent mends what is not linear.
 """
@@ -9,10 +9,10 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from simomerge.datasets import DenseDataset, random_flip
+from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.devices import autocast
 from simomerge.errors import InputError
@@ -30,8 +30,10 @@ from simomerge.progress import Progress, silent
 from simomerge.realignment.experts import evaluating, matching_experts, observe
 from simomerge.realignment.fold import Variant, realign_fold
 from simomerge.realignment.heads import train_heads
+from simomerge.realignment.lora import ALL_LINEAR, lora, lora_config, lora_record
+from simomerge.realignment.low_rank import check_no_adapters, only_heads_learn, train_with_heads
 from simomerge.realignment.record import after
-from simomerge.training import TrainSettings, fit, trainable_parameters
+from simomerge.training import TrainSettings
 
 DISTILL_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=5e-4)
 
@@ -122,7 +124,7 @@ def realign_distill(
     experts: Mapping[str, SimoModel],
     images: Any,
     settings: TrainSettings = DISTILL_SETTINGS,
-    adapters: bool = False,
+    adapters: bool | Literal["lora"] = False,
     rank: int = 16,
     activation: str = "none",
     variant: Variant = "cross-tap",
@@ -131,7 +133,7 @@ def realign_distill(
     workers: int = 1,
     progress: Progress = silent,
 ) -> SimoModel:
-    """Train heads, or adapters and heads, to match the experts' predictions on unlabelled images.
+    """Train heads, or adapters or LoRA and heads, to match the experts' predictions on unlabelled images.
 
     Args:
         model: a merged model; it stays as it is. Its heads are folded first where they can be, unless it was
@@ -139,8 +141,10 @@ def realign_distill(
         experts: by task, those it was merged from.
         images: a folder of pictures, a sequence of images, or a dataset (its labels are not read); of one size.
         settings: of the training (of each head's, without adapters).
-        adapters: train a low-rank adapter beside every block as well.
-        rank, activation: of the adapters; see `realign_adapters`.
+        adapters: train a low-rank adapter beside every block as well; "lora": LoRA in all linear layers instead,
+            folded into the encoder's weights at the end.
+        rank: of the adapters or of LoRA, whose alpha is the rank; see `realign_adapters` and `realign_lora`.
+        activation: of the adapters; LoRA has none.
         variant: of the fold it starts from.
         count: of the images; all by default.
         work_folder: where predictions, features and the state of a killed run are kept, of this very re-alignment
@@ -148,28 +152,32 @@ def realign_distill(
         workers: heads trained at once, each in its process.
 
     Raises:
-        InputError: experts that do not fit the model, images of several sizes, or none.
+        InputError: experts that do not fit the model, images of several sizes, or none; adapters or LoRA for a model
+            that has adapters, and what `realign_lora` refuses.
 
     Example:
         >>> model = realign_distill(model, experts, "photos/", count=256)     # doctest: +SKIP
     """
+    if adapters not in (True, False, "lora"):
+        raise InputError(f"adapters={adapters!r}: use True, False or 'lora'.")
+    if adapters:
+        check_no_adapters(model, "distill its heads alone, or the model they were made from")
+    config = _lora_config(model, rank, activation) if adapters == "lora" else None  # refuses before it computes
     experts = matching_experts(model, experts)
     source = readable(as_images(images, count), one_size=True)
-    if adapters and model.encoder.adapters is not None:
-        raise InputError("the model has adapters already; distill its heads alone, or the model they were made from.")
     start = model if model.provenance.get("realign") else _folded(model, experts, source, variant, progress)
     result = copy.deepcopy(start)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(work_folder or temporary)
         taught = TeacherPredictions(source, experts, work / "predictions", progress)
         if adapters:
-            cost = _train_adapters(result, taught, settings, rank, activation, work, progress)
+            cost = _train_with_adapters(result, taught, settings, config, rank, activation, work, progress)
         else:
             cost = train_heads(result, taught, settings, work, workers, "distance", progress)
     record = {
         "method": "distill",
         "adapters": adapters,
-        **({"rank": rank, "activation": activation} if adapters else {}),
+        **(lora_record(config, ALL_LINEAR) if config else {"rank": rank, "activation": activation} if adapters else {}),
         **asdict(settings),
         "unlabelled_images": len(source),
         "labelled_images": 0,
@@ -191,29 +199,24 @@ def _folded(
     return SimoModel(model.encoder, model.tasks, heads, folded.provenance)
 
 
-def _train_adapters(
+def _lora_config(model: SimoModel, rank: int, activation: str) -> Any:
+    if activation != "none":
+        raise InputError(f"activation {activation!r} is of adapters, and LoRA has none: leave it out.")
+    return lora_config(model.encoder, rank)
+
+
+def _train_with_adapters(
     model: SimoModel,
     taught: TeacherPredictions,
     settings: TrainSettings,
+    config: Any,
     rank: int,
     activation: str,
     work: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Adapters and heads together, in place; what it cost."""
-    torch.manual_seed(settings.seed)
-    model.requires_grad_(False)
-    model.encoder.add_adapters(rank, activation)
-    model.heads.requires_grad_(True)
-    trained = trainable_parameters(model)
-    log = fit(
-        model,
-        partial(prediction_distances, model),
-        taught,
-        settings,
-        transform=partial(random_flip, model.tasks),
-        state_file=work / "adapters.pt",
-        label="distill",
-        progress=progress,
-    )
-    return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
+    """Heads together with LoRA, where there is a config of it, or else adapters, in place; what it cost."""
+    only_heads_learn(model, settings.seed)
+    encoder, state_file = model.encoder, work / ("lora.pt" if config else "adapters.pt")
+    with lora(encoder, config) if config else nullcontext(encoder.add_adapters(rank, activation)):
+        return train_with_heads(model, taught, settings, state_file, "distill", progress, prediction_distances)

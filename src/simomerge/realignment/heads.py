@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
+from simomerge.realignment.labels import check_labels
 from simomerge.realignment.record import after
 from simomerge.tasks import Task
 from simomerge.training import CachedFeatures, TrainSettings, WorkerPool, cache_features, train_head
@@ -53,9 +53,7 @@ def realign_heads(
     Raises:
         InputError: the data lacks labels of a task.
     """
-    missing = [name for name in model.tasks if name not in data.tasks]
-    if missing:
-        raise InputError(f"head re-alignment needs labels of every task; the data has none of {', '.join(missing)}.")
+    check_labels(model, data, "head re-alignment needs")
     result = copy.deepcopy(model)
     with tempfile.TemporaryDirectory() as temporary:
         cost = train_heads(result, data, settings, Path(work_folder or temporary), workers, "loss", progress)

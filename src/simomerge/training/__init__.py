@@ -2,11 +2,20 @@
 
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, TrainSettings, fit
-from simomerge.training.lpft import finetune, fresh_head, lpft, train_head, trainable_parameters
+from simomerge.training.lpft import (
+    ModelLosses,
+    finetune,
+    fresh_head,
+    image_losses,
+    lpft,
+    train_head,
+    trainable_parameters,
+)
 from simomerge.training.workers import WorkerPool
 
 __all__ = [
     "CachedFeatures",
+    "ModelLosses",
     "TrainLog",
     "TrainSettings",
     "WorkerPool",
@@ -14,6 +23,7 @@ __all__ = [
     "finetune",
     "fit",
     "fresh_head",
+    "image_losses",
     "lpft",
     "train_head",
     "trainable_parameters",

@@ -8,7 +8,7 @@ of the task losses.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from simomerge.progress import Progress, silent
 from simomerge.tasks import Task
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, TrainSettings, fit
+
+ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
+"""(model, batch) -> loss of each task."""
 
 
 def fresh_head(
@@ -85,11 +88,12 @@ def finetune(
     state_file: Path | None = None,
     label: str = "",
     progress: Progress = silent,
+    losses: ModelLosses = image_losses,
 ) -> TrainLog:
     """Train whatever of a model requires a gradient, on augmented images, in place."""
     return fit(
         model,
-        partial(image_losses, model),
+        partial(losses, model),
         train,
         settings,
         validation,
