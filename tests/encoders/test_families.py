@@ -159,20 +159,25 @@ def test_in_memory_and_on_disk_names_agree(folders, tmp_path, model_type):
     assert set(canonicalise(on_disk)) <= set(canonicalise(open_checkpoint(folders(model_type))))
 
 
-@pytest.mark.parametrize("model_type", ["dinov2", "swin", "resnet"])
+@pytest.mark.parametrize("model_type", ["dinov2", "swin", "pvt_v2"])
 def test_checkpointed_gradients_are_the_gradients(folders, model_type):
     def gradients(checkpointed):
         encoder = load_encoder(folders(model_type)).train()
-        if checkpointed:
-            encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        encoder.checkpoint_gradients(checkpointed)
+        assert encoder.backbone.is_gradient_checkpointing == checkpointed
         torch.manual_seed(0)
         sum(each.square().mean() for each in encoder(random_images(64, 64)).maps).backward()
         return {name: p.grad for name, p in encoder.backbone.named_parameters() if p.grad is not None}
 
-    plain, again = gradients(False), (gradients(True) if model_type != "resnet" else gradients(False))
+    plain, again = gradients(False), gradients(True)
     assert set(plain) == set(again)
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_encoders_that_cannot_checkpoint_say_so(folders):
+    with pytest.raises(InputError, match="ResNetModel cannot checkpoint gradients"):
+        load_encoder(folders("resnet")).checkpoint_gradients()
 
 
 def test_batch_norms_keep_their_statistics(folders):
@@ -181,3 +186,21 @@ def test_batch_norms_keep_their_statistics(folders):
     encoder.train()
     encoder(random_images(64, 64))
     assert encoder.training and all(torch.equal(value, before[n]) for n, value in encoder.backbone.named_buffers())
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "swin"])
+def test_adapters_beside_the_last_blocks_only(folders, model_type):
+    encoder = load_encoder(folders(model_type), taps=[1, 2, 3, 4])
+    images = random_images(64, 64)
+    with torch.no_grad():
+        before = encoder(images)
+        adapters = encoder.add_adapters(rank=2, last=2)
+        assert len(adapters) == 2 and adapters.settings == {"rank": 2, "activation": "none", "last": 2}
+        for adapter in adapters:
+            adapter.up.weight.normal_(generator=torch.Generator().manual_seed(2))
+        after = encoder(images)
+    # Swin has two blocks in its third stage: its last two are the second of that and the fourth stage's.
+    changed = [not torch.equal(a, b) for a, b in zip(before.maps, after.maps, strict=True)]
+    assert changed == [False, False, True, True]
+    with pytest.raises(InputError, match="the last 9 blocks: the encoder has"):
+        encoder.add_adapters(last=9)

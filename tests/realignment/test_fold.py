@@ -46,11 +46,12 @@ FEW = "ignore:.*the fold stays close to the unfolded head:UserWarning"
 
 
 class NoEncoder(nn.Module):
-    """Stands where an encoder would: all that a `Fold` asks of it is its channels."""
+    """Stands where an encoder would: all that a `Fold` asks of it is its channels and strides."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         self.channels = tuple(channels)
+        self.strides = tuple(range(1, len(self.channels) + 1))  # no two taps need be of one grid
 
 
 def bare(heads: Mapping[str, nn.Module], channels: Sequence[int] = CHANNELS) -> SimoModel:

@@ -84,7 +84,8 @@ def test_targets_are_not_decoded_while_encoding(
 def test_progress_counts_images(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:
     lines: list[Any] = []
     cache_features(encoder, rooms, tmp_path / "f", 5, label="base", progress=lambda *line: lines.append(line[:3]))
-    assert lines == [("base", 5, 12), ("base", 10, 12), ("base", 12, 12)]
+    # The first says how much they will take on disk.
+    assert lines == [("base", 0, 12), ("base", 5, 12), ("base", 10, 12), ("base", 12, 12)]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(
@@ -95,6 +96,19 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(InputError, match=r"the features of 12 images need .* GB, .* GB are free; use fewer images"):
         cache_features(encoder, rooms, tmp_path / "features")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_budget_is_told_before_anything_is_written(
+    encoder: Encoder, rooms: DenseDataset, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    folder = cache_features(encoder, rooms, tmp_path / "f", progress=lambda *line: notes.append(line[3]))
+    taken = sum(np.load(file, mmap_mode="r").nbytes for file in folder.glob("*.npy"))
+    assert notes[0] == f"{taken / 1e9:.2g} GB on disk"
+    cache_features(encoder, rooms, tmp_path / "g", budget=taken)
+    with pytest.raises(InputError, match=r"need .* GB, .* GB may be used"):
+        cache_features(encoder, rooms, tmp_path / "h", budget=taken - 1)
+    assert not (tmp_path / "h").exists()
 
 
 def test_nothing_is_left_of_a_cache_that_was_interrupted(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:

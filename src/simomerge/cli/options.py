@@ -24,6 +24,13 @@ workers_option = click.option(
     "--workers", type=click.IntRange(1), help="Processes side by side; one per core by default."
 )
 
+cache_budget_option = click.option(
+    "--cache-budget", metavar="SIZE", help="What features on disk may take at most, such as 20GB."
+)
+checkpointing_option = click.option(
+    "--gradient-checkpointing", is_flag=True, help="Compute blocks again in the backward pass: less memory, slower."
+)
+
 
 def output_option(required: bool = True) -> Any:
     return click.option(

@@ -10,7 +10,9 @@ import click
 from click.core import ParameterSource
 
 from simomerge.cli.options import (
+    cache_budget_option,
     check_output,
+    checkpointing_option,
     console,
     data_option,
     images_option,
@@ -52,7 +54,10 @@ _LABELLED = ("heads", "adapters", "lora")
 @click.option(
     "--activation", type=click.Choice(["none", "relu"]), default="none", show_default=True, help="Inside the adapters."
 )
+@click.option("--last-blocks", type=click.IntRange(1), help="Adapters beside the last so many blocks only.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@cache_budget_option
+@checkpointing_option
 @output_option()
 @overwrite_option
 @workers_option
@@ -75,7 +80,10 @@ def command(
     rank: int,
     alpha: float | None,
     activation: str,
+    last_blocks: int | None,
     seed: int,
+    cache_budget: str | None,
+    gradient_checkpointing: bool,
     output: Path,
     overwrite: bool,
     workers: int | None,
@@ -119,6 +127,7 @@ def command(
         given |= {"experts": load_experts(**named), "images": as_images(images, count, size)}
     inside: Any = "lora" if with_lora else with_adapters
     options = _options(method, steps, lr, seed, rank, alpha, activation, inside, variant, ridge, workers)
+    options |= _memory_options(method, last_blocks, cache_budget, gradient_checkpointing)
     with console() as progress:
         result = realign(merged, method=method, progress=progress, **given, **options)
     if rank_here:  # under torchrun the first process writes what all have
@@ -158,8 +167,22 @@ _ONLY_FOR = {
     "rank": ("distill", "adapters", "lora"),
     "alpha": ("lora",),
     "activation": ("distill", "adapters"),
+    "last_blocks": ("adapters",),
+    "cache_budget": ("heads",),
+    "gradient_checkpointing": ("adapters", "lora"),
 }
 """Options that some methods have no use for."""
+
+
+def _memory_options(
+    method: str, last_blocks: int | None, cache_budget: str | None, gradient_checkpointing: bool
+) -> dict[str, Any]:
+    """Keyword arguments by which large encoders fit."""
+    from simomerge.checkpoints import parse_size
+
+    options: dict[str, Any] = {"last_blocks": last_blocks} if last_blocks else {}
+    options |= {"cache_budget": parse_size(cache_budget)} if cache_budget else {}
+    return options | ({"checkpointing": True} if gradient_checkpointing else {})
 
 
 def _check_options(method: str, with_adapters: bool, with_lora: bool) -> None:

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from simomerge.cli.options import check_output, console, data_option, json_option, output_option, overwrite_option, say
+from simomerge.cli.options import (
+    cache_budget_option,
+    check_output,
+    checkpointing_option,
+    console,
+    data_option,
+    json_option,
+    output_option,
+    overwrite_option,
+    say,
+)
 
 
 @click.command("train")
@@ -25,6 +35,8 @@ from simomerge.cli.options import check_output, console, data_option, json_optio
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of the heads.")
 @click.option("--encoder-lr", type=float, default=3e-4, show_default=True, help="Peak learning rate of the encoder.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@cache_budget_option
+@checkpointing_option
 @output_option()
 @overwrite_option
 @json_option
@@ -41,6 +53,8 @@ def command(
     lr: float,
     encoder_lr: float,
     seed: int,
+    cache_budget: str | None,
+    gradient_checkpointing: bool,
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -51,6 +65,7 @@ def command(
     import json
     import shutil
 
+    from simomerge.checkpoints import parse_size
     from simomerge.datasets import load_data
     from simomerge.model import SimoModel, load
     from simomerge.recipes import ROOMS_HEADS
@@ -67,12 +82,13 @@ def command(
     fingerprint = model.encoder_fingerprint()
     probe = TrainSettings(steps=probe_steps, batch_size=batch_size, lr=2 * lr, seed=seed)
     tune = TrainSettings(steps=steps, batch_size=batch_size, lr=lr, encoder_lr=encoder_lr, seed=seed, validate_every=50)
+    budget = parse_size(cache_budget) if cache_budget else None
     work = output.parent / f"{output.name}.work"
     # Only the very same command goes on from a killed one: other settings have a folder of their own.
     everything = [fingerprint, data, images, val_images, tasks, head, asdict(probe), asdict(tune)]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
     with console() as progress:
-        logs = lpft(model, train, probe, tune, validation, work / key, progress)
+        logs = lpft(model, train, probe, tune, validation, work / key, progress, budget, gradient_checkpointing)
     model.provenance = {
         "base": {"source": base, "fingerprint": fingerprint},
         "training": {"method": "lp-ft", "data": data, "images": images, "probe": asdict(probe), "tune": asdict(tune)},

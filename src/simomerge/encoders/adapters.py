@@ -32,12 +32,13 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.ModuleList):
-    """One `Adapter` per block.
+    """One `Adapter` per block, or for the last blocks only.
 
     Args:
         channels: width of each block's tokens.
         rank: inner width; the paper uses 16.
         activation: "none" (the paper's text) or "relu" (its reference code).
+        last: beside the last so many blocks only; 0: beside all. Nothing before them needs a gradient then.
 
     Example:
         >>> adapters = Adapters([128] * 8, rank=16)
@@ -45,10 +46,18 @@ class Adapters(nn.ModuleList):
         32768
     """
 
-    def __init__(self, channels: list[int], rank: int = 16, activation: str = "none") -> None:
+    def __init__(self, channels: list[int], rank: int = 16, activation: str = "none", last: int = 0) -> None:
         if rank < 1:
             raise InputError(f"adapter rank {rank}: use a whole number of at least 1 (the paper's is 16).")
         if activation not in ("none", "relu"):
             raise InputError(f"adapter activation {activation!r}: use 'none' or 'relu'.")
-        super().__init__(Adapter(width, rank, activation) for width in channels)
+        if not 0 <= last <= len(channels):
+            raise InputError(f"adapters beside the last {last} blocks: the encoder has {len(channels)}.")
+        self.first = len(channels) - last if last else 0
+        super().__init__(Adapter(width, rank, activation) for width in channels[self.first :])
         self.settings: dict[str, Any] = {"rank": rank, "activation": activation}
+        self.settings |= {"last": last} if last else {}
+
+    def beside(self, block: int) -> Adapter | None:
+        """The adapter beside a block, counted from 0."""
+        return self[block - self.first] if block >= self.first else None  # type: ignore[return-value]

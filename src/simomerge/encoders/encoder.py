@@ -122,10 +122,23 @@ class Encoder(nn.Module):
         """What simo.json says of it."""
         return {"taps": list(self.taps), "apply_layernorm": self.apply_layernorm, **self.preprocessing}
 
-    def add_adapters(self, rank: int = 16, activation: str = "none") -> Adapters:
-        """Put a fresh low-rank adapter beside every block and return them all; see `Adapters`."""
-        self.adapters = Adapters(list(self.anatomy.widths), rank, activation)
+    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
+        """Put a fresh low-rank adapter beside every block, or the last ones, and return them all; see `Adapters`."""
+        self.adapters = Adapters(list(self.anatomy.widths), rank, activation, last)
         return self.adapters
+
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Compute every block again in the backward pass, instead of keeping what is inside: less memory, more time.
+
+        Raises:
+            InputError: an encoder that cannot.
+        """
+        if on and not getattr(self.backbone, "supports_gradient_checkpointing", False):
+            raise InputError(f"{type(self.backbone).__name__} cannot checkpoint gradients; train without.")
+        if on:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        elif getattr(self.backbone, "is_gradient_checkpointing", False):
+            self.backbone.gradient_checkpointing_disable()
 
     def train(self, mode: bool = True) -> Encoder:
         """As of any module, but batch norms keep their statistics: those of small batches would ruin a merge."""
@@ -190,11 +203,12 @@ class _AdapterHook:
         self.index = index
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self.encoder.adapters is None:
+        adapter = self.encoder.adapters.beside(self.index) if self.encoder.adapters is not None else None
+        if adapter is None:
             return output
         given = args[0] if args else kwargs["hidden_states"]
         tokens = output[0] if isinstance(output, tuple) else output
-        tokens = tokens + self.encoder.adapters[self.index](given)
+        tokens = tokens + adapter(given)
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 

@@ -68,7 +68,7 @@ class OwnEncoder(Encoder):
         """What simo.json says of it: its class and the arguments that make it again."""
         return {**super().describe(), "class": class_path(self.backbone), "settings": settings_of(self.backbone)}
 
-    def add_adapters(self, rank: int = 16, activation: str = "none") -> Adapters:
+    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
         """Not here: nothing is known of its blocks."""
         raise InputError(
             f"{type(self.backbone).__name__} is an encoder of your own, whose blocks are not known: adapters stand"

@@ -26,6 +26,8 @@ def realign_adapters(
     settings: TrainSettings = ADAPTER_SETTINGS,
     rank: int = 16,
     activation: str = "none",
+    last_blocks: int = 0,
+    checkpointing: bool = False,
     work_folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> SimoModel:
@@ -37,6 +39,8 @@ def realign_adapters(
         settings: of the training.
         rank: of the adapters (paper: 16).
         activation: between the two factors: "none" (the paper's text) or "relu" (its reference code).
+        last_blocks: adapters beside the last so many blocks only, for large encoders; 0: beside all (the paper).
+        checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
         work_folder: where the state of a killed run is kept.
 
     Raises:
@@ -47,12 +51,11 @@ def realign_adapters(
     result = copy.deepcopy(model)
     state_file = Path(work_folder) / "adapters.pt" if work_folder else None
     only_heads_learn(result, settings.seed)
-    result.encoder.add_adapters(rank, activation)
-    cost = train_with_heads(result, data, settings, state_file, "adapters", progress)
+    adapters = result.encoder.add_adapters(rank, activation, last_blocks)
+    cost = train_with_heads(result, data, settings, state_file, "adapters", progress, checkpointing=checkpointing)
     record = {
         "method": "adapters",
-        "rank": rank,
-        "activation": activation,
+        **adapters.settings,
         **asdict(settings),
         "labelled_images": len(data),
         **cost,

@@ -141,9 +141,8 @@ class Fold:
         head: Any = self.model.heads[task]
         taps = tuple(range(len(self.model.encoder.channels))) if getattr(head, "widens", False) else piece.taps
         # Taps of one stride have one grid: then all projections share one system, and its equations.
-        strides = getattr(self.model.encoder, "strides", None)
-        grid = strides.index(strides[piece.grid]) if strides else piece.grid
-        return _System(taps, taps if piece.cls else (), grid)
+        strides = self.model.encoder.strides
+        return _System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]))
 
     def _empty_sums(self) -> dict[_System, list[NormalEquations]]:
         device = next(self.model.parameters()).device

@@ -32,6 +32,7 @@ def realign_heads(
     settings: TrainSettings = HEAD_SETTINGS,
     work_folder: str | Path | None = None,
     workers: int = 1,
+    cache_budget: int | None = None,
     progress: Progress = silent,
 ) -> SimoModel:
     """Fine-tune each head separately on a frozen encoder's features.
@@ -46,6 +47,7 @@ def realign_heads(
         work_folder: where features and the state of a killed run are kept, of this very re-alignment and no
             other; a temporary folder by default.
         workers: heads trained at once, each in its process.
+        cache_budget: bytes that the features may take on disk; see `simomerge.training.cache_features`.
 
     Returns:
         A new model with the same encoder weights and re-aligned heads.
@@ -56,14 +58,22 @@ def realign_heads(
     check_labels(model, data, "head re-alignment needs")
     result = copy.deepcopy(model)
     with tempfile.TemporaryDirectory() as temporary:
-        cost = train_heads(result, data, settings, Path(work_folder or temporary), workers, "loss", progress)
+        work = Path(work_folder or temporary)
+        cost = train_heads(result, data, settings, work, workers, "loss", progress, cache_budget)
     record = {"method": "heads", **asdict(settings), "labelled_images": len(data), **cost}
     result.provenance = {**model.provenance, "realign": after(model, record)}
     return result.eval()
 
 
 def train_heads(
-    model: SimoModel, data: Any, settings: TrainSettings, work: Path, workers: int, criterion: str, progress: Progress
+    model: SimoModel,
+    data: Any,
+    settings: TrainSettings,
+    work: Path,
+    workers: int,
+    criterion: str,
+    progress: Progress,
+    cache_budget: int | None = None,
 ) -> dict[str, Any]:
     """Train each head of a model on features computed once, in place, side by side; what it cost.
 
@@ -73,7 +83,7 @@ def train_heads(
         criterion: "loss" (labels) or "distance" (a teacher's logits): the method of `Task` to minimise.
     """
     if not (work / "features").exists():
-        cache_features(model.encoder, data, work / "features", progress=progress)
+        cache_features(model.encoder, data, work / "features", budget=cache_budget, progress=progress)
     jobs = [
         (
             _train_one,

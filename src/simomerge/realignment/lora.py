@@ -40,6 +40,7 @@ def realign_lora(
     rank: int = 16,
     alpha: float | None = None,
     targets: str | Sequence[str] = ALL_LINEAR,
+    checkpointing: bool = False,
     work_folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> SimoModel:
@@ -53,6 +54,7 @@ def realign_lora(
         alpha: the change is scaled by ``alpha / rank``, as in peft; the rank by default, so that the scale is 1.
         targets: "all-linear", every linear layer of the backbone; or the ends of names of such layers, as in peft:
             ``["fc1", "fc2"]``. The names are those in memory, which a version of transformers may have changed.
+        checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
         work_folder: where the state of a killed run is kept, of this very re-alignment and no other.
 
     Returns:
@@ -75,7 +77,7 @@ def realign_lora(
     state_file = Path(work_folder) / "lora.pt" if work_folder else None
     only_heads_learn(result, settings.seed)
     with lora(result.encoder, config):
-        cost = train_with_heads(result, data, settings, state_file, "lora", progress)
+        cost = train_with_heads(result, data, settings, state_file, "lora", progress, checkpointing=checkpointing)
     record = {
         "method": "lora",
         **lora_record(config, targets),

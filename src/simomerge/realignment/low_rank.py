@@ -34,8 +34,9 @@ def train_with_heads(
     label: str,
     progress: Progress,
     losses: ModelLosses = image_losses,
+    checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Train on all tasks at once what of a model learns, in place; what it cost."""
     trained = trainable_parameters(model)
-    log = finetune(model, data, settings, None, state_file, label, progress, losses)
+    log = finetune(model, data, settings, None, state_file, label, progress, losses, checkpointing)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}

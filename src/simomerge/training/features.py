@@ -87,6 +87,7 @@ def cache_features(
     folder: str | Path,
     batch_size: int = 64,
     label: str = "features",
+    budget: int | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Encode every image of a dataset once and write the Features, float16, as memory-mappable arrays.
@@ -95,9 +96,10 @@ def cache_features(
         encoder: frozen; run in evaluation mode.
         dataset: of samples with ``image`` (3, H, W) in [0, 1], all of one size.
         folder: where to; written to a temporary sibling and renamed.
+        budget: bytes that the features may take at most; by default what is free on the disk.
 
     Raises:
-        InputError: the disk has too little room (the message says how much is needed).
+        InputError: they would take more (the message says how much); that is known after the first batch.
     """
     encoder.eval()
     device = next(encoder.parameters()).device
@@ -110,6 +112,9 @@ def cache_features(
             named = {f"map{i}": m for i, m in enumerate(features.maps)}
             named |= {f"cls{i}": c for i, c in enumerate(features.cls)}
             if not arrays:
+                needed = sum(2 * len(dataset) * tensor[0].numel() for tensor in named.values())
+                _check_room(target, needed, len(dataset), budget)
+                progress(label, 0, len(dataset), f"{needed / 1e9:.2g} GB on disk")
                 arrays = _create(target, named, len(dataset))
                 _write_meta(target, features)
             for name, tensor in named.items():
@@ -135,14 +140,17 @@ class _ImagesOnly(Dataset[dict[str, Tensor]]):
         return {"image": self.dataset.image(index)}
 
 
+def _check_room(folder: Path, needed: int, count: int, budget: int | None) -> None:
+    limits = {"are free; use fewer images or another disk": shutil.disk_usage(folder).free}
+    if budget is not None:
+        limits["may be used; use fewer images or raise that limit"] = budget
+    for what, limit in limits.items():
+        if needed > limit:
+            said = f"need {needed / 1e9:.2g} GB, {limit / 1e9:.2g} GB {what}"
+            raise InputError(f"{folder.parent}: the features of {count} images {said}.")
+
+
 def _create(folder: Path, named: Mapping[str, Tensor], count: int) -> dict[str, np.ndarray]:
-    needed = sum(2 * count * tensor[0].numel() for tensor in named.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"{folder.parent}: the features of {count} images need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free;"
-            " use fewer images or another disk."
-        )
     return {
         name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(count, *tensor.shape[1:]))
         for name, tensor in named.items()

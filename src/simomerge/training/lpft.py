@@ -89,19 +89,28 @@ def finetune(
     label: str = "",
     progress: Progress = silent,
     losses: ModelLosses = image_losses,
+    checkpointing: bool = False,
 ) -> TrainLog:
-    """Train whatever of a model requires a gradient, on augmented images, in place."""
-    return fit(
-        model,
-        partial(losses, model),
-        train,
-        settings,
-        validation,
-        transform=partial(random_flip, model.tasks),
-        state_file=state_file,
-        label=label or "+".join(model.tasks),
-        progress=progress,
-    )
+    """Train whatever of a model requires a gradient, on augmented images, in place.
+
+    Args:
+        checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
+    """
+    model.encoder.checkpoint_gradients(checkpointing)
+    try:
+        return fit(
+            model,
+            partial(losses, model),
+            train,
+            settings,
+            validation,
+            transform=partial(random_flip, model.tasks),
+            state_file=state_file,
+            label=label or "+".join(model.tasks),
+            progress=progress,
+        )
+    finally:
+        model.encoder.checkpoint_gradients(False)
 
 
 def lpft(
@@ -112,6 +121,8 @@ def lpft(
     validation: Any = None,
     work_folder: str | Path | None = None,
     progress: Progress = silent,
+    cache_budget: int | None = None,
+    checkpointing: bool = False,
 ) -> dict[str, TrainLog]:
     """Both phases, in place.
 
@@ -122,34 +133,28 @@ def lpft(
         validation: the dataset whose loss stops the second phase and chooses the weights to keep.
         work_folder: where features and the state of a killed run are kept, of this very training and no other;
             a temporary folder by default.
+        cache_budget: bytes that the features of the first phase may take; see `cache_features`.
+        checkpointing: of the second phase; see `finetune`.
 
     Returns:
         The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
     """
     with tempfile.TemporaryDirectory() as temporary:
-        return _lpft(model, train, probe, tune, validation, Path(work_folder or temporary), progress)
-
-
-def _lpft(
-    model: SimoModel,
-    train: Any,
-    probe: TrainSettings,
-    tune: TrainSettings,
-    validation: Any,
-    work: Path,
-    progress: Progress,
-) -> dict[str, TrainLog]:
-    if not (work / "features").exists():
-        cache_features(model.encoder, train, work / "features", progress=progress)
-    logs = {}
-    for name, task in model.tasks.items():
-        cached = CachedFeatures(work / "features", train, [name])
-        logs[f"probe/{name}"] = train_head(
-            model.heads[name], task, cached, probe, None, work / f"probe-{name}.pt", f"probe {name}", progress
+        work = Path(work_folder or temporary)
+        if not (work / "features").exists():
+            cache_features(model.encoder, train, work / "features", budget=cache_budget, progress=progress)
+        logs = {}
+        for name, task in model.tasks.items():
+            cached = CachedFeatures(work / "features", train, [name])
+            logs[f"probe/{name}"] = train_head(
+                model.heads[name], task, cached, probe, None, work / f"probe-{name}.pt", f"probe {name}", progress
+            )
+        model.requires_grad_(True)
+        state_file = work / "tune.pt"
+        logs["tune"] = finetune(
+            model, train, tune, validation, state_file, progress=progress, checkpointing=checkpointing
         )
-    model.requires_grad_(True)
-    logs["tune"] = finetune(model, train, tune, validation, work / "tune.pt", progress=progress)
-    return logs
+        return logs
 
 
 def trainable_parameters(module: nn.Module) -> int:
