@@ -14,7 +14,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps (B, C, h, w) to (B, C, H, W), bilinear, corners not aligned; unchanged where the size fits.
 
     On a CPU as two matrix products, one per axis: the same numbers two to three times as fast as the library's
-    loop, forwards and backwards.
+    loop, forwards and backwards. Where channels lie last and are many, the library's is the faster one.
 
     Example:
         >>> resize(torch.rand(1, 3, 8, 10), (64, 80)).shape
@@ -23,11 +23,15 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     old, new = x.shape[-2:], tuple(size)
     if old == new:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or (x.shape[1] >= 16 and _channels_last(x)):
         return F.interpolate(x, new, mode="bilinear", align_corners=False)
     down, across = (torch.from_numpy(_weights(n, m)).to(x.dtype) for n, m in zip(old, new, strict=True))
     with torch.autocast("cpu", enabled=False):
         return down @ (x @ across.T)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @lru_cache(maxsize=64)
