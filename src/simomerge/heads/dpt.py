@@ -76,7 +76,6 @@ class DPTHead(nn.Module):
         self.smooth = nn.Conv2d(width, width // 2, 3, padding=1)
         self.refine = nn.Conv2d(width // 2, 32, 3, padding=1)
         self.output = nn.Conv2d(32, out_channels, 1)
-        self.to(memory_format=torch.channels_last)  # as an encoder's tokens lie: convolutions need no reordering
 
     def _add_projections(self, width: int) -> None:
         """Fresh 1x1 projections of the patches and the CLS tokens."""
