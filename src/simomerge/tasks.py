@@ -131,13 +131,17 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     return vectors * vectors.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
+def _positive(logits: Tensor) -> Tensor:
+    return logits.clamp(min=1e-3)
+
+
 def _not_negative(logits: Tensor) -> Tensor:
     return logits.clamp(min=0)
 
 
 KINDS: dict[str, Kind] = {
     "segmentation": Kind(None, _cross_entropy, _labels, "miou", True, "%", _soft_cross_entropy),
-    "depth": Kind(1, _depth_l1, _not_negative, "abs_err", False, "m", _absolute_difference, "magma_r"),
+    "depth": Kind(1, _depth_l1, _positive, "abs_err", False, "m", _absolute_difference, "magma_r"),
     "disparity": Kind(1, _depth_l1, _not_negative, "abs_err", False, "", _absolute_difference, "magma"),
     "normals": Kind(3, _cosine, unit_vectors, "mean_angle", False, "deg", _angle),
     "edges": Kind(1, _edge_cross_entropy, torch.sigmoid, "f1", True, "%", _edge_divergence, "gray"),
