@@ -129,9 +129,9 @@ def test_activate_gives_predictions_in_the_units_of_the_target():
     column = torch.tensor([-2.0, 0.25, 3.0]).view(1, 1, 1, 3)
     for kind in ("texture", "keypoints", "autoencoder"):
         assert Task(kind).activate(column).flatten().tolist() == [0, 0.25, 1]
-    for kind in ("depth", "disparity"):
-        prediction = Task(kind).activate(column).flatten()
-        assert prediction[0] > 0 and prediction[1:].tolist() == [0.25, 3]  # positive: 0 would mean invalid
+    depth, disparity = (Task(kind).activate(column).flatten() for kind in ("depth", "disparity"))
+    assert depth[0] > 0 and depth[1:].tolist() == [0.25, 3]  # positive: 0 would mean invalid
+    assert disparity.tolist() == [0, 0.25, 3]  # 0 is far away
     expected = [1 / (1 + math.exp(-value)) for value in (-2, 0.25, 3)]
     assert Task("edges").activate(column).flatten().tolist() == pytest.approx(expected)
     labels = SEG.activate(torch.tensor([[0.0, 5], [1, 0], [0, 0]]).view(1, 3, 1, 2))

@@ -16,7 +16,7 @@ from simomerge import images
 from simomerge.assets import resolve_source
 from simomerge.checkpoints import FORMAT, atomic_folder, fingerprint, model_card, read_description
 from simomerge.classes import make, settings_of
-from simomerge.encoders import Encoder, Features, OwnEncoder, load_backbone, load_encoder
+from simomerge.encoders import Encoder, Features, OwnEncoder, load_backbone, load_encoder, timm
 from simomerge.errors import InputError
 from simomerge.heads import build_head, head_kind
 from simomerge.tasks import Task, select_tasks
@@ -210,11 +210,15 @@ class SimoModel(nn.Module):
 
 
 def load(source: str | Path) -> SimoModel:
-    """A model folder, or a foundation encoder without heads (a hub id or a transformers folder).
+    """A model folder, or a foundation encoder without heads: a hub id, a transformers folder, or ``timm:NAME``.
 
     Raises:
         InputError: nothing there, no network for a hub id, or a file that cannot be read.
     """
+    if str(source).startswith(timm.PREFIX):
+        model = SimoModel(timm.TimmEncoder(str(source).removeprefix(timm.PREFIX), pretrained=True), {}, {})
+        model.source = str(source)
+        return model
     folder = resolve_source(source)
     if (Path(folder) / "simo.json").exists():
         model = SimoModel.from_pretrained(folder)
