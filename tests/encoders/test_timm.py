@@ -79,5 +79,5 @@ def test_what_timm_does_not_have(timm: Callable[..., Any]) -> None:
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match="timm:conv: timm does not import here .* pip install timm torchvision"):
+    with pytest.raises(InputError, match=r"timm:conv: timm does not import here .* pip install timm torchvision"):
         sm.load("timm:conv")
