@@ -50,7 +50,7 @@ class Run:
 
         Of those that can start, the one that the longest chain of others waits for starts first.
         """
-        missing = {path: stage for path, stage in self._in_order(wanted).items() if not path.exists()}
+        missing = {path: stage for path, stage in self.in_order(wanted).items() if not path.exists()}
         needs = {path: [o for o in map(self.output, stage.needs()) if o in missing] for path, stage in missing.items()}
         chain = {path: stage.cost for path, stage in missing.items()}
         for path in reversed(missing):  # who waits comes before whom it waits for
@@ -80,12 +80,12 @@ class Run:
         """What a finished stage cost and found."""
         return read_log(self.output(stage))
 
-    def _in_order(self, wanted: Iterable[Stage]) -> dict[Path, Stage]:
+    def in_order(self, wanted: Iterable[Stage]) -> dict[Path, Stage]:
         """The stages and those they need, by their folders, each after what it needs."""
         found: dict[Path, Stage] = {}
         for stage in wanted:
             if self.output(stage) not in found:
-                found |= self._in_order(stage.needs())
+                found |= self.in_order(stage.needs())
                 found[self.output(stage)] = stage
         return found
 

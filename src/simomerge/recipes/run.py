@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import simomerge
 from simomerge.checkpoints import atomic_write_text
-from simomerge.datasets import load_data
+from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.devices import mixed_precision
+from simomerge.errors import InputError
 from simomerge.model import load
 from simomerge.progress import Progress, silent
 from simomerge.recipes.graph import Run
@@ -29,6 +31,7 @@ def run_recipe(
     dataset: str = "rooms",
     title: str = "simomerge demo",
     progress: Progress = silent,
+    data_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
 
@@ -37,6 +40,7 @@ def run_recipe(
         base: folder of the foundation encoder.
         folder: the run folder; a second run with the same recipe reuses every stage in it.
         workers: processes side by side; one per core by default.
+        dataset, data_options: as `load_data` takes them.
 
     Returns:
         The results: what ``results.json`` in the folder holds (see docs/formats.md), and under ``gallery`` the
@@ -44,20 +48,45 @@ def run_recipe(
     """
     began = time.monotonic()
     folder = Path(folder).resolve()
-    base = Path(base).resolve() if Path(base).exists() else base  # else a hub id
-    counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
-    splits: dict[str, dict[str, Any]] = {
-        split: {"spec": dataset, "split": split, "count": count} for split, count in counts.items()
-    }
-    fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
-    salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
-    for split, data in splits.items():
+    plan, run = _planned(recipe, base, folder, dataset, data_options or {})
+    for split, data in plan.splits.items() if dataset == "rooms" else ():
         load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
-    test = load_data(**splits["test"]).select(list(recipe.tasks))
-    plan, run = Plan(recipe, base, splits), Run(folder, str(base), salt)
+    test = _check_data(plan, recipe)
     with WorkerPool(workers, progress) as pool:
         run.build(plan.wanted(), pool)
     results = summarise(plan, run, test.tasks, title)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
     atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return {**results, "gallery": gallery(plan, run, test)}
+
+
+def plan_of(
+    recipe: Recipe, base: str | Path, folder: str | Path, dataset: str, data_options: Mapping[str, Any]
+) -> list[tuple[str, bool]]:
+    """The stages of a recipe in an order in which they can be done, each with whether it is done in the folder."""
+    plan, run = _planned(recipe, base, Path(folder).resolve(), dataset, data_options)
+    return [(stage.name, path.exists()) for path, stage in run.in_order(plan.wanted()).items()]
+
+
+def _planned(
+    recipe: Recipe, base: str | Path, folder: Path, dataset: str, data_options: Mapping[str, Any]
+) -> tuple[Plan, Run]:
+    base = Path(base).resolve() if Path(base).exists() else base  # else a hub id
+    counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
+    splits: dict[str, dict[str, Any]] = {
+        split: {"spec": dataset, "split": split, "count": count, **data_options} for split, count in counts.items()
+    }
+    fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
+    salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
+    return Plan(recipe, base, splits), Run(folder, str(base), salt)
+
+
+def _check_data(plan: Plan, recipe: Recipe) -> DenseDataset:
+    """The test split, after a look at all three: what cannot be is told before the training."""
+    chosen = {}
+    for split, data in plan.splits.items():
+        try:
+            chosen[split] = load_data(**data).select(list(recipe.tasks))
+        except InputError as error:
+            raise InputError(f"{data['spec']}, split {split!r}: {error}") from error
+    return chosen["test"]

@@ -1,0 +1,55 @@
+"""simomerge run"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from simomerge.cli.options import console, json_option, say, workers_option
+
+
+@click.command("run")
+@click.argument("recipe")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value, as tune.steps=20.")
+@click.option("--dry-run", is_flag=True, help="Say which stages there are and which are done, and stop.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; by default the recipe's.")
+@workers_option
+@json_option
+def command(
+    recipe: str, changes: tuple[str, ...], dry_run: bool, output: Path | None, workers: int | None, as_json: bool
+) -> None:
+    """Carry out RECIPE, a YAML file: experts, joint MTL, merges, re-alignments, evaluation, report.
+
+    A second run does only what changed, and a killed one goes on where it was. docs/recipes.md says what a recipe
+    may hold; those in recipes/ are to be copied.
+    """
+    from simomerge.assets import resolve_source
+    from simomerge.recipes import plan_of, read_recipe, run_recipe
+    from simomerge.report import text_table, write_report
+
+    said = read_recipe(recipe, changes)
+    folder = output or Path(said.output)
+    base = resolve_source(said.base)
+    if dry_run:
+        stages = plan_of(said.recipe, base, folder, said.data, said.data_options)
+        done = sum(there for _, there in stages)
+        lines = [f"{'done   ' if there else 'to do  '}{name}" for name, there in stages]
+        rows = [{"stage": name, "done": there} for name, there in stages]
+        say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
+        return
+    with console() as progress:
+        results: dict[str, Any] = run_recipe(
+            said.recipe, base, folder, workers, said.data, said.title, progress, said.data_options
+        )
+    report = write_report(folder / "report.html", results, results.pop("gallery"))
+    say(
+        as_json,
+        {**results, "report": str(report)},
+        text_table(results, ascii_only="utf" not in (sys.stdout.encoding or "").lower()),
+        "",
+        f"Results: {folder / 'results.json'}",
+        f"Report:  {report}",
+    )

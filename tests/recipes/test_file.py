@@ -1,0 +1,133 @@
+"""Recipe files: what is in recipes/ is what it says it is, and mistakes are told all at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simomerge.cli import cli
+from simomerge.errors import InputError
+from simomerge.recipes import ALL_TASKS, Recipe, demo_recipe, read_recipe
+from simomerge.training import TrainSettings
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_rooms_small_is_the_demo() -> None:
+    assert read_recipe(RECIPES / "rooms-small.yaml").recipe == demo_recipe()
+
+
+def test_rooms_full_is_the_benchmark() -> None:
+    said = read_recipe(RECIPES / "rooms-full.yaml")
+    assert said.recipe == demo_recipe(ALL_TASKS, "dpt", 3, full=True)
+    linear = read_recipe(RECIPES / "rooms-full.yaml", ["head=linear", "head_settings={subpixels: 4}"])
+    assert linear.recipe == demo_recipe(ALL_TASKS, "linear", 3, full=True)
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_is_one_and_says_its_command(file: Path) -> None:
+    said = read_recipe(file)
+    assert said.output == f"runs/{file.stem}" and said.title != file.stem
+    assert f"simomerge run recipes/{file.name}" in file.read_text()
+
+
+def test_what_a_file_does_not_say_is_the_default(tmp_path: Path) -> None:
+    said = read_recipe(write(tmp_path, "tasks: [depth, normals]\ntune: {steps: 7}\n"))
+    assert said.recipe == replace(Recipe(), tasks=("depth", "normals"), tune=replace(Recipe().tune, steps=7))
+    assert (said.title, said.output, said.base, said.data, said.data_options) == (
+        "mine",
+        "runs/mine",
+        "rooms-base",
+        "rooms",
+        {},
+    )
+
+
+def test_changes_reach_into_mappings_and_lists(tmp_path: Path) -> None:
+    file = write(tmp_path, "tune: {steps: 7}\ndata_options: {size: [24, 32]}\n")
+    said = read_recipe(file, ["tune.steps=9", "tune.lr=1e-3", "probe.seed=3", "seeds=[1, 2]", "data=mine.yaml"])
+    assert (said.recipe.tune.steps, said.recipe.tune.lr, said.recipe.probe.seed) == (9, 1e-3, 3)
+    assert (said.recipe.seeds, said.data, said.data_options) == ((1, 2), "mine.yaml", {"size": (24, 32)})
+    assert isinstance(said.recipe.tune, TrainSettings)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+task: [depth]
+head: 3
+seeds: 2
+tune: {step: 5, lr: fast}
+probe: 7
+train_images: 2.5
+adapters: {steps: 0}
+""",
+    )
+    with pytest.raises(InputError) as caught:
+        read_recipe(file)
+    for part in (
+        f"{file}: unknown key 'task' (did you mean 'tasks'?)",
+        "head is 3; give text",
+        "seeds is 2; give a list",
+        "tune: unknown key 'step' (did you mean 'steps'?)",
+        "tune.lr is 'fast'; give a number",
+        "probe is 7; give a mapping",
+        "train_images is 2.5; give a whole number",
+        "adapters: training: steps=0; use at least 1",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ("realigned: [dare+heads]\n", [], "row 'dare\\+heads' is not one of its merges"),
+        ("merges: [fisher]\n", [], "'fisher' needs statistics"),
+        ("a: [\n", [], "not YAML"),
+        ("- a\n", [], "holds no mapping"),
+        ("tune: {}\n", ["tune"], "--set tune: give KEY=VALUE"),
+        ("head: dpt\n", ["head.kind=3"], "--set head.kind=3: 'head' is no mapping"),
+        ("head: dpt\n", ["seeds=["], "--set seeds=\\[: '\\[' is no YAML value"),
+        ("seeds: [0, true]\n", [], "seeds\\[1\\] is True; give a whole number"),
+    ],
+)
+def test_what_cannot_be_is_told(tmp_path: Path, text: str, changes: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_recipe(write(tmp_path, text), changes)
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file"):
+        read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_a_dry_run_says_what_there_is_to_do(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, f"base: {tiny_base}\ntasks: [depth]\nmerges: [average]\nrealigned: []\n")
+    cli.main(["run", str(file), "--dry-run", "-o", str(tmp_path / "run"), "--json"], standalone_mode=False)
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    names = [stage["stage"] for stage in stages]
+    assert not any(stage["done"] for stage in stages) and not (tmp_path / "run").exists()
+    assert names.index("features of the base") < names.index("probe depth seed 0") < names.index("expert depth seed 0")
+    assert "score average seed 0" in names
+
+
+def test_data_without_a_task_is_told_before_the_training(tmp_path: Path, tiny_base: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.ones((16, 16), np.float32))
+    rows = "".join(f"a.png,{split},a.npy\n" for split in ("train", "val", "test"))
+    (tmp_path / "data.csv").write_text("image,split,depth\n" + rows)
+    text = f"base: {tiny_base}\ndata: {tmp_path / 'data.csv'}\ntasks: [depth, normals]\nrealigned: []\n"
+    with pytest.raises(InputError, match="split 'train' has no targets of 'normals'; it has depth"):
+        cli.main(["run", str(write(tmp_path, text)), "-o", str(tmp_path / "run")], standalone_mode=False)
