@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -125,6 +126,9 @@ def _value(kind: Any, given: Any, place: str, errors: list[str], default: Any = 
             return ()
         return tuple(_value(arguments[0], each, f"{place}[{i}]", errors) for i, each in enumerate(given))
     wanted = origin or kind
+    if wanted is float and isinstance(given, str):  # YAML reads 1e-3 as text
+        with contextlib.suppress(ValueError):
+            return float(given)
     fits = isinstance(given, (int, float) if wanted is float else wanted)
     if not fits or (isinstance(given, bool) and wanted is not bool):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
