@@ -35,6 +35,13 @@ from simomerge.cli.options import (
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of the heads.")
 @click.option("--encoder-lr", type=float, default=3e-4, show_default=True, help="Peak learning rate of the encoder.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--weighting",
+    type=click.Choice(["equal", "uncertainty", "dwa", "random"]),
+    default="equal",
+    show_default=True,
+    help="Of a joint model's losses.",
+)
 @cache_budget_option
 @checkpointing_option
 @output_option()
@@ -53,6 +60,7 @@ def command(
     lr: float,
     encoder_lr: float,
     seed: int,
+    weighting: str,
     cache_budget: str | None,
     gradient_checkpointing: bool,
     output: Path,
@@ -85,14 +93,17 @@ def command(
     budget = parse_size(cache_budget) if cache_budget else None
     work = output.parent / f"{output.name}.work"
     # Only the very same command goes on from a killed one: other settings have a folder of their own.
-    everything = [fingerprint, data, images, val_images, tasks, head, asdict(probe), asdict(tune)]
+    everything = [fingerprint, data, images, val_images, tasks, head, weighting, asdict(probe), asdict(tune)]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
     with console() as progress:
-        logs = lpft(model, train, probe, tune, validation, work / key, progress, budget, gradient_checkpointing)
+        logs = lpft(
+            model, train, probe, tune, validation, work / key, progress, budget, gradient_checkpointing, weighting
+        )
     model.provenance = {
         "base": {"source": base, "fingerprint": fingerprint},
         "training": {"method": "lp-ft", "data": data, "images": images, "probe": asdict(probe), "tune": asdict(tune)},
     }
+    model.provenance["training"]["weighting"] = weighting
     model.save_pretrained(output, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     log = logs["tune"]

@@ -41,7 +41,8 @@ class Plan:
         self.experts = {s: {t: self._expert(s, t) for t in recipe.tasks} for s in recipe.seeds}
         self.models: dict[tuple[int, str], Stage] = {}
         for seed in recipe.seeds:
-            self.models[seed, "joint-mtl"] = self._joint(seed)
+            for weighting in recipe.joint_weightings:
+                self.models[seed, joint_row(weighting)] = self._joint(seed, weighting)
             self._merge(seed)
             self._realign(seed)
         test = splits["test"]
@@ -53,7 +54,7 @@ class Plan:
     @property
     def rows(self) -> list[str]:
         """The rows that have one model per seed, in the order of the table."""
-        return ["joint-mtl", *self.recipe.merges, *self.recipe.realigned]
+        return [*map(joint_row, self.recipe.joint_weightings), *self.recipe.merges, *self.recipe.realigned]
 
     def wanted(self) -> list[Stage]:
         """What has to be done; all else is needed for it."""
@@ -87,10 +88,12 @@ class Plan:
         settings = replace(self.recipe.tune, seed=seed)
         return Stage(f"expert {task} seed {seed}", stages.tune, self._tuning(probes, settings), settings.steps)
 
-    def _joint(self, seed: int) -> Stage:
+    def _joint(self, seed: int, weighting: str) -> Stage:
         settings = replace(self.recipe.joint, seed=seed)
         cost = settings.steps * (1 + 0.1 * len(self.recipe.tasks))
-        return Stage(f"joint-mtl seed {seed}", stages.tune, self._tuning(self.probes[seed], settings), cost)
+        arguments = self._tuning(self.probes[seed], settings)
+        arguments |= {"weighting": weighting} if weighting != "equal" else {}
+        return Stage(f"{joint_row(weighting)} seed {seed}", stages.tune, arguments, cost)
 
     def _tuning(self, probes: Mapping[str, Stage], settings: Any) -> dict[str, Any]:
         return {
@@ -187,3 +190,13 @@ class Plan:
             task: self._score(f"expert {task} {data['split']}", seed, expert, data)
             for task, expert in self.experts[seed].items()
         }
+
+
+def joint_row(weighting: str) -> str:
+    """The row of joint MTL with a weighting of its losses.
+
+    Example:
+        >>> joint_row("equal"), joint_row("dwa")
+        ('joint-mtl', 'joint-mtl-dwa')
+    """
+    return "joint-mtl" if weighting == "equal" else f"joint-mtl-{weighting}"

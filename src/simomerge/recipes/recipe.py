@@ -9,7 +9,7 @@ from typing import Any
 from simomerge.errors import InputError
 from simomerge.heads import HEADS
 from simomerge.merging import get_method
-from simomerge.training import TrainSettings
+from simomerge.training import WEIGHTINGS, TrainSettings
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
 """The tasks of NYUv2 in the paper."""
@@ -39,6 +39,8 @@ class Recipe:
             paper's D_val: it chooses scales and re-aligns. The test split is only reported on.
         scale_images: how many of the validation images choose the scale.
         probe, tune: the two phases of LP-FT for each expert; joint: the second phase of joint MTL.
+        joint_weightings: of the losses of joint MTL; "equal" is the row joint-mtl (the paper's), another, as "dwa",
+            the row joint-mtl-dwa.
         heads, adapters: the paper's two re-alignments.
         folded_heads, folded_adapters: the same, starting from a fold.
         distill, distill_adapters: training on the experts' predictions, of heads alone and of adapters with them.
@@ -65,6 +67,7 @@ class Recipe:
     probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
     tune: TrainSettings = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
     joint: TrainSettings = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
+    joint_weightings: tuple[str, ...] = ("equal",)
     heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
     adapters: TrainSettings = TrainSettings(steps=100, lr=2e-3)
     folded_heads: TrainSettings = TrainSettings(steps=40, lr=1e-3)
@@ -102,6 +105,11 @@ class Recipe:
                 raise InputError(f"recipe: {name!r} needs statistics of the experts; merge it by `simomerge merge`.")
         if self.head not in HEADS:
             raise InputError(f"recipe: unknown head {self.head!r}; choose one of: {', '.join(HEADS)}.")
+        for name in self.joint_weightings:
+            if name not in WEIGHTINGS:
+                raise InputError(f"recipe: unknown loss weighting {name!r}; choose among: {', '.join(WEIGHTINGS)}.")
+        if "equal" not in self.joint_weightings:
+            raise InputError("recipe: joint_weightings lacks 'equal', the joint MTL that all is compared with.")
         for row in self.realigned:
             merge, *steps = row.split("+")
             known = merge == "auto" or (merge in self.merges and steps)

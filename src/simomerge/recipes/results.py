@@ -59,7 +59,7 @@ def _row(plan: Plan, run: Run, tasks: Mapping[str, Task], row: str) -> dict[str,
 
 def _cost(plan: Plan, run: Run, seed: int, row: str) -> dict[str, Any]:
     """What a row costs beyond the experts: seconds, steps, trained parameters, labelled images."""
-    if row in ("experts", "joint-mtl"):
+    if row == "experts" or row.startswith("joint-mtl"):
         tuned = plan.experts[seed].values() if row == "experts" else [plan.models[seed, row]]
         logs = [run.log(stage) for stage in (*tuned, *plan.probes[seed].values())]
         images = plan.recipe.train_images

@@ -103,6 +103,7 @@ def tune(
     validation: Data,
     settings: dict[str, Any],
     label: str,
+    weighting: str = "equal",
     progress: Progress = silent,
 ) -> None:
     """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
@@ -120,10 +121,11 @@ def tune(
         work_folder(output) / "state.pt",
         label,
         progress,
+        weighting=weighting,
     )
     model.provenance = {
         "base": {"source": base_name, "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", **settings, "images": train["count"]},
+        "training": {"method": "lp-ft", **settings, "weighting": weighting, "images": train["count"]},
     }
     _finish(output, asdict(log), model, trained_parameters=trainable_parameters(model))
 

@@ -77,7 +77,7 @@ def family(method: str) -> str:
         >>> [family(name) for name in ("joint-mtl", "ties", "ties+heads", "zero-shot+heads")]
         ['reference', 'merge', 're-aligned', 'control']
     """
-    if method in ("experts", "joint-mtl"):
+    if method == "experts" or method.startswith("joint-mtl"):
         return "reference"
     if method.split("+")[0] == "zero-shot":
         return "control"

@@ -11,13 +11,16 @@ from simomerge.training.lpft import (
     train_head,
     trainable_parameters,
 )
+from simomerge.training.weighting import WEIGHTINGS, Weighting
 from simomerge.training.workers import WorkerPool
 
 __all__ = [
+    "WEIGHTINGS",
     "CachedFeatures",
     "ModelLosses",
     "TrainLog",
     "TrainSettings",
+    "Weighting",
     "WorkerPool",
     "cache_features",
     "finetune",

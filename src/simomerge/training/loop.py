@@ -16,6 +16,7 @@ from simomerge.datasets.batches import Transform, ordered_batches, training_batc
 from simomerge.devices import mixed_precision
 from simomerge.errors import InputError
 from simomerge.progress import Progress, silent
+from simomerge.training.weighting import Weighting, combined
 
 Losses = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 """batch -> loss of each task; the total is their unweighted mean (the paper's joint loss)."""
@@ -89,6 +90,7 @@ def fit(
     state_file: Path | None = None,
     label: str = "training",
     progress: Progress = silent,
+    weighting: Weighting | None = None,
 ) -> TrainLog:
     """Train the parameters of ``module`` that require a gradient, in place.
 
@@ -98,6 +100,7 @@ def fit(
         train, validation: map-style datasets.
         transform: augmentation of training samples.
         state_file: where to keep the state; a run that finds it goes on from there with the same batches.
+        weighting: makes one loss of the tasks'; by default their unweighted mean. Validation always looks at the mean.
 
     Returns:
         Steps, samples, seconds (of all attempts together) and validation losses.
@@ -105,8 +108,31 @@ def fit(
     Raises:
         InputError: the loss is not finite (lower the learning rate).
     """
+    if weighting is not None:
+        module.add_module(_WEIGHTING, weighting)  # so that it is trained, and saved with the state
+    try:
+        return _fit(module, losses, train, settings, validation, transform, state_file, label, progress)
+    finally:
+        module._modules.pop(_WEIGHTING, None)
+
+
+_WEIGHTING = "loss_weighting"
+
+
+def _fit(
+    module: nn.Module,
+    losses: Losses,
+    train: Any,
+    settings: TrainSettings,
+    validation: Any,
+    transform: Transform | None,
+    state_file: Path | None,
+    label: str,
+    progress: Progress,
+) -> TrainLog:
     accelerator = _accelerator()
     home = next(module.parameters()).device
+    weighting: Any = module._modules.get(_WEIGHTING)
     module.to(accelerator.device)
     optimizer = _optimizer(module, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -128,7 +154,7 @@ def fit(
     for batch in batches:
         with accelerator.autocast():
             parts = losses(_to_device(batch, accelerator.device))
-            total = torch.stack(list(parts.values())).mean()
+            total = combined(parts, weighting)
         accelerator.backward(total)
         accelerator.clip_grad_norm_(trainable, settings.clip)
         prepared_optimizer.step()

@@ -24,6 +24,7 @@ from simomerge.progress import Progress, silent
 from simomerge.tasks import Task
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, TrainSettings, fit
+from simomerge.training.weighting import weighting as make_weighting
 
 ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
 """(model, batch) -> loss of each task."""
@@ -90,12 +91,16 @@ def finetune(
     progress: Progress = silent,
     losses: ModelLosses = image_losses,
     checkpointing: bool = False,
+    weighting: str = "equal",
 ) -> TrainLog:
     """Train whatever of a model requires a gradient, on augmented images, in place.
 
     Args:
         checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
+        weighting: of the tasks' losses, a key of `simomerge.training.WEIGHTINGS`.
     """
+    epoch = max(1, len(train) // settings.batch_size)
+    weighs = None if weighting == "equal" else make_weighting(weighting, len(model.tasks), settings.seed, epoch)
     model.encoder.checkpoint_gradients(checkpointing)
     try:
         return fit(
@@ -108,6 +113,7 @@ def finetune(
             state_file=state_file,
             label=label or "+".join(model.tasks),
             progress=progress,
+            weighting=weighs,
         )
     finally:
         model.encoder.checkpoint_gradients(False)
@@ -123,6 +129,7 @@ def lpft(
     progress: Progress = silent,
     cache_budget: int | None = None,
     checkpointing: bool = False,
+    weighting: str = "equal",
 ) -> dict[str, TrainLog]:
     """Both phases, in place.
 
@@ -134,7 +141,7 @@ def lpft(
         work_folder: where features and the state of a killed run are kept, of this very training and no other;
             a temporary folder by default.
         cache_budget: bytes that the features of the first phase may take; see `cache_features`.
-        checkpointing: of the second phase; see `finetune`.
+        checkpointing, weighting: of the second phase; see `finetune`.
 
     Returns:
         The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
@@ -152,7 +159,14 @@ def lpft(
         model.requires_grad_(True)
         state_file = work / "tune.pt"
         logs["tune"] = finetune(
-            model, train, tune, validation, state_file, progress=progress, checkpointing=checkpointing
+            model,
+            train,
+            tune,
+            validation,
+            state_file,
+            progress=progress,
+            checkpointing=checkpointing,
+            weighting=weighting,
         )
         return logs
 
