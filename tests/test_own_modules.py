@@ -98,6 +98,31 @@ def test_maps_of_other_channels_than_declared_are_refused() -> None:
         sm.SimoModel(encoder, {}, {}).encode(torch.rand(1, 3, 8, 8))
 
 
+def test_cls_tokens_are_declared() -> None:
+    class WithCls(Plain):
+        def forward(self, images: torch.Tensor) -> sm.Features:  # type: ignore[override]
+            maps = self.stem(images)
+            return sm.Features((maps,), (maps.mean((2, 3)),), (8, 8), (8, 8))
+
+    encoder = WithCls()
+    with pytest.raises(InputError, match="WithCls gave CLS tokens and declares has_cls = False"):
+        sm.SimoModel(encoder, {}, {}).encode(torch.rand(1, 3, 8, 8))
+    encoder.has_cls = True  # type: ignore[assignment]
+    model = sm.SimoModel(encoder, {}, {})
+    assert model.encoder.has_cls and model.encode(torch.rand(1, 3, 8, 8)).cls[0].shape == (1, 4)
+
+
+def test_images_are_padded_to_the_largest_stride() -> None:
+    class Up(nn.Module):
+        channels, strides = (3, 3), (8, 4)
+
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return [nn.functional.avg_pool2d(images, 8), nn.functional.avg_pool2d(images, 4)]
+
+    features = sm.SimoModel(Up(), {}, {}).encode(torch.rand(1, 3, 12, 12))
+    assert [tuple(m.shape[-2:]) for m in features.maps] == [(2, 2), (4, 4)]
+
+
 def test_adapters_beside_unknown_blocks_are_refused() -> None:
     with pytest.raises(InputError, match="Plain is an encoder of your own"):
         sm.SimoModel(Plain(), {}, {}).encoder.add_adapters()
@@ -112,12 +137,20 @@ def test_a_class_inside_a_function_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_only_modules_are_made(tmp_path: Path) -> None:
+def test_only_modules_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("raise RuntimeError('at import')")
+    (tmp_path / "wrong.py").write_text("def (")
+    text = "import torch\nclass Thing(torch.nn.Module):\n    def __init__(self):\n        raise ValueError('never')\n"
+    (tmp_path / "raising.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
     assert isinstance(make(class_path(Plain()), {}, nn.Module), Plain)
     for path, message in (
         ("subprocess:run", "not a torch Module"),
-        ("nowhere_at_all:Thing", "no such class here.*PYTHONPATH"),
-        ("torch.nn:Nothing", "no such class here"),
+        ("nowhere_at_all:Thing", "cannot be imported.*PYTHONPATH"),
+        ("torch.nn:Nothing", "no such class in the module"),
+        ("broken:Thing", "'broken' cannot be imported.*RuntimeError: at import.*mend the module"),
+        ("wrong:Thing", "'wrong' cannot be imported.*SyntaxError.*mend the module"),
+        ("raising:Thing", "cannot be made with.*ValueError: never"),
         ("__main__:Gone", "script or notebook"),
     ):
         with pytest.raises(InputError, match=message):

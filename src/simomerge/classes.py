@@ -54,18 +54,21 @@ def make(path: str, settings: dict[str, Any], base: type) -> Any:
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
+    except Exception as error:  # a module of the user's may raise anything
+        hint = "run where it can be imported (its folder in PYTHONPATH)"
+        if not isinstance(error, ModuleNotFoundError):
+            hint = "mend the module"
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: the module {module!r} cannot be imported ({said}); {hint}.") from error
+    try:
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        hint = (
-            "it was defined in a script or notebook: move it to a module, and save the model again"
-            if module == "__main__"
-            else "run where it can be imported (its folder in PYTHONPATH)"
-        )
-        raise InputError(f"{path}: no such class here ({error}); {hint}.") from error
+    except AttributeError as error:
+        hint = "" if module != "__main__" else "; it was defined in a script or notebook: move it to a module"
+        raise InputError(f"{path}: no such class in the module{hint}.") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise InputError(f"{path}: not a {base.__module__.split('.')[0]} {base.__name__}.")
     try:
         return found(**settings)
-    except TypeError as error:
-        raise InputError(f"{path}: cannot be made with {settings} ({error}).") from error
+    except Exception as error:
+        raise InputError(f"{path}: cannot be made with {settings} ({type(error).__name__}: {error}).") from error

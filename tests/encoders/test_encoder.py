@@ -281,3 +281,36 @@ def test_a_position_grid_of_another_size_still_loads_where_the_config_says_so(tm
     with torch.no_grad():
         features = load_encoder(tmp_path / "small")(random_images(1, 3, 48, 24))
     assert features.maps[0].shape == (1, 16, 6, 3)
+
+
+def test_normalisation_of_a_processor_that_transformers_5_wrote(tiny_base, tmp_path):
+    folder = copy_with(tiny_base, tmp_path / "clip")
+    (folder / "preprocessor_config.json").unlink()
+    said = {
+        "processor_class": "CLIPProcessor",
+        "image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]},
+    }
+    (folder / "processor_config.json").write_text(json.dumps(said))
+    assert load_encoder(folder).preprocessing == {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(("text", "message"), [('{"image_mean": null}', "image_mean is None"), ("[]", "no mapping")])
+def test_a_strange_preprocessor_is_told(tiny_base, tmp_path, text, message):
+    folder = copy_with(tiny_base, tmp_path / "strange")
+    (folder / "preprocessor_config.json").write_text(text)
+    with pytest.raises(InputError, match=rf"preprocessor_config\.json: .*{message}"):
+        load_encoder(folder)
+
+
+def test_encoders_whose_tokens_are_otherwise_are_refused(tmp_path):
+    """YOLOS has its detection tokens behind the patches, RegNet other strides than a pyramid's, Siglip2 another input."""
+    from transformers import RegNetConfig, RegNetModel, Siglip2VisionConfig, Siglip2VisionModel, YolosConfig, YolosModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    yolos = YolosModel(YolosConfig(**size, image_size=[32, 32], patch_size=8, num_detection_tokens=5))
+    siglip2 = Siglip2VisionModel(Siglip2VisionConfig(**size, patch_size=8))
+    regnet = RegNetModel(RegNetConfig(embedding_size=4, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], groups_width=4))
+    for name, model in (("yolos", yolos), ("siglip2", siglip2), ("regnet", regnet)):
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(InputError, match="cannot be read here|no vision encoder that can be read"):
+            load_encoder(tmp_path / name)

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import Dinov2Backbone, DPTConfig
+from transformers import (
+    BeitConfig,
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2Model,
+    DPTConfig,
+    DPTForDepthEstimation,
+    SwinConfig,
+)
 from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
 import simomerge as sm
@@ -63,6 +71,72 @@ def test_an_imported_expert_predicts_what_its_source_predicts(tmp_path: Path, na
         for model in (expert, again):
             difference, largest = largest_difference(model, original, size)
             assert largest > 0.01 and difference < 1e-5 * max(1, largest)
+
+
+@pytest.mark.parametrize("pooling", [True, False])
+def test_dpt_on_beit_reads_its_blocks_without_a_layer_norm(tmp_path: Path, pooling: bool) -> None:
+    torch.manual_seed(4)
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+    beit = BeitConfig(**size, patch_size=16, image_size=64, use_mean_pooling=pooling, **models.OUT)
+    config = DPTConfig(backbone_config=beit, neck_ignore_stages=[], **models.NECK)
+    folder = models.make(DPTForDepthEstimation(config), tmp_path / "source")
+    expert = import_expert(folder, "depth")
+    assert expert.tasks["depth"].kind == "disparity"  # as all DPTs of MiDaS
+    difference, largest = largest_difference(expert, source_model(str(folder)), (64, 64))  # type: ignore[arg-type]
+    assert difference < 1e-5 * max(1, largest)
+
+
+def test_dpt_on_a_swiglu_dinov2(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    backbone = Dinov2Config(**models.BACKBONE, **models.OUT, apply_layernorm=False, use_swiglu_ffn=True)
+    config = DPTConfig(backbone_config=backbone, neck_ignore_stages=[], **models.NECK)
+    folder = models.make(DPTForDepthEstimation(config), tmp_path / "source")
+    expert = import_expert(folder, "depth")
+    difference, largest = largest_difference(expert, source_model(str(folder)))  # type: ignore[arg-type]
+    assert expert.tasks["depth"].kind == "depth" and largest > 0.01 and difference < 1e-5
+
+
+def test_dpt_on_a_pyramid_and_hybrids_are_refused(tmp_path: Path) -> None:
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], out_indices=[1, 2, 3, 4])
+    config = DPTConfig(backbone_config=swin, neck_ignore_stages=[], **models.NECK)
+    config.architectures = ["DPTForDepthEstimation"]
+    config.save_pretrained(tmp_path / "swin")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "swin/pytorch_model.bin")
+    with pytest.raises(InputError, match="SwinModel, a pyramid"):
+        import_expert(tmp_path / "swin", "depth")
+    said = json.loads((tmp_path / "swin/config.json").read_text())
+    (tmp_path / "swin/config.json").write_text(json.dumps({**said, "is_hybrid": True}))
+    with pytest.raises(InputError, match="DPT hybrids"):
+        import_expert(tmp_path / "swin", "depth")
+
+
+def test_an_import_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.depth_anything(tmp_path / "source")
+    monkeypatch.setattr("simomerge.sources.predictions.largest_difference", lambda *given: (0.1, 1.0))
+    with pytest.raises(InputError, match=r"would differ from it by 1\.0e-01.*nothing was written"):
+        cli.main(["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")], standalone_mode=False)
+    assert not (tmp_path / "expert").exists()
+
+
+def test_a_heads_own_mask_tokens_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
+    state = {f"decode.{n}": v for n, v in Decoder(32, 3).state_dict().items() if n != "classifier.bias"}
+    torch.save(state, tmp_path / "mine.pth")
+    with pytest.raises(InputError, match=r"1 tensors are lacking \(decode\.mask_tokens\.weight"):
+        import_expert(
+            tmp_path / "mine.pth",
+            "segmentation",
+            classes=("a", "b", "c"),
+            encoder=base_folder,
+            head_prefix="decode.",
+            head=f"{Masked.__module__}:Masked",
+        )
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Conv2d(32, 3, 1, bias=False)
+        self.mask_tokens = nn.Embedding(2, 3)
 
 
 def test_classes_and_activation_are_the_sources(tmp_path: Path) -> None:
@@ -224,6 +298,16 @@ def layers(
     return [(each[:, 1:].transpose(1, 2).unflatten(2, grid), each[:, 0]) for each in chosen]
 
 
+def test_dinov2_large_heads_read_the_blocks_that_dinov2_says(tmp_path: Path) -> None:
+    """Not the quarters of 24: its configuration has 4, 11, 17 and 23, counted from 0."""
+    config = {**models.BACKBONE, "num_hidden_layers": 24, "hidden_size": 8, "num_attention_heads": 1}
+    Dinov2Model(Dinov2Config(**config)).save_pretrained(tmp_path / "large")
+    state = {"decode_head.conv_depth.weight": torch.zeros(4, 64, 1, 1), "decode_head.conv_depth.bias": torch.zeros(4)}
+    torch.save(state, tmp_path / "dinov2_vitl14_nyu_linear4_head.pth")
+    expert = import_expert(tmp_path / "dinov2_vitl14_nyu_linear4_head.pth", "depth", encoder=tmp_path / "large")
+    assert expert.encoder.taps == (5, 12, 18, 24) and not expert.encoder.apply_layernorm
+
+
 @pytest.mark.parametrize(("count", "taps"), [(1, [4]), (4, [1, 2, 3, 4])])
 @torch.no_grad()
 def test_dinov2s_linear_depth_heads(tmp_path: Path, base_folder: Path, count: int, taps: list[int]) -> None:
@@ -276,8 +360,6 @@ def test_dinov2s_dpt_depth_head(tmp_path: Path, base_folder: Path) -> None:
         neck_hidden_sizes=[8, 12, 16, 24],
         fusion_hidden_size=256,  # what transformers' projection is fixed to
     )
-    from transformers import DPTForDepthEstimation
-
     source = DPTForDepthEstimation(config).eval()
     source.backbone.load_state_dict(models.base().state_dict())
     state = {}
@@ -314,7 +396,9 @@ def test_dinov2s_dpt_depth_head(tmp_path: Path, base_folder: Path) -> None:
         ({"drop": ()}, r"2 tensors are used by nothing \(auxiliary\.weight, auxiliary\.bias\).*--drop"),
         ({"head": ""}, r"is a weight file: give --head \(module:Class"),
         ({"encoder": None}, "give --encoder"),
-        ({"head": "nowhere:Head"}, "nowhere:Head: no such class here"),
+        ({"head": "nowhere:Head"}, "nowhere:Head: the module 'nowhere' cannot be imported"),
+        ({"head_prefix": "backbone."}, "--encoder-prefix and --head-prefix are both 'backbone.'"),
+        ({"mean": (0.5, 0.5)}, "give three numbers"),
         (
             {"head_settings": {"width": 32, "classes": 4}},
             r"decode.*classifier\.weight.*another architecture or another size",
@@ -348,8 +432,43 @@ def test_other_architectures_are_named(tmp_path: Path, base_folder: Path) -> Non
         import_expert(base_folder, "depth")
     with pytest.raises(InputError, match="no folder of a model, no weight file"):
         import_expert("someone/some-depth-model", "depth")
-    with pytest.raises(InputError, match="'encoder' says how one is read"):
-        import_expert(base_folder, "depth", encoder=base_folder)
+    with pytest.raises(InputError, match=r"nosuch\.pth: no such file"):
+        import_expert(base_folder / "nosuch.pth", "depth", encoder=base_folder, head="linear")
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"encoder": "base"}, "--encoder"),
+        ({"taps": [1, 2]}, "--taps"),
+        ({"apply_layernorm": False}, "--layernorm"),
+        ({"drop": ["foo."]}, "--drop"),
+        ({"head_settings": {"a": 1}}, "--head-arg"),
+        ({"mean": (0, 0, 0)}, "--mean"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    tmp_path: Path, base_folder: Path, given: dict[str, Any], option: str
+) -> None:
+    folder = models.depth_anything(tmp_path / "source")
+    with pytest.raises(InputError, match=f"{option} does nothing here, a folder"):
+        import_expert(folder, "depth", **given)
+    with pytest.raises(InputError, match="predicts depth, which has no classes"):
+        import_expert(folder, "depth", classes=("a", "b"))
+    file = tmp_path / "dinov2_vits14_nyu_linear_head.pth"
+    state = {"decode_head.conv_depth.weight": torch.zeros(4, 64, 1, 1), "decode_head.conv_depth.bias": torch.zeros(4)}
+    torch.save(state, file)
+    with pytest.raises(InputError, match="--head-prefix does nothing here, a head of DINOv2's own"):
+        import_expert(file, "depth", encoder=base_folder, head_prefix="q.")
+    with pytest.raises(InputError, match="give --encoder, the DINOv2"):
+        import_expert(file, "depth")
+
+
+def test_a_task_is_not_named_after_another_sort_of_prediction(tmp_path: Path) -> None:
+    folder = models.dpt_segmentation(tmp_path / "source")
+    with pytest.raises(InputError, match="predicts segmentation: name the task otherwise than 'depth'"):
+        import_expert(folder, "depth")
+    assert import_expert(models.depth_anything(tmp_path / "d"), "depth").tasks["depth"].kind == "disparity"
 
 
 def test_a_readout_that_is_added_cannot_be_folded_into(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Anatomy:
         channels, strides: of each tapped output; pixels per place.
         norm: the final layer norm that fits every tapped output, or None.
         has_cls: whether the first token is a CLS token.
+        prefix: tokens before the patches: CLS, registers, DeiT's distillation token.
         arguments: keyword arguments of every forward pass.
         smallest: pixels that each side must have at least.
         windows: blocks of shifted windows with their shift and size, which Swin forgets on small images.
@@ -39,6 +40,7 @@ class Anatomy:
     norm: nn.Module | None
     has_cls: bool
     arguments: dict[str, Any]
+    prefix: int = 0
     smallest: int = 1
     windows: Sequence[tuple[Any, Any, Any]] = field(default_factory=tuple)
 
@@ -53,6 +55,11 @@ def dissect(backbone: nn.Module) -> Anatomy:
     return _pyramid(backbone, stages) if stages else _plain(backbone)
 
 
+def is_plain(backbone: nn.Module) -> bool:
+    """Whether all blocks give maps of one stride."""
+    return not _stages(backbone)
+
+
 def _plain(backbone: Any) -> Anatomy:
     config = backbone.config
     blocks = _block_list(backbone)
@@ -60,6 +67,8 @@ def _plain(backbone: Any) -> Anatomy:
     norms = [getattr(core, name, None) for name in ("layernorm", "norm", "post_layernorm", "layer_norm")]
     embeddings = getattr(core, "embeddings", core)
     width = int(config.hidden_size)
+    has_cls = any(getattr(embeddings, name, None) is not None for name in ("cls_token", "class_embedding"))
+    distils = getattr(embeddings, "distillation_token", None) is not None
     return Anatomy(
         blocks,
         [width] * len(blocks),
@@ -67,8 +76,9 @@ def _plain(backbone: Any) -> Anatomy:
         [width] * len(blocks),
         [int(config.patch_size)] * len(blocks),
         next((norm for norm in norms if norm is not None), None),
-        any(getattr(embeddings, name, None) is not None for name in ("cls_token", "class_embedding")),
+        has_cls,
         _arguments(backbone),
+        prefix=has_cls + distils + int(getattr(config, "num_register_tokens", 0)),
     )
 
 

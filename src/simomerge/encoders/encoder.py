@@ -104,7 +104,7 @@ class Encoder(nn.Module):
     @property
     def multiple(self) -> int:
         """Images are padded to a multiple of this on each side: the patch, or the stride of the last stage."""
-        return self.anatomy.strides[-1]
+        return max(self.anatomy.strides)
 
     @property
     def has_cls(self) -> bool:
@@ -127,15 +127,19 @@ class Encoder(nn.Module):
         self.adapters = Adapters(list(self.anatomy.widths), rank, activation, last)
         return self.adapters
 
+    def check_checkpointing(self) -> None:
+        """Refuse what `checkpoint_gradients` cannot do. Raises InputError."""
+        if not getattr(self.backbone, "supports_gradient_checkpointing", False):
+            raise InputError(f"{type(self.backbone).__name__} cannot checkpoint gradients; train without.")
+
     def checkpoint_gradients(self, on: bool = True) -> None:
         """Compute every block again in the backward pass, instead of keeping what is inside: less memory, more time.
 
         Raises:
             InputError: an encoder that cannot.
         """
-        if on and not getattr(self.backbone, "supports_gradient_checkpointing", False):
-            raise InputError(f"{type(self.backbone).__name__} cannot checkpoint gradients; train without.")
         if on:
+            self.check_checkpointing()
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         elif getattr(self.backbone, "is_gradient_checkpointing", False):
             self.backbone.gradient_checkpointing_disable()
@@ -152,6 +156,19 @@ class Encoder(nn.Module):
         """The size in pixels to which an image is padded: whole patches, or whole places of the last stage."""
         step, least = self.multiple, self.anatomy.smallest
         return max(-(-height // step) * step, least), max(-(-width // step) * step, least)
+
+    def _split(self, output: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of a tapped output its map (B, C, h, w) and the tokens (B, n, C) before it: CLS, registers and the like."""
+        skip = self.anatomy.prefix
+        found = tuple(output.shape[2:]) if output.ndim == 4 else output.shape[1] - skip
+        if found != (grid if output.ndim == 4 else grid[0] * grid[1]):
+            raise InputError(
+                f"{type(self.backbone).__name__} gives {found} places, not the {grid[0]} x {grid[1]} that its"
+                " configuration says: it cannot be read here; `simomerge encoders` lists those that can."
+            )
+        if output.ndim == 4:
+            return output, output.new_empty(len(output), 0, output.shape[1])
+        return output[:, skip:].transpose(1, 2).unflatten(2, grid), output[:, :skip]
 
     def forward(self, images: Tensor) -> Features:
         """Encode images.
@@ -174,22 +191,16 @@ class Encoder(nn.Module):
         if self.apply_layernorm:
             assert self.anatomy.norm is not None
             outputs = [self.anatomy.norm(output) for output in outputs]
-        pairs = [_split(output, padded, stride) for output, stride in zip(outputs, self.strides, strict=True)]
+        pairs = [
+            self._split(output, (padded[0] // stride, padded[1] // stride))
+            for output, stride in zip(outputs, self.strides, strict=True)
+        ]
         return Features(
             maps=tuple(patches for patches, _ in pairs),
             cls=tuple(prefix[:, 0] for _, prefix in pairs) if self.has_cls else (),
             image_size=(height, width),
             padded_size=padded,
         )
-
-
-def _split(output: Tensor, padded: tuple[int, int], stride: int) -> tuple[Tensor, Tensor]:
-    """Of a tapped output its map (B, C, h, w) and the tokens (B, n, C) before it: CLS, registers and the like."""
-    if output.ndim == 4:
-        return output, output.new_empty(len(output), 0, output.shape[1])
-    grid = (padded[0] // stride, padded[1] // stride)
-    skip = output.shape[1] - grid[0] * grid[1]
-    return output[:, skip:].transpose(1, 2).unflatten(2, grid), output[:, :skip]
 
 
 class _AdapterHook:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,15 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
             f"{source}: {len(lacking)} tensors are missing or misshapen, first {lacking[0]}; the file is incomplete or"
             " its config.json is of another model."
         )
-    # Pooling layers of classifiers read nothing that a head needs.
+    return without_pooler(backbone).eval()
+
+
+def without_pooler(backbone: Any) -> Any:
+    """The model, in place, without the weights of a classifier's pooling: nothing that a head needs is read by them."""
     pooler = getattr(backbone, "pooler", None)
     if pooler is not None and list(pooler.parameters()):
         backbone.pooler = None
-    return backbone.eval()
+    return backbone
 
 
 def load_encoder(source: str | Path, taps: Sequence[int] | None = None, apply_layernorm: bool | None = None) -> Encoder:
@@ -66,7 +70,21 @@ def load_encoder(source: str | Path, taps: Sequence[int] | None = None, apply_la
         (3, 6, 9, 12)
     """
     mean, std = read_normalisation(source)
-    return Encoder(load_backbone(source), taps=taps, mean=mean, std=std, apply_layernorm=apply_layernorm)
+    encoder = Encoder(load_backbone(source), taps=taps, mean=mean, std=std, apply_layernorm=apply_layernorm)
+    if family_of(encoder.config.model_type) is None:
+        _try_out(encoder, str(source))
+    return encoder
+
+
+@torch.no_grad()
+def _try_out(encoder: Encoder, source: str) -> None:
+    """An architecture that nobody tested: whether it encodes an image as its structure says."""
+    try:
+        encoder(torch.zeros(1, 3, *encoder.padded(1, 2 * encoder.multiple)))
+    except InputError:
+        raise
+    except Exception as error:  # whatever a foreign forward pass may raise
+        raise unknown_encoder(source, str(encoder.config.model_type)) from error
 
 
 def _read_config(source: str) -> Any:
@@ -140,13 +158,37 @@ def quiet() -> Iterator[None]:
 
 
 def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
+    """RGB mean and standard deviation of a folder's or hub id's images; ImageNet's where it says none.
+
+    Raises:
+        InputError: a file that says something else; the message names it.
+    """
+    path, said = _preprocessing(str(source))
+    found = []
+    for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
+        values = said.get(name, default)
+        if not (isinstance(values, Sequence) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
+            raise InputError(f"{path}: {name} is {values!r}; give three numbers, or remove it to use ImageNet's.")
+        found.append(values)
+    return found[0], found[1]
+
+
+def _preprocessing(source: str) -> tuple[str, Mapping[str, Any]]:
+    """What the file of an image processor says, and where it is; nothing where there is none."""
     from transformers.utils import cached_file
 
-    try:
-        path = cached_file(str(source), "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        data = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error}); mend it, or remove it to use ImageNet's.") from error
-    except OSError:
-        data = {}
-    return data.get("image_mean", IMAGENET_MEAN), data.get("image_std", IMAGENET_STD)
+    for name, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
+        try:
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if not path:
+                continue
+            said = json.loads(Path(path).read_text(encoding="utf-8"))
+            said = said.get(key, {}) if key else said
+            if not isinstance(said, Mapping):
+                raise ValueError("no mapping")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); mend it, or remove it to use ImageNet's.") from error
+        except OSError:
+            continue
+        return str(path), said
+    return source, {}

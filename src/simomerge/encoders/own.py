@@ -21,9 +21,10 @@ class ImageEncoder(Protocol):
 
     Attributes:
         channels: of each map it gives.
-        strides: pixels per place of each map, the largest last; images are padded to a multiple of that one.
+        strides: pixels per place of each map; images are padded to a multiple of the largest.
 
-    May have ``settings``, the keyword arguments that make it again: a model folder holds them beside its class's name.
+    May have ``has_cls = True``, where it gives `Features` with a CLS token per tap, and ``settings``, the keyword
+    arguments that make it again: a model folder holds them beside its class's name.
     """
 
     channels: Sequence[int]
@@ -83,6 +84,11 @@ class OwnEncoder(Encoder):
             images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
         given = self.backbone(images)
         maps, cls = (given.maps, given.cls) if isinstance(given, Features) else (given, ())
+        if bool(cls) != self.has_cls:
+            raise InputError(
+                f"{type(self.backbone).__name__} {'gave' if cls else 'gave no'} CLS tokens and declares"
+                f" has_cls = {self.has_cls}."
+            )
         found = tuple(each.shape[1] for each in maps)
         if found != self.channels:
             raise InputError(

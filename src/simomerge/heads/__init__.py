@@ -46,7 +46,7 @@ def build_head(
         raise InputError(f"unknown head {kind!r}; choose one of: {', '.join(HEADS)}.")
     try:
         return HEADS[kind](in_channels, out_channels, **(settings or {}))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"head {kind!r}: {error}.") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class TransformersHead(nn.Module):
         in_channels: Sequence[int],
         out_channels: int,
         architecture: str,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] = MappingProxyType({}),
         offset: float = 0.0,
     ) -> None:
         super().__init__()

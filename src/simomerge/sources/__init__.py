@@ -9,7 +9,7 @@ from typing import Any
 from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.sources.dinov2 import is_dinov2_head, read_dinov2_head
-from simomerge.sources.mapping import read_mapped
+from simomerge.sources.mapping import Reading, read_mapped
 from simomerge.sources.predictions import ARCHITECTURES, architecture_of, read_transformers
 
 
@@ -26,6 +26,8 @@ def import_expert(
     drop: Sequence[str] = (),
     taps: Sequence[int] | None = None,
     apply_layernorm: bool | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> SimoModel:
     """An expert from a model that simomerge did not train.
 
@@ -49,25 +51,26 @@ def import_expert(
         head_settings: its keyword arguments.
         drop: prefixes of tensors that neither needs, such as ``"auxiliary_head."``.
         taps, apply_layernorm: what the head reads, see `simomerge.encoders.Encoder`; known for the first two sorts.
+        mean, std: RGB normalisation of a weight file's images, where it is not that of ``encoder``.
 
     Raises:
-        InputError: an unknown source, or tensors of a mapping that are unused or unfilled; the message lists them.
+        InputError: something given that this sort of source has no use for; an unknown source, or tensors of a mapping
+            that are unused or unfilled; the message lists them.
 
     Example:
         >>> expert = import_expert("depth-anything/Depth-Anything-V2-Small-hf", "depth")      # doctest: +SKIP
         >>> expert.save_pretrained("experts/depth")                                           # doctest: +SKIP
     """
+    reading = Reading(
+        encoder, encoder_prefix, head_prefix, head, head_settings or {}, drop, taps, apply_layernorm, mean, std
+    )  # fmt: skip
     path = Path(source)
     if path.is_file():
-        if is_dinov2_head(path) and not head:
-            return read_dinov2_head(path, task, kind, classes, encoder, taps, apply_layernorm)
-        return read_mapped(
-            path, task, kind, classes, encoder, encoder_prefix, head_prefix, head, head_settings or {}, drop, taps,
-            apply_layernorm,
-        )  # fmt: skip
-    given = {"encoder": encoder, "encoder_prefix": encoder_prefix, "head_prefix": head_prefix, "head": head}
-    if wrong := [name for name, value in given.items() if value]:
-        raise InputError(f"{source} is no weight file, and {wrong[0]!r} says how one is read; leave it out.")
+        read = read_dinov2_head if is_dinov2_head(path) and not head else read_mapped
+        return read(path, task, kind, classes, reading)
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        raise InputError(f"{source}: no such file.")
+    reading.allow_only(str(source), "a folder or hub id says itself how it is read")
     return read_transformers(str(source), task, kind, classes)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from simomerge.encoders import Encoder, default_taps
 from simomerge.errors import InputError
 from simomerge.heads import BinnedDepthHead, LinearHead, TransformersHead
 from simomerge.model import SimoModel
-from simomerge.sources.mapping import encoder_of, fill, source_of
+from simomerge.sources.mapping import Reading, fill, source_of
 from simomerge.tasks import Task
 
 MIN_DEPTH = 0.001
@@ -25,6 +26,9 @@ MIN_DEPTH = 0.001
 
 MAX_DEPTH = {"kitti": 80.0}
 """Metres, by a word in the file's name; 10 (NYUv2, SUN RGB-D) else."""
+
+FOUR_TAPS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
+"""Depth of the encoder -> the blocks, counted from 1, that depth heads of four taps read (dinov2/hub/depthers.py)."""
 
 _DPT_NAMES = (
     (r"^reassemble_blocks\.projects\.(\d)\.conv\.", r"neck.reassemble_stage.layers.\1.projection."),
@@ -49,37 +53,34 @@ def is_dinov2_head(file: Path) -> bool:
     return bool(names) and all(name.startswith("decode_head.") for name in names)
 
 
-def read_dinov2_head(
-    file: Path,
-    task: str,
-    kind: str,
-    classes: Sequence[str],
-    encoder: str | Path | None,
-    taps: Sequence[int] | None,
-    apply_layernorm: bool | None,
-) -> SimoModel:
+def read_dinov2_head(file: Path, task: str, kind: str, classes: Sequence[str], reading: Reading) -> SimoModel:
     """The expert; see `simomerge.sources.import_expert`."""
-    if not encoder:
+    if not reading.encoder:
         raise InputError(f"{file} holds a head of DINOv2 alone: give --encoder, the DINOv2 it reads.")
+    reading.allow_only(str(file), "a head of DINOv2's own", "encoder", "taps", "apply_layernorm", "mean", "std")
     weights = open_checkpoint(file)
-    plain = encoder_of(str(encoder), None, None)
     sort = _sort(weights, file)
-    width, depth = plain.channels[0], len(plain.anatomy.tapped)
+    plain = replace(reading, taps=None).load_encoder()
     # As DINOv2's configurations have it: depth heads read raw blocks, segmentation heads normalised ones.
-    if sort == "dpt":
-        wanted = default_taps(depth)
-    else:
-        columns = weights.info(f"decode_head.{'conv_depth' if sort == 'depth' else 'conv_seg'}.weight").shape[1]
-        each = width * (2 if sort == "depth" else 1)
-        if columns not in (each, 4 * each):
-            raise InputError(f"{file} reads {columns} channels, and {encoder} gives {width} a tap: another DINOv2.")
-        last = tuple(range(depth - 3, depth + 1)) if sort == "segmentation" else default_taps(depth)
-        wanted = last if columns == 4 * each else (depth,)
-    normed = sort == "segmentation" if apply_layernorm is None else apply_layernorm
-    reader = encoder_of(str(encoder), taps or wanted, normed)
+    encoder = reading.load_encoder(_taps(sort, weights, plain, file), sort == "segmentation")
     described = Task(task, kind or ("segmentation" if sort == "segmentation" else "depth"), tuple(classes))
-    head = _build(sort, weights, reader, described, file)
-    return SimoModel(reader, {task: described}, {task: head}, source_of(str(file), f"DINOv2 {sort} head")).eval()
+    head = _build(sort, weights, encoder, described, file)
+    return SimoModel(encoder, {task: described}, {task: head}, source_of(str(file), f"DINOv2 {sort} head")).eval()
+
+
+def _taps(sort: str, weights: Checkpoint, encoder: Encoder, file: Path) -> tuple[int, ...]:
+    """The blocks that the head reads, by how many channels it reads."""
+    width, depth = encoder.channels[0], len(encoder.anatomy.tapped)
+    four = FOUR_TAPS.get(depth, default_taps(depth))
+    if sort == "dpt":
+        return four
+    layer, each = ("conv_depth", 2 * width) if sort == "depth" else ("conv_seg", width)
+    columns = weights.info(f"decode_head.{layer}.weight").shape[1]
+    if columns not in (each, 4 * each):
+        raise InputError(f"{file} reads {columns} channels, and the encoder gives {width} a tap: another DINOv2.")
+    if columns == each:
+        return (depth,)
+    return tuple(range(depth - 3, depth + 1)) if sort == "segmentation" else four
 
 
 def _sort(weights: Checkpoint, file: Path) -> str:
@@ -107,7 +108,9 @@ def _build(sort: str, weights: Checkpoint, encoder: Encoder, task: Task, file: P
         fill(weights, {"decode_head.conv_depth.": head.output})
     else:
         head = TransformersHead(encoder.channels, 1, "DPTForDepthEstimation", _dpt_config(weights), MIN_DEPTH)
-        fill(Renamed(weights), {"neck.": head.neck, "head.": head.head})
+        # Its coarsest fusion has nothing to add a skip to.
+        unused = ["neck.fusion_stage.layers.0.residual_layer1."]
+        fill(Renamed(weights), {"neck.": head.neck, "head.": head.head}, may_lack=unused)
     return head
 
 

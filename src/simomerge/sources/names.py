@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
+
+from simomerge.checkpoints import canonical_name
 
 _RULES = [
     (re.compile(pattern), target)
@@ -22,6 +24,31 @@ _RULES = [
     )
 ]
 _QKV = re.compile(r"^blocks\.(?:\d+\.)?(\d+)\.attn\.qkv\.(weight|bias)$")
+
+
+_GATED = re.compile(r"^(encoder\.layer\.\d+\.mlp)\.weights_in\.(weight|bias)$")
+
+
+def split_gates(
+    tensors: Mapping[str, torch.Tensor], stored_as: Mapping[str, str], wanted: Container[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The input of a SwiGLU DINOv2 (giant), one tensor on disk, as the gate and the up projection it is in memory.
+
+    Args:
+        tensors, stored_as: see `from_dinov2`.
+        wanted: names that the module has; where it has the one tensor, nothing is changed.
+    """
+    split: dict[str, torch.Tensor] = {}
+    stored: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        found = _GATED.match(canonical_name(name))
+        if not found or canonical_name(name) in wanted:
+            split[name], stored[name] = tensor, stored_as[name]
+            continue
+        for part, piece in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+            new = f"{found[1]}.{part}.{found[2]}"
+            split[new], stored[new] = piece, stored_as[name]
+    return split, stored
 
 
 def from_dinov2(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints import open_checkpoint
 from simomerge.encoders import Encoder
-from simomerge.encoders.loading import quiet, read_normalisation
+from simomerge.encoders.anatomy import is_plain
+from simomerge.encoders.loading import quiet, read_normalisation, without_pooler
 from simomerge.errors import InputError
 from simomerge.heads import TransformersHead
 from simomerge.model import SimoModel
 from simomerge.sources.mapping import fill, source_of
-from simomerge.tasks import Task
+from simomerge.tasks import KINDS, Task
 
 ARCHITECTURES = ("DepthAnythingForDepthEstimation", "DPTForDepthEstimation", "DPTForSemanticSegmentation")
 """Of transformers, that can be imported."""
@@ -54,13 +55,15 @@ def read_transformers(source: str, task: str, kind: str, classes: Sequence[str])
             f"{source}: a {architecture or config.model_type}, and only {', '.join(ARCHITECTURES)} can be imported as"
             " they are; give a weight file with --encoder, --encoder-prefix, --head-prefix and --head."
         )
+    if getattr(config, "is_hybrid", False):
+        raise InputError(f"{source}: DPT hybrids read a convolutional encoder beside the transformer: not here.")
+    described = _task(config, architecture, task, kind, classes)
     weights = open_checkpoint(_weights_folder(source))
     own_vit = config.model_type == "dpt" and getattr(config, "backbone_config", None) is None
     with quiet():
         encoder = _dpt_encoder(config) if own_vit else _backbone_encoder(config)
     encoder.mean.copy_(torch.tensor(read_normalisation(source)[0]).view(1, 3, 1, 1))
     encoder.std.copy_(torch.tensor(read_normalisation(source)[1]).view(1, 3, 1, 1))
-    described = _task(config, architecture, task, kind, classes)
     settings = {name: getattr(config, name) for name in _KEPT if hasattr(config, name)}
     if architecture == "DPTForSemanticSegmentation":
         settings["num_labels"] = described.channels
@@ -69,7 +72,8 @@ def read_transformers(source: str, task: str, kind: str, classes: Sequence[str])
     fill(
         weights,
         {prefix: encoder.backbone, "neck.": head.neck, "head.": head.head},
-        drop=("auxiliary_head.", "dpt.pooler."),
+        ("auxiliary_head.", f"{prefix}pooler."),
+        (f"{prefix}embeddings.mask_token",),
     )
     return SimoModel(encoder, {task: described}, {task: head}, source_of(source, architecture)).eval()
 
@@ -96,7 +100,7 @@ def largest_difference(expert: SimoModel, model: nn.Module, size: tuple[int, int
     Args:
         expert: with one task.
         model: see `source_model`.
-        size: of the image, of whole patches; by default what the model was made for.
+        size: of the image, of whole patches; by default sixteen on each side.
     """
     (task,) = expert.tasks
     side = expert.encoder.multiple * 16
@@ -141,8 +145,14 @@ def _backbone_encoder(config: Any) -> Encoder:
 
     backbone_config = config.backbone_config
     taps = [int(index) for index in backbone_config.out_indices]
-    backbone = AutoModel.from_config(backbone_config, dtype=torch.float32)
-    return Encoder(backbone.eval(), taps, apply_layernorm=bool(getattr(backbone_config, "apply_layernorm", True)))
+    backbone = without_pooler(AutoModel.from_config(backbone_config, dtype=torch.float32))
+    if not is_plain(backbone):
+        raise InputError(
+            f"its encoder is a {type(backbone).__name__}, a pyramid: only Depth Anything and DPT on plain transformers"
+            " can be imported."
+        )
+    # Backbones that know no such setting apply no norm.
+    return Encoder(backbone.eval(), taps, apply_layernorm=bool(getattr(backbone_config, "apply_layernorm", False)))
 
 
 def _dpt_encoder(config: Any) -> Encoder:
@@ -157,9 +167,22 @@ def _task(config: Any, architecture: str, name: str, kind: str, classes: Sequenc
     if architecture == "DPTForSemanticSegmentation":
         labels = config.id2label or {}
         named = tuple(classes) or tuple(str(labels[index]) for index in sorted(labels, key=int))
-        return Task(name, kind or "segmentation", named)
-    relative = getattr(config, "depth_estimation_type", "metric") == "relative"
-    return Task(name, kind or ("disparity" if relative else "depth"))
+        return _named(name, kind, "segmentation", architecture, named)
+    if classes:
+        raise InputError(f"{architecture} predicts depth, which has no classes; leave them out.")
+    # DPTs on DINOv2 were trained on depths in metres, all others (MiDaS) on relative inverse depth.
+    backbone = getattr(getattr(config, "backbone_config", None), "model_type", "")
+    metric = "metric" if "dinov2" in backbone else "relative"
+    relative = getattr(config, "depth_estimation_type", metric) == "relative"
+    return _named(name, kind, "disparity" if relative else "depth", architecture)
+
+
+def _named(name: str, kind: str, found: str, architecture: str, classes: tuple[str, ...] = ()) -> Task:
+    """The task, unless its name says another sort of prediction than the source's."""
+    alike = {"depth": "disparity", "disparity": "depth"}.get(found)
+    if not kind and name in KINDS and name not in (found, alike):
+        raise InputError(f"{architecture} predicts {found}: name the task otherwise than {name!r}, or say its kind.")
+    return Task(name, kind or found, classes)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def lpft(
     Returns:
         The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
     """
+    if checkpointing:
+        model.encoder.check_checkpointing()  # not only after the first phase
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(work_folder or temporary)
         if not (work / "features").exists():
