@@ -303,7 +303,7 @@ def test_a_strange_preprocessor_is_told(tiny_base, tmp_path, text, message):
 
 
 def test_encoders_whose_tokens_are_otherwise_are_refused(tmp_path):
-    """YOLOS has its detection tokens behind the patches, RegNet other strides than a pyramid's, Siglip2 another input."""
+    """YOLOS has detection tokens behind the patches, RegNet other strides than a pyramid's, Siglip2 another input."""
     from transformers import RegNetConfig, RegNetModel, Siglip2VisionConfig, Siglip2VisionModel, YolosConfig, YolosModel
 
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -312,5 +312,5 @@ def test_encoders_whose_tokens_are_otherwise_are_refused(tmp_path):
     regnet = RegNetModel(RegNetConfig(embedding_size=4, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], groups_width=4))
     for name, model in (("yolos", yolos), ("siglip2", siglip2), ("regnet", regnet)):
         model.save_pretrained(tmp_path / name)
-        with pytest.raises(InputError, match="cannot be read here|no vision encoder that can be read"):
+        with pytest.raises(InputError, match=r"cannot be read here|no vision encoder that can be read"):
             load_encoder(tmp_path / name)
