@@ -164,9 +164,11 @@ def test_checkpointed_gradients_are_the_gradients(folders, model_type):
     def gradients(checkpointed):
         encoder = load_encoder(folders(model_type)).train()
         encoder.checkpoint_gradients(checkpointed)
-        assert encoder.backbone.is_gradient_checkpointing == checkpointed
+        assert any(getattr(m, "gradient_checkpointing", False) for m in encoder.modules()) == checkpointed
         torch.manual_seed(0)
         sum(each.square().mean() for each in encoder(random_images(64, 64)).maps).backward()
+        encoder.checkpoint_gradients(False)
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in encoder.modules())
         return {name: p.grad for name, p in encoder.backbone.named_parameters() if p.grad is not None}
 
     plain, again = gradients(False), gradients(True)

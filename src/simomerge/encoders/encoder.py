@@ -81,6 +81,7 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._tapped: dict[int, Tensor] | None = None
+        self._checkpoints = False
         # In this order: where a tap is the end of a block, it sees what the adapter added.
         for index, block in enumerate(anatomy.blocks):
             block.register_forward_hook(_AdapterHook(self, index), with_kwargs=True)
@@ -140,9 +141,10 @@ class Encoder(nn.Module):
         """
         if on:
             self.check_checkpointing()
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        elif getattr(self.backbone, "is_gradient_checkpointing", False):
-            self.backbone.gradient_checkpointing_disable()
+            self._switch("enable")({"use_reentrant": False})
+        elif self._checkpoints:
+            self._switch("disable")()
+        self._checkpoints = on
 
     def train(self, mode: bool = True) -> Encoder:
         """As of any module, but batch norms keep their statistics: those of small batches would ruin a merge."""
@@ -151,6 +153,11 @@ class Encoder(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+    def _switch(self, how: str) -> Any:
+        """transformers 5 calls it activation checkpointing."""
+        new = getattr(self.backbone, f"activation_checkpointing_{how}", None)
+        return new or getattr(self.backbone, f"gradient_checkpointing_{how}")
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size in pixels to which an image is padded: whole patches, or whole places of the last stage."""
