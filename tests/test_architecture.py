@@ -25,7 +25,7 @@ ROOT = PACKAGE.parent.parent
 
 LAYERS = [
     {"errors", "parallel", "progress"},
-    {"classes"},
+    {"classes", "environment"},
     {"assets", "checkpoints"},
     {"merging"},
     {"ondisk"},

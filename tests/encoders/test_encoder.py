@@ -1,7 +1,10 @@
 """The encoder against transformers' own backbone and hidden states, padding, taps, and what loading refuses."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -314,3 +317,24 @@ def test_encoders_whose_tokens_are_otherwise_are_refused(tmp_path):
         model.save_pretrained(tmp_path / name)
         with pytest.raises(InputError, match=r"cannot be read here|no vision encoder that can be read"):
             load_encoder(tmp_path / name)
+
+
+def test_a_broken_torchvision_is_told_as_the_doctor_tells_it(tiny_base, tmp_path):
+    """In a process of its own: transformers looks for torchvision once."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    text = "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n"
+    (tmp_path / "torchvision-0.1.dist-info/METADATA").write_text(text)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    for arguments in (["doctor"], ["train", "--base", str(tiny_base), "--task", "depth", "--images", "2", "-o", "x"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "simomerge", *arguments],
+            env={**os.environ, "PYTHONPATH": paths, "SIMOMERGE_CACHE": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert "torchvision 0.1 is broken" in done.stdout + done.stderr
+        assert "pip uninstall torchvision" in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == (1 if arguments == ["doctor"] else 2)

@@ -100,6 +100,13 @@ def main() -> None:
     except MemoryError:
         click.echo("Error: out of memory; use fewer --workers, a smaller --batch-size or smaller images.", err=True)
         sys.exit(2)
+    except ImportError:
+        from simomerge.environment import broken_torchvision
+
+        if not (cause := broken_torchvision()):
+            raise
+        click.echo(f"Error: {cause}", err=True)
+        sys.exit(2)
     except OSError as error:
         click.echo(f"Error: {error.filename or 'the system'}: {error.strerror or error}.", err=True)
         sys.exit(2)

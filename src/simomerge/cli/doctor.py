@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
 from simomerge.cli.options import json_option, say
+from simomerge.environment import torchvision_version
 
 
 @click.command("doctor")
@@ -50,18 +51,7 @@ def _import(name: str) -> str:
 
 
 def _torchvision() -> str:
-    try:
-        version = metadata.version("torchvision")
-    except metadata.PackageNotFoundError:
-        return "absent, and not needed"
-    try:
-        import_module("torchvision")
-    except Exception as error:
-        raise RuntimeError(
-            f"torchvision {version} is broken ({error}) and breaks transformers and torchmetrics:"
-            " `pip uninstall torchvision`; simomerge does not need it."
-        ) from error
-    return version
+    return torchvision_version() or "absent, and not needed"
 
 
 def _device() -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from simomerge.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from simomerge.encoders.families import family_of, unknown_encoder
+from simomerge.environment import broken_torchvision
 from simomerge.errors import InputError
 
 
@@ -121,6 +122,8 @@ def _read_weights(source: str, config: Any, extra: dict[str, Any]) -> tuple[Any,
 
 def _not_loaded(source: str, error: Exception) -> InputError:
     """What to say instead of transformers' words."""
+    if cause := broken_torchvision():
+        return InputError(cause)
     if model_type := _model_type(source):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
