@@ -26,7 +26,7 @@ def torchvision_version() -> str:
 
 
 def broken_torchvision() -> str:
-    """What to say of a torchvision that does not import, for errors that it causes elsewhere; empty where all is well."""
+    """What to say of a torchvision that does not import, for errors that it causes elsewhere; empty where it does."""
     try:
         torchvision_version()
     except RuntimeError as error:

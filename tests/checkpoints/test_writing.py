@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 import time
+from collections import namedtuple
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -189,10 +190,69 @@ def test_only_a_large_new_file_is_not_waited_for(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(files, "_LARGE", 1000)
     for size, waits in ((10, True), (1000, False), (1000, True)):  # the last replaces the one before
         flushed.clear()
-        with files.atomic_file(tmp_path / f"of {size}", size) as handle:
+        with files.atomic_file(tmp_path / f"of {size}", size, durable=False) as handle:
             handle.write(b"a" * size)
         assert (size in flushed) == waits
         flushed.clear()
-        with files.atomic_folder(tmp_path / f"folder of {size}", overwrite=True) as folder:
+        with files.atomic_folder(tmp_path / f"folder of {size}", overwrite=True, durable=False) as folder:
             (folder / "content").write_bytes(b"a" * size)
         assert (size in flushed) == waits
+    # What cannot be made again is always waited for.
+    flushed.clear()
+    with files.atomic_file(tmp_path / "trained", 1000) as handle:
+        handle.write(b"a" * 1000)
+    with files.atomic_folder(tmp_path / "trained folder") as folder:
+        (folder / "content").write_bytes(b"a" * 1001)
+    assert {1000, 1001} <= set(flushed)
+
+
+def test_no_thread_writes_after_an_error(tmp_path: Path) -> None:
+    """The number of a closed file is given to the next one that is opened."""
+    started = threading.Event()
+
+    class Slow(dict):  # type: ignore[type-arg]
+        def __getitem__(self, name: str) -> np.ndarray:
+            if name != "a":
+                started.wait(5)
+                time.sleep(0.2)
+            return super().__getitem__(name)
+
+    values = Slow({name: np.ones(8, np.float32) for name in "abcdef"})
+    layout = {name: TensorInfo((8,), "F32") for name in values}
+
+    def progress(*line: object) -> None:
+        started.set()
+        raise KeyboardInterrupt
+
+    clock = iter(range(0, 10_000, 10))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("simomerge.checkpoints.writing.time.monotonic", lambda: next(clock))
+        write_safetensors(tmp_path / "w.safetensors", values, layout=layout, threads=3, progress=progress)
+    with (tmp_path / "other").open("wb") as other:
+        other.write(bytes(200))
+        other.flush()
+        time.sleep(0.5)
+    assert (tmp_path / "other").read_bytes() == bytes(200)
+    assert [file.name for file in tmp_path.iterdir()] == ["other"]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = {f"t{number:03d}": np.full(4, number, np.float32) for number in range(soft if soft < 300 else 300)}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, hard))
+        files_written = write_sharded(tmp_path / "many", many, max_shard_size=16, threads=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(files_written) == len(many)
+    opened = open_checkpoint(tmp_path / "many")
+    assert all(np.array_equal(opened[name], value) for name, value in many.items())
+
+
+def test_the_room_for_all_shards_is_looked_at_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(5000, 4000, 1000))
+    with pytest.raises(InputError, match=r"\(4,000 bytes\): No space left .* 1,000 bytes are free"):
+        write_sharded(tmp_path / "w", {str(n): np.zeros(100, np.float32) for n in range(10)}, max_shard_size=400)
+    assert not list((tmp_path / "w").iterdir())

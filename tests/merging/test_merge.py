@@ -176,3 +176,16 @@ def test_a_result_too_large_for_its_dtype_is_refused(kind: Callable[..., Any]) -
     with pytest.raises(InputError, match=r"'w' holds 6\.8e\+04, too large for F16: store it as F32"):
         merge_state_dicts(base, {"a": expert}, scale=2.0)
     assert merge_state_dicts(base, {"a": expert}, scale=1.0)["w"] == expert["w"]
+
+
+def test_a_merge_as_a_mapping_says_what_it_holds_without_merging() -> None:
+    from simomerge.checkpoints import tensor_info
+    from simomerge.merging import Merged, TaskArithmetic
+
+    base = {"w": np.zeros((2, 3), np.float16), "count": np.array(3)}
+    expert = {"w": np.ones((2, 3), np.float16), "count": np.array(3)}
+    merged = Merged(TaskArithmetic(scale=0.5), base, {"a": expert})
+    merged.prepare = lambda: pytest.fail("merged something")  # type: ignore[method-assign]
+    assert "w" in merged and "v" not in merged
+    assert (tensor_info(merged, "w").shape, tensor_info(merged, "w").dtype) == ((2, 3), "F32")
+    assert tensor_info(merged, "count").dtype == "I64"

@@ -247,6 +247,25 @@ def test_distances_of_small_encoders_are_exact_and_those_of_large_ones_near() ->
     assert sampled == pytest.approx(expected, rel=0.1) and sampled != found
 
 
+def test_distances_see_what_changed_only_at_the_end() -> None:
+    """A fused qkv whose keys and values were replaced: its first rows are the queries."""
+    rng = np.random.default_rng(0)
+    base = {"qkv": rng.standard_normal((3 * 128, 128)).astype(np.float32)}
+    other = {"qkv": base["qkv"].copy()}
+    other["qkv"][128:] = rng.standard_normal((256, 128))
+    true = np.linalg.norm(other["qkv"] - base["qkv"]) / np.linalg.norm(base["qkv"])
+    found = sampled_distances(TaskVectorStream(base, {"a": other}))
+    assert found["a"] == pytest.approx(true, rel=0.15)
+
+
+def test_tensors_count_by_their_size() -> None:
+    """A small tensor that changed much is not half of a model."""
+    base = {"small": np.ones(100, np.float32), "large": np.ones(100_000, np.float32)}
+    other = {"small": np.full(100, 3, np.float32), "large": base["large"]}
+    found = sampled_distances(TaskVectorStream(base, {"a": other}), 4096)
+    assert found["a"] == pytest.approx(np.sqrt(400 / 100_100), rel=1e-3)
+
+
 def test_distances_from_a_base_of_zeros_are_numbers() -> None:
     base = {"w": np.zeros(4, np.float32)}
     found = sampled_distances(TaskVectorStream(base, {"a": {"w": np.ones(4, np.float32)}, "b": dict(base)}))

@@ -834,3 +834,34 @@ def test_a_damaged_model_is_named_and_nothing_is_left(
     with pytest.raises(InputError, match=message):
         merge_on_disk(tiny_base, {"normals": models["normals"], "depth": models["depth"]}, tmp_path / "scene")
     assert content(tmp_path) == before and not (tmp_path / "scene").exists()
+
+
+def test_a_damaged_base_is_told_though_all_experts_are_adapters(
+    tmp_path: Path, adapter_of: Callable[..., tuple[Path, np.ndarray]]
+) -> None:
+    """Their task vectors are not made from the base, so only a look at the base itself can tell."""
+    weight = np.ones((80, 80), np.float32)
+    weight[-1, -1] = np.nan
+    write_safetensors(tmp_path / "base.safetensors", {"layer.weight": weight})
+    experts = {name: adapter_of(name, "layer", (80, 80))[0] for name in ("a", "b")}
+    for method in ("task-arithmetic", "average"):
+        with pytest.raises(InputError, match=r"'layer\.weight' of the base .* holds NaN"):
+            merge_on_disk(tmp_path / "base.safetensors", experts, tmp_path / "out.safetensors", method)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_another_base_is_told_before_the_long_work(
+    tmp_path: Path, tiny_base: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simomerge.tasks import Task
+
+    expert = make_model([Task("depth")])
+    expert.provenance = {"base": {"source": "other", "fingerprint": "0" * 64}}
+    folder = expert.save_pretrained(tmp_path / "depth")
+
+    def never(*given: object) -> None:
+        raise AssertionError("computed statistics before it looked at the base")
+
+    monkeypatch.setattr("simomerge.merging.ties.Ties.prepare", never)
+    with pytest.raises(InputError, match="fine-tuned from another base"):
+        merge_on_disk(tiny_base, {"depth": folder}, tmp_path / "out", "ties")

@@ -23,12 +23,16 @@ _LARGE = 64_000_000
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: str | os.PathLike[str], needed_bytes: int | None = None, durable: bool = True
+) -> Iterator[BinaryIO]:
     """Yield a binary file that takes the place of ``path`` when the block ends without an exception.
 
     Args:
         path: the file to write or to replace; missing parent folders are made.
         needed_bytes: size of the whole file, if known: checked against the free space first.
+        durable: wait until the disk has it. Without, a large new file may be lost with the power: only for what can be
+            made again from files that are still there.
 
     Raises:
         InputError: no space left, no permission, or any other OSError of writing; the message names the path.
@@ -41,12 +45,12 @@ def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -
     temporary = _temporary_sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if needed_bytes is not None and needed_bytes > (free := shutil.disk_usage(target.parent).free):
-            raise OSError(errno.ENOSPC, f"No space left on device, {free:,} bytes are free")
+        if needed_bytes is not None:
+            _check_room(target.parent, needed_bytes)
         with temporary.open("xb") as handle:
             yield handle
             handle.flush()
-            if _waits(handle.tell() if needed_bytes is None else needed_bytes, target):
+            if durable or _waits(handle.tell() if needed_bytes is None else needed_bytes, target):
                 os.fsync(handle.fileno())
         temporary.replace(target)
         _sync(target.parent)
@@ -60,8 +64,21 @@ def atomic_file(path: str | os.PathLike[str], needed_bytes: int | None = None) -
 
 
 def _waits(size: int, target: Path) -> bool:
-    """Whether a file of this size is flushed to the disk before it takes its place."""
+    """Whether a file of this size is flushed to the disk even where that is not asked for: nothing old is at risk."""
     return size < _LARGE or target.exists()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse what the disk has no room for. Raises InputError."""
+    try:
+        _check_room(folder, needed)
+    except OSError as error:
+        raise InputError(f"Cannot write {folder} ({needed:,} bytes): {error.strerror}{_mend(error)}.") from error
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"No space left on device, {free:,} bytes are free")
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -84,13 +101,14 @@ def atomic_write_text(path: str | os.PathLike[str], content: str) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes ``path`` when the block ends without an exception.
 
     Args:
         path: the folder to make; missing parent folders are made.
         overwrite: replace an existing folder **and all it holds**. The old one is moved aside, the new one
             moved in, the old one deleted: at every moment one of the two is there in full.
+        durable: as of `atomic_file`.
 
     Raises:
         InputError: ``path`` exists and ``overwrite`` is false, ``path`` is a file, or there is no space left.
@@ -107,7 +125,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         temporary.mkdir(parents=True)
         yield temporary
         for written in temporary.rglob("*"):
-            if _waits(written.stat().st_size, target):
+            if durable or _waits(written.stat().st_size, target):
                 _sync(written)
         _check_target(target, overwrite)
         _swap(temporary, target)

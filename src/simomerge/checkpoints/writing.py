@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from simomerge.checkpoints.files import atomic_file, atomic_write_text
+from simomerge.checkpoints.files import atomic_file, atomic_write_text, check_room
 from simomerge.checkpoints.tensors import FLOATS, STORAGE, TensorInfo, as_numpy, encode, tensor_info
 from simomerge.errors import InputError
 from simomerge.parallel import ordered_map
@@ -36,6 +36,7 @@ def write_safetensors(
     layout: Mapping[str, TensorInfo] | None = None,
     threads: int | None = None,
     progress: Progress = silent,
+    durable: bool = True,
 ) -> Path:
     """Write named tensors to one safetensors file; a tensor per thread is in memory at a time.
 
@@ -53,6 +54,7 @@ def write_safetensors(
         layout: name -> TensorInfo of everything that ``tensors`` will deliver; needed for an iterable.
         threads: that read a mapping; all cores by default.
         progress: told now and then, after a second.
+        durable: see `simomerge.checkpoints.atomic_file`.
 
     Raises:
         InputError: an unknown dtype, a value too large for it, a tensor that ``layout`` lacks or shapes
@@ -64,7 +66,7 @@ def write_safetensors(
     """
     path = Path(path)
     layout = _layout(tensors, dtypes, layout)
-    with _open(path, layout, metadata) as write:
+    with _open(path, layout, metadata, durable) as write:
         _write_all(path, write, tensors, layout, threads, progress)
     return path
 
@@ -78,6 +80,7 @@ def write_sharded(
     max_shard_size: int | None = None,
     threads: int | None = None,
     progress: Progress = silent,
+    durable: bool = True,
 ) -> list[Path]:
     """Write named tensors into a folder as transformers does; a tensor per thread is in memory at a time.
 
@@ -89,7 +92,7 @@ def write_sharded(
 
     Args:
         folder: where to write; it is made if it is not there, and should hold no other weights.
-        tensors, dtypes, metadata, layout, threads, progress: see :func:`write_safetensors`.
+        tensors, dtypes, metadata, layout, threads, progress, durable: see :func:`write_safetensors`.
         max_shard_size: bytes of tensors in one file; no limit by default. See :func:`parse_size`.
 
     Returns:
@@ -108,25 +111,54 @@ def write_sharded(
     shards = _partition(layout, max_shard_size)
     if len(shards) < 2:
         path = folder / "model.safetensors"
-        return [write_safetensors(path, tensors, dtypes, metadata, layout, threads, progress)]
+        return [write_safetensors(path, tensors, dtypes, metadata, layout, threads, progress, durable)]
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder, sum(info.nbytes for info in layout.values()))  # of all together, before the first
+    layouts = {file: {name: layout[name] for name in names} for file, names in zip(files, shards, strict=True)}
     with ExitStack() as opened:
-        writes = {}
-        for file, names in zip(files, shards, strict=True):
-            shard = {name: layout[name] for name in names}
-            writes[file] = opened.enter_context(_open(folder / file, shard, metadata))
+        held = _Shards(folder, layouts, lambda path, shard: _open(path, shard, metadata, durable), opened)
 
         def write(name: str, value: Any) -> None:
             if name not in file_of:
                 raise InputError(f"{folder}: got '{name}', expected no such tensor.")
-            writes[file_of[name]](name, value)
+            held.write(file_of[name], name, value)
 
         _write_all(folder, write, tensors, layout, threads, progress)
     index = {"metadata": {"total_size": sum(info.nbytes for info in layout.values())}, "weight_map": file_of}
     content = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write_text(folder / "model.safetensors.index.json", content)
     return [folder / file for file in files]
+
+
+class _Shards:
+    """The files of the shards, each open from its first tensor to its last: a process may not open any number."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layouts: Mapping[str, Mapping[str, TensorInfo]],
+        open_one: Callable[[Path, Mapping[str, TensorInfo]], AbstractContextManager[Callable[[str, Any], None]]],
+        opened: ExitStack,
+    ) -> None:
+        self.folder, self.layouts, self.open_one, self.opened = folder, layouts, open_one, opened
+        self.missing = {file: len(layout) for file, layout in layouts.items()}
+        self.live: dict[str, tuple[ExitStack, Callable[[str, Any], None]]] = {}
+        self.lock = Lock()
+
+    def write(self, file: str, name: str, value: Any) -> None:
+        with self.lock:
+            if file not in self.live:
+                stack = self.opened.enter_context(ExitStack())  # which an error elsewhere unwinds
+                self.live[file] = stack, stack.enter_context(self.open_one(self.folder / file, self.layouts[file]))
+        stack, write = self.live[file]
+        write(name, value)
+        with self.lock:
+            self.missing[file] -= 1
+            last = not self.missing[file]
+        if last:
+            stack.close()
 
 
 def parse_size(size: str | int) -> int:
@@ -177,25 +209,26 @@ def _write_all(
         return name
 
     pairs = ((name, None) for name in tensors) if isinstance(tensors, Mapping) else tensors
-    finished = ordered_map(put, pairs, threads if isinstance(tensors, Mapping) else 1)
     began, missing = time.monotonic(), set(layout)
-    for name in finished:
-        missing.remove(name)
-        if time.monotonic() - began > 1:  # short work says nothing
-            progress("write", len(layout) - len(missing), len(layout), "")
+    # Closing waits for the threads, whatever happens here: the file that they write to is open until then.
+    with closing(ordered_map(put, pairs, threads if isinstance(tensors, Mapping) else 1)) as finished:
+        for name in finished:
+            missing.remove(name)
+            if time.monotonic() - began > 1:  # short work says nothing
+                progress("write", len(layout) - len(missing), len(layout), "")
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(layout)} tensors never came, the first is '{min(missing)}'.")
 
 
 @contextmanager
 def _open(
-    path: Path, layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None
+    path: Path, layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, durable: bool = True
 ) -> Iterator[Callable[[str, Any], None]]:
     """Yield a function that writes one tensor to its place in the file, whichever thread calls it."""
     header, offsets = _header(layout, metadata)
     pending = set(layout)
     size = len(header) + sum(info.nbytes for info in layout.values())
-    with atomic_file(path, size) as handle:
+    with atomic_file(path, size, durable) as handle:
         write_at = _positional(handle)
 
         def write(name: str, value: Any) -> None:

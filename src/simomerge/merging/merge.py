@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints import as_numpy, canonicalise
+from simomerge.checkpoints import TensorInfo, as_numpy, canonicalise, tensor_info
 from simomerge.checkpoints.tensors import encode, value_info
 from simomerge.errors import InputError
 from simomerge.merging.checks import check_models
@@ -82,6 +82,14 @@ class Merged(Mapping[str, np.ndarray]):
         statistics, factors = self._prepared
         with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values
             return _merged_tensor(self._method, self._stream, statistics, factors, name)
+
+    def __contains__(self, own_name: object) -> bool:
+        return own_name in self._canonical
+
+    def info(self, own_name: str) -> TensorInfo:
+        """Shape and storage dtype of one tensor as it comes, without merging it. Raises KeyError."""
+        stored = tensor_info(self._reference, own_name)
+        return stored._replace(dtype="F32") if self._canonical[own_name] in self._stream.sizes else stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._canonical)

@@ -146,7 +146,10 @@ def sample_of(total: int) -> slice:
 
 
 def sampled_distances(stream: TaskVectorStream, entries: int = 4096) -> dict[str, float]:
-    """``||expert - base|| / ||base||`` per expert, from the first entries of every tensor: few pages of the files.
+    """``||expert - base|| / ||base||`` per expert, about, from a few pieces of every tensor: few pages of the files.
+
+    Args:
+        entries: of a tensor, in four pieces: at its beginning and after each quarter (of a fused qkv, some of each).
 
     Example:
         >>> sampled_distances(TaskVectorStream({"w": np.full(4, 2.0)}, {"a": {"w": np.full(4, 3.0)}}))
@@ -154,9 +157,11 @@ def sampled_distances(stream: TaskVectorStream, entries: int = 4096) -> dict[str
     """
     total = np.zeros(len(stream.experts) + 1)
     for name, size in stream.sizes.items():
-        base, task_vectors = stream.read(name, slice(0, entries))
-        weight = size / max(base.size, 1)
-        total += [weight * float(np.dot(x, x)) for x in (base, *task_vectors.values())]
+        starts = {size * quarter // 4 for quarter in range(4)} if size > entries else {0}
+        pieces = [stream.read(name, slice(start, start + entries // len(starts))) for start in sorted(starts)]
+        weight = size / max(sum(base.size for base, _ in pieces), 1)
+        for base, task_vectors in pieces:
+            total += [weight * float(np.dot(x, x)) for x in (base, *task_vectors.values())]
     relative = np.sqrt(total[1:] / max(total[0], 1e-30))
     return {expert: float(value) for expert, value in zip(stream.experts, relative, strict=True)}
 

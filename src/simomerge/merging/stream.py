@@ -125,7 +125,9 @@ class TaskVectorStream:
         rows = workspace[:, : base.size]
         taus = {e: self._difference(e, name, base, part, row) for e, row in zip(self.experts, rows, strict=True)}
         within = all(tau.base is workspace for tau in taus.values())
-        if not (self.checked or (_all_finite(rows) if within else all(map(_all_finite, taus.values())))):
+        # Task vectors of low-rank factors are not made from the base, which is looked at then too.
+        looked_at = [rows] if within else [base, *taus.values()]
+        if not (self.checked or all(map(_all_finite, looked_at))):
             return self.read(name, part)  # which says what is wrong
         for expert, tau in taus.items():
             self._note_change(expert, tau)

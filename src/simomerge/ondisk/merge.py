@@ -165,21 +165,23 @@ def merge_on_disk(
     check_models(chosen, foundation.weights, weights)
     _warn_of_another_base(foundation, opened, threads)
     tensors = Merged(chosen, foundation.weights, weights, depthwise, threads)
-    tensors.prepare()  # before anything is written, and where Ctrl-C is heard at once
     stored = DTYPES[dtype] if dtype else None
     how = describe_method(chosen, depthwise)
     if to_model:
         provenance = _provenance(foundation, opened, how)
+        check_heads(opened)
+        tensors.prepare()  # before anything is written, and where Ctrl-C is heard at once
         write_model(output, opened, provenance, tensors, layout, stored, max_shard_size, overwrite, threads, progress)
         tensors.warn_of_unchanged()
         return MergedOnDisk(output, how, tuple(opened))
     if any("fingerprint" in _recorded_base(expert) for expert in opened.values()):
         check_base(foundation.origin(), opened)
+    tensors.prepare()
     if output.suffix == ".safetensors":
-        write_safetensors(output, tensors, stored, layout=layout, threads=threads, progress=progress)
+        write_safetensors(output, tensors, stored, layout=layout, threads=threads, progress=progress, durable=False)
     else:
-        with atomic_folder(output, overwrite) as folder:
-            write_sharded(folder, tensors, stored, None, layout, max_shard_size, threads, progress)
+        with atomic_folder(output, overwrite, durable=False) as folder:
+            write_sharded(folder, tensors, stored, None, layout, max_shard_size, threads, progress, durable=False)
             _copy_configs(foundation.encoder_folder(), folder, layout, stored)
     tensors.warn_of_unchanged()
     return MergedOnDisk(output, how, ())
@@ -248,13 +250,7 @@ def write_model(
     Raises:
         InputError: heads that cannot share one encoder, a missing head, no space left.
     """
-    described = {task: only_task(source.description or {}, task) for task, source in heads.items()}
-    check_same_encoder(described)
-    for source in heads.values():
-        if not (source.encoder_folder() / "config.json").is_file():
-            raise InputError(
-                f"{source.encoder_folder() / 'config.json'}: missing; take the model from its source again."
-            )
+    described = check_heads(heads)
     first = next(iter(described.values()))  # taps and normalisation are the experts', not the base folder's
     description = {
         **first,
@@ -263,14 +259,33 @@ def write_model(
         "adapters": None,
         "provenance": provenance,
     }
-    with atomic_folder(output, overwrite) as folder:
+    # Made of models that are still there: the disk need not have it before the next thing is done.
+    with atomic_folder(output, overwrite, durable=False) as folder:
         (folder / "heads").mkdir()
         for task, source in heads.items():
             _copy_head(source, task, folder / "heads" / f"{task}.safetensors")
-        write_sharded(folder / "encoder", tensors, dtypes, None, layout, max_shard_size, threads, progress)
+        write_sharded(
+            folder / "encoder", tensors, dtypes, None, layout, max_shard_size, threads, progress, durable=False
+        )
         _copy_configs(next(iter(heads.values())).encoder_folder(), folder / "encoder", layout, dtypes)
         (folder / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(description), encoding="utf-8")
+
+
+def check_heads(heads: Mapping[str, Source]) -> dict[str, dict[str, Any]]:
+    """What the experts say of themselves, each as one of its task, after making sure that they can share an encoder.
+
+    Raises:
+        InputError: they cannot, or a file is missing.
+    """
+    described = {task: only_task(source.description or {}, task) for task, source in heads.items()}
+    check_same_encoder(described)
+    for source in heads.values():
+        if not (source.encoder_folder() / "config.json").is_file():
+            raise InputError(
+                f"{source.encoder_folder() / 'config.json'}: missing; take the model from its source again."
+            )
+    return described
 
 
 def _provenance(base: Source, experts: Mapping[str, Source], how: dict[str, Any]) -> dict[str, Any]:
