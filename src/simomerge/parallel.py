@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any, TypeVar
@@ -50,11 +50,12 @@ _ONE_BLAS_THREAD = _OneBlasThread()
 
 def ordered_map(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None = None
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Like ``map``, on several threads, the results in order and at most ``threads + 1`` of them waiting.
 
     What waits is bounded, so memory is too, however slowly the results are taken. The first exception of
-    ``function`` is raised where its result would have come.
+    ``function`` is raised where its result would have come. Who may stop taking results before the end closes it, which
+    waits for the threads.
 
     Args:
         threads: all cores by default; with 1 everything happens in the caller's thread.

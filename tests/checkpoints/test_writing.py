@@ -241,7 +241,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     many = {f"t{number:03d}": np.full(4, number, np.float32) for number in range(soft if soft < 300 else 300)}
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 40, hard))
         files_written = write_sharded(tmp_path / "many", many, max_shard_size=16, threads=2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

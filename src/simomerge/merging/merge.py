@@ -89,7 +89,7 @@ class Merged(Mapping[str, np.ndarray]):
     def info(self, own_name: str) -> TensorInfo:
         """Shape and storage dtype of one tensor as it comes, without merging it. Raises KeyError."""
         stored = tensor_info(self._reference, own_name)
-        return stored._replace(dtype="F32") if self._canonical[own_name] in self._stream.sizes else stored
+        return TensorInfo(stored.shape, "F32") if self._canonical[own_name] in self._stream.sizes else stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._canonical)
