@@ -79,7 +79,7 @@ def _fit(inverse: np.ndarray, radius: int, tolerance: float) -> tuple[np.ndarray
     var_x, cov_xy, var_y = xx - x * x / many, xy - x * y / many, yy - y * y / many
     cov_xq, cov_yq = xq - x * q / many, yq - y * q / many
     determinant = var_x * var_y - cov_xy * cov_xy
-    fitted = (count >= 6) & (determinant > 1)  # fewer, or all in one line, make no plane
+    fitted = (count >= 4) & (determinant > 0.5)  # fewer, or all in one line, make no plane
     safe = np.where(fitted, determinant, 1)
     slope_x = (cov_xq * var_y - cov_yq * cov_xy) / safe
     slope_y = (cov_yq * var_x - cov_xq * cov_xy) / safe

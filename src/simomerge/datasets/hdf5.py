@@ -57,17 +57,17 @@ class Frame:
 
 def open_hdf5(path: Path) -> Any:
     """The file, opened once per process: an HDF5 handle does not survive a fork. Raises InputError."""
-    return _opened(path, os.getpid())
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    return _opened(path, path.stat().st_mtime_ns, os.getpid())
 
 
 @lru_cache(maxsize=4)
-def _opened(path: Path, _process: int) -> Any:
+def _opened(path: Path, _changed: int, _process: int) -> Any:
     try:
         import h5py
     except ImportError as error:
         raise InputError(f"{path}: reading HDF5 needs h5py: {_MEND}.") from error
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -56,14 +56,16 @@ def npy_rows(root: Path, part: str, folders: Mapping[str, str]) -> list[Row]:
         InputError: a folder without images.
     """
     images = root / part / "image"
-    numbers = sorted(int(path.stem) for path in images.glob("*.npy") if path.stem.isdigit())
+    numbers = [int(path.stem) for path in images.glob("*.npy") if path.stem.isdigit()]
     if not numbers:
         if images.is_dir():
             raise InputError(f"{images}: no 0.npy in it; images are numbered from 0.")
         return []
     there = {task: root / part / folder for task, folder in folders.items() if (root / part / folder).is_dir()}
+    # One that is missing in between is an image all the same: reading it says so, and the splits stay as they are.
     return [
-        Row(images / f"{n}.npy", part, {task: folder / f"{n}.npy" for task, folder in there.items()}) for n in numbers
+        Row(images / f"{n}.npy", part, {task: folder / f"{n}.npy" for task, folder in there.items()})
+        for n in range(max(numbers) + 1)
     ]
 
 
