@@ -96,11 +96,11 @@ def test_normals_of_a_plane_are_exact_up_to_its_border() -> None:
 
 
 def test_normals_of_a_sphere() -> None:
-    camera = Camera(700.0, 650.0, 370.0, 310.0)
-    depth, expected = seen(ball, camera, 600, 800)
+    camera = Camera(350.0, 325.0, 185.0, 155.0)
+    depth, expected = seen(ball, camera, 300, 400)
     found = normals_from_depth(depth.astype(np.float32), camera)
     facing = expected[..., 2] > 0.7  # towards its outline the sphere curves away within a few pixels
-    assert degrees(found, expected)[facing].max() < 0.1
+    assert degrees(found, expected)[facing].max() < 0.25
     assert not found[depth == 0].any()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from simomerge.datasets.check import check
 from simomerge.datasets.load import find_manifest
 from simomerge.datasets.taskonomy import BUILDINGS, LIMITS, Taskonomy
 from simomerge.errors import InputError
+from simomerge.evaluation import evaluate
 
 H, W = 16, 16
 VIEWS = ((0, 1), (0, 3), (2, 0), (10, 0))
@@ -98,6 +101,12 @@ def test_without_masks_every_depth_counts(tree: Path) -> None:
     (tree / "mask_valid").rename(tree / "elsewhere")
     sample = Taskonomy(tree, "test", size=(H, W))[0]
     assert sample["depth"][0].isnan().sum() == 2 and sample["normals"].square().sum(0).gt(0).all()
+
+
+def test_a_model_is_evaluated_on_it(tree: Path, make_model: Callable[..., Any]) -> None:
+    data = Taskonomy(tree, "val", count=2, size=(14, 14))
+    scores = evaluate(make_model(list(data.tasks.values())), data)
+    assert list(scores) == list(data.tasks) and np.isfinite([scores[n][t.metric] for n, t in data.tasks.items()]).all()
 
 
 def test_the_check(tree: Path) -> None:
