@@ -137,8 +137,9 @@ def test_broken_and_missing_files_are_named(task: str, name: str, official: Path
     [
         ("segmentation", "gtFine_labelIds.png", np.full((H, W), 34, np.uint8), "not label ids from 0 to 33"),
         ("segmentation", "gtFine_labelIds.png", np.zeros((H, W, 3), np.uint8), "not label ids from 0 to 33"),
-        ("parts", "gtFinePanopticParts.tif", np.full((H, W), 3400101, np.int32), "is no sid_iid_pid"),
-        ("parts", "gtFinePanopticParts.tif", np.full((H, W), -1, np.int32), "is no sid_iid_pid"),
+        ("parts", "gtFinePanopticParts.tif", np.full((H, W), 3400101, np.int32), "not all sid_iid_pid"),
+        ("parts", "gtFinePanopticParts.tif", np.full((H, W), 34, np.int32), "not all sid_iid_pid"),
+        ("parts", "gtFinePanopticParts.tif", np.full((H, W), -1, np.int32), "not all sid_iid_pid"),
         ("disparity", "disparity.png", np.zeros((H, W), np.uint8), "pictures of 16 bits"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,6 @@ from simomerge.datasets.hdf5 import Frame
 from simomerge.datasets.npy import held_out
 from simomerge.datasets.nyuv2 import CAMERA, CLASSES, FROM_40, NYUv2
 from simomerge.errors import InputError
-
-h5py = pytest.importorskip("h5py")
 
 H, W = 20, 28
 IMAGES = {"train": 3, "val": 5}

@@ -128,12 +128,12 @@ def _official_rows(root: Path, part: str) -> list[Row]:
     return rows
 
 
-_CLASS_OF = np.full(34, IGNORE_LABEL, np.int64)
+_CLASS_OF = np.full(34, IGNORE_LABEL, np.int8)
 _CLASS_OF[list(LABEL_IDS)] = range(len(LABEL_IDS))
 
 
 def read_label_ids(path: Path) -> np.ndarray:
-    """Classes 0 to 18 or -1, int64 (H, W), of ``*_labelIds.png``. Raises InputError."""
+    """Classes 0 to 18 or -1, int8 (H, W), of ``*_labelIds.png``. Raises InputError."""
     ids = read_array(path)
     if ids.ndim != 2 or ids.dtype.kind != "u" or int(ids.max(initial=0)) >= len(_CLASS_OF):
         raise InputError(f"{path}: not label ids from 0 to {len(_CLASS_OF) - 1}; give *_gtFine_labelIds.png.")
@@ -156,19 +156,25 @@ def read_disparity(width: int, path: Path) -> np.ndarray:
     return np.where(stored > 0, pixels * np.float32(width / stored.shape[1]), np.float32(0))
 
 
+# By semantic id and part. Part 0 is unlabelled, and a few files have a part 5 of humans, an artefact: all background.
+_PART = np.zeros((len(_CLASS_OF), 100), np.uint8)
+for _sid, _own in PARTS_OF.items():
+    _PART[_sid, 1 : len(_own) + 1] = _own
+
+
 def read_parts(path: Path) -> np.ndarray:
-    """Classes of `PARTS`, int64 (H, W), of a file of Cityscapes Panoptic Parts. Raises InputError."""
+    """Classes of `PARTS`, uint8 (H, W), of a file of Cityscapes Panoptic Parts. Raises InputError."""
     uids = read_array(path)
     if uids.ndim != 2 or uids.dtype.kind not in "ui":
         raise InputError(f"{path}: {uids.dtype} of shape {uids.shape}; give *_gtFinePanopticParts.tif.")
-    sids, _, pids = decode_uids(uids)
-    if int(uids.min(initial=0)) < 0 or int(sids.max(initial=0)) >= len(_CLASS_OF):
-        raise InputError(f"{path}: label {uids.max()} is no sid_iid_pid with a sid from 0 to {len(_CLASS_OF) - 1}.")
-    classes = np.zeros(uids.shape, np.int64)
-    for sid, own in PARTS_OF.items():
-        # Part 0 is unlabelled, and a few files have a part 5 of humans, an artefact: both are background.
-        has = (sids == sid) & (pids >= 1) & (pids <= len(own))
-        classes[has] = pids[has] + own[0] - 1
+    top = len(_CLASS_OF)
+    known = (uids >= 0) & (uids < top) | (uids >= 1000) & (uids < top * 1000) | (uids >= 100_000)
+    if not (known & (uids < top * 100_000)).all():
+        raise InputError(f"{path}: labels up to {uids.max()} are not all sid_iid_pid with a sid from 0 to {top - 1}.")
+    classes = np.zeros(uids.shape, np.uint8)
+    has_part = uids >= 100_000  # few pixels have: only they are decoded
+    sids, _, pids = decode_uids(uids[has_part])
+    classes[has_part] = _PART[sids, pids]
     return classes
 
 

@@ -6,7 +6,7 @@ Reading, decoding, resizing and checking are the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ class Stored:
     ignore: tuple[float, ...] = ()
     array: Callable[[Any], np.ndarray] = read_array
 
-    def read(self, path: Source) -> Tensor:
-        """The target in a file, as `simomerge.tasks.KINDS` says. Raises InputError."""
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
+        """The target in a file, as `simomerge.tasks.KINDS` says, in its own or another size. Raises InputError."""
         stored = self.array(path)
         channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
         if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:
@@ -79,6 +79,8 @@ class Stored:
         if stored.ndim != (3 if channels == 3 else 2) or (channels == 3 and stored.shape[2] < 3):
             expected = "(H, W, 3)" if channels == 3 else "(H, W)"
             raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
+        if size is not None and self.task.kind != "autoencoder":  # before decoding: there are fewer pixels to decode
+            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
         ignored = np.isin(stored, np.array(self.ignore)) if self.ignore else np.zeros(stored.shape, bool)
         return torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
 
@@ -213,7 +215,7 @@ class Rows(DenseDataset):
         return {name: self._target(name, self.rows[index]) for name in tasks}
 
     def _target(self, name: str, row: Row) -> Tensor:
-        target = self.manifest.stored[name].read(row.targets[name])
+        target = self.manifest.stored[name].read(row.targets[name], self.size)
         return target if self.size is None else resize_target(self.tasks[name], target, self.size)
 
 
@@ -224,11 +226,17 @@ def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
         return target
     if task.kind == "autoencoder":
         return resize_picture(target, size)
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
-        for new, old in zip(size, target.shape[-2:], strict=True)
-    )
+    rows, columns = map(torch.from_numpy, _nearest(target.shape[-2:], size))
     return target[..., rows[:, None], columns]
+
+
+def _nearest(old: Sequence[int], new: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of the old size whose centres are nearest to those of the new one."""
+    rows, columns = (
+        ((np.arange(wanted) + 0.5) * (there / wanted)).astype(np.int64).clip(max=there - 1)
+        for there, wanted in zip(old, new, strict=True)
+    )
+    return rows, columns
 
 
 def resize_picture(image: Tensor, size: tuple[int, int]) -> Tensor:
