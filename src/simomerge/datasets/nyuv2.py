@@ -6,9 +6,11 @@ split and its toolbox; Gupta et al. (CVPR 2013), its 40 classes; Couprie et al. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,13 +91,15 @@ def nyuv2_manifest(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
     raise InputError(f"{root}: NYUv2 is not here: neither the folder train/image nor the file {LABELED} is in it.")
 
 
-def _manifest(path: Path, size: tuple[int, int], rows: list[Row], stored: list[Stored], image: object) -> Manifest:
+def _manifest(
+    path: Path, size: tuple[int, int], rows: list[Row], stored: list[Stored], image: Callable[[Any], np.ndarray]
+) -> Manifest:
     """With the held-out images, in rows of the split "val", shared out to validation and test."""
     last = [row for row in rows if row.split == "val"]
     tested = held_out(len(last), VAL, of=HELD_OUT)
     shared = [replace(row, split="test") if test else row for row, test in zip(last, tested, strict=True)]
     ordered = (*(row for row in rows if row.split == "train"), *shared)
-    return Manifest(path, {of.task.name: of for of in stored}, ordered, tuple(size), image)  # type: ignore[arg-type]
+    return Manifest(path, {of.task.name: of for of in stored}, ordered, size, image)
 
 
 def _segmentation() -> Task:
