@@ -8,6 +8,7 @@ another asks here: training for the loss, evaluation for the metric, the report 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from simomerge.errors import InputError
 
 IGNORE_LABEL = -1
 """Label of pixels that no segmentation loss or metric counts (the paper's convention)."""
+LOG_DEPTH_RANGE = math.log(2**16)
+"""A log_depth is log(1 + d) divided by this, of a depth d in 16 bits (the paper's convention for Taskonomy)."""
 
 
 def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
@@ -143,6 +146,7 @@ KINDS: dict[str, Kind] = {
     "segmentation": Kind(None, _cross_entropy, _labels, "miou", True, "%", _soft_cross_entropy),
     "depth": Kind(1, _depth_l1, _positive, "abs_err", False, "m", _absolute_difference, "magma_r"),
     "disparity": Kind(1, _depth_l1, _not_negative, "abs_err", False, "", _absolute_difference, "magma"),
+    "log_depth": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "magma_r"),
     "normals": Kind(3, _cosine, unit_vectors, "mean_angle", False, "deg", _angle),
     "edges": Kind(1, _edge_cross_entropy, torch.sigmoid, "f1", True, "%", _edge_divergence, "gray"),
     "texture": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "gray"),

@@ -63,6 +63,26 @@ def test_mistakes_are_listed_with_exit_code_1_and_a_wrong_manifest_with_2(mine: 
     assert not (tmp_path / "other.png").exists()
 
 
+def test_a_published_dataset_is_checked_by_its_name(tmp_path: Path) -> None:
+    for part, modality, shape in (
+        (part, *of)
+        for part in ("train", "val")
+        for of in (("image", (6, 8, 3)), ("label", (6, 8)), ("depth", (6, 8, 1)), ("normal", (6, 8, 3)))
+    ):
+        (tmp_path / part / modality).mkdir(parents=True)
+        for index in range(4):
+            array = np.zeros(shape, np.int64) if modality == "label" else np.full(shape, 3**-0.5, np.float32)
+            np.save(tmp_path / part / modality / f"{index}.npy", array)
+    done = simomerge("data", "check", f"nyuv2:{tmp_path}", "-o", tmp_path / "sheet.png", "--json")
+    assert done.code == 1 and all("no pixel of books" in problem for problem in done.json["problems"])
+    assert {split: of["images"] for split, of in done.json["splits"].items()} == {"train": 4, "val": 2, "test": 2}
+    (tmp_path / "val/depth/1.npy").unlink()
+    done = simomerge("data", "check", f"nyuv2:{tmp_path}", "-o", tmp_path / "sheet.png")
+    assert done.code == 1 and "1 of 32 files are not there" in done.out and "1.npy" in done.out
+    refused = simomerge("data", "check", f"nyuv3:{tmp_path}", "-o", tmp_path / "other.png")
+    assert refused.code == 2 and "did you mean 'nyuv2'?" in refused.err and "Traceback" not in refused.err
+
+
 def test_an_expert_is_trained_and_measured_on_it(mine: Path, tiny_base: Path, tmp_path: Path) -> None:
     data = ("--data", mine / "data.yaml")
     made = simomerge("train", "--base", tiny_base, "--task", "parts", *data, *TINY, "-o", tmp_path / "parts")

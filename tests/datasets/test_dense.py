@@ -218,8 +218,8 @@ def test_splits_have_other_images(rooms: DenseDataset) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spec": "room"}, "unknown dataset 'room'; give rooms, or"),
-        ({"spec": "nyuv2:/data"}, "unknown dataset 'nyuv2:/data'"),
+        ({"spec": "room"}, "unknown dataset 'room'; did you mean 'rooms'"),
+        ({"spec": "nyuv2:/data"}, "NYUv2 is not here: neither the folder"),
         ({"spec": "rooms", "split": "tets", "count": 2}, "split"),
         ({"spec": "rooms", "count": -2}, "count"),
     ],

@@ -12,11 +12,11 @@ from simomerge.cli.options import console, json_option, say
 
 @click.group("data")
 def command() -> None:
-    """Look at a dataset of your own before training on it."""
+    """Look at a dataset on disk before training on it."""
 
 
 @command.command("check")
-@click.argument("manifest", type=click.Path(path_type=Path))
+@click.argument("data")
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Images read of each split.")
 @click.option(
     "-o",
@@ -27,17 +27,20 @@ def command() -> None:
     help="Contact sheet: some images with their targets in colour.",
 )
 @json_option
-def check_command(manifest: Path, count: int, output: Path, as_json: bool) -> None:
-    """Count, measure and show what MANIFEST (data.yaml, data.csv or their folder) names, and find the usual mistakes.
+def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
+    """Count, measure and show what is in DATA, and find the usual mistakes.
+
+    DATA is a manifest (data.yaml, data.csv or their folder), or a published dataset as nyuv2:FOLDER, cityscapes:FOLDER
+    or taskonomy:FOLDER.
 
     Exit code 1 where there is something to mend.
     """
     from simomerge.checkpoints import atomic_file
     from simomerge.datasets.check import check, contact_sheet
-    from simomerge.datasets.folder import read_manifest
+    from simomerge.datasets.load import find_manifest
     from simomerge.errors import InputError
 
-    said = read_manifest(manifest)
+    said = find_manifest(data)
     with console() as progress:
         found = check(said, count, progress)
     result = found.to_dict(said)

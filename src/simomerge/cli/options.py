@@ -15,7 +15,12 @@ from simomerge.progress import Console
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
-data_option = click.option("--data", default="rooms", show_default=True, help="rooms, or a manifest of your own data.")
+data_option = click.option(
+    "--data",
+    default="rooms",
+    show_default=True,
+    help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
+)
 images_option = click.option("--images", metavar="FOLDER", help="Pictures without labels, also in subfolders.")
 size_option = click.option(
     "--size", metavar="HEIGHTxWIDTH", help="Make the pictures this size (pixels); as they are by default."

@@ -1,22 +1,21 @@
-"""Look at a folder dataset before training on it: counts, ranges, and the usual mistakes."""
+"""Look at a dataset on disk before training on it: counts, ranges, and the usual mistakes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simomerge.datasets.folder import Manifest, Row, Stored, read_array
+from simomerge.datasets.rows import Manifest, Row, Source, Stored
 from simomerge.errors import InputError
-from simomerge.images import read_image
 from simomerge.progress import Progress, silent
 from simomerge.tasks import IGNORE_LABEL, colourise
 
 MILLIMETRES = 200.0
 """A median depth above this many metres is none: it was stored in millimetres."""
+_UNIT_INTERVAL = ("edges", "texture", "keypoints", "autoencoder", "log_depth")
 
 
 @dataclass
@@ -79,7 +78,7 @@ def check(manifest: Manifest, count: int = 100, progress: Progress = silent) -> 
     """Read some images of every split with their targets, and say what is wrong.
 
     Args:
-        manifest: of `simomerge.datasets.folder.read_manifest`.
+        manifest: of `simomerge.datasets.load.find_manifest`.
         count: images of each split that are read, evenly over it; that all files are there is always checked.
 
     Returns:
@@ -88,7 +87,7 @@ def check(manifest: Manifest, count: int = 100, progress: Progress = silent) -> 
         problems.
     """
     splits = manifest.splits()
-    checked = Checked({split: len(rows) for split, rows in splits.items()}, {}, {}, [])
+    checked = Checked({split: len(rows) for split, rows in splits.items()}, {}, {}, list(manifest.lacking))
     _check_files(manifest.rows, checked.problems)
     _check_leaks(splits, checked.problems)
     for split, rows in splits.items():
@@ -114,7 +113,7 @@ def _check_files(rows: Iterable[Row], problems: list[str]) -> None:
 
 
 def _check_leaks(splits: Mapping[str, Sequence[Row]], problems: list[str]) -> None:
-    where: dict[Path, str] = {}
+    where: dict[Source, str] = {}
     leaks = []
     for split, rows in splits.items():
         for row in rows:
@@ -126,7 +125,7 @@ def _check_leaks(splits: Mapping[str, Sequence[Row]], problems: list[str]) -> No
 
 def _look(row: Row, manifest: Manifest, split: str, checked: Checked) -> None:
     try:
-        height, width = read_image(row.image).shape[:2]
+        height, width = manifest.image(row.image).shape[:2]
     except InputError as error:
         if row.image.is_file():  # else it has been told
             checked.problems.append(str(error))
@@ -147,12 +146,12 @@ def _look(row: Row, manifest: Manifest, split: str, checked: Checked) -> None:
                 f"{path} is {target.shape[-1]} x {target.shape[-2]} pixels, its image {width} x {height}."
             )
         if stored.task.kind == "normals":
-            _check_lengths(path, checked.problems)
+            _check_lengths(stored, path, checked.problems)
 
 
-def _check_lengths(path: Path, problems: list[str]) -> None:
+def _check_lengths(stored: Stored, path: Source, problems: list[str]) -> None:
     """Reading makes normals unit vectors; whether they were is told from the numbers themselves."""
-    values = read_array(path)
+    values = stored.array(path)
     integers = values.dtype.kind == "u"
     values = 2 * values.astype(np.float32) / np.iinfo(values.dtype).max - 1 if integers else values.astype(np.float32)
     axis = 0 if values.ndim == 3 and values.shape[0] == 3 != values.shape[2] else -1
@@ -174,7 +173,7 @@ def _check_values(manifest: Manifest, checked: Checked) -> None:
                 checked.problems.append(
                     f"{place}: median depth {median:,.0f} m; if these are millimetres, say `scale: 0.001`."
                 )
-            elif task.kind in ("edges", "texture", "keypoints", "autoencoder") and (seen.low < 0 or seen.high > 1):
+            elif task.kind in _UNIT_INTERVAL and (seen.low < 0 or seen.high > 1):
                 checked.problems.append(f"{place}: values from {seen.low:.3g} to {seen.high:.3g}, not in [0, 1].")
             unused = [c for label, c in enumerate(task.classes) if label not in seen.classes]
             if task.kind == "segmentation" and seen.valid and unused:
@@ -205,7 +204,7 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
     turns = [row for group in zip(*(_cycled(rows, images) for rows in splits.values()), strict=True) for row in group]
     for row in {row.image: row for row in turns}.values():
         try:
-            shown = [read_image(row.image)]
+            shown = [_as_bytes(manifest.image(row.image))]
             for name, path in row.targets.items():
                 target = manifest.stored[name].read(path).numpy()
                 shown.append(colourise(manifest.stored[name].task, target))
@@ -225,6 +224,10 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
             sheet.paste(cell, (left, number * (height + 4)))
             left += cell.width + 4
     return sheet
+
+
+def _as_bytes(image: np.ndarray) -> np.ndarray:
+    return image if image.dtype == np.uint8 else (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _cycled(rows: Sequence[Row], count: int) -> list[Row]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from simomerge.datasets.base import DenseDataset
-from simomerge.datasets.folder import MANIFESTS, Folder
+from simomerge.datasets.cityscapes import Cityscapes, cityscapes_manifest
+from simomerge.datasets.folder import MANIFESTS, Folder, read_manifest
+from simomerge.datasets.nyuv2 import NYUv2, nyuv2_manifest
+from simomerge.datasets.rows import Manifest, Rows
+from simomerge.datasets.taskonomy import Taskonomy, taskonomy_manifest
 from simomerge.errors import InputError
+
+NAMED: dict[str, tuple[Callable[..., Rows], Callable[..., Manifest]]] = {
+    "nyuv2": (NYUv2, nyuv2_manifest),
+    "cityscapes": (Cityscapes, cityscapes_manifest),
+    "taskonomy": (Taskonomy, taskonomy_manifest),
+}
+"""Datasets given as NAME:ROOT: one split of one, and all of it."""
 
 
 def load_data(
@@ -18,27 +30,49 @@ def load_data(
     tasks: str | Iterable[str] = "all",
     **options: Any,
 ) -> DenseDataset:
-    """A dataset: ``"rooms"``, or one of your own by its manifest.
+    """A dataset: ``"rooms"``, a published one by its name and folder, or one of your own by its manifest.
 
     Args:
-        spec: ``rooms``, or the path of a manifest (``*.yaml``, ``*.csv``) or of the folder that holds ``data.yaml`` or
-            ``data.csv``; docs/data.md says what is in it.
+        spec: ``rooms``; ``nyuv2:FOLDER``, ``cityscapes:FOLDER`` or ``taskonomy:FOLDER``; or the path of a manifest
+            (``*.yaml``, ``*.csv``) or of the folder that holds ``data.yaml`` or ``data.csv``. docs/data.md says what
+            is in them.
         split: "train", "val" or "test".
-        count: images: for rooms a default per split where it is left out; of a manifest all, or as many as are there.
+        count: images: for rooms a default per split where it is left out; else all, or as many as are there.
         tasks: whose targets its samples hold; all by default.
-        **options: of the dataset, such as ``size`` and ``seed`` of rooms.
+        **options: of the dataset, such as ``size``, and ``seed`` of rooms.
 
     Raises:
-        InputError: an unknown name or split, or a manifest that is not one.
+        InputError: an unknown name or split, a folder without the dataset, or a manifest that is not one.
 
     Example:
         >>> len(load_data("rooms", split="val", count=8))
         8
     """
-    if spec != "rooms":
-        if not (Path(spec).suffix in MANIFESTS or Path(spec).is_dir()):
-            raise InputError(f"unknown dataset {spec!r}; give rooms, or the path of a manifest (docs/data.md).")
-        return Folder(spec, split, count, **options).select(tasks)
-    from simomerge.datasets.rooms.dataset import Rooms
+    if spec == "rooms":
+        from simomerge.datasets.rooms.dataset import Rooms
 
-    return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options).select(tasks)
+        return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options).select(tasks)
+    name, root = _name_and_root(spec)
+    data = NAMED[name][0](root, split, count, **options) if name else Folder(spec, split, count, **options)
+    return data.select(tasks)
+
+
+def find_manifest(spec: str) -> Manifest:
+    """All splits of a dataset on disk, by its manifest or as NAME:ROOT. Raises InputError."""
+    name, root = _name_and_root(spec)
+    return NAMED[name][1](root) if name else read_manifest(spec)
+
+
+def _name_and_root(spec: str) -> tuple[str, str]:
+    """The two parts of NAME:ROOT; the name is empty where the spec is the path of a manifest."""
+    name, _, root = spec.partition(":")
+    if name in NAMED:
+        if not root:
+            raise InputError(f"{name!r} needs its folder: {name}:FOLDER (docs/data.md).")
+        return name, root
+    if Path(spec).suffix in MANIFESTS or Path(spec).is_dir():
+        return "", spec
+    near = difflib.get_close_matches(name, ["rooms", *NAMED], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    known = ", ".join(f"{name}:FOLDER" for name in NAMED)
+    raise InputError(f"unknown dataset {spec!r}{hint} give rooms, {known}, or the path of a manifest (docs/data.md).")

@@ -118,8 +118,9 @@ def gallery(plan: Plan, run: Run, data: Any, images: int = 4) -> list[dict[str, 
 
 
 def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    own = task.kind in ("depth", "texture", "keypoints")
-    limits = (float(truth.min()), float(truth.max())) if own else (0.0, 1.0)
+    own = task.kind in ("depth", "log_depth", "texture", "keypoints")
+    known = truth[truth == truth]  # NaN stands for no value
+    limits = (float(known.min()), float(known.max())) if own and known.size else (0.0, 1.0)
     return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
 
 

@@ -1,0 +1,246 @@
+"""Images and targets row by row: what every dataset on disk is, whatever its layout.
+
+A layout is a `Manifest`: rows that say where an image and its targets are, and for each task how they are stored.
+Reading, decoding, resizing and checking are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.hdf5 import Frame
+from simomerge.errors import InputError
+from simomerge.images import read_image, to_tensor
+from simomerge.tasks import IGNORE_LABEL, Task
+
+Source = Path | Frame
+"""Where an image or a target is: a file, or one image's slice of an HDF5 file."""
+
+
+def read_array(path: Source) -> np.ndarray:
+    """The numbers in an NPY file, a picture or a slice, as stored: palette indices, 16 and 32 bits are kept.
+
+    Raises:
+        InputError: no such file, or not readable as any of them.
+    """
+    from PIL import Image
+
+    if isinstance(path, Frame):
+        return path.read()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.load(path, allow_pickle=False)
+        with Image.open(path) as picture:
+            array = np.asarray(picture)
+            # Older Pillows open 16-bit PNGs as 32 bits; 32-bit TIFFs stay as they are.
+            narrow = picture.mode.startswith("I") and array.size and array.min() >= 0 and array.max() < 2**16
+            return array.astype(np.uint16) if narrow else array
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, JPEG or NPY file.") from error
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the targets of a task are stored.
+
+    Attributes:
+        task: what they are targets of.
+        scale: stored value -> the task's unit, such as 0.001 for a depth in millimetres; None for the usual one of the
+            file's dtype.
+        ignore: stored values of pixels that do not count.
+        array: source -> its numbers (H, W) or (H, W, 3); a dataset's own code is undone here, and NaN stands for no
+            value.
+    """
+
+    task: Task
+    scale: float | None = None
+    ignore: tuple[float, ...] = ()
+    array: Callable[[Any], np.ndarray] = read_array
+
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
+        """The target in a file, as `simomerge.tasks.KINDS` says, in its own or another size. Raises InputError."""
+        stored = self.array(path)
+        channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
+        if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:
+            stored = stored.transpose(1, 2, 0)
+        if stored.ndim == 3 and stored.shape[2] == 1:
+            stored = stored[..., 0]
+        if stored.ndim != (3 if channels == 3 else 2) or (channels == 3 and stored.shape[2] < 3):
+            expected = "(H, W, 3)" if channels == 3 else "(H, W)"
+            raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
+        if size is not None and self.task.kind != "autoencoder":  # before decoding: there are fewer pixels to decode
+            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
+        ignored = np.isin(stored, np.array(self.ignore)) if self.ignore else np.zeros(stored.shape, bool)
+        return torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
+
+    def _decoded(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
+        kind = self.task.kind
+        if kind == "segmentation":
+            return self._labels(stored, ignored, path)
+        values = stored.astype(np.float32) * np.float32(self._unit(stored))
+        if kind == "normals":
+            return _unit_normals(stored, values, np.asarray(ignored.any(-1))).transpose(2, 0, 1)
+        if kind in ("depth", "disparity"):
+            return np.where(ignored | ~(values > 0) | ~np.isfinite(values), np.float32(0), values)[None]
+        invalid = np.float32(-1 if kind == "edges" else np.nan)
+        if kind == "autoencoder":
+            return np.where(ignored, invalid, values)[..., :3].transpose(2, 0, 1)
+        return np.where(ignored | np.isnan(values), invalid, values)[None]
+
+    def _unit(self, stored: np.ndarray) -> float:
+        if self.scale is not None:
+            return self.scale
+        if stored.dtype.kind == "u" and self.task.kind not in ("depth", "disparity"):
+            return 1 / float(np.iinfo(stored.dtype).max)
+        return 1.0
+
+    def _labels(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
+        if stored.dtype.kind not in "uib":
+            raise InputError(f"{path}: {self.task.name} of dtype {stored.dtype}; labels are whole numbers.")
+        labels = stored.astype(np.int64)
+        ignored = ignored | (labels == IGNORE_LABEL)
+        strange = labels[~ignored & ((labels < 0) | (labels >= len(self.task.classes)))]
+        if strange.size:
+            raise InputError(
+                f"{path}: label {int(strange[0])} of {self.task.name}, which has classes 0 to"
+                f" {len(self.task.classes) - 1}; name it under ignore, or give its class."
+            )
+        return np.where(ignored, IGNORE_LABEL, labels)
+
+
+def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Unit vectors; integers stand for -1..1, and black for no normal."""
+    if stored.dtype.kind == "u":
+        values = 2 * values[..., :3] - 1
+        ignored = ignored | ~stored[..., :3].any(-1)
+    values = np.where(np.isfinite(values[..., :3]), values[..., :3], np.float32(0))
+    length = np.linalg.norm(values, axis=-1, keepdims=True)
+    return np.where(ignored[..., None] | (length < 0.1), np.float32(0), values / np.maximum(length, 1e-6))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: where it is, its split, and where its targets are."""
+
+    image: Source
+    split: str
+    targets: Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset on disk.
+
+    Attributes:
+        path: what its messages name: the manifest's file, or the dataset's folder.
+        stored: by task, how its targets are stored.
+        rows: the images of all splits.
+        size: (height, width) to make images and targets; None for as they are.
+        image: source -> RGB (H, W, 3), uint8 or floats in [0, 1].
+        lacking: what is known to be missing, in plain words; `simomerge data check` reports it.
+    """
+
+    path: Path
+    stored: Mapping[str, Stored]
+    rows: tuple[Row, ...]
+    size: tuple[int, int] | None
+    image: Callable[[Any], np.ndarray] = read_image
+    lacking: tuple[str, ...] = ()
+
+    def splits(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.split, []).append(row)
+        return found
+
+
+class Rows(DenseDataset):
+    """One split of a manifest's images, read when they are asked for.
+
+    Args:
+        manifest: the dataset.
+        split: one of its splits.
+        count: the first so many images, or all where fewer are there.
+        size: (height, width) to make images and targets; the manifest's by default.
+
+    Raises:
+        InputError: no such split.
+    """
+
+    def __init__(
+        self, manifest: Manifest, split: str, count: int | None = None, size: tuple[int, int] | None = None
+    ) -> None:
+        splits = manifest.splits()
+        if split not in splits:
+            raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
+        self.manifest = manifest
+        self.rows = splits[split][:count]
+        self.size = size or manifest.size
+        have = [name for name in manifest.stored if all(name in row.targets for row in self.rows)]
+        super().__init__({name: manifest.stored[name].task for name in have}, len(self.rows))
+
+    def image(self, index: int) -> Tensor:
+        source = self.rows[index].image
+        array = self.manifest.image(source)
+        try:
+            image = to_tensor(array)[0]
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+        if self.size is None:
+            self._check_size(index, image)
+            return image
+        return resize_picture(image, self.size)
+
+    def _check_size(self, index: int, image: Tensor) -> None:
+        """Batches are of one size."""
+        height, width = self.manifest.image(self.rows[0].image).shape[:2]
+        if sorted(image.shape[1:]) != sorted((height, width)):
+            raise InputError(
+                f"{self.rows[index].image} is {image.shape[2]} x {image.shape[1]} pixels, the first image {width} x"
+                f" {height}: say `size: [{height}, {width}]` in {self.manifest.path.name} to make them alike."
+            )
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return {name: self._target(name, self.rows[index]) for name in tasks}
+
+    def _target(self, name: str, row: Row) -> Tensor:
+        target = self.manifest.stored[name].read(row.targets[name], self.size)
+        return target if self.size is None else resize_target(self.tasks[name], target, self.size)
+
+
+def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
+    """A target (..., H, W) in another size: the nearest pixel, for between two labels, depths or normals lies none that
+    is true; but pictures, such as an autoencoder's, as images are."""
+    if target.shape[-2:] == size:
+        return target
+    if task.kind == "autoencoder":
+        return resize_picture(target, size)
+    rows, columns = map(torch.from_numpy, _nearest(target.shape[-2:], size))
+    return target[..., rows[:, None], columns]
+
+
+def _nearest(old: Sequence[int], new: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of the old size whose centres are nearest to those of the new one."""
+    rows, columns = (
+        ((np.arange(wanted) + 0.5) * (there / wanted)).astype(np.int64).clip(max=there - 1)
+        for there, wanted in zip(old, new, strict=True)
+    )
+    return rows, columns
+
+
+def resize_picture(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (3, H, W) in another size, bilinearly with antialiasing."""
+    if image.shape[-2:] == size:
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]

@@ -1,0 +1,155 @@
+"""Taskonomy: the official tree, the paper's buildings and limits, masks, and how each domain is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from layouts import bad_file_is_named, nothing_to_mend, save, touch
+
+from simomerge.datasets import load_data
+from simomerge.datasets.check import check
+from simomerge.datasets.load import find_manifest
+from simomerge.datasets.taskonomy import BUILDINGS, LIMITS, Taskonomy
+from simomerge.errors import InputError
+from simomerge.evaluation import evaluate
+
+H, W = 16, 16
+VIEWS = ((0, 1), (0, 3), (2, 0), (10, 0))
+
+
+def pictures(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One view in every domain as it is stored."""
+    depth = rng.integers(1, 8000, (H, W)).astype(np.uint16)
+    mask = np.full((H, W), 255, np.uint8)
+    depth[0, :2], mask[0, 2] = (0, 65535), 0
+    towards = rng.standard_normal((H, W, 3)) + np.array([0, 0, 4])
+    normal = np.round(127.5 * (1 + towards / np.linalg.norm(towards, axis=-1, keepdims=True))).astype(np.uint8)
+    return {
+        "rgb": rng.integers(0, 256, (H, W, 3), np.uint8),
+        "depth_zbuffer": depth,
+        "normal": normal,
+        "edge_texture": rng.integers(0, 13_000, (H, W)).astype(np.uint16),
+        "keypoints2d": rng.integers(0, 4_000, (H, W)).astype(np.uint16),
+        "mask_valid": mask,
+    }
+
+
+def place(root: Path, domain: str, building: str, view: tuple[int, int]) -> Path:
+    end = "depth_zbuffer" if domain == "mask_valid" else domain
+    return root / domain / building / f"point_{view[0]}_view_{view[1]}_domain_{end}.png"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for number, building in enumerate(name for names in BUILDINGS.values() for name in names):
+        for index, view in enumerate(VIEWS):
+            for domain, picture in pictures(np.random.default_rng([number, index])).items():
+                save(place(tmp_path, domain, building, view), picture)
+    return tmp_path
+
+
+def test_samples_of_the_official_tree(tree: Path) -> None:
+    data = load_data(f"taskonomy:{tree}", split="train", size=(H, W))
+    sample, stored = data[2], pictures(np.random.default_rng([0, 2]))
+    assert len(data) == 8 * 4 and list(data.tasks) == ["autoencoder", "depth", "normals", "texture", "keypoints"]
+    invalid = torch.zeros(H, W, dtype=torch.bool)
+    invalid[0, :3] = True  # no depth stored, no surface met, masked
+    depth = np.log(1 + stored["depth_zbuffer"].astype(float)) / np.log(2**16)
+    assert torch.equal(sample["depth"][0].isnan(), invalid) and data.tasks["depth"].kind == "log_depth"
+    np.testing.assert_allclose(sample["depth"][0][~invalid], depth[~invalid.numpy()], rtol=1e-5)
+    normals = stored["normal"].astype(float) / 127.5 - 1
+    cosine = (sample["normals"].permute(1, 2, 0).numpy() * normals).sum(-1) / np.linalg.norm(normals, axis=-1)
+    assert (cosine[0, 3:] > 0.9999).all() and (cosine[1:] > 0.9999).all()
+    assert not sample["normals"][:, 0, 2].any() and sample["normals"][:, 0, 0].any()
+    for name, domain, largest in (("texture", "edge_texture", 11041), ("keypoints", "keypoints2d", 3129)):
+        np.testing.assert_allclose(sample[name][0].numpy(), np.minimum(stored[domain] / largest, 1), rtol=1e-6)
+    torch.testing.assert_close(sample["autoencoder"], sample["image"])
+
+
+def test_the_autoencoder_sees_what_the_encoder_sees_at_any_size(tree: Path) -> None:
+    for size in ((256, 256), (10, 12)):
+        sample = Taskonomy(tree, "val", size=size)[0]
+        assert sample["image"].shape == (3, *size) and sample["depth"].shape == (1, *size)
+        torch.testing.assert_close(sample["autoencoder"], sample["image"])
+    assert Taskonomy(tree)[0]["image"].shape == (3, 256, 256)
+
+
+def test_splits_are_the_papers_buildings_in_the_order_of_points_and_views(tree: Path) -> None:
+    for split, buildings in BUILDINGS.items():
+        rows = Taskonomy(tree, split).rows
+        assert list(dict.fromkeys(row.image.parent.name for row in rows)) == list(buildings)
+        names = [f"point_{p}_view_{v}_domain_rgb.png" for p, v in VIEWS]
+        assert [row.image.name for row in rows[:4]] == names
+    assert [len(names) * LIMITS[split] for split, names in BUILDINGS.items()] == [16_000, 4_000, 4_000]
+
+
+def test_of_a_large_building_as_many_views_as_allowed_are_spread_over_it(tmp_path: Path) -> None:
+    for point in range(2500):
+        touch(place(tmp_path, "rgb", "merom", (point, 0)))
+    rows = Taskonomy(tmp_path, "train", buildings=["merom"]).rows
+    points = [int(row.image.name.split("_")[1]) for row in rows]
+    assert len(set(points)) == 2000 and points == sorted(points) and points[0] == 0 and points[-1] >= 2498
+    assert max(np.diff(points)) == 2
+
+
+def test_without_masks_every_depth_counts(tree: Path) -> None:
+    (tree / "mask_valid").rename(tree / "elsewhere")
+    sample = Taskonomy(tree, "test", size=(H, W))[0]
+    assert sample["depth"][0].isnan().sum() == 2 and sample["normals"].square().sum(0).gt(0).all()
+
+
+def test_a_model_is_evaluated_on_it(tree: Path, make_model: Callable[..., Any]) -> None:
+    data = Taskonomy(tree, "val", count=2, size=(14, 14))
+    scores = evaluate(make_model(list(data.tasks.values())), data)
+    assert list(scores) == list(data.tasks) and np.isfinite([scores[n][t.metric] for n, t in data.tasks.items()]).all()
+
+
+def test_the_check(tree: Path) -> None:
+    nothing_to_mend(f"taskonomy:{tree}")
+
+
+@pytest.mark.parametrize(
+    ("task", "domain"),
+    [("image", "rgb"), ("depth", "mask_valid"), ("normals", "normal"), ("keypoints", "keypoints2d")],
+)
+def test_broken_and_missing_files_are_named(task: str, domain: str, tree: Path) -> None:
+    bad_file_is_named(f"taskonomy:{tree}", "val", task, place(tree, domain, "beechwood", VIEWS[0]))
+
+
+@pytest.mark.parametrize(
+    ("task", "domain", "array", "message"),
+    [
+        ("depth", "depth_zbuffer", np.zeros((H, W), np.uint8), "grey picture of 16 bits"),
+        ("texture", "edge_texture", np.zeros((H, W, 3), np.uint8), "grey picture of 16 bits"),
+        ("normals", "normal", np.zeros((H, W), np.uint8), "RGB pictures of 8 bits"),
+        ("depth", "mask_valid", np.zeros((H, 3), np.uint8), r"of shape \(16, 3\), its target of \(16, 16\)"),
+    ],
+)
+def test_wrong_contents_are_named(task: str, domain: str, array: np.ndarray, message: str, tree: Path) -> None:
+    path = save(place(tree, domain, "beechwood", VIEWS[0]), array)
+    with pytest.raises(InputError, match=f"{path.name}: .*{message}"):
+        Taskonomy(tree, "val").targets(0, [task])
+
+
+def test_what_is_not_there_is_told(tree: Path, tmp_path: Path) -> None:
+    (tree / "rgb/corozal").rename(tree / "elsewhere")
+    with pytest.raises(InputError, match=r"corozal: no images of this building .* buildings=\[\.\.\.\]"):
+        Taskonomy(tree, "val")
+    assert len(Taskonomy(tree, "val", buildings=["klickitat", "beechwood"])) == 8
+    assert any("corozal" in problem for problem in check(find_manifest(f"taskonomy:{tree}")).problems)
+    with pytest.raises(InputError, match="no building 'merom' in split 'val'; it has beechwood"):
+        Taskonomy(tree, "val", buildings=["merom"])
+    with pytest.raises(InputError, match="no split 'dev'; Taskonomy has train, val, test"):
+        Taskonomy(tree, "dev")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="no folder rgb"):
+        Taskonomy(empty)
+    (empty / "rgb").mkdir()
+    with pytest.raises(InputError, match="none of the paper's buildings"):
+        Taskonomy(empty)
