@@ -338,3 +338,111 @@ def test_the_usual_mistakes_are_found(make: Callable[..., Path], tmp_path: Path)
         "no pixel of lamp",
     ):
         assert expected in problems, (expected, problems)
+
+
+# After a review ------------------------------------------------------------------------------------------
+
+
+def manifest_of(folder: Path, tasks: str, rows: list[str], columns: str = "image,split,depth", size: str = "") -> Path:
+    (folder / "images.csv").write_text("\n".join([columns, *rows]) + "\n")
+    (folder / "data.yaml").write_text(f"images: images.csv\n{size}tasks:\n{tasks}")
+    return folder / "data.yaml"
+
+
+def picture(path: Path, height: int, width: int) -> None:
+    Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(path)
+
+
+def test_portraits_among_landscapes_and_targets_of_another_size_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 6, 8)
+    picture(tmp_path / "b.png", 8, 6)
+    np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
+    np.save(tmp_path / "b.npy", np.ones((8, 6), np.float32))
+    np.save(tmp_path / "c.npy", np.ones((3, 4), np.float32))
+    path = manifest_of(tmp_path, "  depth: {}\n", ["a.png,train,a.npy", "b.png,train,b.npy", "a.png,val,c.npy"])
+    with pytest.raises(InputError, match=r"b\.png is 6 x 8 pixels, the first image 8 x 6: say `size: \[6, 8\]`"):
+        Folder(path, "train")[1]
+    with pytest.raises(InputError, match=r"c\.npy is 4 x 3 pixels, its image 8 x 6: say `size:"):
+        Folder(path, "val")[0]
+    assert Folder(path, "val", size=(6, 8))[0]["depth"].shape == (1, 6, 8)
+
+
+def test_a_hole_is_told_by_the_check_and_by_who_asks_for_the_task(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 6, 8)
+    picture(tmp_path / "b.png", 6, 8)
+    np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
+    path = manifest_of(tmp_path, "  depth: {}\n", ["a.png,train,a.npy", "b.png,train,"])
+    with pytest.raises(InputError, match=r"1 of 2 images have no target of 'depth', first .*b\.png"):
+        Folder(path, "train").select(["depth"])
+    problems = check(read_manifest(path)).problems
+    assert any("1 of 2 images of train have no target of depth, first" in problem for problem in problems)
+
+
+def test_a_fingerprint_changes_with_the_files_and_with_what_is_said_of_them(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 6, 8)
+    np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
+    rows = ["a.png,train,a.npy"]
+    path = manifest_of(tmp_path, "  depth: {}\n", rows)
+    first = Folder(path, "train").fingerprint()
+    assert Folder(path, "train").fingerprint() == first
+    manifest_of(tmp_path, "  depth: {scale: 0.001}\n", rows)
+    scaled = Folder(path, "train").fingerprint()
+    np.save(tmp_path / "a.npy", np.ones((7, 9), np.float32))
+    assert (
+        len({first, scaled, Folder(path, "train").fingerprint(), Folder(path, "train", size=(3, 4)).fingerprint()}) == 4
+    )
+
+
+def test_ignoring_a_value_of_vectors_means_all_three(tmp_path: Path) -> None:
+    normals = np.array([[[0, 0, 1], [0, 0, 0]]], np.float32)
+    np.save(tmp_path / "n.npy", normals)
+    read = Stored(Task("normals"), ignore=(0.0,)).read(tmp_path / "n.npy")
+    assert read[:, 0, 0].tolist() == [0, 0, 1] and read[:, 0, 1].tolist() == [0, 0, 0]
+    np.save(tmp_path / "d.npy", np.array([[65.535, 2]], np.float32))
+    assert Stored(Task("depth"), ignore=(65.535,)).read(tmp_path / "d.npy").flatten().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ("  depth: {ignore: '21'}\n", r"ignore '21'; give numbers"),
+        ("  depth: {kind: segmentation, classes: wall, floor: 1}\n", "unknown key 'floor'"),
+        ("  depth: {kind: segmentation, classes: wall}\n", "classes 'wall'; give a list of names, each once"),
+        ("  depth: {kind: segmentation, classes: [a, a]}\n", r"classes \['a', 'a'\]; give a list of names, each once"),
+        ("  depth: {scale: small}\n", "scale 'small'; give a number above 0"),
+    ],
+)
+def test_strings_are_not_taken_apart(tmp_path: Path, tasks: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_manifest(manifest_of(tmp_path, tasks, ["a.png,train,a.npy"]))
+
+
+def test_what_is_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    path = manifest_of(
+        tmp_path, "  depth: {scale: 1e-3, ignore: , classes: }\n", ["a.png,0,a.npy"], size="root:\nsize:\n"
+    )
+    read = read_manifest(path)
+    assert read.stored["depth"].scale == 1e-3 and read.rows[0].image == tmp_path / "a.png"
+    assert list(read.splits()) == ["0"]
+    with pytest.raises(InputError, match="0 images asked for; give 1 or more"):
+        Folder(path, "0", 0)
+
+
+def test_several_arrays_are_no_target(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as handle:
+        np.savez(handle, a=np.ones(3))
+    with pytest.raises(InputError, match=r"a\.npy: cannot be read \(it holds several arrays\)"):
+        Stored(Task("depth")).read(tmp_path / "a.npy")
+
+
+def test_transparency_and_scaled_integers_are_no_long_normals(tmp_path: Path) -> None:
+    up = np.zeros((4, 5, 4), np.uint8)
+    up[...] = (128, 128, 255, 255)
+    Image.fromarray(up, "RGBA").save(tmp_path / "n.png")
+    np.save(tmp_path / "n.npy", np.broadcast_to(np.array([0, 0, 32767], np.int16), (4, 5, 3)))
+    picture(tmp_path / "a.png", 4, 5)
+    for target, of in (("n.png", "{}"), ("n.npy", "{scale: 3.0518509e-5}")):
+        path = manifest_of(tmp_path, f"  normals: {of}\n", [f"a.png,train,{target}"], "image,split,normals")
+        assert check(read_manifest(path)).problems == []
+        read = Folder(path, "train")[0]["normals"]
+        assert torch.allclose(read[:, 0, 0], torch.tensor([0.0, 0, 1]), atol=0.02)

@@ -24,10 +24,8 @@ from simomerge.cli.options import (
 @click.option("--task", "tasks", multiple=True, required=True, help="Task to train; repeat it for a joint model.")
 @click.option("--base", default="rooms-base", show_default=True, help="Folder, hub id or rooms-base.")
 @data_option
-@click.option("--images", type=click.IntRange(1), default=1000, show_default=True, help="Training images.")
-@click.option(
-    "--val-images", type=click.IntRange(1), default=256, show_default=True, help="Images that stop the training."
-)
+@click.option("--images", type=click.IntRange(1), help="Training images. [default: 1000 rooms; else all]")
+@click.option("--val-images", type=click.IntRange(1), help="Images that stop the training. [default: 256; else all]")
 @click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of encoder and heads.")
@@ -51,8 +49,8 @@ def command(
     tasks: tuple[str, ...],
     base: str,
     data: str,
-    images: int,
-    val_images: int,
+    images: int | None,
+    val_images: int | None,
     head: str,
     probe_steps: int,
     steps: int,
@@ -93,7 +91,8 @@ def command(
     budget = parse_size(cache_budget) if cache_budget else None
     work = output.parent / f"{output.name}.work"
     # Only the very same command goes on from a killed one: other settings have a folder of their own.
-    everything = [fingerprint, data, images, val_images, tasks, head, weighting, asdict(probe), asdict(tune)]
+    read = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
+    everything = [fingerprint, data, read, tasks, head, weighting, asdict(probe), asdict(tune)]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
     with console() as progress:
         logs = lpft(
@@ -101,7 +100,13 @@ def command(
         )
     model.provenance = {
         "base": {"source": base, "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", "data": data, "images": images, "probe": asdict(probe), "tune": asdict(tune)},
+        "training": {
+            "method": "lp-ft",
+            "data": data,
+            "images": len(train),
+            "probe": asdict(probe),
+            "tune": asdict(tune),
+        },
     }
     model.provenance["training"]["weighting"] = weighting
     model.save_pretrained(output, overwrite)

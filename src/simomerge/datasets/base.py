@@ -39,6 +39,10 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         """The named targets of image ``index``, without decoding the image."""
 
+    def fingerprint(self) -> str:
+        """What tells this data from other data by the same name; empty where the name says it all."""
+        return ""
+
     def __len__(self) -> int:
         return self._count
 

@@ -90,6 +90,7 @@ def check(manifest: Manifest, count: int = 100, progress: Progress = silent) -> 
     checked = Checked({split: len(rows) for split, rows in splits.items()}, {}, {}, list(manifest.lacking))
     _check_files(manifest.rows, checked.problems)
     _check_leaks(splits, checked.problems)
+    _check_holes(splits, manifest, checked.problems)
     for split, rows in splits.items():
         chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
         checked.sizes[split], checked.seen[split] = {}, {}
@@ -123,6 +124,19 @@ def _check_leaks(splits: Mapping[str, Sequence[Row]], problems: list[str]) -> No
         problems.append(f"{len(leaks)} images are in two splits, first {leaks[0]}.")
 
 
+def _check_holes(splits: Mapping[str, Sequence[Row]], manifest: Manifest, problems: list[str]) -> None:
+    """A task of which some images of a split have no target cannot be trained or measured on it."""
+    for split, rows in splits.items():
+        for name in manifest.stored:
+            without = [row for row in rows if name not in row.targets]
+            if len(without) == len(rows):
+                problems.append(f"split {split} has no targets of {name}.")
+            elif without:
+                problems.append(
+                    f"{len(without)} of {len(rows)} images of {split} have no target of {name}, first {without[0].image}."
+                )
+
+
 def _look(row: Row, manifest: Manifest, split: str, checked: Checked) -> None:
     try:
         height, width = manifest.image(row.image).shape[:2]
@@ -153,9 +167,11 @@ def _check_lengths(stored: Stored, path: Source, problems: list[str]) -> None:
     """Reading makes normals unit vectors; whether they were is told from the numbers themselves."""
     values = stored.array(path)
     integers = values.dtype.kind == "u"
-    values = 2 * values.astype(np.float32) / np.iinfo(values.dtype).max - 1 if integers else values.astype(np.float32)
-    axis = 0 if values.ndim == 3 and values.shape[0] == 3 != values.shape[2] else -1
-    length = np.linalg.norm(values, axis=axis)
+    if values.ndim == 3 and values.shape[0] == 3 != values.shape[2]:
+        values = values.transpose(1, 2, 0)
+    scaled = values[..., :3].astype(np.float32)  # without a picture's transparency
+    scaled *= np.float32(stored.scale or (1 / np.iinfo(values.dtype).max if integers else 1))
+    length = np.linalg.norm(2 * scaled - 1 if integers else scaled, axis=-1)
     length = length[(length > 0.1) & (length < 1.7)] if integers else length[length > 0.1]  # black is 1.73
     if length.size and abs(float(np.median(length)) - 1) > 0.1:
         problems.append(
@@ -177,11 +193,9 @@ def _check_values(manifest: Manifest, checked: Checked) -> None:
                 checked.problems.append(f"{place}: values from {seen.low:.3g} to {seen.high:.3g}, not in [0, 1].")
             unused = [c for label, c in enumerate(task.classes) if label not in seen.classes]
             if task.kind == "segmentation" and seen.valid and unused:
-                checked.problems.append(f"{place}: no pixel of {', '.join(unused)}.")
-    tasks_of = {split: set(tasks) for split, tasks in checked.seen.items()}
-    for split, have in tasks_of.items():
-        if lacking := sorted(set().union(*tasks_of.values()) - have):
-            checked.problems.append(f"split {split} has no targets of {', '.join(lacking)}.")
+                read, there = seen.images, checked.images[split]
+                which = "" if read == there else f" in the {read} of {there} images read"
+                checked.problems.append(f"{place}: no pixel of {', '.join(unused)}{which}.")
 
 
 def _described(stored: Stored, seen: Seen) -> dict[str, Any]:

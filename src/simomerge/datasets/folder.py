@@ -54,8 +54,9 @@ def read_manifest(path: str | Path) -> Manifest:
         path = found[0]
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a manifest, *.yaml or *.csv (docs/data.md).")
-    said = _read_yaml(path) if path.suffix != ".csv" else {"images": path.name}
+    said = _read_yaml(path) if path.suffix.lower() != ".csv" else {"images": path.name}
     _check_keys(said, _TOP, path)
+    said = {key: value for key, value in said.items() if value is not None}  # a key without a value says nothing
     root = path.parent / str(said.get("root", "."))
     images = said.get("images")
     table = _read_csv(path.parent / images) if isinstance(images, str) else images
@@ -68,7 +69,7 @@ def read_manifest(path: str | Path) -> Manifest:
     stored = {str(name): _stored(str(name), of or {}, path) for name, of in tasks.items()}
     if strange := [column for column in columns if column not in stored]:
         raise InputError(
-            f"{path}: column {strange[0]!r} is no task of it; name it under tasks{_near(strange[0], stored)}."
+            f"{path}: column {strange[0]!r} is no task of it; name it under tasks{_near(strange[0], stored)}"
         )
     rows = tuple(_row(number, row, root, stored, path) for number, row in enumerate(table, start=1))
     return Manifest(path, stored, rows, _size(said.get("size"), path))
@@ -104,16 +105,24 @@ def _stored(name: str, of: Any, path: Path) -> Stored:
     if not isinstance(of, Mapping):
         raise InputError(f"{path}: task {name!r} is a {type(of).__name__}; give kind, classes and so on as a mapping.")
     _check_keys(of, _OF_TASK, path, f"task {name!r}: ")
+    of = {key: value for key, value in of.items() if value is not None}
     kind = str(of.get("kind", name))
     if kind not in KINDS:
-        raise InputError(f"{path}: task {name!r} is of unknown kind {kind!r}{_near(kind, KINDS)}.")
-    ignore = of.get("ignore", ())
-    ignore = ignore if isinstance(ignore, Sequence) else (ignore,)
-    scale = of.get("scale")
-    if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
-        raise InputError(f"{path}: task {name!r}: scale {scale!r}; give a number above 0.")
+        raise InputError(f"{path}: task {name!r} is of unknown kind {kind!r}{_near(kind, KINDS)}")
+    ignore, classes = of.get("ignore", ()), of.get("classes", ())
+    ignore = ignore if isinstance(ignore, (list, tuple)) else (ignore,)
+    if not all(isinstance(value, (int, float)) for value in ignore):
+        raise InputError(f"{path}: task {name!r}: ignore {of['ignore']!r}; give numbers, such as [255].")
+    if not isinstance(classes, (list, tuple)) or len(set(map(str, classes))) != len(classes):
+        raise InputError(f"{path}: task {name!r}: classes {classes!r}; give a list of names, each once.")
     try:
-        task = Task(name, kind, tuple(map(str, of.get("classes", ()))), tuple(of.get("colours", ())))
+        scale = float(of["scale"]) if "scale" in of else None  # YAML reads 1e-3 as text
+    except (TypeError, ValueError):
+        scale = -1.0
+    if scale is not None and not scale > 0:
+        raise InputError(f"{path}: task {name!r}: scale {of['scale']!r}; give a number above 0.")
+    try:
+        task = Task(name, kind, tuple(map(str, classes)), tuple(of.get("colours", ())))
         return Stored(task, scale, tuple(float(value) for value in ignore))
     except (InputError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
@@ -124,7 +133,8 @@ def _row(number: int, row: Mapping[str, Any], root: Path, stored: Mapping[str, S
         raise InputError(f"{path}: image {number} has no 'image' (its columns are {', '.join(map(str, row))}).")
     _check_keys(row, ("image", "split", *stored), path, f"image {number}: ")
     targets = {name: root / str(row[name]) for name in stored if row.get(name)}
-    return Row(root / str(row["image"]), str(row.get("split") or "test"), targets)
+    split = row.get("split")
+    return Row(root / str(row["image"]), "test" if split in (None, "") else str(split), targets)
 
 
 def _size(value: Any, path: Path) -> tuple[int, int] | None:
@@ -138,9 +148,9 @@ def _size(value: Any, path: Path) -> tuple[int, int] | None:
 def _check_keys(said: Mapping[Any, Any], known: Iterable[str], path: Path, place: str = "") -> None:
     for key in said:
         if key not in known:
-            raise InputError(f"{path}: {place}unknown key {key!r}{_near(str(key), known)}.")
+            raise InputError(f"{path}: {place}unknown key {key!r}{_near(str(key), known)}")
 
 
 def _near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."

@@ -6,6 +6,7 @@ Reading, decoding, resizing and checking are the same for all of them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,10 @@ def read_array(path: Source) -> np.ndarray:
         raise InputError(f"{path}: no such file.")
     try:
         if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                raise ValueError("it holds several arrays")
+            return loaded
         with Image.open(path) as picture:
             array = np.asarray(picture)
             # Older Pillows open 16-bit PNGs as 32 bits; 32-bit TIFFs stay as they are.
@@ -81,7 +85,10 @@ class Stored:
             raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
         if size is not None and self.task.kind != "autoencoder":  # before decoding: there are fewer pixels to decode
             stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
-        ignored = np.isin(stored, np.array(self.ignore)) if self.ignore else np.zeros(stored.shape, bool)
+        stored = stored[..., :3] if channels == 3 else stored  # without a picture's transparency
+        # In the numbers of the file: 65.535 of float64 is none of float32.
+        wanted = np.array(self.ignore).astype(stored.dtype) if self.ignore else np.array([], stored.dtype)
+        ignored = np.isin(stored, wanted)
         return torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
 
     def _decoded(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
@@ -90,12 +97,12 @@ class Stored:
             return self._labels(stored, ignored, path)
         values = stored.astype(np.float32) * np.float32(self._unit(stored))
         if kind == "normals":
-            return _unit_normals(stored, values, np.asarray(ignored.any(-1))).transpose(2, 0, 1)
+            return _unit_normals(stored, values, np.asarray(ignored.all(-1))).transpose(2, 0, 1)
         if kind in ("depth", "disparity"):
             return np.where(ignored | ~(values > 0) | ~np.isfinite(values), np.float32(0), values)[None]
         invalid = np.float32(-1 if kind == "edges" else np.nan)
         if kind == "autoencoder":
-            return np.where(ignored, invalid, values)[..., :3].transpose(2, 0, 1)
+            return np.where(ignored.all(-1, keepdims=True), invalid, values).transpose(2, 0, 1)
         return np.where(ignored | np.isnan(values), invalid, values)[None]
 
     def _unit(self, stored: np.ndarray) -> float:
@@ -184,11 +191,51 @@ class Rows(DenseDataset):
         splits = manifest.splits()
         if split not in splits:
             raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
+        if count is not None and count < 1:
+            raise InputError(f"{count} images asked for; give 1 or more.")
         self.manifest = manifest
         self.rows = splits[split][:count]
         self.size = size or manifest.size
-        have = [name for name in manifest.stored if all(name in row.targets for row in self.rows)]
+        self._first_size: tuple[int, int] | None = None
+        # A task of which one image has no target is none of the split's; which image that is, for the message.
+        without = {name: [row for row in self.rows if name not in row.targets] for name in manifest.stored}
+        self._lacking = {name: rows for name, rows in without.items() if rows}
+        have = [name for name in manifest.stored if name not in self._lacking]
         super().__init__({name: manifest.stored[name].task for name in have}, len(self.rows))
+
+    def select(self, tasks: str | Iterable[str]) -> DenseDataset:
+        """The same images with some of the tasks. Raises InputError."""
+        names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+        for name in names:
+            if rows := self._lacking.get(name):
+                raise InputError(
+                    f"{self.manifest.path}: {len(rows)} of {len(self.rows)} images have no target of {name!r}, first"
+                    f" {rows[0].image}: give it, or leave them out."
+                )
+        return super().select(names if tasks != "all" else tasks)
+
+    def fingerprint(self) -> str:
+        """sha256 of what the split is made of: how and where images and targets are stored, and of the files' dates."""
+        said = [str(self.size)]
+        said += [f"{name} {s.task} {s.scale} {s.ignore}" for name, s in self.manifest.stored.items()]
+        for row in self.rows:
+            for name, source in (("image", row.image), *sorted(row.targets.items())):
+                file = source.file if isinstance(source, Frame) else source
+                stat = file.stat() if file.is_file() else None
+                said.append(f"{name} {source} {stat and (stat.st_size, stat.st_mtime_ns)}")
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        size = tuple(sample["image"].shape[-2:])
+        for name in self.tasks:
+            height, width = sample[name].shape[-2:]
+            if (height, width) != size:
+                raise InputError(
+                    f"{self.rows[index].targets[name]} is {width} x {height} pixels, its image {size[1]} x {size[0]}:"
+                    f" say `size: [height, width]` in {self.manifest.path.name} to make them alike."
+                )
+        return sample
 
     def image(self, index: int) -> Tensor:
         source = self.rows[index].image
@@ -204,8 +251,11 @@ class Rows(DenseDataset):
 
     def _check_size(self, index: int, image: Tensor) -> None:
         """Batches are of one size."""
-        height, width = self.manifest.image(self.rows[0].image).shape[:2]
-        if sorted(image.shape[1:]) != sorted((height, width)):
+        if self._first_size is None:
+            height, width = self.manifest.image(self.rows[0].image).shape[:2]
+            self._first_size = int(height), int(width)
+        height, width = self._first_size
+        if tuple(image.shape[1:]) != (height, width):
             raise InputError(
                 f"{self.rows[index].image} is {image.shape[2]} x {image.shape[1]} pixels, the first image {width} x"
                 f" {height}: say `size: [{height}, {width}]` in {self.manifest.path.name} to make them alike."

@@ -78,6 +78,8 @@ def _planned(
     }
     fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
     salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
+    if dataset != "rooms":  # whose name says all: files may have changed
+        salt += "".join(f" {load_data(**data).fingerprint()}" for data in splits.values())
     return Plan(recipe, base, splits), Run(folder, str(base), salt)
 
 
