@@ -61,7 +61,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "task": ((*TRAIN, "--task", "deth"), "unknown task 'deth'; did you mean 'depth'"),
     "same task": ((*TRAIN, "--task", "depth", "--task", "depth"), "'depth' is given twice"),
     "no task": (TRAIN, "--task"),
-    "dataset": ((*TRAIN, "--task", "depth", "--data", "room"), "unknown dataset 'room'; give rooms, or"),
+    "dataset": (
+        (*TRAIN, "--task", "depth", "--data", "room"),
+        "unknown dataset 'room'; did you mean 'rooms'\? give rooms,",
+    ),
     "learning rate": ((*TRAIN, "--task", "depth", "--lr", "0"), "lr=0.0; use a number above 0"),
     "encoder's rate": ((*TRAIN, "--task", "depth", "--encoder-lr", "-1"), "encoder_lr=-1.0; use a number above 0"),
     "steps": ((*TRAIN, "--task", "depth", "--steps", "0"), "0 is not in the range"),

@@ -132,9 +132,8 @@ def _check_holes(splits: Mapping[str, Sequence[Row]], manifest: Manifest, proble
             if len(without) == len(rows):
                 problems.append(f"split {split} has no targets of {name}.")
             elif without:
-                problems.append(
-                    f"{len(without)} of {len(rows)} images of {split} have no target of {name}, first {without[0].image}."
-                )
+                share = f"{len(without)} of {len(rows)} images of {split}"
+                problems.append(f"{share} have no target of {name}, first {without[0].image}.")
 
 
 def _look(row: Row, manifest: Manifest, split: str, checked: Checked) -> None:
