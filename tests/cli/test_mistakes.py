@@ -63,7 +63,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "no task": (TRAIN, "--task"),
     "dataset": (
         (*TRAIN, "--task", "depth", "--data", "room"),
-        "unknown dataset 'room'; did you mean 'rooms'\? give rooms,",
+        r"unknown dataset 'room'; did you mean 'rooms'\? give rooms,",
     ),
     "learning rate": ((*TRAIN, "--task", "depth", "--lr", "0"), "lr=0.0; use a number above 0"),
     "encoder's rate": ((*TRAIN, "--task", "depth", "--encoder-lr", "-1"), "encoder_lr=-1.0; use a number above 0"),
