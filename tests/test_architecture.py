@@ -152,12 +152,12 @@ def test_checkpoints_import_torch_only_inside_functions() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_nothing_imports_torchvision_but_the_doctor_who_looks_for_it() -> None:
+def test_nothing_imports_torchvision_but_what_looks_for_it() -> None:
     wrong = [
         place(path, line)
         for path in sources()
         for line, name in imports(path)
-        if starts_with(name, "torchvision") and path.name != "doctor.py"
+        if starts_with(name, "torchvision") and path.name != "environment.py"
     ]
     assert not wrong, "\n".join(wrong)
 
