@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -446,3 +447,27 @@ def test_transparency_and_scaled_integers_are_no_long_normals(tmp_path: Path) ->
         assert check(read_manifest(path)).problems == []
         read = Folder(path, "train")[0]["normals"]
         assert torch.allclose(read[:, 0, 0], torch.tensor([0.0, 0, 1]), atol=0.02)
+
+
+def test_one_bad_target_takes_nothing_else_from_the_contact_sheet(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 6, 8)
+    np.save(tmp_path / "d.npy", np.arange(1, 49, dtype=np.float32).reshape(6, 8))
+    (tmp_path / "n.npy").write_bytes(b"no array")
+    tasks = "  normals: {}\n  depth: {}\n"
+    path = manifest_of(tmp_path, tasks, ["a.png,train,n.npy,d.npy"], "image,split,normals,depth")
+    sheet = contact_sheet(read_manifest(path), images=1, height=12)
+    assert sheet.width == 2 * (16 + 4)  # the image and its depth
+
+
+def test_values_out_of_range_and_nothing_valid_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 2, 2)
+    for name, values in (("low", [[-0.7, 0.5], [1, -1]]), ("high", [[0.5, 3], [1, 1]]), ("none", [[-1, -1], [-1, -1]])):
+        np.save(tmp_path / f"{name}.npy", np.array(values, np.float32))
+    for target, message in (
+        ("low", r"edges \(train\): values from -0\.7 to 1, not in \[0, 1\]"),
+        ("high", r"edges \(train\): values from 0\.5 to 3, not in"),
+        ("none", r"edges \(train\): no valid pixel in 1 images"),
+    ):
+        path = manifest_of(tmp_path, "  edges: {}\n", [f"a.png,train,{target}.npy"], "image,split,edges")
+        (problem,) = check(read_manifest(path)).problems
+        assert re.match(message, problem)

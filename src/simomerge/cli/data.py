@@ -47,12 +47,14 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     lines = [line for split, what in result["splits"].items() for line in _split_lines(split, what)]
     try:
         sheet = contact_sheet(said)
+    except InputError as error:  # nothing that can be shown
+        sheet = None
+        lines.append(f"No contact sheet: {error}")
+    if sheet is not None:
         with atomic_file(output) as handle:
             sheet.save(handle, "PNG")
         lines.append(f"Contact sheet: {output}")
         result["contact_sheet"] = str(output)
-    except InputError as error:
-        lines.append(f"No contact sheet: {error}")
     problems = [f"  {problem}" for problem in found.problems[:20]]
     more = [f"  and {len(found.problems) - 20} more"] if len(found.problems) > 20 else []
     verdict = [f"To mend ({len(found.problems)}):", *problems, *more] if problems else ["Nothing to mend."]

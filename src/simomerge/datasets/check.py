@@ -39,7 +39,7 @@ class Seen:
             "depth": lambda t: t > 0,
             "disparity": lambda t: t > 0,
             "normals": lambda t: np.broadcast_to((t != 0).any(0), t.shape),
-            "edges": lambda t: t >= 0,
+            "edges": lambda t: t != -1,  # other values below 0 are mistakes
         }.get(kind, np.isfinite)(target)
         values = target[valid]
         self.pixels += valid.size
@@ -216,12 +216,14 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
     splits = manifest.splits()
     turns = [row for group in zip(*(_cycled(rows, images) for rows in splits.values()), strict=True) for row in group]
     for row in {row.image: row for row in turns}.values():
-        try:
-            shown = [_as_bytes(manifest.image(row.image))]
-            for name, path in row.targets.items():
-                target = manifest.stored[name].read(path).numpy()
-                shown.append(colourise(manifest.stored[name].task, target))
-        except InputError:
+        shown = []
+        for name, path in (("", row.image), *row.targets.items()):
+            try:
+                shown.append(_cell(manifest, name, path))
+            except InputError:  # it is among the problems; the rest of the row can be looked at
+                if not name:
+                    break
+        if not shown:
             continue
         cells = [Image.fromarray(cell) for cell in shown]
         rows.append([cell.resize((max(1, cell.width * height // cell.height), height)) for cell in cells])
@@ -237,6 +239,14 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
             sheet.paste(cell, (left, number * (height + 4)))
             left += cell.width + 4
     return sheet
+
+
+def _cell(manifest: Manifest, name: str, source: Source) -> np.ndarray:
+    """An image, or a target in colour, as uint8 RGB."""
+    if not name:
+        return _as_bytes(manifest.image(source))
+    stored = manifest.stored[name]
+    return colourise(stored.task, stored.read(source).numpy())
 
 
 def _as_bytes(image: np.ndarray) -> np.ndarray:
