@@ -25,7 +25,7 @@ ROOT = PACKAGE.parent.parent
 
 LAYERS = [
     {"errors", "parallel", "progress"},
-    {"classes", "environment"},
+    {"classes", "environment", "userfiles"},
     {"assets", "checkpoints"},
     {"merging"},
     {"ondisk"},

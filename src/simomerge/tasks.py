@@ -7,7 +7,6 @@ another asks here: training for the loss, evaluation for the metric, the report 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.errors import InputError
+from simomerge.userfiles import nearest
 
 IGNORE_LABEL = -1
 """Label of pixels that no segmentation loss or metric counts (the paper's convention)."""
@@ -258,8 +258,8 @@ def select_tasks(available: Mapping[str, Task], names: str | Iterable[str]) -> d
     chosen: dict[str, Task] = {}
     for name in names:
         if name not in available:
-            near = difflib.get_close_matches(name, available, 1)
-            hint = f"; did you mean {near[0]!r}" if near else ""
+            near = nearest(name, available)
+            hint = f"; did you mean {near!r}" if near else ""
             raise InputError(f"unknown task {name!r}{hint}? There are: {', '.join(available)}.")
         if name in chosen:
             raise InputError(f"task {name!r} is given twice.")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from layouts import save
 from PIL import Image
 
 from simomerge.datasets import load_data
@@ -25,15 +26,6 @@ from simomerge.tasks import Task
 H, W = 6, 8
 CLASSES = ("wall", "floor", "chair")
 RNG = np.random.default_rng(0)
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, array)
-    else:
-        Image.fromarray(array).save(path)
-    return path
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ class _LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:
-            import difflib
+            from simomerge.userfiles import nearest
 
-            near = difflib.get_close_matches(args[0], COMMANDS, 1)
-            ctx.fail(f"no such command {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+            near = nearest(args[0], COMMANDS)
+            ctx.fail(f"no such command {args[0]!r}" + (f"; did you mean {near!r}?" if near else "."))
         return super().resolve_command(ctx, args)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from simomerge.cli.options import console, json_option, say, workers_option
+from simomerge.cli.options import console, json_option, report_run, workers_option
 
 
 @click.command("demo")
@@ -30,18 +29,9 @@ def command(
     """
     from simomerge.assets import resolve_source
     from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
-    from simomerge.report import text_table, write_report
 
     names = ALL_TASKS if tasks == "all" else tuple(tasks.split(","))
     recipe = demo_recipe(names, head, seeds, full)
     with console() as progress:
         results: dict[str, Any] = run_recipe(recipe, resolve_source(base), output, workers, progress=progress)
-    report = write_report(output / "report.html", results, results.pop("gallery"))
-    say(
-        as_json,
-        {**results, "report": str(report)},
-        text_table(results, ascii_only="utf" not in (sys.stdout.encoding or "").lower()),
-        "",
-        f"Results: {output / 'results.json'}",
-        f"Report:  {report}",
-    )
+    report_run(results, output, as_json)

@@ -114,3 +114,20 @@ def score_lines(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> l
         others = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key != task.metric)
         lines.append(f"  {name:<14} {task.metric} {values[task.metric]:.4g} {task.unit:<4} {others}".rstrip())
     return lines
+
+
+def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Write the report of a finished run beside its results.json, and print the table."""
+    import sys
+
+    from simomerge.report import text_table, write_report
+
+    report = write_report(folder / "report.html", results, results.pop("gallery"))
+    say(
+        as_json,
+        {**results, "report": str(report)},
+        text_table(results, ascii_only="utf" not in (sys.stdout.encoding or "").lower()),
+        "",
+        f"Results: {folder / 'results.json'}",
+        f"Report:  {report}",
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from simomerge.cli.options import console, json_option, say, workers_option
+from simomerge.cli.options import console, json_option, report_run, say, workers_option
 
 
 @click.command("run")
@@ -28,7 +27,6 @@ def command(
     """
     from simomerge.assets import resolve_source
     from simomerge.recipes import plan_of, read_recipe, run_recipe
-    from simomerge.report import text_table, write_report
 
     said = read_recipe(recipe, changes)
     folder = output or Path(said.output)
@@ -44,12 +42,4 @@ def command(
         results: dict[str, Any] = run_recipe(
             said.recipe, base, folder, workers, said.data, said.title, progress, said.data_options
         )
-    report = write_report(folder / "report.html", results, results.pop("gallery"))
-    say(
-        as_json,
-        {**results, "report": str(report)},
-        text_table(results, ascii_only="utf" not in (sys.stdout.encoding or "").lower()),
-        "",
-        f"Results: {folder / 'results.json'}",
-        f"Report:  {report}",
-    )
+    report_run(results, folder, as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 from simomerge.datasets.rows import Manifest, Row, Rows, Stored
 from simomerge.errors import InputError
 from simomerge.tasks import KINDS, Task
+from simomerge.userfiles import nearest, read_yaml
 
 MANIFESTS = (".yaml", ".yml", ".csv")
+HINT = "give a manifest, *.yaml or *.csv; it begins with `images:` and `tasks:` (docs/data.md)."
 _TOP = ("tasks", "images", "root", "size")
 _OF_TASK = ("kind", "classes", "colours", "scale", "ignore")
 
@@ -52,9 +53,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if not found:
             raise InputError(f"{path}: no data.yaml or data.csv in it; give the path of the manifest.")
         path = found[0]
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a manifest, *.yaml or *.csv (docs/data.md).")
-    said = _read_yaml(path) if path.suffix.lower() != ".csv" else {"images": path.name}
+    said = read_yaml(path, HINT) if path.suffix.lower() != ".csv" else {"images": path.name}
     _check_keys(said, _TOP, path)
     said = {key: value for key, value in said.items() if value is not None}  # a key without a value says nothing
     root = path.parent / str(said.get("root", "."))
@@ -73,18 +72,6 @@ def read_manifest(path: str | Path) -> Manifest:
         )
     rows = tuple(_row(number, row, root, stored, path) for number, row in enumerate(table, start=1))
     return Manifest(path, stored, rows, _size(said.get("size"), path))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{path}: holds no mapping; it begins with `images:` and `tasks:` (docs/data.md).")
-    return said
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
@@ -152,5 +139,5 @@ def _check_keys(said: Mapping[Any, Any], known: Iterable[str], path: Path, place
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."
+    close = nearest(name, known)
+    return f"; did you mean {close!r}?" if close else f"; known are {', '.join(known)}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from simomerge.datasets.nyuv2 import NYUv2, nyuv2_manifest
 from simomerge.datasets.rows import Manifest, Rows
 from simomerge.datasets.taskonomy import Taskonomy, taskonomy_manifest
 from simomerge.errors import InputError
+from simomerge.userfiles import nearest
 
 NAMED: dict[str, tuple[Callable[..., Rows], Callable[..., Manifest]]] = {
     "nyuv2": (NYUv2, nyuv2_manifest),
@@ -72,7 +72,7 @@ def _name_and_root(spec: str) -> tuple[str, str]:
         return name, root
     if Path(spec).suffix in MANIFESTS or Path(spec).is_dir():
         return "", spec
-    near = difflib.get_close_matches(name, ["rooms", *NAMED], 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    near = nearest(name, ["rooms", *NAMED])
+    hint = f"; did you mean {near!r}?" if near else ";"
     known = ", ".join(f"{name}:FOLDER" for name in NAMED)
     raise InputError(f"unknown dataset {spec!r}{hint} give rooms, {known}, or the path of a manifest (docs/data.md).")

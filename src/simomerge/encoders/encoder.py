@@ -164,6 +164,14 @@ class Encoder(nn.Module):
         step, least = self.multiple, self.anatomy.smallest
         return max(-(-height // step) * step, least), max(-(-width // step) * step, least)
 
+    def _pad(self, images: Tensor) -> Tensor:
+        """Images with their last row and column repeated, up to the size that `padded` says."""
+        height, width = images.shape[-2:]
+        wanted = self.padded(height, width)
+        if wanted == (height, width):
+            return images
+        return F.pad(images, (0, wanted[1] - width, 0, wanted[0] - height), mode="replicate")
+
     def _split(self, output: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of a tapped output its map (B, C, h, w) and the tokens (B, n, C) before it: CLS, registers and the like."""
         skip = self.anatomy.prefix
@@ -184,9 +192,8 @@ class Encoder(nn.Module):
             images: float (B, 3, H, W), RGB in [0, 1], any size; padded by repeating the last row and column.
         """
         height, width = images.shape[-2:]
-        padded = self.padded(height, width)
-        if padded != (height, width):
-            images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
+        images = self._pad(images)
+        padded = (images.shape[-2], images.shape[-1])
         for block, shift, window in self.anatomy.windows:
             block.shift_size, block.window_size = shift, window
         self._tapped = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.classes import class_path, settings_of
@@ -79,9 +78,7 @@ class OwnEncoder(Encoder):
     def forward(self, images: Tensor) -> Features:
         """Encode float images (B, 3, H, W), RGB in [0, 1]."""
         height, width = images.shape[-2:]
-        padded = self.padded(height, width)
-        if padded != (height, width):
-            images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
+        images = self._pad(images)
         given = self.backbone(images)
         maps, cls = (given.maps, given.cls) if isinstance(given, Features) else (given, ())
         if bool(cls) != self.has_cls:
@@ -94,4 +91,4 @@ class OwnEncoder(Encoder):
             raise InputError(
                 f"{type(self.backbone).__name__} gave maps of {found} channels and declares {self.channels}."
             )
-        return Features(tuple(maps), tuple(cls), (height, width), padded)
+        return Features(tuple(maps), tuple(cls), (height, width), (images.shape[-2], images.shape[-1]))

@@ -7,7 +7,6 @@ in the documentation are generated from it. A new method is one class with ``@re
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -17,6 +16,7 @@ import numpy as np
 
 from simomerge.errors import InputError
 from simomerge.merging.stream import TaskVectorStream
+from simomerge.userfiles import nearest
 
 
 def parameter(
@@ -181,8 +181,8 @@ def get_method(name: str, **parameters: Any) -> MergeMethod:
 
 
 def _suggest(given: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f": did you mean '{close[0]}'?" if close else f": choose from {', '.join(known)}"
+    close = nearest(given, known)
+    return f": did you mean '{close}'?" if close else f": choose from {', '.join(known)}"
 
 
 def _each(value: Any, spec: Field[Any]) -> list[Any]:

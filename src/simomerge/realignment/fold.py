@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ from simomerge.devices import autocast
 from simomerge.encoders import Features
 from simomerge.errors import InputError
 from simomerge.heads.projections import Moments, Projection, input_projections, joined
-from simomerge.heads.resize import resize
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment.experts import check_heads, evaluating, matching_experts, observe
+from simomerge.realignment.fold_systems import Part, Solver, System, moved, tokens
 from simomerge.realignment.normal_equations import NormalEquations
 from simomerge.realignment.record import after
 
@@ -66,41 +66,6 @@ class Fit:
     r2_before: float
 
 
-class _System(NamedTuple):
-    """What one system of normal equations reads: patches of some taps, CLS tokens of some, at the places of one tap."""
-
-    maps: tuple[int, ...]
-    cls: tuple[int, ...]
-    grid: int
-
-    def widths(self, channels: Sequence[int]) -> list[int]:
-        """Inputs per tap: first the patches', then the CLS tokens'."""
-        return [channels[tap] for tap in (*self.maps, *self.cls)]
-
-    def patches(self, channels: Sequence[int]) -> int:
-        return sum(channels[tap] for tap in self.maps)
-
-    def inputs(self, features: Features) -> tuple[Tensor, Tensor]:
-        """The patches (B, n, D_z) and the CLS tokens (B, D_c)."""
-        size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
-        patches = [_tokens(resize(features.maps[tap].float(), size)) for tap in self.maps]
-        cls = [features.cls[tap].float() for tap in self.cls]
-        blank = features.maps[self.grid].new_zeros(len(features), 0, dtype=torch.float32)
-        places = blank[:, None].expand(-1, size[0] * size[1], -1)
-        return torch.cat([places, *patches], 2), torch.cat([blank, *cls], 1)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One regression target: a projection of one head, or one tap's part of it."""
-
-    task: str
-    index: int
-    projection: Projection  # as the head has it
-    system: _System
-    columns: slice  # of the system's outputs
-
-
 class Fold:
     """The fold of all heads of one merged model: count images with `add`, then `solve`.
 
@@ -123,31 +88,31 @@ class Fold:
         self._first: Tensor | None = None
         self.all_alike = True  # whether every image so far gave the features of the first
 
-    def _parts(self) -> list[_Part]:
-        parts: list[_Part] = []
-        widths: dict[_System, int] = {}
+    def _parts(self) -> list[Part]:
+        parts: list[Part] = []
+        widths: dict[System, int] = {}
         for task, projections in self.projections.items():
             for index, projection in enumerate(projections):
                 for piece in projection.split() if self.variant == "per-tap" else [projection]:
                     system = self._system(task, piece)
                     first = widths.get(system, 0)
                     widths[system] = first + len(piece.bias)
-                    parts.append(_Part(task, index, piece, system, slice(first, widths[system])))
+                    parts.append(Part(task, index, piece, system, slice(first, widths[system])))
         return parts
 
-    def _system(self, task: str, piece: Projection) -> _System:
+    def _system(self, task: str, piece: Projection) -> System:
         if self.variant == "per-tap":
-            return _System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
+            return System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
         head: Any = self.model.heads[task]
         taps = tuple(range(len(self.model.encoder.channels))) if getattr(head, "widens", False) else piece.taps
         # Taps of one stride have one grid: then all projections share one system, and its equations.
         strides = self.model.encoder.strides
-        return _System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]))
+        return System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]))
 
-    def _empty_sums(self) -> dict[_System, list[NormalEquations]]:
+    def _empty_sums(self) -> dict[System, list[NormalEquations]]:
         device = next(self.model.parameters()).device
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        outputs: dict[_System, int] = {}
+        outputs: dict[System, int] = {}
         for part in self.parts:
             outputs[part.system] = part.columns.stop
         channels = self.model.encoder.channels
@@ -158,7 +123,7 @@ class Fold:
 
     def targets(self, experts: Mapping[str, Features]) -> list[Tensor]:
         """What each part should give: computed from the expert's features, (B, n, O) per part."""
-        return [_tokens(part.projection(experts[part.task])) for part in self.parts]
+        return [tokens(part.projection(experts[part.task])) for part in self.parts]
 
     def add(self, features: Features, targets: Sequence[Tensor], indices: Sequence[int]) -> None:
         """Count a batch of images.
@@ -170,13 +135,13 @@ class Fold:
         """
         held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
         self._compare(features.maps[0])
-        by_system: dict[_System, list[tuple[_Part, Tensor]]] = {}
+        by_system: dict[System, list[tuple[Part, Tensor]]] = {}
         for part, target in zip(self.parts, targets, strict=True):
             by_system.setdefault(part.system, []).append((part, target))
         for system, members in by_system.items():
             patches, cls = system.inputs(features)
             target = torch.cat([value for _, value in members], 2)
-            residual = target - torch.cat([_tokens(part.projection(features)) for part, _ in members], 2)
+            residual = target - torch.cat([tokens(part.projection(features)) for part, _ in members], 2)
             for sums, chosen in zip(self.sums[system], (~held_out, held_out), strict=True):
                 if chosen.any():
                     sums.add(patches[chosen], cls[chosen], residual[chosen], target[chosen])
@@ -235,7 +200,7 @@ class Fold:
             return dict.fromkeys(self.projections, given), dict.fromkeys(
                 self.projections, Fit(given, math.nan, math.nan)
             )
-        solvers = {system: _Solver(pair[0], system, self.model.encoder.channels) for system, pair in self.sums.items()}
+        solvers = {system: Solver(pair[0], system, self.model.encoder.channels) for system, pair in self.sums.items()}
         judges = {system: solver.seen(self.sums[system][1]) for system, solver in solvers.items()}
         r2 = {ridge: self._held_out_r2(ridge, solvers, judges) for ridge in {*ridges, math.inf}}
         chosen = {task: max(ridges, key=lambda ridge: r2[ridge][task]) for task in self.projections}
@@ -243,7 +208,7 @@ class Fold:
         return chosen, fits
 
     def _held_out_r2(
-        self, ridge: float, solvers: Mapping[_System, _Solver], judges: Mapping[_System, NormalEquations]
+        self, ridge: float, solvers: Mapping[System, Solver], judges: Mapping[System, NormalEquations]
     ) -> dict[str, float]:
         """R^2 per task, the mean over its parts."""
         found: dict[str, list[float]] = {task: [] for task in self.projections}
@@ -260,7 +225,7 @@ class Fold:
     def _solve_all(self, ridges: Mapping[str, float]) -> list[Projection]:
         """The new projection of every part, from all images."""
         solvers = {
-            system: _Solver(train + held_out, system, self.model.encoder.channels)
+            system: Solver(train + held_out, system, self.model.encoder.channels)
             for system, (train, held_out) in self.sums.items()
         }
         solutions: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -271,7 +236,7 @@ class Fold:
                 weights, bias = solvers[part.system].solve(ridges[part.task])
                 solutions[key] = solvers[part.system].expanded(weights), bias
             weights, bias = solutions[key]
-            solved.append(_moved(part, weights[part.columns], bias[part.columns], self.model.encoder.channels))
+            solved.append(moved(part, weights[part.columns], bias[part.columns], self.model.encoder.channels))
         return solved
 
     def _head(self, task: str, solved: Sequence[Projection]) -> nn.Module:
@@ -296,51 +261,6 @@ class Fold:
             maps |= dict(zip(system.maps, pieces, strict=False))
             cls |= dict(zip(system.cls, pieces[len(system.maps) :], strict=True))
         return Moments(maps, cls)
-
-
-def _tokens(maps: Tensor) -> Tensor:
-    """(B, C, h, w) to (B, n, C)."""
-    return maps.flatten(2).transpose(1, 2)
-
-
-class _Solver:
-    """Solves one system for any ridge, among the few directions in which its CLS tokens vary."""
-
-    def __init__(self, sums: NormalEquations, system: _System, channels: Sequence[int]) -> None:
-        self.patches = system.patches(channels)
-        self.basis = sums.cls_basis(self.patches) if system.cls else None
-        self.sums = self.seen(sums)
-        self.unit = sums.unit
-        # An image gives one CLS token but n patches: what n equal rows seem to prove about it is one observation.
-        self.penalties = torch.ones_like(self.sums.x)
-        self.penalties[self.patches :] = sums.tokens / max(sums.images, 1.0)
-
-    def seen(self, sums: NormalEquations) -> NormalEquations:
-        """Sums in the coordinates that `solve` works in."""
-        return sums.in_basis(self.patches, self.basis)
-
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weights, in these coordinates, and biases to add to the heads'; none for an infinite ridge."""
-        if math.isinf(ridge):
-            return torch.zeros_like(self.sums.xr.T), torch.zeros_like(self.sums.r)
-        return self.sums.solve(ridge, self.penalties, self.unit)
-
-    def expanded(self, weights: Tensor) -> Tensor:
-        """Weights of the inputs themselves."""
-        if self.basis is None:
-            return weights
-        return torch.cat([weights[:, : self.patches], weights[:, self.patches :] @ self.basis.T], 1)
-
-
-def _moved(part: _Part, weights: Tensor, bias: Tensor, channels: Sequence[int]) -> Projection:
-    """The part's projection with a solution added."""
-    system = part.system
-    wide = part.projection.widened(channels)
-    pieces = weights.split(system.widths(channels), 1)
-    maps = {t: (wide.maps[t].double() + piece).to(wide.bias) for t, piece in zip(system.maps, pieces, strict=False)}
-    tokens = zip(system.cls, pieces[len(system.maps) :], strict=True)
-    cls = {tap: (wide.cls[tap].double() + piece).to(wide.bias) for tap, piece in tokens}
-    return Projection(maps, cls, (wide.bias.double() + bias).to(wide.bias), wide.grid)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from simomerge.errors import InputError
 from simomerge.recipes.recipe import Recipe
+from simomerge.userfiles import nearest, read_yaml
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> RecipeFile:
         (0, 1)
     """
     path = Path(path)
-    said = _read(path)
+    said = read_yaml(path, "give a recipe, such as recipes/rooms-small.yaml (docs/recipes.md).")
     for change in changes:
         _set(said, change)
     errors: list[str] = []
@@ -77,20 +77,6 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> RecipeFile:
     options = rest.get("data_options", {})
     rest["data_options"] = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}  # sizes
     return RecipeFile(recipe, **{"output": f"runs/{path.stem}", "title": path.stem, **rest})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a recipe, such as recipes/rooms-small.yaml.")
-    try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{path}: holds no mapping; a recipe has keys such as tasks and seeds (docs/recipes.md).")
-    return said
 
 
 def _set(said: dict[str, Any], change: str) -> None:
@@ -159,5 +145,5 @@ def _fields_of(kind: Any, given: Any, place: str, errors: list[str], default: An
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = nearest(name, known)
+    return f" (did you mean {close!r}?)" if close else ""

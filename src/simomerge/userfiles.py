@@ -1,0 +1,39 @@
+"""Files of keys and values that people write by hand: reading them, and the nearest name to one that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from simomerge.errors import InputError
+
+
+def read_yaml(path: Path, hint: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        InputError: no such file, no YAML, or no mapping; ``hint`` ends the sentence.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {hint}")
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(said, dict):
+        raise InputError(f"{path}: holds no mapping; {hint}")
+    return said
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like a misspelt one; empty where none is.
+
+    Example:
+        >>> nearest("step", ["steps", "lr"])
+        'steps'
+    """
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), "")
