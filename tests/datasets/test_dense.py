@@ -182,6 +182,26 @@ def test_first_refuses_more_than_there_is(rooms: DenseDataset, count: int) -> No
         rooms.first(count)
 
 
+def test_without_first_is_what_first_leaves(rooms: DenseDataset) -> None:
+    rest = rooms.without_first(3).select(["depth", "normals"])
+    assert (
+        len(rest) == 5 and rest.fingerprint() == rooms.fingerprint() and list(rest[0]) == ["image", "depth", "normals"]
+    )
+    assert all(torch.equal(rest[4][name], rooms[7][name]) for name in rest[4])
+    assert torch.equal(rest.first(2).targets(1, ["depth"])["depth"], rooms[4]["depth"])
+    with pytest.raises(IndexError):
+        rest[5]
+    assert rooms.without_first(0) is rooms
+    again = load_data("rooms", "val", 5, ("depth",), skip=3)
+    assert torch.equal(again[4]["image"], load_data("rooms", "val", 8)[7]["image"]) and len(again) == 5
+
+
+@pytest.mark.parametrize("count", [-1, 8, 9])
+def test_without_first_leaves_at_least_one(rooms: DenseDataset, count: int) -> None:
+    with pytest.raises(InputError, match="the split has 8"):
+        rooms.without_first(count)
+
+
 # Crossing processes -------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,37 @@ def test_changes_reach_into_mappings_and_lists(tmp_path: Path) -> None:
     assert isinstance(said.recipe.tune, TrainSettings)
 
 
+def test_epochs_are_full_batches_of_the_images_a_training_sees(tmp_path: Path) -> None:
+    text = """
+train_images: 100
+val_images: 40
+distill_images: 30
+tune: {epochs: 2, batch_size: 16}
+joint: {epochs: 0.5, batch_size: 16}
+heads: {epochs: 3, batch_size: 16}
+distill: {epochs: 1, batch_size: 64}
+"""
+    recipe = read_recipe(write(tmp_path, text)).recipe
+    assert (recipe.tune.steps, recipe.joint.steps, recipe.heads.steps, recipe.distill.steps) == (12, 3, 6, 1)
+    assert recipe.probe == Recipe().probe and not hasattr(recipe.tune, "epochs")
+    changed = read_recipe(write(tmp_path, text), ["tune.steps=7", "probe.epochs=1", "train_images=64"]).recipe
+    assert (changed.tune.steps, changed.probe.steps, changed.joint.steps) == (7, 2, 2)
+
+
+def test_the_papers_protocols_are_in_epochs_of_their_images() -> None:
+    sizes = {"nyuv2": (795, 400, 254, 16), "cityscapes": (2380, 595, 500, 16), "taskonomy": (16000, 4000, 4000, 32)}
+    for name, (train, val, test, batch) in sizes.items():
+        said = read_recipe(RECIPES / f"{name}.yaml")
+        recipe = said.recipe
+        assert (recipe.train_images, recipe.val_images, recipe.test_images) == (train, val, test)
+        assert recipe.tune.steps == 50 * (train // batch) and recipe.joint.steps == 200 * (train // batch)
+        assert recipe.adapters.steps == 200 * (val // batch) and recipe.rank == 16
+        assert recipe.tune.batch_size == recipe.adapters.batch_size == batch
+        assert recipe.augmentation == "scale-crop-flip" and said.base == "facebook/dinov2-base"
+        assert recipe.tune.validate_every == train // batch
+        assert said.search.space["heads.lr"] == {"low": 1e-8, "high": 1e-3, "log": True}
+
+
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     file = write(
         tmp_path,
@@ -93,10 +124,17 @@ adapters: {steps: 0}
     [
         ("realigned: [dare+heads]\n", [], "row 'dare\\+heads' is not one of its merges"),
         ("merges: [fisher]\n", [], "'fisher' needs statistics"),
+        ("merge_settings: {ties: {densty: 0.1}}\n", [], "no parameter 'densty': did you mean 'density'"),
+        ("merge_settings: {ties: {density: 2}}\n", [], "density"),
+        ("merge_settings: {dare: {density: 0.2}}\n", [], "merge_settings of 'dare', which is none of its merges"),
+        ("augmentation: paper\n", [], "unknown augmentation 'paper'; choose one of: none, flip, scale-crop-flip"),
+        ("tune: {steps: 3, epochs: 2}\n", [], "tune: give steps or epochs, not both"),
+        ("tune: {epochs: some}\n", [], "tune.epochs is 'some'; give a number above 0"),
+        ("gallery: {}\ntune: {epochs: 1, batch_size: 0}\n", [], "batch_size=0"),
         ("a: [\n", [], "not YAML"),
         ("- a\n", [], "holds no mapping"),
         ("tune: {}\n", ["tune"], "--set tune: give KEY=VALUE"),
-        ("head: dpt\n", ["head.kind=3"], "--set head.kind=3: 'head' is no mapping"),
+        ("head: dpt\n", ["head.kind=3"], "head.kind=3: 'head' is no mapping"),
         ("head: dpt\n", ["seeds=["], "--set seeds=\\[: '\\[' is no YAML value"),
         ("seeds: [0, true]\n", [], "seeds\\[1\\] is True; give a whole number"),
     ],

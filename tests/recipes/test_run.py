@@ -190,6 +190,11 @@ EXPERTS = {
         ({"test_images": 4}, TEST_SCORES),
         ({"tune": replace(SHORT, steps=5)}, EXPERTS | MERGED),
         ({"gallery": ("experts",)}, set()),
+        ({"augmentation": "none"}, EXPERTS | MERGED | {"joint-mtl seed 0", "score joint-mtl seed 0"}),
+        (
+            {"merge_settings": {"task-arithmetic": {"scale": 0.4}}},
+            {"task-arithmetic seed 0", "score task-arithmetic seed 0"} | HEADS_ROW,
+        ),
         ({"merges": ("average", "task-arithmetic", "zero-shot")}, {"zero-shot seed 0", "score zero-shot seed 0"}),
     ],
 )

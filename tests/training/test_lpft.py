@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from simomerge.datasets import DenseDataset
+from simomerge.datasets.augment import augmentation
+from simomerge.datasets.batches import training_batches
 from simomerge.encoders import load_encoder
+from simomerge.errors import InputError
 from simomerge.heads import build_head
 from simomerge.model import SimoModel
-from simomerge.training import TrainSettings, fresh_head, lpft, trainable_parameters
+from simomerge.training import TrainSettings, finetune, fresh_head, lpft, trainable_parameters
 from simomerge.training import lpft as lpft_function
 
 PROBE = TrainSettings(steps=4, batch_size=4, lr=1e-2)
@@ -103,3 +106,31 @@ def test_trainable_parameters_counts_what_an_optimiser_changes() -> None:
     assert trainable_parameters(head) == 2 * 4 + (4 * 2 + 2)
     head.norm.requires_grad_(False)
     assert trainable_parameters(head) == 4 * 2 + 2
+
+
+@pytest.mark.parametrize("name", ["none", "flip", "scale-crop-flip"])
+def test_training_sees_images_augmented_as_it_was_told(
+    name: str, make_model: Callable[..., SimoModel], rooms: DenseDataset
+) -> None:
+    data = rooms.select(["depth"])
+    model = make_model(data.tasks)
+    seen: list[dict[str, Any]] = []
+
+    def losses(model: SimoModel, batch: Any) -> dict[str, torch.Tensor]:
+        seen.append(batch)
+        return {"depth": model(batch["image"])["depth"].square().mean()}
+
+    finetune(model, data, TUNE, losses=losses, augmentation=name)
+    transform = augmentation(name, data.tasks)
+    expected = list(training_batches(data, TUNE.batch_size, TUNE.steps, TUNE.seed, transform=transform))
+    assert len(seen) == len(expected) == 3
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert torch.equal(ours["image"], theirs["image"]) and torch.equal(ours["depth"], theirs["depth"])
+    plain = next(iter(training_batches(data, TUNE.batch_size, 1, TUNE.seed)))
+    assert torch.equal(seen[0]["image"], plain["image"]) == (name == "none")
+
+
+def test_an_unknown_augmentation_is_told(make_model: Callable[..., SimoModel], rooms: DenseDataset) -> None:
+    data = rooms.select(["depth"])
+    with pytest.raises(InputError, match="unknown augmentation 'paper'; choose one of: none, flip, scale-crop-flip"):
+        finetune(make_model(data.tasks), data, TUNE, augmentation="paper")

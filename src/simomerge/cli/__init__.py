@@ -12,6 +12,7 @@ import click
 COMMANDS = {
     "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
     "run": "Carry out a recipe of your own: a benchmark as one file.",
+    "search": "Search the values of a recipe that make one of its rows best.",
     "data": "Check a dataset of your own before training on it.",
     "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
     "import": "Make an expert of a model that was trained elsewhere.",

@@ -40,6 +40,13 @@ from simomerge.cli.options import (
     show_default=True,
     help="Of a joint model's losses.",
 )
+@click.option(
+    "--augmentation",
+    type=click.Choice(["none", "flip", "scale-crop-flip"]),
+    default="flip",
+    show_default=True,
+    help="Of the images that encoder and heads are tuned on; the last is the paper's.",
+)
 @cache_budget_option
 @checkpointing_option
 @output_option()
@@ -59,6 +66,7 @@ def command(
     encoder_lr: float,
     seed: int,
     weighting: str,
+    augmentation: str,
     cache_budget: str | None,
     gradient_checkpointing: bool,
     output: Path,
@@ -92,11 +100,15 @@ def command(
     work = output.parent / f"{output.name}.work"
     # Only the very same command goes on from a killed one: other settings have a folder of their own.
     read = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
-    everything = [fingerprint, data, read, tasks, head, weighting, asdict(probe), asdict(tune)]
+    everything = [fingerprint, data, read, tasks, head, weighting, augmentation, asdict(probe), asdict(tune)]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
     with console() as progress:
         logs = lpft(
-            model, train, probe, tune, validation, work / key, progress, budget, gradient_checkpointing, weighting
+            *(model, train, probe, tune, validation, work / key, progress),
+            cache_budget=budget,
+            checkpointing=gradient_checkpointing,
+            weighting=weighting,
+            augmentation=augmentation,
         )
     model.provenance = {
         "base": {"source": base, "fingerprint": fingerprint},
@@ -106,9 +118,10 @@ def command(
             "images": len(train),
             "probe": asdict(probe),
             "tune": asdict(tune),
+            "weighting": weighting,
+            "augmentation": augmentation,
         },
     }
-    model.provenance["training"]["weighting"] = weighting
     model.save_pretrained(output, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     log = logs["tune"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from simomerge.datasets.base import random_flip
 from simomerge.datasets.rows import resize_picture, resize_target
+from simomerge.errors import InputError
 from simomerge.tasks import LOG_DEPTH_RANGE, Task
 
 SCALES = (1.0, 1.2, 1.5)
@@ -21,9 +23,6 @@ def augment(
     tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator, scales: Sequence[float] = SCALES
 ) -> dict[str, Any]:
     """A random scale with a random crop, then a mirror image with probability one half: the paper's augmentation.
-
-    Bind the tasks to make it a transform of `simomerge.datasets.batches.training_batches`:
-    ``functools.partial(augment, dataset.tasks)``.
 
     Args:
         tasks: of the sample.
@@ -76,3 +75,27 @@ def _scaled(kind: str, target: Tensor, scale: float) -> Tensor:
     if kind == "log_depth":
         return torch.log1p(torch.expm1(target * LOG_DEPTH_RANGE) / scale) / LOG_DEPTH_RANGE
     return target
+
+
+AUGMENTATIONS: dict[str, Callable[..., dict[str, Any]] | None] = {
+    "none": None,
+    "flip": random_flip,
+    "scale-crop-flip": augment,
+}
+"""What may be done to training images and their targets, by name; the last is the paper's."""
+
+
+def augmentation(name: str, tasks: Mapping[str, Task]) -> Any:
+    """The augmentation of that name as a transform of `simomerge.datasets.batches.training_batches`; None for none.
+
+    Raises:
+        InputError: an unknown name.
+
+    Example:
+        >>> augmentation("none", {}) is None
+        True
+    """
+    if name not in AUGMENTATIONS:
+        raise InputError(f"unknown augmentation {name!r}; choose one of: {', '.join(AUGMENTATIONS)}.")
+    function = AUGMENTATIONS[name]
+    return partial(function, tasks) if function else None

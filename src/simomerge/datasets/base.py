@@ -73,6 +73,34 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         chosen._count = count
         return chosen
 
+    def without_first(self, count: int) -> DenseDataset:
+        """All images but the first ``count``.
+
+        Raises:
+            InputError: none is left.
+        """
+        if not 0 <= count < self._count:
+            raise InputError(f"all but the first {count} images asked for; the split has {self._count}.")
+        return _Rest(self, count) if count else self
+
+
+class _Rest(DenseDataset):
+    """A dataset without its first images."""
+
+    def __init__(self, whole: DenseDataset, start: int) -> None:
+        super().__init__(whole.tasks, len(whole) - start)
+        self.whole = whole
+        self.start = start
+
+    def image(self, index: int) -> Tensor:
+        return self.whole.image(self.start + index)
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return self.whole.targets(self.start + index, tasks)
+
+    def fingerprint(self) -> str:
+        return self.whole.fingerprint()
+
 
 def random_flip(tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
     """Mirror a sample left to right with probability one half; the x of normals changes its sign."""

@@ -28,6 +28,7 @@ def load_data(
     split: str = "test",
     count: int | None = None,
     tasks: str | Iterable[str] = "all",
+    skip: int = 0,
     **options: Any,
 ) -> DenseDataset:
     """A dataset: ``"rooms"``, a published one by its name and folder, or one of your own by its manifest.
@@ -39,6 +40,7 @@ def load_data(
         split: "train", "val" or "test".
         count: images: for rooms a default per split where it is left out; else all, or as many as are there.
         tasks: whose targets its samples hold; all by default.
+        skip: so many images at the beginning are left out; ``count`` counts those after them.
         **options: of the dataset, such as ``size``, and ``seed`` of rooms.
 
     Raises:
@@ -48,13 +50,15 @@ def load_data(
         >>> len(load_data("rooms", split="val", count=8))
         8
     """
+    total = skip + count if count else None
     if spec == "rooms":
         from simomerge.datasets.rooms.dataset import Rooms
 
-        return Rooms(split, count or {"train": 1000, "val": 256, "test": 256}.get(split, 256), **options).select(tasks)
+        total = total or {"train": 1000, "val": 256, "test": 256}.get(split, 256)
+        return Rooms(split, total, **options).without_first(skip).select(tasks)
     name, root = _name_and_root(spec)
-    data = NAMED[name][0](root, split, count, **options) if name else Folder(spec, split, count, **options)
-    return data.select(tasks)
+    data = NAMED[name][0](root, split, total, **options) if name else Folder(spec, split, total, **options)
+    return data.without_first(skip).select(tasks)
 
 
 def find_manifest(spec: str) -> Manifest:

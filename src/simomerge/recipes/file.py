@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from simomerge.errors import InputError
 from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.space import SearchSettings
 from simomerge.userfiles import nearest, read_yaml
 
 
@@ -26,6 +28,7 @@ class RecipeFile:
         data: as `simomerge.datasets.load_data` takes it: rooms, a manifest, or NAME:ROOT.
         data_options: further keyword arguments of the dataset, such as ``size: [280, 378]``.
         output: the run folder.
+        search: what `simomerge search` varies.
     """
 
     recipe: Recipe
@@ -34,14 +37,16 @@ class RecipeFile:
     data: str = "rooms"
     data_options: dict[str, Any] = field(default_factory=dict)
     output: str = ""
+    search: SearchSettings = SearchSettings()
 
 
-def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> RecipeFile:
+def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> RecipeFile:
     """A recipe file, checked.
 
     Args:
-        path: of the YAML file.
+        path: of the YAML file. A training's length is ``steps``, or ``epochs`` of the images that it sees.
         changes: ``KEY=VALUE`` each, which replace what the file says; ``tune.steps=2`` reaches into a mapping.
+        values: further changes, by key.
 
     Raises:
         InputError: no such file, no YAML, or a list of everything in it that is wrong: unknown keys (with the nearest
@@ -53,48 +58,80 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> RecipeFile:
     """
     path = Path(path)
     said = read_yaml(path, "give a recipe, such as recipes/rooms-small.yaml (docs/recipes.md).")
-    for change in changes:
-        _set(said, change)
+    for key, value in [*map(_parsed, changes), *(values or {}).items()]:
+        _set(said, key, value)
     errors: list[str] = []
+    _count_steps(said, errors)
     about = [each.name for each in fields(RecipeFile) if each.name != "recipe"]
     hints = {**typing.get_type_hints(Recipe), **typing.get_type_hints(RecipeFile)}
     known = [*about, *(each.name for each in fields(Recipe))]
-    values = {}
+    found = {}
     for key, value in said.items():
         if key not in known:
             errors.append(f"unknown key {key!r}{_near(str(key), known)}")
             continue
-        values[key] = _value(hints[key], value, str(key), errors, getattr(Recipe, str(key), None))
+        default = getattr(Recipe, str(key), getattr(RecipeFile, str(key), None))
+        found[key] = _value(hints[key], value, str(key), errors, default)
     recipe = None
     if not errors:
         try:
-            recipe = Recipe(**{key: value for key, value in values.items() if key not in about})
+            recipe = Recipe(**{key: value for key, value in found.items() if key not in about})
         except InputError as error:
             errors.append(str(error))
     if errors or recipe is None:
         raise InputError(f"{path}: " + "; ".join(error.rstrip(".") for error in errors) + ".")
-    rest = {key: value for key, value in values.items() if key in about}
+    rest = {key: value for key, value in found.items() if key in about}
     options = rest.get("data_options", {})
     rest["data_options"] = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}  # sizes
     return RecipeFile(recipe, **{"output": f"runs/{path.stem}", "title": path.stem, **rest})
 
 
-def _set(said: dict[str, Any], change: str) -> None:
+def _parsed(change: str) -> tuple[str, Any]:
     import yaml
 
     key, equals, text = change.partition("=")
     if not (key and equals):
         raise InputError(f"--set {change}: give KEY=VALUE, such as tune.steps=20.")
-    *way, last = key.split(".")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {change}: {text!r} is no YAML value.") from error
+
+
+def _set(said: dict[str, Any], key: str, value: Any) -> None:
+    space, dot, rest = key.partition("search.space.")
+    *way, last = ("search", "space", rest) if dot and not space else key.split(".")  # the space's keys have dots
     place = said
     for step in way:
         place = place.setdefault(step, {})
         if not isinstance(place, dict):
-            raise InputError(f"--set {change}: {step!r} is no mapping.")
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {change}: {text!r} is no YAML value.") from error
+            raise InputError(f"{key}={value}: {step!r} is no mapping.")
+    place.pop({"steps": "epochs", "epochs": "steps"}.get(last, last), None)  # one replaces the other
+    place[last] = value
+
+
+SEEN = {
+    **dict.fromkeys(("probe", "tune", "joint"), "train_images"),
+    **dict.fromkeys(("heads", "adapters", "folded_heads", "folded_adapters"), "val_images"),
+    **dict.fromkeys(("distill", "distill_adapters"), "distill_images"),
+}
+"""Which images each training sees: the key that says how many."""
+
+
+def _count_steps(said: dict[str, Any], errors: list[str]) -> None:
+    """Put steps in the place of epochs: as many full batches as the images make, so many times over."""
+    for training, seen in SEEN.items():
+        given, images = said.get(training), said.get(seen, getattr(Recipe, seen))
+        if not isinstance(given, dict) or "epochs" not in given:
+            continue
+        epochs, size = given["epochs"], given.get("batch_size", getattr(Recipe, training).batch_size)
+        if "steps" in given:
+            errors.append(f"{training}: give steps or epochs, not both")
+        elif not isinstance(epochs, (int, float)) or isinstance(epochs, bool) or not 0 < epochs < math.inf:
+            errors.append(f"{training}.epochs is {epochs!r}; give a number above 0")
+        elif isinstance(images, int) and isinstance(size, int) and size > 0:  # else told where they are read
+            given["steps"] = max(1, round(epochs * max(1, images // size)))
+        del given["epochs"]
 
 
 def _value(kind: Any, given: Any, place: str, errors: list[str], default: Any = None) -> Any:

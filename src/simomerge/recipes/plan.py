@@ -103,6 +103,8 @@ class Plan:
             "validation": self.splits["val"],
             "probes": probes,
             "settings": asdict(settings),
+            # What is as it always was stays out of the arguments, and so of the stage's key.
+            **({"augmentation": self.recipe.augmentation} if self.recipe.augmentation != "flip" else {}),
         }
 
     # Merges: every method with its best scale on the validation split, and those that see no label.
@@ -118,6 +120,7 @@ class Plan:
                 "method": method,
                 "validation": choosing,
                 "baseline": baseline,
+                **self._parameters(method),
             }
             self.models[seed, method] = Stage(f"{method} seed {seed}", stages.merged, arguments, COSTS["merged"])
         for method, name in self._merges_without_labels().items():
@@ -127,6 +130,7 @@ class Plan:
                 "experts": self.experts[seed],
                 "method": method,
                 "images": self._unlabelled(images),
+                **self._parameters(method),
             }
             cost = COSTS["auto" if method == "auto" else "fold"]
             self.models[seed, name] = Stage(
@@ -137,8 +141,16 @@ class Plan:
         """The methods whose merges the rows without labels start from, with the name that each merge goes by."""
         rows = [row.split("+") for row in self.recipe.realigned]
         methods = {row[0] for row in rows if row[0] == "auto" or row[1] in WITHOUT_LABELS}
-        chosen = [m for m in sorted(methods) if m == "auto" or "scale" in available()[m].__dataclass_fields__]
+        chosen = [m for m in sorted(methods) if m == "auto" or self._searches_scale(m)]
         return {method: method if method == "auto" else f"{method} without labels" for method in chosen}
+
+    def _searches_scale(self, method: str) -> bool:
+        given = self.recipe.merge_settings.get(method, {})
+        return "scale" in available()[method].__dataclass_fields__ and "scale" not in given
+
+    def _parameters(self, method: str) -> dict[str, Any]:
+        given = self.recipe.merge_settings.get(method)
+        return {"parameters": given} if given else {}
 
     def _unlabelled(self, count: int) -> dict[str, Any]:
         return {**self.splits["val"], "count": min(count, self.recipe.val_images), "tasks": []}

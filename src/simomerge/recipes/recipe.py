@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from simomerge.datasets.augment import AUGMENTATIONS
 from simomerge.errors import InputError
 from simomerge.heads import HEADS
 from simomerge.merging import get_method
@@ -48,8 +49,11 @@ class Recipe:
         fold_images, fold_cross_images, distill_images: how many images of the validation split, without their labels,
             the fold per tap (and the choice of a scale without labels), the fold cross tap (and auto) and distillation
             look at.
+        augmentation: of the images that experts and joint model are fine-tuned on, a key of `AUGMENTATIONS`.
         merges: merge methods, by name; those with a scale get the best one on the validation split's labels, as
             in the paper.
+        merge_settings: parameters of merge methods by their names, such as ``{"ties": {"density": 0.1}}``; a scale
+            that is given is not searched for.
         realigned: rows of a merge's name followed by steps of `STEPS`, each after a plus. Where the first step needs no
             labels, neither does the row's merge: its scale is the one that can be folded best. "auto" is the merge
             and fold that `simomerge.merge` finds by itself, and may be followed by steps too.
@@ -79,7 +83,9 @@ class Recipe:
     fold_images: int = 64
     fold_cross_images: int = 256
     distill_images: int = 256
+    augmentation: str = "flip"
     merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
+    merge_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     realigned: tuple[str, ...] = (
         "zero-shot+heads",
         "zero-shot+fold-cross",
@@ -101,10 +107,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in self.merges:  # what cannot be is told now, not after the training
-            if get_method(name).needs_labels or get_method(name).needs_data:
+            method = get_method(name, **self.merge_settings.get(name, {}))
+            if method.needs_labels or method.needs_data:
                 raise InputError(f"recipe: {name!r} needs statistics of the experts; merge it by `simomerge merge`.")
+        if strange := [name for name in self.merge_settings if name not in self.merges]:
+            raise InputError(f"recipe: merge_settings of {strange[0]!r}, which is none of its merges.")
         if self.head not in HEADS:
             raise InputError(f"recipe: unknown head {self.head!r}; choose one of: {', '.join(HEADS)}.")
+        if self.augmentation not in AUGMENTATIONS:
+            names = ", ".join(AUGMENTATIONS)
+            raise InputError(f"recipe: unknown augmentation {self.augmentation!r}; choose one of: {names}.")
         for name in self.joint_weightings:
             if name not in WEIGHTINGS:
                 raise InputError(f"recipe: unknown loss weighting {name!r}; choose among: {', '.join(WEIGHTINGS)}.")
@@ -142,7 +154,7 @@ class Recipe:
         """
         values: dict[str, Any] = {}
         for name, value in data.items():
-            trains = isinstance(value, Mapping) and name != "head_settings"
+            trains = isinstance(getattr(cls, name, None), TrainSettings)
             values[name] = TrainSettings(**value) if trains else tuple(value) if isinstance(value, list) else value
         return cls(**values)
 

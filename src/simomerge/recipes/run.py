@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.devices import mixed_precision
 from simomerge.errors import InputError
+from simomerge.evaluation import delta_mtl
 from simomerge.model import load
 from simomerge.progress import Progress, silent
 from simomerge.recipes.graph import Run
@@ -60,6 +62,36 @@ def run_recipe(
     return {**results, "gallery": gallery(plan, run, test)}
 
 
+def held_out_delta(
+    recipe: Recipe,
+    row: str,
+    images: int,
+    base: str | Path,
+    folder: Path,
+    pool: WorkerPool,
+    dataset: str = "rooms",
+    data_options: Mapping[str, Any] | None = None,
+) -> list[float]:
+    """Delta_MTL of one row, in percent per seed, on the last ``images`` of the validation images.
+
+    Only what the row needs is done. These images are no part of D_val here, and the test split is not looked at.
+    """
+    kept = replace(recipe, val_images=recipe.val_images - images)
+    held = {"split": "val", "count": images, "skip": kept.val_images}
+    plan, run = _planned(kept, base, folder.resolve(), dataset, data_options or {}, held)
+    tasks = _check_data(plan, kept).tasks
+    scores = [plan.scores[seed, row] for seed in kept.seeds]
+    run.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
+    return [
+        delta_mtl(
+            run.log(stage)["scores"],
+            {task: run.log(expert)["scores"][task] for task, expert in plan.expert_scores[seed].items()},
+            tasks,
+        )
+        for seed, stage in zip(kept.seeds, scores, strict=True)
+    ]
+
+
 def plan_of(
     recipe: Recipe, base: str | Path, folder: str | Path, dataset: str, data_options: Mapping[str, Any]
 ) -> list[tuple[str, bool]]:
@@ -69,13 +101,20 @@ def plan_of(
 
 
 def _planned(
-    recipe: Recipe, base: str | Path, folder: Path, dataset: str, data_options: Mapping[str, Any]
+    recipe: Recipe,
+    base: str | Path,
+    folder: Path,
+    dataset: str,
+    data_options: Mapping[str, Any],
+    test: Mapping[str, Any] | None = None,
 ) -> tuple[Plan, Run]:
+    """Plan and run; ``test`` is what scores are taken on in place of the test split."""
     base = Path(base).resolve() if Path(base).exists() else base  # else a hub id
     counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
     splits: dict[str, dict[str, Any]] = {
         split: {"spec": dataset, "split": split, "count": count, **data_options} for split, count in counts.items()
     }
+    splits["test"] |= test or {}
     fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
     salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
     if dataset != "rooms":  # whose name says all: files may have changed
@@ -90,5 +129,5 @@ def _check_data(plan: Plan, recipe: Recipe) -> DenseDataset:
         try:
             chosen[split] = load_data(**data).select(list(recipe.tasks))
         except InputError as error:
-            raise InputError(f"{data['spec']}, split {split!r}: {error}") from error
+            raise InputError(f"{data['spec']}, split {data['split']!r}: {error}") from error
     return chosen["test"]

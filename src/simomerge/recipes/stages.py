@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from simomerge.assemble import merge, search_scale
@@ -104,6 +105,7 @@ def tune(
     settings: dict[str, Any],
     label: str,
     weighting: str = "equal",
+    augmentation: str = "flip",
     progress: Progress = silent,
 ) -> None:
     """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
@@ -122,10 +124,12 @@ def tune(
         label,
         progress,
         weighting=weighting,
+        augmentation=augmentation,
     )
+    how = {"weighting": weighting, "augmentation": augmentation}
     model.provenance = {
         "base": {"source": base_name, "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", **settings, "weighting": weighting, "images": train["count"]},
+        "training": {"method": "lp-ft", **settings, **how, "images": train["count"]},
     }
     _finish(output, asdict(log), model, trained_parameters=trainable_parameters(model))
 
@@ -145,9 +149,10 @@ def merged(
     validation: Data,
     baseline: dict[str, str],
     label: str,
+    parameters: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> None:
-    """Experts merged into one model; a method with a scale gets the best one on the validation split."""
+    """Experts merged into one model; a scale that is not given is the best one on the validation split."""
     began = time.monotonic()
     foundation = load(base)
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
@@ -155,10 +160,12 @@ def merged(
     def relabelled(_label: str, done: int, total: int, note: str = "") -> None:
         progress(label, done, total, note)
 
-    if "scale" in available()[method].__dataclass_fields__:
+    if "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters:
         data = load_data(**validation).select(list(experts))
         scores = {task: read_log(Path(folder))["scores"][task] for task, folder in baseline.items()}
-        search = search_scale(foundation, models, method, data, baseline=scores, align=False, progress=relabelled)
+        search = search_scale(
+            foundation, models, method, data, baseline=scores, align=False, progress=relabelled, **parameters
+        )
         model = search.model
         found = {
             "scale": search.scale,
@@ -170,7 +177,9 @@ def merged(
             "labelled_images": len(data),
         }
     else:
-        model, found = merge(foundation, models, method), {"labelled_images": 0}
+        model, found = merge(foundation, models, method, **parameters), {"labelled_images": 0}
+        if isinstance(parameters.get("scale"), float):
+            found["scale"] = parameters["scale"]
     _finish(output, {"seconds": time.monotonic() - began, **found}, model)
 
 
@@ -181,6 +190,7 @@ def merged_without_labels(
     method: str,
     images: Data,
     label: str,
+    parameters: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> None:
     """Experts merged with the scale that can be folded best, or, with the method "auto", whatever can be."""
@@ -199,6 +209,7 @@ def merged_without_labels(
         images=source,
         count=len(source),
         progress=relabelled,
+        **parameters,
     )
     chosen = model.provenance["merge"]
     log = {

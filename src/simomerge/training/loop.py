@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simomerge.checkpoints import atomic_write_bytes
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
 from simomerge.devices import mixed_precision
-from simomerge.errors import InputError
+from simomerge.errors import DivergedError, InputError
 from simomerge.progress import Progress, silent
 from simomerge.training.weighting import Weighting, combined
 
@@ -106,7 +106,7 @@ def fit(
         Steps, samples, seconds (of all attempts together) and validation losses.
 
     Raises:
-        InputError: the loss is not finite (lower the learning rate).
+        DivergedError: the loss is not finite (lower the learning rate).
     """
     if weighting is not None:
         module.add_module(_WEIGHTING, weighting)  # so that it is trained, and saved with the state
@@ -312,7 +312,9 @@ def _is_flat(settings: TrainSettings, log: TrainLog) -> bool:
 def _check_finite(log: TrainLog, label: str) -> None:
     for name, value in log.losses.items():
         if value != value or abs(value) == float("inf"):
-            raise InputError(f"{label}: the loss of {name!r} is {value} at step {log.steps}; lower the learning rate.")
+            raise DivergedError(
+                f"{label}: the loss of {name!r} is {value} at step {log.steps}; lower the learning rate."
+            )
 
 
 def _note(log: TrainLog) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simomerge.datasets import random_flip
+from simomerge.datasets.augment import augmentation as make_augmentation
 from simomerge.encoders import Encoder
 from simomerge.heads import head_for
 from simomerge.model import SimoModel
@@ -92,13 +92,19 @@ def finetune(
     losses: ModelLosses = image_losses,
     checkpointing: bool = False,
     weighting: str = "equal",
+    augmentation: str = "flip",
 ) -> TrainLog:
     """Train whatever of a model requires a gradient, on augmented images, in place.
 
     Args:
         checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
         weighting: of the tasks' losses, a key of `simomerge.training.WEIGHTINGS`.
+        augmentation: a key of `simomerge.datasets.augment.AUGMENTATIONS`.
+
+    Raises:
+        InputError: an unknown weighting or augmentation, or what `fit` raises.
     """
+    transform = make_augmentation(augmentation, model.tasks)
     epoch = max(1, len(train) // settings.batch_size)
     weighs = None if weighting == "equal" else make_weighting(weighting, len(model.tasks), settings.seed, epoch)
     model.encoder.checkpoint_gradients(checkpointing)
@@ -109,7 +115,7 @@ def finetune(
             train,
             settings,
             validation,
-            transform=partial(random_flip, model.tasks),
+            transform=transform,
             state_file=state_file,
             label=label or "+".join(model.tasks),
             progress=progress,
@@ -130,6 +136,7 @@ def lpft(
     cache_budget: int | None = None,
     checkpointing: bool = False,
     weighting: str = "equal",
+    augmentation: str = "flip",
 ) -> dict[str, TrainLog]:
     """Both phases, in place.
 
@@ -141,7 +148,7 @@ def lpft(
         work_folder: where features and the state of a killed run are kept, of this very training and no other;
             a temporary folder by default.
         cache_budget: bytes that the features of the first phase may take; see `cache_features`.
-        checkpointing, weighting: of the second phase; see `finetune`.
+        checkpointing, weighting, augmentation: of the second phase; see `finetune`.
 
     Returns:
         The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
@@ -169,6 +176,7 @@ def lpft(
             progress=progress,
             checkpointing=checkpointing,
             weighting=weighting,
+            augmentation=augmentation,
         )
         return logs
 

@@ -1,0 +1,144 @@
+"""A search for the values of a recipe that make one of its rows best, by Optuna.
+
+Trials share a run folder, so that what they have in common, such as the experts, is done once; many machines can work
+on one study through a storage that all of them reach.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from simomerge.assets import resolve_source
+from simomerge.checkpoints import atomic_write_text
+from simomerge.errors import DivergedError, InputError
+from simomerge.progress import Progress, silent
+from simomerge.recipes.file import RecipeFile, read_recipe
+from simomerge.recipes.plan import joint_row
+from simomerge.recipes.run import held_out_delta
+from simomerge.recipes.space import SearchSettings, suggest
+from simomerge.training import WorkerPool
+
+
+def search_recipe(
+    path: str | Path,
+    folder: str | Path,
+    changes: Sequence[str] = (),
+    storage: str | None = None,
+    seed: int | None = None,
+    workers: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Search what the recipe's ``search`` names (`SearchSettings`) until the study has all its trials.
+
+    Learning rates are best searched on a logarithm, as the paper does. A study that exists goes on.
+
+    Args:
+        path, changes: as `read_recipe` takes them.
+        folder: of the stages, and of ``search.json``: all trials, the best first.
+        storage: of the study: an Optuna URL, such as ``postgresql://...``, or a file, also on a disk that several
+            machines share; by default ``search.log`` in the folder.
+        seed: of the sampler; machines that share a study leave it out, or take one each.
+        workers: processes side by side within a trial.
+
+    Returns:
+        What ``search.json`` holds: row, images, and trials with number, state, values, Delta_MTL and its per_seed.
+
+    Raises:
+        InputError: no optuna, a recipe without a search or with an impossible one, or no trial that came to an end.
+    """
+    optuna = _optuna()
+    said = read_recipe(path, changes)
+    search = said.search
+    _check(path, changes, said)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=_storage(storage or str(folder / "search.log")),
+        study_name=f"{Path(path).stem} {search.row}",
+        load_if_exists=True,
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+    )
+    base = resolve_source(said.base)
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+
+    def objective(trial: Any) -> float:
+        recipe = read_recipe(path, changes, suggest(trial, search.space)).recipe
+        try:
+            found = held_out_delta(recipe, search.row, search.images, base, folder, pool, said.data, said.data_options)
+        except DivergedError as error:  # a value that is too high is what a search is to find out
+            raise optuna.TrialPruned(str(error)) from error
+        trial.set_user_attr("per_seed", found)
+        return sum(found) / len(found)
+
+    def report(study: Any, _trial: Any) -> None:
+        done = len(study.get_trials(deepcopy=False, states=finished))
+        results = _results(study, search)
+        atomic_write_text(folder / "search.json", json.dumps(results, indent=2) + "\n")
+        best = results["trials"][0]["delta_mtl"]
+        progress("search", min(done, search.trials), search.trials, "" if best is None else f"best {best:+.2f} %")
+
+    with WorkerPool(workers, progress) as pool:
+        if len(study.get_trials(deepcopy=False, states=finished)) < search.trials:
+            limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
+            study.optimize(objective, callbacks=[report, limit])
+    results = _results(study, search)
+    if results["trials"][0]["delta_mtl"] is None:
+        raise InputError(
+            f"{path}: none of {len(results['trials'])} trials came to an end; search lower learning rates."
+        )
+    return results
+
+
+def _results(study: Any, search: SearchSettings) -> dict[str, Any]:
+    trials = [
+        {
+            "number": trial.number,
+            "state": trial.state.name.lower(),
+            "values": trial.params,
+            "delta_mtl": trial.value,
+            "per_seed": trial.user_attrs.get("per_seed"),
+        }
+        for trial in study.get_trials(deepcopy=False)
+    ]
+    trials.sort(key=lambda trial: (trial["delta_mtl"] is None, -(trial["delta_mtl"] or 0.0), trial["number"]))
+    return {"format": 1, "row": search.row, "images": search.images, "trials": trials}
+
+
+def _check(path: str | Path, changes: Sequence[str], said: RecipeFile) -> None:
+    """What cannot be is told before any trial."""
+    search, recipe = said.search, said.recipe
+    if not search.space or not search.row:
+        raise InputError(f"{path}: nothing to search; give search: {{row, images, space}} (docs/recipes.md).")
+    rows = [*map(joint_row, recipe.joint_weightings), *recipe.merges, *recipe.realigned]
+    if search.row not in rows:
+        raise InputError(f"{path}: search.row {search.row!r} is no row of the recipe; it has {', '.join(rows)}.")
+    if not 1 <= search.images < recipe.val_images:
+        raise InputError(
+            f"{path}: search.images is {search.images}; give how many of the {recipe.val_images} val_images judge,"
+            " such as a quarter."
+        )
+    for limit in ("low", "high"):
+        ends = {key: given["choices"][0] if "choices" in given else given[limit] for key, given in search.space.items()}
+        read_recipe(path, changes, ends)
+
+
+def _storage(place: str) -> Any:
+    if "://" in place:
+        return place
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(place))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise InputError('a search needs Optuna: pip install "simomerge[search]".') from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

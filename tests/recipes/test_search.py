@@ -1,0 +1,182 @@
+"""A search: what it varies, what judges, that it goes on, and that it never looks at the test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simomerge.cli import cli
+from simomerge.datasets import load_data
+from simomerge.errors import DivergedError, InputError
+from simomerge.evaluation import delta_mtl, evaluate
+from simomerge.model import load
+from simomerge.recipes import SearchSettings, read_recipe, search, search_recipe
+from simomerge.recipes.space import suggest
+from simomerge.training import WorkerPool
+
+RECIPE = """
+base: {base}
+tasks: [depth, normals]
+train_images: 8
+val_images: 10
+test_images: 4
+probe: {{steps: 2, batch_size: 4}}
+tune: {{steps: 2, batch_size: 4}}
+joint: {{steps: 2, batch_size: 4}}
+heads: {{steps: 2, batch_size: 4}}
+merges: [average, ties]
+realigned: [average+heads]
+search:
+  row: average+heads
+  images: 4
+  trials: 3
+  space:
+    heads.lr: {{low: 1e-5, high: 1e-2, log: true}}
+    heads.steps: {{low: 1, high: 3}}
+"""
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "mine.yaml"
+    file.write_text(RECIPE.format(base=tiny_base))
+    return file
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The recipes that trials ask for, as plain data; their Delta_MTL is 10 times heads.lr, without any training."""
+    found: list[dict[str, Any]] = []
+
+    def fake(recipe: Any, *_: Any, **__: Any) -> list[float]:
+        found.append(recipe.to_dict())
+        return [10 * recipe.heads.lr] * len(recipe.seeds)
+
+    monkeypatch.setattr(search, "held_out_delta", fake)
+    yield found
+
+
+def test_a_row_is_judged_on_validation_images_that_realign_nothing(recipe: Path, tmp_path: Path) -> None:
+    found = search_recipe(recipe, tmp_path / "out", seed=0, workers=1)
+    assert found == json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 3 and found["row"] == "average+heads"
+    values = [trial["delta_mtl"] for trial in found["trials"]]
+    assert values == sorted(values, reverse=True)
+    best = found["trials"][0]
+
+    stages = tmp_path / "out" / "stages"
+    assert not list(stages.glob("score-*test*")) and len(list(stages.glob("expert-depth-*"))) == 1
+    experts = {task: load(next(stages.glob(f"expert-{task}-*")) / "model") for task in ("depth", "normals")}
+    judges = load_data("rooms", "val", 4, ("depth", "normals"), skip=6)
+    baseline = {task: evaluate(expert, judges)[task] for task, expert in experts.items()}
+    deltas = {}
+    for folder in stages.glob("average+heads-*"):
+        model = load(folder / "model")
+        assert model.provenance["realign"]["labelled_images"] == 6
+        settings = model.provenance["realign"]
+        deltas[settings["lr"], settings["steps"] // 2] = delta_mtl(evaluate(model, judges), baseline, model.tasks)
+    assert deltas[best["values"]["heads.lr"], best["values"]["heads.steps"]] == pytest.approx(best["delta_mtl"])
+    assert max(deltas.values()) == pytest.approx(best["delta_mtl"])
+
+
+def test_a_study_goes_on_until_it_has_its_trials(recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    search_recipe(recipe, tmp_path / "a", workers=1)
+    assert len(asked) == 3
+    search_recipe(recipe, tmp_path / "a", workers=1)
+    assert len(asked) == 3
+    search_recipe(recipe, tmp_path / "a", ["search.trials=5"], workers=1)
+    assert len(asked) == 5
+    # Another machine: a folder of its own, the same storage.
+    found = search_recipe(
+        recipe, tmp_path / "b", ["search.trials=6"], storage=str(tmp_path / "a" / "search.log"), workers=1
+    )
+    assert len(asked) == 6 and len(found["trials"]) == 6
+    assert found["trials"][0]["delta_mtl"] == 10 * max(each["heads"]["lr"] for each in asked)
+    assert all(1e-5 <= each["heads"]["lr"] <= 1e-2 and each["heads"]["steps"] in (1, 2, 3) for each in asked)
+
+
+def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sometimes(recipe: Any, *_: Any, **__: Any) -> list[float]:
+        if recipe.heads.steps > 1:
+            raise DivergedError("heads: the loss is nan")
+        return [-1.0]
+
+    monkeypatch.setattr(search, "held_out_delta", sometimes)
+    changes = ["search.trials=8", "search.space.heads.steps={choices: [1, 2]}"]
+    found = search_recipe(recipe, tmp_path / "a", changes, seed=0, workers=1)
+    assert {trial["state"] for trial in found["trials"]} == {"complete", "pruned"}
+    assert found["trials"][0]["delta_mtl"] == -1.0 and found["trials"][-1]["delta_mtl"] is None
+    with pytest.raises(InputError, match="none of 2 trials came to an end"):
+        search_recipe(recipe, tmp_path / "b", ["search.trials=2", "search.space.heads.steps={choices: [2]}"], workers=1)
+
+    def broken(*_: Any, **__: Any) -> list[float]:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(search, "held_out_delta", broken)
+    with pytest.raises(InputError, match="the disk is full"):
+        search_recipe(recipe, tmp_path / "c", workers=1)
+
+
+def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path: Path) -> None:
+    said = read_recipe(recipe, values={"merge_settings.ties.density": 0.3, "merge_settings.ties.scale": 0.5}).recipe
+    assert said.merge_settings == {"ties": {"density": 0.3, "scale": 0.5}}
+    with WorkerPool(1) as pool:
+        search.held_out_delta(said, "ties", 4, read_recipe(recipe).base, tmp_path / "run", pool)
+    (merged,) = (tmp_path / "run" / "stages").glob("ties-seed-0-*")
+    assert json.loads((merged / "log.json").read_text())["labelled_images"] == 0  # the scale was given
+    record = load(merged / "model").provenance["merge"]
+    assert (record["method"], record["density"], record["scale"]) == ("ties", 0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["search.row=ties+heads"], "'ties\\+heads' is no row of the recipe; it has joint-mtl, average, ties"),
+        (["search.images=10"], "search.images is 10; give how many of the 10 val_images judge"),
+        (["search.space={}"], "nothing to search"),
+        (["search.space.head.lr={low: 1, high: 2}"], "'head' is no mapping|head is \\{"),
+        (["search.space.heads.lrr={low: 1, high: 2}"], "unknown key 'lrr' \\(did you mean 'lr'"),
+        (["search.space.merge_settings.ties.density={low: 0.5, high: 1.5}"], "density"),
+        (["search.space.rank={low: 8, high: 4}"], "'rank' goes from 8 to 4; give low < high"),
+        (["search.space.rank={low: 0, high: 4, log: true}"], "true only where low is above 0"),
+        (["search.space.rank={min: 0}"], "unknown key 'min'"),
+        (["search.space.rank=3"], "'rank' is 3; give"),
+        (["search.space.head={choices: []}"], "needs a list of choices"),
+        (["search.trials=0"], "trials=0; use at least 1"),
+    ],
+)
+def test_what_cannot_be_searched_is_told_before_any_trial(
+    recipe: Path, tmp_path: Path, asked: list[dict[str, Any]], changes: list[str], message: str
+) -> None:
+    # A dot in a key of the space is part of that key.
+    with pytest.raises(InputError, match=message):
+        search_recipe(recipe, tmp_path / "out", changes, workers=1)
+    assert asked == [] and not (tmp_path / "out").exists()
+
+
+def test_values_are_drawn_within_their_ranges() -> None:
+    space = SearchSettings("r", 1, 1, {"a": {"low": "1e-4", "high": 1}, "b": {"low": 2, "high": 8}}).space
+
+    class Trial:
+        def suggest_float(self, key: str, low: float, high: float, log: bool) -> Any:
+            return ("float", key, low, high, log)
+
+        def suggest_int(self, key: str, low: int, high: int, log: bool) -> Any:
+            return ("int", key, low, high, log)
+
+    assert suggest(Trial(), space) == {"a": ("float", "a", 1e-4, 1, False), "b": ("int", "b", 2, 8, False)}
+
+
+def test_the_command_says_the_best_and_how_to_run_it(
+    recipe: Path, tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["search", str(recipe), "-o", str(tmp_path / "out"), "--workers", "1"], standalone_mode=False)
+    out = capsys.readouterr().out
+    best = json.loads((tmp_path / "out" / "search.json").read_text())["trials"][0]["values"]
+    assert f"simomerge run {recipe} --set heads.lr={json.dumps(best['heads.lr'])}" in out and "3 trials" in out
