@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.errors import InputError
@@ -36,12 +37,13 @@ def read_image(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
 
 
-def to_tensor(image: Any) -> Tensor:
+def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
     """A path, PIL image, array or tensor as float32 (1, 3, H, W) in [0, 1].
 
     Args:
         image: a path; a PIL image; a uint8 (0..255) or float (0..1) array of (H, W), (H, W, 3) or (H, W, 4);
             or a tensor of (3, H, W) or (1, 3, H, W), uint8 or float in [0, 1].
+        size: (height, width) to make it; as it is by default.
 
     Raises:
         InputError: another shape, dtype or range, or far too many pixels.
@@ -68,14 +70,21 @@ def to_tensor(image: Any) -> Tensor:
             raise InputError(f"image tensor of shape {tuple(image.shape)}; give (3, H, W) or (1, 3, H, W).")
     _check_size("image", *tensor.shape[-2:])
     if tensor.dtype == torch.uint8:
-        return tensor.float() / 255
+        return resized(tensor, size).float() / 255  # of bytes that takes a thirtieth of the time
     if not tensor.is_floating_point():
         raise InputError(f"image of dtype {tensor.dtype}; give uint8 in 0..255 or floats in [0, 1].")
     tensor = tensor.float()
     low, high = tensor.aminmax()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise InputError(f"image values from {low:.3g} to {high:.3g}; give floats in [0, 1] or uint8 in 0..255.")
-    return tensor
+    return resized(tensor, size)
+
+
+def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images (B, 3, H, W) of this (height, width), bilinearly with antialiasing; in their dtype."""
+    if size is None or images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _as_rgb(image: Any) -> np.ndarray:

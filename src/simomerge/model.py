@@ -109,7 +109,7 @@ class SimoModel(nn.Module):
             return image
         shrink = (max_patches / patches) ** 0.5
         size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-        return F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)
+        return images.resized(image, size)
 
     def encoder_fingerprint(self) -> str:
         """sha256 of the encoder's weights, whatever their names, layout and storage width."""

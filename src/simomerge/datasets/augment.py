@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from simomerge.datasets.base import random_flip
-from simomerge.datasets.rows import resize_picture, resize_target
+from simomerge.datasets.rows import resize_target
 from simomerge.errors import InputError
+from simomerge.images import resized
 from simomerge.tasks import LOG_DEPTH_RANGE, Task
 
 SCALES = (1.0, 1.2, 1.5)
@@ -60,7 +61,7 @@ def scale_crop(
     (top, left), scale = corner, size[1] / width
     changed = {}
     for name, value in sample.items():
-        whole = resize_target(tasks[name], value, size) if name in tasks else resize_picture(value, size)
+        whole = resize_target(tasks[name], value, size) if name in tasks else resized(value[None], size)[0]
         cut = whole[..., top : top + height, left : left + width].clone()
         changed[name] = _scaled(tasks[name].kind, cut, scale) if name in tasks else cut
     return changed

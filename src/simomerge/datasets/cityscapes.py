@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -167,15 +167,26 @@ def read_parts(path: Path) -> np.ndarray:
     uids = read_array(path)
     if uids.ndim != 2 or uids.dtype.kind not in "ui":
         raise InputError(f"{path}: {uids.dtype} of shape {uids.shape}; give *_gtFinePanopticParts.tif.")
-    top = len(_CLASS_OF)
-    known = (uids >= 0) & (uids < top) | (uids >= 1000) & (uids < top * 1000) | (uids >= 100_000)
-    if not (known & (uids < top * 100_000)).all():
-        raise InputError(f"{path}: labels up to {uids.max()} are not all sid_iid_pid with a sid from 0 to {top - 1}.")
-    classes = np.zeros(uids.shape, np.uint8)
-    has_part = uids >= 100_000  # few pixels have: only they are decoded
-    sids, _, pids = decode_uids(uids[has_part])
-    classes[has_part] = _PART[sids, pids]
+    table = _part_of_uid()
+    known = int(uids.min(initial=0)) >= 0 and int(uids.max(initial=0)) < len(table)
+    classes = table[uids] if known else np.full(1, _NO_UID)
+    if (classes == _NO_UID).any():
+        top = len(_CLASS_OF) - 1
+        raise InputError(f"{path}: labels up to {uids.max()} are not all sid_iid_pid with a sid from 0 to {top}.")
     return classes
+
+
+_NO_UID = 255
+
+
+@cache
+def _part_of_uid() -> np.ndarray:
+    """Class of `PARTS` of every label of Panoptic Parts, `_NO_UID` for what is none."""
+    top = len(_CLASS_OF)
+    sids, _, pids = decode_uids(np.arange(top * 100_000))
+    table = np.where(pids >= 0, _PART[sids.clip(max=top - 1), pids], np.uint8(0))
+    table[top:1000] = table[top * 1000 : 100_000] = _NO_UID
+    return table.astype(np.uint8)
 
 
 def decode_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

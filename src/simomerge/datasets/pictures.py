@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.datasets.base import DenseDataset
@@ -37,10 +36,7 @@ class Pictures(DenseDataset):
         self.size = size
 
     def image(self, index: int) -> Tensor:
-        image = to_tensor(self.sources[index])
-        if self.size is not None and image.shape[-2:] != self.size:
-            image = F.interpolate(image, self.size, mode="bilinear", antialias=True, align_corners=False)
-        return image[0]
+        return to_tensor(self.sources[index], self.size)[0]
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return {}

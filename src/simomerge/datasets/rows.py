@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.hdf5 import Frame
 from simomerge.errors import InputError
-from simomerge.images import read_image, to_tensor
+from simomerge.images import read_image, resized, to_tensor
 from simomerge.tasks import IGNORE_LABEL, Task
 
 Source = Path | Frame
@@ -226,8 +225,13 @@ class Rows(DenseDataset):
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = super().__getitem__(index)
-        size = tuple(sample["image"].shape[-2:])
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        image = self.image(index)
+        sample = {"image": image}
+        for name in self.tasks:  # a target that is the image itself is not read again
+            sample[name] = image.clone() if self._is_image(name, index) else self._target(name, index)
+        size = tuple(image.shape[-2:])
         for name in self.tasks:
             height, width = sample[name].shape[-2:]
             if (height, width) != size:
@@ -241,13 +245,12 @@ class Rows(DenseDataset):
         source = self.rows[index].image
         array = self.manifest.image(source)
         try:
-            image = to_tensor(array)[0]
+            image = to_tensor(array, self.size)[0]
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         if self.size is None:
             self._check_size(index, image)
-            return image
-        return resize_picture(image, self.size)
+        return image
 
     def _check_size(self, index: int, image: Tensor) -> None:
         """Batches are of one size."""
@@ -262,10 +265,18 @@ class Rows(DenseDataset):
             )
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        return {name: self._target(name, self.rows[index]) for name in tasks}
+        return {name: self._target(name, index) for name in tasks}
 
-    def _target(self, name: str, row: Row) -> Tensor:
-        target = self.manifest.stored[name].read(row.targets[name], self.size)
+    def _is_image(self, name: str, index: int) -> bool:
+        """Whether a target is the very image: an autoencoder is to give what the encoder was given."""
+        stored, row = self.manifest.stored[name], self.rows[index]
+        plain = stored.scale is None and not stored.ignore
+        return stored.task.kind == "autoencoder" and plain and row.targets[name] == row.image
+
+    def _target(self, name: str, index: int) -> Tensor:
+        if self._is_image(name, index):
+            return self.image(index)
+        target = self.manifest.stored[name].read(self.rows[index].targets[name], self.size)
         return target if self.size is None else resize_target(self.tasks[name], target, self.size)
 
 
@@ -275,7 +286,7 @@ def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
     if target.shape[-2:] == size:
         return target
     if task.kind == "autoencoder":
-        return resize_picture(target, size)
+        return resized(target[None], size)[0]
     rows, columns = map(torch.from_numpy, _nearest(target.shape[-2:], size))
     return target[..., rows[:, None], columns]
 
@@ -287,10 +298,3 @@ def _nearest(old: Sequence[int], new: Sequence[int]) -> tuple[np.ndarray, np.nda
         for there, wanted in zip(old, new, strict=True)
     )
     return rows, columns
-
-
-def resize_picture(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """An image (3, H, W) in another size, bilinearly with antialiasing."""
-    if image.shape[-2:] == size:
-        return image
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]

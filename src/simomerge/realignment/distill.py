@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from simomerge.datasets.pictures import as_images, readable
 from simomerge.devices import autocast
 from simomerge.errors import InputError
 from simomerge.heads.projections import is_foldable
+from simomerge.images import resized
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment.experts import evaluating, matching_experts, observe
@@ -57,7 +57,8 @@ class TeacherPredictions(DenseDataset):
         self.images = images
         self.folder = folder
         self._logits: dict[str, np.ndarray] = {}
-        self.size = tuple(next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:])
+        height, width = next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:]
+        self.size = (int(height), int(width))
         if not (folder / "done").exists():
             _write_predictions(images, self.size, experts, folder, progress)
 
@@ -66,10 +67,7 @@ class TeacherPredictions(DenseDataset):
 
     def image(self, index: int) -> Tensor:
         image: Tensor = self.images.image(index)
-        if tuple(image.shape[-2:]) == self.size:
-            return image
-        # As the experts saw it: an image of very many patches was made smaller.
-        return F.interpolate(image[None], self.size, mode="bilinear", antialias=True, align_corners=False)[0]
+        return resized(image[None], self.size)[0]  # an image of very many patches was made smaller for the experts
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         found = {}
