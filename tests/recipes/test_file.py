@@ -129,6 +129,7 @@ adapters: {steps: 0}
         ("merge_settings: {dare: {density: 0.2}}\n", [], "merge_settings of 'dare', which is none of its merges"),
         ("augmentation: paper\n", [], "unknown augmentation 'paper'; choose one of: none, flip, scale-crop-flip"),
         ("tune: {steps: 3, epochs: 2}\n", [], "tune: give steps or epochs, not both"),
+        ("tune: {epoch: 3}\n", [], "tune: unknown key 'epoch' \\(did you mean 'epochs'"),
         ("tune: {epochs: some}\n", [], "tune.epochs is 'some'; give a number above 0"),
         ("gallery: {}\ntune: {epochs: 1, batch_size: 0}\n", [], "batch_size=0"),
         ("a: [\n", [], "not YAML"),

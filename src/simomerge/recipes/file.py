@@ -14,6 +14,7 @@ from typing import Any
 from simomerge.errors import InputError
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.space import SearchSettings
+from simomerge.training import TrainSettings
 from simomerge.userfiles import nearest, read_yaml
 
 
@@ -169,7 +170,8 @@ def _fields_of(kind: Any, given: Any, place: str, errors: list[str], default: An
     before = len(errors)
     for key, value in given.items():
         if key not in hints:
-            errors.append(f"{place}: unknown key {key!r}{_near(str(key), hints)}")
+            epochs = ["epochs"] if kind is TrainSettings else []  # which became steps before this
+            errors.append(f"{place}: unknown key {key!r}{_near(str(key), [*hints, *epochs])}")
         else:
             values[key] = _value(hints[key], value, f"{place}.{key}", errors)
     if len(errors) > before:
