@@ -1,8 +1,6 @@
-"""The tables of docs/benchmarks.md, from runs that are there:
+"""The tables of docs/benchmarks.md, from runs that are there (recipes/rooms-full.yaml says which):
 
-simomerge demo --seeds 3 -o runs/rooms-linear
-simomerge demo --tasks all --head dpt --full --seeds 3 -o runs/rooms-dpt
-python benchmarks/tables.py runs/rooms-linear runs/rooms-dpt
+python benchmarks/tables.py runs/rooms-full runs/rooms-linear
 """
 
 from __future__ import annotations

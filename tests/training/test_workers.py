@@ -85,6 +85,11 @@ def test_a_job_starts_when_those_it_waits_for_are_done(workers: int) -> None:
     assert [line[0] for line in lines] == [f"square {n}" for n in ((0, 1, 2, 3) if workers == 1 else (1, 0, 2, 3))]
 
 
+def test_jobs_that_wait_for_each_other_are_an_error(pool: WorkerPool) -> None:
+    with pytest.raises(ValueError, match="wait for each other"):
+        pool.run([(jobs.square, {"number": 1}), (jobs.square, {"number": 2})], after=[[1], [0]])
+
+
 def test_no_jobs_give_no_results(pool: WorkerPool) -> None:
     assert pool.run([]) == []
 

@@ -78,6 +78,7 @@ class WorkerPool:
 
         Raises:
             InputError: a worker was killed, most often for want of memory.
+            ValueError: jobs that wait for each other.
         """
         if self._pool is None:
             return [function(**arguments, progress=self.progress) for function, arguments in jobs]
@@ -91,6 +92,8 @@ class WorkerPool:
                 for index in ready[: self.workers - len(running)]:
                     function, arguments = jobs[index]
                     running[self._pool.submit(_run_job, function, dict(arguments))] = index
+                if not running:
+                    raise ValueError(f"jobs {idle} wait for each other.")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     results[running.pop(future)] = future.result()
         except BrokenProcessPool as error:
