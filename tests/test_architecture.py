@@ -29,7 +29,7 @@ LAYERS = [
     {"assets", "checkpoints"},
     {"merging"},
     {"ondisk"},
-    {"tasks", "devices", "images"},
+    {"tasks", "devices", "distributed", "images"},
     {"encoders"},
     {"heads"},
     {"model"},

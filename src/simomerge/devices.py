@@ -36,13 +36,3 @@ def mixed_precision(device: torch.device | str | None = None) -> str:
 def autocast(device: torch.device | str) -> torch.autocast:
     """The mixed precision that training uses on a device, for inference."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")
-
-
-def join_processes() -> int:
-    """Under torchrun, meet the other processes; this one's rank, 0 where there is but one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return 0
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return int(state.process_index)

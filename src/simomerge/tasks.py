@@ -220,6 +220,16 @@ class Task:
         """Training loss: a float32 scalar. Shapes as in `KINDS`."""
         return self.behaviour.loss(logits, target)
 
+    def valid(self, target: Tensor) -> Tensor:
+        """Where a target counts, in losses and metrics: bool, of its shape, but (B, H, W) for normals."""
+        if self.kind == "segmentation":
+            return target != IGNORE_LABEL
+        if self.kind == "normals":
+            return target.square().sum(1) > 0
+        if self.kind == "edges":
+            return target >= 0
+        return target > 0 if self.kind in ("depth", "disparity") else torch.isfinite(target)
+
     def distance(self, logits: Tensor, teacher: Tensor) -> Tensor:
         """How far predictions are from another model's: a float32 scalar, 0 where they agree. Both (B, C, H, W)."""
         return self.behaviour.distance(logits, teacher)

@@ -6,7 +6,6 @@ such entropy, but they have their experts. Predictions are matched, not features
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from simomerge import distributed
 from simomerge.assemble.parts import check_experts, with_merged_encoder
 from simomerge.datasets import random_flip
 from simomerge.datasets.pictures import as_images, readable
@@ -70,7 +70,7 @@ def learn_coefficients(
     method = TaskArithmetic(scale=dict(start) if isinstance(start, Mapping) else start)
     model = with_merged_encoder(base, experts, method)
     seen = list(see(model, experts, source, progress=progress))
-    with tempfile.TemporaryDirectory() as temporary:
+    with distributed.temporary_folder() as temporary:
         taught = TeacherPredictions(source, experts, Path(temporary) / "predictions", progress)
         for turn in range(rounds):
             folded = fold_heads(model, seen)[0]

@@ -28,8 +28,10 @@ def command(
     what is there.
     """
     from simomerge.assets import resolve_source
+    from simomerge.distributed import join_processes
     from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
 
+    join_processes()
     names = ALL_TASKS if tasks == "all" else tuple(tasks.split(","))
     recipe = demo_recipe(names, head, seeds, full)
     with console() as progress:

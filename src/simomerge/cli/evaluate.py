@@ -20,9 +20,11 @@ def command(model: str, experts: tuple[str, ...], data: str, split: str, count: 
     named = parse_pairs(experts)
     from simomerge.assemble import load_experts
     from simomerge.datasets import load_data
+    from simomerge.distributed import join_processes
     from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
     from simomerge.model import as_expert, load
 
+    join_processes()
     judged = load(model)
     strange = [task for task in named if task not in judged.tasks]
     if strange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from simomerge.errors import InputError
-from simomerge.progress import Console
+from simomerge.progress import Console, Progress, silent
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
@@ -91,9 +92,17 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} exists; choose another folder, or give --overwrite.")
 
 
+def is_first() -> bool:
+    """Under torchrun, whether this is the process that writes and speaks; asked before torch is there."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def console() -> Iterator[Console]:
+def console() -> Iterator[Progress]:
     """Progress on the terminal, closed however the work ends."""
+    if not is_first():
+        yield silent
+        return
     shown = Console()
     try:
         yield shown
@@ -103,7 +112,8 @@ def console() -> Iterator[Console]:
 
 def say(as_json: bool, data: dict[str, Any], *lines: str) -> None:
     """Print the result: lines for people, or JSON for machines."""
-    click.echo(json.dumps(data, indent=2) if as_json else "\n".join(lines))
+    if is_first():
+        click.echo(json.dumps(data, indent=2) if as_json else "\n".join(lines))
 
 
 def score_lines(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> list[str]:
@@ -122,6 +132,8 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
 
     from simomerge.report import text_table, write_report
 
+    if not is_first():
+        return
     report = write_report(folder / "report.html", results, results.pop("gallery"))
     say(
         as_json,

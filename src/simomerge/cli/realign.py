@@ -16,6 +16,7 @@ from simomerge.cli.options import (
     console,
     data_option,
     images_option,
+    is_first,
     json_option,
     output_option,
     overwrite_option,
@@ -109,11 +110,11 @@ def command(
     _check_given(method, named, images, labelled)
     _check_options(method, with_adapters, with_lora)
     from simomerge.assemble import load_experts
-    from simomerge.devices import join_processes
+    from simomerge.distributed import join_processes
     from simomerge.model import load
     from simomerge.realignment import realign
 
-    rank_here = join_processes()
+    join_processes()
     count = count or (64 if method == "fold" else 256)
     merged = load(model)
     given: dict[str, Any] = {}
@@ -130,9 +131,8 @@ def command(
     options |= _memory_options(method, last_blocks, cache_budget, gradient_checkpointing)
     with console() as progress:
         result = realign(merged, method=method, progress=progress, **given, **options)
-    if rank_here:  # under torchrun the first process writes what all have
-        return
-    result.save_pretrained(output, overwrite)
+    if is_first():  # under torchrun all have the same model
+        result.save_pretrained(output, overwrite)
     record = result.provenance["realign"]
     say(
         as_json,

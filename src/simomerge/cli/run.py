@@ -26,8 +26,10 @@ def command(
     may hold; those in recipes/ are to be copied.
     """
     from simomerge.assets import resolve_source
+    from simomerge.distributed import join_processes
     from simomerge.recipes import plan_of, read_recipe, run_recipe
 
+    join_processes()
     said = read_recipe(recipe, changes)
     folder = output or Path(said.output)
     base = resolve_source(said.base)

@@ -13,6 +13,7 @@ from simomerge.cli.options import (
     checkpointing_option,
     console,
     data_option,
+    is_first,
     json_option,
     output_option,
     overwrite_option,
@@ -75,6 +76,9 @@ def command(
 ) -> None:
     """LP-FT: heads on the frozen encoder first, then both together. A killed run goes on where it was."""
     check_output(output, overwrite)
+    from simomerge.distributed import join_processes
+
+    join_processes()
     import hashlib
     import json
     import shutil
@@ -122,8 +126,9 @@ def command(
             "augmentation": augmentation,
         },
     }
-    model.save_pretrained(output, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    if is_first():  # under torchrun all have the same model
+        model.save_pretrained(output, overwrite)
+        shutil.rmtree(work, ignore_errors=True)
     log = logs["tune"]
     say(
         as_json,

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from simomerge import distributed
+
 Sample = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator], Sample]
 
@@ -50,7 +52,8 @@ class _Steps:
                 epoch = step // per_epoch
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             first = (step % per_epoch) * self.batch_size
-            yield [(int(i), (self.seed, step, int(i))) for i in order[first : first + self.batch_size]]
+            batch = order[first : first + self.batch_size].tolist()
+            yield [(i, (self.seed, step, i)) for i in distributed.share(batch)]
 
 
 def training_batches(
@@ -63,6 +66,8 @@ def training_batches(
     loader_workers: int = 0,
 ) -> DataLoader[Sample]:
     """``steps - start`` shuffled batches; step k is the same whether the run began at 0 or at k.
+
+    Under torchrun each process gets its share of every batch.
 
     Args:
         dataset: map-style, of samples (dicts of tensors or of lists of tensors).
@@ -79,6 +84,17 @@ def training_batches(
     )
 
 
-def ordered_batches(dataset: Any, batch_size: int, loader_workers: int = 0) -> DataLoader[Sample]:
-    """Every sample once, in order; the last batch may be short."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=loader_workers, collate_fn=default_collate)
+def ordered_batches(dataset: Any, batch_size: int, loader_workers: int = 0, shared: bool = False) -> DataLoader[Sample]:
+    """Every sample once, in order; the last batch may be short.
+
+    Args:
+        shared: under torchrun, this process's share of the batches only.
+    """
+    places = list(range(len(dataset)))
+    batches = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
+    return DataLoader(
+        dataset,
+        batch_sampler=distributed.share(batches) if shared else batches,
+        num_workers=loader_workers,
+        collate_fn=default_collate,
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simomerge import distributed
 from simomerge.tasks import IGNORE_LABEL, Task, unit_vectors
 
 
@@ -38,7 +39,7 @@ class TaskMetrics(nn.Module):
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count a batch: activated predictions and targets as in `simomerge.tasks.KINDS`."""
-        valid = valid_pixels(self.task, target)
+        valid = self.task.valid(target)
         if not valid.any():
             return
         self._counted = True
@@ -51,8 +52,13 @@ class TaskMetrics(nn.Module):
                 self.metrics[name].update(values)
 
     def compute(self) -> dict[str, float]:
-        """Metrics of everything counted so far; percent where the unit says so, NaN where nothing was valid."""
-        if not self._counted:
+        """Metrics of everything counted so far, by all processes where there are several (torchmetrics adds them up).
+
+        Percent where the unit says so, NaN where nothing was valid.
+        """
+        counted = torch.tensor(float(self._counted))
+        distributed.add_up(counted)  # a process that saw nothing takes part all the same
+        if not counted:
             return dict.fromkeys(self.metrics.keys(), math.nan)
         percent = set(_FRACTIONS)
         if self.task.unit.startswith("%"):
@@ -89,17 +95,6 @@ def _metrics(task: Task) -> dict[str, Any]:
     names = {"normals": ("mean_angle", "within_11"), "depth": ("abs_err", "rel_err", "delta_1")}
     # Its default drops NaN values: a model that predicts NaN would be scored on the rest of its pixels.
     return {name: MeanMetric(nan_strategy=math.nan) for name in names.get(task.kind, ("abs_err",))}
-
-
-def valid_pixels(task: Task, target: Tensor) -> Tensor:
-    """Where a target counts: bool, of its shape, but (B, H, W) for normals."""
-    if task.kind == "segmentation":
-        return target != IGNORE_LABEL
-    if task.kind == "normals":
-        return target.square().sum(1) > 0
-    if task.kind == "edges":
-        return target >= 0
-    return target > 0 if task.kind in ("depth", "disparity") else torch.isfinite(target)
 
 
 def _errors(task: Task, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:

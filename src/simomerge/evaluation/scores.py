@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from simomerge import distributed
 from simomerge.datasets.batches import ordered_batches
 from simomerge.devices import autocast
 from simomerge.errors import InputError
@@ -28,6 +29,8 @@ def evaluate(
     model: SimoModel, dataset: Any, batch_size: int = 64, label: str = "evaluate", progress: Progress = silent
 ) -> Scores:
     """Metrics of every task that both the model and the dataset have.
+
+    Under torchrun each process takes its share of the batches, and all return the same scores.
 
     Args:
         model: any model, an expert or one with many heads.
@@ -61,13 +64,13 @@ def evaluate(
     training = model.training
     model.eval()
     done = 0
-    for batch in ordered_batches(dataset, batch_size):
+    for batch in ordered_batches(dataset, batch_size, shared=True):
         with autocast(device):
             logits = model.decode(model.encode(batch["image"].to(device)), shared)
         for name in shared:
             metrics[name].update(model.tasks[name].activate(logits[name].float()), batch[name].to(device))
-        done += len(batch["image"])
-        progress(label, done, len(dataset), "")
+        done += len(batch["image"]) * distributed.processes()
+        progress(label, min(done, len(dataset)), len(dataset), "")
     model.train(training)
     return {name: metric.compute() for name, metric in metrics.items()}
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simomerge import distributed
 from simomerge.encoders import Features
 from simomerge.heads.projections import Moments, Projection
 from simomerge.heads.resize import resize
@@ -127,7 +128,9 @@ class LinearHead(nn.Module):
         # The rows are the places: sums over them run along memory, for taps that lie channels last.
         rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps] + cls
         mean, variance = (torch.cat(values) for values in zip(*map(_mean_variance, rows), strict=True))
-        places = len(rows[0])
+        count = torch.tensor(float(len(rows[0])), dtype=torch.float64)
+        distributed.add_up(count)
+        places = int(count)
         if places < 2:
             raise ValueError("the batch norm of a linear head needs more than one place to train on; use more images.")
         with torch.no_grad():
@@ -139,7 +142,14 @@ class LinearHead(nn.Module):
 
 
 def _mean_variance(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each column of (N, C); a few rows at a time, for torch.var_mean takes ten times as long."""
-    mean = rows.mean(0)
+    """Mean and variance of each column of (N, C), of the rows of all processes where several share a batch.
+
+    A few rows at a time, for torch.var_mean takes ten times as long.
+    """
+    if distributed.processes() < 2:
+        count, mean = float(len(rows)), rows.mean(0)
+    else:
+        total = distributed.summed(torch.cat([rows.double().sum(0), rows.new_full((1,), len(rows)).double()]))
+        count, mean = float(total[-1]), (total[:-1] / total[-1]).to(rows)
     squares = torch.stack([(part - mean).square().sum(0) for part in rows.split(512)])
-    return mean, squares.sum(0) / len(rows)
+    return mean, distributed.summed(squares.sum(0)) / count

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from simomerge import distributed
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.devices import autocast
@@ -59,8 +59,9 @@ class TeacherPredictions(DenseDataset):
         self._logits: dict[str, np.ndarray] = {}
         height, width = next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:]
         self.size = (int(height), int(width))
-        if not (folder / "done").exists():
-            _write_predictions(images, self.size, experts, folder, progress)
+        with distributed.first_before_others():
+            if not (folder / "done").exists():
+                _write_predictions(images, self.size, experts, folder, progress)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_logits": {}}  # a memory map would cross to a worker with all its content
@@ -165,7 +166,7 @@ def realign_distill(
     source = readable(as_images(images, count), one_size=True)
     start = model if model.provenance.get("realign") else _folded(model, experts, source, variant, progress)
     result = copy.deepcopy(start)
-    with tempfile.TemporaryDirectory() as temporary:
+    with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         taught = TeacherPredictions(source, experts, work / "predictions", progress)
         if adapters:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simomerge import distributed
 from simomerge.checkpoints import check_same_encoder
 from simomerge.datasets.pictures import image_batches
 from simomerge.devices import autocast
@@ -63,7 +64,7 @@ def observe(
         images: as `simomerge.datasets.pictures.as_images` gives.
         shared: under torchrun, see this process's share of the images only.
     """
-    rank, world = _share() if shared else (0, 1)
+    rank, world = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     first = next(iter(experts.values()))
     device = next(first.parameters()).device
     done = 0
@@ -74,13 +75,6 @@ def observe(
         yield Observation(indices, batch, features)
         done += len(indices)
         progress(label, min(done * world, len(images)), len(images), "")
-
-
-def _share() -> tuple[int, int]:
-    """(rank, processes) of this process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) -> dict[str, SimoModel]:

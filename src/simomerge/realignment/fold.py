@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from simomerge import distributed
 from simomerge.datasets.pictures import as_images
 from simomerge.devices import autocast
 from simomerge.encoders import Features
@@ -153,15 +154,12 @@ class Fold:
 
     def gather(self) -> None:
         """Add up the sums of all processes, where there are several; each then goes on with the same totals."""
-        from torch import distributed
-
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if distributed.processes() < 2:
             return
         for pair in self.sums.values():
             for sums in pair:
                 counts = torch.tensor([sums.tokens, sums.images], dtype=torch.float64, device=sums.x.device)
-                for total in (counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu):
-                    distributed.all_reduce(total)
+                distributed.add_up(counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu)
                 sums.tokens, sums.images = counts.tolist()
         self.all_alike = False  # this process knows its own images only
 

@@ -6,7 +6,6 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), re-alignme
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from simomerge import distributed
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment.labels import check_labels
@@ -57,7 +57,7 @@ def realign_heads(
     """
     check_labels(model, data, "head re-alignment needs")
     result = copy.deepcopy(model)
-    with tempfile.TemporaryDirectory() as temporary:
+    with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         cost = train_heads(result, data, settings, work, workers, "loss", progress, cache_budget)
     record = {"method": "heads", **asdict(settings), "labelled_images": len(data), **cost}

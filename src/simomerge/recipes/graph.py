@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simomerge import distributed
 from simomerge.recipes.stages import read_log
 from simomerge.training import WorkerPool
 
@@ -51,6 +52,7 @@ class Run:
         Of those that can start, the one that the longest chain of others waits for starts first.
         """
         missing = {path: stage for path, stage in self.in_order(wanted).items() if not path.exists()}
+        distributed.wait()  # until all processes have looked what is missing
         needs = {path: [o for o in map(self.output, stage.needs()) if o in missing] for path, stage in missing.items()}
         chain = {path: stage.cost for path, stage in missing.items()}
         for path in reversed(missing):  # who waits comes before whom it waits for

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import simomerge
+from simomerge import distributed
 from simomerge.checkpoints import atomic_write_text
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.rooms import RENDER_VERSION
@@ -51,14 +52,16 @@ def run_recipe(
     began = time.monotonic()
     folder = Path(folder).resolve()
     plan, run = _planned(recipe, base, folder, dataset, data_options or {})
-    for split, data in plan.splits.items() if dataset == "rooms" else ():
-        load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
+    with distributed.first_before_others():
+        for split, data in plan.splits.items() if dataset == "rooms" else ():
+            load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
     test = _check_data(plan, recipe)
     with WorkerPool(workers, progress) as pool:
         run.build(plan.wanted(), pool)
     results = summarise(plan, run, test.tasks, title)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
-    atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    if distributed.is_first():
+        atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return {**results, "gallery": gallery(plan, run, test)}
 
 

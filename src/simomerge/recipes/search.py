@@ -13,6 +13,7 @@ from typing import Any
 
 from simomerge.assets import resolve_source
 from simomerge.checkpoints import atomic_write_text
+from simomerge.distributed import started_processes
 from simomerge.errors import DivergedError, InputError
 from simomerge.progress import Progress, silent
 from simomerge.recipes.file import RecipeFile, read_recipe
@@ -49,6 +50,8 @@ def search_recipe(
     Raises:
         InputError: no optuna, a recipe without a search or with an impossible one, or no trial that came to an end.
     """
+    if started_processes() > 1:
+        raise InputError("a search is shared by starting it on each machine with the same --storage, not by torchrun.")
     optuna = _optuna()
     said = read_recipe(path, changes)
     search = said.search

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from simomerge import distributed
 from simomerge.assemble import merge, search_scale
 from simomerge.checkpoints import atomic_folder
 from simomerge.datasets import load_data
@@ -48,21 +49,23 @@ def read_log(output: Path) -> dict[str, Any]:
 
 
 def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None, **texts: Any) -> None:
-    if output.exists():  # another process was faster with the same stage
-        return
-    with atomic_folder(output) as folder:
-        if model is not None:
-            model.save_pretrained(folder / "model")
-        (folder / "log.json").write_text(json.dumps({**log, **texts}, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(work_folder(output), ignore_errors=True)
+    if distributed.is_first() and not output.exists():  # else another run was faster with the same stage
+        with atomic_folder(output) as folder:
+            if model is not None:
+                model.save_pretrained(folder / "model")
+            (folder / "log.json").write_text(json.dumps({**log, **texts}, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(work_folder(output), ignore_errors=True)
+    distributed.wait()
 
 
 def features(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
     """Features of a model's encoder on a dataset."""
     began = time.monotonic()
-    with atomic_folder(output) as folder:
+    with distributed.folder_together(output) as folder:
         cache_features(load(model).encoder, load_data(**data), folder / "features", label=label, progress=progress)
-        (folder / "log.json").write_text(json.dumps({"seconds": time.monotonic() - began}) + "\n", encoding="utf-8")
+        if distributed.is_first():
+            log = {"seconds": time.monotonic() - began}
+            (folder / "log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
 
 
 def probe(

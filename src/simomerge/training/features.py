@@ -18,7 +18,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simomerge.checkpoints import atomic_folder
+from simomerge import distributed
 from simomerge.datasets.batches import ordered_batches
 from simomerge.devices import autocast
 from simomerge.encoders import Encoder, Features
@@ -92,6 +92,8 @@ def cache_features(
 ) -> Path:
     """Encode every image of a dataset once and write the Features, float16, as memory-mappable arrays.
 
+    Under torchrun each process encodes its share of the batches, into the same files.
+
     Args:
         encoder: frozen; run in evaluation mode.
         dataset: of samples with ``image`` (3, H, W) in [0, 1], all of one size.
@@ -99,32 +101,45 @@ def cache_features(
         budget: bytes that the features may take at most; by default what is free on the disk.
 
     Raises:
-        InputError: they would take more (the message says how much); that is known after the first batch.
+        InputError: they would take more (the message says how much); that is known after the first image.
     """
     encoder.eval()
-    device = next(encoder.parameters()).device
-    with atomic_folder(folder) as target:
-        arrays: dict[str, np.ndarray] = {}
-        done = 0
-        for batch in ordered_batches(_ImagesOnly(dataset), batch_size):
-            with autocast(device):
-                features = encoder(batch["image"].to(device))
-            named = {f"map{i}": m for i, m in enumerate(features.maps)}
-            named |= {f"cls{i}": c for i, c in enumerate(features.cls)}
-            if not arrays:
-                needed = sum(2 * len(dataset) * tensor[0].numel() for tensor in named.values())
-                _check_room(target, needed, len(dataset), budget)
-                progress(label, 0, len(dataset), f"{needed / 1e9:.2g} GB on disk")
-                arrays = _create(target, named, len(dataset))
-                _write_meta(target, features)
+    source = _ImagesOnly(dataset)
+    with distributed.folder_together(folder) as target:
+        first = _encoded(encoder, source[0]["image"][None])
+        if distributed.is_first():
+            needed = sum(2 * len(dataset) * tensor[0].numel() for tensor in _named(first).values())
+            _check_room(target, needed, len(dataset), budget)
+            progress(label, 0, len(dataset), f"{needed / 1e9:.2g} GB on disk")
+            for name, tensor in _named(first).items():
+                shape = (len(dataset), *tensor.shape[1:])
+                open_memmap(target / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
+            _write_meta(target, first)
+        distributed.wait()
+        arrays = {name: np.load(target / f"{name}.npy", mmap_mode="r+") for name in _named(first)}
+        every, places = distributed.processes(), range(0, len(dataset), batch_size)
+        mine = zip(distributed.share(list(places)), ordered_batches(source, batch_size, shared=True), strict=True)
+        for start, batch in mine:
+            named = _named(_encoded(encoder, batch["image"]))
             for name, tensor in named.items():
-                arrays[name][done : done + len(features)] = tensor.half().cpu().numpy()
-            done += len(features)
-            progress(label, done, len(dataset), "")
+                arrays[name][start : start + len(tensor)] = tensor.half().cpu().numpy()
+            progress(label, min(start + every * batch_size, len(dataset)), len(dataset), "")
         for array in arrays.values():
-            array.flush()  # type: ignore[attr-defined]
+            array.flush()
         arrays.clear()  # an open map would keep Windows from renaming the folder
     return Path(folder)
+
+
+def _encoded(encoder: Encoder, images: Tensor) -> Features:
+    device = next(encoder.parameters()).device
+    with autocast(device):
+        return encoder(images.to(device))
+
+
+def _named(features: Features) -> dict[str, Tensor]:
+    """Map and CLS token of every tap, by the names of their files."""
+    maps = {f"map{i}": each for i, each in enumerate(features.maps)}
+    return maps | {f"cls{i}": each for i, each in enumerate(features.cls)}
 
 
 class _ImagesOnly(Dataset[dict[str, Tensor]]):
@@ -148,13 +163,6 @@ def _check_room(folder: Path, needed: int, count: int, budget: int | None) -> No
         if needed > limit:
             said = f"need {needed / 1e9:.2g} GB, {limit / 1e9:.2g} GB {what}"
             raise InputError(f"{folder.parent}: the features of {count} images {said}.")
-
-
-def _create(folder: Path, named: Mapping[str, Tensor], count: int) -> dict[str, np.ndarray]:
-    return {
-        name: open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(count, *tensor.shape[1:]))
-        for name, tensor in named.items()
-    }
 
 
 def _write_meta(folder: Path, features: Features) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simomerge import distributed
 from simomerge.checkpoints import atomic_write_bytes
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
 from simomerge.devices import mixed_precision
@@ -20,6 +21,9 @@ from simomerge.training.weighting import Weighting, combined
 
 Losses = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 """batch -> loss of each task; the total is their unweighted mean (the paper's joint loss)."""
+
+Counts = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+"""batch -> of how many values each task's loss is the mean."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,11 @@ def fit(
     label: str = "training",
     progress: Progress = silent,
     weighting: Weighting | None = None,
+    counts: Counts | None = None,
 ) -> TrainLog:
     """Train the parameters of ``module`` that require a gradient, in place.
+
+    Under torchrun the processes share every batch, and the result is that of one process, but for rounding.
 
     Args:
         module: what is trained; its buffers and trainable parameters make the saved state.
@@ -101,6 +108,7 @@ def fit(
         transform: augmentation of training samples.
         state_file: where to keep the state; a run that finds it goes on from there with the same batches.
         weighting: makes one loss of the tasks'; by default their unweighted mean. Validation always looks at the mean.
+        counts: by which processes weigh their shares of a batch; by default by their numbers of images.
 
     Returns:
         Steps, samples, seconds (of all attempts together) and validation losses.
@@ -111,7 +119,7 @@ def fit(
     if weighting is not None:
         module.add_module(_WEIGHTING, weighting)  # so that it is trained, and saved with the state
     try:
-        return _fit(module, losses, train, settings, validation, transform, state_file, label, progress)
+        return _fit(module, losses, counts, train, settings, validation, transform, state_file, label, progress)
     finally:
         module._modules.pop(_WEIGHTING, None)
 
@@ -122,6 +130,7 @@ _WEIGHTING = "loss_weighting"
 def _fit(
     module: nn.Module,
     losses: Losses,
+    counts: Counts | None,
     train: Any,
     settings: TrainSettings,
     validation: Any,
@@ -130,10 +139,13 @@ def _fit(
     label: str,
     progress: Progress,
 ) -> TrainLog:
+    if min(settings.batch_size, len(train)) < distributed.processes():
+        raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {settings.batch_size}.")
     accelerator = _accelerator()
     home = next(module.parameters()).device
     weighting: Any = module._modules.get(_WEIGHTING)
     module.to(accelerator.device)
+    distributed.start_alike(module)
     optimizer = _optimizer(module, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -150,12 +162,15 @@ def _fit(
         train, settings.batch_size, settings.steps, settings.seed, start=start, transform=transform
     )
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # What weighs the losses sees all of every loss in each process, and has the whole gradient already.
+    apart = [each for name, each in module.named_parameters() if each.requires_grad and not name.startswith(_WEIGHTING)]
     module.train()
     for batch in batches:
         with accelerator.autocast():
-            parts = losses(_to_device(batch, accelerator.device))
+            parts = _over_processes(losses, counts, _to_device(batch, accelerator.device))
             total = combined(parts, weighting)
         accelerator.backward(total)
+        distributed.add_up_gradients(apart)
         accelerator.clip_grad_norm_(trainable, settings.clip)
         prepared_optimizer.step()
         schedule.step()
@@ -194,15 +209,37 @@ def validation_loss(
     accelerator = accelerator or _accelerator()
     training = module.training
     module.eval()
-    total, count = 0.0, 0
-    for batch in ordered_batches(dataset, batch_size):
+    found = torch.zeros(2, dtype=torch.float64)
+    for batch in ordered_batches(dataset, batch_size, shared=True):
         with accelerator.autocast():
             parts = losses(_to_device(batch, accelerator.device))
         size = _batch_size(batch)
-        total += float(torch.stack(list(parts.values())).mean()) * size
-        count += size
+        found += torch.tensor([float(torch.stack(list(parts.values())).mean()) * size, size], dtype=torch.float64)
+    distributed.add_up(found)
     module.train(training)
-    return total / count
+    return float(found[0] / found[1])
+
+
+def _over_processes(losses: Losses, counts: Counts | None, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The losses of a batch of which this process has a share: their values are the whole batch's, their gradients this
+    share's part of it."""
+    parts = losses(batch)
+    if distributed.processes() < 2:
+        return parts
+    own = torch.tensor([float(_batch_size(batch))] * len(parts), dtype=torch.float64)
+    if counts is not None:
+        found = counts(batch)
+        own = torch.stack([found[name].double().cpu() for name in parts])
+    total = own.clone()
+    distributed.add_up(total)
+    weighed = {name: part * float(w) for (name, part), w in zip(parts.items(), own / total.clamp(min=1), strict=True)}
+    values = torch.stack([part.detach().double().cpu() for part in weighed.values()])
+    distributed.add_up(values)
+    # A part minus itself is exactly zero: so all processes have the very same values, and decide alike.
+    return {
+        name: value.to(part) + (part - part.detach())
+        for (name, part), value in zip(weighed.items(), values, strict=True)
+    }
 
 
 class _State:
@@ -235,7 +272,7 @@ class _State:
             self.save(log)
 
     def save(self, log: TrainLog) -> None:
-        if self.path is None:
+        if self.path is None or not distributed.is_first():
             return
         import io
 

@@ -7,7 +7,6 @@ of the task losses.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simomerge import distributed
 from simomerge.datasets.augment import augmentation as make_augmentation
 from simomerge.encoders import Encoder
 from simomerge.heads import head_for
@@ -48,6 +48,11 @@ def fresh_head(
     return head
 
 
+def label_counts(tasks: Mapping[str, Task], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of how many values `Task.loss` is the mean, by task."""
+    return {name: task.valid(batch[name]).sum() for name, task in tasks.items()}
+
+
 def train_head(
     head: nn.Module,
     task: Task,
@@ -72,6 +77,7 @@ def train_head(
         state_file=state_file,
         label=label or task.name,
         progress=progress,
+        counts=partial(label_counts, {task.name: task}) if criterion == "loss" else None,
     )
 
 
@@ -120,6 +126,7 @@ def finetune(
             label=label or "+".join(model.tasks),
             progress=progress,
             weighting=weighs,
+            counts=partial(label_counts, model.tasks) if losses is image_losses else None,
         )
     finally:
         model.encoder.checkpoint_gradients(False)
@@ -155,7 +162,7 @@ def lpft(
     """
     if checkpointing:
         model.encoder.check_checkpointing()  # not only after the first phase
-    with tempfile.TemporaryDirectory() as temporary:
+    with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         if not (work / "features").exists():
             cache_features(model.encoder, train, work / "features", budget=cache_budget, progress=progress)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from simomerge.devices import available_cores, limit_threads
+from simomerge.distributed import processes
 from simomerge.errors import InputError
 from simomerge.progress import Progress, silent
 
@@ -43,7 +44,8 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int | None = None, progress: Progress = silent) -> None:
-        self.workers = workers or available_cores()
+        # Under torchrun the processes do every job together, one after the other.
+        self.workers = 1 if processes() > 1 else workers or available_cores()
         self.progress = progress
         self._pool: ProcessPoolExecutor | None = None
         self._messages: Any = None

@@ -1,0 +1,169 @@
+"""Several processes on one piece of work, as torchrun starts them. In a process that is alone, all this does nothing.
+
+Every process runs the same program. What it reads is divided by `share`, what it finds is added up by `add_up`, and the
+first writes what is written.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.checkpoints import atomic_folder
+from simomerge.errors import InputError
+
+
+def join_processes() -> int:
+    """Under torchrun, meet the other processes; this one's rank, 0 where there is but one.
+
+    Raises:
+        InputError: the processes that met are not as many as were started.
+    """
+    started = started_processes()
+    if started < 2:
+        return 0
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != started:
+        raise InputError(
+            f"{started} processes were started, and accelerate sees {state.num_processes}: start them with"
+            " `torchrun --nproc-per-node N -m simomerge ...`."
+        )
+    atexit.register(_leave)
+    return int(state.process_index)
+
+
+def started_processes() -> int:
+    """How many torchrun started, whether they have met or not."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _leave() -> None:
+    if processes() > 1:
+        torch.distributed.destroy_process_group()
+
+
+def processes() -> int:
+    """How many work together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return torch.distributed.get_rank() if processes() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the one that writes and speaks."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if processes() > 1:
+        torch.distributed.barrier()
+
+
+def share(items: list[Any]) -> list[Any]:
+    """This process's share of a list that all have: every so-manieth. Together the shares are the list."""
+    return items[rank() :: processes()]
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace tensors by their sums over all processes, in place; all then have the same numbers."""
+    for tensor in tensors if processes() > 1 else ():
+        moved = tensor.to(_device()).contiguous()
+        torch.distributed.all_reduce(moved)
+        tensor.copy_(moved)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, through which gradients go back to each."""
+    if processes() < 2:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    total: Tensor = all_reduce(values)
+    return total
+
+
+def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their sums over all processes."""
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if processes() < 2 or not found:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in found])  # one message, not one a layer
+    add_up(flat)
+    for gradient, part in zip(found, flat.split([each.numel() for each in found]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def start_alike(module: nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers."""
+    for tensor in (*module.parameters(), *module.buffers()) if processes() > 1 else ():
+        moved = tensor.detach().to(_device()).contiguous()
+        torch.distributed.broadcast(moved, 0)
+        tensor.detach().copy_(moved)
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """The first process does the block while the others wait; then they do it, and find what it has left."""
+    if not is_first():
+        wait()
+    yield
+    if is_first():
+        wait()
+    wait()
+
+
+@contextmanager
+def folder_together(path: str | Path) -> Iterator[Path]:
+    """`atomic_folder` of all processes: one temporary folder on a disk that all share, in place when all are done."""
+    if is_first():
+        with atomic_folder(path) as folder:
+            yield _of_first(folder)
+            wait()
+    else:
+        yield _of_first(None)
+        wait()
+    wait()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A temporary folder that all processes see."""
+    if is_first():
+        with tempfile.TemporaryDirectory() as folder:
+            yield _of_first(Path(folder))
+            wait()
+    else:
+        yield _of_first(None)
+        wait()
+
+
+def _of_first(path: Path | None) -> Path:
+    """The first process's path."""
+    if processes() < 2:
+        assert path is not None
+        return path
+    said = [str(path)]
+    torch.distributed.broadcast_object_list(said, 0, device=_device())
+    return Path(said[0])
+
+
+def _device() -> torch.device:
+    """Where tensors must be to be sent."""
+    if "nccl" in torch.distributed.get_backend():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
