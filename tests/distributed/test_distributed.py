@@ -83,9 +83,12 @@ def test_training_on_shares_of_a_batch_is_training_on_the_batch(left: dict[int, 
 
 
 def same_weights(alone: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Five steps of 1e-3 from where they began; AdamW makes whole steps also of gradients that are rounding alone."""
     for name, value in alone.items():
-        if not name.endswith("k_proj.bias"):  # does nothing in attention: its gradient is rounding alone
-            torch.testing.assert_close(shared[name], value, rtol=1e-5, atol=1e-5, msg=name)
+        difference = (shared[name].double() - value.double()).abs()
+        assert float(difference.max()) < 1e-4, name
+        if not name.endswith("k_proj.bias"):  # does nothing in attention, and has no gradient but rounding
+            assert float(difference.median()) < 1e-6, name
 
 
 def test_features_are_the_same_bytes(left: dict[int, Path]) -> None:
@@ -117,7 +120,9 @@ def test_a_temporary_folder_is_the_same_one_for_all(left: dict[int, Path]) -> No
 @pytest.mark.slow
 def test_a_recipe_by_two_processes_has_the_metrics_of_one(together: Callable[..., dict[int, Path]]) -> None:
     alone, shared = found(together("recipe"), "recipe")
-    close(alone, shared, 1e-3)
+    for row, metrics in alone.items():  # every row is a chain of trainings: rounding grows
+        for task, metric in (("depth", "abs_err"), ("normals", "mean_angle")):
+            close(metrics[task][0][metric], shared[row][task][0][metric], 1e-5 if row == "experts" else 1e-3)
 
 
 @pytest.mark.slow
