@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from simomerge.errors import InputError
+from simomerge.training import tracking
 
 
 def square(number: float, progress: Any, seconds: float = 0.0) -> float:
@@ -43,3 +44,7 @@ def sleep_in_worker(seconds: float) -> None:
     from simomerge.training.workers import _run_job
 
     _run_job(sleep, {"seconds": seconds})
+
+
+def reports_to(progress: Any) -> Any:
+    return tracking.current()

@@ -38,6 +38,15 @@ checkpointing_option = click.option(
 )
 
 
+track_option = click.option(
+    "--track",
+    "trackers",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    help="Report losses and learning rates there too; may be repeated.",
+)
+
+
 def output_option(required: bool = True) -> Any:
     return click.option(
         "-o", "--output", type=click.Path(path_type=Path), required=required, help="Folder to write (OUT)."
@@ -90,6 +99,11 @@ def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that exists before any work starts."""
     if output.exists() and not overwrite:
         raise InputError(f"{output} exists; choose another folder, or give --overwrite.")
+
+
+def logs_of(output: Path) -> Path:
+    """Where trackers write beside a folder that appears only when all is done."""
+    return output.parent / f"{output.name}-logs"
 
 
 def is_first() -> bool:

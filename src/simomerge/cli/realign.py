@@ -18,11 +18,13 @@ from simomerge.cli.options import (
     images_option,
     is_first,
     json_option,
+    logs_of,
     output_option,
     overwrite_option,
     parse_pairs,
     say,
     size_option,
+    track_option,
     workers_option,
 )
 from simomerge.errors import InputError
@@ -62,6 +64,7 @@ _LABELLED = ("heads", "adapters", "lora")
 @output_option()
 @overwrite_option
 @workers_option
+@track_option
 @json_option
 def command(
     model: str,
@@ -88,6 +91,7 @@ def command(
     output: Path,
     overwrite: bool,
     workers: int | None,
+    trackers: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Re-align the heads of a merged MODEL.
@@ -113,6 +117,7 @@ def command(
     from simomerge.distributed import join_processes
     from simomerge.model import load
     from simomerge.realignment import realign
+    from simomerge.training import track
 
     join_processes()
     count = count or (64 if method == "fold" else 256)
@@ -129,7 +134,7 @@ def command(
     inside: Any = "lora" if with_lora else with_adapters
     options = _options(method, steps, lr, seed, rank, alpha, activation, inside, variant, ridge, workers)
     options |= _memory_options(method, last_blocks, cache_budget, gradient_checkpointing)
-    with console() as progress:
+    with track(trackers, logs_of(output)), console() as progress:
         result = realign(merged, method=method, progress=progress, **given, **options)
     if is_first():  # under torchrun all have the same model
         result.save_pretrained(output, overwrite)
@@ -170,6 +175,7 @@ _ONLY_FOR = {
     "last_blocks": ("adapters",),
     "cache_budget": ("heads",),
     "gradient_checkpointing": ("adapters", "lora"),
+    "trackers": ("distill", *_LABELLED),
 }
 """Options that some methods have no use for."""
 
@@ -192,7 +198,8 @@ def _check_options(method: str, with_adapters: bool, with_lora: bool) -> None:
         raise InputError("--with-adapters and --with-lora exclude each other; give one of them.")
     for name, methods in _ONLY_FOR.items():
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE and method not in methods:
-            raise InputError(f"--{name.replace('_', '-')} does nothing under --method {method}; leave it out.")
+            option = "track" if name == "trackers" else name.replace("_", "-")
+            raise InputError(f"--{option} does nothing under --method {method}; leave it out.")
     useless = {} if with_adapters else {"activation": "adapters: give --with-adapters"}
     if not with_adapters and not with_lora:
         useless["rank"] = "adapters or LoRA: give --with-adapters or --with-lora"

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from simomerge.cli.options import console, json_option, report_run, say, workers_option
+from simomerge.cli.options import console, json_option, report_run, say, track_option, workers_option
 
 
 @click.command("run")
@@ -16,9 +16,16 @@ from simomerge.cli.options import console, json_option, report_run, say, workers
 @click.option("--dry-run", is_flag=True, help="Say which stages there are and which are done, and stop.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; by default the recipe's.")
 @workers_option
+@track_option
 @json_option
 def command(
-    recipe: str, changes: tuple[str, ...], dry_run: bool, output: Path | None, workers: int | None, as_json: bool
+    recipe: str,
+    changes: tuple[str, ...],
+    dry_run: bool,
+    output: Path | None,
+    workers: int | None,
+    trackers: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Carry out RECIPE, a YAML file: experts, joint MTL, merges, re-alignments, evaluation, report.
 
@@ -28,6 +35,7 @@ def command(
     from simomerge.assets import resolve_source
     from simomerge.distributed import join_processes
     from simomerge.recipes import plan_of, read_recipe, run_recipe
+    from simomerge.training import track
 
     join_processes()
     said = read_recipe(recipe, changes)
@@ -40,7 +48,7 @@ def command(
         rows = [{"stage": name, "done": there} for name, there in stages]
         say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
         return
-    with console() as progress:
+    with track(trackers, folder / "logs"), console() as progress:
         results: dict[str, Any] = run_recipe(
             said.recipe, base, folder, workers, said.data, said.title, progress, said.data_options
         )

@@ -15,9 +15,11 @@ from simomerge.cli.options import (
     data_option,
     is_first,
     json_option,
+    logs_of,
     output_option,
     overwrite_option,
     say,
+    track_option,
 )
 
 
@@ -50,6 +52,7 @@ from simomerge.cli.options import (
 )
 @cache_budget_option
 @checkpointing_option
+@track_option
 @output_option()
 @overwrite_option
 @json_option
@@ -70,6 +73,7 @@ def command(
     augmentation: str,
     cache_budget: str | None,
     gradient_checkpointing: bool,
+    trackers: tuple[str, ...],
     output: Path,
     overwrite: bool,
     as_json: bool,
@@ -87,7 +91,7 @@ def command(
     from simomerge.datasets import load_data
     from simomerge.model import SimoModel, load
     from simomerge.recipes import ROOMS_HEADS
-    from simomerge.training import TrainSettings, fresh_head, lpft
+    from simomerge.training import TrainSettings, fresh_head, lpft, track
 
     train = load_data(data, split="train", count=images, tasks=tasks)
     validation = load_data(data, split="val", count=val_images, tasks=tasks)
@@ -106,7 +110,7 @@ def command(
     read = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
     everything = [fingerprint, data, read, tasks, head, weighting, augmentation, asdict(probe), asdict(tune)]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
-    with console() as progress:
+    with track(trackers, logs_of(output)), console() as progress:
         logs = lpft(
             *(model, train, probe, tune, validation, work / key, progress),
             cache_budget=budget,

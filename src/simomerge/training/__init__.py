@@ -11,6 +11,7 @@ from simomerge.training.lpft import (
     train_head,
     trainable_parameters,
 )
+from simomerge.training.tracking import track
 from simomerge.training.weighting import WEIGHTINGS, Weighting
 from simomerge.training.workers import WorkerPool
 
@@ -28,6 +29,7 @@ __all__ = [
     "fresh_head",
     "image_losses",
     "lpft",
+    "track",
     "train_head",
     "trainable_parameters",
 ]

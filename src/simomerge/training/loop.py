@@ -17,6 +17,7 @@ from simomerge.datasets.batches import Transform, ordered_batches, training_batc
 from simomerge.devices import mixed_precision
 from simomerge.errors import DivergedError, InputError
 from simomerge.progress import Progress, silent
+from simomerge.training.tracking import tracked_accelerator, tracked_run
 from simomerge.training.weighting import Weighting, combined
 
 Losses = Callable[[Mapping[str, Any]], dict[str, Tensor]]
@@ -119,7 +120,12 @@ def fit(
     if weighting is not None:
         module.add_module(_WEIGHTING, weighting)  # so that it is trained, and saved with the state
     try:
-        return _fit(module, losses, counts, train, settings, validation, transform, state_file, label, progress)
+        accelerator = tracked_accelerator(label, mixed_precision=mixed_precision())
+        with tracked_run(accelerator, label, vars(settings)):
+            return _fit(
+                *(accelerator, module, losses, counts, train, settings, validation, transform, state_file),
+                *(label, progress),
+            )
     finally:
         module._modules.pop(_WEIGHTING, None)
 
@@ -128,6 +134,7 @@ _WEIGHTING = "loss_weighting"
 
 
 def _fit(
+    accelerator: Any,
     module: nn.Module,
     losses: Losses,
     counts: Counts | None,
@@ -141,7 +148,6 @@ def _fit(
 ) -> TrainLog:
     if min(settings.batch_size, len(train)) < distributed.processes():
         raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {settings.batch_size}.")
-    accelerator = _accelerator()
     home = next(module.parameters()).device
     weighting: Any = module._modules.get(_WEIGHTING)
     module.to(accelerator.device)
@@ -181,10 +187,12 @@ def _fit(
         if log.steps % 10 == 0 or log.steps == settings.steps:
             log.losses = {name: float(value.detach()) for name, value in parts.items()}
             _check_finite(log, label)
+            accelerator.log(_tracked(log, total, optimizer), step=log.steps)
             progress(label, log.steps, settings.steps, _note(log))
         if _is_time_to_validate(settings, validation, log.steps):
             value = validation_loss(module, losses, validation, settings.batch_size, accelerator)
             log.validation.append((log.steps, value))
+            accelerator.log({"validation/loss": value}, step=log.steps)
             if value <= min(loss for _, loss in log.validation):
                 log.best_step = log.steps
                 state.keep_best()
@@ -206,7 +214,7 @@ def validation_loss(
     module: nn.Module, losses: Losses, dataset: Any, batch_size: int = 32, accelerator: Any = None
 ) -> float:
     """Mean over the dataset of the mean task loss, in evaluation mode."""
-    accelerator = accelerator or _accelerator()
+    accelerator = accelerator or tracked_accelerator("", mixed_precision=mixed_precision())
     training = module.training
     module.eval()
     found = torch.zeros(2, dtype=torch.float64)
@@ -299,24 +307,27 @@ class _State:
             self.module.load_state_dict(self.best, strict=False)
 
 
-def _accelerator() -> Any:
-    from accelerate import Accelerator
-
-    return Accelerator(mixed_precision=mixed_precision())
+def _tracked(log: TrainLog, total: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What a tracker is told."""
+    rates = {f"lr/{group['part']}": float(group["lr"]) for group in optimizer.param_groups}
+    losses = {f"loss/{name}": value for name, value in log.losses.items()}
+    return {"loss": float(total.detach()), **losses, **rates, "images_per_second": log.samples / max(log.seconds, 1e-9)}
 
 
 def _optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW: no decay on biases and norms; the encoder may have its own learning rate."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             encoder = name.startswith("encoder.backbone") and settings.encoder_lr is not None
             lr = settings.encoder_lr if encoder and settings.encoder_lr is not None else settings.lr
             decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
+            groups.setdefault(("encoder" if encoder else "heads", lr, decay), []).append(parameter)
     if not groups:
         raise InputError("nothing to train: no parameter requires a gradient.")
-    parameters = [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()]
+    parameters = [
+        {"params": group, "part": part, "lr": lr, "weight_decay": decay} for (part, lr, decay), group in groups.items()
+    ]
     return torch.optim.AdamW(parameters, fused=True)
 
 

@@ -23,6 +23,7 @@ from simomerge.devices import available_cores, limit_threads
 from simomerge.distributed import processes
 from simomerge.errors import InputError
 from simomerge.progress import Progress, silent
+from simomerge.training import tracking
 
 Job = tuple[Callable[..., Any], Mapping[str, Any]]
 """A function that a module defines, and its keyword arguments; it also takes ``progress``."""
@@ -54,8 +55,9 @@ class WorkerPool:
         if self.workers > 1:
             context = multiprocessing.get_context("spawn")
             self._messages = context.Queue()
+            self._messages.cancel_join_thread()  # a worker that was killed while it spoke keeps the queue's lock
             self._pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_start_worker, initargs=(self._messages,)
+                self.workers, context, initializer=_start_worker, initargs=(self._messages, tracking.current())
             )
             threading.Thread(target=self._forward_progress, daemon=True).start()
         return self
@@ -116,9 +118,10 @@ class WorkerPool:
 _messages: Any = None
 
 
-def _start_worker(messages: Any) -> None:
+def _start_worker(messages: Any, reports: tracking.Tracking | None) -> None:
     global _messages
     _messages = messages
+    tracking.use(reports)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us; a traceback per worker helps nobody
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     limit_threads(1)
