@@ -14,6 +14,12 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def loader_workers(device: torch.device | str) -> int:
+    """Processes that read and decode images while a GPU computes; 0 on a CPU, which has no core to spare."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun on this machine
+    return 0 if torch.device(device).type == "cpu" else min(8, available_cores() // together)
+
+
 def limit_threads(count: int) -> None:
     """Use ``count`` threads, and treat denormal numbers as zero: on a CPU they take a slow path."""
     torch.set_num_threads(count)

@@ -126,6 +126,14 @@ def test_a_recipe_by_two_processes_has_the_metrics_of_one(together: Callable[...
 
 
 @pytest.mark.slow
+def test_an_encoder_in_shards_trains_as_a_whole_one(together: Callable[..., dict[int, Path]]) -> None:
+    folders = together("sharded")
+    alone, shared = (torch.load(folder / "sharded-0.pt", weights_only=False) for folder in folders.values())
+    assert alone.keys() == shared.keys()
+    same_weights(alone, shared)
+
+
+@pytest.mark.slow
 def test_commands_write_and_speak_once(tiny_base: Path, tmp_path: Path) -> None:
     model, again = tmp_path / "model", tmp_path / "again"
     train = ["-m", "simomerge", "train", "--task", "depth", "--base", str(tiny_base), "--images", "16"]

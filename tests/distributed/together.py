@@ -12,11 +12,12 @@ import torch
 
 from simomerge import devices, distributed
 from simomerge.datasets import load_data
+from simomerge.datasets.batches import training_batches
 from simomerge.encoders import load_encoder
 from simomerge.evaluation import evaluate
 from simomerge.model import SimoModel
 from simomerge.realignment import realign_fold, realign_heads
-from simomerge.training import TrainSettings, cache_features, finetune, fresh_head, loop, lpft
+from simomerge.training import TrainSettings, cache_features, finetune, fresh_head, image_losses, loop, lpft
 
 SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
 HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}
@@ -96,6 +97,28 @@ def recipe(base: Path, output: Path) -> None:
     )
     results = run_recipe(small, base, output / "run", workers=1)  # others would not be in float32
     save(output, "recipe", {row["method"]: row["all_metrics"] for row in results["rows"]})
+
+
+def sharded(base: Path, output: Path) -> None:
+    """docs/scale.md: a loop of one's own over an encoder that no process holds whole."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    data = load_data("rooms", "train", 16, ("depth",))
+    model = model_of(base, data, {"depth": "dpt"}).requires_grad_(True)
+    if distributed.processes() > 1:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (distributed.processes(),))
+        for block in model.encoder.backbone.encoder.layer:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in training_batches(data, batch_size=8, steps=3, seed=0):
+        torch.stack(list(image_losses(model, batch).values())).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if distributed.is_first():
+        save(output, "sharded", whole)
 
 
 if __name__ == "__main__":

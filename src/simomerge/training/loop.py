@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simomerge import distributed
 from simomerge.checkpoints import atomic_write_bytes
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
-from simomerge.devices import mixed_precision
+from simomerge.devices import loader_workers, mixed_precision
 from simomerge.errors import DivergedError, InputError
 from simomerge.progress import Progress, silent
 from simomerge.training.tracking import tracked_accelerator, tracked_run
@@ -165,7 +165,13 @@ def _fit(
     began = time.monotonic() - log.seconds
     start = settings.steps if _is_flat(settings, log) else log.steps  # a run that had stopped stays stopped
     batches = training_batches(
-        train, settings.batch_size, settings.steps, settings.seed, start=start, transform=transform
+        train,
+        settings.batch_size,
+        settings.steps,
+        settings.seed,
+        start=start,
+        transform=transform,
+        loader_workers=loader_workers(accelerator.device),
     )
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # What weighs the losses sees all of every loss in each process, and has the whole gradient already.

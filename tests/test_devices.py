@@ -1,0 +1,16 @@
+"""What the machine computes with."""
+
+from __future__ import annotations
+
+import pytest
+
+from simomerge import devices
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 8), (16, 4, 4), (2, 1, 2), (2, 4, 0)])
+def test_images_are_read_beside_a_gpu_and_on_a_cpu_by_who_trains(
+    cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert devices.loader_workers("cuda:1") == workers and devices.loader_workers("cpu") == 0
