@@ -36,7 +36,7 @@ from simomerge.recipes.results import machine, spread
 from simomerge.relations import Judge, MergedGroup
 from simomerge.relations.grouping import choose_groups
 from simomerge.relations.partitions import Group, best_partitions
-from simomerge.relations.relate import Every
+from simomerge.relations.relations import Every
 
 KINDS = {"unlabelled": "without labels", "labelled": "with 64 labelled images"}
 

@@ -76,7 +76,7 @@ def experts(make_model: Callable[..., SimoModel], base: SimoModel) -> dict[str, 
     return found
 
 
-@pytest.fixture(scope="package")
-def judge(experts: dict[str, SimoModel], dice: Dice) -> Judge:
+@pytest.fixture
+def judge(experts: dict[str, SimoModel], dice: Dice, float32: None) -> Judge:
     """Without labels."""
     return Judge(experts, dice, labelled=False)

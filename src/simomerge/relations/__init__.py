@@ -5,7 +5,7 @@ from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Choice, Grouping, MergedGroup, group_tasks
 from simomerge.relations.judging import Judge
 from simomerge.relations.partitions import best_partitions
-from simomerge.relations.relate import SECTIONS, Relations, check_sections, relate
+from simomerge.relations.relations import SECTIONS, Relations, check_sections, relate
 from simomerge.relations.similarity import Similarity, similarity
 from simomerge.relations.sweep import LAMBDAS, Sweeps, sweep
 from simomerge.relations.verdict import verdict

@@ -102,7 +102,18 @@ def page(results: Results, gallery: Gallery = ()) -> str:
         ("Recipe and machine", _settings(results)),
         ("Notes", _notes(results.get("notes") or [])),
     ]
-    first, *more = (escape(sentence).replace(" %", "&nbsp;%") for sentence in sentences(results))
+    first, *more = sentences(results)
+    return shell(title, [first, *more], _about(results), sections)
+
+
+def shell(title: str, said: Sequence[str], about: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A whole page: what is said on top, then the sections that have content, which is HTML already.
+
+    Example:
+        >>> shell("Rooms", ["Nothing yet."], "", [])[:15]
+        '<!DOCTYPE html>'
+    """
+    first, *more = (escape(sentence).replace(" %", "&nbsp;%") for sentence in said)
     body = "\n".join(f"<section>\n<h2>{head}</h2>\n{content}\n</section>" for head, content in sections if content)
     css = files("simomerge.report").joinpath("page.css").read_text("utf-8")
     return f"""<!DOCTYPE html>
@@ -121,7 +132,7 @@ def page(results: Results, gallery: Gallery = ()) -> str:
 <h1>{title}</h1>
 <p class="headline">{first}</p>
 {"".join(f'<p class="second">{sentence}</p>' for sentence in more)}
-<p class="about">{escape(_about(results))}</p>
+<p class="about">{escape(about)}</p>
 </header>
 {body}
 </main>
@@ -170,20 +181,25 @@ def _table(results: Results) -> str:
 
 
 def _figures(results: Results) -> Iterator[tuple[str, str]]:
-    """Every figure twice, for light and for dark pages: an embedded SVG does not see the page's colours."""
     for head, draw, caption in FIGURES:
-        try:
-            light, dark = (_data_uri(draw(results, theme), "image/svg+xml") for theme in ("light", "dark"))
-        except InputError:
-            continue  # Nothing of this kind was measured: the page says less.
-        picture = (
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escape(caption)}"></picture>'
-        )
-        yield (
-            head,
-            f'<figure><div class="scroll">{picture}</div><figcaption>{escape(caption)}</figcaption></figure>',
-        )
+        if shown := embedded(draw, results, caption):
+            yield head, shown
+
+
+def embedded(draw: Callable[..., bytes], results: Any, caption: str) -> str:
+    """A figure twice, for light and for dark pages: an embedded SVG does not see the page's colours.
+
+    Empty where nothing of its kind was measured: the page says less.
+    """
+    try:
+        light, dark = (_data_uri(draw(results, theme), "image/svg+xml") for theme in ("light", "dark"))
+    except InputError:
+        return ""
+    picture = (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(caption)}"></picture>'
+    )
+    return f'<figure><div class="scroll">{picture}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _gallery(gallery: Gallery) -> str:

@@ -69,7 +69,7 @@ class Relations:
         if self.alignment is not None:
             found["alignment"] = [asdict(row) for row in self.alignment]
         plain: dict[str, Any] = _plain(found)
-        return plain
+        return {**plain, "verdict": verdict(plain)}
 
     def verdict(self, budget: int | None = None) -> list[str]:
         """What it means, in sentences: whom to merge with whom, who helps, who is sensitive.
