@@ -69,6 +69,8 @@ def command(
         check_output(output, overwrite)
     if images is not None and data is not None:
         raise InputError("--images and --data exclude each other: give pictures, or data with labels.")
+    if len(named) < 2:
+        raise InputError("1 expert: how tasks relate takes at least two; give each as TASK=EXPERT.")
     if budget is not None and budget > len(named):
         raise InputError(f"--budget {budget}: {len(named)} experts need no more than {len(named)} encoders.")
     from simomerge.assemble import load_experts

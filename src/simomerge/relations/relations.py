@@ -127,7 +127,7 @@ def relate(
     chosen = check_sections(sections, images is not None or data is not None, merged is not None)
     check_lambdas(lambdas)
     if len(experts) < 2:
-        raise InputError(f"{len(experts)} expert(s): how tasks relate takes at least two; give each as TASK=EXPERT.")
+        raise InputError(f"{len(experts)} expert: how tasks relate takes at least two; give each as TASK=EXPERT.")
     experts = check_experts(base, experts)
     found: dict[str, Any] = {}
     if "geometry" in chosen:

@@ -26,7 +26,7 @@ def verdict(found: Found, budget: int | None = None) -> list[str]:
         check_budget(budget, found)
     lines: list[str] = []
     if "groups" in found:
-        lines += _choices(found, budget)
+        lines += [*(_overview(found) if budget is None else []), *_choices(found, budget)]
         lines += _pairs(found)
     if "sweeps" in found:
         lines += _effects(found["sweeps"])
@@ -47,6 +47,17 @@ def check_budget(budget: int, found: Found) -> None:
         raise InputError("a budget is of the section 'groups': ask for that section too.")
 
 
+def _overview(found: Found) -> Iterator[str]:
+    """One encoder against two, which is what most ask first."""
+    choices, tasks = found["groups"]["choices"], found["tasks"]
+    if len(tasks) < 3:
+        return
+    what = "change Delta_MTL by" if found["judged_by"] == "labels" else "change the agreement with the experts by"
+    one, two = choices[0], choices[1]
+    more = f" Two ({_named(two['groups'])}): by {_signed(two['gain'])} %." if len(two["groups"]) == 2 else ""
+    yield f"One encoder for all {len(tasks)} tasks would {what} {_signed(one['gain'])} %.{more}"
+
+
 def _choices(found: Found, budget: int | None) -> Iterator[str]:
     unit = "Delta_MTL" if found["judged_by"] == "labels" else "agreement with the experts"
     for choice in found["groups"]["choices"]:
@@ -60,8 +71,8 @@ def _choices(found: Found, budget: int | None) -> Iterator[str]:
         said = "every expert by itself" if used == len(found["tasks"]) else _named(choice["groups"])
         predicted = "" if choice["measured"] else ", predicted from pairs"
         worst = min(choice["gains"], key=lambda task: choice["gains"][task])
-        loses = f"; {worst} most, {choice['gains'][worst]:+.1f}" if choice["gains"][worst] < 0 else ""
-        yield f"{head}: {said} ({unit} {choice['gain']:+.1f} %{predicted}{loses})."
+        loses = f"; {worst} most, {_signed(choice['gains'][worst])}" if choice["gains"][worst] < 0 else ""
+        yield f"{head}: {said} ({unit} {_signed(choice['gain'])} %{predicted}{loses})."
 
 
 def _named(groups: Any) -> str:
@@ -80,15 +91,15 @@ def _pairs(found: Found) -> Iterator[str]:
     both = {(a, b): (beside[a][b] + beside[b][a]) / 2 for a, b in combinations(tasks, 2)}
     best, worst = max(both, key=both.__getitem__), min(both, key=both.__getitem__)
     yield (
-        f"Merged in pairs, {best[0]} and {best[1]} get on best ({both[best]:+.1f} % on average), {worst[0]} and"
-        f" {worst[1]} worst ({both[worst]:+.1f} %)."
+        f"Merged in pairs, {best[0]} and {best[1]} get on best ({_signed(both[best])} % on average), {worst[0]} and"
+        f" {worst[1]} worst ({_signed(both[worst])} %)."
     )
     own = {task: _mean(beside[task].values()) for task in tasks}
     given = {task: _mean(beside[other][task] for other in tasks if other != task) for task in tasks}
     loser, hurter = min(own, key=own.__getitem__), min(given, key=given.__getitem__)
     yield (
-        f"{_capital(loser)} loses most beside another task ({own[loser]:+.1f} % on average); beside {hurter} the"
-        f" others lose most ({given[hurter]:+.1f} %)."
+        f"{_capital(loser)} loses most beside another task ({_signed(own[loser])} % on average); beside {hurter} the"
+        f" others lose most ({_signed(given[hurter])} %)."
     )
 
 
@@ -109,13 +120,13 @@ def _effects(sweeps: Found) -> Iterator[str]:
     best, worst = max(effects, key=effects.__getitem__), min(effects, key=effects.__getitem__)
     if effects[best] > 0:
         yield (
-            f"Along its task vector {best[0]} helps {best[1]} most ({effects[best]:+.2f} of the expert's performance,"
+            f"Along its task vector {best[0]} helps {best[1]} most ({_signed(effects[best], 2)} of the expert's performance,"
             " the mean for lambda up to 1)."
         )
     else:
         yield "Along no task vector another task rises above the base."
     if effects[worst] < 0:
-        yield f"Along its task vector {worst[0]} hurts {worst[1]} most ({effects[worst]:+.2f})."
+        yield f"Along its task vector {worst[0]} hurts {worst[1]} most ({_signed(effects[worst], 2)})."
 
 
 def _widths(sweeps: Found) -> Iterator[str]:
@@ -124,8 +135,8 @@ def _widths(sweeps: Found) -> Iterator[str]:
         return
     narrow, wide = min(widths, key=widths.__getitem__), max(widths, key=widths.__getitem__)
     yield (
-        f"Most sensitive to a disturbed encoder: {narrow}, which keeps {sweeps['kept']:.0%} of its performance within"
-        f" {widths[narrow]:.2f} of lambda around 1; least: {wide}, {widths[wide]:.2f}."
+        f"Most sensitive to a disturbed encoder: {narrow}, which keeps {sweeps['kept']:.0%} of its performance over a"
+        f" width of {widths[narrow]:.2f} in lambda; least: {wide}, {widths[wide]:.2f}."
     )
 
 
@@ -160,6 +171,12 @@ def _cka(found: Found) -> Iterator[str]:
 def _mean(values: Any) -> float:
     listed = list(values)
     return sum(listed) / len(listed) if listed else float("nan")
+
+
+def _signed(number: float, decimals: int = 1) -> str:
+    """With its sign, but for zero."""
+    text = f"{number:+.{decimals}f}"
+    return text if float(text) else text[1:]
 
 
 def _capital(text: str) -> str:

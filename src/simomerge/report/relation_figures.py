@@ -32,9 +32,6 @@ _DIVERGING = {
 }
 """Against, unrelated, with: around zero the paper's own grey."""
 
-_LARGEST = 6
-"""Panels in a row."""
-
 
 def sweep_figure(found: Found, theme: ThemeName = "light", format: Format = "svg") -> bytes:
     """One panel per task vector: every task's performance against lambda, the vector's own task thick.
@@ -96,7 +93,7 @@ def pair_figure(found: Found, theme: ThemeName = "light", format: Format = "svg"
         figure = _figure(size + 0.6, 0.75 * size + 0.3)
         axes = figure.subplots()
         limit = float(np.nanmax(np.abs(table), initial=1e-6))
-        _heatmap(axes, style, theme, tasks, table, limit, "{:+.1f}")
+        _heatmap(axes, style, theme, tasks, table, (-limit, limit), "{:+.1f}")
         axes.set_title("gain of the row's task beside the column's, in %", loc="left", color=style.ink)
         return _rendered(figure, format)
 
@@ -131,7 +128,7 @@ def cosine_figure(found: Found, theme: ThemeName = "light", format: Format = "sv
     tables = [_without_diagonal(part["cosine"]) for part in parts]
     limit = max(float(np.nanmax(np.abs(table), initial=1e-6)) for table in tables)
     titles = ["whole encoder", *(f"block {part['name']}" for part in parts[1:])]
-    return _heatmaps(tables, titles, tasks, theme, format, limit, "{:.2f}", "cosine of two task vectors")
+    return _heatmaps(tables, titles, tasks, theme, format, (-limit, limit), "{:.2f}", "cosine of two task vectors")
 
 
 def cka_figure(found: Found, theme: ThemeName = "light", format: Format = "svg") -> bytes:
@@ -142,7 +139,10 @@ def cka_figure(found: Found, theme: ThemeName = "light", format: Format = "svg")
     cka = _section(found, "cka")
     tables = [_without_diagonal(table) for table in cka["cka"]]
     titles = [f"block {tap}" for tap in cka["taps"]]
-    return _heatmaps(tables, titles, cka["names"], theme, format, 1.0, "{:.2f}", "linear CKA of the patch features")
+    least = min(float(np.nanmin(table, initial=1.0)) for table in tables)
+    # The paper's grey at the least value: all are above zero, and differences are what is looked for.
+    limits = (min(2 * least - 1, 0.999), 1.0)
+    return _heatmaps(tables, titles, cka["names"], theme, format, limits, "{:.2f}", "linear CKA of the patch features")
 
 
 def _section(found: Found, name: str) -> Any:
@@ -203,17 +203,18 @@ def _heatmaps(
     names: Sequence[str],
     theme: ThemeName,
     format: Format,
-    limit: float,
+    limits: tuple[float, float],
     text: str,
     what: str,
 ) -> bytes:
     with _drawing(theme) as style:
         size = max(1.7, 0.36 * len(names) + 0.6)
-        columns = min(_LARGEST, max(2, int(11 / (size + 0.25))))
+        across = max(2, int(13 / (size + 0.25)))
+        columns = math.ceil(len(tables) / math.ceil(len(tables) / across))  # rows of one length, nearly
         figure, panels = _panels(len(tables), size + 0.25, size, columns)
         for place, (axes, title, table) in enumerate(zip(panels, titles, tables, strict=True)):
             first, last_row = place % columns == 0, place + columns >= len(tables)
-            _heatmap(axes, style, theme, names, table, limit, text, first, last_row)
+            _heatmap(axes, style, theme, names, table, limits, text, first, last_row)
             axes.set_title(title, loc="left", color=style.ink)
         figure.suptitle(what, x=0.02, ha="left", fontsize=9, color=style.muted)
         return _rendered(figure, format)
@@ -225,7 +226,7 @@ def _heatmap(
     theme: ThemeName,
     names: Sequence[str],
     table: np.ndarray,
-    limit: float,
+    limits: tuple[float, float],
     text: str,
     name_rows: bool = True,
     name_columns: bool = True,
@@ -233,12 +234,12 @@ def _heatmap(
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("against-with", _DIVERGING[theme])
-    colours.set_bad(style.paper)
-    axes.imshow(table, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
+    axes.imshow(table, cmap=colours.with_extremes(bad=style.paper), vmin=limits[0], vmax=limits[1], aspect="auto")
+    middle, reach = sum(limits) / 2, (limits[1] - limits[0]) / 2
     for i, j in np.argwhere(np.isfinite(table)):
-        dark = abs(table[i, j]) > 0.6 * limit
-        colour = "#ffffff" if dark or theme == "dark" else style.ink
-        axes.text(j, i, text.format(table[i, j]), ha="center", va="center", fontsize=7, color=colour)
+        dark = theme == "dark" or abs(table[i, j] - middle) > 0.6 * reach
+        colour = "#ffffff" if dark else style.ink
+        axes.text(j, i, text.format(round(table[i, j], 2) + 0.0), ha="center", va="center", fontsize=7, color=colour)
     short = [name if len(name) <= 13 else f"{name[:12]}…" for name in names]
     axes.set_xticks(range(len(names)), short if name_columns else [""] * len(names), rotation=45, ha="right")
     axes.set_yticks(range(len(names)), short if name_rows else [""] * len(names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.checkpoints import atomic_write_text
-from simomerge.report.html import embedded, shell
+from simomerge.errors import InputError
 from simomerge.report.relation_figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
 from simomerge.report.results import MISSING, signed
+from simomerge.report.shell import embedded, shell
 
 Found = Mapping[str, Any]
 """What `simomerge.relations.Relations.to_dict` gives."""
@@ -86,7 +88,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "relate.json", json.dumps(found, indent=2) + "\n")
     for name, (draw, _) in FIGURES.items():
-        if embedded(draw, found, ""):
+        with contextlib.suppress(InputError):  # nothing of its kind was measured
             (folder / f"{name}.png").write_bytes(draw(found, format="png"))
     page = folder / "relate.html"
     said = list(found.get("verdict") or []) or ["Nothing was measured."]
@@ -106,6 +108,32 @@ def relation_sections(found: Found) -> Iterator[tuple[str, str]]:
     for name, (draw, caption) in FIGURES.items():
         if shown := embedded(draw, found, caption):
             yield name.capitalize() if name != "cka" else "CKA", shown
+
+
+def seeds_section(relations: Found) -> str:
+    """The part of a run's report: the choices of every seed, and the verdict and figures of the first.
+
+    Args:
+        relations: by seed what `simomerge.relations.Relations.to_dict` gave; empty where nothing was measured.
+    """
+    if not relations:
+        return ""
+    first, found = next(iter(relations.items()))
+    parts = [_html_table(_seeds_table(relations))]
+    said = "\n".join(f"<li>{escape(line)}</li>" for line in found.get("verdict") or [])
+    parts.append(f"<h3>Seed {escape(str(first))}</h3>\n<ul>\n{said}\n</ul>")
+    parts += [embedded(FIGURES[name][0], found, FIGURES[name][1]) for name in ("sweeps", "pairs", "cosines")]
+    return "\n".join(parts)
+
+
+def _seeds_table(relations: Found) -> Table:
+    rows = [
+        [str(choice["budget"]), str(seed), _named(choice), signed(choice["gain"])]
+        for place in range(len(next(iter(relations.values()))["tasks"]))
+        for seed, found in relations.items()
+        for choice in found["groups"]["choices"][place : place + 1]
+    ]
+    return [["encoders", "seed", "groups", "Delta_MTL % (validation)"], *rows]
 
 
 def _about(found: Found) -> str:
@@ -181,7 +209,8 @@ def _alignment_table(rows: Sequence[Found]) -> Table:
 
 
 def _number(value: float | None, form: str) -> str:
-    return MISSING if value is None else format(value, form)
+    text = MISSING if value is None else format(value, form)
+    return text if text.strip("+-0.") else text.lstrip("+-")  # no sign of nothing
 
 
 def _aligned(table: Table) -> list[str]:
