@@ -31,7 +31,9 @@ from simomerge.checkpoints import atomic_write_text
 from simomerge.datasets import load_data
 from simomerge.merging import TaskArithmetic
 from simomerge.model import SimoModel, load
-from simomerge.realignment import fold_heads, see
+from simomerge.realignment import Fold, fold_heads
+from simomerge.realignment.experts import observe
+from simomerge.realignment.fold import Seen
 from simomerge.recipes.results import machine, spread
 from simomerge.relations import Judge, MergedGroup
 from simomerge.relations.grouping import choose_groups
@@ -54,6 +56,7 @@ class Bench:
         few = self.pool.first(128)
         self.few = Every(few, 0)
         self.judges = {kind: Judge(self.experts, Every(few, 1), kind == "labelled") for kind in KINDS}
+        self.observed = {id(images): list(observe(self.experts, images)) for images in (self.few, self.pool)}
         test = load_data("rooms", split="test", count=recipe["test_images"], tasks=self.tasks)
         self.test = Judge(self.experts, test, True)
 
@@ -62,12 +65,16 @@ class Bench:
         some = {task: self.experts[task] for task in group}
         method: Any = Aligner(self.base, some, self.few, None).best_scale(TaskArithmetic()).method
         merged = with_merged_encoder(self.base, some, method)
-        small, large = (self._folded(merged, some, images) for images in (self.few, self.pool))
+        small, large = (self._folded(merged, images) for images in (self.few, self.pool))
         found = {kind: judge.gains(judge.scores(small)) for kind, judge in self.judges.items()}
         return {"group": group, "scale": method.scale, "test": self.test.gains(self.test.scores(large)), **found}
 
-    def _folded(self, merged: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> SimoModel:
-        return fold_heads(merged, see(merged, experts, images, "cross-tap"), "cross-tap")[0]
+    def _folded(self, merged: SimoModel, images: Any) -> SimoModel:
+        """The cross-tap fold, from what the experts saw once for all groups."""
+        fold = Fold(merged, "cross-tap")
+        with torch.no_grad():
+            seen = [Seen(o.indices, o.images, fold.targets(o.features)) for o in self.observed[id(images)]]
+        return fold_heads(merged, seen, "cross-tap")[0]
 
 
 def _expert(run: Path, task: str, seed: int) -> Path:
@@ -97,7 +104,9 @@ def judged(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], kind: str) -
     def true(group: Group) -> float:
         return sum(table[group]["test"].values()) if len(group) > 1 else 0.0
 
-    merges, choices = choose_groups(tasks, lambda group: MergedGroup(group, table[group][kind], None))
+    merges, choices = choose_groups(
+        tasks, lambda group: MergedGroup(group, table[group][kind], None), kind == "labelled"
+    )
     for budget, best in best_partitions(tasks, true).items():
         groups = choices[budget - 1].groups
         values = [sum(map(true, partition)) / len(tasks) for partition in (best, groups)]

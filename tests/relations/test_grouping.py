@@ -14,7 +14,7 @@ from torch import nn
 
 from simomerge.model import SimoModel
 from simomerge.relations import Judge, MergedGroup, best_partitions, group_tasks, partitions
-from simomerge.relations.grouping import choose_groups, merge_group, predict_gains
+from simomerge.relations.grouping import choose_groups, merge_group, predict_gains, worth
 from simomerge.relations.partitions import Group
 
 from .conftest import TASKS, Dice
@@ -106,7 +106,7 @@ class World:
 def test_where_crowds_cost_more_the_answer_is_the_best_there_is(seed: int, crowd: float) -> None:
     """The prediction is then never too low, so nothing better can have been overlooked."""
     world = World(seed, crowd)
-    merges, choices = choose_groups("abcde", world.measure)
+    merges, choices = choose_groups("abcde", world.measure, True)
     assert len(world.asked) == len(set(world.asked)) == len(merges) <= 26
     best = best_partitions("abcde", world.worth)
     for choice in choices:
@@ -115,15 +115,39 @@ def test_where_crowds_cost_more_the_answer_is_the_best_there_is(seed: int, crowd
     assert choices[-1].gain == 0 and set(choices[0].gains) == set("abcde")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_without_labels_every_task_counts_alike(seed: int) -> None:
+    """A task whose disagreement is a hundred times as large changes no answer; with labels it rules it."""
+    world, loud = World(seed, 0.5), World(seed, 0.5)
+
+    def measure(group: Group) -> MergedGroup:
+        gains = loud.gains(group)
+        return MergedGroup(group, {t: v * (100 if t == "c" else 1) for t, v in gains.items()}, None)
+
+    groups, others = (
+        [choice.groups for choice in choose_groups("abcde", how, False)[1]] for how in (world.measure, measure)
+    )
+    assert groups == others
+    with_labels = choose_groups("abcde", measure, True)[1]
+    assert all(("c",) in choice.groups for choice in with_labels[1:])
+
+
+def test_without_labels_losses_count_in_squares() -> None:
+    gains = {"a": -1.0, "b": -3.0}
+    assert worth(gains, {"a": 1.0, "b": 1.5}) == pytest.approx(-1 - 4)
+    assert worth({"a": 0.5}, {"a": 1.0}) == pytest.approx(0.25)
+
+
 def test_a_limit_leaves_predictions_and_says_so() -> None:
     world = World(0, 0.5)
-    merges, choices = choose_groups("abcde", world.measure, limit=0)
+    merges, choices = choose_groups("abcde", world.measure, True, limit=0)
     assert len(merges) == 10 and not choices[0].measured and choices[-1].measured
     assert choices[0].gains == pytest.approx(predict_gains(tuple("abcde"), lambda a, b: world.beside[a, b]))
 
 
-def test_two_tasks() -> None:
-    merges, choices = choose_groups("ab", World(0, 0).measure)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_two_tasks(labelled: bool) -> None:
+    merges, choices = choose_groups("ab", World(0, 0).measure, labelled)
     assert [merge.tasks for merge in merges] == [("a", "b")]
     assert [choice.groups for choice in choices] == [(("a", "b"),), (("a",), ("b",))]
 

@@ -3,6 +3,10 @@
 The question is that of "Which Tasks Should Be Learned Together" (Standley et al., arXiv 1905.07553), whose answer for
 training from scratch also goes from pairs to larger groups. A merge costs seconds, so the groups of the answer are
 merged themselves, and the answer changes until it stands on measurements alone.
+
+With labels a group is worth the sum of its tasks' gains. Without, losses of agreement must be made comparable: what it
+costs an expert to be disagreed with depends on how right it is, which only labels know. Each task's loss is squared,
+since independent errors add in squares, and measured in its own mean over the pairs, so that every task counts alike.
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ class Choice:
         budget: encoders at most.
         groups: the tasks of each encoder; a group of one keeps its expert.
         gains: of every task over its expert, in percent.
-        gain: their mean: Delta_MTL where labels judged, else the mean agreement less 1, in percent.
+        gain: their mean: Delta_MTL where labels judged, else the mean agreement less 1, in percent (which is not what
+            the groups were chosen by, see `worth`).
         measured: every group of it was merged and judged, none is predicted from pairs.
     """
 
@@ -136,13 +141,14 @@ def group_tasks(
         model, scale = merge_group(base, {task: experts[task] for task in group}, images)
         return MergedGroup(group, judge.gains(judge.scores(model)), scale)
 
-    merges, choices = choose_groups(list(experts), measure, limit, progress)
+    merges, choices = choose_groups(list(experts), measure, judge.labelled, limit, progress)
     return Grouping(list(experts), judge.labelled, merges, choices)
 
 
 def choose_groups(
     tasks: Sequence[str],
     measure: Callable[[Group], MergedGroup],
+    labelled: bool,
     limit: int | None = None,
     progress: Progress = silent,
 ) -> tuple[list[MergedGroup], list[Choice]]:
@@ -157,8 +163,9 @@ def choose_groups(
 
     for pair in pairs:
         take(pair)
+    units = None if labelled else _units(tasks, measured)
     while True:
-        found = best_partitions(tasks, lambda group: sum(expected_gains(group, measured).values()))
+        found = best_partitions(tasks, lambda group: worth(expected_gains(group, measured), units))
         groups = dict.fromkeys(group for partition in found.values() for group in partition)
         unknown = [group for group in groups if len(group) > 1 and group not in measured]
         if not unknown or len(measured) >= most:
@@ -166,6 +173,28 @@ def choose_groups(
         for group in unknown[: most - len(measured)]:
             take(group)
     return list(measured.values()), [_choice(budget, partition, measured) for budget, partition in found.items()]
+
+
+def worth(gains: Gains, units: Mapping[str, float] | None) -> float:
+    """What a group is worth: the sum of its gains or, with units, of their squares in these, losses negative.
+
+    Example:
+        >>> worth({"a": -1.0, "b": -4.0}, None), worth({"a": -1.0, "b": -4.0}, {"a": 1.0, "b": 2.0})
+        (-5.0, -5.0)
+    """
+    if units is None:
+        return sum(gains.values())
+    ratios = [gain / units[task] for task, gain in gains.items()]
+    return sum(ratio * abs(ratio) for ratio in ratios)
+
+
+def _units(tasks: Sequence[str], measured: Mapping[Group, MergedGroup]) -> dict[str, float]:
+    """Each task's mean loss in its pairs; 1 where it loses nothing."""
+    found = {}
+    for task in tasks:
+        losses = [abs(merge.gains[task]) for merge in measured.values() if task in merge.tasks]
+        found[task] = (sum(losses) / len(losses) if losses else 0.0) or 1.0
+    return found
 
 
 def expected_gains(group: Group, measured: Mapping[Group, MergedGroup]) -> dict[str, float]:

@@ -120,8 +120,8 @@ def _effects(sweeps: Found) -> Iterator[str]:
     best, worst = max(effects, key=effects.__getitem__), min(effects, key=effects.__getitem__)
     if effects[best] > 0:
         yield (
-            f"Along its task vector {best[0]} helps {best[1]} most ({_signed(effects[best], 2)} of the expert's performance,"
-            " the mean for lambda up to 1)."
+            f"Along its task vector {best[0]} helps {best[1]} most ({_signed(effects[best], 2)} of the expert's"
+            " performance, the mean for lambda up to 1)."
         )
     else:
         yield "Along no task vector another task rises above the base."
