@@ -71,7 +71,8 @@ def _choices(found: Found, budget: int | None) -> Iterator[str]:
         said = "every expert by itself" if used == len(found["tasks"]) else _named(choice["groups"])
         predicted = "" if choice["measured"] else ", predicted from pairs"
         worst = min(choice["gains"], key=lambda task: choice["gains"][task])
-        loses = f"; {worst} most, {_signed(choice['gains'][worst])}" if choice["gains"][worst] < 0 else ""
+        told = found["judged_by"] == "labels" and choice["gains"][worst] < 0  # agreements of two tasks do not compare
+        loses = f"; {worst} most, {_signed(choice['gains'][worst])}" if told else ""
         yield f"{head}: {said} ({unit} {_signed(choice['gain'])} %{predicted}{loses})."
 
 
@@ -83,24 +84,36 @@ def _named(groups: Any) -> str:
 
 
 def _pairs(found: Found) -> Iterator[str]:
-    """Which tasks get on best and worst when two are merged, and who loses most by it."""
-    beside = pair_gains(found)
-    tasks = found["tasks"]
+    """Which tasks get on best and worst when two are merged, and beside whom the others lose most.
+
+    Without labels a task's losses compare with its own only: they are taken in its mean over the pairs.
+    """
+    tasks, labelled = found["tasks"], found["judged_by"] == "labels"
     if len(tasks) < 3:
         return
+    gains = pair_gains(found)
+    units = {task: 1.0 if labelled else abs(_mean(gains[task].values())) or 1.0 for task in tasks}
+    beside = {task: {other: gain / units[task] for other, gain in gains[task].items()} for task in tasks}
     both = {(a, b): (beside[a][b] + beside[b][a]) / 2 for a, b in combinations(tasks, 2)}
-    best, worst = max(both, key=both.__getitem__), min(both, key=both.__getitem__)
-    yield (
-        f"Merged in pairs, {best[0]} and {best[1]} get on best ({_signed(both[best])} % on average), {worst[0]} and"
-        f" {worst[1]} worst ({_signed(both[worst])} %)."
-    )
-    own = {task: _mean(beside[task].values()) for task in tasks}
     given = {task: _mean(beside[other][task] for other in tasks if other != task) for task in tasks}
-    loser, hurter = min(own, key=own.__getitem__), min(given, key=given.__getitem__)
+    best, worst = max(both, key=both.__getitem__), min(both, key=both.__getitem__)
+    hurter = min(given, key=given.__getitem__)
+
+    def said(value: float) -> str:
+        return f"{_signed(value)} %" if labelled else f"{-value:.2f}"
+
+    unit = "on average" if labelled else "of what these tasks lose in their mean pair"
     yield (
-        f"{_capital(loser)} loses most beside another task ({_signed(own[loser])} % on average); beside {hurter} the"
-        f" others lose most ({_signed(given[hurter])} %)."
+        f"Merged in pairs, {best[0]} and {best[1]} get on best ({said(both[best])} {unit}), {worst[0]} and {worst[1]}"
+        f" worst ({said(both[worst])})."
     )
+    hurt = f"Beside {hurter} the others lose most ({said(given[hurter])})"
+    if not labelled:
+        yield f"{hurt}."
+        return
+    own = {task: _mean(beside[task].values()) for task in tasks}
+    loser = min(own, key=own.__getitem__)
+    yield f"{hurt}; {loser} loses most beside another ({said(own[loser])})."
 
 
 def pair_gains(found: Found) -> dict[str, dict[str, float]]:
@@ -177,7 +190,3 @@ def _signed(number: float, decimals: int = 1) -> str:
     """With its sign, but for zero."""
     text = f"{number:+.{decimals}f}"
     return text if float(text) else text[1:]
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
