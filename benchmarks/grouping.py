@@ -137,7 +137,10 @@ def partitions(tasks: list[str]) -> Iterator[tuple[Group, ...]]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Print the truth of every pair and the table of budgets, over the seeds."""
-    seeds, tasks = results["seeds"], results["tasks"]
+    tasks = results["tasks"]
+    groups = 2 ** len(tasks) - len(tasks) - 1
+    seeds = {seed: rows for seed, rows in results["seeds"].items() if len(rows) == groups}  # of the others no partition
+    print(f"{results['run']}, {len(seeds)} seeds, {groups} groups each\n")
     print("| merged with | " + " | ".join(tasks) + " |\n| :-- |" + " --: |" * len(tasks))
     for task in tasks:
         cells = []

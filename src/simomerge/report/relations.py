@@ -65,8 +65,8 @@ def relation_lines(found: Found, budget: int | None = None) -> list[str]:
     Example:
         >>> choice = {"budget": 1, "groups": [["a", "b"]], "gain": -2.0, "gains": {"a": -1, "b": -3}, "measured": True}
         >>> print(*relation_lines({"tasks": ["a", "b"], "groups": {"merges": [], "choices": [choice]}}), sep="\\n")
-        encoders   gain %  groups
-               1     -2.0  a + b
+        encoders  gain %  groups
+               1    -2.0  a + b
     """
     lines: list[str] = []
     for head, table in _tables(found, budget):
