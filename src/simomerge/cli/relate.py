@@ -28,7 +28,9 @@ from simomerge.errors import InputError
 @click.option("--data", help="Labelled data instead: rooms, NAME:FOLDER or a manifest; its labels judge.")
 @click.option("--split", default="val", show_default=True, help="Of the data; never the one that is reported on.")
 @click.option(
-    "--count", type=click.IntRange(8), default=128, show_default=True, help="Images: half to merge on, half to judge."
+    "--count",
+    type=click.IntRange(8),
+    help="Images, half to merge on, half to judge: 128, or 256 labelled ones, by default.",
 )
 @click.option("--budget", type=click.IntRange(1), help="Encoders at most; by default every budget is answered.")
 @click.option("--merged", metavar="MODEL", help="A model merged from these experts: how well it is aligned with them.")
@@ -46,7 +48,7 @@ def command(
     size: str | None,
     data: str | None,
     split: str,
-    count: int,
+    count: int | None,
     budget: int | None,
     merged: str | None,
     sections: str | None,
@@ -80,6 +82,8 @@ def command(
     from simomerge.relations import check_sections, relate, verdict
     from simomerge.report.relations import relation_lines, write_relations
 
+    # Labels are noisier judges than the experts: an error of the expert's own counts with every model.
+    count = count or (256 if data is not None else 128)
     sees = images is not None or data is not None
     chosen = check_sections(sections.split(",") if sections else None, sees, merged is not None)
     if budget is not None and "groups" not in chosen:
