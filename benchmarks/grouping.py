@@ -17,7 +17,7 @@ import argparse
 import json
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from simomerge.realignment import Fold, fold_heads
 from simomerge.realignment.experts import observe
 from simomerge.realignment.fold import Seen
 from simomerge.recipes.results import machine, spread
-from simomerge.relations import Judge, MergedGroup
+from simomerge.relations import Judge, MergedGroup, geometry
 from simomerge.relations.grouping import choose_groups
 from simomerge.relations.partitions import Group, best_partitions
 from simomerge.relations.relations import Every
@@ -88,6 +88,10 @@ def measure(run: Path, seed: int, results: dict[str, Any], output: Path) -> None
     rows = results["seeds"].setdefault(str(seed), [])
     tasks = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]["tasks"]
     done = {tuple(row["group"]) for row in rows}
+    if str(seed) not in results.setdefault("cosines", {}):
+        experts = {task: load(_expert(run, task, seed)) for task in tasks}
+        results["cosines"][str(seed)] = geometry(load(resolve_source("rooms-base")), experts).all.cosine
+        atomic_write_text(output, json.dumps(results, indent=1) + "\n")
     missing = [g for size in range(2, len(tasks) + 1) for g in combinations(tasks, size) if g not in done]
     bench = Bench(run, seed) if missing else None
     for group in missing:
@@ -121,6 +125,39 @@ def judged(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], kind: str) -
             "true_mean": statistics.mean(every),
             "merges": len(merges),
         }
+
+
+def other_ways(
+    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], cosines: Sequence[Sequence[float]]
+) -> dict[str, list[float]]:
+    """What choosing by other rules costs against the best by truth, in points, for budgets of 2 to T - 1."""
+    table = {tuple(row["group"]): row for row in rows}
+
+    def measured(kind: str) -> Callable[[Group], float]:
+        return lambda group: sum(table[group][kind].values()) if len(group) > 1 else 0.0
+
+    def by_cosine(group: Group) -> float:
+        places = [tasks.index(task) for task in group]
+        apart = [1 - cosines[i][j] for i in places for j in places if i != j]
+        return -sum(apart) / max(len(group) - 1, 1)
+
+    merged = {group: MergedGroup(group, row["unlabelled"], None) for group, row in table.items()}
+    pairs_only = choose_groups(tasks, merged.__getitem__, False, limit=0)[1]
+    rules = {
+        "plain agreement, every group merged": best_partitions(tasks, measured("unlabelled")),
+        "the answer without labels, pairs only": {choice.budget: choice.groups for choice in pairs_only},
+        "cosine of the task vectors": best_partitions(tasks, by_cosine),
+    }
+    true = measured("test")
+    best = best_partitions(tasks, true)
+    budgets = range(2, len(tasks))
+    gaps = {
+        name: [(sum(map(true, best[k])) - sum(map(true, found[k]))) / len(tasks) for k in budgets]
+        for name, found in rules.items()
+    }
+    mean = {k: statistics.mean(sum(map(true, p)) for p in partitions(list(tasks)) if len(p) == k) for k in budgets}
+    gaps["the mean of all partitions"] = [(sum(map(true, best[k])) - mean[k]) / len(tasks) for k in budgets]
+    return gaps
 
 
 def partitions(tasks: list[str]) -> Iterator[tuple[Group, ...]]:
@@ -166,6 +203,12 @@ def show(results: Mapping[str, Any]) -> None:
         for seed, rows in seeds.items():
             for row in judged(rows, tasks, kind):
                 print(f"seed {seed}, {row['budget']}: {_named(row['best'])} / {_named(row['answer'])}")
+
+    ways = [other_ways(rows, tasks, results["cosines"][seed]) for seed, rows in seeds.items()]
+    print("\nGap to the best, chosen by:\n\n| | " + " | ".join(f"{k} encoders" for k in range(2, len(tasks))) + " |")
+    print("| :-- |" + " --: |" * (len(tasks) - 2))
+    for name in ways[0] if ways else ():
+        print(f"| {name} | " + " | ".join(map(_cell, zip(*(way[name] for way in ways), strict=True))) + " |")
 
 
 def _named(partition: Sequence[Group]) -> str:

@@ -97,9 +97,8 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
 
 
 def relation_sections(found: Found) -> Iterator[tuple[str, str]]:
-    """Head and HTML of every part of the page."""
-    said = found.get("verdict") or []
-    if said:
+    """Head and HTML of every part of the page; the verdict's first sentence is its headline."""
+    if said := (found.get("verdict") or [])[1:]:
         yield "Verdict", "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in said) + "\n</ul>"
     entries = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in WORDS.items())
     yield "How to read it", '<dl class="words">\n' + "\n".join(entries) + "\n</dl>"
