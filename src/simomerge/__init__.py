@@ -25,6 +25,7 @@ _WHERE = {
     "merging": "merging",
     "normalised_performance": "evaluation",
     "realign": "realignment",
+    "relate": "relations",
     "search_scale": "assemble",
 }
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from simomerge.heads import Foldable
     from simomerge.model import SimoModel, load
     from simomerge.realignment import realign
+    from simomerge.relations import relate
     from simomerge.sources import import_expert
     from simomerge.tasks import Task
 
@@ -55,6 +57,7 @@ __all__ = [
     "merging",
     "normalised_performance",
     "realign",
+    "relate",
     "search_scale",
 ]
 

@@ -20,6 +20,8 @@ from simomerge.recipes import ALL_TASKS, DEMO_TASKS, Recipe, demo_recipe
         ({"merges": ("average",)}, "row 'zero-shot.heads'"),
         ({"merges": ("tie",), "realigned": ()}, "did you mean 'ties'"),
         ({"head": "liner"}, "unknown head 'liner'; choose one of: linear, dpt"),
+        ({"relate": True, "val_images": 6}, "relate takes at least two tasks, and 8 images"),
+        ({"relate": True, "tasks": ("depth",)}, "relate takes at least two tasks"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (1, 2, 1)}, "each once"),
     ],

@@ -22,7 +22,7 @@ COMMANDS = {
     "edit": "Add a task to a merged model, or remove one.",
     "realign": "Repair the mismatch between merged features and heads.",
     "evaluate": "Measure a model on a dataset, beside its experts where they are given.",
-    "relate": "Say how far a merge's features are from its experts', and what a linear map repairs.",
+    "relate": "Say which tasks help or hurt each other, and which experts to merge.",
     "predict": "Predict every task for images of your own.",
     "inspect": "Say what a model folder or a checkpoint holds and where it comes from.",
     "diff": "Say how two checkpoints, or two experts' task vectors, differ.",

@@ -15,6 +15,10 @@ from simomerge.recipes.recipe import WITHOUT_LABELS, Recipe
 COSTS = {"features": 20, "probe": 20, "score": 5, "merged": 40, "auto": 120, "fold": 20, "heads": 50, "distill": 50}
 """Guesses, in training steps; they only order what could start at the same time."""
 
+RELATE_COST = 150
+RELATE_IMAGES = 256
+"""Of the validation split: half of them are merged on, half judge by their labels."""
+
 
 class Plan:
     """The stages of a recipe: experts, joint model, merges, re-alignments and the scores of all.
@@ -27,6 +31,7 @@ class Plan:
     Attributes:
         probes, experts: seed -> task -> stage.
         models: (seed, row) -> stage, also of merges that are no row themselves.
+        relations: seed -> stage, where the recipe asks for it.
         scores, expert_scores: (seed, row) -> stage and seed -> task -> stage, on the test split.
     """
 
@@ -45,6 +50,7 @@ class Plan:
                 self.models[seed, joint_row(weighting)] = self._joint(seed, weighting)
             self._merge(seed)
             self._realign(seed)
+        self.relations = {s: self._related(s) for s in recipe.seeds if recipe.relate}
         test = splits["test"]
         self.expert_scores = {s: self._scores_of_experts(s, test) for s in recipe.seeds}
         self.scores = {
@@ -59,7 +65,7 @@ class Plan:
     def wanted(self) -> list[Stage]:
         """What has to be done; all else is needed for it."""
         experts = [stage for scores in self.expert_scores.values() for stage in scores.values()]
-        return [*self.scores.values(), *experts]
+        return [*self.scores.values(), *experts, *self.relations.values()]
 
     def chain(self, seed: int, row: str) -> list[Stage]:
         """The stages after the experts that made a row."""
@@ -191,6 +197,12 @@ class Plan:
             return Stage(name, stages.taught, {**arguments, **shown}, cost)
         arguments["data"] = {**self.splits["val"], "tasks": list(recipe.tasks)}
         return Stage(name, stages.realigned, arguments, settings.steps if adapts else COSTS["heads"])
+
+    def _related(self, seed: int) -> Stage:
+        """How the experts relate; pairs of them are merged, so it takes as long as many merges."""
+        data = {**self.splits["val"], "count": min(RELATE_IMAGES, self.recipe.val_images)}
+        arguments = {"base": self.base, "experts": self.experts[seed], "data": data}
+        return Stage(f"relations seed {seed}", stages.related, arguments, RELATE_COST)
 
     # Scores.
 

@@ -58,6 +58,7 @@ class Recipe:
             labels, neither does the row's merge: its scale is the one that can be folded best. "auto" is the merge
             and fold that `simomerge.merge` finds by itself, and may be followed by steps too.
         gallery: rows shown as pictures, after the input and the ground truth.
+        relate: also measure how the experts relate to each other, per seed, on the validation split's labels.
     """
 
     tasks: tuple[str, ...] = DEMO_TASKS
@@ -104,6 +105,7 @@ class Recipe:
         "task-arithmetic+fold-cross",
         "task-arithmetic+heads",
     )
+    relate: bool = False
 
     def __post_init__(self) -> None:
         for name in self.merges:  # what cannot be is told now, not after the training
@@ -120,6 +122,8 @@ class Recipe:
         for name in self.joint_weightings:
             if name not in WEIGHTINGS:
                 raise InputError(f"recipe: unknown loss weighting {name!r}; choose among: {', '.join(WEIGHTINGS)}.")
+        if self.relate and (self.val_images < 8 or len(self.tasks) < 2):
+            raise InputError("recipe: relate takes at least two tasks, and 8 images of the validation split.")
         if "equal" not in self.joint_weightings:
             raise InputError("recipe: joint_weightings lacks 'equal', the joint MTL that all is compared with.")
         for row in self.realigned:

@@ -32,6 +32,7 @@ def summarise(plan: Plan, run: Run, tasks: Mapping[str, Task], title: str) -> di
         ],
         "rows": [_row(plan, run, tasks, row) for row in ["experts", *plan.rows]],
         "scale_curves": _curves(plan, run),
+        **({"relations": _relations(plan, run)} if plan.relations else {}),
         "notes": list(NOTES),
     }
 
@@ -95,6 +96,11 @@ def _curves(plan: Plan, run: Run) -> dict[str, Any]:
             "chosen": [log["scale"] for log in logs],
         }
     return curves
+
+
+def _relations(plan: Plan, run: Run) -> dict[str, Any]:
+    """By seed what `simomerge.relations.relate` found."""
+    return {str(seed): run.log(stage)["relations"] for seed, stage in plan.relations.items()}
 
 
 def gallery(plan: Plan, run: Run, data: Any, images: int = 4) -> list[dict[str, Any]]:

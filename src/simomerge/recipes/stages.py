@@ -24,6 +24,7 @@ from simomerge.merging import available
 from simomerge.model import SimoModel, load
 from simomerge.progress import Progress, silent
 from simomerge.realignment import REALIGNMENTS, realign_distill, realign_fold
+from simomerge.relations import relate
 from simomerge.training import (
     CachedFeatures,
     TrainSettings,
@@ -266,6 +267,20 @@ def taught(
     keys = ("steps", "trained_parameters", "labelled_images", "unlabelled_images")
     log = {"seconds": time.monotonic() - began, **{key: cost[key] for key in keys}}
     _finish(output, {**log, **({"r2": cost["r2"]} if "r2" in cost else {})}, result)
+
+
+def related(
+    output: Path, base: str, experts: dict[str, str], data: Data, label: str, progress: Progress = silent
+) -> None:
+    """How the experts relate to each other, judged by labels."""
+    began = time.monotonic()
+    models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
+
+    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{label} {inner}", done, total, note)
+
+    found = relate(load(base), models, data=load_data(**data), count=None, progress=relabelled)
+    _finish(output, {"seconds": time.monotonic() - began, "relations": found.to_dict()})
 
 
 def realigned(

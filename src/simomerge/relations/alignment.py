@@ -16,6 +16,7 @@ from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
 from simomerge.realignment import HELD_OUT, RIDGES
 from simomerge.realignment.experts import evaluating, matching_experts, observe
+from simomerge.relations.sums import TokenSums, cka
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def alignment(
         raise InputError(f"{len(source)} images: every fourth is held out; give at least {HELD_OUT}.")
     taps = model.encoder.taps
     pairs = {
-        (task, tap): [_Pair.empty(width) for _ in range(2)]
+        (task, tap): [TokenSums.empty(width, width) for _ in range(2)]
         for task in experts
         for tap, width in zip(taps, model.encoder.channels, strict=True)
     }
@@ -78,68 +79,33 @@ def alignment(
         for task, features in batch.features.items():
             for tap, ours, theirs in zip(taps, merged.maps, features.maps, strict=True):
                 for pair, chosen in zip(pairs[task, tap], (~held_out, held_out), strict=True):
-                    pair.add(ours[chosen], theirs[chosen])
+                    pair.add([ours[chosen], theirs[chosen]])
     return [_measure(task, tap, *found) for (task, tap), found in pairs.items()]
 
 
-@dataclass
-class _Pair:
-    """Sums over tokens of merged (x) and expert (z) features, float64: first C, then C channels."""
-
-    tokens: int
-    total: Tensor
-    products: Tensor
-
-    @classmethod
-    def empty(cls, width: int) -> _Pair:
-        return cls(
-            0, torch.zeros(2 * width, dtype=torch.float64), torch.zeros(2 * width, 2 * width, dtype=torch.float64)
-        )
-
-    def add(self, ours: Tensor, theirs: Tensor) -> None:
-        rows = torch.cat([ours, theirs], 1).permute(0, 2, 3, 1).flatten(0, 2).double().cpu()
-        self.tokens += len(rows)
-        self.total += rows.sum(0)
-        self.products += rows.T @ rows
-
-    def covariance(self, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of (x, x), (z, x) and (z, z), about a mean (2 C,)."""
-        own = self.total / self.tokens
-        full = self.products / self.tokens - torch.outer(own, own) + torch.outer(own - mean, own - mean)
-        width = len(mean) // 2
-        return full[:width, :width], full[width:, :width], full[width:, width:]
-
-
-def _measure(task: str, tap: int, train: _Pair, held_out: _Pair) -> TapAlignment:
-    mean = train.total / train.tokens
-    xx, zx, _ = train.covariance(mean)
+def _measure(task: str, tap: int, train: TokenSums, held_out: TokenSums) -> TapAlignment:
+    (xx, _), (zx, _) = train.covariance()
     unit = float(xx.diagonal().mean())
     eye = torch.eye(len(xx), dtype=torch.float64)
+    (own_xx, _), (own_zx, own_zz) = held_out.covariance()  # CKA is about the sample's own mean
+    spread = float(own_zz.trace())
     # Judged about the means of the images the map was solved on, as the map's bias is theirs.
-    seen = held_out.covariance(mean)
-    spread = float(held_out.covariance(held_out.total / held_out.tokens)[2].trace())
+    (seen_xx, _), (seen_zx, seen_zz) = held_out.covariance(train.mean)
 
     def r2(mapping: Tensor) -> float:
-        x, cross, z = seen
-        left = float((z - mapping @ cross.T - cross @ mapping.T + mapping @ x @ mapping.T).trace())
+        between = mapping @ seen_zx.T
+        left = float((seen_zz - between - between.T + mapping @ seen_xx @ mapping.T).trace())
         return 1 - left / spread if spread > 0 else float("nan")
 
     before = _plain_r2(held_out, spread)
     maps = [torch.linalg.solve(xx + ridge * unit * eye, (zx + ridge * unit * eye).T).T for ridge in RIDGES[:-1] if unit]
     best = max([*maps, eye], key=r2)
-    own = held_out.covariance(held_out.total / held_out.tokens)  # CKA is about the sample's own mean
-    return TapAlignment(task, tap, before, max(r2(best), before), _cka(eye, *own), _cka(best, *own))
+    mapped = best @ own_xx @ best.T, own_zx @ best.T, own_zz
+    return TapAlignment(task, tap, before, max(r2(best), before), cka(own_xx, own_zx, own_zz), cka(*mapped))
 
 
-def _plain_r2(pair: _Pair, spread: float) -> float:
+def _plain_r2(pair: TokenSums, spread: float) -> float:
     """Of x as z, biases not repaired."""
-    width = len(pair.total) // 2
-    xx, zx, zz = pair.products[:width, :width], pair.products[width:, :width], pair.products[width:, width:]
-    left = float((zz - zx - zx.T + xx).trace()) / pair.tokens
+    (xx, _), (zx, zz) = pair.covariance(torch.zeros_like(pair.total))
+    left = float((zz - zx - zx.T + xx).trace())
     return 1 - left / spread if spread > 0 else float("nan")
-
-
-def _cka(mapping: Tensor, xx: Tensor, zx: Tensor, zz: Tensor) -> float:
-    ours, between = mapping @ xx @ mapping.T, zx @ mapping.T
-    size = float(torch.linalg.norm(ours) * torch.linalg.norm(zz))
-    return float(torch.linalg.norm(between)) ** 2 / size if size > 0 else float("nan")

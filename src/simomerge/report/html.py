@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,13 @@ from simomerge.checkpoints import atomic_write_text
 from simomerge.errors import InputError
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
 from simomerge.report.headline import sentences
+from simomerge.report.relations import seeds_section
 from simomerge.report.results import FAMILIES, MISSING, Results, family, rows, seeds
+from simomerge.report.shell import data_uri, embedded, shell
 from simomerge.report.tables import columns
 
 Gallery = Sequence[Mapping[str, Any]]
 """Per image: ``{"image": uint8 (H, W, 3), "predictions": {task: {column: uint8 (H, W, 3)}}}``."""
-
-# The browser itself refuses whatever the page would fetch.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 WORDS = {
     "Delta_MTL": "The mean over the tasks of the change of each task's metric against that task's expert, in %, "
@@ -98,36 +95,13 @@ def page(results: Results, gallery: Gallery = ()) -> str:
         ("How to read it", _definitions(WORDS, "words") + _family_key()),
         ("Results", _table(results)),
         *_figures(results),
+        ("Task relationships", seeds_section(results.get("relations") or {})),
         ("Predictions", _gallery(gallery)),
         ("Recipe and machine", _settings(results)),
         ("Notes", _notes(results.get("notes") or [])),
     ]
-    first, *more = (escape(sentence).replace(" %", "&nbsp;%") for sentence in sentences(results))
-    body = "\n".join(f"<section>\n<h2>{head}</h2>\n{content}\n</section>" for head, content in sections if content)
-    css = files("simomerge.report").joinpath("page.css").read_text("utf-8")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{title}</h1>
-<p class="headline">{first}</p>
-{"".join(f'<p class="second">{sentence}</p>' for sentence in more)}
-<p class="about">{escape(_about(results))}</p>
-</header>
-{body}
-</main>
-</body>
-</html>
-"""
+    first, *more = sentences(results)
+    return shell(title, [first, *more], _about(results), sections)
 
 
 def _about(results: Results) -> str:
@@ -170,20 +144,9 @@ def _table(results: Results) -> str:
 
 
 def _figures(results: Results) -> Iterator[tuple[str, str]]:
-    """Every figure twice, for light and for dark pages: an embedded SVG does not see the page's colours."""
     for head, draw, caption in FIGURES:
-        try:
-            light, dark = (_data_uri(draw(results, theme), "image/svg+xml") for theme in ("light", "dark"))
-        except InputError:
-            continue  # Nothing of this kind was measured: the page says less.
-        picture = (
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{escape(caption)}"></picture>'
-        )
-        yield (
-            head,
-            f'<figure><div class="scroll">{picture}</div><figcaption>{escape(caption)}</figcaption></figure>',
-        )
+        if shown := embedded(draw, results, caption):
+            yield head, shown
 
 
 def _gallery(gallery: Gallery) -> str:
@@ -216,12 +179,8 @@ def _image(pixels: Any, alt: str) -> str:
     height, width = pixels.shape[:2]
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, format="PNG", optimize=True)
-    source = _data_uri(target.getvalue(), "image/png")
+    source = data_uri(target.getvalue(), "image/png")
     return f'<img src="{source}" alt="{escape(alt)}" width="{width}" height="{height}">'
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _settings(results: Results) -> str:

@@ -1,0 +1,102 @@
+"""simomerge relate: what it prints, what it writes, and its mistakes, each told before long work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import Story, simomerge
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    dice = np.random.default_rng(0)
+    for index in range(10):
+        coarse = Image.fromarray(dice.integers(0, 255, (4, 5, 3), np.uint8))
+        coarse.resize((40, 32), Image.Resampling.BILINEAR).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def experts(story: Story) -> list[str]:
+    return [f"{task}={story / task}" for task in ("depth", "normals")]
+
+
+def test_everything_on_unlabelled_pictures(story: Story, tiny_base: Path, photos: Path, experts: list[str],
+                                           tmp_path: Path) -> None:  # fmt: skip
+    out = tmp_path / "related"
+    done = simomerge("relate", tiny_base, *experts, "--images", photos, "--merged", story / "scene", "-o", out)
+    assert done.code == 0, done.err
+    assert "2 encoders: every expert by itself" in done.out and "Judged by the experts' predictions" in done.out
+    assert "R2 before" in done.out and f"Page: {out / 'relate.html'}" in done.out
+    assert f"Next: simomerge merge {tiny_base} depth=" in done.out
+    names = {"relate.html", "relate.json", "pairs.png", "sweeps.png", "norms.png", "cosines.png", "cka.png"}
+    assert {path.name for path in out.iterdir()} == names
+    again = simomerge("relate", tiny_base, *experts, "--images", photos, "-o", out)
+    assert again.code == 2 and "exists; choose another folder, or give --overwrite" in again.err
+
+
+def test_as_json_with_labels(tiny_base: Path, experts: list[str]) -> None:
+    words = ("--data", "rooms", "--count", "8", "--sections", "groups,cka", "--budget", "1", "--json")
+    found = simomerge("relate", tiny_base, *experts, *words).json
+    assert found["judged_by"] == "labels" and found["images"] == 8 and "sweeps" not in found
+    assert [choice["budget"] for choice in found["groups"]["choices"]] == [1, 2]
+    assert found["cka"]["names"] == ["base", "depth", "normals"] and found["cka"]["images"] == 4
+
+
+def test_geometry_looks_at_no_image(tiny_base: Path, experts: list[str]) -> None:
+    done = simomerge("relate", tiny_base, *experts, "--sections", "geometry")
+    assert done.code == 0 and "Task vectors (whole encoder)" in done.out and "Judged" not in done.out
+
+
+MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
+    "nothing to look at": ((), "looks at images: give images or labelled data, or ask for 'geometry' alone"),
+    "both": (("--images", "PHOTOS", "--data", "rooms"), "--images and --data exclude each other"),
+    "section": (("--images", "PHOTOS", "--sections", "sweep"), "no section 'sweep'; did you mean 'sweeps'"),
+    "strange section": (("--images", "PHOTOS", "--sections", "xyzzy"), r"no section 'xyzzy'\? There are: groups"),
+    "section without images": (("--sections", "sweeps"), "the section 'sweeps' looks at images"),
+    "section without a merge": (("--images", "PHOTOS", "--sections", "alignment"), "give the merged one"),
+    "budget": (("--images", "PHOTOS", "--budget", "3"), "--budget 3: 2 experts need no more than 2 encoders"),
+    "no budget": (("--images", "PHOTOS", "--budget", "0"), "0 is not in the range"),
+    "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget is of the section 'groups'"),
+    "count": (("--images", "PHOTOS", "--count", "4"), "4 is not in the range"),
+    "images": (("--images", "./nowhere"), "nowhere: no such folder of images"),
+    "data": (("--data", "room"), "unknown dataset 'room'; did you mean 'rooms'"),
+    "split": (("--data", "rooms", "--split", "vall"), "vall"),
+    "size": (("--images", "PHOTOS", "--size", "big"), "size big: give HEIGHTxWIDTH"),
+    "merged": (("--images", "PHOTOS", "--merged", "./nowhere"), "nowhere: no such folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_a_sentence(name: str, tiny_base: Path, photos: Path, experts: list[str]) -> None:
+    words, message = MISTAKES[name]
+    done = simomerge("relate", tiny_base, *experts, *(photos if word == "PHOTOS" else word for word in words))
+    check(done, message)
+
+
+def check(done: object, message: str) -> None:
+    from .test_mistakes import check as told
+
+    told(done, message)  # type: ignore[arg-type]
+
+
+def test_who_is_given_as_what(story: Story, tiny_base: Path, photos: Path, experts: list[str]) -> None:
+    pictures = ("--images", photos)
+    check(simomerge("relate", story / "scene", *experts, *pictures), "is a model with heads .*--merged MODEL")
+    check(simomerge("relate", tiny_base, experts[0], *pictures), "1 expert: .*at least two")
+    check(simomerge("relate", tiny_base, experts[0], "normals=./nowhere", *pictures), "nowhere: no such folder")
+    check(simomerge("relate", tiny_base, experts[0], "normals", *pictures), "'normals': give TASK=EXPERT")
+    check(simomerge("relate", tiny_base, experts[0], f"normals={tiny_base}", *pictures), "'normals' has the tasks none")
+    missing = simomerge("relate", "./nowhere", *experts, *pictures)
+    check(missing, "nowhere: no such folder")
+
+
+def test_too_few_pictures(tiny_base: Path, photos: Path, experts: list[str], tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes((photos / name).read_bytes())
+    check(simomerge("relate", tiny_base, *experts, "--images", tmp_path), "2 images: half of them judge")

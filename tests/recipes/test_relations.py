@@ -1,0 +1,50 @@
+"""A recipe that asks how its experts relate: one more stage per seed, and nothing else is done anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from simomerge.recipes import plan_of, stages
+from simomerge.recipes.stages import read_log
+from simomerge.report.html import page
+
+from .conftest import MICRO, Finished
+
+ENOUGH = replace(MICRO, val_images=8, relate=True)
+
+
+def test_it_adds_its_own_stages_and_changes_no_other(tiny_base: Path, tmp_path: Path) -> None:
+    seeds = replace(ENOUGH, seeds=(0, 1))
+    with_it, without = (
+        dict.fromkeys(name for name, _ in plan_of(recipe, tiny_base, tmp_path, "rooms", {}))
+        for recipe in (seeds, replace(seeds, relate=False))
+    )
+    assert [name for name in with_it if name not in without] == ["relations seed 0", "relations seed 1"]
+    assert [name for name in with_it if name in without] == list(without)
+
+
+def test_what_is_done_stays_done(tiny_base: Path, finished: Finished) -> None:
+    """The folders of the micro run, as a recipe that differs in ``relate`` alone sees them."""
+    stages_ = dict(plan_of(MICRO, tiny_base, finished.folder, "rooms", {}))
+    assert all(stages_.values())
+    # MICRO has too few images to relate on: the plan alone is asked, past the recipe's check.
+    more = replace(MICRO)
+    object.__setattr__(more, "relate", True)
+    found = dict(plan_of(more, tiny_base, finished.folder, "rooms", {}))
+    assert [name for name, done in found.items() if not done] == ["relations seed 0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*the fold stays close")
+def test_the_stage_and_its_place_in_the_report(tiny_base: Path, finished: Finished, tmp_path: Path) -> None:
+    experts = {task: str(next((finished.folder / "stages").glob(f"expert-{task}-seed-0-*"))) for task in MICRO.tasks}
+    data = {"spec": "rooms", "split": "val", "count": 8}
+    stages.related(tmp_path / "out", str(tiny_base), experts, data, "relations")
+    found = read_log(tmp_path / "out")["relations"]
+    assert found["judged_by"] == "labels" and found["tasks"] == list(MICRO.tasks) and found["images"] == 8
+    html = page({**finished.results, "relations": {"0": json.loads(json.dumps(found))}})
+    assert "Task relationships" in html and found["verdict"][0].split(".")[0] in html
+    assert "Task relationships" not in page(finished.results)

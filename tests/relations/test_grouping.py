@@ -1,0 +1,190 @@
+"""Partitions against brute force, and the search that measures what its answer stands on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from simomerge.model import SimoModel
+from simomerge.relations import Judge, MergedGroup, best_partitions, group_tasks, partitions
+from simomerge.relations.grouping import choose_groups, merge_group, predict_gains, worth
+from simomerge.relations.partitions import Group
+
+from .conftest import TASKS, Dice
+
+
+def all_partitions(tasks: list[str]) -> Iterator[list[list[str]]]:
+    """Each task goes into one of the groups there are, or into a new one."""
+    if not tasks:
+        yield []
+        return
+    for rest in all_partitions(tasks[1:]):
+        for place in range(len(rest)):
+            yield [*rest[:place], [tasks[0], *rest[place]], *rest[place + 1 :]]
+        yield [[tasks[0]], *rest]
+
+
+def random_worth(tasks: str, seed: int) -> dict[Group, float]:
+    dice = random.Random(seed)
+    return {
+        group: 0.0 if size == 1 else dice.uniform(-10, 3)
+        for size in range(1, len(tasks) + 1)
+        for group in combinations(tasks, size)
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 10**6))
+def test_no_partition_is_better(count: int, seed: int) -> None:
+    tasks = "abcdef"[:count]
+    worth = random_worth(tasks, seed)
+    found = best_partitions(tasks, worth.__getitem__)
+    every = [[tuple(sorted(group)) for group in partition] for partition in all_partitions(list(tasks))]
+    assert len(every) == [1, 1, 2, 5, 15, 52, 203][count]
+    for budget in range(1, count + 1):
+        assert sorted(task for group in found[budget] for task in group) == sorted(tasks)
+        assert len(found[budget]) <= budget
+        best = max(sum(map(worth.__getitem__, partition)) for partition in every if len(partition) <= budget)
+        assert sum(map(worth.__getitem__, found[budget])) == pytest.approx(best)
+
+
+def test_the_order_of_the_tasks_does_not_count() -> None:
+    worth = random_worth("abcde", 3)
+    one = best_partitions("abcde", worth.__getitem__)
+    other = best_partitions("ecadb", lambda group: worth[tuple(sorted(group))])
+    for budget in range(1, 6):
+        assert {frozenset(g) for g in one[budget]} == {frozenset(g) for g in other[budget]}
+
+
+def test_very_many_tasks_are_joined_greedily() -> None:
+    """Four families whose members alone go together: even the greedy way finds them."""
+    tasks = [f"t{index}" for index in range(16)]
+    assert len(tasks) > partitions.EXACT
+    family = {task: index % 4 for index, task in enumerate(tasks)}
+
+    def worth(group: Group) -> float:
+        return -float(sum(1 + 9 * (family[a] != family[b]) for a, b in combinations(group, 2)))
+
+    found = best_partitions(tasks, worth)
+    assert {frozenset(family[task] for task in group) for group in found[4]} == {frozenset({f}) for f in range(4)}
+    assert found[16] == tuple((task,) for task in tasks) and found[1] == (tuple(tasks),)
+
+
+# The search ---------------------------------------------------------------------------------------------
+
+
+class World:
+    """Groups with known gains; counts how often each is measured."""
+
+    def __init__(self, seed: int, crowd: float) -> None:
+        dice = random.Random(seed)
+        self.beside = {(a, b): dice.uniform(-4, 0) for a in "abcde" for b in "abcde" if a != b}
+        self.crowd = crowd
+        self.asked: list[Group] = []
+
+    def gains(self, group: Group) -> dict[str, float]:
+        mean = predict_gains(group, lambda a, b: self.beside[a, b])
+        return {task: value - self.crowd * (len(group) - 2) for task, value in mean.items()}
+
+    def measure(self, group: Group) -> MergedGroup:
+        self.asked.append(group)
+        return MergedGroup(group, self.gains(group), 0.3)
+
+    def worth(self, group: Group) -> float:
+        return sum(self.gains(group).values()) if len(group) > 1 else 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("crowd", [0.0, 0.5])
+def test_where_crowds_cost_more_the_answer_is_the_best_there_is(seed: int, crowd: float) -> None:
+    """The prediction is then never too low, so nothing better can have been overlooked."""
+    world = World(seed, crowd)
+    merges, choices = choose_groups("abcde", world.measure, True)
+    assert len(world.asked) == len(set(world.asked)) == len(merges) <= 26
+    best = best_partitions("abcde", world.worth)
+    for choice in choices:
+        assert choice.measured
+        assert 5 * choice.gain == pytest.approx(sum(map(world.worth, best[choice.budget])))
+    assert choices[-1].gain == 0 and set(choices[0].gains) == set("abcde")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_labels_every_task_counts_alike(seed: int) -> None:
+    """A task whose disagreement is a hundred times as large changes no answer; with labels it rules it."""
+    world, loud = World(seed, 0.5), World(seed, 0.5)
+
+    def measure(group: Group) -> MergedGroup:
+        gains = loud.gains(group)
+        return MergedGroup(group, {t: v * (100 if t == "c" else 1) for t, v in gains.items()}, None)
+
+    groups, others = (
+        [choice.groups for choice in choose_groups("abcde", how, False)[1]] for how in (world.measure, measure)
+    )
+    assert groups == others
+    with_labels = choose_groups("abcde", measure, True)[1]
+    assert all(("c",) in choice.groups for choice in with_labels[1:])
+
+
+def test_without_labels_losses_count_in_squares() -> None:
+    gains = {"a": -1.0, "b": -3.0}
+    assert worth(gains, {"a": 1.0, "b": 1.5}) == pytest.approx(-1 - 4)
+    assert worth({"a": 0.5}, {"a": 1.0}) == pytest.approx(0.25)
+
+
+def test_a_limit_leaves_predictions_and_says_so() -> None:
+    world = World(0, 0.5)
+    merges, choices = choose_groups("abcde", world.measure, True, limit=0)
+    assert len(merges) == 10 and not choices[0].measured and choices[-1].measured
+    assert choices[0].gains == pytest.approx(predict_gains(tuple("abcde"), lambda a, b: world.beside[a, b]))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_two_tasks(labelled: bool) -> None:
+    merges, choices = choose_groups("ab", World(0, 0).measure, labelled)
+    assert [merge.tasks for merge in merges] == [("a", "b")]
+    assert [choice.groups for choice in choices] == [(("a", "b"),), (("a",), ("b",))]
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.filterwarnings("ignore:.*the fold stays close")
+def test_groups_of_models(base: SimoModel, experts: dict[str, SimoModel], dice: Dice, judge: Judge) -> None:
+    found = group_tasks(base, experts, dice.first(8), judge)
+    assert found.tasks == list(TASKS) and not found.labelled
+    assert {merge.tasks for merge in found.merges} >= set(combinations(TASKS, 2))
+    assert all(set(merge.gains) == set(merge.tasks) for merge in found.merges)
+    model, scale = merge_group(base, {task: experts[task] for task in ("depth", "normals")}, dice.first(8))
+    wanted = judge.gains(judge.scores(model))
+    assert found.beside("depth", "normals") == pytest.approx(wanted["depth"])
+    assert scale == next(m.scale for m in found.merges if m.tasks == ("depth", "normals"))
+
+
+class Plain(nn.Module):
+    """A head that does not say what could be folded."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: object) -> torch.Tensor:
+        found: torch.Tensor = self.head(features)
+        return found
+
+
+def test_heads_that_cannot_be_folded_are_averaged(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+    plain = SimoModel(
+        experts["depth"].encoder, {"depth": TASKS["depth"]}, {"depth": Plain(experts["depth"].heads["depth"])}
+    )
+    model, scale = merge_group(base, {"depth": plain, "normals": experts["normals"]}, dice)
+    assert scale is None
+    weight = "layernorm.weight"
+    ours, first, second = (
+        m.encoder.backbone.state_dict()[weight] for m in (model, experts["depth"], experts["normals"])
+    )
+    assert torch.allclose(ours, (first + second) / 2, atol=1e-6)

@@ -1,0 +1,147 @@
+"""Judges: 1 is the expert. Sweeps: lambda 0 is the base, 1 the expert, between them task arithmetic of one expert."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from simomerge.assemble.parts import with_merged_encoder
+from simomerge.errors import InputError
+from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
+from simomerge.merging import TaskArithmetic, ZeroShot
+from simomerge.model import SimoModel
+from simomerge.relations import Judge, Sweeps, sweep
+
+from .conftest import TASKS, Dice
+
+pytestmark = pytest.mark.usefixtures("float32")
+
+
+@pytest.fixture(scope="module")
+def merged(base: SimoModel, experts: dict[str, SimoModel]) -> SimoModel:
+    return with_merged_encoder(base, experts, TaskArithmetic(scale=0.5))
+
+
+def test_labels_judge_as_the_evaluation_does(experts: dict[str, SimoModel], merged: SimoModel, dice: Dice) -> None:
+    judge = Judge(experts, dice, labelled=True)
+    scores, baseline = judge.scores(merged), {t: evaluate(e, dice)[t] for t, e in experts.items()}
+    assert scores == evaluate(merged, dice)
+    assert judge.performance(scores) == pytest.approx(normalised_performance(scores, baseline, TASKS))
+    gains = judge.gains(scores)
+    assert sum(gains.values()) / 3 == pytest.approx(delta_mtl(scores, baseline, TASKS))
+    assert judge.gains(baseline) == pytest.approx(dict.fromkeys(TASKS, 0.0))
+
+
+def test_an_expert_agrees_with_itself(experts: dict[str, SimoModel], merged: SimoModel, judge: Judge) -> None:
+    own = {task: judge.scores(expert)[task] for task, expert in experts.items()}
+    assert judge.performance(own) == pytest.approx(dict.fromkeys(experts, 1.0), abs=1e-5)
+    assert judge.gains(own) == pytest.approx(dict.fromkeys(experts, 0.0), abs=1e-3)
+    assert all(value < 0.99 for value in judge.performance(judge.scores(merged)).values())
+
+
+def test_another_images_prediction_is_no_agreement(experts: dict[str, SimoModel], judge: Judge) -> None:
+    """The truths moved on by one image score the chance level, which is performance 0."""
+    truth = {task: torch.cat([look.truth[task] for look in judge]) for task in experts}
+    for task, metric in judge.metrics().items():
+        metric.update(truth[task].roll(1, 0), truth[task])
+        assert judge.performance({task: metric.compute()})[task] == pytest.approx(0, abs=1e-6)
+
+
+def test_chance_is_counted_over_batches_of_several_sizes(experts: dict[str, SimoModel]) -> None:
+    from simomerge.datasets.pictures import as_images
+
+    dice = torch.Generator().manual_seed(0)
+    pictures = as_images([torch.rand(3, 24, width, generator=dice) for width in (32, 32, 40, 24)])
+    judge = Judge(experts, pictures, labelled=False, batch_size=2)
+    assert [look.images.shape[-1] for look in judge] == [32, 40, 24]
+    assert all(judge.chance[task] == judge.chance[task] for task in experts)
+
+
+def test_judges_that_cannot_judge(experts: dict[str, SimoModel], dice: Dice) -> None:
+    with pytest.raises(InputError, match="at least two"):
+        Judge(experts, dice.first(1), labelled=False)
+    blind = copy.deepcopy(experts["depth"])
+    for parameter in blind.heads.parameters():
+        parameter.data.zero_()
+    with pytest.raises(InputError, match="'depth' predicts the same for every image"):
+        Judge({"depth": blind}, dice, labelled=False)
+    with pytest.raises(InputError, match="nothing can be relative"):
+        Judge({"parts": _never_right(experts["parts"])}, _one_class(dice), labelled=True)
+
+
+def _never_right(expert: SimoModel) -> SimoModel:
+    wrong = copy.deepcopy(expert)
+    for parameter in wrong.heads.parameters():
+        parameter.data.zero_()
+    list(wrong.heads.parameters())[-1].data[0] = 9.0
+    return wrong
+
+
+def _one_class(dice: Dice) -> Dice:
+    other = Dice()
+    other.truth["parts"] = torch.full_like(other.truth["parts"], 1)
+    return other
+
+
+# Sweeps -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_ends_are_the_base_and_the_expert(
+    base: SimoModel, experts: dict[str, SimoModel], dice: Dice, labelled: bool
+) -> None:
+    judge = Judge(experts, dice.first(5), labelled, batch_size=2)
+    found = sweep(base, experts, judge, (0, 0.4, 1))
+    assert found.tasks == list(experts) and found.images == 5 and found.labelled == labelled
+    unmerged = judge.performance(judge.scores(with_merged_encoder(base, experts, ZeroShot())))
+    for primary, expert in experts.items():
+        heads = {task: other.heads[task] for task, other in experts.items()}
+        own = judge.performance(judge.scores(SimoModel(expert.encoder, TASKS, heads)))
+        for task, curve in found.performance[primary].items():
+            assert curve[0] == pytest.approx(unmerged[task], abs=1e-6)
+            assert curve[2] == pytest.approx(own[task], abs=1e-6)
+        assert found.performance[primary][primary][2] == pytest.approx(1, abs=1e-5)
+
+
+def test_between_them_lies_task_arithmetic_of_one_expert(
+    base: SimoModel, experts: dict[str, SimoModel], dice: Dice
+) -> None:
+    found = sweep(base, experts, Judge(experts, dice, labelled=True), (0, 0.4, 1, 1.3))
+    for primary in ("depth", "parts"):
+        for place, at in ((1, 0.4), (3, 1.3)):
+            alone = with_merged_encoder(base, {primary: experts[primary]}, TaskArithmetic(scale=at))
+            heads = {task: other.heads[task] for task, other in experts.items()}
+            scores = evaluate(SimoModel(alone.encoder, TASKS, heads), dice)
+            for task in TASKS:
+                wanted = scores[task][TASKS[task].metric]
+                assert found.metrics[primary][task][place] == pytest.approx(wanted, rel=2e-3)
+
+
+def test_experts_stay_as_they_are(base: SimoModel, experts: dict[str, SimoModel], judge: Judge) -> None:
+    before = {task: expert.encoder_fingerprint() for task, expert in experts.items()}
+    sweep(base, experts, judge, (0, 1))
+    assert before == {task: expert.encoder_fingerprint() for task, expert in experts.items()}
+
+
+@pytest.mark.parametrize("lambdas", [(0, 0.5), (0.5, 1), (-0.1, 0, 1)])
+def test_lambdas_that_are_none(base: SimoModel, experts: dict[str, SimoModel], judge: Judge, lambdas: tuple) -> None:
+    with pytest.raises(InputError, match=r"give 0 \(the base\), 1 \(the expert\)"):
+        sweep(base, experts, judge, lambdas)
+
+
+def made(curves: dict[str, dict[str, list[float]]], lambdas: list[float]) -> Sweeps:
+    return Sweeps(list(curves), lambdas, True, 1, curves, {})
+
+
+def test_what_is_read_off_a_curve() -> None:
+    lambdas = [0.0, 0.5, 1.0, 1.5]
+    found = made({"a": {"a": [0.2, 0.6, 1.0, 0.8], "b": [0.5, 0.7, 0.9, 0.0]}, "b": {"a": [0.2] * 4, "b": [1.0] * 4}},
+                 lambdas)  # fmt: skip
+    assert found.peak("a") == 1.0
+    # 0.9 is reached a quarter of the way down on the right, an eighth of the way (0.4 per half) on the left.
+    assert found.width("a") == pytest.approx(0.25 + 0.125)
+    assert found.width("b") == pytest.approx(1.5)
+    assert found.effect("a", "b") == pytest.approx(0.8 - 0.5)
+    assert found.effect("b", "a") == pytest.approx(0)

@@ -1,0 +1,137 @@
+"""`relate` as a whole: its sections, what it refuses, plain data, and the verdict's sentences."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+import simomerge as sm
+from simomerge.assemble.parts import with_merged_encoder
+from simomerge.errors import InputError
+from simomerge.merging import TaskArithmetic
+from simomerge.model import SimoModel
+from simomerge.relations import SECTIONS, Relations, relate, verdict
+
+from .conftest import TASKS, Dice
+
+pytestmark = [
+    pytest.mark.usefixtures("float32"),
+    pytest.mark.filterwarnings("ignore:.*the fold stays close"),
+]
+
+
+def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+    merged = with_merged_encoder(base, experts, TaskArithmetic(scale=0.4))
+    found = relate(base, experts, dice, merged=merged, lambdas=(0, 1))
+    assert all(getattr(found, section) is not None for section in SECTIONS)
+    assert found.judged_by == "the experts' predictions" and found.images == 12
+    plain = found.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain and set(SECTIONS) < set(plain)
+    assert found.verdict() == plain["verdict"] and found.verdict()[0].startswith("One encoder for all 3 tasks")
+    only = found.verdict(budget=2)
+    assert only[0].startswith("2 encoders: ") and not any(line.startswith("1 encoder") for line in only)
+    with pytest.raises(InputError, match="budget 4: give 1 to 3 encoders"):
+        found.verdict(budget=4)
+    assert sm.relate is relate
+
+
+def test_labels_judge_where_there_are_some(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+    found = relate(base, experts, data=dice, sections=["groups"], count=9)
+    assert found.judged_by == "labels" and found.images == 9 and found.sweeps is None
+    assert "Delta_MTL" in found.verdict()[0]
+
+
+def test_pictures_of_any_size(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+    pictures = [dice.image(index)[:, :, : 24 + 4 * (index % 2)] for index in range(9)]
+    found = relate(base, experts, pictures, sections=["sweeps", "cka"], lambdas=(0, 1))
+    assert found.sweeps is not None and found.sweeps.images == 4
+
+
+def test_nothing_is_seen_for_geometry(base: SimoModel, experts: dict[str, SimoModel]) -> None:
+    found = relate(base, experts, sections=["geometry"])
+    assert found.images == 0 and found.judged_by == "" and "groups" not in found.to_dict()
+    with pytest.raises(InputError, match="a budget is of the section 'groups'"):
+        found.verdict(budget=1)
+
+
+def test_what_is_refused(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "looks at images"),
+        ({"images": dice, "data": dice}, "give one of them"),
+        ({"images": dice, "sections": ["sweep"]}, "did you mean 'sweeps'"),
+        ({"images": dice, "sections": []}, "no section asked for"),
+        ({"images": dice, "sections": ["alignment"]}, "give the merged one"),
+        ({"sections": ["cka"]}, "the section 'cka' looks at images"),
+        ({"images": dice.first(7)}, "7 images: .* give at least 8"),
+        ({"images": dice, "lambdas": (0, 0.5)}, "lambdas 0, 0.5"),
+        ({"data": dice.select(["depth", "parts"])}, "no labels of normals"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(InputError, match=message):
+            relate(base, experts, **arguments)
+    with pytest.raises(InputError, match="at least two"):
+        relate(base, {"depth": experts["depth"]}, dice)
+
+
+# Sentences ----------------------------------------------------------------------------------------------
+
+
+def told(judged_by: str) -> dict[str, Any]:
+    """Three tasks; c is loud, and disturbs the others."""
+    pairs = {("a", "b"): (-1.0, -1.0), ("a", "c"): (-3.0, -20.0), ("b", "c"): (-3.0, -22.0)}
+    merges = [{"tasks": list(p), "gains": dict(zip(p, gains, strict=True))} for p, gains in pairs.items()]
+    choices = [
+        {"budget": 1, "groups": [["a", "b", "c"]], "gains": {"a": -3.0, "b": -3.0, "c": -24.0}, "gain": -10.0,
+         "measured": False},
+        {"budget": 2, "groups": [["a", "b"], ["c"]], "gains": {"a": -1.0, "b": -1.0, "c": 0.0}, "gain": -2 / 3,
+         "measured": True},
+        {"budget": 3, "groups": [["a"], ["b"], ["c"]], "gains": dict.fromkeys("abc", 0.0), "gain": -0.0,
+         "measured": True},
+    ]  # fmt: skip
+    return {"tasks": list("abc"), "judged_by": judged_by, "groups": {"merges": merges, "choices": choices}}
+
+
+def test_the_verdict_in_words() -> None:
+    assert verdict(told("labels")) == [
+        "One encoder for all 3 tasks would change Delta_MTL by -10.0 %. Two (a + b; alone: c): by -0.7 %.",
+        "1 encoder: a + b + c (Delta_MTL -10.0 %, predicted from pairs; c most, -24.0).",
+        "2 encoders: a + b; alone: c (Delta_MTL -0.7 %; a most, -1.0).",
+        "3 encoders: every expert by itself (Delta_MTL 0.0 %).",
+        "Merged in pairs, a and b get on best (-1.0 % on average), b and c worst (-12.5 %).",
+        "Beside b the others lose most (-11.5 %); c loses most beside another (-21.0 %).",
+    ]
+
+
+def test_without_labels_losses_of_two_tasks_are_not_compared() -> None:
+    """In its own unit c loses as much beside either; it is the others that lose by it."""
+    lines = verdict(told("the experts' predictions"), budget=2)
+    assert lines == [
+        "2 encoders: a + b; alone: c (agreement with the experts -0.7 %).",
+        "Merged in pairs, a and b get on best (0.50 of what these tasks lose in their mean pair), b and c worst"
+        " (1.27).",
+        "Beside c the others lose most (1.50).",
+    ]
+
+
+def test_geometry_and_sweeps_in_words() -> None:
+    sweeps = {"effects": {"a": {"b": 0.2}, "b": {"a": -0.1}}, "widths": {"a": 0.5, "b": 1.0}, "kept": 0.9}
+    table = [[1.0, 0.3], [0.3, 1.0]]
+    geometry = [{"cosine": table, "weighted_conflict": [[0.0, 0.4], [0.4, 0.0]]}]
+    lines = verdict({"tasks": ["a", "b"], "judged_by": "labels", "sweeps": sweeps, "geometry": geometry})
+    assert lines[0].startswith("Along its task vector a helps b most (+0.20")
+    assert lines[1] == "Along its task vector b hurts a most (-0.10)."
+    assert lines[2].startswith(
+        "Most sensitive to a disturbed encoder: a, which keeps 90% of its performance over a width of 0.50"
+    )
+    assert lines[3] == "The task vectors of a and b are closest (cosine 0.30, 40% of the weight pulls apart)."
+
+
+def test_a_pair_of_every_two(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+    """The groups of the answer are merged themselves."""
+    found = relate(base, experts, dice, sections=["groups"])
+    assert isinstance(found, Relations) and found.groups is not None
+    assert [merge.tasks for merge in found.groups.merges[:3]] == list(combinations(TASKS, 2))
+    assert all(choice.measured for choice in found.groups.choices)
