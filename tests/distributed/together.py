@@ -94,6 +94,7 @@ def recipe(base: Path, output: Path) -> None:
         **dict.fromkeys(("probe", "tune", "joint", "heads", "adapters", "distill", "distill_adapters"), short),
         merges=("average", "task-arithmetic"),
         realigned=("task-arithmetic+heads", "average+adapters", "task-arithmetic+fold", "average+distill", "auto"),
+        relate=True,
     )
     results = run_recipe(small, base, output / "run", workers=1)  # others would not be in float32
     save(output, "recipe", {row["method"]: row["all_metrics"] for row in results["rows"]})

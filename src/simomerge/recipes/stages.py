@@ -59,6 +59,15 @@ def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None
     distributed.wait()
 
 
+def _under(label: str, progress: Progress, and_its_own: bool = False) -> Progress:
+    """Progress of what a stage calls, under the stage's label, with or without its own behind."""
+
+    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{label} {inner}" if and_its_own else label, done, total, note)
+
+    return relabelled
+
+
 def features(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
     """Features of a model's encoder on a dataset."""
     began = time.monotonic()
@@ -161,9 +170,7 @@ def merged(
     foundation = load(base)
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    def relabelled(_label: str, done: int, total: int, note: str = "") -> None:
-        progress(label, done, total, note)
-
+    relabelled = _under(label, progress)
     if "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters:
         data = load_data(**validation).select(list(experts))
         scores = {task: read_log(Path(folder))["scores"][task] for task, folder in baseline.items()}
@@ -201,9 +208,7 @@ def merged_without_labels(
     began = time.monotonic()
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    def relabelled(_label: str, done: int, total: int, note: str = "") -> None:
-        progress(label, done, total, note)
-
+    relabelled = _under(label, progress)
     source = load_data(**images)
     model = merge(
         load(base),
@@ -243,9 +248,7 @@ def taught(
     began = time.monotonic()
     teachers = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{label} {inner}" if how == "distill" else label, done, total, note)
-
+    relabelled = _under(label, progress, and_its_own=how == "distill")
     start, source = load(Path(model) / "model"), load_data(**images)
     if how.startswith("fold"):
         result = realign_fold(
@@ -276,9 +279,7 @@ def related(
     began = time.monotonic()
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{label} {inner}", done, total, note)
-
+    relabelled = _under(label, progress, and_its_own=True)
     found = relate(load(base), models, data=load_data(**data), count=None, progress=relabelled)
     _finish(output, {"seconds": time.monotonic() - began, "relations": found.to_dict()})
 
@@ -296,9 +297,7 @@ def realigned(
     """A merged model, re-aligned with heads or adapters."""
     began = time.monotonic()
 
-    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{label} {inner}" if how == "heads" else label, done, total, note)
-
+    relabelled = _under(label, progress, and_its_own=how == "heads")
     result = REALIGNMENTS[how](
         load(Path(model) / "model"),
         load_data(**data),
