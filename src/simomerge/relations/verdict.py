@@ -126,19 +126,23 @@ def pair_gains(found: Found) -> dict[str, dict[str, float]]:
     return gains
 
 
+SEEN = 0.005
+"""The least effect that is not zero in the two digits that are shown."""
+
+
 def _effects(sweeps: Found) -> Iterator[str]:
     effects = {(a, b): value for a, row in sweeps["effects"].items() for b, value in row.items() if value is not None}
     if not effects:
         return
     best, worst = max(effects, key=effects.__getitem__), min(effects, key=effects.__getitem__)
-    if effects[best] > 0:
+    if effects[best] >= SEEN:
         yield (
             f"Along its task vector {best[0]} helps {best[1]} most ({_signed(effects[best], 2)} of the expert's"
             " performance, the mean for lambda up to 1)."
         )
     else:
         yield "Along no task vector another task rises above the base."
-    if effects[worst] < 0:
+    if effects[worst] <= -SEEN:
         yield f"Along its task vector {worst[0]} hurts {worst[1]} most ({_signed(effects[worst], 2)})."
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 Found = Mapping[str, Any]
 
+PAGE_WIDTH = 7.6
+"""Inches."""
+
 TASK_COLOURS = {
     "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#444c56"),
     "dark": ("#56b4e9", "#f0883e", "#2bc49a", "#d99ac2", "#f0e442", "#9ecbff", "#c9d1d9"),
@@ -90,8 +93,11 @@ def pair_figure(found: Found, theme: ThemeName = "light", format: Format = "svg"
             table[i, j], table[j, i] = (merge["gains"][task] for task in merge["tasks"])
     with _drawing(theme) as style:
         size = max(3.4, 1.4 + 0.75 * len(tasks))
-        figure = _figure(size + 0.6, 0.75 * size + 0.3)
-        axes = figure.subplots()
+        # As wide as the other figures, which a page shows at one width: a small table is not to fill it.
+        rest = max(PAGE_WIDTH - size, 0.1)
+        figure = _figure(size + rest, 0.75 * size + 0.3)
+        axes, beside = figure.subplots(1, 2, width_ratios=(size, rest))
+        beside.set_visible(False)
         limit = float(np.nanmax(np.abs(table), initial=1e-6))
         _heatmap(axes, style, theme, tasks, table, (-limit, limit), "{:+.1f}")
         axes.set_title("gain of the row's task beside the column's, in %", loc="left", color=style.ink)
@@ -105,7 +111,7 @@ def norm_figure(found: Found, theme: ThemeName = "light", format: Format = "svg"
     """
     parts, tasks = _blocks(found), found["tasks"]
     with _drawing(theme) as style:
-        figure = _figure(7.6, 3.0)
+        figure = _figure(PAGE_WIDTH, 3.0)
         axes = figure.subplots()
         for place, (_task, colour) in enumerate(_coloured(tasks, theme)):
             values = _numbers([part["relative"][place] for part in parts]) * 100
