@@ -82,11 +82,11 @@ class Bench:
         )
 
     def scale_without_labels(self) -> float:
-        best: Any = Aligner(self.base, self.experts, self.pool.first(64)).best_scale(TaskArithmetic()).method
+        best: Any = Aligner(self.base, self.experts, self.pool.take(64)).best_scale(TaskArithmetic()).method
         return float(best.scale)
 
     def seen(self, variant: Any, count: int) -> list[Seen]:
-        return list(see(self.unmerged, self.experts, self.pool.first(count), variant))
+        return list(see(self.unmerged, self.experts, self.pool.take(count), variant))
 
 
 def _expert(run: Path, task: str, seed: int) -> Path:

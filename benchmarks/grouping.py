@@ -53,7 +53,7 @@ class Bench:
         self.experts = check_experts(self.base, {task: load(_expert(run, task, seed)) for task in self.tasks})
         # The first 256 images of the run's validation split are the users'; the answer looks at the first 128 only.
         self.pool = load_data("rooms", split="val", count=256, tasks=self.tasks)
-        few = self.pool.first(128)
+        few = self.pool.take(128)
         self.few = Every(few, 0)
         self.judges = {kind: Judge(self.experts, Every(few, 1), kind == "labelled") for kind in KINDS}
         self.observed = {id(images): list(observe(self.experts, images)) for images in (self.few, self.pool)}

@@ -173,8 +173,8 @@ def test_too_few_images_are_refused(base: SimoModel, experts: dict[str, SimoMode
     with pytest.raises(InputError, match=r"3 images: .*give at least 4"):
         Aligner(base, experts, IMAGES, 3)
     with pytest.raises(InputError, match="3 images"):
-        merge(base, experts, scale="auto", images=IMAGES.first(3))
-    assert len(Aligner(base, experts, IMAGES.first(4)).images) == 4
+        merge(base, experts, scale="auto", images=IMAGES.take(3))
+    assert len(Aligner(base, experts, IMAGES.take(4)).images) == 4
 
 
 def test_pictures_that_cannot_be_read_leave_a_choice_to_be_made(

@@ -14,9 +14,25 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def compute_device() -> torch.device:
+    """What this process computes with where it may choose: its GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+_SIDE_BY_SIDE = 1
+
+
+def share_cores(processes: int) -> None:
+    """Say that so many processes on this machine do what this one does."""
+    global _SIDE_BY_SIDE
+    _SIDE_BY_SIDE = processes
+
+
 def loader_workers(device: torch.device | str) -> int:
     """Processes that read and decode images while a GPU computes; 0 on a CPU, which has no core to spare."""
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun on this machine
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * _SIDE_BY_SIDE  # the former are torchrun's
     return 0 if torch.device(device).type == "cpu" else min(8, available_cores() // together)
 
 

@@ -10,11 +10,13 @@ import atexit
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from simomerge.checkpoints import atomic_folder
@@ -32,7 +34,11 @@ def join_processes() -> int:
         return 0
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    gpu = torch.cuda.is_available()
+    # Tensors of either kind are sent as they are: gradients from GPUs, counts and metrics from the CPU. One process may
+    # work for hours on what the others wait for; where one ends, torchrun ends all.
+    backend = "cuda:nccl,cpu:gloo" if gpu else None
+    state = PartialState(cpu=not gpu, backend=backend, timeout=timedelta(days=7))
     if state.num_processes != started:
         raise InputError(
             f"{started} processes were started, and accelerate sees {state.num_processes}: start them with"
@@ -82,9 +88,10 @@ def share(items: list[Any]) -> list[Any]:
 def add_up(*tensors: Tensor) -> None:
     """Replace tensors by their sums over all processes, in place; all then have the same numbers."""
     for tensor in tensors if processes() > 1 else ():
-        moved = tensor.to(_device()).contiguous()
-        torch.distributed.all_reduce(moved)
-        tensor.copy_(moved)
+        packed = tensor.contiguous()
+        torch.distributed.all_reduce(packed)
+        if packed is not tensor:
+            tensor.copy_(packed)
 
 
 def summed(values: Tensor) -> Tensor:
@@ -111,9 +118,9 @@ def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def start_alike(module: nn.Module) -> None:
     """Give all processes the first one's parameters and buffers."""
     for tensor in (*module.parameters(), *module.buffers()) if processes() > 1 else ():
-        moved = tensor.detach().to(_device()).contiguous()
-        torch.distributed.broadcast(moved, 0)
-        tensor.detach().copy_(moved)
+        packed = tensor.detach().contiguous()
+        torch.distributed.broadcast(packed, 0)
+        tensor.detach().copy_(packed)
 
 
 @contextmanager
@@ -141,6 +148,19 @@ def folder_together(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The block for one program at a time, of all on machines that share the disk; the lock of one that ended is free.
+
+    All processes of a program are in it together.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path) if is_first() else nullcontext():
+        wait()
+        yield
+        wait()
+
+
+@contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A temporary folder that all processes see."""
     if is_first():
@@ -158,12 +178,5 @@ def _of_first(path: Path | None) -> Path:
         assert path is not None
         return path
     said = [str(path)]
-    torch.distributed.broadcast_object_list(said, 0, device=_device())
+    torch.distributed.broadcast_object_list(said, 0)
     return Path(said[0])
-
-
-def _device() -> torch.device:
-    """Where tensors must be to be sent."""
-    if "nccl" in torch.distributed.get_backend():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")

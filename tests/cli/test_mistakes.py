@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+
+from simomerge.cli import COMMANDS, TOGETHER, cli, module_of
 
 from .conftest import TINY, Outcome, Story, simomerge
 
@@ -109,7 +113,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "inspected path": (("inspect", "./nowhere"), "does not exist"),
     "inspected file": (("inspect", "TEXT"), "not a weight file"),
     "inspected folder": (("inspect", "FOLDER"), "holds no weights"),
-    "demo's task": (("demo", "--tasks", "deth", "--base", "./nowhere", "-o", "OUT"), "no such folder"),
+    "demo's task": (("demo", "--tasks", "deth", "-o", "OUT"), "did you mean 'depth'"),
+    "demo's base": (("demo", "--tasks", "depth", "--base", "./nowhere", "-o", "OUT"), "no such folder"),
 }
 
 
@@ -196,3 +201,15 @@ def test_an_output_below_a_file_is_told(story: Story, tiny_base: Path, tmp_path:
     done = simomerge("merge", tiny_base, f"depth={story / 'depth'}", "-o", tmp_path / "file" / "out")
     check(done, "(?i)not a directory")
     assert listing(tmp_path) == {tmp_path / "file"}
+
+
+def test_torchrun_starts_what_processes_do_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = {
+        command
+        for command in COMMANDS
+        if "join_processes()" in Path(import_module(module_of(command)).__file__ or "").read_text()
+    }
+    assert joining == set(TOGETHER)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(click.UsageError, match=r"'merge' is for one process; torchrun starts demo, run"):
+        cli.main(["merge", "a", "depth=b", "-o", "c"], standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_samples_of_the_official_tree(official: Path) -> None:
     np.testing.assert_array_equal(sample["segmentation"].numpy(), [[classes.get(i, -1) for i in row] for row in ids])
     expected = np.array(IN_PARTS)[[[UIDS.index(uid) for uid in row] for row in uids]]
     np.testing.assert_array_equal(sample["parts"].numpy(), expected)
-    pixels = np.where(disparity > 0, (disparity - 1) / 256, 0)
+    pixels = np.where(disparity > 0, (disparity - 1) / 256, 0) * W / 2048  # the camera's images are 2048 wide
     np.testing.assert_allclose(sample["disparity"][0].numpy(), pixels, rtol=1e-5)
     assert sample["segmentation"].dtype == sample["parts"].dtype == torch.int64
 
@@ -76,6 +77,22 @@ def test_samples_of_the_npy_layout(npy: Path) -> None:
     np.testing.assert_allclose(sample["disparity"][0].numpy(), rng.uniform(0, 0.4, (H, W)), rtol=1e-6)
     assert list(data.tasks) == ["segmentation", "parts", "disparity"] and data.tasks["parts"].classes == PARTS
     assert Cityscapes(npy, "train")[0]["image"].shape == (3, 128, 256)
+
+
+def test_auto_lambdas_pictures_are_the_official_ones_by_number(official: Path, tmp_path: Path) -> None:
+    folders = {"leftImg8bit": "image", "gtFine": "seg", "gtFinePanopticParts": "part_seg", "disparity": "depth"}
+    for folder, name in folders.items():
+        for part in ("train", "val"):
+            (tmp_path / "mine" / part / name).mkdir(parents=True)
+            for number, file in enumerate(sorted((official / folder / part).glob("*/*"))):
+                shutil.copy(file, tmp_path / "mine" / part / name / f"{number}{file.suffix}")
+    for split in ("train", "val", "test"):
+        ours = load_data(f"cityscapes:{official}", split, size=(H, 2 * W))
+        theirs = load_data(f"cityscapes:{tmp_path / 'mine'}", split, size=(H, 2 * W))
+        assert len(ours) == len(theirs) and list(ours.tasks) == list(theirs.tasks)
+        for one, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    nothing_to_mend(f"cityscapes:{tmp_path / 'mine'}")
 
 
 def test_the_papers_splits_have_their_sizes(tmp_path: Path) -> None:
@@ -108,8 +125,8 @@ def test_32_bits_are_kept(tmp_path: Path) -> None:
 
 def test_disparity_shrinks_with_the_image(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.array([[0, 1, 257, 257 + 128]], np.uint16))
-    assert read_disparity(4, path).tolist() == [[0, 0, 1, 1.5]]
-    assert read_disparity(1, path).tolist() == [[0, 0, 0.25, 0.375]]
+    assert read_disparity(2048, path).tolist() == [[0, 0, 1, 1.5]]
+    assert read_disparity(512, path).tolist() == [[0, 0, 0.25, 0.375]]  # as Auto-Lambda divides by 256 * 4
 
 
 def test_the_check_of_both_layouts(official: Path, npy: Path) -> None:

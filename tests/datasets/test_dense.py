@@ -168,8 +168,8 @@ def test_select_refuses_unknown_and_repeated_names(rooms: DenseDataset, names: l
         rooms.select(names)
 
 
-def test_first_gives_the_first_images(rooms: DenseDataset) -> None:
-    few = rooms.first(3)
+def test_take_gives_the_first_images(rooms: DenseDataset) -> None:
+    few = rooms.take(3)
     assert len(few) == 3 and len(rooms) == 8
     assert torch.equal(few[2]["image"], rooms[2]["image"])
     with pytest.raises(IndexError):
@@ -177,36 +177,36 @@ def test_first_gives_the_first_images(rooms: DenseDataset) -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 9])
-def test_first_refuses_more_than_there_is(rooms: DenseDataset, count: int) -> None:
+def test_take_refuses_more_than_there_is(rooms: DenseDataset, count: int) -> None:
     with pytest.raises(InputError, match=r"images asked for; the split has 8"):
-        rooms.first(count)
+        rooms.take(count)
 
 
-def test_without_first_is_what_first_leaves(rooms: DenseDataset) -> None:
-    rest = rooms.without_first(3).select(["depth", "normals"])
+def test_skip_is_what_take_leaves(rooms: DenseDataset) -> None:
+    rest = rooms.skip(3).select(["depth", "normals"])
     assert (
         len(rest) == 5 and rest.fingerprint() == rooms.fingerprint() and list(rest[0]) == ["image", "depth", "normals"]
     )
     assert all(torch.equal(rest[4][name], rooms[7][name]) for name in rest[4])
-    assert torch.equal(rest.first(2).targets(1, ["depth"])["depth"], rooms[4]["depth"])
+    assert torch.equal(rest.take(2).targets(1, ["depth"])["depth"], rooms[4]["depth"])
     with pytest.raises(IndexError):
         rest[5]
-    assert rooms.without_first(0) is rooms
+    assert rooms.skip(0) is rooms
     again = load_data("rooms", "val", 5, ("depth",), skip=3)
     assert torch.equal(again[4]["image"], load_data("rooms", "val", 8)[7]["image"]) and len(again) == 5
 
 
 @pytest.mark.parametrize("count", [-1, 8, 9])
-def test_without_first_leaves_at_least_one(rooms: DenseDataset, count: int) -> None:
+def test_skip_leaves_at_least_one(rooms: DenseDataset, count: int) -> None:
     with pytest.raises(InputError, match="the split has 8"):
-        rooms.without_first(count)
+        rooms.skip(count)
 
 
 # Crossing processes -------------------------------------------------------------------------------------
 
 
 def test_a_pickle_maps_the_same_files_instead_of_copying_them(rooms: DenseDataset) -> None:
-    view = rooms.first(5).select(["depth", "segmentation"])
+    view = rooms.take(5).select(["depth", "segmentation"])
     data = pickle.dumps(view)
     assert len(data) < 4000  # one image alone is more
     again = pickle.loads(data)

@@ -18,7 +18,8 @@ from PIL import Image
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.check import check, contact_sheet
-from simomerge.datasets.folder import Folder, Stored, read_manifest
+from simomerge.datasets.folder import Folder, read_manifest
+from simomerge.datasets.rows import Stored, read_array
 from simomerge.errors import InputError
 from simomerge.evaluation import evaluate
 from simomerge.tasks import Task
@@ -60,6 +61,29 @@ def make(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+def test_a_count_is_spread_over_the_split_and_the_rest_is_the_rest(tmp_path: Path) -> None:
+    save(tmp_path / "a.npy", np.ones((2, 2), np.float32))
+    rows = [{"image": f"{index}.png", "split": "val", "depth": "a.npy"} for index in range(100)]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"tasks": {"depth": {}}, "images": rows}))
+
+    def images(data: Any) -> list[int]:
+        return [int(row.image.stem) for row in data.rows]
+
+    def load(count: int | None = None, skip: int = 0) -> list[int]:
+        return images(load_data(tmp_path / "data.yaml", "val", count, skip=skip))
+
+    some, more = load(10), load(40)
+    assert some == sorted(some) and set(some) < set(more) and len(more) == 40
+    assert max(np.diff([-1, *some, 100])) <= 2 * 10  # evenly: no gap of more than two tenths
+    held = load(20, skip=40)
+    assert len(held) == 20 and not set(held) & set(more) and sorted(load(skip=40) + more) == list(range(100))
+    assert load(200) == load() == list(range(100))
+    whole = Folder(tmp_path / "data.yaml", "val")
+    assert images(whole.take(10)) == some and len(set(images(whole.take(10))) & set(images(whole.skip(10)))) == 0
+    parts = whole.take(16)
+    assert sorted(images(parts.take(8)) + images(parts.skip(8))) == images(parts)
 
 
 # Reading ------------------------------------------------------------------------------------------------
@@ -393,6 +417,38 @@ def test_ignoring_a_value_of_vectors_means_all_three(tmp_path: Path) -> None:
     assert read[:, 0, 0].tolist() == [0, 0, 1] and read[:, 0, 1].tolist() == [0, 0, 0]
     np.save(tmp_path / "d.npy", np.array([[65.535, 2]], np.float32))
     assert Stored(Task("depth"), ignore=(65.535,)).read(tmp_path / "d.npy").flatten().tolist() == [0, 2]
+
+
+def test_an_ignored_value_that_the_files_cannot_hold_ignores_nothing(tmp_path: Path) -> None:
+    parts = Task("parts", "segmentation", ("a", "b"))
+    stored = Stored(parts, ignore=(255.0, -1.0, 0.5))
+    for dtype, values, expected in ((np.uint8, [255, 1], [-1, 1]), (np.int8, [-1, 1], [-1, 1])):
+        path = save(tmp_path / "a.npy", np.array([values], dtype))
+        assert stored.read(path).flatten().tolist() == expected
+    path = save(tmp_path / "a.npy", np.array([[-1, 1]], np.int8))
+    assert Stored(Task("depth"), ignore=(255.0,)).array(path).tolist() == [[-1, 1]]
+    assert not np.isin([-1, 1], Stored(parts, ignore=(255.0,))._ignored(np.dtype(np.int8))).any()
+
+
+def test_a_tiff_of_32_bits_with_small_numbers_stays_one(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tif", np.array([[3, 700]], np.int32))
+    assert read_array(path).dtype == np.int32
+    assert read_array(save(tmp_path / "a.png", np.array([[3, 700]], np.uint16))).dtype == np.uint16
+
+
+def test_an_autoencoder_is_to_give_images_as_encoders_see_them(tmp_path: Path) -> None:
+    grey, turned = Image.new("L", (4, 2), 100), Image.new("RGB", (4, 2), (9, 8, 7))
+    turned.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by a quarter
+    grey.save(tmp_path / "a.png")
+    turned.save(tmp_path / "b.png", exif=exif)
+    (tmp_path / "data.csv").write_text("image,split,autoencoder\na.png,val,b.png\n")
+    target = load_data(tmp_path / "data.csv", "val").targets(0, ["autoencoder"])["autoencoder"]
+    assert target.shape == (3, 4, 2) and target[0, 0, 1] == 1
+    (tmp_path / "data.csv").write_text("image,split,autoencoder\nb.png,val,a.png\n")
+    target = load_data(tmp_path / "data.csv", "val").targets(0, ["autoencoder"])["autoencoder"]
+    assert target.shape == (3, 2, 4) and torch.allclose(target, torch.tensor(100 / 255))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from scipy.io import savemat
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.hdf5 import Frame
-from simomerge.datasets.npy import held_out
+from simomerge.datasets.numbered import held_out
 from simomerge.datasets.nyuv2 import CAMERA, CLASSES, FROM_40, NYUv2
 from simomerge.errors import InputError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,28 @@ def test_samples_of_the_official_tree(tree: Path) -> None:
     for name, domain, largest in (("texture", "edge_texture", 11041), ("keypoints", "keypoints2d", 3129)):
         np.testing.assert_allclose(sample[name][0].numpy(), np.minimum(stored[domain] / largest, 1), rtol=1e-6)
     torch.testing.assert_close(sample["autoencoder"], sample["image"])
+
+
+def test_masks_are_part_of_the_data(tree: Path) -> None:
+    def prints() -> list[str]:
+        return [Taskonomy(tree, "val").select(tasks).fingerprint() for tasks in (["depth"], [])]
+
+    before = prints()
+    mask = place(tree, "mask_valid", "beechwood", VIEWS[0])
+    os.utime(mask, (1, 1))
+    after = prints()
+    assert before[0] != after[0] and before[1] == after[1]  # images alone need no mask
+    mask.unlink()
+    with pytest.raises(InputError, match=r"1 of .* files are not there: .*mask_valid.*"):
+        Taskonomy(tree, "val").check_files()
+    assert any("mask_valid" in problem for problem in check(find_manifest(f"taskonomy:{tree}")).problems)
+
+
+def test_buildings_may_be_those_of_several_splits(tree: Path) -> None:
+    mine = ["merom", "onaga", "allensville"]
+    rows = {split: load_data(f"taskonomy:{tree}", split, buildings=mine).rows for split in ("train", "test")}
+    assert {row.image.parent.name for row in rows["train"]} == {"merom", "allensville"}
+    assert {row.image.parent.name for row in rows["test"]} == {"onaga"}
 
 
 def test_the_autoencoder_sees_what_the_encoder_sees_at_any_size(tree: Path) -> None:
@@ -142,7 +165,7 @@ def test_what_is_not_there_is_told(tree: Path, tmp_path: Path) -> None:
         Taskonomy(tree, "val")
     assert len(Taskonomy(tree, "val", buildings=["klickitat", "beechwood"])) == 8
     assert any("corozal" in problem for problem in check(find_manifest(f"taskonomy:{tree}")).problems)
-    with pytest.raises(InputError, match="no building 'merom' in split 'val'; it has beechwood"):
+    with pytest.raises(InputError, match="none of the buildings named is of split 'val'; it has beechwood"):
         Taskonomy(tree, "val", buildings=["merom"])
     with pytest.raises(InputError, match="no split 'dev'; Taskonomy has train, val, test"):
         Taskonomy(tree, "dev")

@@ -71,7 +71,7 @@ def judge(base: Path, output: Path) -> None:
     data = load_data("rooms", "val", 11)
     model = model_of(base, data, dict.fromkeys(data.tasks, "linear"))
     scores = evaluate(model, data, batch_size=4)
-    save(output, "judge", {"scores": scores, "one image": evaluate(model, data.first(1))})
+    save(output, "judge", {"scores": scores, "one image": evaluate(model, data.take(1))})
 
 
 def probe_and_tune(base: Path, output: Path) -> None:

@@ -54,7 +54,7 @@ def record(patch: pytest.MonkeyPatch, names: list[str]) -> None:
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**arguments: Any) -> Any:
-            names.append(arguments["label"])
+            names.append(arguments["stage"].name)
             return function(**arguments)
 
         return call

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from simomerge.cli import cli
 from simomerge.errors import InputError
 from simomerge.recipes import ALL_TASKS, Recipe, demo_recipe, read_recipe
+from simomerge.recipes.run import _planned
 from simomerge.training import TrainSettings
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -54,8 +58,8 @@ def test_what_a_file_does_not_say_is_the_default(tmp_path: Path) -> None:
 
 def test_changes_reach_into_mappings_and_lists(tmp_path: Path) -> None:
     file = write(tmp_path, "tune: {steps: 7}\ndata_options: {size: [24, 32]}\n")
-    said = read_recipe(file, ["tune.steps=9", "tune.lr=1e-3", "probe.seed=3", "seeds=[1, 2]", "data=mine.yaml"])
-    assert (said.recipe.tune.steps, said.recipe.tune.lr, said.recipe.probe.seed) == (9, 1e-3, 3)
+    said = read_recipe(file, ["tune.steps=9", "tune.lr=1e-3", "probe.steps=3", "seeds=[1, 2]", "data=mine.yaml"])
+    assert (said.recipe.tune.steps, said.recipe.tune.lr, said.recipe.probe.steps) == (9, 1e-3, 3)
     assert (said.recipe.seeds, said.data, said.data_options) == ((1, 2), "mine.yaml", {"size": (24, 32)})
     assert isinstance(said.recipe.tune, TrainSettings)
 
@@ -127,7 +131,26 @@ adapters: {steps: 0}
         ("merge_settings: {ties: {densty: 0.1}}\n", [], "no parameter 'densty': did you mean 'density'"),
         ("merge_settings: {ties: {density: 2}}\n", [], "density"),
         ("merge_settings: {dare: {density: 0.2}}\n", [], "merge_settings of 'dare', which is none of its merges"),
-        ("augmentation: paper\n", [], "unknown augmentation 'paper'; choose one of: none, flip, scale-crop-flip"),
+        ("augmentation: paper\n", [], "unknown augmentation 'paper'; choose among: none, flip, scale-crop-flip"),
+        ("realigned: [average+heads+fold]\n", [], "a fold comes right after a merge"),
+        ("realigned: [auto+fold]\n", [], "auto is folded already"),
+        ("realigned: [average+adapters+distill-adapters]\n", [], "adds adapters twice"),
+        ("merges: [slerp]\nrealigned: []\n", [], "'slerp' merges exactly 2 experts, got 3"),
+        ("merges: [model-stock]\nrealigned: []\ntasks: [depth]\n", [], "'model-stock' needs at least 2 tasks"),
+        ("merges: [ties, ties]\n", [], "merges has 'ties' twice"),
+        ("tasks: []\n", [], "tasks is empty; give at least one task"),
+        ("tasks: [image]\n", [], "no task can be called 'image'"),
+        ("train_images: 0\nfold_images: -1\n", [], "train_images=0; use at least 1; fold_images=-1; use at least 1"),
+        ("rank: 0\n", [], "rank=0; use at least 1"),
+        ("seeds: [-1]\n", [], "seed -1; use 0 or more"),
+        ("activation: gelu\n", [], "unknown activation 'gelu'; choose among: none, relu"),
+        ("gallery: [experts, tise]\n", [], "gallery has 'tise', which is no row of the recipe; did you mean 'ties'"),
+        ("head_settings: {fusion_channels: 8}\n", [], "head_settings: head 'linear'.*fusion_channels"),
+        ("tune: {seed: 3}\n", [], "tune.seed: a recipe's seeds are those of `seeds`"),
+        ("data_options: {split: train}\n", [], "data_options.split: the recipe says that itself"),
+        ("tasks: [depth]\ntasks: [normals]\n", [], "the key 'tasks' is given twice, line 1"),
+        ("title: 2024-02-31\n", [], "not YAML"),
+        ("head: dpt\n", ["title=2024-02-31"], "is no YAML value"),
         ("tune: {steps: 3, epochs: 2}\n", [], "tune: give steps or epochs, not both"),
         ("tune: {epoch: 3}\n", [], "tune: unknown key 'epoch' \\(did you mean 'epochs'"),
         ("tune: {epochs: some}\n", [], "tune.epochs is 'some'; give a number above 0"),
@@ -170,3 +193,77 @@ def test_data_without_a_task_is_told_before_the_training(tmp_path: Path, tiny_ba
     text = f"base: {tiny_base}\ndata: {tmp_path / 'data.csv'}\ntasks: [depth, normals]\nrealigned: []\n"
     with pytest.raises(InputError, match=r"data\.csv, split 'train': unknown task 'normals'.*There are: depth"):
         cli.main(["run", str(write(tmp_path, text)), "-o", str(tmp_path / "run")], standalone_mode=False)
+
+
+def on_disk(folder: Path) -> str:
+    """A manifest of three images for each split, with their depths."""
+    import numpy as np
+    from PIL import Image
+
+    rows = ["image,split,depth"]
+    for split in ("train", "val", "test"):
+        for index in range(3):
+            noise = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(folder / f"{split}{index}.png")
+            np.save(folder / f"{split}{index}.npy", np.ones((16, 16), np.float32))
+            rows.append(f"{split}{index}.png,{split},{split}{index}.npy")
+    (folder / "data.csv").write_text("\n".join(rows))
+    return f"data: {folder / 'data.csv'}\ntasks: [depth]\ntrain_images: 3\nval_images: 3\ntest_images: 3\n"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda file: file.unlink(), "split 'val': 1 of 6 files are not there: .*val1"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-20]), "split 'val': .*val1.*was cut off"),
+        (lambda file: file.write_bytes(b"nothing of that kind"), "split 'val': .*val1.*: not an? (NPY|PNG) file"),
+        (lambda file: file.write_bytes(b""), "split 'val': .*val1.*: an empty file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["val1.npy", "val1.png"])
+def test_files_that_are_missing_or_damaged_are_told_before_the_training(
+    tmp_path: Path, tiny_base: Path, broken: Any, message: str, name: str
+) -> None:
+    text = on_disk(tmp_path) + f"base: {tiny_base}\nrealigned: []\nmerges: [average]\n"
+    broken(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        cli.main(["run", str(write(tmp_path, text)), "-o", str(tmp_path / "run")], standalone_mode=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("{sise: [8, 8]}", "sise"), ("{size: 8}", "size"), ("{size: [8, -8]}", "size .*pixels")]
+)
+def test_options_that_the_dataset_does_not_know(tmp_path: Path, tiny_base: Path, options: str, message: str) -> None:
+    text = on_disk(tmp_path) + f"base: {tiny_base}\nrealigned: []\ndata_options: {options}\n"
+    with pytest.raises(InputError, match=message):
+        cli.main(["run", str(write(tmp_path, text)), "--dry-run"], standalone_mode=False)
+
+
+def test_a_dry_run_knows_what_the_data_lacks(tmp_path: Path, tiny_base: Path) -> None:
+    text = on_disk(tmp_path) + f"base: {tiny_base}\nrealigned: []\n"
+    (tmp_path / "test2.npy").unlink()
+    for recipe, message in ((text, "1 of 6 files are not there"), ("tasks: [dept]\n", "did you mean 'depth'")):
+        with pytest.raises(InputError, match=message):
+            cli.main(["run", str(write(tmp_path, recipe)), "--dry-run"], standalone_mode=False)
+
+
+def test_only_what_sees_a_changed_file_is_done_again(tmp_path: Path, tiny_base: Path) -> None:
+    text = on_disk(tmp_path) + f"base: {tiny_base}\nrealigned: [average+fold]\nmerges: [average]\n"
+    file = write(tmp_path, text)
+
+    def keys(manifest: str) -> dict[str, str]:
+        said = read_recipe(file, [f"data={manifest}"])
+        plan, run = _planned(said.recipe, tiny_base, tmp_path / "run", said.data, {})
+        return {stage.name: path.name for path, stage in run.in_order(plan.wanted()).items()}
+
+    before = keys(str(tmp_path / "data.csv"))
+    (tmp_path / "moved").mkdir()
+    for each in (*tmp_path.glob("*.png"), *tmp_path.glob("*.npy"), tmp_path / "data.csv"):
+        shutil.copy2(each, tmp_path / "moved" / each.name)
+    moved = str(tmp_path / "moved" / "data.csv")
+    assert keys(moved) == before
+    os.utime(tmp_path / "moved" / "test0.npy", (1, 1))
+    after = keys(moved)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if name.startswith("score") and " val " not in name}

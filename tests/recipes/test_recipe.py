@@ -19,11 +19,11 @@ from simomerge.recipes import ALL_TASKS, DEMO_TASKS, Recipe, demo_recipe
         ({"realigned": ("ties",)}, "row 'ties'"),
         ({"merges": ("average",)}, "row 'zero-shot.heads'"),
         ({"merges": ("tie",), "realigned": ()}, "did you mean 'ties'"),
-        ({"head": "liner"}, "unknown head 'liner'; choose one of: linear, dpt"),
+        ({"head": "liner"}, "unknown head 'liner'; choose among: linear, dpt"),
         ({"relate": True, "val_images": 6}, "relate takes at least two tasks, and 8 images"),
         ({"relate": True, "tasks": ("depth",)}, "relate takes at least two tasks"),
         ({"seeds": ()}, "at least one seed"),
-        ({"seeds": (1, 2, 1)}, "each once"),
+        ({"seeds": (1, 2, 1)}, "seeds has 1 twice"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(changes: dict[str, Any], message: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -221,7 +223,7 @@ def touch(output: Path, label: str, progress: Any, **arguments: Any) -> None:
 
 
 def build(folder: Path, salt: str = "s", **arguments: Any) -> dict[str, Path]:
-    run = Run(folder, "/base", salt)
+    run = Run(folder, "/base", salt, lambda data: "")
     first = Stage("first", touch, {"value": 1, **arguments})
     second = Stage("second", touch, {"from": {"a": first}})
     with WorkerPool(1) as pool:
@@ -240,6 +242,42 @@ def test_keys_chain_and_do_not_depend_on_the_place(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a" / "stages").iterdir())) == 6
 
 
+def test_a_dataset_counts_by_what_it_holds_not_by_where_it_is(tmp_path: Path) -> None:
+    def key(place: str, holds: str, **more: Any) -> str:
+        run = Run(tmp_path, "/base", "s", lambda data: holds)
+        data = {"spec": place, "split": "val", **more}
+        return run.output(Stage("score", touch, {"nested": {"data": data}})).name
+
+    assert key("nyuv2:/a", "h") == key("nyuv2:/b", "h") != key("nyuv2:/a", "i")
+    assert key("nyuv2:/a", "h", count=3) != key("nyuv2:/a", "h") and key("rooms", "") != key("other", "")
+
+
+def slow_stage(output: Path, label: str, progress: Any, times: str) -> None:
+    with Path(times).open("a") as file:
+        file.write("began\n")
+    time.sleep(0.5)
+    assert not output.exists()
+    output.mkdir(parents=True)
+
+
+def in_one_folder(folder: Path) -> None:
+    run = Run(folder / "run", "/base", "s", lambda data: "")
+    with WorkerPool(1) as pool:
+        run.build([Stage("slow", slow_stage, {"times": str(folder / "times")})], pool)
+
+
+def test_two_runs_in_one_folder_do_a_stage_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    runs = [context.Process(target=in_one_folder, args=(tmp_path,)) for _ in range(2)]
+    for each in runs:
+        each.start()
+    for each in runs:
+        each.join()
+    assert [each.exitcode for each in runs] == [0, 0]
+    assert (tmp_path / "times").read_text() == "began\n"
+    assert [path.suffix for path in (tmp_path / "run" / "stages").iterdir()] == [""]
+
+
 def test_the_longest_chain_starts_first_and_nothing_before_what_it_needs(tmp_path: Path) -> None:
     order: list[str] = []
 
@@ -256,7 +294,7 @@ def test_the_longest_chain_starts_first_and_nothing_before_what_it_needs(tmp_pat
         Stage("twin", note, {"from": branch}, 1),
     ]
     with WorkerPool(1) as pool:
-        run = Run(tmp_path, "/base", "s")
+        run = Run(tmp_path, "/base", "s", lambda data: "")
         run.build(leaves, pool)
         assert order == ["root", "branch", "alone", "long", "short", "twin"]
         run.output(branch).rmdir()
@@ -307,7 +345,7 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(
     kept = {path.name for path in (copied / "stages").iterdir()}
     with pytest.raises(Killed):
         run_recipe(MICRO, tiny_base, copied, workers=1, progress=killed_in(stage))
-    left = {path.name for path in (copied / "stages").iterdir() if path.suffix != ".work"}
+    left = {path.name for path in (copied / "stages").iterdir() if path.suffix not in (".work", ".lock")}
     assert left == kept and not (copied / "results.json").exists()
     done.clear()
     results = run_recipe(MICRO, tiny_base, copied, workers=1)
@@ -324,7 +362,7 @@ def test_a_task_the_dataset_lacks_is_told_before_anything_is_trained(
 ) -> None:
     with pytest.raises(InputError, match="did you mean 'depth'"):
         run_recipe(replace(MICRO, tasks=("deth",)), tiny_base, tmp_path / "run", workers=1)
-    with pytest.raises(InputError, match="given twice"):
+    with pytest.raises(InputError, match="tasks has 'depth' twice"):
         run_recipe(replace(MICRO, tasks=("depth", "depth")), tiny_base, tmp_path / "run", workers=1)
     assert done == [] and not (tmp_path / "run" / "results.json").exists()
 

@@ -123,6 +123,41 @@ def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(
         search_recipe(recipe, tmp_path / "c", workers=1)
 
 
+def test_a_trial_without_finite_metrics_counts_and_ends(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([float("nan"), float("inf"), -2.0])
+    monkeypatch.setattr(search, "held_out_delta", lambda *_, **__: [next(values)])
+    found = search_recipe(recipe, tmp_path / "a", workers=1)
+    assert [trial["state"] for trial in found["trials"]] == ["complete", "pruned", "pruned"]
+
+
+def test_another_recipe_is_another_study(recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    search_recipe(recipe, tmp_path / "a", workers=1)
+    search_recipe(recipe, tmp_path / "a", ["tune.steps=3"], workers=1)
+    search_recipe(recipe, tmp_path / "a", ["search.space.heads.steps={choices: [1, 2]}"], workers=1)
+    assert len(asked) == 9
+
+
+def test_a_seed_does_not_begin_again(recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]) -> None:
+    for name in ("a", "b"):
+        search_recipe(recipe, tmp_path / name, ["search.trials=2"], seed=3, workers=1)
+        search_recipe(recipe, tmp_path / name, ["search.trials=4"], seed=3, workers=1)
+    rates = [each["heads"]["lr"] for each in asked]
+    assert rates[:4] == rates[4:] and len(set(rates[:4])) == 4
+
+
+def test_every_choice_and_the_storage_are_looked_at_first(
+    recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(InputError, match="unknown head 'dtp'"):
+        search_recipe(recipe, tmp_path / "a", ["search.space.head={choices: [linear, dtp]}"], workers=1)
+    for storage in ("nosuchdb://a/b", str(tmp_path)):
+        with pytest.raises(InputError, match=r"storage .*cannot be used"):
+            search_recipe(recipe, tmp_path / "a", storage=storage, workers=1)
+    assert asked == []
+
+
 def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path: Path) -> None:
     said = read_recipe(recipe, values={"merge_settings.ties.density": 0.3, "merge_settings.ties.scale": 0.5}).recipe
     assert said.merge_settings == {"ties": {"density": 0.3, "scale": 0.5}}

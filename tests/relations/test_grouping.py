@@ -155,11 +155,11 @@ def test_two_tasks(labelled: bool) -> None:
 @pytest.mark.usefixtures("float32")
 @pytest.mark.filterwarnings("ignore:.*the fold stays close")
 def test_groups_of_models(base: SimoModel, experts: dict[str, SimoModel], dice: Dice, judge: Judge) -> None:
-    found = group_tasks(base, experts, dice.first(8), judge)
+    found = group_tasks(base, experts, dice.take(8), judge)
     assert found.tasks == list(TASKS) and not found.labelled
     assert {merge.tasks for merge in found.merges} >= set(combinations(TASKS, 2))
     assert all(set(merge.gains) == set(merge.tasks) for merge in found.merges)
-    model, scale = merge_group(base, {task: experts[task] for task in ("depth", "normals")}, dice.first(8))
+    model, scale = merge_group(base, {task: experts[task] for task in ("depth", "normals")}, dice.take(8))
     wanted = judge.gains(judge.scores(model))
     assert found.beside("depth", "normals") == pytest.approx(wanted["depth"])
     assert scale == next(m.scale for m in found.merges if m.tasks == ("depth", "normals"))

@@ -61,7 +61,7 @@ def test_chance_is_counted_over_batches_of_several_sizes(experts: dict[str, Simo
 
 def test_judges_that_cannot_judge(experts: dict[str, SimoModel], dice: Dice) -> None:
     with pytest.raises(InputError, match="at least two"):
-        Judge(experts, dice.first(1), labelled=False)
+        Judge(experts, dice.take(1), labelled=False)
     blind = copy.deepcopy(experts["depth"])
     for parameter in blind.heads.parameters():
         parameter.data.zero_()
@@ -92,7 +92,7 @@ def _one_class(dice: Dice) -> Dice:
 def test_the_ends_are_the_base_and_the_expert(
     base: SimoModel, experts: dict[str, SimoModel], dice: Dice, labelled: bool
 ) -> None:
-    judge = Judge(experts, dice.first(5), labelled, batch_size=2)
+    judge = Judge(experts, dice.take(5), labelled, batch_size=2)
     found = sweep(base, experts, judge, (0, 0.4, 1))
     assert found.tasks == list(experts) and found.images == 5 and found.labelled == labelled
     unmerged = judge.performance(judge.scores(with_merged_encoder(base, experts, ZeroShot())))

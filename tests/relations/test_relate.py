@@ -65,7 +65,7 @@ def test_what_is_refused(base: SimoModel, experts: dict[str, SimoModel], dice: D
         ({"images": dice, "sections": []}, "no section asked for"),
         ({"images": dice, "sections": ["alignment"]}, "give the merged one"),
         ({"sections": ["cka"]}, "the section 'cka' looks at images"),
-        ({"images": dice.first(7)}, "7 images: .* give at least 8"),
+        ({"images": dice.take(7)}, "7 images: .* give at least 8"),
         ({"images": dice, "lambdas": (0, 0.5)}, "lambdas 0, 0.5"),
         ({"data": dice.select(["depth", "parts"])}, "no labels of normals"),
     ]

@@ -71,7 +71,7 @@ def test_they_are_memory_mapped_and_in_half_precision(rooms: DenseDataset, cache
 
 def test_a_dataset_of_another_length_is_refused(rooms: DenseDataset, cache: Path) -> None:
     with pytest.raises(InputError, match="features of 12 images, but the dataset has 7"):
-        CachedFeatures(cache, rooms.first(7), ["depth"])
+        CachedFeatures(cache, rooms.take(7), ["depth"])
 
 
 def test_targets_are_not_decoded_while_encoding(

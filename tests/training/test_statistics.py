@@ -76,7 +76,7 @@ def test_the_batch_size_and_the_targets_do_not_matter(
 def test_the_encoder_is_left_as_it_was(encoder: Encoder, rooms: DenseDataset) -> None:
     encoder.train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    input_grams(encoder, rooms.first(2))
+    input_grams(encoder, rooms.take(2))
     assert encoder.training and hooks(encoder) == 0
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
 
@@ -94,7 +94,7 @@ def test_progress_counts_images(encoder: Encoder, make_model: MakeModel, rooms: 
     input_grams(encoder, rooms, batch_size=8, progress=lambda *line: lines.append(line[:3]))
     assert lines == [("input Grams", 8, 12), ("input Grams", 12, 12)]
     lines.clear()
-    data = rooms.select("depth").first(2)
+    data = rooms.select("depth").take(2)
     fisher_information(make_model(data.tasks), data, label="depth", progress=lambda *line: lines.append(line[:3]))
     assert lines == [("depth", 1, 2), ("depth", 2, 2)]
 
@@ -134,7 +134,7 @@ def test_fisher_leaves_the_model_as_it_was(make_model: MakeModel, rooms: DenseDa
     with torch.no_grad():
         inside = fisher_information(model, data, count=2)
     assert all(np.array_equal(value, inside[name]) for name, value in one.items())
-    everything = fisher_information(model, data.first(3), count=100)
+    everything = fisher_information(model, data.take(3), count=100)
     assert not np.array_equal(everything["embeddings.cls_token"], one["embeddings.cls_token"])
 
 
@@ -160,7 +160,7 @@ def test_the_merge_methods_take_them(make_model: MakeModel, rooms: DenseDataset)
     base = make_model({}).encoder.backbone.state_dict()
     experts, grams, fishers = {}, {}, {}
     for seed, task in enumerate(("depth", "segmentation")):
-        data = rooms.select(task).first(4)
+        data = rooms.select(task).take(4)
         model = make_model(data.tasks)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

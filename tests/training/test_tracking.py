@@ -61,7 +61,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Remembers]:
 def trained(make_model: Callable[..., SimoModel], rooms: DenseDataset, label: str = "expert depth seed 0") -> SimoModel:
     data = rooms.select(["depth"])
     model = make_model(data.tasks).requires_grad_(True)
-    finetune(model, data, SETTINGS, data.first(4), label=label)
+    finetune(model, data, SETTINGS, data.take(4), label=label)
     return model
 
 

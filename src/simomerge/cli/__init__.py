@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -32,6 +33,10 @@ COMMANDS = {
 }
 
 
+TOGETHER = ("demo", "run", "train", "realign", "evaluate")
+"""Those that several processes, as torchrun starts them, do together."""
+
+
 def module_of(command: str) -> str:
     """Where a command is: in the file of its name, but for a word that Python keeps to itself."""
     return f"simomerge.cli.{'import_expert' if command == 'import' else command}"
@@ -44,6 +49,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name not in TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            ctx.fail(f"{cmd_name!r} is for one process; torchrun starts {', '.join(TOGETHER)} (docs/scale.md).")
         return getattr(import_module(module_of(cmd_name)), "command")  # noqa: B009
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -39,6 +39,10 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         """The named targets of image ``index``, without decoding the image."""
 
+    def check_files(self, deeply: bool = False) -> None:
+        """See to it that what the samples are read from is there, where that is files. Raises InputError."""
+        return
+
     def fingerprint(self) -> str:
         """What tells this data from other data by the same name; empty where the name says it all."""
         return ""
@@ -61,8 +65,8 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         chosen.tasks = select_tasks(self.tasks, tasks)
         return chosen
 
-    def first(self, count: int) -> DenseDataset:
-        """The first ``count`` images.
+    def take(self, count: int) -> DenseDataset:
+        """``count`` of the images: the first, where the dataset knows nothing better.
 
         Raises:
             InputError: fewer are there.
@@ -73,14 +77,14 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         chosen._count = count
         return chosen
 
-    def without_first(self, count: int) -> DenseDataset:
-        """All images but the first ``count``.
+    def skip(self, count: int) -> DenseDataset:
+        """All images but those that `take` takes.
 
         Raises:
             InputError: none is left.
         """
         if not 0 <= count < self._count:
-            raise InputError(f"all but the first {count} images asked for; the split has {self._count}.")
+            raise InputError(f"all but {count} images asked for; the split has {self._count}.")
         return _Rest(self, count) if count else self
 
 
@@ -97,6 +101,9 @@ class _Rest(DenseDataset):
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return self.whole.targets(self.start + index, tasks)
+
+    def check_files(self, deeply: bool = False) -> None:
+        self.whole.check_files(deeply)
 
     def fingerprint(self) -> str:
         return self.whole.fingerprint()

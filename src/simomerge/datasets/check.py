@@ -106,7 +106,7 @@ def check(manifest: Manifest, count: int = 100, progress: Progress = silent) -> 
 
 
 def _check_files(rows: Iterable[Row], problems: list[str]) -> None:
-    named = [path for row in rows for path in (row.image, *row.targets.values())]
+    named = [path for row in rows for path in (row.image, *row.targets.values(), *row.others)]
     missing = [path for path in dict.fromkeys(named) if not path.is_file()]
     if missing:
         shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simomerge.datasets.npy import held_out, npy_folder, npy_rows, read_npy_image, read_npy_labels
+from simomerge.datasets.numbered import held_out, numbered_folder, numbered_rows, read_npy_image, read_npy_labels
 from simomerge.datasets.rows import Manifest, Row, Rows, Source, Stored, read_array
 from simomerge.errors import InputError
 from simomerge.images import read_image
@@ -54,7 +54,11 @@ PARTS_OF = {24: range(1, 5), 25: range(1, 5), 26: range(5, 10), 27: range(5, 10)
 Source: create_dataset.py of github.com/lorenmt/auto-lambda; what the parts are, cityscapes_panoptic_parts/README.md of
 github.com/pmeletis/panoptic_parts."""
 
-_FOLDERS = {"segmentation": "label_19", "parts": "part_seg", "disparity": "depth"}
+CAMERA_WIDTH = 2048
+"""Of the images for which disparities are stored, in pixels."""
+
+_MTAN = {"segmentation": "label_19/*.npy", "parts": "part_seg/*.npy", "disparity": "depth/*.npy"}
+_AUTO_LAMBDA = {"segmentation": "seg/*.png", "parts": "part_seg/*.tif", "disparity": "depth/*.png"}
 _OFFICIAL = {
     "segmentation": ("gtFine", "_gtFine_labelIds.png"),
     "parts": ("gtFinePanopticParts", "_gtFinePanopticParts.tif"),
@@ -70,7 +74,7 @@ class Cityscapes(Rows):
         root: the folder of ``train/`` and ``val/``, or of ``leftImg8bit/``, ``gtFine/``, ``gtFinePanopticParts/`` and
             ``disparity/``. A task whose folder is not there is left out.
         split: "train" (2380 images), "val" (595) or "test" (500).
-        count: the first so many images, or all where fewer are there.
+        count: so many images, evenly over the split, or all where fewer are there.
         size: (height, width) to make images and targets. Disparities of the official tree are in pixels of this width.
 
     Raises:
@@ -92,13 +96,15 @@ def cityscapes_manifest(root: str | Path, size: tuple[int, int] = SIZE) -> Manif
     root = Path(root)
     segmentation = Task("segmentation", classes=tuple(COLOURS), colours=tuple(COLOURS.values()))
     parts, disparity = Task("parts", "segmentation", PARTS), Task("disparity")
-    if npy_folder(root):
-        rows = _shared({part: npy_rows(root, part, _FOLDERS) for part in ("train", "val")})
+    pictures = next(root.glob("*/image/*.png"), None) is not None
+    if numbered_folder(root) and not pictures:
+        rows = _shared({part: numbered_rows(root, part, _MTAN) for part in ("train", "val")})
         ignore, labels = (255.0,), read_npy_labels
         stored = [Stored(segmentation, None, ignore, labels), Stored(parts, None, ignore, labels), Stored(disparity)]
         return Manifest(root, {of.task.name: of for of in stored}, rows, size, read_npy_image)
-    if (root / "leftImg8bit").is_dir():
-        rows = _shared({part: _official_rows(root, part) for part in ("train", "val")})
+    if numbered_folder(root) or (root / "leftImg8bit").is_dir():
+        found = partial(numbered_rows, folders=_AUTO_LAMBDA, image="image/*.png") if pictures else _official_rows
+        rows = _shared({part: found(root, part) for part in ("train", "val")})
         stored = [
             Stored(segmentation, array=read_label_ids),
             Stored(parts, array=read_parts),
@@ -143,8 +149,9 @@ def read_label_ids(path: Path) -> np.ndarray:
 def read_disparity(width: int, path: Path) -> np.ndarray:
     """Disparities in pixels of an image ``width`` pixels wide, float32 (H, W); 0 where none was measured.
 
-    Stored are 16-bit values p: 0 for none, else the disparity is (p - 1) / 256 in pixels of the stored image. An image
-    of half the width shows half of it. A measured 0, infinitely far away, cannot be told from none.
+    Stored are 16-bit values p: 0 for none, else the disparity is (p - 1) / 256 in pixels of the camera's images, which
+    are `CAMERA_WIDTH` wide; also in Auto-Lambda's files, which are smaller. An image of half the width shows half of
+    it. A measured 0, infinitely far away, cannot be told from none.
 
     Source: README.md of github.com/mcordts/cityscapesScripts; the scale as in create_dataset.py of
     github.com/lorenmt/auto-lambda.
@@ -153,7 +160,7 @@ def read_disparity(width: int, path: Path) -> np.ndarray:
     if stored.ndim != 2 or stored.dtype != np.uint16:
         raise InputError(f"{path}: {stored.dtype} of shape {stored.shape}; disparities are pictures of 16 bits.")
     pixels = (stored.astype(np.float32) - 1) / 256
-    return np.where(stored > 0, pixels * np.float32(width / stored.shape[1]), np.float32(0))
+    return np.where(stored > 0, pixels * np.float32(width / CAMERA_WIDTH), np.float32(0))
 
 
 # By semantic id and part. Part 0 is unlabelled, and a few files have a part 5 of humans, an artefact: all background.

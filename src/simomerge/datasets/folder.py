@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simomerge.datasets.rows import Manifest, Row, Rows, Stored
+from simomerge.datasets.rows import Manifest, Row, Rows, Stored, read_array, read_picture
 from simomerge.errors import InputError
 from simomerge.tasks import KINDS, Task
 from simomerge.userfiles import nearest, read_yaml
@@ -24,7 +24,7 @@ class Folder(Rows):
     Args:
         path: of the manifest, ``*.yaml`` or ``*.csv``; see docs/data.md.
         split: a value of its column ``split``.
-        count: the first so many images, or all where fewer are there.
+        count: so many images, evenly over the split, or all where fewer are there.
         size: (height, width) to make images and targets; the manifest's ``size`` by default, else as they are.
 
     Raises:
@@ -53,6 +53,8 @@ def read_manifest(path: str | Path) -> Manifest:
         if not found:
             raise InputError(f"{path}: no data.yaml or data.csv in it; give the path of the manifest.")
         path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {HINT}")
     said = read_yaml(path, HINT) if path.suffix.lower() != ".csv" else {"images": path.name}
     _check_keys(said, _TOP, path)
     said = {key: value for key, value in said.items() if value is not None}  # a key without a value says nothing
@@ -66,6 +68,8 @@ def read_manifest(path: str | Path) -> Manifest:
     if not isinstance(tasks, Mapping):
         raise InputError(f"{path}: 'tasks' is a {type(tasks).__name__}; give a mapping from names to what they are.")
     stored = {str(name): _stored(str(name), of or {}, path) for name, of in tasks.items()}
+    if reserved := {"image", "split"} & stored.keys():
+        raise InputError(f"{path}: no task can be called {min(reserved)!r}; give it another name.")
     if strange := [column for column in columns if column not in stored]:
         raise InputError(
             f"{path}: column {strange[0]!r} is no task of it; name it under tasks{_near(strange[0], stored)}"
@@ -110,7 +114,8 @@ def _stored(name: str, of: Any, path: Path) -> Stored:
         raise InputError(f"{path}: task {name!r}: scale {of['scale']!r}; give a number above 0.")
     try:
         task = Task(name, kind, tuple(map(str, classes)), tuple(of.get("colours", ())))
-        return Stored(task, scale, tuple(float(value) for value in ignore))
+        array = read_picture if kind == "autoencoder" else read_array
+        return Stored(task, scale, tuple(float(value) for value in ignore), array)
     except (InputError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ NAMED: dict[str, tuple[Callable[..., Rows], Callable[..., Manifest]]] = {
 
 
 def load_data(
-    spec: str,
+    spec: str | Path,
     split: str = "test",
     count: int | None = None,
     tasks: str | Iterable[str] = "all",
@@ -38,9 +39,10 @@ def load_data(
             (``*.yaml``, ``*.csv``) or of the folder that holds ``data.yaml`` or ``data.csv``. docs/data.md says what
             is in them.
         split: "train", "val" or "test".
-        count: images: for rooms a default per split where it is left out; else all, or as many as are there.
+        count: images: for rooms a default per split where it is left out; else all, or as many as are there, evenly
+            over the split.
         tasks: whose targets its samples hold; all by default.
-        skip: so many images at the beginning are left out; ``count`` counts those after them.
+        skip: leave out the images that ``count=skip`` would give; ``count`` counts others.
         **options: of the dataset, such as ``size``, and ``seed`` of rooms.
 
     Raises:
@@ -50,32 +52,38 @@ def load_data(
         >>> len(load_data("rooms", split="val", count=8))
         8
     """
-    total = skip + count if count else None
     if spec == "rooms":
         from simomerge.datasets.rooms.dataset import Rooms
 
-        total = total or {"train": 1000, "val": 256, "test": 256}.get(split, 256)
-        return Rooms(split, total, **options).without_first(skip).select(tasks)
+        count = count or {"train": 1000, "val": 256, "test": 256}.get(split, 256)
+        return Rooms(split, skip + count, **options).skip(skip).select(tasks)
     name, root = _name_and_root(spec)
-    data = NAMED[name][0](root, split, total, **options) if name else Folder(spec, split, total, **options)
-    return data.without_first(skip).select(tasks)
+    opened = partial(NAMED[name][0] if name else Folder, root)
+    if not skip:
+        return opened(split, count, **options).select(tasks)
+    rest = opened(split, None, **options).skip(skip)
+    return rest.take(min(count or len(rest), len(rest))).select(tasks)
 
 
-def find_manifest(spec: str) -> Manifest:
+def find_manifest(spec: str | Path) -> Manifest:
     """All splits of a dataset on disk, by its manifest or as NAME:ROOT. Raises InputError."""
+    if spec == "rooms":
+        raise InputError("rooms are rendered, there are no files to look at; give a dataset on disk (docs/data.md).")
     name, root = _name_and_root(spec)
-    return NAMED[name][1](root) if name else read_manifest(spec)
+    return NAMED[name][1](root) if name else read_manifest(root)
 
 
-def _name_and_root(spec: str) -> tuple[str, str]:
+def _name_and_root(spec: str | Path) -> tuple[str, str]:
     """The two parts of NAME:ROOT; the name is empty where the spec is the path of a manifest."""
+    spec = str(spec)
     name, _, root = spec.partition(":")
     if name in NAMED:
         if not root:
             raise InputError(f"{name!r} needs its folder: {name}:FOLDER (docs/data.md).")
-        return name, root
-    if Path(spec).suffix in MANIFESTS or Path(spec).is_dir():
-        return "", spec
+        return name, str(Path(root).expanduser())
+    path = Path(spec).expanduser()
+    if path.suffix in MANIFESTS or path.is_dir():
+        return "", str(path)
     near = nearest(name, ["rooms", *NAMED])
     hint = f"; did you mean {near!r}?" if near else ";"
     known = ", ".join(f"{name}:FOLDER" for name in NAMED)

@@ -16,7 +16,7 @@ import numpy as np
 
 from simomerge.datasets.geometry import Camera, normals_from_depth
 from simomerge.datasets.hdf5 import Frame, open_hdf5, read_matlab
-from simomerge.datasets.npy import held_out, npy_folder, npy_rows, read_npy_image, read_npy_labels
+from simomerge.datasets.numbered import held_out, numbered_folder, numbered_rows, read_npy_image, read_npy_labels
 from simomerge.datasets.rows import Manifest, Row, Rows, Stored, read_array
 from simomerge.errors import InputError
 from simomerge.tasks import IGNORE_LABEL, Task
@@ -53,7 +53,7 @@ LABELED = "nyu_depth_v2_labeled.mat"
 SPLITS = "splits.mat"
 MAPPING = "classMapping40.mat"
 
-_FOLDERS = {"segmentation": "label", "depth": "depth", "normals": "normal"}
+_FOLDERS = {"segmentation": "label/*.npy", "depth": "depth/*.npy", "normals": "normal/*.npy"}
 
 
 class NYUv2(Rows):
@@ -63,7 +63,7 @@ class NYUv2(Rows):
         root: the folder of ``train/`` and ``val/``, or of ``nyu_depth_v2_labeled.mat`` with ``splits.mat`` and
             ``classMapping40.mat`` beside it.
         split: "train" (795 images), "val" (400) or "test" (254).
-        count: the first so many images, or all where fewer are there.
+        count: so many images, evenly over the split, or all where fewer are there.
         size: (height, width) to make images and targets.
 
     Raises:
@@ -84,10 +84,12 @@ def nyuv2_manifest(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
     """All of the dataset in either layout, as `NYUv2` says."""
     root = Path(root)
     labelled = root if root.suffix == ".mat" else root / LABELED
-    if npy_folder(root):
+    if numbered_folder(root):
         return _npy(root, size)
     if labelled.is_file():
         return _labelled(labelled, size)
+    if root.suffix == ".mat":
+        raise InputError(f"{root}: no such file; give {LABELED}, or the folder that it is in.")
     raise InputError(f"{root}: NYUv2 is not here: neither the folder train/image nor the file {LABELED} is in it.")
 
 
@@ -107,7 +109,7 @@ def _segmentation() -> Task:
 
 
 def _npy(root: Path, size: tuple[int, int]) -> Manifest:
-    rows = [row for part in ("train", "val") for row in npy_rows(root, part, _FOLDERS)]
+    rows = [row for part in ("train", "val") for row in numbered_rows(root, part, _FOLDERS)]
     stored = [Stored(_segmentation(), array=read_npy_labels), Stored(Task("depth")), Stored(Task("normals"))]
     return _manifest(root, size, rows, stored, read_npy_image)
 
@@ -135,7 +137,7 @@ def _row(path: Path, index: int, split: str) -> Row:
     image = Frame(path, "images", index)
     # The file has no normals: they are computed from depth when they are asked for.
     targets = {"segmentation": image.of("labels"), "depth": image.of("depths"), "normals": image.of("depths")}
-    return Row(image, split, targets)
+    return Row(image, split, targets, (path.with_name(MAPPING),))
 
 
 def _table(path: Path) -> np.ndarray:

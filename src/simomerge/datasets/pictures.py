@@ -76,7 +76,7 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
             raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
         if count is None or count >= len(source):
             return source
-        return source.first(count) if hasattr(source, "first") else _First(source, count)
+        return source.take(count) if hasattr(source, "take") else _First(source, count)
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4:
         source = list(source)
     if not isinstance(source, Sequence) or not len(source):

@@ -6,9 +6,11 @@ Reading, decoding, resizing and checking are the same for all of them.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.damage import damage
 from simomerge.datasets.hdf5 import Frame
 from simomerge.errors import InputError
 from simomerge.images import read_image, resized, to_tensor
@@ -46,11 +49,17 @@ def read_array(path: Source) -> np.ndarray:
             return loaded
         with Image.open(path) as picture:
             array = np.asarray(picture)
-            # Older Pillows open 16-bit PNGs as 32 bits; 32-bit TIFFs stay as they are.
-            narrow = picture.mode.startswith("I") and array.size and array.min() >= 0 and array.max() < 2**16
-            return array.astype(np.uint16) if narrow else array
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+            # Older Pillows open 16-bit PNGs as 32 bits, which PNGs never have.
+            return array.astype(np.uint16) if picture.format == "PNG" and array.dtype == np.int32 else array
+    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles over
         raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, JPEG or NPY file.") from error
+
+
+def read_picture(path: Source) -> np.ndarray:
+    """An image as encoders are shown it, upright and in three colours, or an NPY file's numbers. Raises InputError."""
+    if isinstance(path, Frame) or path.suffix.lower() == ".npy":
+        return read_array(path)
+    return read_image(path)
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,15 @@ class Stored:
         if size is not None and self.task.kind != "autoencoder":  # before decoding: there are fewer pixels to decode
             stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
         stored = stored[..., :3] if channels == 3 else stored  # without a picture's transparency
-        # In the numbers of the file: 65.535 of float64 is none of float32.
-        wanted = np.array(self.ignore).astype(stored.dtype) if self.ignore else np.array([], stored.dtype)
-        ignored = np.isin(stored, wanted)
+        ignored = np.isin(stored, self._ignored(stored.dtype))
         return torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
+
+    def _ignored(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """What to ignore in the numbers of a file: 65.535 of float64 is none of float32, and -1 no byte."""
+        if dtype.kind not in "ui":
+            return np.array(self.ignore).astype(dtype)
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        return np.array([v for v in self.ignore if v == int(v) and low <= v <= high]).astype(dtype)
 
     def _decoded(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
         kind = self.task.kind
@@ -137,11 +151,12 @@ def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -
 
 @dataclass(frozen=True)
 class Row:
-    """One image: where it is, its split, and where its targets are."""
+    """One image: where it is, its split, where its targets are, and what else is read with them, such as masks."""
 
     image: Source
     split: str
     targets: Mapping[str, Source]
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,7 @@ class Rows(DenseDataset):
     Args:
         manifest: the dataset.
         split: one of its splits.
-        count: the first so many images, or all where fewer are there.
+        count: so many images, evenly over the split, or all where fewer are there.
         size: (height, width) to make images and targets; the manifest's by default.
 
     Raises:
@@ -190,10 +205,15 @@ class Rows(DenseDataset):
         splits = manifest.splits()
         if split not in splits:
             raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
+        pair = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+        if size is not None and not pair:
+            raise InputError(f"size {size!r}; give [height, width] in pixels.")
         if count is not None and count < 1:
             raise InputError(f"{count} images asked for; give 1 or more.")
         self.manifest = manifest
-        self.rows = splits[split][:count]
+        self.rows = splits[split]
+        if count is not None and count < len(self.rows):
+            self.rows = _chosen(self.rows, slice(count))
         self.size = size or manifest.size
         self._first_size: tuple[int, int] | None = None
         # A task of which one image has no target is none of the split's; which image that is, for the message.
@@ -213,16 +233,56 @@ class Rows(DenseDataset):
                 )
         return super().select(names if tasks != "all" else tasks)
 
+    def take(self, count: int) -> DenseDataset:
+        """``count`` of the images, evenly over the split: neighbours show one scene."""
+        super().take(count)  # which checks the count
+        return self._with(_chosen(self.rows, slice(count)))
+
+    def skip(self, count: int) -> DenseDataset:
+        """All images but those that `take` takes."""
+        super().skip(count)
+        return self._with(_chosen(self.rows, slice(count, None)))
+
+    def _with(self, rows: list[Row]) -> DenseDataset:
+        chosen = copy.copy(self)
+        chosen.rows, chosen._count, chosen._first_size = rows, len(rows), None
+        return chosen
+
     def fingerprint(self) -> str:
-        """sha256 of what the split is made of: how and where images and targets are stored, and of the files' dates."""
+        """sha256 of what the images and the chosen tasks are made of: how they are stored, and the files' names in the
+        dataset's folder, sizes and dates."""
+        folder = self.manifest.path if self.manifest.path.is_dir() else self.manifest.path.parent
         said = [str(self.size)]
-        said += [f"{name} {s.task} {s.scale} {s.ignore}" for name, s in self.manifest.stored.items()]
+        said += [f"{name} {s.task} {s.scale} {s.ignore}" for name, s in self._stored()]
+        stat = lru_cache(maxsize=None)(_stat)
         for row in self.rows:
-            for name, source in (("image", row.image), *sorted(row.targets.items())):
+            targets = [row.targets[name] for name, _ in self._stored()]
+            for source in (row.image, *targets, *(row.others if targets else ())):
                 file = source.file if isinstance(source, Frame) else source
-                stat = file.stat() if file.is_file() else None
-                said.append(f"{name} {source} {stat and (stat.st_size, stat.st_mtime_ns)}")
+                place = str(source).replace(str(folder), "", 1)
+                said.append(f"{place} {stat(file)}")
         return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+    def check_files(self, deeply: bool = False) -> None:
+        """See to it that the files of images and chosen tasks are there, and, ``deeply``, that none was cut off.
+
+        Raises:
+            InputError: some are not, or are damaged (the message names the first).
+        """
+        files = dict.fromkeys(file for row in self.rows for file in self._files(row))
+        if missing := [file for file in files if not file.is_file()]:
+            raise InputError(f"{len(missing)} of {len(files)} files are not there: {', '.join(map(str, missing[:3]))}.")
+        for file in files if deeply else ():
+            if wrong := damage(file):
+                raise InputError(f"{file}: {wrong}; mend or replace it.")
+
+    def _files(self, row: Row) -> Iterator[Path]:
+        sources = [row.image, *(row.targets[name] for name in self.tasks if name in row.targets)]
+        yield from (source.file if isinstance(source, Frame) else source for source in sources)
+        yield from row.others if self.tasks else ()
+
+    def _stored(self) -> list[tuple[str, Stored]]:
+        return [(name, self.manifest.stored[name]) for name in sorted(self.tasks)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -278,6 +338,19 @@ class Rows(DenseDataset):
             return self.image(index)
         target = self.manifest.stored[name].read(self.rows[index].targets[name], self.size)
         return target if self.size is None else resize_target(self.tasks[name], target, self.size)
+
+
+def _chosen(rows: Sequence[Row], which: slice) -> list[Row]:
+    """Some of the rows, in their order. Multiples of the golden ratio lie evenly: so does every beginning of the order
+    of their fractions, and what one such beginning has, a longer one has too."""
+    order = np.argsort(np.arange(len(rows)) * ((5**0.5 - 1) / 2) % 1)
+    return [rows[i] for i in sorted(order[which])]
+
+
+def _stat(file: Path) -> tuple[int, int] | None:
+    """Size and date of a file, where it is."""
+    found = file.stat() if file.is_file() else None
+    return found and (found.st_size, found.st_mtime_ns)
 
 
 def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simomerge.datasets.rows import Manifest, Row, Rows, Source, Stored, read_array
+from simomerge.datasets.rows import Manifest, Row, Rows, Source, Stored, read_array, read_picture
 from simomerge.errors import InputError
 from simomerge.tasks import LOG_DEPTH_RANGE, Task
 
@@ -50,9 +50,9 @@ class Taskonomy(Rows):
             ``normal``, ``edge_texture``, ``keypoints2d`` and ``mask_valid``. A task whose folder is not there is left
             out; without ``mask_valid`` all pixels with a depth count.
         split: "train" (16,000 images of 8 buildings), "val" or "test" (4,000 of 4).
-        count: the first so many images, or all where fewer are there.
+        count: so many images, evenly over the split, or all where fewer are there.
         size: (height, width) to make images and targets.
-        buildings: those to take, where not all of the split are wanted.
+        buildings: those to take, where not all are wanted; those of other splits do not matter here.
 
     Raises:
         InputError: another folder, a building or file that is missing or cannot be read, or no such split.
@@ -73,8 +73,14 @@ class Taskonomy(Rows):
         if split not in BUILDINGS:
             raise InputError(f"{root}: no split {split!r}; Taskonomy has {', '.join(BUILDINGS)}.")
         wanted = BUILDINGS[split] if buildings is None else tuple(buildings)
-        if strange := [name for name in wanted if name not in BUILDINGS[split]]:
-            raise InputError(f"no building {strange[0]!r} in split {split!r}; it has {', '.join(BUILDINGS[split])}.")
+        if strange := [name for name in wanted if not any(name in names for names in BUILDINGS.values())]:
+            known = ", ".join(name for names in BUILDINGS.values() for name in names)
+            raise InputError(f"no building {strange[0]!r} among the paper's: {known}.")
+        wanted = tuple(name for name in wanted if name in BUILDINGS[split])
+        if not wanted:
+            raise InputError(
+                f"none of the buildings named is of split {split!r}; it has {', '.join(BUILDINGS[split])}."
+            )
         manifest = taskonomy_manifest(root, size, {split: wanted})
         if manifest.lacking:
             raise InputError(f"{manifest.lacking[0]} Download it, or name those you have: buildings=[...].")
@@ -101,7 +107,7 @@ def taskonomy_manifest(
         raise InputError(f"{root / 'rgb'}: none of the paper's buildings is in it, such as {lacking[0]}")
     masks = (root / _MASKS).is_dir()
     stored = [
-        Stored(Task("autoencoder")),
+        Stored(Task("autoencoder"), array=read_picture),
         Stored(Task("depth", "log_depth"), array=partial(read_log_depth, masks)),
         Stored(Task("normals"), array=partial(read_normals, masks)),
         Stored(Task("texture"), array=partial(read_share, TEXTURE_RANGE)),
@@ -121,7 +127,8 @@ def _building(root: Path, name: str, split: str) -> list[Row]:
     for point, view in views:
         start = f"point_{point}_view_{view}_domain_"
         targets: dict[str, Source] = {task: root / d / name / f"{start}{d}.png" for task, d in there.items()}
-        rows.append(Row(root / "rgb" / name / f"{start}rgb.png", split, targets))
+        masks = (root / _MASKS / name / f"{start}{DOMAINS['depth']}.png",) if (root / _MASKS).is_dir() else ()
+        rows.append(Row(root / "rgb" / name / f"{start}rgb.png", split, targets, masks))
     return rows
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
         _set(said, key, value)
     errors: list[str] = []
     _count_steps(said, errors)
+    errors += _misplaced(said)
     about = [each.name for each in fields(RecipeFile) if each.name != "recipe"]
     hints = {**typing.get_type_hints(Recipe), **typing.get_type_hints(RecipeFile)}
     known = [*about, *(each.name for each in fields(Recipe))]
@@ -82,8 +84,6 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
     if errors or recipe is None:
         raise InputError(f"{path}: " + "; ".join(error.rstrip(".") for error in errors) + ".")
     rest = {key: value for key, value in found.items() if key in about}
-    options = rest.get("data_options", {})
-    rest["data_options"] = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}  # sizes
     return RecipeFile(recipe, **{"output": f"runs/{path.stem}", "title": path.stem, **rest})
 
 
@@ -95,7 +95,7 @@ def _parsed(change: str) -> tuple[str, Any]:
         raise InputError(f"--set {change}: give KEY=VALUE, such as tune.steps=20.")
     try:
         return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"--set {change}: {text!r} is no YAML value.") from error
 
 
@@ -135,6 +135,21 @@ def _count_steps(said: dict[str, Any], errors: list[str]) -> None:
         del given["epochs"]
 
 
+OWN = ("spec", "split", "count", "skip", "tasks", "workers", "progress")
+
+
+def _misplaced(said: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that mean something elsewhere, but say nothing where they are."""
+    for training in SEEN:
+        given = said.get(training)
+        if isinstance(given, dict) and "seed" in given:
+            yield f"{training}.seed: a recipe's seeds are those of `seeds`"
+    options = said.get("data_options")
+    for key in OWN:
+        if isinstance(options, dict) and key in options:
+            yield f"data_options.{key}: the recipe says that itself (train_images, tasks, ...)"
+
+
 def _value(kind: Any, given: Any, place: str, errors: list[str], default: Any = None) -> Any:
     """What was given as what is wanted; what is wrong with it goes to ``errors``."""
     if is_dataclass(kind):
@@ -157,7 +172,20 @@ def _value(kind: Any, given: Any, place: str, errors: list[str], default: Any = 
     if not fits or (isinstance(given, bool) and wanted is not bool):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
         errors.append(f"{place} is {given!r}; give {names.get(wanted, wanted.__name__)}")
+    if wanted is dict and fits:
+        return {key: _plain(item) for key, item in given.items()}
     return float(given) if wanted is float and fits else given
+
+
+def _plain(value: Any) -> Any:
+    """A value whose type nobody says: sequences as tuples, and numbers where YAML reads text, as 1e-3."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
 
 
 def _fields_of(kind: Any, given: Any, place: str, errors: list[str], default: Any) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simomerge import distributed
+from simomerge.progress import Progress
 from simomerge.recipes.stages import read_log
 from simomerge.training import WorkerPool
 
@@ -38,12 +39,14 @@ class Run:
         folder: of the run.
         base: where the foundation encoder is.
         salt: what else the results depend on (the base's weights, the version).
+        contents: of a dataset as plain data, what tells it from others by the same name; empty where the name says all.
     """
 
-    def __init__(self, folder: Path, base: str, salt: str) -> None:
+    def __init__(self, folder: Path, base: str, salt: str, contents: Callable[[Mapping[str, Any]], str]) -> None:
         self.folder = folder
         self.base = base
         self.salt = salt
+        self.contents = contents
         self._outputs: dict[Stage, Path] = {}
 
     def build(self, wanted: Iterable[Stage], pool: WorkerPool) -> None:
@@ -61,7 +64,7 @@ class Run:
         order = sorted(missing, key=lambda path: -chain[path])
         place = {path: index for index, path in enumerate(order)}
         jobs = [
-            (missing[p].function, {**self._plain(missing[p].arguments), "output": p, "label": missing[p].name})
+            (_do_once, {"stage": replace(missing[p], arguments=self._plain(missing[p].arguments)), "output": p})
             for p in order
         ]
         pool.run(jobs, after=[[place[need] for need in needs[path]] for path in order])
@@ -71,7 +74,8 @@ class Run:
         if stage not in self._outputs:
             # An argument that is a stage's folder carries that stage's key in its name, so keys chain.
             # Places of this machine do not count; the base counts by its weights, which the salt holds.
-            arguments = _without_places(self._plain(stage.arguments), {str(self.folder): "", self.base: "base"})
+            plain = self._told_apart(self._plain(stage.arguments))
+            arguments = _without_places(plain, {str(self.folder): "", self.base: "base"})
             named = json.dumps(arguments, sort_keys=True, default=str)
             key = hashlib.sha256(f"{self.salt} {stage.function.__name__} {named}".encode()).hexdigest()[:12]
             name = f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
@@ -97,6 +101,24 @@ class Run:
         if isinstance(value, Mapping):
             return {key: self._plain(item) for key, item in value.items()}
         return value
+
+    def _told_apart(self, value: Any) -> Any:
+        """Arguments with what datasets hold in the place of where they are."""
+        if not isinstance(value, Mapping):
+            return value
+        if "spec" in value and (contents := self.contents(value)):
+            return {**value, "spec": contents}
+        return {key: self._told_apart(item) for key, item in value.items()}
+
+
+def _do_once(stage: Stage, output: Path, progress: Progress) -> None:
+    """Do a stage whose arguments are plain, but for one that another run in the same folder does or has done."""
+    lock = output.parent / f"{output.name}.lock"
+    with distributed.locked(lock):
+        if not output.exists():
+            stage.function(output=output, label=stage.name, progress=progress, **stage.arguments)
+    if distributed.is_first():
+        lock.unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
 
 
 def _stages_in(value: Any) -> Iterator[Stage]:

@@ -10,7 +10,8 @@ from typing import Any
 from simomerge.merging import available
 from simomerge.recipes import stages
 from simomerge.recipes.graph import Stage
-from simomerge.recipes.recipe import WITHOUT_LABELS, Recipe
+from simomerge.recipes.problems import ADAPTS, FOLDS, WITHOUT_LABELS
+from simomerge.recipes.recipe import Recipe
 
 COSTS = {"features": 20, "probe": 20, "score": 5, "merged": 40, "auto": 120, "fold": 20, "heads": 50, "distill": 50}
 """Guesses, in training steps; they only order what could start at the same time."""
@@ -183,12 +184,12 @@ class Plan:
         recipe, how = self.recipe, prefix[-1]
         name = f"{'+'.join(prefix)} seed {seed}"
         arguments: dict[str, Any] = {"model": self.models[seed, self._before(seed, prefix)], "how": how}
-        if how in ("fold", "fold-cross"):
+        if how in FOLDS:
             count = recipe.fold_images if how == "fold" else recipe.fold_cross_images
             shown = {"experts": self.experts[seed], "images": self._unlabelled(count), "settings": {}, "options": {}}
             return Stage(name, stages.taught, {**arguments, **shown}, COSTS["fold"])
         settings = replace(recipe.settings(prefix), seed=seed)
-        adapts = how in ("adapters", "distill-adapters")
+        adapts = how in ADAPTS
         arguments["settings"] = asdict(settings)
         arguments["options"] = {"rank": recipe.rank, "activation": recipe.activation} if adapts else {}
         if how in WITHOUT_LABELS:

@@ -6,23 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from simomerge.datasets.augment import AUGMENTATIONS
 from simomerge.errors import InputError
-from simomerge.heads import HEADS
-from simomerge.merging import get_method
-from simomerge.training import WEIGHTINGS, TrainSettings
+from simomerge.recipes.problems import WITHOUT_LABELS, problems
+from simomerge.training import TrainSettings
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
 """The tasks of NYUv2 in the paper."""
 
 ROOMS_HEADS: dict[str, dict[str, Any]] = {"linear": {"subpixels": 4}, "dpt": {"fusion_channels": 32}}
 """Head settings that fit rooms: images of 8 x 10 patches need more than one logit per patch, and no 128 channels."""
-
-WITHOUT_LABELS = ("fold", "fold-cross", "distill", "distill-adapters")
-"""Steps of a row that look at unlabelled images only."""
-
-STEPS = (*WITHOUT_LABELS, "heads", "adapters")
-"""What may follow a merge's name in a row, each after a plus."""
 
 ALL_TASKS = (*DEMO_TASKS, "edges", "texture")
 
@@ -108,34 +100,8 @@ class Recipe:
     relate: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.merges:  # what cannot be is told now, not after the training
-            method = get_method(name, **self.merge_settings.get(name, {}))
-            if method.needs_labels or method.needs_data:
-                raise InputError(f"recipe: {name!r} needs statistics of the experts; merge it by `simomerge merge`.")
-        if strange := [name for name in self.merge_settings if name not in self.merges]:
-            raise InputError(f"recipe: merge_settings of {strange[0]!r}, which is none of its merges.")
-        if self.head not in HEADS:
-            raise InputError(f"recipe: unknown head {self.head!r}; choose one of: {', '.join(HEADS)}.")
-        if self.augmentation not in AUGMENTATIONS:
-            names = ", ".join(AUGMENTATIONS)
-            raise InputError(f"recipe: unknown augmentation {self.augmentation!r}; choose one of: {names}.")
-        for name in self.joint_weightings:
-            if name not in WEIGHTINGS:
-                raise InputError(f"recipe: unknown loss weighting {name!r}; choose among: {', '.join(WEIGHTINGS)}.")
-        if self.relate and (self.val_images < 8 or len(self.tasks) < 2):
-            raise InputError("recipe: relate takes at least two tasks, and 8 images of the validation split.")
-        if "equal" not in self.joint_weightings:
-            raise InputError("recipe: joint_weightings lacks 'equal', the joint MTL that all is compared with.")
-        for row in self.realigned:
-            merge, *steps = row.split("+")
-            known = merge == "auto" or (merge in self.merges and steps)
-            if not known or any(step not in STEPS for step in steps):
-                raise InputError(
-                    f"recipe: row {row!r} is not one of its merges, or auto, followed by +{', +'.join(STEPS[:-1])} or"
-                    f" +{STEPS[-1]}."
-                )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError("recipe: give at least one seed, and each once.")
+        if found := problems(self, Recipe.gallery):  # what cannot be is told now, not after the training
+            raise InputError(f"recipe: {'; '.join(found)}.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -63,15 +63,13 @@ def _cost(plan: Plan, run: Run, seed: int, row: str) -> dict[str, Any]:
     if row == "experts" or row.startswith("joint-mtl"):
         tuned = plan.experts[seed].values() if row == "experts" else [plan.models[seed, row]]
         logs = [run.log(stage) for stage in (*tuned, *plan.probes[seed].values())]
-        images = plan.recipe.train_images
     else:
         logs = [run.log(stage) for stage in plan.chain(seed, row)]
-        images = max(log["labelled_images"] for log in logs)
     return {
         "seconds": sum(log["seconds"] for log in logs),
         "steps": sum(log.get("steps", 0) for log in logs),
         "trained_parameters": sum(log.get("trained_parameters", 0) for log in logs),
-        "labelled_images": images,
+        "labelled_images": max(log.get("labelled_images", plan.recipe.train_images) for log in logs),
         "unlabelled_images": max(log.get("unlabelled_images", 0) for log in logs),
         "scale": next((log["scale"] for log in logs if "scale" in log), None),
     }
@@ -137,7 +135,7 @@ NOTES = (
     "The validation split chose the scales and, where training looked at it, the checkpoint kept of experts and joint"
     " model, and is the labelled data of every re-alignment with labels.",
     "Rows with 0 labelled images use no label in the merge either: its scale is the one whose features can be folded"
-    " best. Their unlabelled images are the first of the validation split.",
+    " best. Their unlabelled images are of the validation split.",
     "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
     " to it.",
     "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"

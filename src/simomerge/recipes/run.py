@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from simomerge import distributed
 from simomerge.checkpoints import atomic_write_text
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.rooms import RENDER_VERSION
+from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.devices import mixed_precision
 from simomerge.errors import InputError
 from simomerge.evaluation import delta_mtl
 from simomerge.model import load
 from simomerge.progress import Progress, silent
+from simomerge.recipes.file import SEEN
 from simomerge.recipes.graph import Run
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.results import gallery, summarise
+from simomerge.tasks import select_tasks
 from simomerge.training import WorkerPool
 
 
@@ -55,7 +58,7 @@ def run_recipe(
     with distributed.first_before_others():
         for split, data in plan.splits.items() if dataset == "rooms" else ():
             load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
-    test = _check_data(plan, recipe)
+    test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, run)))["test"]
     with WorkerPool(workers, progress) as pool:
         run.build(plan.wanted(), pool)
     results = summarise(plan, run, test.tasks, title)
@@ -82,7 +85,7 @@ def held_out_delta(
     kept = replace(recipe, val_images=recipe.val_images - images)
     held = {"split": "val", "count": images, "skip": kept.val_images}
     plan, run = _planned(kept, base, folder.resolve(), dataset, data_options or {}, held)
-    tasks = _check_data(plan, kept).tasks
+    tasks = _opened(plan.splits, kept)["test"].tasks
     scores = [plan.scores[seed, row] for seed in kept.seeds]
     run.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
     return [
@@ -100,6 +103,10 @@ def plan_of(
 ) -> list[tuple[str, bool]]:
     """The stages of a recipe in an order in which they can be done, each with whether it is done in the folder."""
     plan, run = _planned(recipe, base, Path(folder).resolve(), dataset, data_options)
+    return _stages(plan, run)
+
+
+def _stages(plan: Plan, run: Run) -> list[tuple[str, bool]]:
     return [(stage.name, path.exists()) for path, stage in run.in_order(plan.wanted()).items()]
 
 
@@ -118,19 +125,48 @@ def _planned(
         split: {"spec": dataset, "split": split, "count": count, **data_options} for split, count in counts.items()
     }
     splits["test"] |= test or {}
+    if dataset == "rooms":
+        select_tasks(TASKS, recipe.tasks)
+    else:
+        _opened(splits, recipe)
+    _check_batches(recipe)
     fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
     salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
-    if dataset != "rooms":  # whose name says all: files may have changed
-        salt += "".join(f" {load_data(**data).fingerprint()}" for data in splits.values())
-    return Plan(recipe, base, splits), Run(folder, str(base), salt)
+    return Plan(recipe, base, splits), Run(folder, str(base), salt, _contents(recipe.tasks))
 
 
-def _check_data(plan: Plan, recipe: Recipe) -> DenseDataset:
-    """The test split, after a look at all three: what cannot be is told before the training."""
-    chosen = {}
-    for split, data in plan.splits.items():
+def _contents(tasks: Sequence[str]) -> Callable[[Mapping[str, Any]], str]:
+    """What tells a dataset from others by the same name: rooms' name says all, but files may have changed."""
+    found: dict[str, str] = {}
+
+    def contents(data: Mapping[str, Any]) -> str:
+        said = json.dumps(data, sort_keys=True, default=str)
+        if data["spec"] != "rooms" and said not in found:
+            found[said] = load_data(**{"tasks": tasks, **data}).fingerprint()
+        return found.get(said, "")
+
+    return contents
+
+
+def _opened(splits: Mapping[str, Mapping[str, Any]], recipe: Recipe, deeply: bool = False) -> dict[str, DenseDataset]:
+    """The three splits, with all their files there; what cannot be is told before any work."""
+    opened = {}
+    for split, data in splits.items():
         try:
-            chosen[split] = load_data(**data).select(list(recipe.tasks))
+            opened[split] = load_data(**data).select(list(recipe.tasks))
+            opened[split].check_files(deeply)
         except InputError as error:
             raise InputError(f"{data['spec']}, split {data['split']!r}: {error}") from error
-    return chosen["test"]
+        except (TypeError, ValueError) as error:  # of data_options
+            raise InputError(f"data_options of {data['spec']}: {error}.") from error
+    return opened
+
+
+def _check_batches(recipe: Recipe) -> None:
+    """Processes share every batch."""
+    for name in SEEN:
+        if (size := getattr(recipe, name).batch_size) < distributed.processes():
+            raise InputError(
+                f"recipe: {name}.batch_size={size} is too small for {distributed.processes()} processes; every one"
+                " takes a share of each batch."
+            )

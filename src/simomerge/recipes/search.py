@@ -6,7 +6,9 @@ on one study through a storage that all of them reach.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,14 +60,8 @@ def search_recipe(
     _check(path, changes, said)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=_storage(storage or str(folder / "search.log")),
-        study_name=f"{Path(path).stem} {search.row}",
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-    )
     base = resolve_source(said.base)
+    study = _study(optuna, storage or str(folder / "search.log"), _name(Path(path), said), seed)
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
     def objective(trial: Any) -> float:
@@ -74,6 +70,8 @@ def search_recipe(
             found = held_out_delta(recipe, search.row, search.images, base, folder, pool, said.data, said.data_options)
         except DivergedError as error:  # a value that is too high is what a search is to find out
             raise optuna.TrialPruned(str(error)) from error
+        if not all(map(math.isfinite, found)):
+            raise optuna.TrialPruned("its metrics are not finite")
         trial.set_user_attr("per_seed", found)
         return sum(found) / len(found)
 
@@ -87,7 +85,10 @@ def search_recipe(
     with WorkerPool(workers, progress) as pool:
         if len(study.get_trials(deepcopy=False, states=finished)) < search.trials:
             limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
-            study.optimize(objective, callbacks=[report, limit])
+            try:
+                study.optimize(objective, callbacks=[report, limit])
+            except ValueError as error:  # such as choices that are others in the storage
+                raise InputError(f"{path}: the search cannot go on ({error}); take another storage.") from error
     results = _results(study, search)
     if results["trials"][0]["delta_mtl"] is None:
         raise InputError(
@@ -124,18 +125,51 @@ def _check(path: str | Path, changes: Sequence[str], said: RecipeFile) -> None:
             f"{path}: search.images is {search.images}; give how many of the {recipe.val_images} val_images judge,"
             " such as a quarter."
         )
-    for limit in ("low", "high"):
-        ends = {key: given["choices"][0] if "choices" in given else given[limit] for key, given in search.space.items()}
-        read_recipe(path, changes, ends)
+    values = {key: given.get("choices") or [given["low"], given["high"]] for key, given in search.space.items()}
+    first = {key: each[0] for key, each in values.items()}
+    for key, each in values.items():
+        for value in each:
+            read_recipe(path, changes, {**first, key: value})
 
 
-def _storage(place: str) -> Any:
-    if "://" in place:
-        return place
+def _name(path: Path, said: RecipeFile) -> str:
+    """Of the study: another recipe's or row's trials are no use. How many there are to be may change."""
+    about: dict[str, Any] = {
+        "recipe": said.recipe.to_dict(),
+        "base": said.base,
+        "data": said.data,
+        "options": said.data_options,
+    }
+    about |= {"row": said.search.row, "images": said.search.images, "space": said.search.space}
+    key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{path.stem} {said.search.row} {key}"
+
+
+def _study(optuna: Any, place: str, name: str, seed: int | None) -> Any:
+    """The study in a storage, with a sampler that does not begin again where the study goes on."""
+    try:
+        study = optuna.create_study(
+            storage=place if "://" in place else _file_storage(Path(place)),
+            study_name=name,
+            load_if_exists=True,
+            direction="maximize",
+        )
+        begun = len(study.get_trials(deepcopy=False))
+    except Exception as error:  # of a database its driver raises whatever it likes
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"storage {place}: cannot be used ({said}); give a file, or a URL as Optuna takes it."
+        ) from error
+    study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else (seed + 1_000_003 * begun) % 2**32)
+    return study
+
+
+def _file_storage(path: Path) -> Any:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return JournalStorage(JournalFileBackend(place))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _optuna() -> Any:
@@ -143,5 +177,5 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise InputError('a search needs Optuna: pip install "simomerge[search]".') from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

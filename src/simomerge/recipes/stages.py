@@ -19,6 +19,7 @@ from simomerge import distributed
 from simomerge.assemble import merge, search_scale
 from simomerge.checkpoints import atomic_folder
 from simomerge.datasets import load_data
+from simomerge.devices import compute_device
 from simomerge.evaluation import evaluate
 from simomerge.merging import available
 from simomerge.model import SimoModel, load
@@ -49,12 +50,12 @@ def read_log(output: Path) -> dict[str, Any]:
     return json.loads((output / "log.json").read_text(encoding="utf-8"))
 
 
-def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None, **texts: Any) -> None:
-    if distributed.is_first() and not output.exists():  # else another run was faster with the same stage
+def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None) -> None:
+    if distributed.is_first():
         with atomic_folder(output) as folder:
             if model is not None:
                 model.save_pretrained(folder / "model")
-            (folder / "log.json").write_text(json.dumps({**log, **texts}, indent=2) + "\n", encoding="utf-8")
+            (folder / "log.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(work_folder(output), ignore_errors=True)
     distributed.wait()
 
@@ -72,7 +73,8 @@ def features(output: Path, model: str, data: Data, label: str, progress: Progres
     """Features of a model's encoder on a dataset."""
     began = time.monotonic()
     with distributed.folder_together(output) as folder:
-        cache_features(load(model).encoder, load_data(**data), folder / "features", label=label, progress=progress)
+        encoder = load(model).encoder.to(compute_device())
+        cache_features(encoder, load_data(**data), folder / "features", label=label, progress=progress)
         if distributed.is_first():
             log = {"seconds": time.monotonic() - began}
             (folder / "log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
@@ -128,9 +130,10 @@ def tune(
     tasks = {task: probed[task].tasks[task] for task in probes}
     model = SimoModel(model.encoder, tasks, {task: probed[task].heads[task] for task in probes})
     model.requires_grad_(True)
+    images = load_data(**train).select(list(tasks))
     log = finetune(
         model,
-        load_data(**train).select(list(tasks)),
+        images,
         TrainSettings(**settings),
         load_data(**validation).select(list(tasks)),
         work_folder(output) / "state.pt",
@@ -142,16 +145,18 @@ def tune(
     how = {"weighting": weighting, "augmentation": augmentation}
     model.provenance = {
         "base": {"source": base_name, "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", **settings, **how, "images": train["count"]},
+        "training": {"method": "lp-ft", **settings, **how, "images": len(images)},
     }
-    _finish(output, asdict(log), model, trained_parameters=trainable_parameters(model))
+    cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}
+    _finish(output, {**asdict(log), **cost}, model)
 
 
 def score(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
     """Metrics of a model on a dataset."""
     began = time.monotonic()
-    scores = evaluate(load(Path(model) / "model"), load_data(**data), label=label, progress=progress)
-    _finish(output, {"seconds": time.monotonic() - began}, scores=scores)
+    scored = load(Path(model) / "model").to(compute_device())
+    scores = evaluate(scored, load_data(**data), label=label, progress=progress)
+    _finish(output, {"seconds": time.monotonic() - began, "scores": scores})
 
 
 def merged(

@@ -197,7 +197,7 @@ def _source(
         if missing := [task for task in experts if task not in data.tasks]:
             raise InputError(f"the data has no labels of {', '.join(missing)}; give images without labels instead.")
         source = data.select(list(experts))
-        source = source.first(min(count, len(source))) if count else source
+        source = source.take(min(count, len(source))) if count else source
         for task, expert in experts.items():
             ours, theirs = expert.tasks[task], source.tasks[task]
             if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):

@@ -7,10 +7,12 @@ them at the same time, each in a process of its own.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -116,18 +118,23 @@ def cache_features(
                 open_memmap(target / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
             _write_meta(target, first)
         distributed.wait()
-        arrays = {name: np.load(target / f"{name}.npy", mmap_mode="r+") for name in _named(first)}
         every, places = distributed.processes(), range(0, len(dataset), batch_size)
         mine = zip(distributed.share(list(places)), ordered_batches(source, batch_size, shared=True), strict=True)
-        for start, batch in mine:
-            named = _named(_encoded(encoder, batch["image"]))
-            for name, tensor in named.items():
-                arrays[name][start : start + len(tensor)] = tensor.half().cpu().numpy()
-            progress(label, min(start + every * batch_size, len(dataset)), len(dataset), "")
-        for array in arrays.values():
-            array.flush()
-        arrays.clear()  # an open map would keep Windows from renaming the folder
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((target / f"{name}.npy").open("r+b")) for name in _named(first)}
+            for start, batch in mine:
+                for name, tensor in _named(_encoded(encoder, batch["image"])).items():
+                    _write_rows(files[name], start, len(dataset), tensor.half().cpu().numpy())
+                progress(label, min(start + every * batch_size, len(dataset)), len(dataset), "")
     return Path(folder)
+
+
+def _write_rows(file: BinaryIO, start: int, total: int, rows: np.ndarray) -> None:
+    """Rows of an NPY file, from the row ``start`` of ``total``. By bytes: of a memory map machines that share a disk
+    would write whole pages, and each other's rows back."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(end - (total - start) * rows[0].nbytes)
+    file.write(rows.tobytes())
 
 
 def _encoded(encoder: Encoder, images: Tensor) -> Features:

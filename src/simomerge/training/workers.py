@@ -19,7 +19,9 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any
 
-from simomerge.devices import available_cores, limit_threads
+import torch
+
+from simomerge.devices import available_cores, limit_threads, share_cores
 from simomerge.distributed import processes
 from simomerge.errors import InputError
 from simomerge.progress import Progress, silent
@@ -33,8 +35,8 @@ class WorkerPool:
     """Runs jobs in processes that stay warm, so that torch is imported once per core.
 
     Args:
-        workers: how many at once; by default one per core this process may use. With 1 everything runs in
-            this process.
+        workers: how many at once; by default one per core this process may use, or one where there is a GPU, which
+            they would have to share. With 1 everything runs in this process.
         progress: where the jobs' progress goes.
 
     Example:
@@ -46,7 +48,8 @@ class WorkerPool:
 
     def __init__(self, workers: int | None = None, progress: Progress = silent) -> None:
         # Under torchrun the processes do every job together, one after the other.
-        self.workers = 1 if processes() > 1 else workers or available_cores()
+        default = 1 if torch.cuda.is_available() else available_cores()
+        self.workers = 1 if processes() > 1 else workers or default
         self.progress = progress
         self._pool: ProcessPoolExecutor | None = None
         self._messages: Any = None
@@ -57,7 +60,10 @@ class WorkerPool:
             self._messages = context.Queue()
             self._messages.cancel_join_thread()  # a worker that was killed while it spoke keeps the queue's lock
             self._pool = ProcessPoolExecutor(
-                self.workers, context, initializer=_start_worker, initargs=(self._messages, tracking.current())
+                self.workers,
+                context,
+                initializer=_start_worker,
+                initargs=(self._messages, tracking.current(), self.workers),
             )
             threading.Thread(target=self._forward_progress, daemon=True).start()
         return self
@@ -118,13 +124,14 @@ class WorkerPool:
 _messages: Any = None
 
 
-def _start_worker(messages: Any, reports: tracking.Tracking | None) -> None:
+def _start_worker(messages: Any, reports: tracking.Tracking | None, workers: int) -> None:
     global _messages
     _messages = messages
     tracking.use(reports)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us; a traceback per worker helps nobody
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     limit_threads(1)
+    share_cores(workers)
 
 
 def _end_with(parent: int) -> None:

@@ -1,6 +1,6 @@
 """The layout of MTAN and Auto-Lambda, of NYUv2 and Cityscapes: a folder per modality, a file per image.
 
-    {train,val}/{image,MODALITY,...}/{0,1,2,...}.npy
+    {train,val}/{image,MODALITY,...}/{0,1,2,...}.npy        or, in Auto-Lambda's Cityscapes, .png and .tif
 
 Source: github.com/lorenmt/mtan and github.com/lorenmt/auto-lambda, which publish the datasets in it.
 """
@@ -41,32 +41,39 @@ def held_out(total: int, first: int, of: int) -> np.ndarray:
     return held
 
 
-def npy_folder(root: Path) -> bool:
+def numbered_folder(root: Path) -> bool:
     """Whether a folder has this layout."""
     return (root / "train" / "image").is_dir() or (root / "val" / "image").is_dir()
 
 
-def npy_rows(root: Path, part: str, folders: Mapping[str, str]) -> list[Row]:
+def numbered_rows(root: Path, part: str, folders: Mapping[str, str], image: str = "image/*.npy") -> list[Row]:
     """The images of ``train`` or ``val`` in the order of their numbers, with the targets whose folders are there.
 
     Args:
-        folders: task -> its folder. The split of the rows is ``part``.
+        folders: task -> its files, such as ``depth/*.npy``, where * stands for the number. The split of the rows is
+            ``part``.
+        image: the images' files.
 
     Raises:
         InputError: a folder without images.
     """
-    images = root / part / "image"
-    numbers = [int(path.stem) for path in images.glob("*.npy") if path.stem.isdigit()]
-    if not numbers:
-        if images.is_dir():
-            raise InputError(f"{images}: no 0.npy in it; images are numbered from 0.")
+    images = root / part / image
+    found = [path.stem for path in images.parent.glob(images.name) if path.stem.isdecimal()]
+    if not found or str(int(found[0])) != found[0]:
+        if images.parent.is_dir():
+            seen = f" (but {found[0]}{images.suffix})" if found else ""
+            raise InputError(f"{images.parent}: no 0{images.suffix} in it{seen}; images are numbered 0, 1, 2, ...")
         return []
-    there = {task: root / part / folder for task, folder in folders.items() if (root / part / folder).is_dir()}
+    there = {task: root / part / files for task, files in folders.items() if (root / part / files).parent.is_dir()}
     # One that is missing in between is an image all the same: reading it says so, and the splits stay as they are.
     return [
-        Row(images / f"{n}.npy", part, {task: folder / f"{n}.npy" for task, folder in there.items()})
-        for n in range(max(numbers) + 1)
+        Row(_numbered(images, n), part, {task: _numbered(files, n) for task, files in there.items()})
+        for n in range(max(map(int, found)) + 1)
     ]
+
+
+def _numbered(files: Path, number: int) -> Path:
+    return files.with_name(f"{number}{files.suffix}")
 
 
 def read_npy_image(path: Source) -> np.ndarray:
