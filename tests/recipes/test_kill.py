@@ -59,7 +59,7 @@ def written(folder: Path) -> set[tuple[str, int]]:
 
 def finish(recipe: Path, folder: Path) -> dict[str, Any]:
     process = start(recipe, folder)
-    error = process.communicate(timeout=300)[1]
+    error = process.communicate(timeout=900)[1]
     assert process.returncode == 0, error.decode()
     return json.loads((folder / "results.json").read_text())
 

@@ -20,6 +20,7 @@ def command(model: str, experts: tuple[str, ...], data: str, split: str, count: 
     named = parse_pairs(experts)
     from simomerge.assemble import load_experts
     from simomerge.datasets import load_data
+    from simomerge.devices import compute_device
     from simomerge.distributed import join_processes
     from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
     from simomerge.model import as_expert, load
@@ -32,8 +33,11 @@ def command(model: str, experts: tuple[str, ...], data: str, split: str, count: 
     judges = {task: as_expert(expert, task) for task, expert in load_experts(**named).items()}
     dataset = load_data(data, split=split, count=count)
     with console() as progress:
-        scores = evaluate(judged, dataset, progress=progress)
-        baseline = {task: evaluate(expert, dataset, progress=progress)[task] for task, expert in judges.items()}
+        where = compute_device()
+        scores = evaluate(judged.to(where), dataset, progress=progress)
+        baseline = {
+            task: evaluate(expert.to(where), dataset, progress=progress)[task] for task, expert in judges.items()
+        }
     result: dict[str, object] = {"scores": scores}
     lines = [f"{model} on {len(dataset)} images of {data} ({split}):", *score_lines(scores, judged.tasks)]
     if baseline:

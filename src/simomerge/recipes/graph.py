@@ -54,7 +54,10 @@ class Run:
 
         Of those that can start, the one that the longest chain of others waits for starts first.
         """
-        missing = {path: stage for path, stage in self.in_order(wanted).items() if not path.exists()}
+        found = self.in_order(wanted)
+        missing = {path: stage for path, stage in found.items() if not path.exists()}
+        for path in found.keys() - missing.keys():
+            _lock(path).unlink(missing_ok=True)  # of a run that was killed when all but this was done
         distributed.wait()  # until all processes have looked what is missing
         needs = {path: [o for o in map(self.output, stage.needs()) if o in missing] for path, stage in missing.items()}
         chain = {path: stage.cost for path, stage in missing.items()}
@@ -111,14 +114,17 @@ class Run:
         return {key: self._told_apart(item) for key, item in value.items()}
 
 
+def _lock(output: Path) -> Path:
+    return output.parent / f"{output.name}.lock"
+
+
 def _do_once(stage: Stage, output: Path, progress: Progress) -> None:
     """Do a stage whose arguments are plain, but for one that another run in the same folder does or has done."""
-    lock = output.parent / f"{output.name}.lock"
-    with distributed.locked(lock):
+    with distributed.locked(_lock(output)):
         if not output.exists():
             stage.function(output=output, label=stage.name, progress=progress, **stage.arguments)
     if distributed.is_first():
-        lock.unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
+        _lock(output).unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
 
 
 def _stages_in(value: Any) -> Iterator[Stage]:
