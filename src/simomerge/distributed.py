@@ -9,14 +9,14 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from simomerge.checkpoints import atomic_folder
@@ -148,16 +148,25 @@ def folder_together(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """The block for one program at a time, of all on machines that share the disk; the lock of one that ended is free.
 
-    All processes of a program are in it together.
+    All processes of a program are in it together. ``waits`` is called where another program is in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path) if is_first() else nullcontext():
+    lock = FileLock(path)
+    if is_first():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waits()
+            lock.acquire()
+    try:
         wait()
         yield
         wait()
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _lock(output: Path) -> Path:
 
 def _do_once(stage: Stage, output: Path, progress: Progress) -> None:
     """Do a stage whose arguments are plain, but for one that another run in the same folder does or has done."""
-    with distributed.locked(_lock(output)):
+    with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if not output.exists():
             stage.function(output=output, label=stage.name, progress=progress, **stage.arguments)
     if distributed.is_first():
