@@ -75,8 +75,9 @@ def close(alone: Any, shared: Any, tolerance: float) -> None:
         )
 
 
-def test_training_on_shares_of_a_batch_is_training_on_the_batch(left: dict[int, Path]) -> None:
-    alone, shared = found(left, "train")
+@pytest.mark.parametrize("weighting", ["uncertainty", "nash-mtl"])
+def test_training_on_shares_of_a_batch_is_training_on_the_batch(left: dict[int, Path], weighting: str) -> None:
+    alone, shared = found(left, f"train-{weighting}")
     close(alone["log"]["validation"], shared["log"]["validation"], 1e-6)
     assert alone["log"]["best_step"] == shared["log"]["best_step"] and shared["log"]["samples"] == 35
     same_weights(alone["model"], shared["model"])

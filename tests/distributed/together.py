@@ -45,10 +45,11 @@ def save(output: Path, name: str, value: Any) -> None:
 def train(base: Path, output: Path) -> None:
     data = load_data("rooms", "train", 16, ("depth", "segmentation", "normals"))
     kinds = {"depth": "linear", "segmentation": "dpt", "normals": "linear"}
-    model = model_of(base, data, kinds).requires_grad_(True)
     validation = load_data("rooms", "val", 9, tuple(data.tasks))
-    log = finetune(model, data, SETTINGS, validation, output / "state.pt", weighting="uncertainty")
-    save(output, "train", {"model": model.state_dict(), "log": asdict(log)})
+    for weighting in ("uncertainty", "nash-mtl"):
+        model = model_of(base, data, kinds).requires_grad_(True)
+        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", weighting=weighting)
+        save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
 
 
 def realign(base: Path, output: Path) -> None:

@@ -6,13 +6,25 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from simomerge.errors import InputError
 from simomerge.training import WEIGHTINGS, TrainSettings, fit
-from simomerge.training.weighting import DynamicAverage, RandomWeights, Uncertainty, weighting
+from simomerge.training.loop import _gradient_products
+from simomerge.training.weighting import (
+    CAGrad,
+    DynamicAverage,
+    GradientWeighting,
+    GradNorm,
+    NashMTL,
+    RandomWeights,
+    Uncertainty,
+    weighting,
+)
 
 LOSSES = torch.tensor([0.5, 2.0, 4.0])
 
@@ -72,8 +84,136 @@ def test_one_task_alone_is_its_own_loss_at_first(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(InputError, match="'gradnorm'; choose one of: equal, uncertainty, dwa, random"):
-        weighting("gradnorm", 2)
+    with pytest.raises(InputError, match="'gradnrom'; choose one of: equal, uncertainty, dwa, random, gradnorm"):
+        weighting("gradnrom", 2)
+
+
+# By gradients -------------------------------------------------------------------------------------------
+
+
+def gradients(seed: int, tasks: int = 4, conflict: bool = True) -> np.ndarray:
+    """Of so many tasks on 6 parameters, of quite unlike lengths; in conflict some point against each other."""
+    rng = np.random.default_rng(seed)
+    found = rng.standard_normal((tasks, 6)) * rng.uniform(0.1, 10, (tasks, 1))
+    return found if conflict else np.abs(found)
+
+
+def shown(name: str, vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The weights that a weighting takes for gradients."""
+    module = weighting(name, len(vectors), seed)
+    assert isinstance(module, GradientWeighting)
+    module.look(torch.from_numpy(vectors @ vectors.T), torch.ones(len(vectors)))
+    return module.current.double().numpy()
+
+
+BY_GRADIENT = [name for name, each in WEIGHTINGS.items() if each.looks_at_gradients]
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+@pytest.mark.parametrize("conflict", [True, False])
+def test_weights_by_gradients_have_mean_one_and_do_not_depend_on_the_unit(name: str, conflict: bool) -> None:
+    for seed in range(10):
+        vectors = gradients(seed, conflict=conflict)
+        weights = shown(name, vectors)
+        assert weights.mean() == pytest.approx(1, abs=1e-6) and weights.min() >= 0
+        np.testing.assert_allclose(shown(name, 1e-4 * vectors), weights, rtol=1e-3, atol=1e-5)
+        if name != "pcgrad":  # which takes the others in random order
+            order = np.array([2, 0, 3, 1])
+            np.testing.assert_allclose(shown(name, vectors[order]), weights[order], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_gradients_of_one_length_at_right_angles_count_alike(name: str) -> None:
+    np.testing.assert_allclose(shown(name, np.eye(3)), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+@pytest.mark.parametrize("vectors", [np.zeros((2, 3)), np.array([[np.nan, 1], [1, 1]]), np.array([[1.0, 0], [-1, 0]])])
+def test_gradients_that_say_nothing_leave_finite_weights(name: str, vectors: np.ndarray) -> None:
+    np.testing.assert_allclose(shown(name, vectors), 1, atol=1e-4)
+
+
+def test_pcgrad_is_its_algorithm_on_the_gradients_themselves() -> None:
+    for seed in range(20):
+        vectors = gradients(seed)
+        rng = np.random.default_rng([seed, 0])
+        changed = vectors.copy()
+        for i, one in enumerate(changed):
+            for j in rng.permutation(len(vectors)):
+                if i != j and one @ vectors[j] < 0:
+                    one -= one @ vectors[j] / (vectors[j] @ vectors[j]) * vectors[j]
+        expected = changed.sum(0)
+        ours = shown("pcgrad", vectors, seed=seed) @ vectors
+        np.testing.assert_allclose(ours / np.linalg.norm(ours), expected / np.linalg.norm(expected), atol=1e-5)
+    np.testing.assert_allclose(shown("pcgrad", gradients(0, conflict=False)), 1, atol=1e-6)
+
+
+def test_cagrad_is_the_best_of_the_worst_near_the_mean() -> None:
+    """Against the primal problem, which the dual solves."""
+    for seed in range(10):
+        vectors = gradients(seed) / 10
+        mean = vectors.mean(0)
+        ours = CAGrad(4).weights(vectors @ vectors.T, np.ones(4)) @ vectors
+        assert np.linalg.norm(ours - mean) <= 0.4 * np.linalg.norm(mean) * (1 + 1e-6)
+        assert (vectors @ ours).min() == pytest.approx(greatest_least_gain(vectors, mean), rel=2e-3, abs=1e-6)
+
+
+def greatest_least_gain(vectors: np.ndarray, mean: np.ndarray) -> float:
+    """The most that the task which gains least can gain within 0.4 |g_0| of g_0."""
+    found = minimize(
+        lambda x: -x[-1],
+        np.append(mean, (vectors @ mean).min()),
+        method="SLSQP",
+        constraints=[
+            {"type": "ineq", "fun": lambda x: vectors @ x[:-1] - x[-1]},
+            {"type": "ineq", "fun": lambda x: 0.16 * mean @ mean - ((x[:-1] - mean) ** 2).sum()},
+        ],
+        options={"maxiter": 500, "ftol": 1e-12},
+    )
+    return float(found.x[-1])
+
+
+def test_nash_mtl_is_its_bargain() -> None:
+    for seed in range(20):
+        vectors = gradients(seed)
+        weights = NashMTL(4).weights(vectors @ vectors.T, np.ones(4))
+        np.testing.assert_allclose(vectors @ (weights @ vectors) * weights, 1, rtol=1e-4)  # G a = 1 / a
+        assert weights.min() > 0
+    np.testing.assert_allclose(NashMTL(2).weights(np.diag([4.0, 0.25]), np.ones(2)), [0.5, 2], rtol=1e-6)
+
+
+def test_gradnorm_moves_to_gradients_of_like_length_and_on_for_the_slow() -> None:
+    module = weighting("gradnorm", 2)
+    assert isinstance(module, GradNorm)
+    gram = torch.diag(torch.tensor([9.0, 1.0]))
+    for _ in range(2):
+        module.look(gram, torch.tensor([1.0, 1.0]))
+    assert 0 < float(module.current[0]) < 1 < float(module.current[1])
+    for _ in range(500):
+        module.look(gram, torch.tensor([1.0, 1.0]))
+    lengths = module.current * torch.tensor([3.0, 1.0])
+    assert float(lengths[0] / lengths[1]) == pytest.approx(1, abs=0.2)
+    for _ in range(500):  # the first task has half its first loss, the second a quarter: the first is the slow one
+        module.look(gram, torch.tensor([0.5, 0.25]))
+    lengths = module.current * torch.tensor([3.0, 1.0])
+    assert float(lengths[0] / lengths[1]) == pytest.approx((0.5 / 0.25) ** 1.5, rel=0.2)
+
+
+def test_the_products_are_those_of_the_encoders_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 3), "a": nn.Linear(3, 1), "b": nn.Linear(3, 2)})
+    x = torch.randn(5, 4)
+    parts = {task: model[task](model["encoder"](x)).square().mean() for task in ("a", "b")}
+    found = _gradient_products(model, parts)
+    rows = []
+    for task in ("a", "b"):
+        model.zero_grad()
+        parts[task].backward(retain_graph=True)
+        rows.append(torch.cat([p.grad.flatten() for p in model["encoder"].parameters() if p.grad is not None]))
+    torch.testing.assert_close(found, torch.stack(rows) @ torch.stack(rows).T)
+    model.requires_grad_(False)
+    with pytest.raises(InputError, match="the encoder is frozen"):
+        _gradient_products(model, parts)
 
 
 class Twins(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -91,10 +231,12 @@ def test_a_killed_training_goes_on_with_the_same_weights(
 ) -> None:
     def train(state: Path | None, stop: int = 0) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+        model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
 
         def losses(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {task: (model[task](batch["x"]) - batch[task]).square().mean() for task in ("a", "b")}
+            return {
+                task: (model[task](model["encoder"](batch["x"])) - batch[task]).square().mean() for task in ("a", "b")
+            }
 
         def progress(label: str, done: int, total: int, note: str) -> None:
             if stop and done >= stop:

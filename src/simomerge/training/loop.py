@@ -180,7 +180,9 @@ def _fit(
     for batch in batches:
         with accelerator.autocast():
             parts = _over_processes(losses, counts, _to_device(batch, accelerator.device))
-            total = combined(parts, weighting)
+        if weighting is not None and weighting.looks_at_gradients:
+            weighting.look(_gradient_products(module, parts), torch.stack(list(parts.values())))
+        total = combined(parts, weighting)
         accelerator.backward(total)
         distributed.add_up_gradients(apart)
         accelerator.clip_grad_norm_(trainable, settings.clip)
@@ -213,6 +215,19 @@ def _fit(
     if log.steps < settings.steps:
         progress(label, settings.steps, settings.steps, f"stopped at step {log.steps}: the validation loss is flat")
     return log
+
+
+def _gradient_products(module: nn.Module, parts: Mapping[str, Tensor]) -> Tensor:
+    """Inner products (T, T) of the tasks' gradients on the encoder."""
+    encoder = [p for name, p in module.named_parameters() if p.requires_grad and name.startswith("encoder.")]
+    if not encoder:
+        raise InputError("this weighting looks at the encoder's gradients, and the encoder is frozen; choose another.")
+    rows = []
+    for part in parts.values():
+        found = torch.autograd.grad(part, encoder, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([each.flatten() for each in found]).float())
+    distributed.add_up(*rows)
+    return torch.stack([torch.stack([one @ other for other in rows]) for one in rows])
 
 
 @torch.no_grad()

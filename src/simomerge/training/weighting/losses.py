@@ -1,13 +1,9 @@
-"""How a joint model's task losses become one: the baselines that merging is compared with."""
+"""Weightings by what the losses are, or by nothing at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
-
-from simomerge.errors import InputError
 
 
 class Weighting(nn.Module):
@@ -22,6 +18,8 @@ class Weighting(nn.Module):
     def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
         super().__init__()
         self.tasks, self.seed, self.epoch = tasks, seed, epoch
+
+    looks_at_gradients = False
 
     def forward(self, losses: Tensor) -> Tensor:
         """Losses (T,) -> their unweighted mean (the paper's joint MTL)."""
@@ -100,34 +98,3 @@ class RandomWeights(Weighting):
         total = (self.weights().to(losses) * losses).mean()
         self.step += 1
         return total
-
-
-WEIGHTINGS: dict[str, type[Weighting]] = {
-    "equal": Weighting,
-    "uncertainty": Uncertainty,
-    "dwa": DynamicAverage,
-    "random": RandomWeights,
-}
-"""Every weighting by name. A new one is one line here."""
-
-
-def weighting(name: str, tasks: int, seed: int = 0, epoch: int = 100) -> Weighting:
-    """A weighting by name.
-
-    Raises:
-        InputError: an unknown name.
-
-    Example:
-        >>> float(weighting("equal", 2)(torch.tensor([1.0, 3.0])))
-        2.0
-    """
-    if name not in WEIGHTINGS:
-        raise InputError(f"unknown loss weighting {name!r}; choose one of: {', '.join(WEIGHTINGS)}.")
-    return WEIGHTINGS[name](tasks, seed, epoch)
-
-
-def combined(parts: Mapping[str, Tensor], how: Weighting | None) -> Tensor:
-    """One loss of those of the tasks; their mean without a weighting."""
-    losses = torch.stack(list(parts.values()))
-    total: Tensor = losses.mean() if how is None else how(losses)
-    return total
