@@ -75,7 +75,7 @@ def close(alone: Any, shared: Any, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize("weighting", ["uncertainty", "nash-mtl"])
+@pytest.mark.parametrize("weighting", ["uncertainty", "nash"])
 def test_training_on_shares_of_a_batch_is_training_on_the_batch(left: dict[int, Path], weighting: str) -> None:
     alone, shared = found(left, f"train-{weighting}")
     close(alone["log"]["validation"], shared["log"]["validation"], 1e-6)

@@ -46,7 +46,7 @@ def train(base: Path, output: Path) -> None:
     data = load_data("rooms", "train", 16, ("depth", "segmentation", "normals"))
     kinds = {"depth": "linear", "segmentation": "dpt", "normals": "linear"}
     validation = load_data("rooms", "val", 9, tuple(data.tasks))
-    for weighting in ("uncertainty", "nash-mtl"):
+    for weighting in ("uncertainty", "nash"):
         model = model_of(base, data, kinds).requires_grad_(True)
         log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", weighting=weighting)
         save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})

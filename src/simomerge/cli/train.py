@@ -38,7 +38,7 @@ from simomerge.cli.options import (
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--weighting",
-    type=click.Choice(["equal", "uncertainty", "dwa", "random", "gradnorm", "pcgrad", "cagrad", "nash-mtl"]),
+    type=click.Choice(["equal", "uncertainty", "dwa", "random", "gradnorm", "pcgrad", "cagrad", "nash"]),
     default="equal",
     show_default=True,
     help="Of a joint model's losses.",

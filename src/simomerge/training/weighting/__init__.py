@@ -19,7 +19,7 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "gradnorm": GradNorm,
     "pcgrad": PCGrad,
     "cagrad": CAGrad,
-    "nash-mtl": NashMTL,
+    "nash": NashMTL,
 }
 """Every weighting by name. A new one is one line here."""
 
