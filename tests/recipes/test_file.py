@@ -240,6 +240,16 @@ def test_options_that_the_dataset_does_not_know(tmp_path: Path, tiny_base: Path,
         cli.main(["run", str(write(tmp_path, text)), "--dry-run"], standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("{sise: [8, 8]}", "'sise'"), ("{size: 8}", "size 8"), ("{size: [8, true]}", "size"), ("{seed: a}", "seed 'a'")],
+)
+def test_options_that_rooms_do_not_know(tmp_path: Path, tiny_base: Path, options: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        file = write(tmp_path, f"base: {tiny_base}\ndata_options: {options}\n")
+        cli.main(["run", str(file), "--dry-run"], standalone_mode=False)
+
+
 def test_a_dry_run_knows_what_the_data_lacks(tmp_path: Path, tiny_base: Path) -> None:
     text = on_disk(tmp_path) + f"base: {tiny_base}\nrealigned: []\n"
     (tmp_path / "test2.npy").unlink()

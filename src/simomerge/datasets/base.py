@@ -109,6 +109,13 @@ class _Rest(DenseDataset):
         return self.whole.fingerprint()
 
 
+def check_size(size: Any) -> None:
+    """Raises InputError unless ``size`` is a height and a width in pixels."""
+    pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if not pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
+        raise InputError(f"size {size!r}; give [height, width] in pixels.")
+
+
 def random_flip(tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
     """Mirror a sample left to right with probability one half; the x of normals changes its sign."""
     if generator.random() < 0.5:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.base import DenseDataset, check_size
 from simomerge.datasets.damage import damage
 from simomerge.datasets.hdf5 import Frame
 from simomerge.errors import InputError
@@ -205,9 +205,8 @@ class Rows(DenseDataset):
         splits = manifest.splits()
         if split not in splits:
             raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
-        pair = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-        if size is not None and not pair:
-            raise InputError(f"size {size!r}; give [height, width] in pixels.")
+        if size is not None:
+            check_size(size)
         if count is not None and count < 1:
             raise InputError(f"{count} images asked for; give 1 or more.")
         self.manifest = manifest

@@ -13,6 +13,7 @@ import simomerge
 from simomerge import distributed
 from simomerge.checkpoints import atomic_write_text
 from simomerge.datasets import DenseDataset, load_data
+from simomerge.datasets.base import check_size
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.devices import mixed_precision
@@ -126,7 +127,7 @@ def _planned(
     }
     splits["test"] |= test or {}
     if dataset == "rooms":
-        select_tasks(TASKS, recipe.tasks)
+        _check_rooms(recipe, data_options)
     else:
         _opened(splits, recipe)
     _check_batches(recipe)
@@ -160,6 +161,16 @@ def _opened(splits: Mapping[str, Mapping[str, Any]], recipe: Recipe, deeply: boo
         except (TypeError, ValueError) as error:  # of data_options
             raise InputError(f"data_options of {data['spec']}: {error}.") from error
     return opened
+
+
+def _check_rooms(recipe: Recipe, options: Mapping[str, Any]) -> None:
+    """What can be told before any is rendered."""
+    select_tasks(TASKS, recipe.tasks)
+    if strange := options.keys() - {"size", "seed"}:
+        raise InputError(f"data_options of rooms: unknown key {min(strange)!r}; it takes size and seed.")
+    check_size(options.get("size", (64, 80)))
+    if not isinstance(options.get("seed", 0), int):
+        raise InputError(f"data_options of rooms: seed {options['seed']!r}; give a whole number.")
 
 
 def _check_batches(recipe: Recipe) -> None:

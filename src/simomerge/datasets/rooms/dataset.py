@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.base import DenseDataset, check_size
 from simomerge.datasets.rooms import CLASS_COLOURS, CLASS_NAMES, load_rooms
 from simomerge.tasks import Task
 
@@ -56,6 +56,7 @@ class Rooms(DenseDataset):
         progress: Any = None,
     ) -> None:
         super().__init__(TASKS, count)
+        check_size(size)
         self._source: dict[str, Any] = {
             "split": split,
             "count": count,
