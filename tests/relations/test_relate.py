@@ -13,7 +13,7 @@ from simomerge.assemble.parts import with_merged_encoder
 from simomerge.errors import InputError
 from simomerge.merging import TaskArithmetic
 from simomerge.model import SimoModel
-from simomerge.relations import SECTIONS, Relations, relate, verdict
+from simomerge.relations import SECTIONS, Judge, Relations, relate, verdict
 
 from .conftest import TASKS, Dice
 
@@ -127,6 +127,20 @@ def test_geometry_and_sweeps_in_words() -> None:
         "Most sensitive to a disturbed encoder: a, which keeps 90% of its performance over a width of 0.50"
     )
     assert lines[3] == "The task vectors of a and b are closest (cosine 0.30, 40% of the weight pulls apart)."
+
+
+def test_tasks_that_are_equally_sensitive_are_not_told_apart() -> None:
+    sweeps = {"effects": {"a": {"b": 0.0}, "b": {"a": 0.0}}, "widths": {"a": 1.5, "b": 1.5}, "kept": 0.9}
+    lines = verdict({"tasks": ["a", "b"], "judged_by": "labels", "sweeps": sweeps})
+    assert lines[-1] == "All keep 90% of their performance over a width of 1.50 in lambda."
+
+
+def test_a_merge_without_finite_metrics_is_an_error(
+    base: SimoModel, experts: dict[str, SimoModel], dice: Dice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Judge, "gains", lambda self, scores: dict.fromkeys(scores, float("nan")))
+    with pytest.raises(InputError, match=r"merged, .* that is not finite"):
+        relate(base, experts, dice, sections=["groups"])
 
 
 def test_a_pair_of_every_two(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:

@@ -82,10 +82,12 @@ def command(
     from simomerge.relations import check_sections, relate, verdict
     from simomerge.report.relations import relation_lines, write_relations
 
-    # Labels are noisier judges than the experts: an error of the expert's own counts with every model.
+    # Where few labels judge, an error of the expert's own counts much with every model.
     count = count or (256 if data is not None else 128)
     sees = images is not None or data is not None
-    chosen = check_sections(sections.split(",") if sections else None, sees, merged is not None)
+    chosen = check_sections(
+        [name.strip() for name in sections.split(",")] if sections else None, sees, merged is not None
+    )
     if budget is not None and "groups" not in chosen:
         raise InputError("--budget is of the section 'groups', which looks at images: give --images or --data.")
     pictures = as_images(images, count, size) if images is not None else None

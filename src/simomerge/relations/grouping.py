@@ -11,6 +11,7 @@ since independent errors add in squares, and measured in its own mean over the p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -18,6 +19,7 @@ from typing import Any
 
 from simomerge.assemble import Aligner
 from simomerge.assemble.parts import with_merged_encoder
+from simomerge.errors import InputError
 from simomerge.heads.projections import is_foldable
 from simomerge.merging import Average, TaskArithmetic
 from simomerge.model import SimoModel
@@ -130,7 +132,7 @@ def group_tasks(
         limit: merges beyond the pairs, by default as many as there are pairs and twice as many as tasks.
 
     Raises:
-        InputError: fewer than four images.
+        InputError: fewer than four images, or a metric of a merge that is not finite.
 
     Example:
         >>> group_tasks(base, experts, images, judge).choices[1].groups                      # doctest: +SKIP
@@ -139,7 +141,14 @@ def group_tasks(
 
     def measure(group: Group) -> MergedGroup:
         model, scale = merge_group(base, {task: experts[task] for task in group}, images)
-        return MergedGroup(group, judge.gains(judge.scores(model)), scale)
+        gains = judge.gains(judge.scores(model))
+        for task, gain in gains.items():
+            if not math.isfinite(gain):
+                raise InputError(
+                    f"merged, {' + '.join(group)} have a {judge.tasks[task].metric} of {task!r} that is not finite:"
+                    " look at what the expert predicts, and at the images."
+                )
+        return MergedGroup(group, gains, scale)
 
     merges, choices = choose_groups(list(experts), measure, judge.labelled, limit, progress)
     return Grouping(list(experts), judge.labelled, merges, choices)

@@ -108,7 +108,7 @@ def relate(
         data: a dataset with labels of every task; never the test split.
         merged: a model merged from these experts, for the section "alignment".
         sections: names of `SECTIONS`; by default all that what was given allows.
-        count: of the images. With labels give more: on 64 they judge less surely than the experts' predictions do.
+        count: of the images. With labels give more: an expert's own errors are in every score.
         size: (height, width) to make pictures of a folder or list.
         lambdas: of the sweeps; 0 and 1 must be among them.
 

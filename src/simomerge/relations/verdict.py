@@ -127,7 +127,7 @@ def pair_gains(found: Found) -> dict[str, dict[str, float]]:
 
 
 SEEN = 0.005
-"""The least effect that is not zero in the two digits that are shown."""
+"""The least effect, or difference of widths, that is not zero in the two digits that are shown."""
 
 
 def _effects(sweeps: Found) -> Iterator[str]:
@@ -151,6 +151,9 @@ def _widths(sweeps: Found) -> Iterator[str]:
     if len(widths) < 2:
         return
     narrow, wide = min(widths, key=widths.__getitem__), max(widths, key=widths.__getitem__)
+    if widths[wide] - widths[narrow] < SEEN:
+        yield f"All keep {sweeps['kept']:.0%} of their performance over a width of {widths[wide]:.2f} in lambda."
+        return
     yield (
         f"Most sensitive to a disturbed encoder: {narrow}, which keeps {sweeps['kept']:.0%} of its performance over a"
         f" width of {widths[narrow]:.2f} in lambda; least: {wide}, {widths[wide]:.2f}."
