@@ -6,9 +6,10 @@ github.com/StanfordVL/taskonomy.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,8 @@ def taskonomy_manifest(
         raise InputError(
             f"{root}: Taskonomy is not here: no folder rgb, of rgb/BUILDING/point_0_view_0_domain_rgb.png."
         )
-    rows, lacking = [], []
+    rows: list[Row] = []
+    lacking = []
     for split, names in buildings.items():
         for name in names:
             found = _building(root, name, split)
@@ -116,20 +118,30 @@ def taskonomy_manifest(
     return Manifest(root, {of.task.name: of for of in stored}, tuple(rows), size, lacking=tuple(lacking))
 
 
-def _building(root: Path, name: str, split: str) -> list[Row]:
+def _building(root: Path, name: str, split: str) -> tuple[Row, ...]:
     """A building's images by point and view; of too many as many as allowed, evenly over the building."""
-    found = {path.name: _NAME.fullmatch(path.name) for path in (root / "rgb" / name).glob("point_*_domain_rgb.png")}
-    views = sorted((int(m[1]), int(m[2])) for m in found.values() if m)
+    folder = root / "rgb" / name
+    there = tuple(domain for domain in (*DOMAINS.values(), _MASKS) if (root / domain).is_dir())
+    return _views(root, name, split, there, folder.stat().st_mtime_ns) if folder.is_dir() else ()
+
+
+@lru_cache(maxsize=64)
+def _views(root: Path, name: str, split: str, there: tuple[str, ...], _changed: int) -> tuple[Row, ...]:
+    """The rows of `_building`, kept while no file comes or goes: a run opens its data many times."""
+    found = [_NAME.fullmatch(file.name) for file in os.scandir(root / "rgb" / name)]
+    views = sorted((int(m[1]), int(m[2])) for m in found if m)
     if len(views) > LIMITS[split]:
         views = [views[i * len(views) // LIMITS[split]] for i in range(LIMITS[split])]
-    there = {task: domain for task, domain in DOMAINS.items() if (root / domain).is_dir()}
     rows = []
     for point, view in views:
-        start = f"point_{point}_view_{view}_domain_"
-        targets: dict[str, Source] = {task: root / d / name / f"{start}{d}.png" for task, d in there.items()}
-        masks = (root / _MASKS / name / f"{start}{DOMAINS['depth']}.png",) if (root / _MASKS).is_dir() else ()
-        rows.append(Row(root / "rgb" / name / f"{start}rgb.png", split, targets, masks))
-    return rows
+        start = f"{name}/point_{point}_view_{view}_domain_"
+        # Paths from whole texts: of a hundred thousand, joined ones take seconds.
+        targets: dict[str, Source] = {
+            task: Path(f"{root}/{d}/{start}{d}.png") for task, d in DOMAINS.items() if d in there
+        }
+        masks = (Path(f"{root}/{_MASKS}/{start}{DOMAINS['depth']}.png"),) if _MASKS in there else ()
+        rows.append(Row(Path(f"{root}/rgb/{start}rgb.png"), split, targets, masks))
+    return tuple(rows)
 
 
 def read_log_depth(masks: bool, path: Path) -> np.ndarray:
