@@ -79,7 +79,7 @@ def held_out_delta(
     dataset: str = "rooms",
     data_options: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Delta_MTL of one row, in percent per seed, on the last ``images`` of the validation images.
+    """Delta_MTL of one row, in percent per seed, on ``images`` of the validation images.
 
     Only what the row needs is done. These images are no part of D_val here, and the test split is not looked at.
     """

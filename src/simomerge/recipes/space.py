@@ -16,7 +16,7 @@ class SearchSettings:
 
     Args:
         row: of the recipe's table, whose Delta_MTL on held-out validation images is to be as great as possible.
-        images: the last so many of ``val_images``: they judge, and are taken from D_val while a search lasts. The test
+        images: so many of ``val_images``: they judge, and are taken from D_val while a search lasts. The test
             split is never looked at.
         trials: finished ones at which the search ends, those of all machines together.
         space: key, as ``--set`` takes it (``heads.lr``, ``merge_settings.ties.density``), -> ``{low, high}`` with
