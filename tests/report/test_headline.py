@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from report.sample import make_results
-from simomerge.report.headline import headline
+from simomerge.report.headline import headline, sentences
 
 
 def told(std: float | None = None, images: int = 256, **deltas: float | None) -> str:
@@ -29,7 +29,7 @@ def test_cost_and_recovery() -> None:
 def test_the_best_re_aligned_row_is_told_with_its_own_merge() -> None:
     text = told(ta=-20.0, ties=-40.0, ta_heads=-10.0, ties_adapters=-8.0)
     assert text.startswith("Merging by ties cost 40.0 points of Delta_MTL; re-aligning it with adapters")
-    assert text.endswith("recovered 80 % of that (now -8.0 %, the best of 2 re-aligned rows).")
+    assert text.endswith("recovered 80 % of that (now -8.0 %, the best of 2 rows that re-align a merge).")
 
 
 def test_without_labels_none_are_named() -> None:
@@ -102,3 +102,15 @@ def test_the_control_is_compared_with_its_like() -> None:
 
 def test_a_whole_run() -> None:
     assert headline(make_results()).startswith("Merging by task-arithmetic cost 30.6 points")
+
+
+def test_a_better_row_without_labels_is_told_beside_the_story() -> None:
+    """`auto` is no re-alignment of a merge that was measured, but may be the best of all."""
+    rows = [
+        {"method": "ties", "delta_mtl": {"mean": -20.0}, "labelled_images": 128},
+        {"method": "ties+distill", "delta_mtl": {"mean": -5.0}, "labelled_images": 0, "unlabelled_images": 64},
+        {"method": "auto", "delta_mtl": {"mean": -4.0}, "labelled_images": 0, "unlabelled_images": 256},
+    ]
+    assert sentences({"rows": rows})[1] == "Without any label, auto stands at -4.0 % on 256 unlabelled images."
+    rows[2]["delta_mtl"] = {"mean": -6.0}
+    assert len(sentences({"rows": rows})) == 1

@@ -121,7 +121,7 @@ def _recovery(before: Standing, after: Standing, candidates: int) -> str:
     kind = _kind(after)
     action = RE_ALIGNED.get(kind, f"re-aligning it ({kind})")
     images = _images(after)
-    best_of = f", the best of {candidates} re-aligned rows" if candidates > 1 else ""
+    best_of = f", the best of {candidates} rows that re-align a merge" if candidates > 1 else ""
     return f"; {action}{images} {_outcome(before, after)} (now {signed(after.delta)} %{best_of})"
 
 
@@ -134,7 +134,7 @@ def _images(row: Standing) -> str:
 def _without_labels(rows: Iterable[Standing], best: Standing | None) -> list[str]:
     """The best row that saw no label, where the story was about another one."""
     free = _best(row for row in rows if row.unlabelled_images and not row.labelled_images)
-    if free is None or (best is not None and not best.labelled_images and best.unlabelled_images):
+    if free is None or free == best:
         return []
     return [f"Without any label, {free.method} stands at {signed(free.delta)} %{_images(free)}."]
 
