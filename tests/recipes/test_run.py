@@ -278,6 +278,16 @@ def test_two_runs_in_one_folder_do_a_stage_once(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "run" / "stages").iterdir()] == [""]
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    first = build(tmp_path)["first"]
+    shutil.rmtree(first)
+    for name in (f".{first.name}.0123456789ab.tmp", f".{first.name}x.0123456789ab.tmp"):
+        (first.parent / name).mkdir()
+        (first.parent / name / "half").touch()
+    build(tmp_path)
+    assert first.is_dir() and [path.name for path in first.parent.glob(".*")] == [f".{first.name}x.0123456789ab.tmp"]
+
+
 def test_the_longest_chain_starts_first_and_nothing_before_what_it_needs(tmp_path: Path) -> None:
     order: list[str] = []
 

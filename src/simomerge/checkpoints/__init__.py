@@ -7,7 +7,13 @@ from simomerge.checkpoints.description import (
     only_task,
     read_description,
 )
-from simomerge.checkpoints.files import atomic_file, atomic_folder, atomic_write_bytes, atomic_write_text
+from simomerge.checkpoints.files import (
+    atomic_file,
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+    remove_leftovers,
+)
 from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
 from simomerge.checkpoints.names import canonical_name, canonicalise
@@ -37,6 +43,7 @@ __all__ = [
     "open_lora",
     "parse_size",
     "read_description",
+    "remove_leftovers",
     "tensor_info",
     "write_safetensors",
     "write_sharded",

@@ -9,6 +9,7 @@ has to be made again, and nothing else is lost.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import uuid
@@ -165,6 +166,12 @@ def _swap(temporary: Path, target: Path) -> None:
 def _temporary_sibling(target: Path) -> Path:
     # Not tempfile: its folders are readable by their owner only, and the result would inherit that.
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of ``path`` left that were killed; call it where nobody else can be writing it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _is_full(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge import distributed
+from simomerge.checkpoints import remove_leftovers
 from simomerge.progress import Progress
 from simomerge.recipes.stages import read_log
 from simomerge.training import WorkerPool
@@ -121,6 +122,8 @@ def _lock(output: Path) -> Path:
 def _do_once(stage: Stage, output: Path, progress: Progress) -> None:
     """Do a stage whose arguments are plain, but for one that another run in the same folder does or has done."""
     with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
+        if distributed.is_first():
+            remove_leftovers(output)
         if not output.exists():
             stage.function(output=output, label=stage.name, progress=progress, **stage.arguments)
     if distributed.is_first():
