@@ -231,6 +231,17 @@ def test_files_that_are_missing_or_damaged_are_told_before_the_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_values_that_are_wrong_in_every_file_are_told_before_the_training(tmp_path: Path, tiny_base: Path) -> None:
+    import numpy as np
+
+    text = on_disk(tmp_path) + f"base: {tiny_base}\nrealigned: []\nmerges: [average]\n"
+    for index in range(3):
+        np.save(tmp_path / f"test{index}.npy", np.ones((8, 16), np.float32))
+    with pytest.raises(InputError, match=r"split 'test': .*test0\.npy is 16 x 8 pixels, its image 16 x 16"):
+        cli.main(["run", str(write(tmp_path, text)), "-o", str(tmp_path / "run")], standalone_mode=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [("{sise: [8, 8]}", "sise"), ("{size: 8}", "size"), ("{size: [8, -8]}", "size .*pixels")]
 )

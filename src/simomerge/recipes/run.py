@@ -149,13 +149,24 @@ def _contents(tasks: Sequence[str]) -> Callable[[Mapping[str, Any]], str]:
     return contents
 
 
+SAMPLES = 4
+"""Of each split, read before any work: what is wrong with every label is wrong with these."""
+
+
 def _opened(splits: Mapping[str, Mapping[str, Any]], recipe: Recipe, deeply: bool = False) -> dict[str, DenseDataset]:
-    """The three splits, with all their files there; what cannot be is told before any work."""
+    """The three splits, with all their files there; what cannot be is told before any work.
+
+    Args:
+        deeply: also see to it that no file was cut off, and read some samples.
+    """
     opened = {}
     for split, data in splits.items():
         try:
             opened[split] = load_data(**data).select(list(recipe.tasks))
             opened[split].check_files(deeply)
+            count = len(opened[split]) if deeply else 0
+            for index in sorted({place * count // SAMPLES for place in range(SAMPLES)} if count else ()):
+                opened[split][index]
         except InputError as error:
             raise InputError(f"{data['spec']}, split {data['split']!r}: {error}") from error
         except (TypeError, ValueError) as error:  # of data_options
