@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,3 +339,11 @@ def test_a_broken_torchvision_is_told_as_the_doctor_tells_it(tiny_base, tmp_path
         assert "torchvision 0.1 is broken" in done.stdout + done.stderr
         assert "pip uninstall torchvision" in done.stdout + done.stderr and "Traceback" not in done.stderr
         assert done.returncode == (1 if arguments == ["doctor"] else 2)
+
+
+def test_a_path_below_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runs/deth` where there is a runs/: the hub is not asked, which takes a minute where there is no network."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="runs/deth: no such folder"):
+        load_backbone("runs/deth")

@@ -32,7 +32,10 @@ def load_backbone(source: str | Path, attention: str | None = None) -> nn.Module
         InputError: nothing there, no network for a hub id, a file that cannot be read, or no vision encoder.
     """
     source = str(source)
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+    owner, slash, _ = source.partition("/")
+    # A hub id is OWNER/NAME; but where OWNER is a folder here, as runs/, the path of a folder is meant.
+    local = source.startswith((".", "/", "~")) or source.count("/") > 1 or (slash and Path(owner).is_dir())
+    if not Path(source).is_dir() and local:
         raise InputError(
             f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
         )
