@@ -20,6 +20,7 @@ from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.check import check, contact_sheet
 from simomerge.datasets.folder import Folder, read_manifest
 from simomerge.datasets.rows import Stored, read_array
+from simomerge.datasets.whole import looks_whole
 from simomerge.errors import InputError
 from simomerge.evaluation import evaluate
 from simomerge.tasks import Task
@@ -428,6 +429,26 @@ def test_an_ignored_value_that_the_files_cannot_hold_ignores_nothing(tmp_path: P
     path = save(tmp_path / "a.npy", np.array([[-1, 1]], np.int8))
     assert Stored(Task("depth"), ignore=(255.0,)).array(path).tolist() == [[-1, 1]]
     assert not np.isin([-1, 1], Stored(parts, ignore=(255.0,))._ignored(np.dtype(np.int8))).any()
+    path = save(tmp_path / "a.npy", np.array([[True, False]]))
+    assert Stored(parts, ignore=(255.0, float("nan"))).read(path).tolist() == [[1, 0]]
+
+
+def test_files_that_do_not_look_whole_but_are_pass(tmp_path: Path) -> None:
+    """A JPEG that is called a PNG, and a PNG with much behind its end, as some cameras' software writes."""
+    noise = RNG.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.png")
+    longer = save(tmp_path / "b.png", noise)
+    longer.write_bytes(longer.read_bytes() + bytes(500))
+    assert looks_whole(tmp_path / "a.png") and not looks_whole(longer)
+    for kind in ("npy", "tif", "bmp", "webp", "ppm", "gif"):
+        assert looks_whole(save(tmp_path / f"c.{kind}", noise)), kind
+    rows = [{"image": name, "split": "val", "autoencoder": name} for name in ("a.png", "b.png")]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"tasks": {"autoencoder": {}}, "images": rows}))
+    Folder(tmp_path / "data.yaml", "val").check_files(deeply=True)
+    longer.write_bytes(longer.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"b\.png: cannot be read"):
+        Folder(tmp_path / "data.yaml", "val").check_files(deeply=True)
 
 
 def test_a_tiff_of_32_bits_with_small_numbers_stays_one(tmp_path: Path) -> None:

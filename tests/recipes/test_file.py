@@ -215,9 +215,12 @@ def on_disk(folder: Path) -> str:
     ("broken", "message"),
     [
         (lambda file: file.unlink(), "split 'val': 1 of 6 files are not there: .*val1"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-20]), "split 'val': .*val1.*was cut off"),
-        (lambda file: file.write_bytes(b"nothing of that kind"), "split 'val': .*val1.*: not an? (NPY|PNG) file"),
-        (lambda file: file.write_bytes(b""), "split 'val': .*val1.*: an empty file"),
+        (
+            lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+            "split 'val': .*val1.*: cannot be read",
+        ),
+        (lambda file: file.write_bytes(b"nothing of that kind"), "split 'val': .*val1.*: cannot be read"),
+        (lambda file: file.write_bytes(b""), "split 'val': .*val1.*: cannot be read"),
     ],
 )
 @pytest.mark.parametrize("name", ["val1.npy", "val1.png"])
