@@ -6,19 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-_STARTS = (
-    b"\x89PNG\r\n\x1a\n",
-    b"\xff\xd8",
-    b"II*\0",
-    b"MM\0*",
-    b"II+\0",
-    b"MM\0+",
-    b"GIF8",
-    b"BM",
-    b"RIFF",
-    b"P5",
-    b"P6",
-)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_STARTS = (_PNG, b"\xff\xd8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
 _PNG_END = b"IEND\xaeB`\x82"
 
 
