@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from simomerge.cli import cli
 from simomerge.datasets import load_data
 from simomerge.errors import DivergedError, InputError
 from simomerge.evaluation import delta_mtl, evaluate
 from simomerge.model import load
-from simomerge.recipes import SearchSettings, read_recipe, search, search_recipe
+from simomerge.recipes import Recipe, SearchSettings, read_recipe, search, search_recipe
 from simomerge.recipes.space import suggest
-from simomerge.training import WorkerPool
+from simomerge.training import TrainSettings, WorkerPool
 
 RECIPE = """
 base: {base}
@@ -156,6 +158,26 @@ def test_every_choice_and_the_storage_are_looked_at_first(
         with pytest.raises(InputError, match=r"storage .*cannot be used"):
             search_recipe(recipe, tmp_path / "a", storage=storage, workers=1)
     assert asked == []
+
+
+def test_where_fewer_images_are_there_the_judges_are_others_all_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    rows = ["image,split,depth"]
+    for index in range(6):
+        noise = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{index}.png")
+        np.save(tmp_path / f"{index}.npy", np.full((16, 16), 1 + index, np.float32))
+        rows += [f"{index}.png,{split},{index}.npy" for split in ("train", "val", "test")]
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    data, short = str(tmp_path / "data.csv"), TrainSettings(steps=1, batch_size=2)
+    recipe = Recipe(tasks=("depth",), probe=short, tune=short, joint=short, merges=("average",), realigned=())
+    with WorkerPool(1) as pool:
+        assert len(search.held_out_delta(recipe, "average", 2, tiny_base, tmp_path / "run", pool, data)) == 1
+        with pytest.raises(InputError, match=r"6 images are to judge, and the validation split has 6"):
+            search.held_out_delta(recipe, "average", 6, tiny_base, tmp_path / "run", pool, data)
+    (score,) = (tmp_path / "run" / "stages").glob("score-average-seed-0-*")
+    model = load(next((tmp_path / "run" / "stages").glob("average-seed-0-*")) / "model")
+    judged = evaluate(model, load_data(data, "val", 2, skip=4))["depth"]["abs_err"]
+    assert json.loads((score / "log.json").read_text())["scores"]["depth"]["abs_err"] == pytest.approx(judged)
 
 
 def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path: Path) -> None:

@@ -83,9 +83,15 @@ def held_out_delta(
 
     Only what the row needs is done. These images are no part of D_val here, and the test split is not looked at.
     """
-    kept = replace(recipe, val_images=recipe.val_images - images)
+    options = data_options or {}
+    there = recipe.val_images
+    if dataset != "rooms":  # which are as many as are asked for
+        there = len(load_data(dataset, "val", recipe.val_images, **options))
+    if images >= there:
+        raise InputError(f"{dataset}: {images} images are to judge, and the validation split has {there}; use fewer.")
+    kept = replace(recipe, val_images=there - images)
     held = {"split": "val", "count": images, "skip": kept.val_images}
-    plan, run = _planned(kept, base, folder.resolve(), dataset, data_options or {}, held)
+    plan, run = _planned(kept, base, folder.resolve(), dataset, options, held)
     tasks = _opened(plan.splits, kept)["test"].tasks
     scores = [plan.scores[seed, row] for seed in kept.seeds]
     run.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
