@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def test_another_images_prediction_is_no_agreement(experts: dict[str, SimoModel]
     for task, metric in judge.metrics().items():
         metric.update(truth[task].roll(1, 0), truth[task])
         assert judge.performance({task: metric.compute()})[task] == pytest.approx(0, abs=1e-6)
+
+
+def test_chance_does_not_depend_on_the_batches(experts: dict[str, SimoModel], dice: Dice) -> None:
+    """Also where the first batch holds one image, no image's prediction is taken for its own."""
+    chances = [Judge(experts, dice, labelled=False, batch_size=size).chance for size in (1, 12)]
+    assert chances[0] == pytest.approx(chances[1], rel=1e-4)
+
+
+def test_what_is_not_finite_is_neither_kept_nor_a_peak() -> None:
+    nan = float("nan")
+
+    def sweeps(curve: list[float]) -> Sweeps:
+        return Sweeps(["a"], [0.0, 0.5, 1.0, 1.5], True, 1, {"a": {"a": curve}}, {})
+
+    assert sweeps([0.5, 0.9, 1.0, nan]).peak("a") == 1.0 and sweeps([0.95, 0.95, 1.0, nan]).width("a") == 1.0
+    assert math.isnan(sweeps([0.5, 0.8, nan, nan]).width("a")) and math.isnan(sweeps([nan] * 4).peak("a"))
 
 
 def test_chance_is_counted_over_batches_of_several_sizes(experts: dict[str, SimoModel]) -> None:

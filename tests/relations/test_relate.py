@@ -97,8 +97,8 @@ def told(judged_by: str) -> dict[str, Any]:
 def test_the_verdict_in_words() -> None:
     assert verdict(told("labels")) == [
         "One encoder for all 3 tasks would change Delta_MTL by -10.0 %. Two (a + b; alone: c): by -0.7 %.",
-        "1 encoder: a + b + c (Delta_MTL -10.0 %, predicted from pairs; c most, -24.0).",
-        "2 encoders: a + b; alone: c (Delta_MTL -0.7 %; a most, -1.0).",
+        "1 encoder: a + b + c (Delta_MTL -10.0 %, predicted from pairs; c loses most, -24.0 %).",
+        "2 encoders: a + b; alone: c (Delta_MTL -0.7 %; a loses most, -1.0 %).",
         "3 encoders: every expert by itself (Delta_MTL 0.0 %).",
         "Merged in pairs, a and b get on best (-1.0 % on average), b and c worst (-12.5 %).",
         "Beside b the others lose most (-11.5 %); c loses most beside another (-21.0 %).",
@@ -127,6 +127,42 @@ def test_geometry_and_sweeps_in_words() -> None:
         "Most sensitive to a disturbed encoder: a, which keeps 90% of its performance over a width of 0.50"
     )
     assert lines[3] == "The task vectors of a and b are closest (cosine 0.30, 40% of the weight pulls apart)."
+
+
+def test_task_vectors_without_a_weight_in_common() -> None:
+    geometry = [{"cosine": [[1.0, 0.0], [0.0, 1.0]], "weighted_conflict": [[0.0, None], [None, 0.0]]}]
+    lines = verdict({"tasks": ["a", "b"], "judged_by": "", "geometry": geometry})
+    assert lines == ["The task vectors of a and b are closest (cosine 0.00, no weight in common)."]
+
+
+def test_a_budget_that_one_encoder_does_not_need_is_answered_all_the_same() -> None:
+    found = told("labels")
+    found["groups"]["choices"][1] = {**found["groups"]["choices"][0], "budget": 2}
+    assert verdict(found)[2] == "2 encoders: no better than 1."
+    assert verdict(found, budget=2)[0] == (
+        "2 encoders: a + b + c (Delta_MTL -10.0 %, predicted from pairs; c loses most, -24.0 %); more than 1 brings"
+        " nothing."
+    )
+
+
+def test_what_is_wrong_is_told_before_any_merge(
+    base: SimoModel, experts: dict[str, SimoModel], dice: Dice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("it has begun to work")
+
+    monkeypatch.setattr("simomerge.relations.relations.geometry", never)
+    monkeypatch.setattr("simomerge.relations.relations.group_tasks", never)
+    two = {task: experts[task] for task in list(TASKS)[:2]}
+    merged = with_merged_encoder(base, two, TaskArithmetic(scale=0.4))
+    with pytest.raises(InputError, match=r"is not one of the model|model has|has no"):
+        relate(base, experts, dice, merged=merged)
+    with pytest.raises(InputError, match="give at least 8"):
+        relate(base, experts, dice.take(4))
+    with pytest.raises(InputError, match="give a dataset, such as"):
+        relate(base, experts, data="rooms")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="lambdas"):
+        relate(base, experts, dice, lambdas=(0, 1, float("nan")))
 
 
 def test_tasks_that_are_equally_sensitive_are_not_told_apart() -> None:

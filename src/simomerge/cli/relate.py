@@ -71,6 +71,8 @@ def command(
         check_output(output, overwrite)
     if images is not None and data is not None:
         raise InputError("--images and --data exclude each other: give pictures, or data with labels.")
+    if size is not None and images is None:
+        raise InputError("--size is of --images; a dataset's images have their own size.")
     if len(named) < 2:
         raise InputError("1 expert: how tasks relate takes at least two; give each as TASK=EXPERT.")
     if budget is not None and budget > len(named):
@@ -103,6 +105,8 @@ def command(
         found = relate(
             foundation, load_experts(**named), pictures, dataset, model, chosen, count, progress=progress
         ).to_dict()
+    if budget is not None:
+        found |= {"budget": budget, "verdict": verdict(found, budget)}
     page = write_relations(output, found) if output is not None else None
     by = found["judged_by"]
     say(

@@ -154,17 +154,22 @@ class Judge:
     def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
         """The metrics of full agreement, and of every image's prediction taken for the next image's."""
         same, other = self.metrics(), self.metrics()
-        before: dict[str, Tensor] = {}
+        before = self._looks[-1].truth
         for look in self:
             for name, truth in look.truth.items():
-                last = before.get(name, truth)[-1:]
-                before[name] = truth
+                last = before[name][-1:]
                 same[name].update(truth, truth)
                 other[name].update(torch.cat([_as_large(last, truth), truth[:-1]]), truth)
+            before = look.truth
         best, chance = (
             {name: metric.compute()[self.tasks[name].metric] for name, metric in ends.items()} for ends in (same, other)
         )
         for name in self.tasks:
+            if not math.isfinite(best[name] - chance[name]):
+                raise InputError(
+                    f"what the expert of {name!r} predicts is not finite, or nowhere valid, so it can judge nothing:"
+                    " give labelled data, or look at the expert."
+                )
             if not abs(best[name] - chance[name]) > 1e-6:
                 raise InputError(
                     f"the expert of {name!r} predicts the same for every image, so its predictions can judge nothing:"

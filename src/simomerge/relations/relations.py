@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from simomerge.assemble import check_experts
@@ -13,11 +14,12 @@ from simomerge.datasets.pictures import as_images, readable
 from simomerge.errors import InputError
 from simomerge.model import SimoModel
 from simomerge.progress import Progress, silent
+from simomerge.realignment.experts import matching_experts
 from simomerge.relations.alignment import TapAlignment, alignment
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
 from simomerge.relations.judging import Judge
-from simomerge.relations.similarity import Similarity, similarity
+from simomerge.relations.similarity import BASE, Similarity, similarity
 from simomerge.relations.sweep import KEPT, LAMBDAS, Sweeps, check_lambdas, sweep
 from simomerge.relations.verdict import verdict
 from simomerge.userfiles import nearest
@@ -122,19 +124,24 @@ def relate(
     Example:
         >>> found = relate(base, experts, "photos/")                                         # doctest: +SKIP
         >>> print(*found.verdict(budget=2), sep="\\n")                                        # doctest: +SKIP
-        With 2 encoders: segmentation + normals; depth + edges.
+        2 encoders: segmentation + normals; depth + edges (agreement with the experts -3.1 %).
     """
     chosen = check_sections(sections, images is not None or data is not None, merged is not None)
     check_lambdas(lambdas)
     if len(experts) < 2:
         raise InputError(f"{len(experts)} expert: how tasks relate takes at least two; give each as TASK=EXPERT.")
     experts = check_experts(base, experts)
+    if "cka" in chosen and BASE in experts:
+        raise InputError(f"a task called {BASE!r} cannot be told from the base: give it another name.")
+    if merged is not None and "alignment" in chosen:
+        matching_experts(merged, experts)  # not only after all merges
+    only_weights = set(chosen) == {"geometry"}
+    source: Any = None if only_weights else _source(experts, images, data, count, size)
     found: dict[str, Any] = {}
     if "geometry" in chosen:
         found["geometry"] = geometry(base, experts, progress)
-    if set(chosen) == {"geometry"}:
+    if only_weights:
         return Relations(list(experts), **found)
-    source = _source(experts, images, data, count, size)
     here, there = Every(source, 0), Every(source, 1)
     if {"groups", "sweeps"} & set(chosen):
         judge = Judge(experts, there, data is not None, progress=progress)
@@ -166,7 +173,7 @@ def check_sections(sections: Iterable[str] | None, sees: bool, merged: bool) -> 
         if not sees:
             raise InputError("relate looks at images: give images or labelled data, or ask for 'geometry' alone.")
         return [name for name in SECTIONS if able[name]]
-    asked = list(sections)
+    asked = [sections] if isinstance(sections, str) else list(sections)
     for name in asked:
         if name not in SECTIONS:
             near = nearest(name, SECTIONS)
@@ -193,6 +200,8 @@ def _source(
         raise InputError("images and labelled data were given: give one of them.")
     if data is None:
         source = readable(as_images(images, count, size))
+    elif isinstance(data, (str, Path)):
+        raise InputError(f"data {data}: give a dataset, such as simomerge.data({str(data)!r}, split='val').")
     else:
         if missing := [task for task in experts if task not in data.tasks]:
             raise InputError(f"the data has no labels of {', '.join(missing)}; give images without labels instead.")

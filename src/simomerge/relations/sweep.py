@@ -6,6 +6,7 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), task relat
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,8 @@ class Sweeps:
 
     def peak(self, task: str) -> float:
         """The lambda of a task's best performance along its own task vector."""
-        return self.lambdas[int(np.argmax(self.performance[task][task]))]
+        curve = np.array(self.performance[task][task])
+        return self.lambdas[int(np.nanargmax(curve))] if np.isfinite(curve).any() else float("nan")
 
     def width(self, task: str) -> float:
         """Length of the interval of lambda around 1 in which a task keeps `KEPT` of its performance at 1.
@@ -81,7 +83,11 @@ def _reach(at: np.ndarray, curve: np.ndarray, level: float, side: int) -> float:
     chosen = at > 1 if side > 0 else at < 1
     x = np.concatenate([[1.0], at[chosen][::side]])
     y = np.concatenate([[np.interp(1.0, at, curve)], curve[chosen][::side]])
+    if not np.isfinite(level):
+        return float("nan")
     for place in range(1, len(x)):
+        if not np.isfinite(y[place]):  # nothing is known from here on
+            return float(abs(x[place - 1] - 1))
         if y[place] < level:
             part = (y[place - 1] - level) / (y[place - 1] - y[place])
             return float(abs(x[place - 1] - 1) + part * abs(x[place] - x[place - 1]))
@@ -145,7 +151,7 @@ def sweep(
 def check_lambdas(lambdas: Sequence[float]) -> list[float]:
     """Ascending, without repetitions. Raises InputError."""
     found = sorted({float(value) for value in lambdas})
-    if not {0.0, 1.0} <= set(found) or found[0] < 0:
+    if not {0.0, 1.0} <= set(found) or found[0] < 0 or not all(map(math.isfinite, found)):
         raise InputError(f"lambdas {', '.join(f'{v:g}' for v in found)}: give 0 (the base), 1 (the expert) and others.")
     return found
 

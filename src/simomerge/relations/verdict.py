@@ -65,15 +65,17 @@ def _choices(found: Found, budget: int | None) -> Iterator[str]:
             continue
         used = len(choice["groups"])
         head = f"{choice['budget']} encoder{'s' if choice['budget'] > 1 else ''}"
-        if used < choice["budget"]:
+        if used < choice["budget"] and budget is None:
             yield f"{head}: no better than {used}."
             continue
         said = "every expert by itself" if used == len(found["tasks"]) else _named(choice["groups"])
         predicted = "" if choice["measured"] else ", predicted from pairs"
         worst = min(choice["gains"], key=lambda task: choice["gains"][task])
         told = found["judged_by"] == "labels" and choice["gains"][worst] < 0  # agreements of two tasks do not compare
-        loses = f"; {worst} most, {_signed(choice['gains'][worst])}" if told else ""
-        yield f"{head}: {said} ({unit} {_signed(choice['gain'])} %{predicted}{loses})."
+        loss = _signed(choice["gains"][worst])
+        loses = f"; {worst} loses most, {loss} %" if told and float(loss) else ""
+        more = f"; more than {used} bring{'s' if used == 1 else ''} nothing" if used < choice["budget"] else ""
+        yield f"{head}: {said} ({unit} {_signed(choice['gain'])} %{predicted}{loses}){more}."
 
 
 def _named(groups: Any) -> str:
@@ -92,11 +94,13 @@ def _pairs(found: Found) -> Iterator[str]:
     if len(tasks) < 3:
         return
     gains = pair_gains(found)
-    units = {task: 1.0 if labelled else abs(_mean(gains[task].values())) or 1.0 for task in tasks}
+    units = {task: 1.0 if labelled else _mean(map(abs, gains[task].values())) or 1.0 for task in tasks}
     beside = {task: {other: gain / units[task] for other, gain in gains[task].items()} for task in tasks}
     both = {(a, b): (beside[a][b] + beside[b][a]) / 2 for a, b in combinations(tasks, 2)}
     given = {task: _mean(beside[other][task] for other in tasks if other != task) for task in tasks}
     best, worst = max(both, key=both.__getitem__), min(both, key=both.__getitem__)
+    if both[best] - both[worst] < (0.05 if labelled else SEEN):
+        return  # as far as the digits show, all pairs are alike
     hurter = min(given, key=given.__getitem__)
 
     def said(value: float) -> str:
@@ -107,13 +111,13 @@ def _pairs(found: Found) -> Iterator[str]:
         f"Merged in pairs, {best[0]} and {best[1]} get on best ({said(both[best])} {unit}), {worst[0]} and {worst[1]}"
         f" worst ({said(both[worst])})."
     )
-    hurt = f"Beside {hurter} the others lose most ({said(given[hurter])})"
+    hurt = f"Beside {hurter} the others {'lose most' if given[hurter] < 0 else 'gain least'} ({said(given[hurter])})"
     if not labelled:
         yield f"{hurt}."
         return
     own = {task: _mean(beside[task].values()) for task in tasks}
     loser = min(own, key=own.__getitem__)
-    yield f"{hurt}; {loser} loses most beside another ({said(own[loser])})."
+    yield f"{hurt}; {loser} {'loses most' if own[loser] < 0 else 'gains least'} beside another ({said(own[loser])})."
 
 
 def pair_gains(found: Found) -> dict[str, dict[str, float]]:
@@ -141,7 +145,7 @@ def _effects(sweeps: Found) -> Iterator[str]:
             " performance, the mean for lambda up to 1)."
         )
     else:
-        yield "Along no task vector another task rises above the base."
+        yield "Along no task vector another task does better, in the mean for lambda up to 1, than at the base."
     if effects[worst] <= -SEEN:
         yield f"Along its task vector {worst[0]} hurts {worst[1]} most ({_signed(effects[worst], 2)})."
 
@@ -169,10 +173,8 @@ def _geometry(found: Found) -> Iterator[str]:
     best = max(cosines, key=cosines.__getitem__)
     value = cosines[best]
     conflict = whole["weighted_conflict"][best[0]][best[1]]
-    yield (
-        f"The task vectors of {tasks[best[0]]} and {tasks[best[1]]} are closest (cosine {value:.2f}, {conflict:.0%} of"
-        " the weight pulls apart)."
-    )
+    apart = "no weight in common" if conflict is None else f"{conflict:.0%} of the weight pulls apart"
+    yield f"The task vectors of {tasks[best[0]]} and {tasks[best[1]]} are closest (cosine {value:.2f}, {apart})."
 
 
 def _cka(found: Found) -> Iterator[str]:

@@ -190,6 +190,8 @@ def _panels(count: int, width: float, height: float, columns: int = 5, **options
 def _limit(axes: Axes, sweeps: Found, tasks: Sequence[str]) -> None:
     """Far below everything one curve is as useless as another."""
     values = np.concatenate([_numbers(sweeps["performance"][a][b]) for a in tasks for b in tasks])
+    if not np.isfinite(values).any():
+        return
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     low = max(low, -0.5)
     axes.set_ylim(min(low, 0.9) - 0.03, min(high, 3.0) + 0.05)

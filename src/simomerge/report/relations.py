@@ -88,6 +88,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "relate.json", json.dumps(found, indent=2) + "\n")
     for name, (draw, _) in FIGURES.items():
+        (folder / f"{name}.png").unlink(missing_ok=True)  # another run's
         with contextlib.suppress(InputError):  # nothing of its kind was measured
             (folder / f"{name}.png").write_bytes(draw(found, format="png"))
     page = folder / "relate.html"
