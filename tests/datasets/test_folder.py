@@ -441,6 +441,9 @@ def test_files_that_do_not_look_whole_but_are_pass(tmp_path: Path) -> None:
     longer = save(tmp_path / "b.png", noise)
     longer.write_bytes(longer.read_bytes() + bytes(500))
     assert looks_whole(tmp_path / "a.png") and not looks_whole(longer)
+    half = tmp_path / "half.jpg"
+    half.write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    assert not looks_whole(half)
     for kind in ("npy", "tif", "bmp", "webp", "ppm", "gif"):
         assert looks_whole(save(tmp_path / f"c.{kind}", noise)), kind
     rows = [{"image": name, "split": "val", "autoencoder": name} for name in ("a.png", "b.png")]

@@ -195,6 +195,8 @@ def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path:
     ("changes", "message"),
     [
         (["search.row=ties+heads"], "'ties\\+heads' is no row of the recipe; it has joint-mtl, average, ties"),
+        (["search.space.val_images={low: 2, high: 9}"], "'val_images' cannot be searched"),
+        (["search.space.data={choices: [rooms, mine.csv]}"], "'data' cannot be searched"),
         (["search.images=10"], "search.images is 10; give how many of the 10 val_images judge"),
         (["search.space={}"], "nothing to search"),
         (["search.space.head.lr={low: 1, high: 2}"], "'head' is no mapping|head is \\{"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simomerge.datasets.base import check_size
 from simomerge.datasets.numbered import held_out, numbered_folder, numbered_rows, read_npy_image, read_npy_labels
 from simomerge.datasets.rows import Manifest, Row, Rows, Source, Stored, read_array
 from simomerge.errors import InputError
@@ -93,6 +94,7 @@ class Cityscapes(Rows):
 
 def cityscapes_manifest(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
     """All of the dataset in either layout, as `Cityscapes` says."""
+    check_size(size)
     root = Path(root)
     segmentation = Task("segmentation", classes=tuple(COLOURS), colours=tuple(COLOURS.values()))
     parts, disparity = Task("parts", "segmentation", PARTS), Task("disparity")

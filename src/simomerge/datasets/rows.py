@@ -205,8 +205,9 @@ class Rows(DenseDataset):
         splits = manifest.splits()
         if split not in splits:
             raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
-        if size is not None:
-            check_size(size)
+        for given in (size, manifest.size):
+            if given is not None:
+                check_size(given)
         if count is not None and count < 1:
             raise InputError(f"{count} images asked for; give 1 or more.")
         self.manifest = manifest

@@ -73,7 +73,7 @@ class Taskonomy(Rows):
     ) -> None:
         if split not in BUILDINGS:
             raise InputError(f"{root}: no split {split!r}; Taskonomy has {', '.join(BUILDINGS)}.")
-        wanted = BUILDINGS[split] if buildings is None else tuple(buildings)
+        wanted = BUILDINGS[split] if buildings is None else tuple(dict.fromkeys(buildings))
         if strange := [name for name in wanted if not any(name in names for names in BUILDINGS.values())]:
             known = ", ".join(name for names in BUILDINGS.values() for name in names)
             raise InputError(f"no building {strange[0]!r} among the paper's: {known}.")

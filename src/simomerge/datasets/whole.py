@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_STARTS = (_PNG, b"\xff\xd8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
-_PNG_END = b"IEND\xaeB`\x82"
+_ENDS = {b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}
+"""How PNG and JPEG files begin and end."""
+
+_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
 
 
 def looks_whole(file: Path) -> bool:
@@ -24,10 +25,11 @@ def looks_whole(file: Path) -> bool:
         return _npy_needs(file) <= size
     with file.open("rb") as handle:
         start = handle.read(8)
-        if start != _PNG:
-            return start.startswith(_STARTS)
         handle.seek(max(0, size - 64))
-        return _PNG_END in handle.read()
+        for kind, end in _ENDS.items():
+            if start.startswith(kind):
+                return end in handle.read()
+        return start.startswith(_STARTS)
 
 
 def _npy_needs(file: Path) -> float:

@@ -125,6 +125,8 @@ def _count_steps(said: dict[str, Any], errors: list[str]) -> None:
         given, images = said.get(training), said.get(seen, getattr(Recipe, seen))
         if not isinstance(given, dict) or "epochs" not in given:
             continue
+        if seen == "distill_images" and isinstance(images, int):  # they are of the validation images
+            images = min(images, said.get("val_images", Recipe.val_images))
         epochs, size = given["epochs"], given.get("batch_size", getattr(Recipe, training).batch_size)
         if "steps" in given:
             errors.append(f"{training}: give steps or epochs, not both")

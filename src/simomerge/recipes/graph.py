@@ -110,7 +110,7 @@ class Run:
         """Arguments with what datasets hold in the place of where they are."""
         if not isinstance(value, Mapping):
             return value
-        if "spec" in value and (contents := self.contents(value)):
+        if {"spec", "split"} <= value.keys() and (contents := self.contents(value)):
             return {**value, "spec": contents}
         return {key: self._told_apart(item) for key, item in value.items()}
 

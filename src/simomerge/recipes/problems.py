@@ -38,8 +38,8 @@ def _numbers(recipe: Recipe) -> Iterator[str]:
             yield f"{name}_images={count}; use at least 1"
     if recipe.rank < 1:
         yield f"rank={recipe.rank}; use at least 1"
-    if strange := [seed for seed in recipe.seeds if seed < 0]:
-        yield f"seed {strange[0]}; use 0 or more"
+    if strange := [seed for seed in recipe.seeds if not 0 <= seed < 2**63]:
+        yield f"seed {strange[0]}; use 0 to {2**63 - 1}"
 
 
 def _lists(recipe: Recipe) -> Iterator[str]:
@@ -74,12 +74,16 @@ def _head(recipe: Recipe) -> Iterator[str]:
         return
     try:  # one for an encoder of four narrow taps
         build_head(recipe.head, (8, 8, 8, 8), 1, dict(recipe.head_settings))
-    except InputError as error:
-        yield f"head_settings: {str(error).rstrip('.')}"
+    except (InputError, RuntimeError) as error:  # the latter: of sizes that torch cannot make
+        yield f"head_settings: {str(error).splitlines()[0].rstrip('.')}"
 
 
 def _merges(recipe: Recipe) -> Iterator[str]:
     for name in recipe.merges:
+        if not isinstance(recipe.merge_settings.get(name, {}), dict):
+            given = recipe.merge_settings[name]
+            yield f"merge_settings of {name!r} is {given!r}; give a mapping, such as {{scale: 0.3}}"
+            continue
         try:
             method = get_method(name, **recipe.merge_settings.get(name, {})).for_experts(recipe.tasks)
         except InputError as error:

@@ -92,7 +92,7 @@ def held_out_delta(
     kept = replace(recipe, val_images=there - images)
     held = {"split": "val", "count": images, "skip": kept.val_images}
     plan, run = _planned(kept, base, folder.resolve(), dataset, options, held)
-    tasks = _opened(plan.splits, kept)["test"].tasks
+    tasks = _opened(plan.splits, kept, deeply=True)["test"].tasks
     scores = [plan.scores[seed, row] for seed in kept.seeds]
     run.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
     return [
@@ -184,7 +184,7 @@ def _check_rooms(recipe: Recipe, options: Mapping[str, Any]) -> None:
     """What can be told before any is rendered."""
     select_tasks(TASKS, recipe.tasks)
     if strange := options.keys() - {"size", "seed"}:
-        raise InputError(f"data_options of rooms: unknown key {min(strange)!r}; it takes size and seed.")
+        raise InputError(f"data_options of rooms: unknown key {min(map(str, strange))!r}; it takes size and seed.")
     check_size(options.get("size", (64, 80)))
     if not isinstance(options.get("seed", 0), int):
         raise InputError(f"data_options of rooms: seed {options['seed']!r}; give a whole number.")

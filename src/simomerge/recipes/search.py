@@ -20,6 +20,7 @@ from simomerge.errors import DivergedError, InputError
 from simomerge.progress import Progress, silent
 from simomerge.recipes.file import RecipeFile, read_recipe
 from simomerge.recipes.plan import joint_row
+from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import held_out_delta
 from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training import WorkerPool
@@ -87,6 +88,8 @@ def search_recipe(
             limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
             try:
                 study.optimize(objective, callbacks=[report, limit])
+            except InputError:
+                raise
             except ValueError as error:  # such as choices that are others in the storage
                 raise InputError(f"{path}: the search cannot go on ({error}); take another storage.") from error
     results = _results(study, search)
@@ -125,6 +128,13 @@ def _check(path: str | Path, changes: Sequence[str], said: RecipeFile) -> None:
             f"{path}: search.images is {search.images}; give how many of the {recipe.val_images} val_images judge,"
             " such as a quarter."
         )
+    fixed = ("seeds", "tasks", "val_images")  # by which trials would be judged differently
+    for key in search.space:
+        name = key.split(".")[0]
+        if name not in Recipe.__dataclass_fields__ or name in fixed:
+            raise InputError(
+                f"{path}: search.space: {key!r} cannot be searched; name settings of trainings and merges."
+            )
     values = {key: given.get("choices") or [given["low"], given["high"]] for key, given in search.space.items()}
     first = {key: each[0] for key, each in values.items()}
     for key, each in values.items():
