@@ -183,9 +183,13 @@ def temporary_folder() -> Iterator[Path]:
 
 def _of_first(path: Path | None) -> Path:
     """The first process's path."""
+    return Path(said_by_first(str(path)))
+
+
+def said_by_first(value: Any) -> Any:
+    """What the first process says, in all: what each would see on a disk for itself may change in between."""
     if processes() < 2:
-        assert path is not None
-        return path
-    said = [str(path)]
+        return value
+    said = [value]
     torch.distributed.broadcast_object_list(said, 0)
-    return Path(said[0])
+    return said[0]

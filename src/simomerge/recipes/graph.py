@@ -56,10 +56,10 @@ class Run:
         Of those that can start, the one that the longest chain of others waits for starts first.
         """
         found = self.in_order(wanted)
-        missing = {path: stage for path, stage in found.items() if not path.exists()}
+        absent = distributed.said_by_first([str(path) for path in found if not path.exists()])
+        missing = {path: stage for path, stage in found.items() if str(path) in set(absent)}
         for path in found.keys() - missing.keys():
             _lock(path).unlink(missing_ok=True)  # of a run that was killed when all but this was done
-        distributed.wait()  # until all processes have looked what is missing
         needs = {path: [o for o in map(self.output, stage.needs()) if o in missing] for path, stage in missing.items()}
         chain = {path: stage.cost for path, stage in missing.items()}
         for path in reversed(missing):  # who waits comes before whom it waits for
@@ -124,7 +124,7 @@ def _do_once(stage: Stage, output: Path, progress: Progress) -> None:
     with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if distributed.is_first():
             remove_leftovers(output)
-        if not output.exists():
+        if not distributed.said_by_first(output.exists()):
             stage.function(output=output, label=stage.name, progress=progress, **stage.arguments)
     if distributed.is_first():
         _lock(output).unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
