@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from simomerge.assets import resolve_source
+from simomerge.core.assets import resolve_source
+from simomerge.core.machine import limit_threads
 from simomerge.datasets import DenseDataset, load_data
-from simomerge.devices import limit_threads
-from simomerge.encoders import Encoder, load_encoder
-from simomerge.model import SimoModel
+from simomerge.models.encoders import Encoder, load_encoder
+from simomerge.models.model import SimoModel
 from simomerge.recipes import ROOMS_HEADS
 from simomerge.recipes.results import machine
 from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head

@@ -30,19 +30,19 @@ from typing import Any
 
 import torch
 
-from simomerge.assemble import Aligner, Trial
-from simomerge.assemble.parts import check_experts, with_merged_encoder
-from simomerge.assets import resolve_source
-from simomerge.checkpoints import atomic_write_text
+from simomerge.assembly.alignment import Aligner, Trial
+from simomerge.assembly.experts import check_experts, with_merged_encoder
+from simomerge.assembly.realign import RIDGES, WITH_LABELS, Fold, fold_heads, see
+from simomerge.assembly.realign.fold import VARIANTS, Seen
+from simomerge.core.assets import resolve_source
+from simomerge.core.files import atomic_write_text
+from simomerge.core.machine import autocast
 from simomerge.datasets import load_data
-from simomerge.devices import autocast
-from simomerge.evaluation import delta_mtl, evaluate
 from simomerge.merging import Lines, TaskArithmetic, ZeroShot, get_method
-from simomerge.model import SimoModel, load
-from simomerge.realignment import RIDGES, WITH_LABELS, Fold, fold_heads, see
-from simomerge.realignment.fold import VARIANTS, Seen
+from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine, spread
 from simomerge.training import TrainSettings
+from simomerge.training.evaluate import delta_mtl, evaluate
 
 COUNTS = (4, 16, 64, 256, 1024)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
@@ -181,9 +181,9 @@ def speed(width: int, grid: tuple[int, int], fusion: int, threads: int, images: 
     """Seconds to accumulate and to solve: four taps with CLS, five DPT heads, random features."""
     from transformers import Dinov2Config, Dinov2Model
 
-    from simomerge.encoders import Encoder, Features
-    from simomerge.heads import head_for
-    from simomerge.tasks import Task
+    from simomerge.datasets.tasks import Task
+    from simomerge.models.encoders import Encoder, Features
+    from simomerge.models.heads import head_for
 
     def _dpt(encoder: Any, task: Task, fusion: int) -> Any:
         return head_for(encoder, "dpt", task.channels, fusion_channels=fusion)

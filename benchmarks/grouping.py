@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from simomerge.assemble import Aligner
-from simomerge.assemble.parts import check_experts, with_merged_encoder
-from simomerge.assets import resolve_source
-from simomerge.checkpoints import atomic_write_text
+from simomerge.assembly.alignment import Aligner
+from simomerge.assembly.experts import check_experts, with_merged_encoder
+from simomerge.assembly.realign import Fold, fold_heads
+from simomerge.assembly.realign.fold import Seen
+from simomerge.assembly.realign.teacher import observe
+from simomerge.core.assets import resolve_source
+from simomerge.core.files import atomic_write_text
 from simomerge.datasets import load_data
 from simomerge.merging import TaskArithmetic
-from simomerge.model import SimoModel, load
-from simomerge.realignment import Fold, fold_heads
-from simomerge.realignment.experts import observe
-from simomerge.realignment.fold import Seen
+from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine, spread
 from simomerge.relations import Judge, MergedGroup, geometry
 from simomerge.relations.grouping import choose_groups

@@ -25,14 +25,14 @@ from PIL import Image
 from scipy.io import savemat
 
 from model_speed import model
-from simomerge.assets import resolve_source
+from simomerge.core.assets import resolve_source
+from simomerge.core.machine import limit_threads
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import training_batches
-from simomerge.datasets.taskonomy import BUILDINGS
-from simomerge.devices import limit_threads
-from simomerge.model import SimoModel, load
+from simomerge.datasets.published.taskonomy import BUILDINGS
+from simomerge.datasets.tasks import Task
+from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine
-from simomerge.tasks import Task
 from simomerge.training import TrainSettings, fit, fresh_head
 from simomerge.training.lpft import image_losses
 

@@ -32,10 +32,10 @@ def model(size: str, head: str) -> Any:
     """An expert: an encoder and a one-channel head."""
     from transformers import Dinov2Config, Dinov2Model
 
-    from simomerge.encoders import Encoder
-    from simomerge.heads import head_for
-    from simomerge.model import SimoModel
-    from simomerge.tasks import Task
+    from simomerge.datasets.tasks import Task
+    from simomerge.models.encoders import Encoder
+    from simomerge.models.heads import head_for
+    from simomerge.models.model import SimoModel
 
     width, attention_heads = SIZES[size]
     config = Dinov2Config(
@@ -62,9 +62,9 @@ def measure(size: str, head: str, shared: bool, most: int, images: int, bf16: bo
     import torch
     import transformers  # noqa: F401
 
-    from simomerge.heads import head_for
-    from simomerge.model import SimoModel
-    from simomerge.tasks import Task
+    from simomerge.datasets.tasks import Task
+    from simomerge.models.heads import head_for
+    from simomerge.models.model import SimoModel
 
     start, image, found = anonymous(), torch.rand(1, 3, *IMAGE), []
     models: list[SimoModel] = []

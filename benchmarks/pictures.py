@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simomerge.assets import resolve_source
+from simomerge.core.assets import resolve_source
 from simomerge.datasets import DenseDataset, load_data
+from simomerge.datasets.tasks import colourise
 from simomerge.recipes import Recipe, run_recipe
-from simomerge.tasks import colourise
 
 PICTURES = Path("docs/pictures")
 LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]

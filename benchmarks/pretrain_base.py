@@ -1,6 +1,6 @@
-"""Pretrain the embedded base encoder (src/simomerge/assets/rooms-base) on rooms, from nothing.
+"""Pretrain the embedded base encoder (src/simomerge/core/assets/rooms-base) on rooms, from nothing.
 
-    torchrun --nproc-per-node 2 benchmarks/pretrain_base.py --output src/simomerge/assets/rooms-base
+    torchrun --nproc-per-node 2 benchmarks/pretrain_base.py --output src/simomerge/core/assets/rooms-base
 
 A small DINOv2-architecture transformer sees rooms of the split "pool", which no task ever trains or tests on,
 with 40 % of the patches masked. From its last block one linear layer predicts, per patch: the RGB values
@@ -27,9 +27,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from simomerge.core.machine import mixed_precision
 from simomerge.datasets.rooms import load_rooms
-from simomerge.devices import mixed_precision
-from simomerge.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
+from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 PATCH = 8
 CONFIG = {
@@ -87,7 +87,7 @@ def batches(rooms: dict[str, np.ndarray], size: int, generator: np.random.Genera
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("src/simomerge/assets/rooms-base"))
+    parser.add_argument("--output", type=Path, default=Path("src/simomerge/core/assets/rooms-base"))
     parser.add_argument("--images", type=int, default=30_000)
     parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--batch", type=int, default=64, help="images per process and step")

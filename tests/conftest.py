@@ -53,9 +53,9 @@ def make_model(tiny_base):
 
     ``tasks`` is a mapping of names to Tasks, or an iterable of Tasks. Heads differ with the seed.
     """
-    from simomerge.encoders import load_encoder
-    from simomerge.heads import build_head
-    from simomerge.model import SimoModel
+    from simomerge.models.encoders import load_encoder
+    from simomerge.models.heads import build_head
+    from simomerge.models.model import SimoModel
 
     loaded = load_encoder(tiny_base)
 
@@ -76,7 +76,7 @@ def float32(monkeypatch):
     """Training and inference in float32: comparisons to the last bit must not depend on the machine."""
     from accelerate.state import AcceleratorState
 
-    from simomerge import devices
+    from simomerge.core import machine as devices
     from simomerge.training import loop
 
     monkeypatch.setattr(devices, "mixed_precision", lambda device=None: "no")

@@ -8,39 +8,41 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from simomerge.core.version import __version__ as __version__
 
 _WHERE = {
-    "Features": "encoders",
-    "Foldable": "heads",
-    "SimoModel": "model",
-    "Task": "tasks",
-    "data": "datasets:load_data",
-    "delta_mtl": "evaluation",
-    "evaluate": "evaluation",
-    "import_expert": "sources",
-    "load": "model",
-    "load_experts": "assemble",
-    "merge": "assemble",
+    "Features": "models.encoders",
+    "Foldable": "models.heads",
+    "SimoModel": "models.model",
+    "Task": "datasets.tasks",
+    "data": "datasets.load:load_data",
+    "delta_mtl": "training.evaluate",
+    "evaluate": "training.evaluate",
+    "import_expert": "models.importing",
+    "load": "models.model",
+    "load_experts": "assembly.experts",
+    "merge": "assembly.merge",
     "merging": "merging",
-    "normalised_performance": "evaluation",
-    "realign": "realignment",
+    "normalised_performance": "training.evaluate",
+    "realign": "assembly.realign",
     "relate": "relations",
-    "search_scale": "assemble",
+    "search_scale": "assembly.scale",
 }
 
 if TYPE_CHECKING:
     from simomerge import merging
-    from simomerge.assemble import load_experts, merge, search_scale
-    from simomerge.datasets import load_data as data
-    from simomerge.encoders import Features
-    from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
-    from simomerge.heads import Foldable
-    from simomerge.model import SimoModel, load
-    from simomerge.realignment import realign
+    from simomerge.assembly.experts import load_experts
+    from simomerge.assembly.merge import merge
+    from simomerge.assembly.realign import realign
+    from simomerge.assembly.scale import search_scale
+    from simomerge.datasets.load import load_data as data
+    from simomerge.datasets.tasks import Task
+    from simomerge.models.encoders import Features
+    from simomerge.models.heads import Foldable
+    from simomerge.models.importing import import_expert
+    from simomerge.models.model import SimoModel, load
     from simomerge.relations import relate
-    from simomerge.sources import import_expert
-    from simomerge.tasks import Task
+    from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
 
 __all__ = [
     "Features",

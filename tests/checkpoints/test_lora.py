@@ -12,7 +12,7 @@ from torch import nn
 
 from simomerge.checkpoints import as_numpy, canonicalise, fingerprint, open_checkpoint, write_safetensors
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 

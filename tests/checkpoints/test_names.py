@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from simomerge.checkpoints import canonical_name, canonicalise, fingerprint, open_checkpoint
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 TINY: dict[str, Any] = {
     "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from simomerge.checkpoints import TensorInfo, open_checkpoint
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 
 def state(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -11,9 +11,10 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simomerge.checkpoints import TensorInfo, atomic_folder, fingerprint, open_checkpoint, write_safetensors
+from simomerge.checkpoints import TensorInfo, fingerprint, open_checkpoint, write_safetensors
 from simomerge.checkpoints.writing import parse_size, write_sharded
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_folder
 
 SIZES = {"c": 6, "a": 6, "large": 40, "b": 2, "e": 6, "d": 2, "f": 2}
 INDEX = "model.safetensors.index.json"

@@ -17,9 +17,10 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from simomerge.checkpoints import TensorInfo, files, open_checkpoint, write_safetensors, write_sharded
+from simomerge.checkpoints import TensorInfo, open_checkpoint, write_safetensors, write_sharded
 from simomerge.checkpoints.tensors import decode, encode
-from simomerge.errors import InputError
+from simomerge.core import files
+from simomerge.core.errors import InputError
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 

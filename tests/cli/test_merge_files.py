@@ -46,7 +46,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def models(tiny_base: Path, make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model folders depth, normals and edges, fine-tuned by dice from the tiny base."""
-    from simomerge.tasks import Task
+    from simomerge.datasets.tasks import Task
 
     folder = tmp_path_factory.mktemp("models")
     for seed, task in enumerate(TASKS, start=1):

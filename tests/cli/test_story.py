@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from simomerge.cli import COMMANDS
-from simomerge.model import load
-from simomerge.progress import Console
+from simomerge.core.progress import Console
+from simomerge.models.model import load
 from simomerge.recipes import Recipe
 from simomerge.training import TrainSettings
 
@@ -255,7 +255,7 @@ def test_doctor_finds_all_well() -> None:
 def test_doctor_says_what_to_mend(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("simomerge.model.resolve_source", lambda source: str(tmp_path / "nowhere"))
+    monkeypatch.setattr("simomerge.models.model.resolve_source", lambda source: str(tmp_path / "nowhere"))
     done = simomerge("doctor")
     assert done.code == 1 and done.out.splitlines()[-1] == "Mend: cache folder, embedded base."
     assert "no such folder" in done.out and "Traceback" not in done.err

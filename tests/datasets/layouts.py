@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simomerge.core.errors import InputError
 from simomerge.datasets.check import check, contact_sheet
 from simomerge.datasets.load import find_manifest, load_data
-from simomerge.errors import InputError
 
 
 def save(path: Path, array: np.ndarray) -> Path:

@@ -13,8 +13,8 @@ from torch import Tensor
 from simomerge.datasets import random_flip
 from simomerge.datasets.augment import SCALES, augment, random_scale_crop, scale_crop
 from simomerge.datasets.batches import training_batches
-from simomerge.datasets.geometry import Camera, normals_from_depth
-from simomerge.tasks import KINDS, LOG_DEPTH_RANGE, Task
+from simomerge.datasets.published.geometry import Camera, normals_from_depth
+from simomerge.datasets.tasks import KINDS, LOG_DEPTH_RANGE, Task
 
 H, W = 60, 80
 CAMERA = Camera(70.0, 65.0, 37.0, 31.0)

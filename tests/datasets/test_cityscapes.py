@@ -10,9 +10,17 @@ import pytest
 import torch
 from layouts import bad_file_is_named, nothing_to_mend, save, touch
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
-from simomerge.datasets.cityscapes import COLOURS, LABEL_IDS, PARTS, Cityscapes, decode_uids, read_disparity, read_parts
-from simomerge.errors import InputError
+from simomerge.datasets.published.cityscapes import (
+    COLOURS,
+    LABEL_IDS,
+    PARTS,
+    Cityscapes,
+    decode_uids,
+    read_disparity,
+    read_parts,
+)
 
 H, W = 16, 32
 CITIES = {"train": ("aachen", "zurich"), "val": ("frankfurt",)}

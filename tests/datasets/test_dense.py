@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset, load_data, random_flip
-from simomerge.errors import InputError
-from simomerge.tasks import KINDS, Task
+from simomerge.datasets.tasks import KINDS, Task
 
 SIZE = (24, 32)
 

@@ -12,12 +12,12 @@ import torch
 from layouts import bad_file_is_named, nothing_to_mend, save, touch, unit
 from scipy.io import savemat
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import ordered_batches
-from simomerge.datasets.hdf5 import Frame
-from simomerge.datasets.numbered import held_out
-from simomerge.datasets.nyuv2 import CAMERA, CLASSES, FROM_40, NYUv2
-from simomerge.errors import InputError
+from simomerge.datasets.published.hdf5 import Frame
+from simomerge.datasets.published.numbered import held_out
+from simomerge.datasets.published.nyuv2 import CAMERA, CLASSES, FROM_40, NYUv2
 
 H, W = 20, 28
 IMAGES = {"train": 3, "val": 5}

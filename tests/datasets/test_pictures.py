@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import SUFFIXES, Pictures, as_images, image_batches
-from simomerge.errors import InputError
-from simomerge.tasks import Task
+from simomerge.datasets.tasks import Task
 
 
 def grey(value: int, height: int = 6, width: int = 8) -> np.ndarray:

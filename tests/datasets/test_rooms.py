@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import rooms
 from simomerge.datasets.rooms import cache
 from simomerge.datasets.rooms.render import render
 from simomerge.datasets.rooms.scenes import BALL, BOX, CONE, CYLINDER, PANEL, PANELS, RUG, SLOTS, sample_scenes
-from simomerge.errors import InputError
 
 H, W = 24, 30
 FIRST_COUNTS = [607, 220, 65, 132, 61, 4, 8, 96, 41, 11, 35]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from layouts import bad_file_is_named, nothing_to_mend, save, touch
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
 from simomerge.datasets.check import check
 from simomerge.datasets.load import find_manifest
-from simomerge.datasets.taskonomy import BUILDINGS, LIMITS, Taskonomy
-from simomerge.errors import InputError
-from simomerge.evaluation import evaluate
+from simomerge.datasets.published.taskonomy import BUILDINGS, LIMITS, Taskonomy
+from simomerge.training.evaluate import evaluate
 
 H, W = 16, 16
 VIEWS = ((0, 1), (0, 3), (2, 0), (10, 0))

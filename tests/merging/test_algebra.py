@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import (
     Average,
     TaskArithmetic,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import merge_state_dicts, merge_tensors
 
 BASE = {f"w{i}": np.full((2, 3), i, np.float32) for i in range(6)}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import (
     LayerScales,
     Lines,
@@ -25,7 +25,7 @@ from simomerge.merging import (
     merge_state_dicts,
     merge_tensors,
 )
-from simomerge.merging.depth import Depth
+from simomerge.merging.engine.depth import Depth
 
 from .models import Tensors
 

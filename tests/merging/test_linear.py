@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import TaskVectorStream, get_method, merge_state_dicts
 
 from .models import Tensors, assert_close, experts, tensors

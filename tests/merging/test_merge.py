@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import Merged, TaskArithmetic, get_method, merge_state_dicts, merge_tensors
 
 from .models import COARSE, Tensors, assert_close, experts, tensors

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import MergeMethod, available, get_method, of_expert, parameter, register
 
 

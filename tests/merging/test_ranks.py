@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from simomerge.merging import TaskVectorStream, ranks, stream
-from simomerge.merging.ranks import kth_smallest, sample_of, sampled_distances
+from simomerge.merging import TaskVectorStream
+from simomerge.merging.engine import ranks, stream
+from simomerge.merging.engine.ranks import kth_smallest, sample_of, sampled_distances
 
 from .models import COARSE, FINE, Tensors
 

@@ -13,7 +13,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import get_method, merge_state_dicts, spectral
 
 from .models import Tensors, assert_close

@@ -9,7 +9,7 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import get_method, merge_state_dicts, spherical
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging import get_method, merge_state_dicts, statistics
 
 from .models import Tensors, assert_close

@@ -14,9 +14,10 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
-from simomerge.errors import InputError
-from simomerge.merging import TaskVectorStream, stream
-from simomerge.parallel import available_threads, ordered_map
+from simomerge.core.errors import InputError
+from simomerge.core.parallel import available_threads, ordered_map
+from simomerge.merging import TaskVectorStream
+from simomerge.merging.engine import stream
 
 from .models import Tensors
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.merging import TaskVectorStream, Ties, merge_state_dicts, stream
+from simomerge.merging import TaskVectorStream, Ties, merge_state_dicts
+from simomerge.merging.engine import stream
 
 from .models import COARSE, SHAPES, Tensors, assert_close, experts, tensors
 from .test_ties import elect_and_merge, flat_task_vector, sign, trim_original

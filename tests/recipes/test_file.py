@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from simomerge.cli import cli
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.recipes import ALL_TASKS, Recipe, demo_recipe, read_recipe
 from simomerge.recipes.run import _planned
 from simomerge.training import TrainSettings

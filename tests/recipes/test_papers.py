@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from simomerge.cli import cli
-from simomerge.datasets.taskonomy import BUILDINGS
+from simomerge.datasets.published.taskonomy import BUILDINGS
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 H, W = 16, 24

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.recipes import ALL_TASKS, DEMO_TASKS, Recipe, demo_recipe
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simomerge.errors import InputError
-from simomerge.model import load
+from simomerge.core.errors import InputError
+from simomerge.models.model import load
 from simomerge.recipes import run_recipe
 from simomerge.recipes.graph import Run, Stage
 from simomerge.recipes.results import spread

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 from simomerge.cli import cli
+from simomerge.core.errors import DivergedError, InputError
 from simomerge.datasets import load_data
-from simomerge.errors import DivergedError, InputError
-from simomerge.evaluation import delta_mtl, evaluate
-from simomerge.model import load
+from simomerge.models.model import load
 from simomerge.recipes import Recipe, SearchSettings, read_recipe, search, search_recipe
 from simomerge.recipes.space import suggest
 from simomerge.training import TrainSettings, WorkerPool
+from simomerge.training.evaluate import delta_mtl, evaluate
 
 RECIPE = """
 base: {base}

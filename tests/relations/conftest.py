@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from simomerge.datasets import DenseDataset
-from simomerge.model import SimoModel
+from simomerge.datasets.tasks import Task
+from simomerge.models.model import SimoModel
 from simomerge.relations import Judge
-from simomerge.tasks import Task
 
 TASKS = {
     "depth": Task("depth"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from simomerge.model import SimoModel
+from simomerge.models.model import SimoModel
 from simomerge.relations import Judge, MergedGroup, best_partitions, group_tasks, partitions
 from simomerge.relations.grouping import choose_groups, merge_group, predict_gains, worth
 from simomerge.relations.partitions import Group

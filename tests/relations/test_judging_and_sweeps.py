@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from simomerge.assemble.parts import with_merged_encoder
-from simomerge.errors import InputError
-from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
+from simomerge.assembly.experts import with_merged_encoder
+from simomerge.core.errors import InputError
 from simomerge.merging import TaskArithmetic, ZeroShot
-from simomerge.model import SimoModel
+from simomerge.models.model import SimoModel
 from simomerge.relations import Judge, Sweeps, sweep
+from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
 
 from .conftest import TASKS, Dice
 

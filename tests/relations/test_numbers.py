@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simomerge.assemble.parts import with_merged_encoder
-from simomerge.errors import InputError
+from simomerge.assembly.experts import with_merged_encoder
+from simomerge.core.errors import InputError
 from simomerge.merging import TaskArithmetic
-from simomerge.model import SimoModel
+from simomerge.models.model import SimoModel
 from simomerge.relations import alignment, geometry, similarity
 from simomerge.relations.sums import TokenSums, cka
 

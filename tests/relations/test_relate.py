@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import simomerge as sm
-from simomerge.assemble.parts import with_merged_encoder
-from simomerge.errors import InputError
+from simomerge.assembly.experts import with_merged_encoder
+from simomerge.core.errors import InputError
 from simomerge.merging import TaskArithmetic
-from simomerge.model import SimoModel
+from simomerge.models.model import SimoModel
 from simomerge.relations import SECTIONS, Judge, Relations, relate, verdict
 
 from .conftest import TASKS, Dice

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from report.sample import make_results
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
 
 FIGURES = [overview_figure, task_figure, scale_figure]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from report.sample import make_gallery, make_results
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.report import write_report
 from simomerge.report.headline import sentences
 from simomerge.report.html import page

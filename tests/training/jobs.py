@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.training import tracking
 
 
@@ -41,7 +41,7 @@ def sleep(seconds: float, progress: Any) -> None:
 
 
 def sleep_in_worker(seconds: float) -> None:
-    from simomerge.training.workers import _run_job
+    from simomerge.training.pool import _run_job
 
     _run_job(sleep, {"seconds": seconds})
 

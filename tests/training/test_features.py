@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.batches import ordered_batches
-from simomerge.encoders import Encoder, load_encoder
-from simomerge.errors import InputError
-from simomerge.tasks import Task
+from simomerge.datasets.tasks import Task
+from simomerge.models.encoders import Encoder, load_encoder
 from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simomerge.core.errors import InputError
 from simomerge.datasets.batches import training_batches
-from simomerge.errors import InputError
 from simomerge.training import TrainLog, TrainSettings, fit
 from simomerge.training.loop import _State, validation_loss
 

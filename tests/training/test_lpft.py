@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.augment import augmentation
 from simomerge.datasets.batches import training_batches
-from simomerge.encoders import load_encoder
-from simomerge.errors import InputError
-from simomerge.heads import build_head
-from simomerge.model import SimoModel
+from simomerge.models.encoders import load_encoder
+from simomerge.models.heads import build_head
+from simomerge.models.model import SimoModel
 from simomerge.training import TrainSettings, finetune, fresh_head, lpft, trainable_parameters
 from simomerge.training import lpft as lpft_function
 

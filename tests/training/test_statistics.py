@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from simomerge.checkpoints import canonicalise
+from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
-from simomerge.encoders import Encoder, load_encoder
-from simomerge.errors import InputError
 from simomerge.merging import MergeMethod, get_method, merge_state_dicts
-from simomerge.model import SimoModel
+from simomerge.models.encoders import Encoder, load_encoder
+from simomerge.models.model import SimoModel
 from simomerge.training.lpft import image_losses
 from simomerge.training.statistics import fisher_information, input_grams
 

@@ -12,9 +12,9 @@ from accelerate import tracking as accelerates
 from accelerate.utils import LoggerType
 
 from simomerge.cli import cli
+from simomerge.core.errors import DivergedError, InputError
 from simomerge.datasets import DenseDataset
-from simomerge.errors import DivergedError, InputError
-from simomerge.model import SimoModel
+from simomerge.models.model import SimoModel
 from simomerge.training import TrainSettings, WorkerPool, finetune, track, tracking
 
 from . import jobs

@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.training import WEIGHTINGS, TrainSettings, fit
 from simomerge.training.loop import _gradient_products
 from simomerge.training.weighting import (

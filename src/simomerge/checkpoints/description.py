@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 FORMAT = 1
 """Version of the model folder's format."""

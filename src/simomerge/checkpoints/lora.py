@@ -25,7 +25,7 @@ import numpy as np
 from simomerge.checkpoints.names import canonical_name, canonicalise
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.checkpoints.tensors import TensorInfo, as_numpy, tensor_info
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 _CONFIG = "adapter_config.json"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 # What wrappers put in front: data parallel, torch.compile, a model around a backbone or an encoder.
 _PREFIX = re.compile(

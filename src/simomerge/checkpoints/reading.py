@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 #: Weight files of a transformers folder, in the order they are looked for.
 _WEIGHT_FILES = (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 #: safetensors dtype -> the numpy dtype its bytes are read with (numpy has no bfloat16: its upper 16 bits).
 STORAGE = {

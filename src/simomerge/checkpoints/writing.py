@@ -15,11 +15,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from simomerge.checkpoints.files import atomic_file, atomic_write_text, check_room
 from simomerge.checkpoints.tensors import FLOATS, STORAGE, TensorInfo, as_numpy, encode, tensor_info
-from simomerge.errors import InputError
-from simomerge.parallel import ordered_map
-from simomerge.progress import Progress, silent
+from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_file, atomic_write_text, check_room
+from simomerge.core.parallel import ordered_map
+from simomerge.core.progress import Progress, silent
 
 _Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -88,7 +88,7 @@ def write_sharded(
     ``model.safetensors.index.json`` beside them. Tensors are dealt out in the order of ``layout`` as
     huggingface_hub does: a shard is closed by the first tensor that it has no room for, and a tensor larger than
     the limit is a shard by itself. Each file appears complete or not at all; for all of them to appear together,
-    write into a folder of :func:`~simomerge.checkpoints.files.atomic_folder`.
+    write into a folder of :func:`~simomerge.core.files.atomic_folder`.
 
     Args:
         folder: where to write; it is made if it is not there, and should hold no other weights.

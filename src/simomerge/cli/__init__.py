@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from simomerge.core.version import __version__
+
 COMMANDS = {
     "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
     "run": "Carry out a recipe of your own: a benchmark as one file.",
@@ -59,21 +61,15 @@ class _LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:
-            from simomerge.userfiles import nearest
+            from simomerge.core.schema import nearest
 
             near = nearest(args[0], COMMANDS)
             ctx.fail(f"no such command {args[0]!r}" + (f"; did you mean {near!r}?" if near else "."))
         return super().resolve_command(ctx, args)
 
 
-def _version() -> str:
-    from simomerge import __version__
-
-    return __version__
-
-
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(_version(), prog_name="simomerge")
+@click.version_option(__version__, prog_name="simomerge")
 def cli() -> None:
     """Single-task vision experts in, one encoder with all their heads out.
 
@@ -87,7 +83,7 @@ def main() -> None:
 
     Exit codes: 0 done, 1 a check found something to mend, 2 a mistake in what was given, 130 stopped by Ctrl-C.
     """
-    from simomerge.errors import InputError
+    from simomerge.core.errors import InputError
 
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -109,7 +105,7 @@ def main() -> None:
         click.echo("Error: out of memory; use fewer --workers, a smaller --batch-size or smaller images.", err=True)
         sys.exit(2)
     except ImportError:
-        from simomerge.environment import broken_torchvision
+        from simomerge.core.environment import broken_torchvision
 
         if not (cause := broken_torchvision()):
             raise

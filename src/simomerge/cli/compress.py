@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from simomerge.cli.options import (
-    check_output,
-    console,
-    json_option,
-    output_option,
-    overwrite_option,
-    parse_pairs,
-    say,
-)
-from simomerge.errors import InputError
+from simomerge.cli.options import check_output, console, json_option, output_option, overwrite_option, parse_pairs, say
+from simomerge.core.errors import InputError
 
 if TYPE_CHECKING:
-    from simomerge.ondisk.compress import Compression
+    from simomerge.merging.disk.compress import Compression
 
 
 @click.command("compress")
@@ -56,7 +48,7 @@ def command(
     check_output(output, overwrite)
     named = parse_pairs(experts)
     wanted = threshold if threshold == "auto" else _number(threshold)
-    from simomerge.ondisk.compress import compress
+    from simomerge.merging.disk.compress import compress
 
     with console() as progress:
         done = compress(base, named, output, wanted, dtype.upper(), overwrite, progress)

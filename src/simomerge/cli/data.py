@@ -35,10 +35,10 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
 
     Exit code 1 where there is something to mend.
     """
-    from simomerge.checkpoints import atomic_file
+    from simomerge.core.errors import InputError
+    from simomerge.core.files import atomic_file
     from simomerge.datasets.check import check, contact_sheet
     from simomerge.datasets.load import find_manifest
-    from simomerge.errors import InputError
 
     said = find_manifest(data)
     with console() as progress:

@@ -27,8 +27,8 @@ def command(
     Everything is made here: the images (rooms, ray-cast), the experts, the joint model. A second run reuses
     what is there.
     """
-    from simomerge.assets import resolve_source
-    from simomerge.distributed import join_processes
+    from simomerge.core.assets import resolve_source
+    from simomerge.core.distributed import join_processes
     from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
 
     join_processes()

@@ -10,7 +10,7 @@ import click
 from simomerge.cli.options import json_option, say
 
 if TYPE_CHECKING:
-    from simomerge.ondisk.diff import Difference
+    from simomerge.merging.disk.diff import Difference
 
 
 @click.command("diff")
@@ -26,7 +26,7 @@ def command(first: str, second: str, base: str | None, top: int, as_json: bool) 
     simomerge diff rooms-base runs/depth
     simomerge diff runs/depth runs/normals --base rooms-base
     """
-    from simomerge.ondisk.diff import as_dicts, diff_on_disk
+    from simomerge.merging.disk.diff import as_dicts, diff_on_disk
 
     found = diff_on_disk(first, second, base)
     whole, tensors = found[0], found[1:]

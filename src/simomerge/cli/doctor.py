@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from simomerge.cli.options import json_option, say
-from simomerge.environment import torchvision_version
+from simomerge.core.environment import torchvision_version
 
 
 @click.command("doctor")
@@ -57,7 +57,7 @@ def _torchvision() -> str:
 def _device() -> str:
     import torch
 
-    from simomerge.devices import available_cores, mixed_precision
+    from simomerge.core.machine import available_cores, mixed_precision
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {available_cores()} cores"
     return f"{device}, training in {'bfloat16' if mixed_precision() == 'bf16' else 'float32'}"
@@ -77,7 +77,7 @@ def _cache() -> str:
 
 
 def _base() -> str:
-    from simomerge.model import load
+    from simomerge.models.model import load
 
     encoder = load("rooms-base").encoder
     return f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.2f} M parameters"

@@ -38,7 +38,7 @@ def command(
     """
     check_output(output, overwrite)
     added, removed, staying = (parse_pairs(given) for given in (add, remove, others))
-    from simomerge.ondisk.edit import edit_on_disk
+    from simomerge.merging.disk.edit import edit_on_disk
 
     with console() as progress:
         result = edit_on_disk(model, base, output, added, removed, staying, overwrite=overwrite, progress=progress)

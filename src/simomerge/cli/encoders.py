@@ -16,7 +16,7 @@ def command(as_json: bool) -> None:
     one stride) or STAGES of a pyramid (strides 4 to 32). Another plain vision transformer of transformers works too
     where its blocks are found.
     """
-    from simomerge.encoders.families import FAMILIES
+    from simomerge.models.encoders.families import FAMILIES
 
     rows = [
         {"title": f.title, "model_types": list(f.model_types), "taps": f.taps, "example": f.example} for f in FAMILIES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from simomerge.cli.options import console, data_option, json_option, parse_pairs, say, score_lines
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 
 @click.command("evaluate")
@@ -18,12 +18,12 @@ from simomerge.errors import InputError
 def command(model: str, experts: tuple[str, ...], data: str, split: str, count: int, as_json: bool) -> None:
     """Measure every task of MODEL; with its EXPERTs, also normalised performance and Delta_MTL."""
     named = parse_pairs(experts)
-    from simomerge.assemble import load_experts
+    from simomerge.assembly.experts import load_experts
+    from simomerge.core.distributed import join_processes
+    from simomerge.core.machine import compute_device
     from simomerge.datasets import load_data
-    from simomerge.devices import compute_device
-    from simomerge.distributed import join_processes
-    from simomerge.evaluation import delta_mtl, evaluate, normalised_performance
-    from simomerge.model import as_expert, load
+    from simomerge.models.model import as_expert, load
+    from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
 
     join_processes()
     judged = load(model)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from simomerge.cli.options import check_output, json_option, output_option, overwrite_option, parse_pairs, say
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 
 @click.command("import")
@@ -53,8 +53,8 @@ def command(
       any other weight file: --encoder, --encoder-prefix, --head-prefix and --head say whose its tensors are
     """
     check_output(output, overwrite)
-    from simomerge.sources import import_expert
-    from simomerge.sources.predictions import largest_difference, source_model
+    from simomerge.models.importing import import_expert
+    from simomerge.models.importing.predictions import largest_difference, source_model
 
     expert = import_expert(
         source,

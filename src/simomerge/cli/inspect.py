@@ -15,8 +15,8 @@ from simomerge.cli.options import json_option, say
 @json_option
 def command(path: str, as_json: bool) -> None:
     """Say what PATH holds: a model folder, an encoder folder or a checkpoint file. Loads no model."""
-    from simomerge.assets import resolve_source
     from simomerge.checkpoints import fingerprint, open_checkpoint
+    from simomerge.core.assets import resolve_source
 
     source = resolve_source(path)
     checkpoint = open_checkpoint(source)

@@ -22,7 +22,7 @@ from simomerge.cli.options import (
     say,
     size_option,
 )
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -84,8 +84,8 @@ def command(
     """
     check_output(output, overwrite)
     named, chosen = parse_pairs(experts), parse_parameters(parameters)
-    from simomerge.assets import resolve_source
     from simomerge.checkpoints import parse_size
+    from simomerge.core.assets import resolve_source
     from simomerge.merging import as_schedule, available, get_method
 
     limit = parse_size(max_shard_size) if max_shard_size else None
@@ -174,7 +174,7 @@ def _merge_files(
     overwrite: bool,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """From disk to disk, without torch."""
-    from simomerge.ondisk.merge import merge_on_disk
+    from simomerge.merging.disk.merge import merge_on_disk
 
     with console() as progress:
         result = merge_on_disk(
@@ -203,8 +203,9 @@ def _merge_models(
     overwrite: bool,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """With the models in memory, where images take part or the base is on a hub."""
-    from simomerge.assemble import load_experts, merge
-    from simomerge.model import load
+    from simomerge.assembly.experts import load_experts
+    from simomerge.assembly.merge import merge
+    from simomerge.models.model import load
 
     foundation, loaded = load(base), load_experts(**experts)
     given = source.arguments(list(experts)) if source else {}

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from simomerge.errors import InputError
-from simomerge.progress import Console, Progress, silent
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Console, Progress, silent
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from simomerge.cli.options import console, json_option, output_option, say
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 
 @click.command("predict")
@@ -20,10 +20,10 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
     import numpy as np
     from PIL import Image
 
-    from simomerge.checkpoints import atomic_file
-    from simomerge.images import read_image
-    from simomerge.model import load
-    from simomerge.tasks import colourise
+    from simomerge.core.files import atomic_file
+    from simomerge.core.images import read_image
+    from simomerge.datasets.tasks import colourise
+    from simomerge.models.model import load
 
     pixels = [read_image(path) for path in images]  # all are checked before anything is written
     stems = [Path(path).stem for path in images]

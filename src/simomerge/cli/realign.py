@@ -27,10 +27,10 @@ from simomerge.cli.options import (
     track_option,
     workers_option,
 )
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 _LABELLED = ("heads", "adapters", "lora")
-"""Methods that learn from labels: the keys of `simomerge.realignment.WITH_LABELS`, which imports torch."""
+"""Methods that learn from labels: the keys of `simomerge.assembly.realign.WITH_LABELS`, which imports torch."""
 
 
 @click.command("realign")
@@ -113,10 +113,10 @@ def command(
     labelled = method in _LABELLED
     _check_given(method, named, images, labelled)
     _check_options(method, with_adapters, with_lora)
-    from simomerge.assemble import load_experts
-    from simomerge.distributed import join_processes
-    from simomerge.model import load
-    from simomerge.realignment import realign
+    from simomerge.assembly.experts import load_experts
+    from simomerge.assembly.realign import realign
+    from simomerge.core.distributed import join_processes
+    from simomerge.models.model import load
     from simomerge.training import track
 
     join_processes()
@@ -222,8 +222,8 @@ def _options(
     workers: int | None,
 ) -> dict[str, Any]:
     """The keyword arguments of one re-alignment; ``inside``: what distillation trains in the encoder."""
-    from simomerge.devices import available_cores
-    from simomerge.realignment import ADAPTER_SETTINGS, DISTILL_SETTINGS, HEAD_SETTINGS, LORA_SETTINGS
+    from simomerge.assembly.realign import ADAPTER_SETTINGS, DISTILL_SETTINGS, HEAD_SETTINGS, LORA_SETTINGS
+    from simomerge.core.machine import available_cores
 
     options: dict[str, Any] = {"variant": variant} if variant else {}
     if method == "fold":

@@ -17,7 +17,7 @@ from simomerge.cli.options import (
     say,
     size_option,
 )
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 
 @click.command("relate")
@@ -77,12 +77,12 @@ def command(
         raise InputError("1 expert: how tasks relate takes at least two; give each as TASK=EXPERT.")
     if budget is not None and budget > len(named):
         raise InputError(f"--budget {budget}: {len(named)} experts need no more than {len(named)} encoders.")
-    from simomerge.assemble import load_experts
+    from simomerge.assembly.experts import load_experts
     from simomerge.datasets import load_data
     from simomerge.datasets.pictures import as_images
-    from simomerge.model import load
+    from simomerge.models.model import load
     from simomerge.relations import check_sections, relate, verdict
-    from simomerge.report.relations import relation_lines, write_relations
+    from simomerge.relations.page import relation_lines, write_relations
 
     # Where few labels judge, an error of the expert's own counts much with every model.
     count = count or (256 if data is not None else 128)

@@ -26,7 +26,7 @@ def command(compressed: str, task: str, output: Path, overwrite: bool, as_json: 
     simomerge restore runs/compressed depth -o runs/depth-again
     """
     check_output(output, overwrite)
-    from simomerge.ondisk.compress import restore
+    from simomerge.merging.disk.compress import restore
 
     done = restore(compressed, task, output, overwrite)
     say(

@@ -32,8 +32,8 @@ def command(
     A second run does only what changed, and a killed one goes on where it was. docs/recipes.md says what a recipe
     may hold; those in recipes/ are to be copied.
     """
-    from simomerge.assets import resolve_source
-    from simomerge.distributed import join_processes
+    from simomerge.core.assets import resolve_source
+    from simomerge.core.distributed import join_processes
     from simomerge.recipes import plan_of, read_recipe, run_recipe
     from simomerge.training import track
 

@@ -80,7 +80,7 @@ def command(
 ) -> None:
     """LP-FT: heads on the frozen encoder first, then both together. A killed run goes on where it was."""
     check_output(output, overwrite)
-    from simomerge.distributed import join_processes
+    from simomerge.core.distributed import join_processes
 
     join_processes()
     import hashlib
@@ -89,7 +89,7 @@ def command(
 
     from simomerge.checkpoints import parse_size
     from simomerge.datasets import load_data
-    from simomerge.model import SimoModel, load
+    from simomerge.models.model import SimoModel, load
     from simomerge.recipes import ROOMS_HEADS
     from simomerge.training import TrainSettings, fresh_head, lpft, track
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.core.errors import InputError
+from simomerge.core.images import resized
 from simomerge.datasets.base import random_flip
 from simomerge.datasets.rows import resize_target
-from simomerge.errors import InputError
-from simomerge.images import resized
-from simomerge.tasks import LOG_DEPTH_RANGE, Task
+from simomerge.datasets.tasks import LOG_DEPTH_RANGE, Task
 
 SCALES = (1.0, 1.2, 1.5)
 """Source: the reference code of arXiv 2504.11268, as in github.com/lorenmt/auto-lambda."""

@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simomerge.errors import InputError
-from simomerge.tasks import Task, select_tasks
+from simomerge.core.errors import InputError
+from simomerge.datasets.tasks import Task, select_tasks
 
 
 class DenseDataset(Dataset[dict[str, Any]], ABC):
     """Images with dense targets of one or more tasks.
 
     A sample is ``{"image": float (3, H, W) RGB in [0, 1], TASK: target, ...}`` with targets as in
-    `simomerge.tasks.KINDS`. A new dataset gives `image`, `targets` and a length.
+    `simomerge.datasets.tasks.KINDS`. A new dataset gives `image`, `targets` and a length.
 
     Attributes:
         tasks: the tasks whose targets a sample holds.

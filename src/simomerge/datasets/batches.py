@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from simomerge import distributed
+from simomerge.core import distributed
 
 Sample = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator], Sample]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.rows import Manifest, Row, Source, Stored
-from simomerge.errors import InputError
-from simomerge.progress import Progress, silent
-from simomerge.tasks import IGNORE_LABEL, colourise
+from simomerge.datasets.tasks import IGNORE_LABEL, colourise
 
 MILLIMETRES = 200.0
 """A median depth above this many metres is none: it was stored in millimetres."""

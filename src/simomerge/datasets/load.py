@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.errors import InputError
+from simomerge.core.schema import nearest
 from simomerge.datasets.base import DenseDataset
-from simomerge.datasets.cityscapes import Cityscapes, cityscapes_manifest
-from simomerge.datasets.folder import MANIFESTS, Folder, read_manifest
-from simomerge.datasets.nyuv2 import NYUv2, nyuv2_manifest
+from simomerge.datasets.manifest import MANIFESTS, Folder, read_manifest
+from simomerge.datasets.published.cityscapes import Cityscapes, cityscapes_manifest
+from simomerge.datasets.published.nyuv2 import NYUv2, nyuv2_manifest
+from simomerge.datasets.published.taskonomy import Taskonomy, taskonomy_manifest
 from simomerge.datasets.rows import Manifest, Rows
-from simomerge.datasets.taskonomy import Taskonomy, taskonomy_manifest
-from simomerge.errors import InputError
-from simomerge.userfiles import nearest
 
 NAMED: dict[str, tuple[Callable[..., Rows], Callable[..., Manifest]]] = {
     "nyuv2": (NYUv2, nyuv2_manifest),

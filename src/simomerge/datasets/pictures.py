@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.core.errors import InputError
+from simomerge.core.images import to_tensor
 from simomerge.datasets.base import DenseDataset
-from simomerge.errors import InputError
-from simomerge.images import to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
@@ -22,7 +22,7 @@ class Pictures(DenseDataset):
     """Pictures without targets, read when they are asked for.
 
     Args:
-        sources: paths, PIL images, arrays or tensors; see `simomerge.images.to_tensor`.
+        sources: paths, PIL images, arrays or tensors; see `simomerge.core.images.to_tensor`.
         size: (height, width) in pixels to make them; as they are by default.
 
     Example:

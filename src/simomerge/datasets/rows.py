@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.core.errors import InputError
+from simomerge.core.images import read_image, resized, to_tensor
 from simomerge.datasets.base import DenseDataset, check_size
-from simomerge.datasets.hdf5 import Frame
+from simomerge.datasets.published.hdf5 import Frame
+from simomerge.datasets.tasks import IGNORE_LABEL, Task
 from simomerge.datasets.whole import looks_whole
-from simomerge.errors import InputError
-from simomerge.images import read_image, resized, to_tensor
-from simomerge.tasks import IGNORE_LABEL, Task
 
 Source = Path | Frame
 """Where an image or a target is: a file, or one image's slice of an HDF5 file."""
@@ -81,7 +81,7 @@ class Stored:
     array: Callable[[Any], np.ndarray] = read_array
 
     def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
-        """The target in a file, as `simomerge.tasks.KINDS` says, in its own or another size. Raises InputError."""
+        """The target in a file, as `tasks.KINDS` says, in its own or another size. Raises InputError."""
         stored = self.array(path)
         channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
         if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:

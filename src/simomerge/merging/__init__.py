@@ -4,14 +4,12 @@ A method lives in the file of its family and registers itself when that file is 
 """
 
 from simomerge.merging.algebra import interpolate, negate, with_experts
-from simomerge.merging.checks import check_models
 from simomerge.merging.competition import Pcb, Sce
 from simomerge.merging.consensus import Consensus, Emr, MagMax, TallMask, tall_mask
-from simomerge.merging.linear import Average, LinearMethod, TaskArithmetic, WeightedAverage, ZeroShot
-from simomerge.merging.merge import Merged, merge_state_dicts, merge_tensors
-from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register, settings
-from simomerge.merging.ranks import kth_smallest, sampled_distances
-from simomerge.merging.schedule import (
+from simomerge.merging.engine.checks import check_models
+from simomerge.merging.engine.merge import Merged, merge_state_dicts, merge_tensors
+from simomerge.merging.engine.ranks import kth_smallest, sampled_distances
+from simomerge.merging.engine.schedule import (
     LayerScales,
     Lines,
     Schedule,
@@ -19,11 +17,13 @@ from simomerge.merging.schedule import (
     describe_method,
     described_method,
 )
+from simomerge.merging.engine.stream import TaskVectorStream
+from simomerge.merging.linear import Average, LinearMethod, TaskArithmetic, WeightedAverage, ZeroShot
+from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register, settings
 from simomerge.merging.sparse import Breadcrumbs, DareLinear, DareTies, Della
 from simomerge.merging.spectral import IsoC, IsoCts, TsvM
 from simomerge.merging.spherical import Karcher, ModelStock, Slerp
 from simomerge.merging.statistics import Fisher, RegMean
-from simomerge.merging.stream import TaskVectorStream
 from simomerge.merging.ties import Ties
 
 __all__ = [

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints import as_numpy, canonicalise, tensor_info
-from simomerge.errors import InputError
-from simomerge.merging.checks import check_models
+from simomerge.core.errors import InputError
+from simomerge.merging.engine.checks import check_models
+from simomerge.merging.engine.merge import like, merge_state_dicts, merge_tensors
+from simomerge.merging.engine.stream import TaskVectorStream
 from simomerge.merging.linear import LinearMethod, TaskArithmetic, WeightedAverage
-from simomerge.merging.merge import like, merge_state_dicts, merge_tensors
 from simomerge.merging.method import get_method, restricted
-from simomerge.merging.stream import TaskVectorStream
 
 _MERGED = "the merged model"
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from simomerge.errors import InputError
-from simomerge.merging.stream import TaskVectorStream
-from simomerge.userfiles import nearest
+from simomerge.core.errors import InputError
+from simomerge.core.schema import nearest
+from simomerge.merging.engine.stream import TaskVectorStream
 
 
 def parameter(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging.method import MergeMethod, of_expert, parameter, register
 from simomerge.merging.ties import disjoint_mean
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.merging.method import MergeMethod, parameter, register
 
 _COLLINEAR = 0.9995  # |cosine| above which slerp interpolates linearly; as in mergekit

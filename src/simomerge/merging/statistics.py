@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simomerge.checkpoints import canonicalise
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
+from simomerge.merging.engine.stream import TaskVectorStream
 from simomerge.merging.method import MergeMethod, parameter, register
-from simomerge.merging.stream import TaskVectorStream
 
 Statistics = Mapping[str, Mapping[str, np.ndarray]]
 """expert -> tensor name -> array"""

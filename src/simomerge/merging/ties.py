@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from simomerge.merging.engine.ranks import kth_smallest
+from simomerge.merging.engine.stream import TaskVectorStream, stacked
 from simomerge.merging.method import MergeMethod, parameter, register
-from simomerge.merging.ranks import kth_smallest
-from simomerge.merging.stream import TaskVectorStream, stacked
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
+from simomerge.core.schema import nearest, read_yaml
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.space import SearchSettings
 from simomerge.training import TrainSettings
-from simomerge.userfiles import nearest, read_yaml
 
 
 @dataclass(frozen=True)

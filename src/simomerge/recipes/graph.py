@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simomerge import distributed
-from simomerge.checkpoints import remove_leftovers
-from simomerge.progress import Progress
+from simomerge.core import distributed
+from simomerge.core.files import remove_leftovers
+from simomerge.core.progress import Progress
 from simomerge.recipes.stages import read_log
 from simomerge.training import WorkerPool
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from simomerge.core.errors import InputError
+from simomerge.core.schema import nearest
 from simomerge.datasets.augment import AUGMENTATIONS
-from simomerge.errors import InputError
-from simomerge.heads import HEADS, build_head
 from simomerge.merging import get_method
+from simomerge.models.heads import HEADS, build_head
 from simomerge.training import WEIGHTINGS
-from simomerge.userfiles import nearest
 
 if TYPE_CHECKING:
     from simomerge.recipes.recipe import Recipe

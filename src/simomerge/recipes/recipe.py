@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.recipes.problems import WITHOUT_LABELS, problems
 from simomerge.training import TrainSettings
 
@@ -25,7 +25,7 @@ class Recipe:
 
     Args:
         tasks: names of the dataset's tasks.
-        head: a key of `simomerge.heads.HEADS`.
+        head: a key of `simomerge.models.heads.HEADS`.
         head_settings: further settings of the heads.
         seeds: one repetition of everything but the data per seed.
         train_images, val_images, test_images: how many images of each split. The validation split is the

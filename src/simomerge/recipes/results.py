@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simomerge.devices import available_cores
-from simomerge.evaluation import delta_mtl, normalised_performance
-from simomerge.model import load
+from simomerge.core.machine import available_cores
+from simomerge.datasets.tasks import Task, colourise
+from simomerge.models.model import load
 from simomerge.recipes.graph import Run
 from simomerge.recipes.plan import Plan
-from simomerge.tasks import Task, colourise
+from simomerge.training.evaluate import delta_mtl, normalised_performance
 
 
 def summarise(plan: Plan, run: Run, tasks: Mapping[str, Task], title: str) -> dict[str, Any]:

@@ -9,25 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import simomerge
-from simomerge import distributed
-from simomerge.checkpoints import atomic_write_text
+from simomerge.core import distributed
+from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_write_text
+from simomerge.core.machine import mixed_precision
+from simomerge.core.progress import Progress, silent
+from simomerge.core.version import __version__
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.base import check_size
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
-from simomerge.devices import mixed_precision
-from simomerge.errors import InputError
-from simomerge.evaluation import delta_mtl
-from simomerge.model import load
-from simomerge.progress import Progress, silent
+from simomerge.datasets.tasks import select_tasks
+from simomerge.models.model import load
 from simomerge.recipes.file import SEEN
 from simomerge.recipes.graph import Run
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.results import gallery, summarise
-from simomerge.tasks import select_tasks
 from simomerge.training import WorkerPool
+from simomerge.training.evaluate import delta_mtl
 
 
 def run_recipe(
@@ -138,7 +138,7 @@ def _planned(
         _opened(splits, recipe)
     _check_batches(recipe)
     fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
-    salt = f"{simomerge.__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
+    salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
     return Plan(recipe, base, splits), Run(folder, str(base), salt, _contents(recipe.tasks))
 
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simomerge.assets import resolve_source
-from simomerge.checkpoints import atomic_write_text
-from simomerge.distributed import started_processes
-from simomerge.errors import DivergedError, InputError
-from simomerge.progress import Progress, silent
+from simomerge.core.assets import resolve_source
+from simomerge.core.distributed import started_processes
+from simomerge.core.errors import DivergedError, InputError
+from simomerge.core.files import atomic_write_text
+from simomerge.core.progress import Progress, silent
 from simomerge.recipes.file import RecipeFile, read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from simomerge import distributed
-from simomerge.assemble import merge, search_scale
-from simomerge.checkpoints import atomic_folder
+from simomerge.assembly.merge import merge
+from simomerge.assembly.realign import REALIGNMENTS, realign_distill, realign_fold
+from simomerge.assembly.scale import search_scale
+from simomerge.core import distributed
+from simomerge.core.files import atomic_folder
+from simomerge.core.machine import compute_device
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets import load_data
-from simomerge.devices import compute_device
-from simomerge.evaluation import evaluate
 from simomerge.merging import available
-from simomerge.model import SimoModel, load
-from simomerge.progress import Progress, silent
-from simomerge.realignment import REALIGNMENTS, realign_distill, realign_fold
+from simomerge.models.model import SimoModel, load
 from simomerge.relations import relate
 from simomerge.training import (
     CachedFeatures,
@@ -35,6 +35,7 @@ from simomerge.training import (
     train_head,
     trainable_parameters,
 )
+from simomerge.training.evaluate import evaluate
 
 Data = Mapping[str, Any]
 """A dataset as plain data: the keyword arguments of `load_data`."""

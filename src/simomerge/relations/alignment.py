@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simomerge.assembly.realign import HELD_OUT, RIDGES
+from simomerge.assembly.realign.teacher import evaluating, matching_experts, observe
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.pictures import as_images, readable
-from simomerge.devices import autocast
-from simomerge.errors import InputError
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.realignment import HELD_OUT, RIDGES
-from simomerge.realignment.experts import evaluating, matching_experts, observe
+from simomerge.models.model import SimoModel
 from simomerge.relations.sums import TokenSums, cka
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.progress import Progress, silent
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
-from simomerge.merging.depth import Depth
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
+from simomerge.merging.engine.depth import Depth
+from simomerge.models.model import SimoModel
 
 ALL = "all"
 """The name of the whole encoder among the blocks."""

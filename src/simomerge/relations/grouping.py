@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from simomerge.assemble import Aligner
-from simomerge.assemble.parts import with_merged_encoder
-from simomerge.errors import InputError
-from simomerge.heads.projections import is_foldable
+from simomerge.assembly.alignment import Aligner
+from simomerge.assembly.experts import with_merged_encoder
+from simomerge.assembly.realign import fold_heads, see
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Progress, silent
 from simomerge.merging import Average, TaskArithmetic
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.realignment import fold_heads, see
+from simomerge.models.heads.projections import is_foldable
+from simomerge.models.model import SimoModel
 from simomerge.relations.judging import Judge
 from simomerge.relations.partitions import Group, Partition, best_partitions
 
@@ -126,7 +126,7 @@ def group_tasks(
 
     Args:
         base: the foundation encoder.
-        experts: by task, as `simomerge.assemble.check_experts` gives.
+        experts: by task, as `simomerge.assembly.experts.check_experts` gives.
         images: to merge and fold on, without labels, as `simomerge.datasets.pictures.as_images` gives.
         judge: on other images.
         limit: merges beyond the pairs, by default as many as there are pairs and twice as many as tasks.

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simomerge.assembly.realign.teacher import evaluating, observe
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.pictures import as_images, readable
-from simomerge.devices import autocast
-from simomerge.errors import InputError
-from simomerge.evaluation import Scores, TaskMetrics
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.realignment.experts import evaluating, observe
-from simomerge.tasks import Task
+from simomerge.datasets.tasks import Task
+from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import Scores
+from simomerge.training.metrics import TaskMetrics
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Look:
 
     Attributes:
         images: float (B, 3, H, W), where the experts are.
-        truth: by task, a target as in `simomerge.tasks.KINDS`.
+        truth: by task, a target as in `simomerge.datasets.tasks.KINDS`.
     """
 
     images: Tensor
@@ -44,7 +45,7 @@ class Judge:
     task's metric.
 
     Args:
-        experts: by task, as `simomerge.assemble.check_experts` gives.
+        experts: by task, as `simomerge.assembly.experts.check_experts` gives.
         source: a dataset, whose labels are read where ``labelled``; else whatever has images.
         labelled: judge by labels.
 

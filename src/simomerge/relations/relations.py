@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simomerge.assemble import check_experts
+from simomerge.assembly.experts import check_experts
+from simomerge.assembly.realign.teacher import matching_experts
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Progress, silent
+from simomerge.core.schema import nearest
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
-from simomerge.errors import InputError
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.realignment.experts import matching_experts
+from simomerge.models.model import SimoModel
 from simomerge.relations.alignment import TapAlignment, alignment
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
@@ -22,7 +23,6 @@ from simomerge.relations.judging import Judge
 from simomerge.relations.similarity import BASE, Similarity, similarity
 from simomerge.relations.sweep import KEPT, LAMBDAS, Sweeps, check_lambdas, sweep
 from simomerge.relations.verdict import verdict
-from simomerge.userfiles import nearest
 
 SECTIONS: dict[str, str] = {
     "groups": "which tasks to merge under a budget of encoders: pairs merged, folded and judged",

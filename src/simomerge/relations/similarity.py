@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from simomerge.assemble.parts import with_merged_encoder
+from simomerge.assembly.experts import with_merged_encoder
+from simomerge.assembly.realign.teacher import observe
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.pictures import as_images, readable
-from simomerge.devices import autocast
-from simomerge.errors import InputError
 from simomerge.merging import ZeroShot
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.realignment.experts import observe
+from simomerge.models.model import SimoModel
 from simomerge.relations.sums import TokenSums, cka
 
 BASE = "base"
@@ -50,7 +50,7 @@ def similarity(
 
     Args:
         base: the foundation encoder.
-        experts: by task, as `simomerge.assemble.check_experts` gives.
+        experts: by task, as `simomerge.assembly.experts.check_experts` gives.
         images: a folder of pictures, a sequence of images, or a dataset whose labels are not read.
         count: of the images.
 

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.assembly.realign.teacher import evaluating
 from simomerge.checkpoints import canonicalise
-from simomerge.devices import autocast
-from simomerge.errors import InputError
-from simomerge.evaluation import TaskMetrics
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.core.progress import Progress, silent
 from simomerge.merging import TaskArithmetic, check_models
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.realignment.experts import evaluating
+from simomerge.models.model import SimoModel
 from simomerge.relations.judging import Judge
+from simomerge.training.metrics import TaskMetrics
 
 LAMBDAS: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(16))
 """The paper's: 0 (the base) to 1.5 in sixteen values; 1 is the expert."""
@@ -106,7 +106,7 @@ def sweep(
 
     Args:
         base: the foundation encoder.
-        experts: by task, as `simomerge.assemble.check_experts` gives.
+        experts: by task, as `simomerge.assembly.experts.check_experts` gives.
         judge: what is true of which images.
         lambdas: where to measure; 0 and 1 must be among them, the base and the expert.
 

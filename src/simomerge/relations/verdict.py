@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 Found = Mapping[str, Any]
 """What `Relations.to_dict` gives."""

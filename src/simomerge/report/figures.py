@@ -15,19 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from simomerge.errors import InputError
-from simomerge.report.results import (
-    FAMILIES,
-    MISSING,
-    Results,
-    Value,
-    family,
-    finite,
-    rows,
-    signed,
-    task_names,
-    value,
-)
+from simomerge.core.errors import InputError
+from simomerge.report.results import FAMILIES, MISSING, Results, Value, family, finite, rows, signed, task_names, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints import atomic_write_text
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_write_text
+from simomerge.relations.page import seeds_section
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
 from simomerge.report.headline import sentences
-from simomerge.report.relations import seeds_section
 from simomerge.report.results import FAMILIES, MISSING, Results, family, rows, seeds
 from simomerge.report.shell import data_uri, embedded, shell
 from simomerge.report.tables import columns

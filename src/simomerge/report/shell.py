@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 # The browser itself refuses whatever the page would fetch.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

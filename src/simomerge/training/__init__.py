@@ -11,9 +11,9 @@ from simomerge.training.lpft import (
     train_head,
     trainable_parameters,
 )
+from simomerge.training.pool import WorkerPool
 from simomerge.training.tracking import track
 from simomerge.training.weighting import WEIGHTINGS, Weighting
-from simomerge.training.workers import WorkerPool
 
 __all__ = [
     "WEIGHTINGS",

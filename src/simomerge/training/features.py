@@ -20,13 +20,13 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simomerge import distributed
+from simomerge.core import distributed
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.batches import ordered_batches
-from simomerge.devices import autocast
-from simomerge.encoders import Encoder, Features
-from simomerge.errors import InputError
-from simomerge.progress import Progress, silent
-from simomerge.tasks import Task
+from simomerge.datasets.tasks import Task
+from simomerge.models.encoders import Encoder, Features
 
 
 class CachedFeatures(Dataset[dict[str, Any]]):

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simomerge import distributed
-from simomerge.checkpoints import atomic_write_bytes
+from simomerge.core import distributed
+from simomerge.core.errors import DivergedError, InputError
+from simomerge.core.files import atomic_write_bytes
+from simomerge.core.machine import loader_workers, mixed_precision
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
-from simomerge.devices import loader_workers, mixed_precision
-from simomerge.errors import DivergedError, InputError
-from simomerge.progress import Progress, silent
 from simomerge.training.tracking import tracked_accelerator, tracked_run
 from simomerge.training.weighting import Weighting, combined
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simomerge import distributed
+from simomerge.core import distributed
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.augment import augmentation as make_augmentation
-from simomerge.encoders import Encoder
-from simomerge.heads import head_for
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
-from simomerge.tasks import Task
+from simomerge.datasets.tasks import Task
+from simomerge.models.encoders import Encoder
+from simomerge.models.heads import head_for
+from simomerge.models.model import SimoModel
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, TrainSettings, fit
 from simomerge.training.weighting import weighting as make_weighting
@@ -38,7 +38,7 @@ def fresh_head(
     Args:
         encoder: whose taps it reads.
         train: a dataset with the task; its first 64 targets give the mean.
-        kind, settings: see `simomerge.heads.build_head`.
+        kind, settings: see `simomerge.models.heads.build_head`.
     """
     torch.manual_seed(seed)
     head = head_for(encoder, kind, task.channels, **settings)

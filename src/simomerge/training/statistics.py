@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.checkpoints import canonical_name
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Progress, silent
 from simomerge.datasets.batches import ordered_batches
-from simomerge.encoders import Encoder
-from simomerge.errors import InputError
-from simomerge.model import SimoModel
-from simomerge.progress import Progress, silent
+from simomerge.models.encoders import Encoder
+from simomerge.models.model import SimoModel
 from simomerge.training.lpft import image_losses
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

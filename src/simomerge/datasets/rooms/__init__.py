@@ -9,10 +9,10 @@ Example:
 
 from __future__ import annotations
 
-from .cache import RENDER_VERSION, load_rooms
-from .generate import CLASS_COLOURS, SPLITS, render_rooms
-from .labels import MODALITIES
-from .scenes import CLASS_NAMES
+from simomerge.datasets.rooms.cache import RENDER_VERSION, load_rooms
+from simomerge.datasets.rooms.generate import CLASS_COLOURS, SPLITS, render_rooms
+from simomerge.datasets.rooms.labels import MODALITIES
+from simomerge.datasets.rooms.scenes import CLASS_NAMES
 
 __all__ = [
     "CLASS_COLOURS",

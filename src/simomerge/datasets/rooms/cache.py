@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simomerge.errors import InputError
-
-from .generate import check_request, render_rooms
-from .labels import MODALITIES
+from simomerge.core.errors import InputError
+from simomerge.datasets.rooms.generate import check_request, render_rooms
+from simomerge.datasets.rooms.labels import MODALITIES
 
 # Raise this whenever the same request would give other numbers: old caches are then left aside.
 RENDER_VERSION = 1

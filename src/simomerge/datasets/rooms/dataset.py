@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simomerge.datasets.base import DenseDataset, check_size
 from simomerge.datasets.rooms import CLASS_COLOURS, CLASS_NAMES, load_rooms
-from simomerge.tasks import Task
+from simomerge.datasets.tasks import Task
 
 TASKS: dict[str, Task] = {
     "segmentation": Task(

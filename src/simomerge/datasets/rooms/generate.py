@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.errors import InputError
-
-from .labels import MODALITIES, dense_labels
-from .render import render
-from .scenes import sample_scenes
+from simomerge.core.errors import InputError
+from simomerge.datasets.rooms.labels import MODALITIES, dense_labels
+from simomerge.datasets.rooms.render import render
+from simomerge.datasets.rooms.scenes import sample_scenes
 
 SPLITS = ("train", "val", "test", "pool")
 CLASS_COLOURS = np.array(

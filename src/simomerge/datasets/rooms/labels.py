@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .render import changes
+from simomerge.datasets.rooms.render import changes
 
 MODALITIES = ("image", "segmentation", "depth", "normals", "edges", "texture", "keypoints")
 

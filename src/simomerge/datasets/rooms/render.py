@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .scenes import BALL, BOX, CONE, CYLINDER, FLOOR, PANEL, RUG, SLOTS, Scenes
-from .textures import FIELDS, hash_unit, surface_colour
+from simomerge.datasets.rooms.scenes import BALL, BOX, CONE, CYLINDER, FLOOR, PANEL, RUG, SLOTS, Scenes
+from simomerge.datasets.rooms.textures import FIELDS, hash_unit, surface_colour
 
 _NEAR = 0.02  # metres along the axis; nothing is placed closer to the camera
 _FAR = 1e6

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dice import Dice
-from .textures import FIELDS, sample_material
+from simomerge.datasets.rooms.dice import Dice
+from simomerge.datasets.rooms.textures import FIELDS, sample_material
 
 CLASS_NAMES = (
     "wall",

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .dice import Dice
+from simomerge.datasets.rooms.dice import Dice
 
 KINDS = ("plain", "stripes", "checks", "bricks", "tiles", "planks", "marble", "blotches", "dots",
          "drawers", "door", "window", "picture")  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from simomerge.errors import InputError
+from simomerge.core.errors import InputError
 from simomerge.training.weighting.gradients import CAGrad, GradientWeighting, GradNorm, NashMTL, PCGrad
 from simomerge.training.weighting.losses import DynamicAverage, RandomWeights, Uncertainty, Weighting
 

@@ -1,0 +1,1 @@
+"""Experts in, one model out: check that they belong together, merge, choose what is not given, re-align."""

@@ -1,0 +1,124 @@
+"""Judge merges without labels: fold each, and see on held-out images how near its heads' inputs are to the experts'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from simomerge.assembly.experts import check_experts, with_merged_encoder, with_parameters
+from simomerge.assembly.realign import fold_heads, see
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Progress, silent
+from simomerge.datasets.pictures import as_images, readable
+from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
+from simomerge.models.model import SimoModel
+
+START_SCALE = 0.3
+"""Where the search for a scale begins; the best one of several merged experts is seldom far from it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge that was tried.
+
+    Attributes:
+        method, schedule: what was tried.
+        r2: by task, the R^2 of what the folded head's first layer computes against the expert's, on held-out images.
+        alignment: 1 minus the geometric mean over the tasks of what R^2 leaves unexplained, the proxy for Delta_MTL. A
+            task that is nearly right then counts as much as one that is far off, which their plain mean forgets.
+    """
+
+    method: MergeMethod
+    schedule: Schedule | None
+    r2: dict[str, float]
+
+    @property
+    def alignment(self) -> float:
+        left = [math.log(max(1 - r2, 1e-9)) for r2 in self.r2.values()]
+        return 1 - math.exp(sum(left) / len(left))
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for provenance."""
+        return {**describe_method(self.method, self.schedule), "alignment": round(self.alignment, 4)}
+
+
+class Aligner:
+    """Tries merges of the same experts on the same unlabelled images.
+
+    The experts look at the images once; each trial costs a merge, a pass of its encoder and a solution in closed form.
+
+    Args:
+        base: the foundation encoder.
+        experts: by task.
+        images: a folder of pictures, a sequence of images, or a dataset whose labels are not read.
+        count: of the images.
+
+    Attributes:
+        trials: all so far, in order.
+
+    Raises:
+        InputError: experts that do not fit, fewer than four images, or a head that cannot be folded.
+
+    Example:
+        >>> aligner = Aligner(base, experts, "photos/")                               # doctest: +SKIP
+        >>> aligner.best_scale(get_method("ties", density=0.2)).method.scale                      # doctest: +SKIP
+        0.4
+    """
+
+    def __init__(
+        self,
+        base: SimoModel,
+        experts: Mapping[str, SimoModel],
+        images: Any,
+        count: int | None = 64,
+        progress: Progress = silent,
+    ) -> None:
+        self.base = base
+        self.experts = check_experts(base, experts)
+        self.images = readable(as_images(images, count))
+        if len(self.images) < 4:
+            raise InputError(
+                f"{len(self.images)} images: a choice without labels holds out every fourth; give at least 4."
+            )
+        self.progress = progress
+        self.trials: list[Trial] = []
+        unmerged = with_merged_encoder(base, self.experts, ZeroShot())
+        self._seen = list(see(unmerged, self.experts, self.images, progress=progress))
+
+    def try_out(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
+        """Merge, fold per tap, and measure; a merge that was tried before is not tried again."""
+        for trial in self.trials:
+            if (trial.method, trial.schedule) == (method, schedule):
+                return trial
+        model = with_merged_encoder(self.base, self.experts, method, schedule)
+        fits = fold_heads(model, self._seen)[1]
+        trial = Trial(method, schedule, {task: fit.r2 for task, fit in fits.items()})
+        self.trials.append(trial)
+        scale = getattr(method, "scale", None)
+        shown = f"{method.name}{f' {scale:.2f}' if isinstance(scale, float) else ''}"
+        self.progress("trials", len(self.trials), len(self.trials), f"{shown}: alignment {trial.alignment:.3f}")
+        return trial
+
+    def best_scale(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
+        """The method with the scale of the best alignment: uphill from `START_SCALE` in steps of 0.1, then of 0.05.
+
+        Raises:
+            InputError: a method without a scale.
+        """
+
+        def at(scale: float) -> Trial:
+            return self.try_out(with_parameters(method, {"scale": round(scale, 2)}), schedule)
+
+        best, scale = at(START_SCALE), START_SCALE
+        for step in (0.1, 0.05):
+            for direction in (step, -step):
+                while (near := round(scale + direction, 2)) >= 0 and (tried := at(near)).alignment > best.alignment:
+                    best, scale = tried, near
+        return best
+
+    @property
+    def best(self) -> Trial:
+        """The best of all trials."""
+        return max(self.trials, key=lambda trial: trial.alignment)

@@ -1,0 +1,160 @@
+"""One coefficient per expert and block, learned by matching the experts' predictions on unlabelled images.
+
+AdaMerging (arXiv 2310.02575) learns such coefficients by making a classifier's predictions certain; dense tasks have no
+such entropy, but they have their experts. Predictions are matched, not features: those pull towards their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from simomerge.assembly.experts import check_experts, with_merged_encoder
+from simomerge.assembly.realign import fold_heads, see
+from simomerge.assembly.realign.distill import TeacherPredictions
+from simomerge.core import distributed
+from simomerge.core.progress import Progress, silent
+from simomerge.datasets import random_flip
+from simomerge.datasets.pictures import as_images, readable
+from simomerge.merging import TaskArithmetic
+from simomerge.merging.engine.depth import Depth
+from simomerge.models.model import SimoModel
+from simomerge.training import TrainSettings, fit
+
+COEFFICIENT_SETTINGS = TrainSettings(steps=40, batch_size=16, lr=0.03, weight_decay=0.0)
+
+
+def learn_coefficients(
+    base: SimoModel,
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    start: float | Mapping[str, Any] = 0.3,
+    settings: TrainSettings = COEFFICIENT_SETTINGS,
+    rounds: int = 2,
+    count: int | None = 256,
+    progress: Progress = silent,
+) -> TaskArithmetic:
+    """Task arithmetic with a scale per expert and block, learned without labels.
+
+    In each round the heads are folded to the merge so far and the coefficients then trained, heads frozen, until the
+    predictions are as near as they get to the experts' own.
+
+    Args:
+        base: the foundation encoder.
+        experts: by task; their heads must declare their projections.
+        images: a folder of pictures, a sequence of images, or a dataset whose labels are not read; of one size.
+        start: the scale to start from, as of `TaskArithmetic`.
+        settings: of each round.
+        rounds: how often the fold and the coefficients take turns.
+        count: of the images.
+
+    Returns:
+        The merge method with what was learned as its ``scale``.
+
+    Raises:
+        InputError: experts or heads that do not fit, or images of several sizes.
+
+    Example:
+        >>> method = learn_coefficients(base, experts, "photos/")              # doctest: +SKIP
+        >>> model = merge(base, experts, method)                               # doctest: +SKIP
+    """
+    experts = check_experts(base, experts)
+    source = readable(as_images(images, count), one_size=True)
+    method = TaskArithmetic(scale=dict(start) if isinstance(start, Mapping) else start)
+    model = with_merged_encoder(base, experts, method)
+    seen = list(see(model, experts, source, progress=progress))
+    with distributed.temporary_folder() as temporary:
+        taught = TeacherPredictions(source, experts, Path(temporary) / "predictions", progress)
+        for turn in range(rounds):
+            folded = fold_heads(model, seen)[0]
+            blend = _Blend(folded, base, experts, method)
+            fit(
+                blend,
+                partial(_distances, blend, blend.initial_distances(taught)),
+                taught,
+                replace(settings, seed=settings.seed + turn),
+                transform=partial(random_flip, model.tasks),
+                label=f"coefficients {turn + 1}/{rounds}",
+                progress=progress,
+            )
+            method = blend.method()
+            model = with_merged_encoder(base, experts, method)
+    return method
+
+
+class _Blend(nn.Module):
+    """A model whose encoder weights are a function of the coefficients, which alone are trained."""
+
+    def __init__(
+        self, folded: SimoModel, base: SimoModel, experts: Mapping[str, SimoModel], start: TaskArithmetic
+    ) -> None:
+        super().__init__()
+        self.model = folded.requires_grad_(False)
+        self.names = [name for name, value in base.encoder.backbone.named_parameters() if value.is_floating_point()]
+        self.experts = sorted(experts)
+        theta = dict(base.encoder.backbone.named_parameters())
+        self.base = {name: theta[name].detach() for name in self.names}
+        weights = {task: dict(expert.encoder.backbone.named_parameters()) for task, expert in experts.items()}
+        self.vectors = {
+            name: torch.stack([weights[task][name].detach() - self.base[name] for task in self.experts])
+            for name in self.names
+        }
+        self.depth = Depth(self.names)
+        blocks = max(self.depth.blocks, 1)
+        initial = torch.tensor([_per_block(start, task, blocks) for task in self.experts])
+        self.coefficients = nn.Parameter(initial)
+
+    def train(self, mode: bool = True) -> _Blend:
+        """Training is of the coefficients: the frozen heads' batch norms stay as they are in use."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        scales = self.coefficients.clamp(min=0)
+        merged = {}
+        for name in self.names:
+            device = scales.device
+            vector = self.vectors[name].to(device)
+            merged[f"backbone.{name}"] = self.base[name].to(device) + torch.tensordot(
+                scales[:, self.depth.position(name)], vector, 1
+            )
+        features = functional_call(self.model.encoder, merged, (images,))
+        return self.model.decode(features)
+
+    @torch.no_grad()
+    def initial_distances(self, taught: TeacherPredictions) -> dict[str, float]:
+        """Distance of each task's predictions at the start: what its later ones are measured in."""
+        count = min(16, len(taught))
+        images = torch.stack([taught.image(i) for i in range(count)]).to(self.coefficients.device)
+        logits = self(images)
+        found = {}
+        for name, task in self.model.tasks.items():
+            wanted = torch.stack([taught.targets(i, [name])[name] for i in range(count)]).to(images.device)
+            found[name] = max(float(task.distance(logits[name], wanted)), 1e-6)
+        return found
+
+    def method(self) -> TaskArithmetic:
+        learned = self.coefficients.detach().clamp(min=0).cpu()
+        return TaskArithmetic(
+            scale={
+                task: [round(float(value), 4) for value in row] for task, row in zip(self.experts, learned, strict=True)
+            }
+        )
+
+
+def _per_block(method: TaskArithmetic, task: str, blocks: int) -> list[float]:
+    scale = method.scale[task] if isinstance(method.scale, Mapping) else method.scale
+    return [float(scale)] * blocks if isinstance(scale, (int, float)) else [float(value) for value in scale]
+
+
+def _distances(blend: _Blend, units: Mapping[str, float], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    logits = blend(batch["image"])
+    return {name: task.distance(logits[name], batch[name]) / units[name] for name, task in blend.model.tasks.items()}

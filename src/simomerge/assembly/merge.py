@@ -1,0 +1,153 @@
+"""`merge`: the experts' encoders in one, with whatever is not given chosen on images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simomerge.assembly.alignment import Aligner
+from simomerge.assembly.coefficients import learn_coefficients
+from simomerge.assembly.experts import assemble, check_experts, merge_models, with_parameters, with_statistics
+from simomerge.assembly.realign import realign_fold
+from simomerge.assembly.scale import search_scale
+from simomerge.core.errors import InputError
+from simomerge.core.progress import Progress, silent
+from simomerge.datasets.pictures import as_images, readable
+from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
+from simomerge.models.model import SimoModel
+
+AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
+    ("task-arithmetic", None),
+    ("task-arithmetic", Lines()),
+    ("ties", None),
+)
+"""What ``method="auto"`` tries, each with its best scale; then it learns coefficients from the best of them."""
+
+
+def merge(
+    base: SimoModel,
+    experts: Mapping[str, SimoModel],
+    method: str | MergeMethod = "task-arithmetic",
+    scale: float | Mapping[str, Any] | str | None = None,
+    validation: Any = None,
+    images: Any = None,
+    schedule: Schedule | Sequence[float] | str | None = None,
+    count: int | None = None,
+    size: tuple[int, int] | None = None,
+    progress: Progress = silent,
+    **parameters: Any,
+) -> SimoModel:
+    """Merge the experts' encoders into one model that has all their heads, unmerged.
+
+    Args:
+        base: the foundation encoder all experts were fine-tuned from.
+        experts: one model per task; the key names the task.
+        method: a name of `simomerge.merging.available()`, a method, or ``"auto"``: tries a few on ``images``, folds
+            each, and gives the best one, folded.
+        scale: of the merged task vector; ``"auto"`` chooses it: on the labels of ``validation`` where that is given,
+            after a fold, else on ``images`` by how well the merge can be folded; ``"learned"`` learns one per expert
+            and block on ``images`` (task arithmetic only).
+        validation: a dataset with labels of every task, for ``scale="auto"`` and for ``"fisher"``, where its
+            statistics are not given as a parameter.
+        images: images without labels: a folder of pictures, a sequence of images, or a dataset; also for ``"regmean"``.
+        schedule: factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
+        count: of the images; by default 64 for the choice of a scale, 256 for all else.
+        size: (height, width) to make pictures of a folder or list; learning needs images of one size.
+        **parameters: further parameters of the method.
+
+    Returns:
+        A new model; base and experts stay as they are. Its provenance says what it was made of, and what was tried.
+
+    Raises:
+        InputError: experts that do not fit the base or each other (the message says in what), a base that
+            is not the experts' base, or something to choose without the data to choose on.
+
+    Warns:
+        UserWarning: an expert records no base, with how far its weights are from the given one.
+
+    Example:
+        >>> model = merge(base, experts, "ties", density=0.2, scale=0.4)          # doctest: +SKIP
+        >>> model = merge(base, experts, "auto", images="photos/")                # doctest: +SKIP
+    """
+    plan = as_schedule(schedule)
+    pictures = None if images is None else as_images(images, size=size)
+    if method == "auto":
+        given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
+        return _auto(base, experts, pictures, count, progress, given)
+    if not isinstance(scale, str):
+        chosen = with_parameters(method, {**parameters, "scale": scale} if scale is not None else parameters)
+        data = as_images(pictures, count or 256) if validation is None and pictures is not None else validation
+        return merge_models(base, experts, chosen, plan, data, progress)
+    if scale == "learned":
+        with_parameters(method, parameters)  # a misspelt one is told
+        return _learned(base, experts, method, pictures, count, plan, progress)
+    if scale != "auto":
+        raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
+    if validation is not None or pictures is None:
+        if schedule is not None:
+            raise InputError("scale='auto' on labels and a schedule do not go together: give a number as scale.")
+        return search_scale(base, experts, method, validation, progress=progress, **parameters).model
+    aligner = Aligner(base, experts, pictures, count or 64, progress)
+    searched = with_parameters(method, {**parameters, "scale": 1.0})
+    searched = with_statistics(searched, aligner.experts, aligner.images, progress)
+    model = assemble(base, aligner.experts, aligner.best_scale(searched, plan).method, plan)
+    _record_choice(model, aligner)
+    return model
+
+
+def _learned(
+    base: SimoModel,
+    experts: Mapping[str, SimoModel],
+    method: str | MergeMethod,
+    images: Any,
+    count: int | None,
+    schedule: Schedule | None,
+    progress: Progress,
+) -> SimoModel:
+    name = method if isinstance(method, str) else method.name
+    if name != "task-arithmetic" or schedule is not None:
+        raise InputError("scale='learned' is of task arithmetic without a schedule: leave method and schedule out.")
+    if images is None:
+        raise InputError("scale='learned' looks at images without labels: give images=, such as a folder.")
+    aligner = Aligner(base, experts, images, 64, progress)
+    start = aligner.best_scale(TaskArithmetic()).method
+    assert isinstance(start, TaskArithmetic) and isinstance(start.scale, float)
+    learned = learn_coefficients(base, experts, images, start.scale, count=count or 256, progress=progress)
+    model = assemble(base, aligner.experts, learned)
+    model.provenance["merge"]["scale_chosen_on"] = "unlabelled images, by matching the experts' predictions"
+    return model
+
+
+def _auto(
+    base: SimoModel,
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    count: int | None,
+    progress: Progress,
+    given: Mapping[str, Any],
+) -> SimoModel:
+    """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, fold it cross-tap."""
+    if images is None:
+        raise InputError("method='auto' looks at images without labels: give images=, such as a folder.")
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise InputError(f"method='auto' chooses {wrong[0]!r} itself; leave it out, or name a method.")
+    experts, count = check_experts(base, experts), count or 256
+    images = readable(as_images(images, count), one_size=True)
+    aligner = Aligner(base, experts, images, min(count, 64), progress)
+    for name, schedule in AUTO_METHODS:
+        aligner.best_scale(get_method(name), schedule)
+    plain = max(
+        (trial for trial in aligner.trials if trial.method.name == "task-arithmetic" and trial.schedule is None),
+        key=lambda trial: trial.alignment,
+    )
+    assert isinstance(plain.method, TaskArithmetic) and isinstance(plain.method.scale, float)
+    aligner.try_out(learn_coefficients(base, experts, images, plain.method.scale, rounds=1, progress=progress))
+    best = aligner.best
+    model = assemble(base, experts, best.method, best.schedule)
+    _record_choice(model, aligner)
+    return realign_fold(model, experts, images, "cross-tap", count, progress=progress)
+
+
+def _record_choice(model: SimoModel, aligner: Aligner) -> None:
+    model.provenance["merge"]["scale_chosen_on"] = f"{len(aligner.images)} unlabelled images, by alignment"
+    model.provenance["merge"]["tried"] = [trial.describe() for trial in aligner.trials]

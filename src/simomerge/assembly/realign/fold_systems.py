@@ -1,0 +1,96 @@
+"""The linear systems of a fold: what each reads of the features, what it gives, and how it is solved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from simomerge.assembly.realign.normal_equations import NormalEquations
+from simomerge.models.encoders import Features
+from simomerge.models.heads.projections import Projection
+from simomerge.models.heads.resize import resize
+
+
+class System(NamedTuple):
+    """What one system of normal equations reads: patches of some taps, CLS tokens of some, at the places of one tap."""
+
+    maps: tuple[int, ...]
+    cls: tuple[int, ...]
+    grid: int
+
+    def widths(self, channels: Sequence[int]) -> list[int]:
+        """Inputs per tap: first the patches', then the CLS tokens'."""
+        return [channels[tap] for tap in (*self.maps, *self.cls)]
+
+    def patches(self, channels: Sequence[int]) -> int:
+        return sum(channels[tap] for tap in self.maps)
+
+    def inputs(self, features: Features) -> tuple[Tensor, Tensor]:
+        """The patches (B, n, D_z) and the CLS tokens (B, D_c)."""
+        size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
+        patches = [tokens(resize(features.maps[tap].float(), size)) for tap in self.maps]
+        cls = [features.cls[tap].float() for tap in self.cls]
+        blank = features.maps[self.grid].new_zeros(len(features), 0, dtype=torch.float32)
+        places = blank[:, None].expand(-1, size[0] * size[1], -1)
+        return torch.cat([places, *patches], 2), torch.cat([blank, *cls], 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One regression target: a projection of one head, or one tap's part of it."""
+
+    task: str
+    index: int
+    projection: Projection  # as the head has it
+    system: System
+    columns: slice  # of the system's outputs
+
+
+def tokens(maps: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, n, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+class Solver:
+    """Solves one system for any ridge, among the few directions in which its CLS tokens vary."""
+
+    def __init__(self, sums: NormalEquations, system: System, channels: Sequence[int]) -> None:
+        self.patches = system.patches(channels)
+        self.basis = sums.cls_basis(self.patches) if system.cls else None
+        self.sums = self.seen(sums)
+        self.unit = sums.unit
+        # An image gives one CLS token but n patches: what n equal rows seem to prove about it is one observation.
+        self.penalties = torch.ones_like(self.sums.x)
+        self.penalties[self.patches :] = sums.tokens / max(sums.images, 1.0)
+
+    def seen(self, sums: NormalEquations) -> NormalEquations:
+        """Sums in the coordinates that `solve` works in."""
+        return sums.in_basis(self.patches, self.basis)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weights, in these coordinates, and biases to add to the heads'; none for an infinite ridge."""
+        if math.isinf(ridge):
+            return torch.zeros_like(self.sums.xr.T), torch.zeros_like(self.sums.r)
+        return self.sums.solve(ridge, self.penalties, self.unit)
+
+    def expanded(self, weights: Tensor) -> Tensor:
+        """Weights of the inputs themselves."""
+        if self.basis is None:
+            return weights
+        return torch.cat([weights[:, : self.patches], weights[:, self.patches :] @ self.basis.T], 1)
+
+
+def moved(part: Part, weights: Tensor, bias: Tensor, channels: Sequence[int]) -> Projection:
+    """The part's projection with a solution added."""
+    system = part.system
+    wide = part.projection.widened(channels)
+    pieces = weights.split(system.widths(channels), 1)
+    maps = {t: (wide.maps[t].double() + piece).to(wide.bias) for t, piece in zip(system.maps, pieces, strict=False)}
+    tokens = zip(system.cls, pieces[len(system.maps) :], strict=True)
+    cls = {tap: (wide.cls[tap].double() + piece).to(wide.bias) for tap, piece in tokens}
+    return Projection(maps, cls, (wide.bias.double() + bias).to(wide.bias), wide.grid)

@@ -1,0 +1,155 @@
+"""What the experts say of unlabelled images: the only teacher that label-free re-alignment has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.checkpoints import check_same_encoder
+from simomerge.core import distributed
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.core.progress import Progress, silent
+from simomerge.datasets.pictures import image_batches
+from simomerge.models.encoders import Features
+from simomerge.models.model import SimoModel, as_expert
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A batch of images and the experts' features of them.
+
+    Attributes:
+        indices: of the images.
+        images: float (B, 3, H, W), as the encoders get them.
+        features: by task.
+    """
+
+    indices: list[int]
+    images: Tensor
+    features: dict[str, Features]
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """In evaluation mode; each module's own mode is back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def observe(
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    batch_size: int = 32,
+    label: str = "experts",
+    shared: bool = False,
+    progress: Progress = silent,
+) -> Iterator[Observation]:
+    """Encode images with every expert, a batch at a time.
+
+    Args:
+        experts: by task.
+        images: as `simomerge.datasets.pictures.as_images` gives.
+        shared: under torchrun, see this process's share of the images only.
+    """
+    rank, world = (distributed.rank(), distributed.processes()) if shared else (0, 1)
+    first = next(iter(experts.values()))
+    device = next(first.parameters()).device
+    done = 0
+    for indices, batch in image_batches(images, batch_size, start=rank, step=world):
+        batch = first.fit(batch.to(device))
+        with evaluating(*experts.values()), autocast(device):
+            features = {task: expert.encode(batch) for task, expert in experts.items()}
+        yield Observation(indices, batch, features)
+        done += len(indices)
+        progress(label, min(done * world, len(images)), len(images), "")
+
+
+def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) -> dict[str, SimoModel]:
+    """The model's experts, by task in the model's order, after checking that their encoders are of one kind.
+
+    Raises:
+        InputError: none given, one missing or too many, or one with other taps or another normalisation than the model.
+    """
+    if not experts:
+        raise InputError("re-alignment without labels needs the experts: give each as TASK=EXPERT.")
+    missing = [task for task in model.tasks if task not in experts]
+    if missing:
+        raise InputError(f"no expert given for task {missing[0]!r}; the model has {', '.join(model.tasks)}.")
+    unknown = [task for task in experts if task not in model.tasks]
+    if unknown:
+        raise InputError(f"expert {unknown[0]!r}: the model has no such task; it has {', '.join(model.tasks)}.")
+    named = {task: as_expert(experts[task], task) for task in model.tasks}
+    for task, expert in named.items():
+        if expert.encoder.multiple != model.encoder.multiple:
+            raise InputError(
+                f"expert {task!r} has patches of {expert.encoder.multiple} pixels, the model of"
+                f" {model.encoder.multiple}; give the expert that the model was merged from."
+            )
+        _check_origin(model, task, expert)
+    # Adapters of the model's are no obstacle: its features are what they are.
+    ours = {**model.encoder_description(), "adapters": None}
+    check_same_encoder({"the model": ours, **{task: expert.encoder_description() for task, expert in named.items()}})
+    return named
+
+
+def _check_origin(model: SimoModel, task: str, expert: SimoModel) -> None:
+    """An expert must be where the model is, and the one that it was merged from, where that is recorded."""
+    here, there = (next(module.parameters()).device for module in (model, expert))
+    if here != there:
+        raise InputError(f"expert {task!r} is on {there}, the model on {here}: move one with .to({str(here)!r}).")
+    recorded = model.provenance.get("experts", {}).get(task, {}).get("fingerprint")
+    if recorded and recorded != expert.encoder_fingerprint():
+        raise InputError(
+            f"expert {task!r} is not the one that the model was merged from (its encoder is"
+            f" {expert.encoder_fingerprint()[:12]}, recorded is {recorded[:12]})."
+        )
+    ours, theirs = model.tasks[task], expert.tasks[task]
+    if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
+        raise InputError(
+            f"task {task!r} is {ours.kind} of {ours.channels} channels in the model, {theirs.kind} of"
+            f" {theirs.channels} in the expert."
+        )
+
+
+def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
+    """Make sure that the model's heads are the experts', as a merge leaves them.
+
+    Raises:
+        InputError: another architecture or other weights; the message names the first tensor that differs.
+    """
+    for task, expert in experts.items():
+        ours, theirs = model.heads[task].state_dict(), expert.heads[task].state_dict()
+        wrong = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
+        if wrong:
+            raise InputError(
+                f"head {task!r} of the model is not its expert's ({_difference(wrong[0], ours, theirs)}): give the"
+                " expert that it was merged from, and the merged model before any re-alignment."
+            )
+
+
+def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return False
+    return torch.allclose(ours.float(), theirs.to(ours.device).float(), rtol=1e-3, atol=1e-6)
+
+
+def _difference(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    def shape(tensors: Mapping[str, Tensor]) -> Sequence[int] | str:
+        return tuple(tensors[name].shape) if name in tensors else "not there"
+
+    if shape(ours) != shape(theirs):
+        return f"{name}: {shape(ours)} in the model, {shape(theirs)} in the expert"
+    return f"{name} has other values"

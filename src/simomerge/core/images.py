@@ -1,0 +1,103 @@
+"""Images in whatever form a user has them -> float tensors (1, 3, H, W), RGB in [0, 1]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simomerge.core.errors import InputError
+
+MAX_PIXELS = 64_000_000
+"""Images above this many pixels are refused: the maps of a few tasks at that size would not fit in memory."""
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
+
+    Raises:
+        InputError: no such file, not an image, truncated, or more than `MAX_PIXELS` pixels.
+    """
+    from PIL import Image, ImageOps
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such image file.")
+    try:
+        with Image.open(path) as image:
+            _check_size(str(path), image.height, image.width)
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles over
+        raise InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
+
+
+def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
+    """A path, PIL image, array or tensor as float32 (1, 3, H, W) in [0, 1].
+
+    Args:
+        image: a path; a PIL image; a uint8 (0..255) or float (0..1) array of (H, W), (H, W, 3) or (H, W, 4);
+            or a tensor of (3, H, W) or (1, 3, H, W), uint8 or float in [0, 1].
+        size: (height, width) to make it; as it is by default.
+
+    Raises:
+        InputError: another shape, dtype or range, or far too many pixels.
+    """
+    if isinstance(image, (str, Path)):
+        image = read_image(image)
+    elif not isinstance(image, (np.ndarray, Tensor)):
+        if not hasattr(image, "convert"):
+            raise InputError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor.")
+        image = _as_rgb(image)
+    if isinstance(image, np.ndarray):
+        if image.ndim == 2:
+            image = np.repeat(image[..., None], 3, axis=2)
+        if image.ndim != 3 or image.shape[2] not in (3, 4):
+            raise InputError(f"image array of shape {image.shape}; give (H, W), (H, W, 3) or (H, W, 4).")
+        if image.dtype != np.uint8 and image.dtype.kind != "f":
+            raise InputError(f"image of dtype {image.dtype}; give uint8 in 0..255 or floats in [0, 1].")
+        # A copy: torch takes no read-only array, no negative strides and no foreign byte order.
+        native = image[..., :3].astype(image.dtype.newbyteorder("="), order="C")
+        tensor = torch.from_numpy(native).permute(2, 0, 1)[None]
+    else:
+        tensor = image[None] if image.ndim == 3 else image
+        if tensor.ndim != 4 or tensor.shape[:2] != (1, 3):
+            raise InputError(f"image tensor of shape {tuple(image.shape)}; give (3, H, W) or (1, 3, H, W).")
+    _check_size("image", *tensor.shape[-2:])
+    if tensor.dtype == torch.uint8:
+        return resized(tensor, size).float() / 255  # of bytes that takes a thirtieth of the time
+    if not tensor.is_floating_point():
+        raise InputError(f"image of dtype {tensor.dtype}; give uint8 in 0..255 or floats in [0, 1].")
+    tensor = tensor.float()
+    low, high = tensor.aminmax()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise InputError(f"image values from {low:.3g} to {high:.3g}; give floats in [0, 1] or uint8 in 0..255.")
+    return resized(tensor, size)
+
+
+def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images (B, 3, H, W) of this (height, width), bilinearly with antialiasing; in their dtype."""
+    if size is None or images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _as_rgb(image: Any) -> np.ndarray:
+    """A PIL image as uint8 RGB; 16-bit grey is scaled, which Pillow itself would clip at 255."""
+    if image.mode.startswith("I"):
+        grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_size(name: str, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS or height < 1 or width < 1:
+        raise InputError(
+            f"{name}: {width} x {height} pixels; images from 1 to {MAX_PIXELS // 1_000_000} million pixels can be"
+            " predicted: resize it first."
+        )

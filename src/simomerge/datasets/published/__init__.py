@@ -1,0 +1,1 @@
+"""Published datasets, each in its own folder layout."""

@@ -1,0 +1,1 @@
+"""How a merge method is applied to named tensors: streaming, thresholds, depth, checks."""

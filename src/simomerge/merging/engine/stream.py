@@ -1,0 +1,198 @@
+"""The base and the experts seen as one stream of tensors and their task vectors, read on demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from simomerge.checkpoints import as_numpy, canonicalise, flat_values, tensor_info
+from simomerge.core.errors import InputError
+from simomerge.core.parallel import ordered_map
+
+BLOCK = 1 << 17
+"""Entries that are worked on at once where tensors need not be whole: what is in hand stays in the core's cache."""
+
+_Result = TypeVar("_Result")
+
+
+class TaskVectorStream:
+    """Read task vectors, tau = expert - base, one tensor or one block at a time and in float32.
+
+    Nothing is kept: reading a tensor twice reads it twice. The models must agree in names and shapes
+    (``checks.check_models``). Several threads may read.
+
+    Args:
+        base: name -> array or tensor, or a Checkpoint.
+        experts: expert name -> the same kind of mapping. One with a method ``task_vector(name)`` (an expert of
+            low-rank factors) is asked for it, which is more exact than adding to the base and subtracting again.
+        threads: how many :meth:`map` uses; all cores by default.
+
+    Attributes:
+        experts: expert names, sorted, so that no result depends on the order in which they were given.
+        names: canonical names of the float tensors, the ones that take part, in the base's order.
+        shapes: canonical name -> shape.
+        sizes: canonical name -> number of entries.
+        changed: the experts seen so far to differ from the base somewhere.
+        checked: set where every value has been read and found finite: it is not looked for again.
+
+    Example:
+        >>> stream = TaskVectorStream({"w": np.zeros(2)}, {"depth": {"w": np.ones(2)}})
+        >>> stream.task_vector("depth", "w")
+        array([1., 1.], dtype=float32)
+    """
+
+    def __init__(
+        self, base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], threads: int | None = None
+    ) -> None:
+        self._base, self._experts, self._threads = base, experts, threads
+        self._base_names = canonicalise(base)
+        self._expert_names = {expert: canonicalise(experts[expert]) for expert in experts}
+        infos = {name: tensor_info(base, own) for name, own in self._base_names.items()}
+        self.experts = tuple(sorted(experts))
+        self.names = tuple(name for name, info in infos.items() if info.is_float)
+        self.shapes = {name: infos[name].shape for name in self.names}
+        self.sizes = {name: infos[name].size for name in self.names}
+        self.changed: set[str] = set()
+        self.checked = False
+
+    def base(self, name: str, part: slice | None = None) -> np.ndarray:
+        """The base's tensor, float32, or a part of it flattened.
+
+        Raises:
+            InputError: it holds a value that is not finite.
+        """
+        values = _values(self._base, self._base_names[name], part)
+        if not _all_finite(values):
+            raise InputError(
+                f"'{name}' of the base{_place(self._base)} holds NaN or infinite values: the checkpoint is damaged."
+            )
+        return values
+
+    def task_vector(
+        self, expert: str, name: str, base: np.ndarray | None = None, part: slice | None = None
+    ) -> np.ndarray:
+        """The expert's tensor minus the base's, float32, or a part of it flattened.
+
+        Args:
+            base: the base's tensor (or that part), if it has been read already.
+
+        Raises:
+            InputError: the expert's tensor holds a value that is not finite.
+        """
+        base = self.base(name, part) if base is None else base
+        tau = self._difference(expert, name, base, part)
+        if not _all_finite(tau):
+            raise InputError(
+                f"'{name}' of the expert '{expert}'{_place(self._experts[expert])} holds NaN or infinite values: "
+                "its training diverged or the checkpoint is damaged."
+            )
+        self._note_change(expert, tau)
+        return tau
+
+    def _difference(
+        self, expert: str, name: str, base: np.ndarray, part: slice | None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        source, own = self._experts[expert], self._expert_names[expert][name]
+        # Low-rank factors are relative to the adapter's own base, which need not be the reference here.
+        low_rank = getattr(source, "task_vector", None) if getattr(source, "base", None) is self._base else None
+        tau = low_rank(own) if callable(low_rank) else None
+        if tau is None:
+            return np.subtract(_values(source, own, part), base, out=np.empty_like(base) if out is None else out)
+        return tau if part is None else np.ascontiguousarray(tau.reshape(-1)[part])  # a view would keep all of it
+
+    def _note_change(self, expert: str, tau: np.ndarray) -> None:
+        if expert not in self.changed and tau.any():
+            self.changed.add(expert)
+
+    def read(
+        self, name: str, part: slice | None = None, workspace: np.ndarray | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The base's tensor and every expert's task vector, sorted by expert name; or a part of them, flattened.
+
+        Args:
+            workspace: for a part: what :meth:`workspace` made, whose rows the task vectors are then written to; valid
+                until it is used again. New arrays for every block cost more than the arithmetic.
+        """
+        if workspace is None:
+            base = self.base(name, part)
+            return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
+        # Threads take turns at the interpreter between any two calls of numpy, so fewer and longer ones are faster. One
+        # check does for all: where the base or an expert is not finite, neither is their difference.
+        base = _values(self._base, self._base_names[name], part)
+        rows = workspace[:, : base.size]
+        taus = {e: self._difference(e, name, base, part, row) for e, row in zip(self.experts, rows, strict=True)}
+        within = all(tau.base is workspace for tau in taus.values())
+        # Task vectors of low-rank factors are not made from the base, which is looked at then too.
+        looked_at = [rows] if within else [base, *taus.values()]
+        if not (self.checked or all(map(_all_finite, looked_at))):
+            return self.read(name, part)  # which says what is wrong
+        for expert, tau in taus.items():
+            self._note_change(expert, tau)
+        return base, taus
+
+    def workspace(self, name: str) -> np.ndarray:
+        """(experts, largest block) float32, for :meth:`read` in a loop over the blocks of a tensor."""
+        return np.empty((len(self.experts), max((p.stop - p.start for p in self.blocks(name)), default=0)), np.float32)
+
+    def blocks(self, name: str) -> Iterator[slice]:
+        """The parts of a tensor, for :meth:`read`, that make it up.
+
+        Example:
+            >>> stream = TaskVectorStream({"w": np.zeros(300_000)}, {})
+            >>> [part.stop for part in stream.blocks("w")]
+            [131072, 262144, 300000]
+        """
+        # Low-rank factors are multiplied out for the whole tensor: in one piece, or it would be done per block.
+        step = self.sizes[name] if any(hasattr(e, "task_vector") for e in self._experts.values()) else BLOCK
+        for start in range(0, self.sizes[name], max(step, 1)):
+            yield slice(start, min(start + step, self.sizes[name]))
+
+    def map(self, function: Callable[[str], _Result]) -> Iterator[tuple[str, _Result]]:
+        """``(name, function(name))`` for every tensor in order, computed by all cores and a few ahead at most."""
+
+        def quiet(name: str) -> _Result:
+            with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values; once per tensor
+                return function(name)
+
+        return zip(self.names, ordered_map(quiet, self.names, self._threads), strict=True)
+
+
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays of one shape as one (T, ...) array: without a copy where they are what ``read`` filled a workspace with.
+
+    Example:
+        >>> stacked([np.zeros(2), np.ones(2)]).shape
+        (2, 2)
+    """
+    workspace = arrays[0].base
+    if isinstance(workspace, np.ndarray) and workspace.ndim == 2 and len(workspace) == len(arrays):
+        begin, (row, entry) = workspace.__array_interface__["data"][0], workspace.strides
+        places = (begin + row * number for number in range(len(arrays)))
+        if all(
+            array.base is workspace and array.strides == (entry,) and array.__array_interface__["data"][0] == place
+            for array, place in zip(arrays, places, strict=True)
+        ):
+            return workspace[:, : arrays[0].size]
+    return np.stack(arrays)
+
+
+def _values(source: Mapping[str, Any], name: str, part: slice | None) -> np.ndarray:
+    # At least 1-D: numpy's arithmetic turns an array without an axis into a number, which cannot be written to.
+    return np.atleast_1d(as_numpy(source[name], name)) if part is None else flat_values(source, name, part)
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    path = getattr(source, "path", None)
+    return f" ({path})" if path is not None else ""
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    # The dot product with itself is finite only if every entry is, at a fraction of the cost of testing each;
+    # it may overflow on large finite values, so a failure is looked at closely.
+    if values.ndim > 1 and not values.flags.c_contiguous:
+        return all(map(_all_finite, values))
+    flat = values.reshape(-1)
+    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())

@@ -1,0 +1,88 @@
+"""Heads (decoders): Features -> a dense prediction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from simomerge.core.classes import class_path, make
+from simomerge.core.errors import InputError
+from simomerge.models.encoders import Encoder, Features
+from simomerge.models.heads.binned import BinnedDepthHead
+from simomerge.models.heads.dpt import DPTHead
+from simomerge.models.heads.linear import LinearHead
+from simomerge.models.heads.projections import Foldable
+from simomerge.models.heads.transformers import TransformersHead
+
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "dpt": DPTHead,
+    "binned-depth": BinnedDepthHead,
+    "transformers": TransformersHead,
+}
+"""Every head that a recipe or a model folder can name. A new one is one line here."""
+
+
+def build_head(
+    kind: str, in_channels: Sequence[int], out_channels: int, settings: dict[str, Any] | None = None
+) -> nn.Module:
+    """A freshly initialised head.
+
+    Args:
+        kind: a key of `HEADS`, or ``module:Class`` of a head of your own, which takes its settings alone.
+        in_channels: channels of each tap.
+        out_channels: channels of the task.
+        settings: further keyword arguments of the head's class.
+
+    Raises:
+        InputError: an unknown kind or setting.
+    """
+    if ":" in kind:
+        return make(kind, settings or {}, nn.Module)
+    if kind not in HEADS:
+        raise InputError(f"unknown head {kind!r}; choose one of: {', '.join(HEADS)}.")
+    try:
+        return HEADS[kind](in_channels, out_channels, **(settings or {}))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"head {kind!r}: {error}.") from error
+
+
+def head_for(encoder: Encoder, kind: str, out_channels: int, **settings: Any) -> nn.Module:
+    """A fresh head that fits an encoder's taps: their strides, and CLS tokens where the encoder has them."""
+    known = inspect.signature(HEADS[kind]).parameters if kind in HEADS else {}
+    fitting = {"cls": encoder.has_cls, "pyramid": len(set(encoder.strides)) > 1}
+    taken = {name: value for name, value in fitting.items() if name in known}
+    return build_head(kind, encoder.channels, out_channels, {**taken, **settings})
+
+
+def head_kind(head: nn.Module) -> str:
+    """The key of `HEADS` that a head was built from, or ``module:Class`` of one of the user's own."""
+    return next((kind for kind, cls in HEADS.items() if type(head) is cls), None) or class_path(head)
+
+
+class DenseHead(Protocol):
+    """What an ``nn.Module`` must have to be a head.
+
+    May have ``settings``, the keyword arguments that make it again: a model folder holds them beside its class's name.
+    To be folded, it declares its input projections, most simply as a `Foldable`.
+    """
+
+    def __call__(self, features: Features) -> Tensor:
+        """Features -> logits (B, C, H, W) at the padded size."""
+
+
+__all__ = [
+    "HEADS",
+    "BinnedDepthHead",
+    "DPTHead",
+    "DenseHead",
+    "Foldable",
+    "LinearHead",
+    "TransformersHead",
+    "build_head",
+    "head_for",
+    "head_kind",
+]

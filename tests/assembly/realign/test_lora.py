@@ -1,0 +1,349 @@
+"""LoRA re-alignment: what was trained beside the weights ends inside them, and the encoder is plain again."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Model
+
+from simomerge.assembly.realign import lora as module
+from simomerge.assembly.realign import realign, realign_distill, realign_lora
+from simomerge.assembly.realign.lora import lora, lora_config
+from simomerge.core.errors import InputError
+from simomerge.datasets import DenseDataset
+from simomerge.models.model import SimoModel
+from simomerge.training import loop
+
+from .conftest import SETTINGS
+
+LAYERS = 4 * 6  # of each block: query, key, value, output and the two of the MLP, whatever transformers calls them
+FACTORS = 3 * 4 * (4 * (32 + 32) + 2 * (32 + 64))  # numbers in A and B of rank 3
+IMAGES = torch.rand((3, 3, 24, 30), generator=torch.Generator().manual_seed(0))
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def factors(backbone: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer that has LoRA."""
+    return {
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        for name, layer in backbone.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+
+
+def as_if_trained(backbone: nn.Module) -> None:
+    """B is zero at the start; here it is not."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, b in factors(backbone).values():
+            b.normal_(0, 0.05, generator=generator)
+
+
+@pytest.fixture
+def before_the_fold(monkeypatch: pytest.MonkeyPatch) -> list[SimoModel]:
+    """Copies of the models as they were trained, LoRA still in them."""
+    found: list[SimoModel] = []
+    train = module.train_with_heads
+
+    def keep(model: SimoModel, *arguments: Any, **named: Any) -> dict[str, Any]:
+        cost = train(model, *arguments, **named)
+        found.append(copy.deepcopy(model))
+        return cost
+
+    monkeypatch.setattr(module, "train_with_heads", keep)
+    return found
+
+
+# Folding ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_folded_encoder_computes_what_the_unfolded_does(merged: SimoModel) -> None:
+    without = merged.encode(IMAGES)
+    with lora(merged.encoder, lora_config(merged.encoder, rank=3, alpha=5)):
+        for ours, theirs in zip(merged.encode(IMAGES).maps, without.maps, strict=True):
+            assert torch.equal(ours, theirs)  # it begins as nothing
+        as_if_trained(merged.encoder.backbone)
+        unfolded, logits = merged.encode(IMAGES), merged(IMAGES)
+    folded = merged.encode(IMAGES)
+    for ours, theirs, start in zip(folded.maps, unfolded.maps, without.maps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        assert (theirs - start).abs().max() > 0.05
+    torch.testing.assert_close(merged(IMAGES), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "alpha", "scale"), [(3, None, 1.0), (2, 5, 2.5), (4, 1.5, 0.375)])
+def test_folded_weights_are_the_weights_plus_the_scaled_product(
+    merged: SimoModel, rank: int, alpha: float | None, scale: float
+) -> None:
+    before = weights(merged.encoder.backbone)
+    with lora(merged.encoder, lora_config(merged.encoder, rank, alpha)):
+        as_if_trained(merged.encoder.backbone)
+        learned = {name: (a.double(), b.double()) for name, (a, b) in factors(merged.encoder.backbone).items()}
+    assert len(learned) == LAYERS
+    for name, value in weights(merged.encoder.backbone).items():
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or layer not in learned:
+            assert torch.equal(value, before[name]), name
+            continue
+        a, b = learned[layer]
+        assert a.shape[0] == b.shape[1] == rank
+        by_hand = before[name].double() + scale * b @ a
+        torch.testing.assert_close(value.double(), by_hand, rtol=0, atol=1e-6, msg=name)
+
+
+def test_nothing_of_lora_is_left(merged: SimoModel) -> None:
+    backbone, blocks = merged.encoder.backbone, list(merged.encoder.anatomy.blocks)
+    looks, names, attributes = str(merged), list(merged.state_dict()), set(vars(backbone))
+    with lora(merged.encoder, lora_config(merged.encoder, 2)):
+        assert list(merged.state_dict()) != names
+    assert (str(merged), list(merged.state_dict()), set(vars(backbone))) == (looks, names, attributes)
+    assert merged.encoder.backbone is backbone
+    assert all(now is then for now, then in zip(merged.encoder.anatomy.blocks, blocks, strict=True))
+
+
+@torch.no_grad()
+def test_copies_hear_their_own_blocks_during_and_after_lora(merged: SimoModel) -> None:
+    with lora(merged.encoder, lora_config(merged.encoder, 2)):
+        as_if_trained(merged.encoder.backbone)
+        during, expected = copy.deepcopy(merged), merged(IMAGES)
+    after = copy.deepcopy(merged)
+    merged.requires_grad_(False)
+    for parameter in merged.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(during(IMAGES), expected, rtol=0, atol=0)
+    torch.testing.assert_close(after(IMAGES), expected, rtol=0, atol=1e-5)
+
+
+# Training -----------------------------------------------------------------------------------------------
+
+
+def test_lora_and_heads_learn_and_nothing_else(
+    merged: SimoModel, rooms: DenseDataset, before_the_fold: list[SimoModel]
+) -> None:
+    before = weights(merged)
+    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    assert same(before, weights(merged)) and "realign" not in merged.provenance
+    (trained,) = before_the_fold
+    learned = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    assert learned and all(".lora_" in name or name.startswith("heads.") for name in learned)
+    for name, value in trained.encoder.state_dict(prefix="encoder.").items():
+        if name not in learned:
+            assert torch.equal(value, before[name.replace(".base_layer", "")]), name
+    assert all(b.abs().max() > 0 for _, b in factors(trained.encoder.backbone).values())
+    for name in merged.tasks:
+        assert not torch.equal(merged.heads[name].output.weight, result.heads[name].output.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(result(IMAGES), trained.eval()(IMAGES), rtol=0, atol=1e-5)
+    assert not result.training
+
+
+def test_the_result_is_a_plain_model_with_the_same_names(merged: SimoModel, rooms: DenseDataset) -> None:
+    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    assert list(result.state_dict()) == list(merged.state_dict()) and str(result) == str(merged)
+    assert result.encoder.adapters is None and result.encoder_fingerprint() != merged.encoder_fingerprint()
+    ours = {p.data_ptr() for p in merged.parameters()}
+    assert not any(p.data_ptr() in ours for p in result.parameters())
+
+
+def test_lora_learns_what_heads_alone_do_not(merged: SimoModel, rooms: DenseDataset) -> None:
+    """LoRA of no rate to speak of leaves the heads alone."""
+    task = merged.tasks["segmentation"]
+    batch = {key: torch.stack([rooms[i][key] for i in range(8)]) for key in ("image", "segmentation")}
+    losses = {}
+    for encoder_lr in (1e-9, 3e-2):
+        settings = replace(SETTINGS, steps=40, batch_size=8, lr=1e-4, encoder_lr=encoder_lr)
+        result = realign_lora(merged, rooms, settings, rank=4).train()  # so few steps leave the statistics behind
+        with torch.no_grad():
+            losses[encoder_lr] = float(task.loss(result(batch["image"])["segmentation"], batch["segmentation"]))
+    assert losses[3e-2] < 0.9 * losses[1e-9]
+
+
+def test_the_provenance_says_all_that_was_done(merged: SimoModel, rooms: DenseDataset) -> None:
+    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    record = dict(result.provenance["realign"])
+    assert 0 < record.pop("seconds") < 600
+    heads = sum(p.numel() for p in merged.heads.parameters())
+    assert record == {
+        "method": "lora",
+        "rank": 3,
+        "alpha": 3,
+        "targets": "all-linear",
+        **asdict(SETTINGS),
+        "labelled_images": 8,
+        "steps": SETTINGS.steps,
+        "trained_parameters": heads + FACTORS,
+    }
+    again = realign(result, data=rooms, method="lora", settings=SETTINGS, rank=2, alpha=8, targets=("fc2", "mlp.fc1"))
+    record = again.provenance["realign"]
+    assert (record["alpha"], record["targets"]) == (8, ["fc2", "mlp.fc1"])
+    assert record["after"] == result.provenance["realign"] and again.provenance["merge"] == {"method": "average"}
+
+
+def test_only_the_targets_change(merged: SimoModel, rooms: DenseDataset) -> None:
+    result = realign_lora(merged, rooms, SETTINGS, rank=2, targets=["fc2", "mlp.fc1"])
+    after = weights(result.encoder.backbone)
+    changed = {n for n, value in weights(merged.encoder.backbone).items() if not torch.equal(value, after[n])}
+    assert len(changed) == 8 and all(name.endswith(("mlp.fc1.weight", "mlp.fc2.weight")) for name in changed)
+
+
+def test_saved_and_loaded_it_predicts_the_same(merged: SimoModel, rooms: DenseDataset, tmp_path: Path) -> None:
+    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    result.save_pretrained(tmp_path / "scene")
+    assert not (tmp_path / "scene" / "adapters.safetensors").exists()
+    again = SimoModel.from_pretrained(tmp_path / "scene")
+    image = rooms[0]["image"]
+    expected, without = result.predict(image), merged.predict(image)
+    for name, values in again.predict(image).items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    assert any(not np.array_equal(expected[name], without[name]) for name in expected)
+    assert again.provenance == result.provenance
+    plain, loading = Dinov2Model.from_pretrained(tmp_path / "scene" / "encoder", output_loading_info=True)
+    assert not loading["unexpected_keys"] and same(weights(plain), weights(result.encoder.backbone))
+
+
+def test_the_seed_decides_everything(merged: SimoModel, rooms: DenseDataset) -> None:
+    torch.rand(7)
+    first = realign_lora(merged, rooms, SETTINGS, rank=2)
+    torch.rand(3)
+    assert same(weights(first), weights(realign_lora(merged, rooms, SETTINGS, rank=2)))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [3, SETTINGS.steps])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
+    merged: SimoModel, rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = realign_lora(merged, rooms, SETTINGS, rank=3)
+
+    def save_and_die(self: Any, log: Any) -> None:
+        if log.steps == step:
+            self.save(log)
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(loop._State, "save_once_in_a_while", save_and_die)
+        realign_lora(merged, rooms, SETTINGS, rank=3, work_folder=tmp_path / "work")
+    state = torch.load(tmp_path / "work" / "lora.pt", weights_only=True)
+    assert state["log"]["steps"] == step and not any(name.endswith("base_layer.weight") for name in state["module"])
+    resumed = realign_lora(merged, rooms, SETTINGS, rank=3, work_folder=tmp_path / "work")
+    assert same(weights(whole), weights(resumed))
+    assert resumed.provenance["realign"]["steps"] == SETTINGS.steps
+
+
+# Distilling ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts(make_model: Callable[..., SimoModel], merged: SimoModel) -> dict[str, SimoModel]:
+    found = {}
+    for seed, (name, task) in enumerate(merged.tasks.items(), 1):
+        found[name] = make_model([task])
+        found[name].heads[name] = copy.deepcopy(merged.heads[name])
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in found[name].encoder.backbone.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*the fold stays close to the unfolded head:UserWarning")
+def test_distillation_folds_lora_as_well(
+    merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
+) -> None:
+    before = weights(merged)
+    result = realign_distill(merged, experts, rooms, SETTINGS, adapters="lora", rank=3, work_folder=tmp_path / "work")
+    assert same(before, weights(merged)) and not result.training
+    after = weights(result.encoder.backbone)
+    assert list(after) == list(merged.encoder.backbone.state_dict()) and result.encoder.adapters is None
+    changed = {n for n, value in weights(merged.encoder.backbone).items() if not torch.equal(value, after[n])}
+    assert len(changed) == LAYERS
+    record = result.provenance["realign"]
+    assert record["after"]["method"] == "fold" and "activation" not in record
+    assert {key: record[key] for key in ("method", "adapters", "rank", "alpha", "targets", "steps")} == {
+        "method": "distill",
+        "adapters": "lora",
+        "rank": 3,
+        "alpha": 3,
+        "targets": "all-linear",
+        "steps": SETTINGS.steps,
+    }
+    assert record["trained_parameters"] == FACTORS + sum(p.numel() for p in result.heads.parameters())
+
+
+def test_distillation_refuses_what_lora_has_not_before_it_folds(
+    merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simomerge.assembly.realign.distill.realign_fold", lambda *_, **__: pytest.fail("folded"))
+    with pytest.raises(InputError, match="activation 'relu' is of adapters, and LoRA has none"):
+        realign_distill(merged, experts, rooms, SETTINGS, "lora", activation="relu")
+    with pytest.raises(InputError, match="LoRA rank 0"):
+        realign_distill(merged, experts, rooms, SETTINGS, "lora", rank=0)
+    wrong: Any = "dora"
+    with pytest.raises(InputError, match="adapters='dora': use True, False or 'lora'"):
+        realign_distill(merged, experts, rooms, SETTINGS, wrong)
+    merged.encoder.add_adapters(2)
+    with pytest.raises(InputError, match="has adapters already; distill its heads alone"):
+        realign_distill(merged, experts, rooms, SETTINGS, "lora")
+
+
+# Mistakes -----------------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"rank": 0}, "LoRA rank 0: use a whole number of at least 1"),
+    ({"alpha": 0}, "LoRA alpha 0: use a number above 0"),
+    ({"alpha": float("nan")}, "LoRA alpha nan"),
+    ({"targets": ["fc1", "c1"]}, "no linear layer ends in 'c1'; name some of .*, fc1, fc2, or 'all-linear'"),
+    ({"targets": "norm1"}, "no linear layer ends in 'norm1'.*or 'all-linear'"),
+    ({"targets": []}, "none named; name some of .*fc1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES)
+def test_a_mistake_is_named(merged: SimoModel, rooms: DenseDataset, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        realign_lora(merged, rooms, SETTINGS, **options)
+
+
+def test_missing_labels_are_named(merged: SimoModel, rooms: DenseDataset) -> None:
+    with pytest.raises(InputError, match=r"LoRA needs labels of every task.*segmentation\."):
+        realign_lora(merged, rooms.select(["depth"]), SETTINGS)
+
+
+def test_a_model_that_has_adapters_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
+    merged.encoder.add_adapters(2)
+    with pytest.raises(InputError, match="has adapters already"):
+        realign_lora(merged, rooms, SETTINGS)
+
+
+def test_an_encoder_without_linear_layers_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
+    merged.encoder.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8))
+    with pytest.raises(InputError, match="Sequential has no linear layers, and LoRA is for these"):
+        realign_lora(merged, rooms, SETTINGS)
+
+
+def test_without_peft_the_command_that_installs_it_is_named(
+    merged: SimoModel, rooms: DenseDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r'LoRA needs peft .*: pip install "simomerge\[lora\]"'):
+        realign_lora(merged, rooms, SETTINGS)

@@ -1,0 +1,134 @@
+"""What one process or several do together; started by torchrun, or alone. The tests compare what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simomerge.assembly.realign import realign_fold, realign_heads
+from simomerge.core import distributed
+from simomerge.core import machine as devices
+from simomerge.datasets import load_data
+from simomerge.datasets.batches import training_batches
+from simomerge.models.encoders import load_encoder
+from simomerge.models.model import SimoModel
+from simomerge.training import TrainSettings, cache_features, finetune, fresh_head, image_losses, loop, lpft
+from simomerge.training.evaluate import evaluate
+
+SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
+HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}
+
+
+def in_float32() -> None:
+    """bfloat16 rounds a share of a batch in another way than the whole of it."""
+    devices.mixed_precision = lambda device=None: "no"
+    loop.mixed_precision = devices.mixed_precision
+
+
+def model_of(base: Path, data: Any, kinds: dict[str, str]) -> SimoModel:
+    """With heads that start at the mean target: under a batch norm, an L1 loss whose predictions are all too low has no
+    gradient but rounding, and AdamW makes steps of that."""
+    encoder = load_encoder(base)
+    heads = {name: fresh_head(encoder, data.tasks[name], data, kind, **HEADS[kind]) for name, kind in kinds.items()}
+    return SimoModel(encoder, {name: data.tasks[name] for name in kinds}, heads)
+
+
+def save(output: Path, name: str, value: Any) -> None:
+    """What every process has at the end: the test sees whether they agree."""
+    torch.save(value, output / f"{name}-{distributed.rank()}.pt")
+
+
+def train(base: Path, output: Path) -> None:
+    data = load_data("rooms", "train", 16, ("depth", "segmentation", "normals"))
+    kinds = {"depth": "linear", "segmentation": "dpt", "normals": "linear"}
+    validation = load_data("rooms", "val", 9, tuple(data.tasks))
+    for weighting in ("uncertainty", "nash"):
+        model = model_of(base, data, kinds).requires_grad_(True)
+        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", weighting=weighting)
+        save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
+
+
+def realign(base: Path, output: Path) -> None:
+    data = load_data("rooms", "val", 11, ("depth", "edges"))
+    kinds = {"depth": "linear", "edges": "dpt"}
+    model = model_of(base, data, kinds)
+    cache_features(model.encoder, data, output / "features", batch_size=4)
+    heads = realign_heads(model, data, SETTINGS).heads.state_dict()
+    experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
+    for task, expert in experts.items():
+        torch.manual_seed(len(task))
+        with torch.no_grad():
+            for weight in expert.encoder.parameters():
+                weight.mul_(1 + 0.1 * torch.randn(()))
+    folded = realign_fold(model, experts, data, batch_size=2)
+    save(output, "realign", {"heads": heads, "folded": folded.heads.state_dict()})
+
+
+def judge(base: Path, output: Path) -> None:
+    data = load_data("rooms", "val", 11)
+    model = model_of(base, data, dict.fromkeys(data.tasks, "linear"))
+    scores = evaluate(model, data, batch_size=4)
+    save(output, "judge", {"scores": scores, "one image": evaluate(model, data.take(1))})
+
+
+def probe_and_tune(base: Path, output: Path) -> None:
+    """In a temporary folder, which all have to find."""
+    data = load_data("rooms", "train", 8, ("depth",))
+    model = model_of(base, data, {"depth": "dpt"})
+    lpft(model, data, SETTINGS, SETTINGS)
+    save(output, "lpft", model.state_dict())
+
+
+def recipe(base: Path, output: Path) -> None:
+    from simomerge.recipes import Recipe, run_recipe
+
+    short = TrainSettings(steps=4, batch_size=4, lr=5e-3)
+    small = Recipe(
+        tasks=("depth", "normals"),
+        head="dpt",
+        head_settings=HEADS["dpt"],
+        **{"train_images": 16, "val_images": 8, "test_images": 5, "rank": 2, "distill_images": 6},
+        **dict.fromkeys(("probe", "tune", "joint", "heads", "adapters", "distill", "distill_adapters"), short),
+        merges=("average", "task-arithmetic"),
+        realigned=("task-arithmetic+heads", "average+adapters", "task-arithmetic+fold", "average+distill", "auto"),
+        relate=True,
+    )
+    results = run_recipe(small, base, output / "run", workers=1)  # others would not be in float32
+    save(output, "recipe", {row["method"]: row["all_metrics"] for row in results["rows"]})
+
+
+def sharded(base: Path, output: Path) -> None:
+    """docs/scale.md: a loop of one's own over an encoder that no process holds whole."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    data = load_data("rooms", "train", 16, ("depth",))
+    model = model_of(base, data, {"depth": "dpt"}).requires_grad_(True)
+    if distributed.processes() > 1:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (distributed.processes(),))
+        for block in model.encoder.backbone.encoder.layer:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for batch in training_batches(data, batch_size=8, steps=3, seed=0):
+        torch.stack(list(image_losses(model, batch).values())).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if distributed.is_first():
+        save(output, "sharded", whole)
+
+
+if __name__ == "__main__":
+    folder, encoder, *jobs = sys.argv[1:]
+    in_float32()
+    torch.set_num_threads(1)
+    distributed.join_processes()
+    for job in jobs:
+        globals()[job](Path(encoder), Path(folder))
+    print(json.dumps({"processes": distributed.processes()}))

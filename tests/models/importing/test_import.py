@@ -1,0 +1,488 @@
+"""Experts from elsewhere predict what their sources predict, and misfits are told with their names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import (
+    BeitConfig,
+    Dinov2Backbone,
+    Dinov2Config,
+    Dinov2Model,
+    DPTConfig,
+    DPTForDepthEstimation,
+    SwinConfig,
+)
+from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
+
+import simomerge as sm
+from simomerge.cli import cli
+from simomerge.core.errors import InputError
+from simomerge.models.importing import import_expert
+from simomerge.models.importing.predictions import largest_difference, source_model
+
+from . import models
+
+
+@pytest.fixture(autouse=True)
+def always_float32(float32: None) -> None:
+    """Every test here computes in float32."""
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    models.base().save_pretrained(folder)
+    return folder
+
+
+SOURCES = {
+    "depth-anything": (models.depth_anything, "disparity"),
+    "metric": (lambda folder: models.depth_anything(folder, "metric"), "depth"),
+    "dpt-depth": (models.dpt_depth, "depth"),
+    "dpt-ignore": (lambda folder: models.dpt_depth(folder, "ignore"), "depth"),
+    "dpt-segmentation": (models.dpt_segmentation, "segmentation"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_imported_expert_predicts_what_its_source_predicts(tmp_path: Path, name: str) -> None:
+    make, kind = SOURCES[name]
+    folder = make(tmp_path / "source")
+    expert = import_expert(folder, "scene")
+    assert expert.tasks["scene"].kind == kind
+    assert expert.encoder.preprocessing["mean"] == pytest.approx(models.CLIP_MEAN)
+    expert.save_pretrained(tmp_path / "expert")
+    again = sm.load(tmp_path / "expert")
+    original = source_model(str(folder))
+    assert original is not None
+    step = expert.encoder.multiple
+    square = name == "dpt-segmentation"  # that one of transformers' takes square images only
+    for size in [(4 * step, 4 * step), (6 * step, 6 * step) if square else (3 * step, 5 * step)]:
+        for model in (expert, again):
+            difference, largest = largest_difference(model, original, size)
+            assert largest > 0.01 and difference < 1e-5 * max(1, largest)
+
+
+@pytest.mark.parametrize("pooling", [True, False])
+def test_dpt_on_beit_reads_its_blocks_without_a_layer_norm(tmp_path: Path, pooling: bool) -> None:
+    torch.manual_seed(4)
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+    beit = BeitConfig(**size, patch_size=16, image_size=64, use_mean_pooling=pooling, **models.OUT)
+    config = DPTConfig(backbone_config=beit, neck_ignore_stages=[], **models.NECK)
+    folder = models.make(DPTForDepthEstimation(config), tmp_path / "source")
+    expert = import_expert(folder, "depth")
+    assert expert.tasks["depth"].kind == "disparity"  # as all DPTs of MiDaS
+    difference, largest = largest_difference(expert, source_model(str(folder)), (64, 64))  # type: ignore[arg-type]
+    assert difference < 1e-5 * max(1, largest)
+
+
+def test_dpt_on_a_swiglu_dinov2(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    backbone = Dinov2Config(**models.BACKBONE, **models.OUT, apply_layernorm=False, use_swiglu_ffn=True)
+    config = DPTConfig(backbone_config=backbone, neck_ignore_stages=[], **models.NECK)
+    folder = models.make(DPTForDepthEstimation(config), tmp_path / "source")
+    expert = import_expert(folder, "depth")
+    difference, largest = largest_difference(expert, source_model(str(folder)))  # type: ignore[arg-type]
+    assert expert.tasks["depth"].kind == "depth" and largest > 0.01 and difference < 1e-5
+
+
+def test_dpt_on_a_pyramid_and_hybrids_are_refused(tmp_path: Path) -> None:
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], out_indices=[1, 2, 3, 4])
+    config = DPTConfig(backbone_config=swin, neck_ignore_stages=[], **models.NECK)
+    config.architectures = ["DPTForDepthEstimation"]
+    config.save_pretrained(tmp_path / "swin")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "swin/pytorch_model.bin")
+    with pytest.raises(InputError, match="SwinModel, a pyramid"):
+        import_expert(tmp_path / "swin", "depth")
+    said = json.loads((tmp_path / "swin/config.json").read_text())
+    (tmp_path / "swin/config.json").write_text(json.dumps({**said, "is_hybrid": True}))
+    with pytest.raises(InputError, match="DPT hybrids"):
+        import_expert(tmp_path / "swin", "depth")
+
+
+def test_an_import_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = models.depth_anything(tmp_path / "source")
+    monkeypatch.setattr("simomerge.models.importing.predictions.largest_difference", lambda *given: (0.1, 1.0))
+    with pytest.raises(InputError, match=r"would differ from it by 1\.0e-01.*nothing was written"):
+        cli.main(["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")], standalone_mode=False)
+    assert not (tmp_path / "expert").exists()
+
+
+def test_a_heads_own_mask_tokens_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
+    state = {f"decode.{n}": v for n, v in Decoder(32, 3).state_dict().items() if n != "classifier.bias"}
+    torch.save(state, tmp_path / "mine.pth")
+    with pytest.raises(InputError, match=r"1 tensors are lacking \(decode\.mask_tokens\.weight"):
+        import_expert(
+            tmp_path / "mine.pth",
+            "segmentation",
+            classes=("a", "b", "c"),
+            encoder=base_folder,
+            head_prefix="decode.",
+            head=f"{Masked.__module__}:Masked",
+        )
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Conv2d(32, 3, 1, bias=False)
+        self.mask_tokens = nn.Embedding(2, 3)
+
+
+def test_classes_and_activation_are_the_sources(tmp_path: Path) -> None:
+    expert = import_expert(models.dpt_segmentation(tmp_path / "source"), "rooms")
+    assert expert.tasks["rooms"].classes == ("wall", "floor", "cat")
+    metric = import_expert(models.depth_anything(tmp_path / "metric", "metric"), "depth")
+    image = torch.rand(3, 70, 84)
+    with torch.no_grad():
+        wanted = source_model(str(tmp_path / "metric"))(  # type: ignore[misc]
+            pixel_values=(image[None] - metric.encoder.mean) / metric.encoder.std
+        ).predicted_depth[0]
+    np.testing.assert_allclose(metric.predict(image)["depth"], wanted, atol=1e-4)
+
+
+class SegmentationNet(nn.Module):
+    """What a training code might have: DINOv2, DPT's neck and head, and something that helped in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = DPTConfig(backbone_config=models.dinov2(), num_labels=3, neck_ignore_stages=[], **models.NECK)
+        self.backbone = Dinov2Backbone(models.dinov2())
+        self.neck, self.head = DPTNeck(config), DPTSemanticSegmentationHead(config)
+        self.auxiliary = nn.Conv2d(16, 3, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        height, width = (side // 14 for side in pixels.shape[-2:])
+        logits = self.head(self.neck(self.backbone(pixels).feature_maps, height, width))
+        return F.interpolate(logits, pixels.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Decoder(nn.Module):
+    """The head of a training code of one's own, with names of its own."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.settings = {"width": width, "classes": classes}
+        self.classifier = nn.Conv2d(width, classes, 1)
+
+    def forward(self, features: Any) -> torch.Tensor:
+        return F.interpolate(self.classifier(features.maps[-1]), features.padded_size, mode="bilinear")
+
+
+def trained(base: nn.Module) -> SegmentationNet:
+    torch.manual_seed(5)
+    net = SegmentationNet().eval()
+    ours = dict(net.backbone.named_parameters())
+    with torch.no_grad():
+        for name, value in base.named_parameters():
+            ours[name].copy_(value + 0.05 * torch.randn_like(value))
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:expert .* does not record its base")
+def test_depth_anything_and_a_dpt_segmentation_of_one_base_become_one_model(tmp_path: Path, base_folder: Path) -> None:
+    """The story of the issue: two experts of two codes, one encoder, both predictions."""
+    net = trained(models.base())
+    state = {name: value for name, value in net.state_dict().items() if not name.startswith("auxiliary.")}
+    torch.save(state, tmp_path / "segmentation.pth")
+    depth = import_expert(models.depth_anything(tmp_path / "anything", start=models.base()), "depth")
+    depth.encoder.mean.copy_(torch.tensor(sm.load(base_folder).encoder.preprocessing["mean"]).view(1, 3, 1, 1))
+    depth.encoder.std.copy_(torch.tensor(sm.load(base_folder).encoder.preprocessing["std"]).view(1, 3, 1, 1))
+    segmentation = import_expert(
+        tmp_path / "segmentation.pth",
+        "segmentation",
+        classes=("wall", "floor", "cat"),
+        encoder=base_folder,
+        encoder_prefix="backbone.",
+        head_prefix="",
+        head="transformers",
+        head_settings={
+            "architecture": "DPTForSemanticSegmentation",
+            "config": {**models.NECK, "num_labels": 3},
+        },
+    )
+    image = torch.rand(1, 3, 70, 56)
+    with torch.no_grad():
+        wanted = net((image - segmentation.encoder.mean) / segmentation.encoder.std)
+        torch.testing.assert_close(segmentation(image)["segmentation"], wanted, rtol=1e-5, atol=1e-5)
+    experts = {"depth": depth, "segmentation": segmentation}
+    random = np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (70, 84, 3), dtype=np.uint8)) for _ in range(16)]
+    merged = sm.merge(sm.load(base_folder), experts, "task-arithmetic", scale=0.6)
+    model = sm.realign(merged, experts, images=pictures)
+    for task, expert in experts.items():
+        with torch.no_grad():
+            wanted = expert(image)[task]
+            before, after = ((each(image)[task] - wanted).square().mean() for each in (merged, model))
+        assert after < before
+    model.save_pretrained(tmp_path / "scene")
+    maps = sm.load(tmp_path / "scene").predict(pictures[0])
+    assert {name: value.shape for name, value in maps.items()} == {"depth": (70, 84), "segmentation": (70, 84)}
+
+
+def original_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' DINOv2 as DINOv2's own code would save it, written out by hand."""
+    out = {}
+    for name, value in state.items():
+        match = re.match(r"encoder\.layer\.(\d+)\.(.*)", name)
+        if match:
+            number, rest = match.groups()
+            if ".query." in rest:
+                kind = rest.rpartition(".")[2]
+                parts = [state[name.replace("query", part)] for part in ("query", "key", "value")]
+                out[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat(parts)
+            elif ".key." not in rest and ".value." not in rest:
+                rest = rest.replace("attention.output.dense", "attn.proj")
+                rest = rest.replace("layer_scale1.lambda1", "ls1.gamma").replace("layer_scale2.lambda1", "ls2.gamma")
+                out[f"blocks.{number}.{rest}"] = value
+            continue
+        name = name.replace("embeddings.position_embeddings", "pos_embed").replace("layernorm", "norm")
+        name = name.replace("embeddings.patch_embeddings.projection", "patch_embed.proj").replace("embeddings.", "")
+        out[name] = value
+    return out
+
+
+def on_disk(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return load_file(folder / "model.safetensors")
+
+
+def test_checkpoints_with_dinov2s_own_names_and_a_head_of_ones_own(tmp_path: Path, base_folder: Path) -> None:
+    net = trained(models.base())
+    state = {f"encoder.{n}": v for n, v in original_names(on_disk(net.backbone, tmp_path / "net")).items()}
+    decoder = Decoder(32, 3)
+    state |= {f"decode.{name}": value for name, value in decoder.state_dict().items()}
+    torch.save({"state_dict": {f"{name}": value for name, value in state.items()}}, tmp_path / "mine.pth")
+    expert = import_expert(
+        tmp_path / "mine.pth",
+        "segmentation",
+        classes=("wall", "floor", "cat"),
+        encoder=base_folder,
+        encoder_prefix="encoder.",
+        head_prefix="decode.",
+        head=f"{Decoder.__module__}:Decoder",
+        head_settings={"width": 32, "classes": 3},
+        taps=[2, 4],
+    )
+    image = torch.rand(1, 3, 56, 70)
+    with torch.no_grad():
+        last = net.backbone((image - expert.encoder.mean) / expert.encoder.std).feature_maps[-1]
+        grid = last[:, 1:].transpose(1, 2).unflatten(2, (4, 5))
+        wanted = F.interpolate(decoder.classifier(grid), (56, 70), mode="bilinear")
+        torch.testing.assert_close(expert(image)["segmentation"], wanted, rtol=1e-5, atol=1e-5)
+    assert expert.provenance["base"]["fingerprint"] == sm.load(base_folder).encoder_fingerprint()
+
+
+# DINOv2's own heads ---------------------------------------------------------------------------------------
+
+
+def layers(
+    base: nn.Module, pixels: torch.Tensor, taps: list[int], normed: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(map, CLS) of some blocks."""
+    hidden = base(pixel_values=pixels, output_hidden_states=True).hidden_states
+    chosen = [base.layernorm(hidden[tap]) if normed else hidden[tap] for tap in taps]  # type: ignore[operator]
+    grid = (pixels.shape[-2] // 14, pixels.shape[-1] // 14)
+    return [(each[:, 1:].transpose(1, 2).unflatten(2, grid), each[:, 0]) for each in chosen]
+
+
+def test_dinov2_large_heads_read_the_blocks_that_dinov2_says(tmp_path: Path) -> None:
+    """Not the quarters of 24: its configuration has 4, 11, 17 and 23, counted from 0."""
+    config = {**models.BACKBONE, "num_hidden_layers": 24, "hidden_size": 8, "num_attention_heads": 1}
+    Dinov2Model(Dinov2Config(**config)).save_pretrained(tmp_path / "large")
+    state = {"decode_head.conv_depth.weight": torch.zeros(4, 64, 1, 1), "decode_head.conv_depth.bias": torch.zeros(4)}
+    torch.save(state, tmp_path / "dinov2_vitl14_nyu_linear4_head.pth")
+    expert = import_expert(tmp_path / "dinov2_vitl14_nyu_linear4_head.pth", "depth", encoder=tmp_path / "large")
+    assert expert.encoder.taps == (5, 12, 18, 24) and not expert.encoder.apply_layernorm
+
+
+@pytest.mark.parametrize(("count", "taps"), [(1, [4]), (4, [1, 2, 3, 4])])
+@torch.no_grad()
+def test_dinov2s_linear_depth_heads(tmp_path: Path, base_folder: Path, count: int, taps: list[int]) -> None:
+    torch.manual_seed(6)
+    weight, bias = torch.randn(16, count * 64, 1, 1), torch.randn(16)
+    file = tmp_path / "dinov2_vits14_kitti_linear_head.pth"
+    torch.save({"state_dict": {"decode_head.conv_depth.weight": weight, "decode_head.conv_depth.bias": bias}}, file)
+    expert = import_expert(file, "depth", encoder=base_folder)
+    image = torch.rand(2, 3, 56, 70)
+    found = layers(models.base(), (image - expert.encoder.mean) / expert.encoder.std, taps, False)
+    # As its code does it: concatenate, enlarge by four, project, normalise, take the mean of the bins, enlarge.
+    wide = torch.cat([torch.cat([m, c[:, :, None, None].expand_as(m)], 1) for m, c in found], 1)
+    wide = F.interpolate(wide, (16, 20), mode="bilinear", align_corners=False)
+    weights = F.conv2d(wide, weight, bias).relu() + 0.1
+    bins = torch.linspace(0.001, 80, 16)
+    depth = (weights / weights.sum(1, keepdim=True) * bins[:, None, None]).sum(1, keepdim=True).clamp(0.001, 80)
+    wanted = F.interpolate(depth, (56, 70), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(expert(image)["depth"], wanted, rtol=1e-4, atol=1e-4)
+    assert expert.encoder.taps == tuple(taps)
+
+
+@torch.no_grad()
+def test_dinov2s_linear_segmentation_head(tmp_path: Path, base_folder: Path) -> None:
+    torch.manual_seed(7)
+    norm, layer = nn.BatchNorm2d(32), nn.Conv2d(32, 3, 1)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    state = {f"decode_head.bn.{n}": v for n, v in norm.state_dict().items()}
+    state |= {f"decode_head.conv_seg.{n}": v for n, v in layer.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "dinov2_vits14_ade20k_linear_head.pth")
+    expert = import_expert(
+        tmp_path / "dinov2_vits14_ade20k_linear_head.pth", "rooms", classes=("a", "b", "c"), encoder=base_folder
+    )
+    image = torch.rand(2, 3, 56, 70)
+    ((last, _),) = layers(models.base(), (image - expert.encoder.mean) / expert.encoder.std, [4], True)
+    wanted = F.interpolate(layer(norm.eval()(last)), (56, 70), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(expert(image)["rooms"], wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dinov2s_dpt_depth_head(tmp_path: Path, base_folder: Path) -> None:
+    """The file's names, written out from transformers' by hand; the numbers are transformers' plus the least depth."""
+    torch.manual_seed(8)
+    config = DPTConfig(
+        backbone_config=models.dinov2(False),
+        readout_type="project",
+        use_bias_in_fusion_residual=False,
+        add_projection=True,
+        neck_ignore_stages=[],
+        neck_hidden_sizes=[8, 12, 16, 24],
+        fusion_hidden_size=256,  # what transformers' projection is fixed to
+    )
+    source = DPTForDepthEstimation(config).eval()
+    source.backbone.load_state_dict(models.base().state_dict())
+    state = {}
+    for name, value in source.state_dict().items():
+        new = name.replace("neck.reassemble_stage.readout_projects.", "reassemble_blocks.readout_projects.")
+        new = re.sub(r"neck\.reassemble_stage\.layers\.(\d)\.projection", r"reassemble_blocks.projects.\1.conv", new)
+        new = re.sub(r"neck\.reassemble_stage\.layers\.(\d)\.resize", r"reassemble_blocks.resize_layers.\1", new)
+        new = re.sub(r"neck\.convs\.(\d)", r"convs.\1.conv", new)
+        new = re.sub(r"neck\.fusion_stage\.layers\.(\d)\.projection", r"fusion_blocks.\1.project.conv", new)
+        new = re.sub(
+            r"neck\.fusion_stage\.layers\.(\d)\.residual_layer(\d)\.convolution(\d)",
+            r"fusion_blocks.\1.res_conv_unit\2.conv\3.conv", new,
+        )  # fmt: skip
+        new = new.replace("head.projection", "project.conv").replace("head.head", "conv_depth.head")
+        if not name.startswith("backbone") and "blocks.0.res_conv_unit1" not in new:
+            state[f"decode_head.{new}"] = value
+    state["decode_head.conv_depth.weight"] = torch.zeros(1, 256, 1, 1)  # unused there too
+    state["decode_head.conv_depth.bias"] = torch.zeros(1)
+    torch.save({"state_dict": state}, tmp_path / "dinov2_vits14_nyu_dpt_head.pth")
+    expert = import_expert(tmp_path / "dinov2_vits14_nyu_dpt_head.pth", "depth", encoder=base_folder)
+    image = torch.rand(1, 3, 56, 70)
+    theirs = source(pixel_values=(image - expert.encoder.mean) / expert.encoder.std).predicted_depth[:, None]
+    wanted = F.interpolate(theirs, (56, 70), mode="bilinear", align_corners=False) + 0.001
+    torch.testing.assert_close(expert(image)["depth"], wanted, rtol=1e-4, atol=1e-5)
+
+
+# Refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_prefix": "model."}, r"tensors are used by nothing \(backbone\..*lacking \(model\."),
+        ({"drop": ()}, r"2 tensors are used by nothing \(auxiliary\.weight, auxiliary\.bias\).*--drop"),
+        ({"head": ""}, r"is a weight file: give --head \(module:Class"),
+        ({"encoder": None}, "give --encoder"),
+        ({"head": "nowhere:Head"}, "nowhere:Head: the module 'nowhere' cannot be imported"),
+        ({"head_prefix": "backbone."}, "--encoder-prefix and --head-prefix are both 'backbone.'"),
+        ({"mean": (0.5, 0.5)}, "give three numbers"),
+        (
+            {"head_settings": {"width": 32, "classes": 4}},
+            r"decode.*classifier\.weight.*another architecture or another size",
+        ),
+    ],
+)
+def test_mappings_that_do_not_fit_list_what_does_not(
+    tmp_path: Path, base_folder: Path, change: dict[str, Any], message: str
+) -> None:
+    net = trained(models.base())
+    state = {f"backbone.{n}": v for n, v in net.backbone.state_dict().items()}
+    state |= {f"decode.{n}": v for n, v in Decoder(32, 3).state_dict().items()}
+    state |= {f"auxiliary.{n}": v for n, v in net.auxiliary.state_dict().items()}
+    torch.save(state, tmp_path / "mine.pth")
+    options: dict[str, Any] = {
+        "encoder": base_folder,
+        "encoder_prefix": "backbone.",
+        "head_prefix": "decode.",
+        "head": f"{Decoder.__module__}:Decoder",
+        "head_settings": {"width": 32, "classes": 3},
+        "classes": ("a", "b", "c"),
+        "drop": ("auxiliary.",),
+    }
+    import_expert(tmp_path / "mine.pth", "segmentation", **options)
+    with pytest.raises(InputError, match=message):
+        import_expert(tmp_path / "mine.pth", "segmentation", **{**options, **change})
+
+
+def test_other_architectures_are_named(tmp_path: Path, base_folder: Path) -> None:
+    with pytest.raises(InputError, match="Dinov2Model, and only DepthAnythingForDepthEstimation"):
+        import_expert(base_folder, "depth")
+    with pytest.raises(InputError, match="no folder of a model, no weight file"):
+        import_expert("someone/some-depth-model", "depth")
+    with pytest.raises(InputError, match=r"nosuch\.pth: no such file"):
+        import_expert(base_folder / "nosuch.pth", "depth", encoder=base_folder, head="linear")
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"encoder": "base"}, "--encoder"),
+        ({"taps": [1, 2]}, "--taps"),
+        ({"apply_layernorm": False}, "--layernorm"),
+        ({"drop": ["foo."]}, "--drop"),
+        ({"head_settings": {"a": 1}}, "--head-arg"),
+        ({"mean": (0, 0, 0)}, "--mean"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    tmp_path: Path, base_folder: Path, given: dict[str, Any], option: str
+) -> None:
+    folder = models.depth_anything(tmp_path / "source")
+    with pytest.raises(InputError, match=f"{option} does nothing here, a folder"):
+        import_expert(folder, "depth", **given)
+    with pytest.raises(InputError, match="predicts depth, which has no classes"):
+        import_expert(folder, "depth", classes=("a", "b"))
+    file = tmp_path / "dinov2_vits14_nyu_linear_head.pth"
+    state = {"decode_head.conv_depth.weight": torch.zeros(4, 64, 1, 1), "decode_head.conv_depth.bias": torch.zeros(4)}
+    torch.save(state, file)
+    with pytest.raises(InputError, match="--head-prefix does nothing here, a head of DINOv2's own"):
+        import_expert(file, "depth", encoder=base_folder, head_prefix="q.")
+    with pytest.raises(InputError, match="give --encoder, the DINOv2"):
+        import_expert(file, "depth")
+
+
+def test_a_task_is_not_named_after_another_sort_of_prediction(tmp_path: Path) -> None:
+    folder = models.dpt_segmentation(tmp_path / "source")
+    with pytest.raises(InputError, match="predicts segmentation: name the task otherwise than 'depth'"):
+        import_expert(folder, "depth")
+    assert import_expert(models.depth_anything(tmp_path / "d"), "depth").tasks["depth"].kind == "disparity"
+
+
+def test_a_readout_that_is_added_cannot_be_folded_into(tmp_path: Path) -> None:
+    expert = import_expert(models.dpt_depth(tmp_path / "source", "add"), "depth")
+    with pytest.raises(InputError, match="adds the CLS token"):
+        expert.heads["depth"].projections()
+
+
+def test_the_command_says_how_far_it_is_from_its_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = models.depth_anything(tmp_path / "source")
+    arguments = ["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")]
+    cli.main([*arguments, "--json"], standalone_mode=False)
+    said = json.loads(capsys.readouterr().out)
+    assert said["largest_difference"] < 1e-4 and said["taps"] == [1, 2, 3, 4]
+    cli.main([*arguments, "--overwrite"], standalone_mode=False)
+    assert "differ from the source's by at most" in capsys.readouterr().out
+    assert sm.load(tmp_path / "expert").tasks["depth"].kind == "disparity"

@@ -1,0 +1,166 @@
+"""Encoders and heads of the user's own: the example of the README, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import simomerge as sm
+from simomerge.core.classes import class_path, make
+from simomerge.core.errors import InputError
+from simomerge.core.images import to_tensor
+from simomerge.datasets import load_data
+from simomerge.merging.disk.merge import merge_on_disk
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float32: None) -> Any:
+    """The README's example as a module that was run in a folder with photos."""
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+        if "class Encoder" in block
+    ]
+    (tmp_path / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(random.integers(0, 255, (41, 53, 3), dtype=np.uint8)).save(tmp_path / f"photos/{index}.png")
+    module = types.ModuleType("readme_example")
+    monkeypatch.setitem(sys.modules, "readme_example", module)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:expert .* does not record its base")
+def test_the_readmes_example_runs_and_its_model_loads(example: Any, tmp_path: Path) -> None:
+    model, experts, image = example.model, example.experts, tmp_path / "photos/0.png"
+    again = sm.load("scene")
+    assert type(again.encoder.backbone) is example.Encoder and type(again.heads["depth"]) is example.Head
+    for name, value in model.predict(image).items():
+        np.testing.assert_allclose(again.predict(image)[name], value, atol=1e-6)
+    # Folding brought it nearer to its experts than the merge was.
+    merged = sm.merge(example.base, experts, scale=0.5)
+    tensor = to_tensor(image)
+    with torch.no_grad():
+        for task, expert in experts.items():
+            wanted = expert(tensor)[task]
+            before, after = ((each(tensor)[task] - wanted).square().mean() for each in (merged, again))
+            assert after < before
+    rooms = load_data("rooms", split="val", count=4, size=(24, 32)).select(["depth", "normals"])
+    assert set(sm.evaluate(again, rooms)) == {"depth", "normals"}
+    crossed = sm.realign(merged, experts, images="photos", variant="cross-tap")
+    assert crossed.predict(image)["depth"].shape == (41, 53)
+
+
+@pytest.mark.filterwarnings("ignore:expert .* does not record its base")
+def test_folders_of_own_encoders_merge_on_disk(example: Any, tmp_path: Path) -> None:
+    example.base.save_pretrained("base")
+    folders = {task: expert.save_pretrained(task) for task, expert in example.experts.items()}
+    merge_on_disk("base", folders, "merged", "average")
+    ours, theirs = sm.merge(example.base, example.experts, "average"), sm.load("merged")
+    for name, value in ours.encoder.backbone.state_dict().items():
+        torch.testing.assert_close(theirs.encoder.backbone.state_dict()[name], value)
+
+
+class Plain(nn.Module):
+    channels, strides = (4,), (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, 4)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.stem(images)]
+
+
+def test_an_encoder_without_channels_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Linear has channels \[\] and strides \[\]"):
+        sm.SimoModel(nn.Linear(2, 2), {}, {})
+
+
+def test_maps_of_other_channels_than_declared_are_refused() -> None:
+    encoder = Plain()
+    encoder.channels = (5,)  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"Plain gave maps of \(4,\) channels and declares \(5,\)"):
+        sm.SimoModel(encoder, {}, {}).encode(torch.rand(1, 3, 8, 8))
+
+
+def test_cls_tokens_are_declared() -> None:
+    class WithCls(Plain):
+        def forward(self, images: torch.Tensor) -> sm.Features:  # type: ignore[override]
+            maps = self.stem(images)
+            return sm.Features((maps,), (maps.mean((2, 3)),), (8, 8), (8, 8))
+
+    encoder = WithCls()
+    with pytest.raises(InputError, match="WithCls gave CLS tokens and declares has_cls = False"):
+        sm.SimoModel(encoder, {}, {}).encode(torch.rand(1, 3, 8, 8))
+    encoder.has_cls = True  # type: ignore[assignment]
+    model = sm.SimoModel(encoder, {}, {})
+    assert model.encoder.has_cls and model.encode(torch.rand(1, 3, 8, 8)).cls[0].shape == (1, 4)
+
+
+def test_images_are_padded_to_the_largest_stride() -> None:
+    class Up(nn.Module):
+        channels, strides = (3, 3), (8, 4)
+
+        def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+            return [nn.functional.avg_pool2d(images, 8), nn.functional.avg_pool2d(images, 4)]
+
+    features = sm.SimoModel(Up(), {}, {}).encode(torch.rand(1, 3, 12, 12))
+    assert [tuple(m.shape[-2:]) for m in features.maps] == [(2, 2), (4, 4)]
+
+
+def test_adapters_beside_unknown_blocks_are_refused() -> None:
+    with pytest.raises(InputError, match="Plain is an encoder of your own"):
+        sm.SimoModel(Plain(), {}, {}).encoder.add_adapters()
+
+
+def test_a_class_inside_a_function_cannot_be_saved(tmp_path: Path) -> None:
+    class Hidden(Plain):
+        pass
+
+    with pytest.raises(InputError, match="Hidden is defined inside a function"):
+        sm.SimoModel(Hidden(), {}, {}).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_only_modules_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text("raise RuntimeError('at import')")
+    (tmp_path / "wrong.py").write_text("def (")
+    text = "import torch\nclass Thing(torch.nn.Module):\n    def __init__(self):\n        raise ValueError('never')\n"
+    (tmp_path / "raising.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(make(class_path(Plain()), {}, nn.Module), Plain)
+    for path, message in (
+        ("subprocess:run", "not a torch Module"),
+        ("nowhere_at_all:Thing", "cannot be imported.*PYTHONPATH"),
+        ("torch.nn:Nothing", "no such class in the module"),
+        ("broken:Thing", "'broken' cannot be imported.*RuntimeError: at import.*mend the module"),
+        ("wrong:Thing", "'wrong' cannot be imported.*SyntaxError.*mend the module"),
+        ("raising:Thing", "cannot be made with.*ValueError: never"),
+        ("__main__:Gone", "script or notebook"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(path, {}, nn.Module)
+    with pytest.raises(InputError, match=r"torch\.nn:Linear: cannot be made with"):
+        make("torch.nn:Linear", {"width": 3}, nn.Module)
+
+
+def test_settings_that_are_no_plain_data_are_refused(tmp_path: Path) -> None:
+    encoder = Plain()
+    encoder.settings = {"norm": nn.ReLU}  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"Plain\.settings cannot be written"):
+        sm.SimoModel(encoder, {}, {}).save_pretrained(tmp_path / "model")

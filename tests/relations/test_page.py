@@ -1,0 +1,103 @@
+"""How tasks relate, drawn and written: whole pictures, a page of its own, and nothing of what was not measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simomerge.core.errors import InputError
+from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
+from simomerge.relations.page import FIGURES, relation_lines, write_relations
+
+DRAWN = [sweep_figure, pair_figure, norm_figure, cosine_figure, cka_figure]
+
+
+def sample(count: int = 4) -> dict[str, Any]:
+    """What relate gives, with numbers by dice; one is missing."""
+    dice = np.random.default_rng(0)
+    tasks = ["depth", "normals", "a task <with> $a$ long name", "edges", "texture", "parts", "seg", "boxes"][:count]
+
+    def table(size: int) -> list[list[Any]]:
+        return dice.uniform(-0.2, 0.9, (size, size)).round(3).tolist()
+
+    def part(name: str) -> dict[str, Any]:
+        numbers = {key: dice.random(count).tolist() for key in ("norms", "relative")}
+        return {"name": name, **numbers, **{k: table(count) for k in ("cosine", "conflict", "weighted_conflict")}}
+
+    curves = {a: {b: dice.random(4).tolist() for b in tasks} for a in tasks}
+    curves[tasks[0]][tasks[1]][2] = None
+    merges = [{"tasks": [a, b], "gains": {a: -2.0, b: -1.5}, "scale": 0.4} for a, b in combinations(tasks, 2)]
+    choices = [
+        {"budget": k, "groups": [tasks[: count - k + 1], *([t] for t in tasks[count - k + 1 :])], "gain": k - count,
+         "gains": dict.fromkeys(tasks, float(k - count)), "measured": k != 2}
+        for k in range(1, count + 1)
+    ]  # fmt: skip
+    return {
+        "format": 1, "tasks": tasks, "judged_by": "labels", "images": 16,
+        "verdict": ["One encoder would do.", "So would two."],
+        "groups": {"merges": merges, "choices": choices},
+        "sweeps": {
+            "lambdas": [0, 0.5, 1, 1.5], "performance": curves, "kept": 0.9, "peaks": dict.fromkeys(tasks, 1.0),
+            "widths": dict.fromkeys(tasks, 0.7), "effects": {a: {b: 0.1 for b in tasks if b != a} for a in tasks},
+        },
+        "geometry": [part(name) for name in ("all", "outside", "1", "2", "3")],
+        "cka": {"names": ["base", *tasks], "taps": [2, 4], "cka": [table(count + 1), table(count + 1)], "images": 8},
+        "alignment": [{"task": "depth", "tap": 2, "r2_before": 0.1, "r2_after": 0.9, "cka_before": None,
+                       "cka_after": 0.8}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+@pytest.mark.parametrize(("count", "theme"), [(2, "dark"), (4, "light"), (8, "light")])
+def test_svg_is_whole_and_labelled(draw: Callable[..., bytes], count: int, theme: str) -> None:
+    found = sample(count)
+    text = "".join(ElementTree.fromstring(draw(found, theme)).itertext())
+    assert all(task[:12] in text for task in found["tasks"])
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_png_has_ink_and_nothing_to_draw_is_told(draw: Callable[..., bytes]) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(draw(sample(), format="png"))).convert("RGB"))
+    assert 0.01 < (pixels != pixels[0, 0]).any(-1).mean() < 0.9
+    with pytest.raises(InputError, match="was not measured: nothing to draw"):
+        draw({"tasks": ["a", "b"]})
+
+
+def test_the_folder_holds_everything_and_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    found = sample()
+    page = write_relations(tmp_path / "related", found)
+    assert {path.name for path in page.parent.iterdir()} == {
+        "relate.html", "relate.json", *(f"{name}.png" for name in FIGURES)
+    }  # fmt: skip
+    assert json.loads((page.parent / "relate.json").read_text()) == found
+    html = page.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html) and "<script" not in html
+    assert "One encoder would do." in html and "a task &lt;with&gt; $a$ long name" in html and "<with>" not in html
+    assert html.count("<figure>") == 5
+
+
+def test_only_what_was_measured_is_shown(tmp_path: Path) -> None:
+    found = {key: sample()[key] for key in ("format", "tasks", "judged_by", "images", "verdict", "geometry")}
+    page = write_relations(tmp_path, found)
+    assert {path.name for path in tmp_path.iterdir()} == {"relate.html", "relate.json", "norms.png", "cosines.png"}
+    assert page.read_text().count("<figure>") == 2
+    assert not any("encoders" in line for line in relation_lines(found))
+
+
+def test_lines_for_a_terminal() -> None:
+    lines = relation_lines(sample())
+    assert any(re.match(r" +1 +-3.0 +depth \+ normals", line) for line in lines)
+    assert any(re.match(r" +2 +-2.0 \*", line) for line in lines)  # predicted, not measured
+    assert any(re.match(r"depth +2 +0.100 +0.900 +– +0.800", line) for line in lines)
+    only = relation_lines(sample(), budget=3)
+    assert sum(line.lstrip()[:1].isdigit() for line in only) == 1

@@ -1,0 +1,176 @@
+"""evaluate, normalised performance and Delta_MTL, the latter against the paper's tables."""
+
+import math
+
+import pytest
+import torch
+
+from simomerge.core.errors import InputError
+from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.tasks import Task
+from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
+from simomerge.training.metrics import TaskMetrics
+
+SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa"))
+NYU = {"seg": SEG, "depth": Task("depth"), "normals": Task("normals")}
+
+
+def nyu(miou, abs_err, angle):
+    return {"seg": {"miou": miou}, "depth": {"abs_err": abs_err}, "normals": {"mean_angle": angle}}
+
+
+# Source of the numbers: arXiv 2504.11268, NYUv2.
+EXPERTS = nyu(70.79, 0.2314, 18.02)
+PAPER = {  # method: its scores, its Delta_MTL in the paper's table
+    "joint MTL": (nyu(69.01, 0.2531, 19.01), -5.4),
+    "task arithmetic": (nyu(65.78, 0.4171, 26.13), -27.5),
+    "task arithmetic + heads": (nyu(69.95, 0.2524, 19.29), -5.4),
+}
+
+
+# Comparing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", PAPER)
+def test_the_papers_table_is_its_mean_normalised_performance_less_one(method):
+    scores, table = PAPER[method]
+    ratios = normalised_performance(scores, EXPERTS, NYU)
+    assert round(100 * (sum(ratios.values()) / 3 - 1), 1) == table
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("joint MTL", -5.80), ("task arithmetic", -44.11), ("task arithmetic + heads", -5.77)]
+)
+def test_delta_mtl_is_the_papers_formula_which_differs_from_its_table(method, expected):
+    scores, table = PAPER[method]
+    gains = [
+        (scores["seg"]["miou"] - 70.79) / 70.79,
+        -(scores["depth"]["abs_err"] - 0.2314) / 0.2314,
+        -(scores["normals"]["mean_angle"] - 18.02) / 18.02,
+    ]
+    delta = delta_mtl(scores, EXPERTS, NYU)
+    assert delta == pytest.approx(100 * sum(gains) / 3)
+    assert round(delta, 2) == expected
+    assert delta < table  # M / b - 1 is harsher than b / M - 1 on a metric where lower is better
+
+
+def test_equal_to_the_baseline_is_zero_and_one():
+    assert delta_mtl(EXPERTS, EXPERTS, NYU) == 0
+    assert normalised_performance(EXPERTS, EXPERTS, NYU) == {"seg": 1, "depth": 1, "normals": 1}
+
+
+@pytest.mark.parametrize(("name", "metric", "better"), [("seg", "miou", 80.0), ("depth", "abs_err", 0.2)])
+def test_better_is_above_and_worse_below_whatever_the_sign_of_the_metric(name, metric, better):
+    baseline = {name: EXPERTS[name]}
+    worse = 2 * EXPERTS[name][metric] - better
+    assert delta_mtl({name: {metric: better}}, baseline, NYU) > 0 > delta_mtl({name: {metric: worse}}, baseline, NYU)
+    assert normalised_performance({name: {metric: better}}, baseline, NYU)[name] > 1
+    assert normalised_performance({name: {metric: worse}}, baseline, NYU)[name] < 1
+
+
+def test_only_the_metric_that_speaks_for_the_task_counts():
+    scores = {"depth": {"rel_err": 99.0, "abs_err": 0.2314}}
+    assert delta_mtl(scores, {"depth": {"abs_err": 0.2314, "rel_err": 1.0}}, NYU) == 0
+
+
+def test_a_model_with_fewer_tasks_is_compared_on_those():
+    assert delta_mtl({"seg": {"miou": 70.79 * 1.1}}, EXPERTS, NYU) == pytest.approx(10)
+
+
+def test_an_error_of_zero_is_infinitely_better_not_a_crash():
+    scores = {"depth": {"abs_err": 0.0}}
+    assert normalised_performance(scores, EXPERTS, NYU) == {"depth": math.inf}
+    assert delta_mtl(scores, EXPERTS, NYU) == 100
+
+
+@pytest.mark.parametrize("compare", [delta_mtl, normalised_performance])
+class TestErrors:
+    def test_a_task_the_baseline_lacks_is_named(self, compare):
+        with pytest.raises(InputError, match="no score for task 'depth'"):
+            compare(EXPERTS, {"seg": EXPERTS["seg"]}, NYU)
+
+    def test_no_scores_are_refused(self, compare):
+        with pytest.raises(InputError, match="no scores"):
+            compare({}, EXPERTS, NYU)
+
+    @pytest.mark.parametrize("value", [0.0, math.nan, -1.0])
+    def test_a_baseline_that_nothing_can_be_relative_to_is_refused(self, compare, value):
+        with pytest.raises(InputError, match="'depth': the baseline's abs_err"):
+            compare(EXPERTS, EXPERTS | {"depth": {"abs_err": value}}, NYU)
+
+
+# Evaluating ---------------------------------------------------------------------------------------------
+
+
+class Random(DenseDataset):
+    """Seven random images with targets, some invalid; it says which targets it was asked for."""
+
+    def __init__(self, tasks):
+        super().__init__(tasks, 7)
+        self.asked = set()
+
+    def image(self, index):
+        return torch.rand(3, 20, 28, generator=torch.Generator().manual_seed(index))
+
+    def targets(self, index, tasks):
+        self.asked.update(tasks)
+        generator = torch.Generator().manual_seed(100 + index)
+        valid = torch.rand(20, 28, generator=generator) > index / 10
+        made = {
+            "seg": torch.where(valid, torch.randint(0, 3, (20, 28), generator=generator), -1),
+            "depth": torch.where(valid, torch.rand(1, 20, 28, generator=generator) + 0.5, 0.0),
+            "normals": torch.nn.functional.normalize(torch.randn(3, 20, 28, generator=generator), dim=0) * valid,
+        }
+        return {name: made[name] for name in tasks}
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Some processors evaluate in bfloat16, where batches of different sizes differ in the third digit."""
+    monkeypatch.setattr("simomerge.core.machine.mixed_precision", lambda device=None: "no")
+
+
+def test_evaluate_equals_predicting_one_image_at_a_time(make_model):
+    model, dataset = make_model(NYU), Random(NYU)
+    metrics = {name: TaskMetrics(task) for name, task in NYU.items()}
+    for index in range(7):
+        item = dataset[index]
+        for name, value in model.predict(item["image"]).items():
+            prediction = torch.from_numpy(value)
+            prediction = prediction[None] if name == "depth" else prediction
+            metrics[name].update(prediction[None], item[name][None])
+    expected = {name: metric.compute() for name, metric in metrics.items()}
+    for batch_size in (3, 64):
+        scores = evaluate(model, dataset, batch_size=batch_size)
+        for name, values in expected.items():
+            assert scores[name] == pytest.approx(values, rel=1e-3)
+
+
+def test_evaluate_reads_only_the_tasks_both_have(make_model):
+    model, dataset = make_model({"depth": NYU["depth"], "edges": Task("edges")}), Random(NYU)
+    assert list(evaluate(model, dataset)) == ["depth"]
+    assert dataset.asked == {"depth"}
+
+
+def test_evaluate_with_no_task_in_common_names_both_sides(make_model):
+    with pytest.raises(InputError, match=r"predicts edges, the dataset has seg, depth, normals: no task in common"):
+        evaluate(make_model([Task("edges")]), Random(NYU))
+    with pytest.raises(InputError, match="predicts nothing"):
+        evaluate(make_model({}), Random(NYU))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_changes_neither_mode_nor_weights(make_model, training):
+    model = make_model(NYU).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate(model, Random(NYU))
+    assert model.training == training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_evaluate_reports_progress_by_image(make_model):
+    seen = []
+    evaluate(
+        make_model([NYU["depth"]]), Random(NYU), batch_size=3, label="test", progress=lambda *a: seen.append(a[:3])
+    )
+    assert seen == [("test", 3, 7), ("test", 6, 7), ("test", 7, 7)]

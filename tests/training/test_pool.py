@@ -1,0 +1,115 @@
+"""Jobs side by side: results in order, errors as they were raised, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from simomerge.core.errors import InputError
+from simomerge.training import WorkerPool
+
+from . import jobs
+
+
+class Lines(list):
+    """Progress that remembers, and can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came = threading.Event()
+
+    def __call__(self, *line: object) -> None:
+        self.append(line)
+        self.came.set()
+
+
+LINES = Lines()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WorkerPool]:
+    with WorkerPool(2, LINES) as running:
+        yield running
+
+
+def test_one_worker_is_this_process() -> None:
+    lines = Lines()
+    with WorkerPool(1, lines) as alone:
+        (found,) = alone.run([(jobs.process_and_threads, {})])
+        assert found[0] == os.getpid()
+        assert alone.run([(jobs.square, {"number": n}) for n in (3, 2)]) == [9, 4]
+        with pytest.raises(InputError, match="lower the learning rate"):
+            alone.run([(jobs.refuse, {})])
+    assert lines == [("square 3", 1, 1, "done"), ("square 2", 1, 1, "done")]
+
+
+def test_results_come_in_the_order_of_the_jobs_and_progress_on_the_way(pool: WorkerPool) -> None:
+    waits = [0.2, 0.0, 0.1, 0.0]  # the first to finish is not the first asked for
+    results = pool.run([(jobs.square, {"number": n, "seconds": wait}) for n, wait in enumerate(waits)])
+    assert results == [0, 1, 4, 9]
+    deadline = time.monotonic() + 5
+    while len(LINES) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(LINES) == [(f"square {n}", 1, 1, "done") for n in range(4)]
+
+
+def test_workers_are_other_processes_of_one_thread(pool: WorkerPool) -> None:
+    found = pool.run([(jobs.process_and_threads, {})] * 4)
+    assert os.getpid() not in {process for process, _ in found}
+    assert {threads for _, threads in found} == {1}
+
+
+def test_errors_cross_processes_as_they_are_and_the_pool_lives_on(pool: WorkerPool) -> None:
+    with pytest.raises(InputError, match=r"^the loss is nan; lower the learning rate\.$"):
+        pool.run([(jobs.square, {"number": 1}), (jobs.refuse, {})])
+    with pytest.raises(KeyError, match="no such thing"):
+        pool.run([(jobs.break_down, {})])
+    assert pool.run([(jobs.square, {"number": 5})]) == [25]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_starts_when_those_it_waits_for_are_done(workers: int) -> None:
+    waits = [0.3, 0.0, 0.0, 0.0]
+    after = [(), (), (0,), (1, 2)]
+    lines = Lines()
+    with WorkerPool(workers, lines) as some:
+        found = some.run([(jobs.square, {"number": n, "seconds": wait}) for n, wait in enumerate(waits)], after)
+    deadline = time.monotonic() + 5
+    while len(lines) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found == [0, 1, 4, 9]
+    order = [int(line[0].removeprefix("square ")) for line in lines]
+    assert sorted(order) == [0, 1, 2, 3] and order.index(0) < order.index(2) and order[-1] == 3
+    assert workers > 1 or order == [0, 1, 2, 3]
+
+
+def test_jobs_that_wait_for_each_other_are_an_error(pool: WorkerPool) -> None:
+    with pytest.raises(ValueError, match="wait for each other"):
+        pool.run([(jobs.square, {"number": 1}), (jobs.square, {"number": 2})], after=[[1], [0]])
+
+
+def test_no_jobs_give_no_results(pool: WorkerPool) -> None:
+    assert pool.run([]) == []
+
+
+def test_a_killed_worker_is_explained() -> None:
+    with (
+        WorkerPool(2) as doomed,
+        pytest.raises(InputError, match=r"ended.*want of memory \(use one worker\).*__main__"),
+    ):
+        doomed.run([(jobs.be_killed, {})])
+
+
+def test_an_interruption_ends_the_workers_at_once() -> None:
+    lines = Lines()
+    with pytest.raises(KeyboardInterrupt), WorkerPool(2, lines) as pool:
+        assert pool._pool is not None
+        pool._pool.submit(jobs.sleep_in_worker, 600.0)
+        assert lines.came.wait(60)  # it sleeps now
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 30
