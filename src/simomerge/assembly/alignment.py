@@ -10,7 +10,7 @@ from typing import Any
 from simomerge.assembly.experts import check_experts, with_merged_encoder, with_parameters
 from simomerge.assembly.realign import fold_heads, see
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
@@ -73,7 +73,6 @@ class Aligner:
         experts: Mapping[str, SimoModel],
         images: Any,
         count: int | None = 64,
-        progress: Progress = silent,
     ) -> None:
         self.base = base
         self.experts = check_experts(base, experts)
@@ -82,10 +81,9 @@ class Aligner:
             raise InputError(
                 f"{len(self.images)} images: a choice without labels holds out every fourth; give at least 4."
             )
-        self.progress = progress
         self.trials: list[Trial] = []
         unmerged = with_merged_encoder(base, self.experts, ZeroShot())
-        self._seen = list(see(unmerged, self.experts, self.images, progress=progress))
+        self._seen = list(see(unmerged, self.experts, self.images))
 
     def try_out(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
         """Merge, fold per tap, and measure; a merge that was tried before is not tried again."""
@@ -98,7 +96,7 @@ class Aligner:
         self.trials.append(trial)
         scale = getattr(method, "scale", None)
         shown = f"{method.name}{f' {scale:.2f}' if isinstance(scale, float) else ''}"
-        self.progress("trials", len(self.trials), len(self.trials), f"{shown}: alignment {trial.alignment:.3f}")
+        progress("trials", len(self.trials), len(self.trials), f"{shown}: alignment {trial.alignment:.3f}")
         return trial
 
     def best_scale(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:

@@ -20,7 +20,6 @@ from simomerge.assembly.experts import check_experts, with_merged_encoder
 from simomerge.assembly.realign import fold_heads, see
 from simomerge.assembly.realign.distill import TeacherPredictions
 from simomerge.core import distributed
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets import random_flip
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.merging import TaskArithmetic
@@ -39,7 +38,6 @@ def learn_coefficients(
     settings: TrainSettings = COEFFICIENT_SETTINGS,
     rounds: int = 2,
     count: int | None = 256,
-    progress: Progress = silent,
 ) -> TaskArithmetic:
     """Task arithmetic with a scale per expert and block, learned without labels.
 
@@ -69,9 +67,9 @@ def learn_coefficients(
     source = readable(as_images(images, count), one_size=True)
     method = TaskArithmetic(scale=dict(start) if isinstance(start, Mapping) else start)
     model = with_merged_encoder(base, experts, method)
-    seen = list(see(model, experts, source, progress=progress))
+    seen = list(see(model, experts, source))
     with distributed.temporary_folder() as temporary:
-        taught = TeacherPredictions(source, experts, Path(temporary) / "predictions", progress)
+        taught = TeacherPredictions(source, experts, Path(temporary) / "predictions")
         for turn in range(rounds):
             folded = fold_heads(model, seen)[0]
             blend = _Blend(folded, base, experts, method)
@@ -82,7 +80,6 @@ def learn_coefficients(
                 replace(settings, seed=settings.seed + turn),
                 transform=partial(random_flip, model.tasks),
                 label=f"coefficients {turn + 1}/{rounds}",
-                progress=progress,
             )
             method = blend.method()
             model = with_merged_encoder(base, experts, method)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints import check_same_encoder
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
 from simomerge.merging import Fisher, MergeMethod, RegMean, Schedule, describe_method, get_method, merge_state_dicts
 from simomerge.models.model import SimoModel, as_expert, load
 from simomerge.training.statistics import fisher_information, input_grams
@@ -35,11 +34,10 @@ def merge_models(
     method: MergeMethod,
     schedule: Schedule | None = None,
     validation: Any = None,
-    progress: Progress = silent,
 ) -> SimoModel:
     """Merge the experts' encoders by a method whose parameters are all numbers; see `simomerge.merge`."""
     experts = check_experts(base, experts)
-    chosen = with_statistics(method, experts, validation, progress)
+    chosen = with_statistics(method, experts, validation)
     return assemble(base, experts, chosen, schedule)
 
 
@@ -78,19 +76,14 @@ def with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) ->
     return replace(method, **parameters)
 
 
-def with_statistics(
-    method: MergeMethod, experts: Mapping[str, SimoModel], data: Any, progress: Progress
-) -> MergeMethod:
+def with_statistics(method: MergeMethod, experts: Mapping[str, SimoModel], data: Any) -> MergeMethod:
     """The method with what it needs to know of the experts' behaviour, from images or labels."""
     if isinstance(method, RegMean) and not method.grams and data is not None:
-        grams = {
-            task: input_grams(expert.encoder, data, label=f"Grams {task}", progress=progress)
-            for task, expert in experts.items()
-        }
+        grams = {task: input_grams(expert.encoder, data, label=f"Grams {task}") for task, expert in experts.items()}
         return replace(method, grams=grams)
     if isinstance(method, Fisher) and not method.fishers and data is not None:
         fishers = {
-            task: fisher_information(expert, data, len(data), label=f"Fisher {task}", progress=progress)
+            task: fisher_information(expert, data, len(data), label=f"Fisher {task}")
             for task, expert in experts.items()
         }
         return replace(method, fishers=fishers)

@@ -11,7 +11,6 @@ from simomerge.assembly.experts import assemble, check_experts, merge_models, wi
 from simomerge.assembly.realign import realign_fold
 from simomerge.assembly.scale import search_scale
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.models.model import SimoModel
@@ -34,7 +33,6 @@ def merge(
     schedule: Schedule | Sequence[float] | str | None = None,
     count: int | None = None,
     size: tuple[int, int] | None = None,
-    progress: Progress = silent,
     **parameters: Any,
 ) -> SimoModel:
     """Merge the experts' encoders into one model that has all their heads, unmerged.
@@ -73,23 +71,23 @@ def merge(
     pictures = None if images is None else as_images(images, size=size)
     if method == "auto":
         given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
-        return _auto(base, experts, pictures, count, progress, given)
+        return _auto(base, experts, pictures, count, given)
     if not isinstance(scale, str):
         chosen = with_parameters(method, {**parameters, "scale": scale} if scale is not None else parameters)
         data = as_images(pictures, count or 256) if validation is None and pictures is not None else validation
-        return merge_models(base, experts, chosen, plan, data, progress)
+        return merge_models(base, experts, chosen, plan, data)
     if scale == "learned":
         with_parameters(method, parameters)  # a misspelt one is told
-        return _learned(base, experts, method, pictures, count, plan, progress)
+        return _learned(base, experts, method, pictures, count, plan)
     if scale != "auto":
         raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
     if validation is not None or pictures is None:
         if schedule is not None:
             raise InputError("scale='auto' on labels and a schedule do not go together: give a number as scale.")
-        return search_scale(base, experts, method, validation, progress=progress, **parameters).model
-    aligner = Aligner(base, experts, pictures, count or 64, progress)
+        return search_scale(base, experts, method, validation, **parameters).model
+    aligner = Aligner(base, experts, pictures, count or 64)
     searched = with_parameters(method, {**parameters, "scale": 1.0})
-    searched = with_statistics(searched, aligner.experts, aligner.images, progress)
+    searched = with_statistics(searched, aligner.experts, aligner.images)
     model = assemble(base, aligner.experts, aligner.best_scale(searched, plan).method, plan)
     _record_choice(model, aligner)
     return model
@@ -102,17 +100,16 @@ def _learned(
     images: Any,
     count: int | None,
     schedule: Schedule | None,
-    progress: Progress,
 ) -> SimoModel:
     name = method if isinstance(method, str) else method.name
     if name != "task-arithmetic" or schedule is not None:
         raise InputError("scale='learned' is of task arithmetic without a schedule: leave method and schedule out.")
     if images is None:
         raise InputError("scale='learned' looks at images without labels: give images=, such as a folder.")
-    aligner = Aligner(base, experts, images, 64, progress)
+    aligner = Aligner(base, experts, images, 64)
     start = aligner.best_scale(TaskArithmetic()).method
     assert isinstance(start, TaskArithmetic) and isinstance(start.scale, float)
-    learned = learn_coefficients(base, experts, images, start.scale, count=count or 256, progress=progress)
+    learned = learn_coefficients(base, experts, images, start.scale, count=count or 256)
     model = assemble(base, aligner.experts, learned)
     model.provenance["merge"]["scale_chosen_on"] = "unlabelled images, by matching the experts' predictions"
     return model
@@ -123,7 +120,6 @@ def _auto(
     experts: Mapping[str, SimoModel],
     images: Any,
     count: int | None,
-    progress: Progress,
     given: Mapping[str, Any],
 ) -> SimoModel:
     """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, fold it cross-tap."""
@@ -133,7 +129,7 @@ def _auto(
         raise InputError(f"method='auto' chooses {wrong[0]!r} itself; leave it out, or name a method.")
     experts, count = check_experts(base, experts), count or 256
     images = readable(as_images(images, count), one_size=True)
-    aligner = Aligner(base, experts, images, min(count, 64), progress)
+    aligner = Aligner(base, experts, images, min(count, 64))
     for name, schedule in AUTO_METHODS:
         aligner.best_scale(get_method(name), schedule)
     plain = max(
@@ -141,11 +137,11 @@ def _auto(
         key=lambda trial: trial.alignment,
     )
     assert isinstance(plain.method, TaskArithmetic) and isinstance(plain.method.scale, float)
-    aligner.try_out(learn_coefficients(base, experts, images, plain.method.scale, rounds=1, progress=progress))
+    aligner.try_out(learn_coefficients(base, experts, images, plain.method.scale, rounds=1))
     best = aligner.best
     model = assemble(base, experts, best.method, best.schedule)
     _record_choice(model, aligner)
-    return realign_fold(model, experts, images, "cross-tap", count, progress=progress)
+    return realign_fold(model, experts, images, "cross-tap", count)
 
 
 def _record_choice(model: SimoModel, aligner: Aligner) -> None:

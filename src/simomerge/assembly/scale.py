@@ -10,7 +10,7 @@ from typing import Any
 from simomerge.assembly.experts import assemble, check_experts, with_merged_encoder, with_parameters, with_statistics
 from simomerge.assembly.realign import fold_heads, see
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, ZeroShot
 from simomerge.models.heads.projections import is_foldable
@@ -48,7 +48,6 @@ def search_scale(
     scales: Sequence[float] = SCALE_GRID,
     baseline: Scores | None = None,
     align: bool | None = None,
-    progress: Progress = silent,
     **parameters: Any,
 ) -> ScaleSearch:
     """Merge with every scale and keep the one of the best Delta_MTL on labelled validation data.
@@ -76,11 +75,11 @@ def search_scale(
     if missing:
         raise InputError(f"scale='auto': the validation data has no labels of {', '.join(missing)}.")
     if baseline is None:
-        baseline = {name: evaluate(expert, validation, progress=progress)[name] for name, expert in experts.items()}
+        baseline = {name: evaluate(expert, validation)[name] for name, expert in experts.items()}
     search = ScaleSearch(list(scales), [])
     search.normalised = {name: [] for name in experts}
     best = -math.inf
-    method = with_statistics(with_parameters(method, {**parameters, "scale": scales[0]}), experts, validation, progress)
+    method = with_statistics(with_parameters(method, {**parameters, "scale": scales[0]}), experts, validation)
     unmerged = with_merged_encoder(base, experts, ZeroShot())
     if align is None:
         align = all(is_foldable(head) for head in unmerged.heads.values())

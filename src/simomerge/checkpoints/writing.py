@@ -19,7 +19,7 @@ from simomerge.checkpoints.tensors import FLOATS, STORAGE, TensorInfo, as_numpy,
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file, atomic_write_text, check_room
 from simomerge.core.parallel import ordered_map
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 
 _Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -35,7 +35,6 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     layout: Mapping[str, TensorInfo] | None = None,
     threads: int | None = None,
-    progress: Progress = silent,
     durable: bool = True,
 ) -> Path:
     """Write named tensors to one safetensors file; a tensor per thread is in memory at a time.
@@ -53,7 +52,6 @@ def write_safetensors(
         metadata: text entries of the header; ``format: pt`` is added, which transformers asks for.
         layout: name -> TensorInfo of everything that ``tensors`` will deliver; needed for an iterable.
         threads: that read a mapping; all cores by default.
-        progress: told now and then, after a second.
         durable: see `simomerge.checkpoints.atomic_file`.
 
     Raises:
@@ -67,7 +65,7 @@ def write_safetensors(
     path = Path(path)
     layout = _layout(tensors, dtypes, layout)
     with _open(path, layout, metadata, durable) as write:
-        _write_all(path, write, tensors, layout, threads, progress)
+        _write_all(path, write, tensors, layout, threads)
     return path
 
 
@@ -79,7 +77,6 @@ def write_sharded(
     layout: Mapping[str, TensorInfo] | None = None,
     max_shard_size: int | None = None,
     threads: int | None = None,
-    progress: Progress = silent,
     durable: bool = True,
 ) -> list[Path]:
     """Write named tensors into a folder as transformers does; a tensor per thread is in memory at a time.
@@ -92,7 +89,7 @@ def write_sharded(
 
     Args:
         folder: where to write; it is made if it is not there, and should hold no other weights.
-        tensors, dtypes, metadata, layout, threads, progress, durable: see :func:`write_safetensors`.
+        tensors, dtypes, metadata, layout, threads, durable: see :func:`write_safetensors`.
         max_shard_size: bytes of tensors in one file; no limit by default. See :func:`parse_size`.
 
     Returns:
@@ -111,7 +108,7 @@ def write_sharded(
     shards = _partition(layout, max_shard_size)
     if len(shards) < 2:
         path = folder / "model.safetensors"
-        return [write_safetensors(path, tensors, dtypes, metadata, layout, threads, progress, durable)]
+        return [write_safetensors(path, tensors, dtypes, metadata, layout, threads, durable)]
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +122,7 @@ def write_sharded(
                 raise InputError(f"{folder}: got '{name}', expected no such tensor.")
             held.write(file_of[name], name, value)
 
-        _write_all(folder, write, tensors, layout, threads, progress)
+        _write_all(folder, write, tensors, layout, threads)
     index = {"metadata": {"total_size": sum(info.nbytes for info in layout.values())}, "weight_map": file_of}
     content = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write_text(folder / "model.safetensors.index.json", content)
@@ -199,7 +196,6 @@ def _write_all(
     tensors: _Tensors,
     layout: Mapping[str, TensorInfo],
     threads: int | None,
-    progress: Progress,
 ) -> None:
     """Every tensor to its place: of a mapping read and written by several threads, else one by one."""
 

@@ -50,8 +50,8 @@ def command(
     wanted = threshold if threshold == "auto" else _number(threshold)
     from simomerge.merging.disk.compress import compress
 
-    with console() as progress:
-        done = compress(base, named, output, wanted, dtype.upper(), overwrite, progress)
+    with console():
+        done = compress(base, named, output, wanted, dtype.upper(), overwrite)
     sizes = f"{_megabytes(done.bytes_before)} -> {_megabytes(done.bytes_after)}, base included"
     say(
         as_json,

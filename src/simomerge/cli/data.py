@@ -41,8 +41,8 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     from simomerge.datasets.load import find_manifest
 
     said = find_manifest(data)
-    with console() as progress:
-        found = check(said, count, progress)
+    with console():
+        found = check(said, count)
     result = found.to_dict(said)
     lines = [line for split, what in result["splits"].items() for line in _split_lines(split, what)]
     try:

@@ -34,6 +34,6 @@ def command(
     join_processes()
     names = ALL_TASKS if tasks == "all" else tuple(tasks.split(","))
     recipe = demo_recipe(names, head, seeds, full)
-    with console() as progress:
-        results: dict[str, Any] = run_recipe(recipe, resolve_source(base), output, workers, progress=progress)
+    with console():
+        results: dict[str, Any] = run_recipe(recipe, resolve_source(base), output, workers)
     report_run(results, output, as_json)

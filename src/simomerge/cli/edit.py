@@ -40,8 +40,8 @@ def command(
     added, removed, staying = (parse_pairs(given) for given in (add, remove, others))
     from simomerge.merging.disk.edit import edit_on_disk
 
-    with console() as progress:
-        result = edit_on_disk(model, base, output, added, removed, staying, overwrite=overwrite, progress=progress)
+    with console():
+        result = edit_on_disk(model, base, output, added, removed, staying, overwrite=overwrite)
     say(
         as_json,
         {"output": str(output), "tasks": list(result.tasks), "merge": result.merge},

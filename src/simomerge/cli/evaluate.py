@@ -32,12 +32,10 @@ def command(model: str, experts: tuple[str, ...], data: str, split: str, count: 
         raise InputError(f"{model} does not predict {strange[0]!r}; it has {', '.join(judged.tasks) or 'no heads'}.")
     judges = {task: as_expert(expert, task) for task, expert in load_experts(**named).items()}
     dataset = load_data(data, split=split, count=count)
-    with console() as progress:
+    with console():
         where = compute_device()
-        scores = evaluate(judged.to(where), dataset, progress=progress)
-        baseline = {
-            task: evaluate(expert.to(where), dataset, progress=progress)[task] for task, expert in judges.items()
-        }
+        scores = evaluate(judged.to(where), dataset)
+        baseline = {task: evaluate(expert.to(where), dataset)[task] for task, expert in judges.items()}
     result: dict[str, object] = {"scores": scores}
     lines = [f"{model} on {len(dataset)} images of {data} ({split}):", *score_lines(scores, judged.tasks)]
     if baseline:

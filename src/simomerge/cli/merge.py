@@ -176,7 +176,7 @@ def _merge_files(
     """From disk to disk, without torch."""
     from simomerge.merging.disk.merge import merge_on_disk
 
-    with console() as progress:
+    with console():
         result = merge_on_disk(
             base,
             experts,
@@ -186,7 +186,6 @@ def _merge_files(
             dtype=dtype,
             max_shard_size=limit,
             overwrite=overwrite,
-            progress=progress,
             **parameters,
         )
     return result.merge, result.tasks
@@ -209,13 +208,12 @@ def _merge_models(
 
     foundation, loaded = load(base), load_experts(**experts)
     given = source.arguments(list(experts)) if source else {}
-    with console() as progress:
+    with console():
         model = merge(
             foundation,
             loaded,
             method,
             scale=scale if scale is not None else parameters.pop("scale", None),
-            progress=progress,
             **given,
             **parameters,
         )

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Console, Progress, silent
+from simomerge.core.progress import Console, show_progress
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
@@ -112,14 +112,12 @@ def is_first() -> bool:
 
 
 @contextmanager
-def console() -> Iterator[Progress]:
-    """Progress on the terminal, closed however the work ends."""
-    if not is_first():
-        yield silent
-        return
+def console() -> Iterator[None]:
+    """Show progress on the terminal until the block ends."""
     shown = Console()
     try:
-        yield shown
+        with show_progress(shown if is_first() else None):
+            yield
     finally:
         shown.close()
 

@@ -23,6 +23,7 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
     from simomerge.core.files import atomic_file
     from simomerge.core.images import read_image
     from simomerge.datasets.tasks import colourise
+    from simomerge.core.progress import progress
     from simomerge.models.model import load
 
     pixels = [read_image(path) for path in images]  # all are checked before anything is written
@@ -34,7 +35,7 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     output.mkdir(parents=True, exist_ok=True)
     written = []
-    with console() as progress:
+    with console():
         for done, (name, image) in enumerate(zip(names, pixels, strict=True), start=1):
             for task, values in predictor.predict(image).items():
                 with atomic_file(output / f"{name}-{task}.npy") as file:

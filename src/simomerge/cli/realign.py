@@ -134,8 +134,8 @@ def command(
     inside: Any = "lora" if with_lora else with_adapters
     options = _options(method, steps, lr, seed, rank, alpha, activation, inside, variant, ridge, workers)
     options |= _memory_options(method, last_blocks, cache_budget, gradient_checkpointing)
-    with track(trackers, logs_of(output)), console() as progress:
-        result = realign(merged, method=method, progress=progress, **given, **options)
+    with track(trackers, logs_of(output)), console():
+        result = realign(merged, method=method, **given, **options)
     if is_first():  # under torchrun all have the same model
         result.save_pretrained(output, overwrite)
     record = result.provenance["realign"]

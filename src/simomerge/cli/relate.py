@@ -101,10 +101,8 @@ def command(
             " fine-tuned from first, and a merged model as --merged MODEL."
         )
     model = load(merged) if merged is not None else None
-    with console() as progress:
-        found = relate(
-            foundation, load_experts(**named), pictures, dataset, model, chosen, count, progress=progress
-        ).to_dict()
+    with console():
+        found = relate(foundation, load_experts(**named), pictures, dataset, model, chosen, count).to_dict()
     if budget is not None:
         found |= {"budget": budget, "verdict": verdict(found, budget)}
     page = write_relations(output, found) if output is not None else None

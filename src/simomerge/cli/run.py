@@ -48,8 +48,8 @@ def command(
         rows = [{"stage": name, "done": there} for name, there in stages]
         say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
         return
-    with track(trackers, folder / "logs"), console() as progress:
+    with track(trackers, folder / "logs"), console():
         results: dict[str, Any] = run_recipe(
-            said.recipe, base, folder, workers, said.data, said.title, progress, said.data_options
+            said.recipe, base, folder, workers, said.data, said.title, said.data_options
         )
     report_run(results, folder, as_json)

@@ -35,8 +35,8 @@ def command(
     from simomerge.recipes import read_recipe, search_recipe
 
     folder = output or Path(read_recipe(recipe, changes).output + "-search")
-    with console() as progress:
-        results = search_recipe(recipe, folder, changes, storage, seed, workers, progress)
+    with console():
+        results = search_recipe(recipe, folder, changes, storage, seed, workers)
     shown = [trial for trial in results["trials"] if trial["delta_mtl"] is not None]
     lines = [f"{trial['delta_mtl']:+8.2f} %  {_values(trial['values'])}" for trial in shown[:10]]
     sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in shown[0]["values"].items())

@@ -110,9 +110,9 @@ def command(
     read = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
     everything = [fingerprint, data, read, tasks, head, weighting, augmentation, asdict(probe), asdict(tune)]
     key = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
-    with track(trackers, logs_of(output)), console() as progress:
+    with track(trackers, logs_of(output)), console():
         logs = lpft(
-            *(model, train, probe, tune, validation, work / key, progress),
+            *(model, train, probe, tune, validation, work / key),
             cache_budget=budget,
             checkpointing=gradient_checkpointing,
             weighting=weighting,

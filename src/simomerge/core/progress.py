@@ -1,21 +1,79 @@
-"""Progress of long work: a callable that libraries call and the command line draws."""
+"""Progress of long work, without a callback that travels from function to function.
+
+Library code calls `progress`. Nothing is shown unless a caller higher up has installed a sink with `show_progress`,
+as the command line does. The sink is kept in a context variable, so a thread or another process starts without one;
+`simomerge.training.pool.WorkerPool` forwards the reports of its worker processes.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
-Progress = Callable[[str, int, int, str], None]
-"""``progress(label, done, total, note)``: `done` of `total` steps of `label`; `note` holds losses, images/s."""
+Sink = Callable[[str, int, int, str], None]
+"""``sink(label, done, total, note)``: `done` of `total` steps of `label` are done; `note` holds losses, images/s."""
+
+_sink: ContextVar[Sink | None] = ContextVar("simomerge_progress", default=None)
 
 
-def silent(label: str, done: int, total: int, note: str = "") -> None:
-    """Says nothing: the default everywhere in the library."""
+def progress(label: str, done: int, total: int, note: str = "") -> None:
+    """Report that ``done`` of ``total`` steps of ``label`` are done."""
+    sink = _sink.get()
+    if sink is not None:
+        sink(label, done, total, note)
+
+
+def current_sink() -> Sink | None:
+    """The sink that `progress` reports to, for code that must report from another thread."""
+    return _sink.get()
+
+
+@contextmanager
+def show_progress(sink: Sink | None) -> Iterator[None]:
+    """Send all reports made inside the block to ``sink``; None hides them.
+
+    Example:
+        >>> with show_progress(lambda label, done, total, note: print(label, done, total)):
+        ...     progress("depth", 10, 400)
+        depth 10 400
+    """
+    token = _sink.set(sink)
+    try:
+        yield
+    finally:
+        _sink.reset(token)
+
+
+@contextmanager
+def labelled_progress(label: str, keep: bool = False) -> Iterator[None]:
+    """Give all reports made inside the block one label; with ``keep``, their own label follows it.
+
+    Example:
+        >>> with show_progress(lambda label, done, total, note: print(label)), labelled_progress("seed 0", keep=True):
+        ...     progress("depth", 10, 400)
+        seed 0 depth
+    """
+
+    def relabelled(inner: str, done: int, total: int, note: str) -> None:
+        if sink is not None:
+            sink(f"{label} {inner}" if keep else label, done, total, note)
+
+    sink = current_sink()
+    with show_progress(relabelled if sink is not None else None):
+        yield
 
 
 class Console:
-    """Progress on standard error: bars on a terminal, one plain line in a while elsewhere.
+    """A sink that draws on standard error: bars on a terminal, a plain line every few seconds elsewhere.
+
+    The last report of a label stays on the screen as a line of text.
+
+    Args:
+        every_seconds: Time between two plain lines of one label.
 
     Example:
         >>> console = Console()
@@ -24,9 +82,10 @@ class Console:
     """
 
     def __init__(self, every_seconds: float = 10.0) -> None:
-        self.bars: dict[str, object] = {}
         self.every_seconds = every_seconds
-        self.last_line: dict[str, float] = {}
+        self._last_line: dict[str, float] = {}
+        self._bars: Any = None  # rich.progress.Progress, on a terminal
+        self._tasks: dict[str, Any] = {}
 
     def __call__(self, label: str, done: int, total: int, note: str = "") -> None:
         if sys.stderr.isatty():
@@ -35,25 +94,45 @@ class Console:
             self._line(label, done, total, note)
 
     def _bar(self, label: str, done: int, total: int, note: str) -> None:
-        from tqdm import tqdm
-
-        bar = self.bars.get(label)
-        if bar is None:
-            bar = self.bars[label] = tqdm(total=total, desc=label, leave=False, file=sys.stderr)
-        bar.total = total  # type: ignore[attr-defined]
-        bar.set_postfix_str(note, refresh=False)  # type: ignore[attr-defined]
-        bar.update(done - bar.n)  # type: ignore[attr-defined]
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total, note="")
+        self._bars.update(self._tasks[label], completed=done, total=total, note=note)
         if done >= total:
-            bar.close()  # type: ignore[attr-defined]
-            del self.bars[label]
+            self._bars.remove_task(self._tasks.pop(label))
+            self._bars.console.print(_text(label, done, total, note), markup=False, highlight=False)
 
     def _line(self, label: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
-        if done >= total or now - self.last_line.get(label, now - 1e9) >= self.every_seconds:
-            self.last_line[label] = now
-            print(f"  {label}  {done}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
+        if done >= total or now - self._last_line.get(label, now - 1e9) >= self.every_seconds:
+            self._last_line[label] = now
+            print(_text(label, done, total, note), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        for bar in self.bars.values():
-            bar.close()  # type: ignore[attr-defined]
-        self.bars.clear()
+        """Remove the bars that are still drawn."""
+        if self._bars is not None:
+            for task in self._tasks.values():
+                self._bars.remove_task(task)
+            self._bars.stop()
+            self._bars = None
+        self._tasks.clear()
+
+
+def _text(label: str, done: int, total: int, note: str) -> str:
+    return f"  {label}  {done}/{total}  {note}".rstrip()
+
+
+def _bars() -> Any:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    return Progress(*columns, console=RichConsole(stderr=True), transient=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.rows import Manifest, Row, Source, Stored
 from simomerge.datasets.tasks import IGNORE_LABEL, colourise
 
@@ -74,7 +74,7 @@ class Checked:
         return {"splits": splits, "problems": self.problems}
 
 
-def check(manifest: Manifest, count: int = 100, progress: Progress = silent) -> Checked:
+def check(manifest: Manifest, count: int = 100) -> Checked:
     """Read some images of every split with their targets, and say what is wrong.
 
     Args:

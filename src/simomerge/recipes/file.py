@@ -137,7 +137,7 @@ def _count_steps(said: dict[str, Any], errors: list[str]) -> None:
         del given["epochs"]
 
 
-OWN = ("spec", "split", "count", "skip", "tasks", "workers", "progress")
+OWN = ("spec", "split", "count", "skip", "tasks", "workers")
 
 
 def _misplaced(said: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from simomerge.core import distributed
 from simomerge.core.files import remove_leftovers
-from simomerge.core.progress import Progress
+from simomerge.core.progress import progress
 from simomerge.recipes.stages import read_log
 from simomerge.training import WorkerPool
 
@@ -119,13 +119,13 @@ def _lock(output: Path) -> Path:
     return output.parent / f"{output.name}.lock"
 
 
-def _do_once(stage: Stage, output: Path, progress: Progress) -> None:
+def _do_once(stage: Stage, output: Path) -> None:
     """Do a stage whose arguments are plain, but for one that another run in the same folder does or has done."""
     with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if distributed.is_first():
             remove_leftovers(output)
         if not distributed.said_by_first(output.exists()):
-            stage.function(output=output, label=stage.name, progress=progress, **stage.arguments)
+            stage.function(output=output, label=stage.name, **stage.arguments)
     if distributed.is_first():
         _lock(output).unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
 

@@ -13,7 +13,7 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.machine import mixed_precision
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.core.version import __version__
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.base import check_size
@@ -37,7 +37,6 @@ def run_recipe(
     workers: int | None = None,
     dataset: str = "rooms",
     title: str = "simomerge demo",
-    progress: Progress = silent,
     data_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
@@ -57,10 +56,10 @@ def run_recipe(
     folder = Path(folder).resolve()
     plan, run = _planned(recipe, base, folder, dataset, data_options or {})
     with distributed.first_before_others():
-        for split, data in plan.splits.items() if dataset == "rooms" else ():
-            load_data(**data, workers=workers, progress=lambda d, t, split=split: progress(f"render {split}", d, t, ""))
+        for data in plan.splits.values() if dataset == "rooms" else ():
+            load_data(**data, workers=workers)
     test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, run)))["test"]
-    with WorkerPool(workers, progress) as pool:
+    with WorkerPool(workers) as pool:
         run.build(plan.wanted(), pool)
     results = summarise(plan, run, test.tasks, title)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)

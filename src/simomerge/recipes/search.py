@@ -17,7 +17,7 @@ from simomerge.core.assets import resolve_source
 from simomerge.core.distributed import started_processes
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.recipes.file import RecipeFile, read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
@@ -33,7 +33,6 @@ def search_recipe(
     storage: str | None = None,
     seed: int | None = None,
     workers: int | None = None,
-    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Search what the recipe's ``search`` names (`SearchSettings`) until the study has all its trials.
 
@@ -83,7 +82,7 @@ def search_recipe(
         best = results["trials"][0]["delta_mtl"]
         progress("search", min(done, search.trials), search.trials, "" if best is None else f"best {best:+.2f} %")
 
-    with WorkerPool(workers, progress) as pool:
+    with WorkerPool(workers) as pool:
         if len(study.get_trials(deepcopy=False, states=finished)) < search.trials:
             limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
             try:

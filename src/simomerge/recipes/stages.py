@@ -21,7 +21,7 @@ from simomerge.assembly.scale import search_scale
 from simomerge.core import distributed
 from simomerge.core.files import atomic_folder
 from simomerge.core.machine import compute_device
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets import load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
@@ -61,7 +61,7 @@ def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None
     distributed.wait()
 
 
-def _under(label: str, progress: Progress, and_its_own: bool = False) -> Progress:
+def _under(label: str, and_its_own: bool = False) -> Progress:
     """Progress of what a stage calls, under the stage's label, with or without its own behind."""
 
     def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
@@ -70,12 +70,12 @@ def _under(label: str, progress: Progress, and_its_own: bool = False) -> Progres
     return relabelled
 
 
-def features(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
+def features(output: Path, model: str, data: Data, label: str) -> None:
     """Features of a model's encoder on a dataset."""
     began = time.monotonic()
     with distributed.folder_together(output) as folder:
         encoder = load(model).encoder.to(compute_device())
-        cache_features(encoder, load_data(**data), folder / "features", label=label, progress=progress)
+        cache_features(encoder, load_data(**data), folder / "features", label=label)
         if distributed.is_first():
             log = {"seconds": time.monotonic() - began}
             (folder / "log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
@@ -91,7 +91,6 @@ def probe(
     head_settings: dict[str, Any],
     settings: dict[str, Any],
     label: str,
-    progress: Progress = silent,
 ) -> None:
     """A fresh head for one task, trained on the frozen base's features (LP-FT, first phase)."""
     train = load_data(**data).select([task])
@@ -106,7 +105,6 @@ def probe(
         TrainSettings(**settings),
         state_file=state,
         label=label,
-        progress=progress,
     )
     _finish(output, asdict(log), SimoModel(model.encoder, {task: chosen}, {task: fresh}))
 
@@ -122,7 +120,6 @@ def tune(
     label: str,
     weighting: str = "equal",
     augmentation: str = "flip",
-    progress: Progress = silent,
 ) -> None:
     """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
     model = load(base)
@@ -139,7 +136,6 @@ def tune(
         load_data(**validation).select(list(tasks)),
         work_folder(output) / "state.pt",
         label,
-        progress,
         weighting=weighting,
         augmentation=augmentation,
     )
@@ -152,11 +148,11 @@ def tune(
     _finish(output, {**asdict(log), **cost}, model)
 
 
-def score(output: Path, model: str, data: Data, label: str, progress: Progress = silent) -> None:
+def score(output: Path, model: str, data: Data, label: str) -> None:
     """Metrics of a model on a dataset."""
     began = time.monotonic()
     scored = load(Path(model) / "model").to(compute_device())
-    scores = evaluate(scored, load_data(**data), label=label, progress=progress)
+    scores = evaluate(scored, load_data(**data), label=label)
     _finish(output, {"seconds": time.monotonic() - began, "scores": scores})
 
 
@@ -169,20 +165,17 @@ def merged(
     baseline: dict[str, str],
     label: str,
     parameters: Mapping[str, Any] = MappingProxyType({}),
-    progress: Progress = silent,
 ) -> None:
     """Experts merged into one model; a scale that is not given is the best one on the validation split."""
     began = time.monotonic()
     foundation = load(base)
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label, progress)
+    relabelled = _under(label)
     if "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters:
         data = load_data(**validation).select(list(experts))
         scores = {task: read_log(Path(folder))["scores"][task] for task, folder in baseline.items()}
-        search = search_scale(
-            foundation, models, method, data, baseline=scores, align=False, progress=relabelled, **parameters
-        )
+        search = search_scale(foundation, models, method, data, baseline=scores, align=False, **parameters)
         model = search.model
         found = {
             "scale": search.scale,
@@ -208,13 +201,12 @@ def merged_without_labels(
     images: Data,
     label: str,
     parameters: Mapping[str, Any] = MappingProxyType({}),
-    progress: Progress = silent,
 ) -> None:
     """Experts merged with the scale that can be folded best, or, with the method "auto", whatever can be."""
     began = time.monotonic()
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label, progress)
+    relabelled = _under(label)
     source = load_data(**images)
     model = merge(
         load(base),
@@ -223,7 +215,6 @@ def merged_without_labels(
         scale=None if method == "auto" else "auto",
         images=source,
         count=len(source),
-        progress=relabelled,
         **parameters,
     )
     chosen = model.provenance["merge"]
@@ -248,18 +239,15 @@ def taught(
     settings: dict[str, Any],
     options: dict[str, Any],
     label: str,
-    progress: Progress = silent,
 ) -> None:
     """A model re-aligned on unlabelled images: "fold", "fold-cross", "distill" or "distill-adapters"."""
     began = time.monotonic()
     teachers = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label, progress, and_its_own=how == "distill")
+    relabelled = _under(label, and_its_own=how == "distill")
     start, source = load(Path(model) / "model"), load_data(**images)
     if how.startswith("fold"):
-        result = realign_fold(
-            start, teachers, source, "cross-tap" if how == "fold-cross" else "per-tap", progress=relabelled
-        )
+        result = realign_fold(start, teachers, source, "cross-tap" if how == "fold-cross" else "per-tap")
     else:
         adapters = how == "distill-adapters"
         result = realign_distill(
@@ -269,7 +257,6 @@ def taught(
             TrainSettings(**settings),
             adapters,
             work_folder=work_folder(output),
-            progress=relabelled,
             **options,
         )
     cost = result.provenance["realign"]
@@ -278,15 +265,13 @@ def taught(
     _finish(output, {**log, **({"r2": cost["r2"]} if "r2" in cost else {})}, result)
 
 
-def related(
-    output: Path, base: str, experts: dict[str, str], data: Data, label: str, progress: Progress = silent
-) -> None:
+def related(output: Path, base: str, experts: dict[str, str], data: Data, label: str) -> None:
     """How the experts relate to each other, judged by labels."""
     began = time.monotonic()
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label, progress, and_its_own=True)
-    found = relate(load(base), models, data=load_data(**data), count=None, progress=relabelled)
+    relabelled = _under(label, and_its_own=True)
+    found = relate(load(base), models, data=load_data(**data), count=None)
     _finish(output, {"seconds": time.monotonic() - began, "relations": found.to_dict()})
 
 
@@ -298,18 +283,16 @@ def realigned(
     settings: dict[str, Any],
     options: dict[str, Any],
     label: str,
-    progress: Progress = silent,
 ) -> None:
     """A merged model, re-aligned with heads or adapters."""
     began = time.monotonic()
 
-    relabelled = _under(label, progress, and_its_own=how == "heads")
+    relabelled = _under(label, and_its_own=how == "heads")
     result = REALIGNMENTS[how](
         load(Path(model) / "model"),
         load_data(**data),
         TrainSettings(**settings),
         work_folder=work_folder(output),
-        progress=relabelled,
         **options,
     )
     cost = result.provenance["realign"]

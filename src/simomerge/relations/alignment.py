@@ -13,7 +13,6 @@ from simomerge.assembly.realign import HELD_OUT, RIDGES
 from simomerge.assembly.realign.teacher import evaluating, matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.models.model import SimoModel
 from simomerge.relations.sums import TokenSums, cka
@@ -42,7 +41,7 @@ class TapAlignment:
 
 @torch.no_grad()
 def alignment(
-    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, count: int | None = 64, progress: Progress = silent
+    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, count: int | None = 64
 ) -> list[TapAlignment]:
     """Compare a merged encoder's patch tokens with each expert's, before and after a per-tap linear map.
 
@@ -72,7 +71,7 @@ def alignment(
         for task in experts
         for tap, width in zip(taps, model.encoder.channels, strict=True)
     }
-    for batch in observe(experts, source, progress=progress):
+    for batch in observe(experts, source):
         with evaluating(model), autocast(batch.images.device):
             merged = model.encode(batch.images)
         held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in batch.indices])

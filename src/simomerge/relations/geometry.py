@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
 from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
@@ -69,7 +69,7 @@ class Geometry:
         return [part for part in self.parts if part.name not in (ALL, OUTSIDE)]
 
 
-def geometry(base: Any, experts: Mapping[str, Any], progress: Progress = silent) -> Geometry:
+def geometry(base: Any, experts: Mapping[str, Any]) -> Geometry:
     """Norms of the experts' task vectors, their cosines and their conflicts of sign, per block and in all.
 
     Tensors are read one by one, in float32, and summed in float64. No image takes part.

@@ -21,7 +21,7 @@ from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.experts import with_merged_encoder
 from simomerge.assembly.realign import fold_heads, see
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.merging import Average, TaskArithmetic
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
@@ -92,9 +92,7 @@ class Grouping:
         return found.gains[task]
 
 
-def merge_group(
-    base: SimoModel, experts: Mapping[str, SimoModel], images: Any, progress: Progress = silent
-) -> tuple[SimoModel, float | None]:
+def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> tuple[SimoModel, float | None]:
     """Merge experts as a user would without labels: task arithmetic, the scale by alignment, the cross-tap fold.
 
     Where a head cannot be folded, the encoders are averaged and the heads left as they are.
@@ -104,10 +102,10 @@ def merge_group(
     """
     if not all(is_foldable(expert.heads[task]) for task, expert in experts.items()):
         return with_merged_encoder(base, experts, Average()), None
-    aligner = Aligner(base, experts, images, None, progress)
+    aligner = Aligner(base, experts, images, None)
     method: Any = aligner.best_scale(TaskArithmetic()).method
     model = with_merged_encoder(base, experts, method)
-    seen = see(model, experts, aligner.images, "cross-tap", progress=progress)
+    seen = see(model, experts, aligner.images, "cross-tap")
     return fold_heads(model, seen, "cross-tap")[0], float(method.scale)
 
 
@@ -117,7 +115,6 @@ def group_tasks(
     images: Any,
     judge: Judge,
     limit: int | None = None,
-    progress: Progress = silent,
 ) -> Grouping:
     """Find for every budget of encoders which tasks to merge.
 
@@ -150,7 +147,7 @@ def group_tasks(
                 )
         return MergedGroup(group, gains, scale)
 
-    merges, choices = choose_groups(list(experts), measure, judge.labelled, limit, progress)
+    merges, choices = choose_groups(list(experts), measure, judge.labelled, limit)
     return Grouping(list(experts), judge.labelled, merges, choices)
 
 
@@ -159,7 +156,6 @@ def choose_groups(
     measure: Callable[[Group], MergedGroup],
     labelled: bool,
     limit: int | None = None,
-    progress: Progress = silent,
 ) -> tuple[list[MergedGroup], list[Choice]]:
     """The search of `group_tasks`, whatever merges and judges a group; a group is measured once."""
     pairs = list(combinations(tasks, 2))

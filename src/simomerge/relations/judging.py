@@ -14,7 +14,7 @@ from torch import Tensor
 from simomerge.assembly.realign.teacher import evaluating, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.datasets.tasks import Task
@@ -65,7 +65,6 @@ class Judge:
         source: Any,
         labelled: bool,
         batch_size: int = 32,
-        progress: Progress = silent,
     ) -> None:
         self.experts = experts
         self.tasks: dict[str, Task] = {name: expert.tasks[name] for name, expert in experts.items()}
@@ -76,8 +75,8 @@ class Judge:
         if len(self.source) < 2:
             raise InputError("one image: how experts relate takes at least two to judge on.")
         # One image after the other would cost each expert a pass per model that is judged.
-        self._looks = [] if labelled else list(self._predictions(progress))
-        self.best, self.chance = self._experts_scores(progress) if labelled else self._ends()
+        self._looks = [] if labelled else list(self._predictions())
+        self.best, self.chance = self._experts_scores() if labelled else self._ends()
 
     def __iter__(self) -> Iterator[Look]:
         """The images in batches, with their truth."""
@@ -89,8 +88,8 @@ class Judge:
             truth = {name: batch[name].to(self.device) for name in self.tasks}
             yield Look(batch["image"].to(self.device), truth)
 
-    def _predictions(self, progress: Progress) -> Iterator[Look]:
-        for batch in observe(self.experts, self.source, self.batch_size, "experts' predictions", progress=progress):
+    def _predictions(self) -> Iterator[Look]:
+        for batch in observe(self.experts, self.source, self.batch_size, "experts' predictions"):
             with torch.no_grad(), evaluating(*self.experts.values()), autocast(self.device):
                 logits = {
                     name: expert.decode(batch.features[name], [name])[name] for name, expert in self.experts.items()
@@ -140,7 +139,7 @@ class Judge:
             found[name] = 100 * sign * (values[self.tasks[name].metric] - self.best[name]) / self.best[name]
         return found
 
-    def _experts_scores(self, progress: Progress) -> tuple[dict[str, float], dict[str, float]]:
+    def _experts_scores(self) -> tuple[dict[str, float], dict[str, float]]:
         best = {}
         for done, (name, expert) in enumerate(self.experts.items(), start=1):
             best[name] = self.scores(expert)[name][self.tasks[name].metric]

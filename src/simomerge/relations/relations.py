@@ -11,7 +11,6 @@ from typing import Any
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.realign.teacher import matching_experts
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
 from simomerge.core.schema import nearest
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
@@ -95,7 +94,6 @@ def relate(
     count: int | None = 128,
     size: tuple[int, int] | None = None,
     lambdas: Sequence[float] = LAMBDAS,
-    progress: Progress = silent,
 ) -> Relations:
     """How experts of one base relate to each other, and which of them to merge.
 
@@ -139,22 +137,22 @@ def relate(
     source: Any = None if only_weights else _source(experts, images, data, count, size)
     found: dict[str, Any] = {}
     if "geometry" in chosen:
-        found["geometry"] = geometry(base, experts, progress)
+        found["geometry"] = geometry(base, experts)
     if only_weights:
         return Relations(list(experts), **found)
     here, there = Every(source, 0), Every(source, 1)
     if {"groups", "sweeps"} & set(chosen):
-        judge = Judge(experts, there, data is not None, progress=progress)
+        judge = Judge(experts, there, data is not None)
         found["judged_by"] = "labels" if judge.labelled else "the experts' predictions"
         if "sweeps" in chosen:
-            found["sweeps"] = sweep(base, experts, judge, lambdas, progress)
+            found["sweeps"] = sweep(base, experts, judge, lambdas)
         if "groups" in chosen:
-            found["groups"] = group_tasks(base, experts, here, judge, progress=progress)
+            found["groups"] = group_tasks(base, experts, here, judge)
     if "cka" in chosen:
-        found["cka"] = similarity(base, experts, there, None, progress)
+        found["cka"] = similarity(base, experts, there, None)
     if "alignment" in chosen:
         assert merged is not None
-        found["alignment"] = alignment(merged, experts, source, None, progress)
+        found["alignment"] = alignment(merged, experts, source, None)
     return Relations(list(experts), images=len(source), **found)
 
 

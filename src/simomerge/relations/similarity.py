@@ -12,7 +12,6 @@ from simomerge.assembly.experts import with_merged_encoder
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.merging import ZeroShot
 from simomerge.models.model import SimoModel
@@ -40,9 +39,7 @@ class Similarity:
 
 
 @torch.no_grad()
-def similarity(
-    base: SimoModel, experts: Mapping[str, SimoModel], images: Any, count: int | None = 64, progress: Progress = silent
-) -> Similarity:
+def similarity(base: SimoModel, experts: Mapping[str, SimoModel], images: Any, count: int | None = 64) -> Similarity:
     """Linear CKA (Kornblith et al., arXiv 1905.00414) between base and experts at every tap.
 
     Only sums are kept, per tap the square of all encoders' channels together: memory does not depend on the number
@@ -69,7 +66,7 @@ def similarity(
     names = [BASE, *experts]
     sums = [TokenSums.empty(*[width] * len(names)) for width in first.channels]
     seen = 0
-    for batch in observe(experts, source, label="CKA", progress=progress):
+    for batch in observe(experts, source, label="CKA"):
         with autocast(batch.images.device):
             features = [unmerged.encode(batch.images), *batch.features.values()]
         for tap, total in enumerate(sums):

@@ -19,7 +19,7 @@ from simomerge.assembly.realign.teacher import evaluating
 from simomerge.checkpoints import canonicalise
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, check_models
 from simomerge.models.model import SimoModel
 from simomerge.relations.judging import Judge
@@ -100,7 +100,6 @@ def sweep(
     experts: Mapping[str, SimoModel],
     judge: Judge,
     lambdas: Sequence[float] = LAMBDAS,
-    progress: Progress = silent,
 ) -> Sweeps:
     """Measure all tasks along all task vectors. Each batch is encoded once per task vector and lambda, for all heads.
 

@@ -14,7 +14,7 @@ import torch
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
@@ -25,9 +25,7 @@ Scores = dict[str, dict[str, float]]
 
 
 @torch.no_grad()
-def evaluate(
-    model: SimoModel, dataset: Any, batch_size: int = 64, label: str = "evaluate", progress: Progress = silent
-) -> Scores:
+def evaluate(model: SimoModel, dataset: Any, batch_size: int = 64, label: str = "evaluate") -> Scores:
     """Metrics of every task that both the model and the dataset have.
 
     Under torchrun each process takes its share of the batches, and all return the same scores.

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, Features
@@ -90,7 +90,6 @@ def cache_features(
     batch_size: int = 64,
     label: str = "features",
     budget: int | None = None,
-    progress: Progress = silent,
 ) -> Path:
     """Encode every image of a dataset once and write the Features, float16, as memory-mappable arrays.
 

@@ -15,7 +15,7 @@ from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_bytes
 from simomerge.core.machine import loader_workers, mixed_precision
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
 from simomerge.training.tracking import tracked_accelerator, tracked_run
 from simomerge.training.weighting import Weighting, combined
@@ -94,7 +94,6 @@ def fit(
     transform: Transform | None = None,
     state_file: Path | None = None,
     label: str = "training",
-    progress: Progress = silent,
     weighting: Weighting | None = None,
     counts: Counts | None = None,
 ) -> TrainLog:
@@ -124,7 +123,7 @@ def fit(
         with tracked_run(accelerator, label, vars(settings)):
             return _fit(
                 *(accelerator, module, losses, counts, train, settings, validation, transform, state_file),
-                *(label, progress),
+                *(label),
             )
     finally:
         module._modules.pop(_WEIGHTING, None)
@@ -144,7 +143,6 @@ def _fit(
     transform: Transform | None,
     state_file: Path | None,
     label: str,
-    progress: Progress,
 ) -> TrainLog:
     if min(settings.batch_size, len(train)) < distributed.processes():
         raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {settings.batch_size}.")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.core import distributed
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets.augment import augmentation as make_augmentation
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder
@@ -61,7 +60,6 @@ def train_head(
     validation: CachedFeatures | None = None,
     state_file: Path | None = None,
     label: str = "",
-    progress: Progress = silent,
     criterion: str = "loss",
 ) -> TrainLog:
     """Train one head on cached features, in place: linear probing, and the paper's head re-alignment.
@@ -76,7 +74,6 @@ def train_head(
         validation,
         state_file=state_file,
         label=label or task.name,
-        progress=progress,
         counts=partial(label_counts, {task.name: task}) if criterion == "loss" else None,
     )
 
@@ -94,7 +91,6 @@ def finetune(
     validation: Any = None,
     state_file: Path | None = None,
     label: str = "",
-    progress: Progress = silent,
     losses: ModelLosses = image_losses,
     checkpointing: bool = False,
     weighting: str = "equal",
@@ -124,7 +120,6 @@ def finetune(
             transform=transform,
             state_file=state_file,
             label=label or "+".join(model.tasks),
-            progress=progress,
             weighting=weighs,
             counts=partial(label_counts, model.tasks) if losses is image_losses else None,
         )
@@ -139,7 +134,6 @@ def lpft(
     tune: TrainSettings,
     validation: Any = None,
     work_folder: str | Path | None = None,
-    progress: Progress = silent,
     cache_budget: int | None = None,
     checkpointing: bool = False,
     weighting: str = "equal",
@@ -165,12 +159,12 @@ def lpft(
     with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         if not (work / "features").exists():
-            cache_features(model.encoder, train, work / "features", budget=cache_budget, progress=progress)
+            cache_features(model.encoder, train, work / "features", budget=cache_budget)
         logs = {}
         for name, task in model.tasks.items():
             cached = CachedFeatures(work / "features", train, [name])
             logs[f"probe/{name}"] = train_head(
-                model.heads[name], task, cached, probe, None, work / f"probe-{name}.pt", f"probe {name}", progress
+                model.heads[name], task, cached, probe, None, work / f"probe-{name}.pt", f"probe {name}"
             )
         model.requires_grad_(True)
         state_file = work / "tune.pt"
@@ -180,7 +174,6 @@ def lpft(
             tune,
             validation,
             state_file,
-            progress=progress,
             checkpointing=checkpointing,
             weighting=weighting,
             augmentation=augmentation,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints import canonical_name
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
@@ -29,7 +29,6 @@ def input_grams(
     images: Any,
     batch_size: int = 16,
     label: str = "input Grams",
-    progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Second moments of the inputs of every linear layer of an encoder: X^T X / tokens, for RegMean.
 
@@ -100,7 +99,6 @@ def fisher_information(
     data: Any,
     count: int = 256,
     label: str = "Fisher information",
-    progress: Progress = silent,
 ) -> dict[str, np.ndarray]:
     """Diagonal empirical Fisher information of a model's encoder: the mean squared gradient of its loss.
 

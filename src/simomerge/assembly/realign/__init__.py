@@ -11,7 +11,6 @@ from simomerge.assembly.realign.fold import HELD_OUT, RIDGES, Fold, fold_heads, 
 from simomerge.assembly.realign.heads import HEAD_SETTINGS, realign_heads
 from simomerge.assembly.realign.lora import LORA_SETTINGS, realign_lora
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
 from simomerge.models.model import SimoModel
 
 WITHOUT_LABELS: dict[str, Callable[..., SimoModel]] = {"fold": realign_fold, "distill": realign_distill}
@@ -34,7 +33,6 @@ def realign(
     images: Any = None,
     data: Any = None,
     method: str = "fold",
-    progress: Progress = silent,
     **options: Any,
 ) -> SimoModel:
     """Re-align a merged model; it stays as it is.
@@ -65,10 +63,10 @@ def realign(
     if method in WITH_LABELS:
         if data is None:
             raise InputError(f"re-alignment by {method!r} learns from labels: give data=, a dataset with every task.")
-        return WITH_LABELS[method](model, data, progress=progress, **options)
+        return WITH_LABELS[method](model, data, **options)
     if images is None:
         raise InputError(f"re-alignment by {method!r} looks at images without labels: give images=, such as a folder.")
-    return WITHOUT_LABELS[method](model, experts or {}, images, progress=progress, **options)
+    return WITHOUT_LABELS[method](model, experts or {}, images, **options)
 
 
 __all__ = [

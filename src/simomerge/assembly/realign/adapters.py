@@ -13,7 +13,6 @@ from typing import Any
 from simomerge.assembly.realign.labels import check_labels
 from simomerge.assembly.realign.low_rank import check_no_adapters, only_heads_learn, train_with_heads
 from simomerge.assembly.realign.record import after
-from simomerge.core.progress import Progress, silent
 from simomerge.models.model import SimoModel
 from simomerge.training import TrainSettings
 
@@ -29,7 +28,6 @@ def realign_adapters(
     last_blocks: int = 0,
     checkpointing: bool = False,
     work_folder: str | Path | None = None,
-    progress: Progress = silent,
 ) -> SimoModel:
     """Train low-rank adapters beside the blocks and all heads on the multi-task loss; the encoder is frozen.
 
@@ -52,7 +50,7 @@ def realign_adapters(
     state_file = Path(work_folder) / "adapters.pt" if work_folder else None
     only_heads_learn(result, settings.seed)
     adapters = result.encoder.add_adapters(rank, activation, last_blocks)
-    cost = train_with_heads(result, data, settings, state_file, "adapters", progress, checkpointing=checkpointing)
+    cost = train_with_heads(result, data, settings, state_file, "adapters", checkpointing=checkpointing)
     record = {
         "method": "adapters",
         **adapters.settings,

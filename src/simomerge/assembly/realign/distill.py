@@ -28,7 +28,6 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.images import resized
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.models.heads.projections import is_foldable
@@ -50,9 +49,7 @@ class TeacherPredictions(DenseDataset):
         InputError: images of different sizes, or one that cannot be read.
     """
 
-    def __init__(
-        self, images: Any, experts: Mapping[str, SimoModel], folder: Path, progress: Progress = silent
-    ) -> None:
+    def __init__(self, images: Any, experts: Mapping[str, SimoModel], folder: Path) -> None:
         super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
         self.images = images
         self.folder = folder
@@ -61,7 +58,7 @@ class TeacherPredictions(DenseDataset):
         self.size = (int(height), int(width))
         with distributed.first_before_others():
             if not (folder / "done").exists():
-                _write_predictions(images, self.size, experts, folder, progress)
+                _write_predictions(images, self.size, experts, folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_logits": {}}  # a memory map would cross to a worker with all its content
@@ -80,9 +77,7 @@ class TeacherPredictions(DenseDataset):
 
 
 @torch.no_grad()
-def _write_predictions(
-    images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path, progress: Progress
-) -> None:
+def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         task: open_memmap(
@@ -96,7 +91,7 @@ def _write_predictions(
             f"{folder}: the experts' predictions on {len(images)} images need {needed / 1e9:.1f} GB, and"
             f" {free / 1e9:.1f} GB are free; use fewer images or another disk."
         )
-    for batch in observe(experts, images, label="experts' predictions", progress=progress):
+    for batch in observe(experts, images, label="experts' predictions"):
         if batch.images.shape[-2:] != size:
             raise InputError(
                 f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
@@ -130,7 +125,6 @@ def realign_distill(
     count: int | None = None,
     work_folder: str | Path | None = None,
     workers: int = 1,
-    progress: Progress = silent,
 ) -> SimoModel:
     """Train heads, or adapters or LoRA and heads, to match the experts' predictions on unlabelled images.
 
@@ -164,15 +158,15 @@ def realign_distill(
     config = _lora_config(model, rank, activation) if adapters == "lora" else None  # refuses before it computes
     experts = matching_experts(model, experts)
     source = readable(as_images(images, count), one_size=True)
-    start = model if model.provenance.get("realign") else _folded(model, experts, source, variant, progress)
+    start = model if model.provenance.get("realign") else _folded(model, experts, source, variant)
     result = copy.deepcopy(start)
     with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
-        taught = TeacherPredictions(source, experts, work / "predictions", progress)
+        taught = TeacherPredictions(source, experts, work / "predictions")
         if adapters:
-            cost = _train_with_adapters(result, taught, settings, config, rank, activation, work, progress)
+            cost = _train_with_adapters(result, taught, settings, config, rank, activation, work)
         else:
-            cost = train_heads(result, taught, settings, work, workers, "distance", progress)
+            cost = train_heads(result, taught, settings, work, workers, "distance")
     record = {
         "method": "distill",
         "adapters": adapters,
@@ -186,14 +180,12 @@ def realign_distill(
     return result.eval()
 
 
-def _folded(
-    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, variant: Variant, progress: Progress
-) -> SimoModel:
+def _folded(model: SimoModel, experts: Mapping[str, SimoModel], images: Any, variant: Variant) -> SimoModel:
     """The model with those of its heads folded that can be."""
     tasks = [task for task, head in model.heads.items() if is_foldable(head)]
     if not tasks:
         return model
-    folded = realign_fold(model.select(tasks), {t: experts[t] for t in tasks}, images, variant, progress=progress)
+    folded = realign_fold(model.select(tasks), {t: experts[t] for t in tasks}, images, variant)
     heads = {task: folded.heads[task] if task in tasks else head for task, head in model.heads.items()}
     return SimoModel(model.encoder, model.tasks, heads, folded.provenance)
 
@@ -212,10 +204,9 @@ def _train_with_adapters(
     rank: int,
     activation: str,
     work: Path,
-    progress: Progress,
 ) -> dict[str, Any]:
     """Heads together with LoRA, where there is a config of it, or else adapters, in place; what it cost."""
     only_heads_learn(model, settings.seed)
     encoder, state_file = model.encoder, work / ("lora.pt" if config else "adapters.pt")
     with lora(encoder, config) if config else nullcontext(encoder.add_adapters(rank, activation)):
-        return train_with_heads(model, taught, settings, state_file, "distill", progress, prediction_distances)
+        return train_with_heads(model, taught, settings, state_file, "distill", prediction_distances)

@@ -30,7 +30,6 @@ from simomerge.assembly.realign.teacher import check_heads, evaluating, matching
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets.pictures import as_images
 from simomerge.models.encoders import Features
 from simomerge.models.heads.projections import Moments, Projection, input_projections, joined
@@ -292,7 +291,6 @@ def see(
     images: Any,
     variant: Variant = "per-tap",
     batch_size: int = 32,
-    progress: Progress = silent,
 ) -> Iterator[Seen]:
     """What `fold_heads` reads, computed by the experts batch after batch; a list of it serves several merges.
 
@@ -300,7 +298,7 @@ def see(
         model: any merge of the experts, whose heads are still theirs.
     """
     fold = Fold(model, variant)
-    for batch in observe(experts, images, batch_size, "fold", True, progress):
+    for batch in observe(experts, images, batch_size, "fold", True):
         yield Seen(batch.indices, batch.images, fold.targets(batch.features))
 
 
@@ -312,7 +310,6 @@ def realign_fold(
     count: int | None = None,
     ridge: float | Literal["auto"] = "auto",
     batch_size: int = 32,
-    progress: Progress = silent,
 ) -> SimoModel:
     """Fold the linear part of the mismatch between merged features and heads into the heads, from unlabelled images.
 
@@ -346,7 +343,7 @@ def realign_fold(
     experts = matching_experts(model, experts)
     check_heads(model, experts)
     source = as_images(images, count)
-    batches = see(model, experts, source, variant, batch_size, progress)
+    batches = see(model, experts, source, variant, batch_size)
     result, fits, fold = fold_heads(model, batches, variant, ridge)
     _warn_if_poor(fold)
     result = SimoModel(copy.deepcopy(model.encoder), model.tasks, dict(result.heads.items())).eval()

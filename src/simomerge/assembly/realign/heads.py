@@ -18,7 +18,6 @@ from torch import nn
 from simomerge.assembly.realign.labels import check_labels
 from simomerge.assembly.realign.record import after
 from simomerge.core import distributed
-from simomerge.core.progress import Progress, silent
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training import CachedFeatures, TrainSettings, WorkerPool, cache_features, train_head
@@ -33,7 +32,6 @@ def realign_heads(
     work_folder: str | Path | None = None,
     workers: int = 1,
     cache_budget: int | None = None,
-    progress: Progress = silent,
 ) -> SimoModel:
     """Fine-tune each head separately on a frozen encoder's features.
 
@@ -59,7 +57,7 @@ def realign_heads(
     result = copy.deepcopy(model)
     with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
-        cost = train_heads(result, data, settings, work, workers, "loss", progress, cache_budget)
+        cost = train_heads(result, data, settings, work, workers, "loss", cache_budget)
     record = {"method": "heads", **asdict(settings), "labelled_images": len(data), **cost}
     result.provenance = {**model.provenance, "realign": after(model, record)}
     return result.eval()
@@ -72,7 +70,6 @@ def train_heads(
     work: Path,
     workers: int,
     criterion: str,
-    progress: Progress,
     cache_budget: int | None = None,
 ) -> dict[str, Any]:
     """Train each head of a model on features computed once, in place, side by side; what it cost.
@@ -83,7 +80,7 @@ def train_heads(
         criterion: "loss" (labels) or "distance" (a teacher's logits): the method of `Task` to minimise.
     """
     if not (work / "features").exists():
-        cache_features(model.encoder, data, work / "features", budget=cache_budget, progress=progress)
+        cache_features(model.encoder, data, work / "features", budget=cache_budget)
     jobs = [
         (
             _train_one,
@@ -98,7 +95,7 @@ def train_heads(
         )
         for name, head in model.heads.items()
     ]
-    with WorkerPool(min(workers, len(jobs)), progress) as pool:
+    with WorkerPool(min(workers, len(jobs))) as pool:
         outcomes = pool.run(jobs)
     for head, (state, _log) in zip(model.heads.values(), outcomes, strict=True):
         head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
@@ -116,10 +113,9 @@ def _train_one(
     settings: TrainSettings,
     work: Path,
     criterion: str,
-    progress: Progress = silent,
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     """Weights (as arrays, which cross processes cheaply) and log of one head's training."""
     cached = CachedFeatures(work / "features", data, [task.name])
     label = f"{'head' if criterion == 'loss' else 'distill'} {task.name}"
-    log = train_head(head, task, cached, settings, None, work / f"{task.name}.pt", label, progress, criterion)
+    log = train_head(head, task, cached, settings, None, work / f"{task.name}.pt", label, criterion)
     return {key: value.detach().cpu().numpy() for key, value in head.state_dict().items()}, vars(log)

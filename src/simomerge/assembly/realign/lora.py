@@ -24,7 +24,6 @@ from simomerge.assembly.realign.labels import check_labels
 from simomerge.assembly.realign.low_rank import check_no_adapters, only_heads_learn, train_with_heads
 from simomerge.assembly.realign.record import after
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
 from simomerge.training import TrainSettings
@@ -42,7 +41,6 @@ def realign_lora(
     targets: str | Sequence[str] = ALL_LINEAR,
     checkpointing: bool = False,
     work_folder: str | Path | None = None,
-    progress: Progress = silent,
 ) -> SimoModel:
     """Train LoRA in the encoder and all heads on the multi-task loss, then fold it into the encoder's weights.
 
@@ -77,7 +75,7 @@ def realign_lora(
     state_file = Path(work_folder) / "lora.pt" if work_folder else None
     only_heads_learn(result, settings.seed)
     with lora(result.encoder, config):
-        cost = train_with_heads(result, data, settings, state_file, "lora", progress, checkpointing=checkpointing)
+        cost = train_with_heads(result, data, settings, state_file, "lora", checkpointing=checkpointing)
     record = {
         "method": "lora",
         **lora_record(config, targets),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress
 from simomerge.models.model import SimoModel
 from simomerge.training import ModelLosses, TrainSettings, finetune, image_losses, trainable_parameters
 
@@ -32,11 +31,10 @@ def train_with_heads(
     settings: TrainSettings,
     state_file: Path | None,
     label: str,
-    progress: Progress,
     losses: ModelLosses = image_losses,
     checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Train on all tasks at once what of a model learns, in place; what it cost."""
     trained = trainable_parameters(model)
-    log = finetune(model, data, settings, None, state_file, label, progress, losses, checkpointing)
+    log = finetune(model, data, settings, None, state_file, label, losses, checkpointing)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}

@@ -14,7 +14,7 @@ from simomerge.checkpoints import check_same_encoder
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel, as_expert
@@ -55,7 +55,6 @@ def observe(
     batch_size: int = 32,
     label: str = "experts",
     shared: bool = False,
-    progress: Progress = silent,
 ) -> Iterator[Observation]:
     """Encode images with every expert, a batch at a time.
 

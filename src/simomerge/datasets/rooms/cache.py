@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import progress
 from simomerge.datasets.rooms.generate import check_request, render_rooms
 from simomerge.datasets.rooms.labels import MODALITIES
 
@@ -40,7 +41,6 @@ _LAYOUT: dict[str, tuple[str, tuple[int, ...]]] = {
     "texture": ("uint8", ()),
     "keypoints": ("uint8", ()),
 }
-Progress = Callable[[int, int], None]
 
 
 def load_rooms(
@@ -51,7 +51,6 @@ def load_rooms(
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """The first rooms of a split, from the cache folder or rendered into it now.
 
@@ -63,7 +62,6 @@ def load_rooms(
         cache_dir: Where to keep the arrays; by default the environment variable SIMOMERGE_CACHE, else the
             user's cache folder.
         workers: Processes to render with; by default one per core, and 1 renders in this process.
-        progress: Called with (scenes done, scenes in all) while rendering.
 
     Returns:
         Read-only memory-mapped arrays: image (N, H, W, 3) uint8, segmentation (N, H, W) uint8, depth
@@ -97,7 +95,7 @@ def load_rooms(
     temporary = parent / f".{count}-{uuid.uuid4().hex}"
     try:
         _create(temporary, count, height, width)
-        _fill(temporary, (seed, split, height, width), count, workers, progress)
+        _fill(temporary, (seed, split, height, width), count, workers)
         return _publish(temporary, parent, count, height, width)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -174,15 +172,13 @@ def _fill(
     request: tuple[int, str, int, int],
     count: int,
     workers: int | None,
-    progress: Progress | None,
-) -> None:
+    ) -> None:
     chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     processes = min(workers or os.cpu_count() or 1, len(chunks))
     done = 0
     for finished in _run(folder, request, chunks, processes):
         done += finished
-        if progress is not None:
-            progress(done, count)
+        progress(f"render {request[1]}", done, count)
 
 
 def _run(

@@ -38,7 +38,6 @@ class Rooms(DenseDataset):
         size: (H, W) in pixels.
         seed: of the scenes.
         workers: processes that render.
-        progress: ``(done, total)`` of the rendering.
 
     Example:
         >>> rooms = Rooms("val", 8).select(["depth", "normals"])
@@ -53,7 +52,6 @@ class Rooms(DenseDataset):
         size: tuple[int, int] = (64, 80),
         seed: int = 0,
         workers: int | None = None,
-        progress: Any = None,
     ) -> None:
         super().__init__(TASKS, count)
         check_size(size)
@@ -64,7 +62,7 @@ class Rooms(DenseDataset):
             "width": size[1],
             "seed": seed,
         }
-        self.arrays = load_rooms(**self._source, workers=workers, progress=progress)
+        self.arrays = load_rooms(**self._source, workers=workers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the arrays: another process maps the same files instead of receiving a copy of them."""

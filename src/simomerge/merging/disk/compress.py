@@ -34,7 +34,7 @@ from simomerge.checkpoints import (
 from simomerge.checkpoints.tensors import FLOATS, decode, encode
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
-from simomerge.core.progress import Progress, silent
+from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
@@ -94,7 +94,6 @@ def compress(
     threshold: float | str = "auto",
     dtype: str = "F16",
     overwrite: bool = False,
-    progress: Progress = silent,
 ) -> Compression:
     """Store experts of one base in one folder, from which :func:`restore` makes each of them again, nearly.
 
@@ -136,10 +135,8 @@ def compress(
     beside = {task: _files(expert) for task, expert in opened.items()}
     with atomic_folder(output, overwrite) as folder:
         write_safetensors(folder / _BASE, weights)
-        chosen = _write_merged(folder, weights, opened, thresholds, dtype, progress)
-        fits = {
-            task: _write_mask(folder, weights, task, expert, chosen[task], progress) for task, expert in opened.items()
-        }
+        chosen = _write_merged(folder, weights, opened, thresholds, dtype)
+        fits = {task: _write_mask(folder, weights, task, expert, chosen[task]) for task, expert in opened.items()}
         for task, files in beside.items():
             _copy(files, folder / "experts" / task)
         description: dict[str, Any] = {
@@ -206,7 +203,6 @@ def _write_merged(
     experts: Mapping[str, Source],
     thresholds: tuple[float, ...],
     dtype: str,
-    progress: Progress,
 ) -> dict[str, float]:
     """Write the sum of the task vectors; by task the threshold whose mask restores the task vector best."""
     stream = TaskVectorStream(base, {task: expert.weights for task, expert in experts.items()})
@@ -230,7 +226,7 @@ def _write_merged(
     return {task: thresholds[int(np.argmin(squared))] for task, squared in errors.items()}
 
 
-def _write_mask(folder: Path, base: Checkpoint, task: str, expert: Source, threshold: float, progress: Progress) -> Fit:
+def _write_mask(folder: Path, base: Checkpoint, task: str, expert: Source, threshold: float) -> Fit:
     """Write the masks and scales of one task; how well they restore it."""
     stream = TaskVectorStream(base, {task: expert.weights})
     merged, own = open_checkpoint(folder / _MERGED), canonicalise(base)

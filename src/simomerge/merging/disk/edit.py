@@ -12,7 +12,6 @@ import numpy as np
 
 from simomerge.checkpoints import Checkpoint, tensor_info
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Progress, silent
 from simomerge.merging import (
     LinearMethod,
     MergeMethod,
@@ -42,7 +41,6 @@ def edit_on_disk(
     remove: Mapping[str, str | os.PathLike[str]] | None = None,
     others: Mapping[str, str | os.PathLike[str]] | None = None,
     overwrite: bool = False,
-    progress: Progress = silent,
 ) -> MergedOnDisk:
     """A merged model with tasks added or removed; the merge method and its parameters are those it records.
 
@@ -99,7 +97,7 @@ def edit_on_disk(
     layout = {name: tensor_info(foundation.weights, name) for name in foundation.weights}
     stored = {name: merged.weights.info(name).dtype for name in merged.weights}  # type: ignore[attr-defined]
     dtypes = {name: dtype for name, dtype in stored.items() if name in layout and layout[name].is_float}
-    write_model(output, heads, provenance, tensors, layout, dtypes or None, overwrite=overwrite, progress=progress)
+    write_model(output, heads, provenance, tensors, layout, dtypes or None, overwrite=overwrite)
     return MergedOnDisk(output, how, tuple(after))
 
 

@@ -32,7 +32,6 @@ from simomerge.checkpoints import (
 from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
-from simomerge.core.progress import Progress, silent
 from simomerge.merging import (
     Merged,
     MergeMethod,
@@ -108,7 +107,6 @@ def merge_on_disk(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: Progress = silent,
     **parameters: Any,
 ) -> MergedOnDisk:
     """Merge experts' encoders from disk to disk, streaming.
@@ -171,17 +169,17 @@ def merge_on_disk(
         provenance = _provenance(foundation, opened, how)
         check_heads(opened)
         tensors.prepare()  # before anything is written, and where Ctrl-C is heard at once
-        write_model(output, opened, provenance, tensors, layout, stored, max_shard_size, overwrite, threads, progress)
+        write_model(output, opened, provenance, tensors, layout, stored, max_shard_size, overwrite, threads)
         tensors.warn_of_unchanged()
         return MergedOnDisk(output, how, tuple(opened))
     if any("fingerprint" in _recorded_base(expert) for expert in opened.values()):
         check_base(foundation.origin(), opened)
     tensors.prepare()
     if output.suffix == ".safetensors":
-        write_safetensors(output, tensors, stored, layout=layout, threads=threads, progress=progress, durable=False)
+        write_safetensors(output, tensors, stored, layout=layout, threads=threads, durable=False)
     else:
         with atomic_folder(output, overwrite, durable=False) as folder:
-            write_sharded(folder, tensors, stored, None, layout, max_shard_size, threads, progress, durable=False)
+            write_sharded(folder, tensors, stored, None, layout, max_shard_size, threads, durable=False)
             _copy_configs(foundation.encoder_folder(), folder, layout, stored)
     tensors.warn_of_unchanged()
     return MergedOnDisk(output, how, ())
@@ -238,7 +236,6 @@ def write_model(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: Progress = silent,
 ) -> None:
     """Write a model folder of merged weights.
 
@@ -264,9 +261,7 @@ def write_model(
         (folder / "heads").mkdir()
         for task, source in heads.items():
             _copy_head(source, task, folder / "heads" / f"{task}.safetensors")
-        write_sharded(
-            folder / "encoder", tensors, dtypes, None, layout, max_shard_size, threads, progress, durable=False
-        )
+        write_sharded(folder / "encoder", tensors, dtypes, None, layout, max_shard_size, threads, durable=False)
         _copy_configs(next(iter(heads.values())).encoder_folder(), folder / "encoder", layout, dtypes)
         (folder / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(description), encoding="utf-8")
