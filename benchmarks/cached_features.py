@@ -26,8 +26,10 @@ from simomerge.models.encoders import Encoder, load_encoder
 from simomerge.models.model import SimoModel
 from simomerge.recipes import ROOMS_HEADS
 from simomerge.recipes.results import machine
-from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head
-from simomerge.training.lpft import image_losses
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.loop import fit
+from simomerge.training.lpft import fresh_head, image_losses, train_head
+from simomerge.training.settings import TrainSettings
 
 BATCH = 32
 

@@ -41,8 +41,8 @@ from simomerge.datasets import load_data
 from simomerge.merging import Lines, TaskArithmetic, ZeroShot, get_method
 from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine, spread
-from simomerge.training import TrainSettings
 from simomerge.training.evaluate import delta_mtl, evaluate
+from simomerge.training.settings import TrainSettings
 
 COUNTS = (4, 16, 64, 256, 1024)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)

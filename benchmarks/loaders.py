@@ -33,8 +33,9 @@ from simomerge.datasets.published.taskonomy import BUILDINGS
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine
-from simomerge.training import TrainSettings, fit, fresh_head
-from simomerge.training.lpft import image_losses
+from simomerge.training.loop import fit
+from simomerge.training.lpft import fresh_head, image_losses
+from simomerge.training.settings import TrainSettings
 
 Scene = dict[str, np.ndarray]
 

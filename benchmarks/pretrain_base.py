@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from simomerge.core.machine import mixed_precision
+from simomerge.core.progress import Console, show_progress
 from simomerge.datasets.rooms import load_rooms
 from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
@@ -102,8 +103,8 @@ def main() -> None:
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise SystemExit(f"accelerate sees {accelerator.num_processes} process(es), torchrun started more.")
     set_seed(args.seed)
-    with accelerator.main_process_first():
-        rooms = load_rooms("pool", args.images, progress=lambda done, total: print(f"rooms {done}/{total}", flush=True))
+    with accelerator.main_process_first(), show_progress(Console()):
+        rooms = load_rooms("pool", args.images)
     model = Pretrainer()
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]

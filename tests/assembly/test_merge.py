@@ -19,6 +19,7 @@ from simomerge.assembly.experts import check_experts, load_experts
 from simomerge.assembly.merge import merge
 from simomerge.assembly.scale import SCALE_GRID, search_scale
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.merging import Average, MergeMethod, TaskArithmetic, Ties, merge_state_dicts
 from simomerge.models.model import SimoModel
@@ -362,7 +363,8 @@ def test_the_scale_found_is_the_best_of_the_curve(
 ) -> None:
     lines: list[Any] = []
     scales = (0.0, 0.5, 1.0, 3.0)
-    found = search_unaligned(base, experts, "task-arithmetic", rooms, scales, progress=lambda *line: lines.append(line))
+    with show_progress(lambda *line: lines.append(line)):
+        found = search_unaligned(base, experts, "task-arithmetic", rooms, scales)
     expected = curve(base, experts, rooms, scales)
     assert found.scales == list(scales)
     assert found.delta_mtl == pytest.approx(expected, abs=0.05)

@@ -21,6 +21,7 @@ from simomerge.checkpoints import TensorInfo, open_checkpoint, write_safetensors
 from simomerge.checkpoints.tensors import decode, encode
 from simomerge.core import files
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -228,7 +229,8 @@ def test_no_thread_writes_after_an_error(tmp_path: Path) -> None:
     clock = iter(range(0, 10_000, 10))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("simomerge.checkpoints.writing.time.monotonic", lambda: next(clock))
-        write_safetensors(tmp_path / "w.safetensors", values, layout=layout, threads=3, progress=progress)
+        with show_progress(progress):
+            write_safetensors(tmp_path / "w.safetensors", values, layout=layout, threads=3)
     with (tmp_path / "other").open("wb") as other:
         other.write(bytes(200))
         other.flush()

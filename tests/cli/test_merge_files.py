@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors, write_sharded
+from simomerge.core.registry import settings
 from simomerge.merging import available, merge_state_dicts
-from simomerge.merging.method import settings
 
 from .conftest import Outcome, simomerge
 

@@ -17,7 +17,7 @@ from simomerge.cli import COMMANDS
 from simomerge.core.progress import Console
 from simomerge.models.model import load
 from simomerge.recipes import Recipe
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 from .conftest import TINY, Story, simomerge
 

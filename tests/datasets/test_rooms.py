@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.datasets import rooms
 from simomerge.datasets.rooms import cache
 from simomerge.datasets.rooms.render import render
@@ -283,9 +284,10 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def test_cached_rooms_are_those_rendered_and_read_only(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    out = load(tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (6, 6) and same(out, rooms.render_rooms(0, "val", 0, 6, 16, 20))
+    seen: list[Any] = []
+    with show_progress(lambda *report: seen.append(report)):
+        out = load(tmp_path)
+    assert seen[-1] == ("render val", 6, 6, "") and same(out, rooms.render_rooms(0, "val", 0, 6, 16, 20))
     assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in out.values())
     assert leftovers(tmp_path) == []
 
@@ -334,8 +336,8 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        load(tmp_path, progress=stop)
+    with pytest.raises(KeyboardInterrupt), show_progress(stop):
+        load(tmp_path)
     assert list(tmp_path.glob("rooms/*/*")) == [] and leftovers(tmp_path) == []
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoders.families import TINY, save_tiny
 
 import simomerge
 from simomerge.datasets import DenseDataset, load_data
@@ -16,6 +15,8 @@ from simomerge.merging.disk.merge import merge_on_disk
 from simomerge.models.encoders import load_encoder
 from simomerge.models.heads import head_for
 from simomerge.models.model import SimoModel, load
+
+from .encoders.families import TINY, save_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_folders_merge_on_disk_as_in_memory(tmp_path: Path, rooms: DenseDataset,
 
 @pytest.mark.parametrize("model_type", ["swin", "resnet", "siglip"])
 def test_labels_re_align_other_families_too(tmp_path: Path, rooms: DenseDataset, model_type: str) -> None:
-    from simomerge.training import TrainSettings
+    from simomerge.training.settings import TrainSettings
 
     base = load(save_tiny(model_type, tmp_path / "base"))
     experts = {task: perturbed(base, rooms, task, "linear", seed) for seed, task in enumerate(rooms.tasks)}

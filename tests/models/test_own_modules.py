@@ -21,7 +21,7 @@ from simomerge.core.images import to_tensor
 from simomerge.datasets import load_data
 from simomerge.merging.disk.merge import merge_on_disk
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture

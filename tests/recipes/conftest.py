@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from simomerge.recipes import Recipe, run, run_recipe
-from simomerge.training import TrainSettings, WorkerPool
+from simomerge.training.pool import WorkerPool
+from simomerge.training.settings import TrainSettings
 
 SHORT = TrainSettings(steps=6, batch_size=4, lr=5e-3)
 MICRO = Recipe(

@@ -15,7 +15,7 @@ from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.recipes import ALL_TASKS, Recipe, demo_recipe, read_recipe
 from simomerge.recipes.run import _planned
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.models.model import load
 from simomerge.recipes import run_recipe
 from simomerge.recipes.graph import Run, Stage
 from simomerge.recipes.results import spread
-from simomerge.training import WorkerPool
+from simomerge.training.pool import WorkerPool
 
 from .conftest import MICRO, SHORT, Finished
 
@@ -218,7 +219,7 @@ def test_another_seed_is_added_to_the_first(finished: Finished, copied: Path, ti
     assert len(results["scale_curves"]["task-arithmetic"]["chosen"]) == 2
 
 
-def touch(output: Path, label: str, progress: Any, **arguments: Any) -> None:
+def touch(output: Path, label: str, **arguments: Any) -> None:
     output.mkdir(parents=True)
 
 
@@ -252,7 +253,7 @@ def test_a_dataset_counts_by_what_it_holds_not_by_where_it_is(tmp_path: Path) ->
     assert key("nyuv2:/a", "h", count=3) != key("nyuv2:/a", "h") and key("rooms", "") != key("other", "")
 
 
-def slow_stage(output: Path, label: str, progress: Any, times: str) -> None:
+def slow_stage(output: Path, label: str, times: str) -> None:
     with Path(times).open("a") as file:
         file.write("began\n")
     time.sleep(0.5)
@@ -291,7 +292,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
 def test_the_longest_chain_starts_first_and_nothing_before_what_it_needs(tmp_path: Path) -> None:
     order: list[str] = []
 
-    def note(output: Path, label: str, progress: Any, **_: Any) -> None:
+    def note(output: Path, label: str, **_: Any) -> None:
         order.append(label)
         output.mkdir(parents=True)
 
@@ -322,8 +323,8 @@ def test_another_base_shares_no_stage(copied: Path, tiny_base: Path, tmp_path: P
     model = load(tiny_base)
     model.encoder.backbone.layernorm.weight.data.add_(0.1)
     other = model.save_pretrained(tmp_path / "other")
-    with pytest.raises(Enough):
-        run_recipe(MICRO, other / "encoder", copied, workers=1, progress=stop)
+    with pytest.raises(Enough), show_progress(stop):
+        run_recipe(MICRO, other / "encoder", copied, workers=1)
     assert done == ["features of the base"]  # no other's features served
 
 
@@ -353,8 +354,8 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(
             shutil.rmtree(folder)
     (copied / "results.json").unlink()
     kept = {path.name for path in (copied / "stages").iterdir()}
-    with pytest.raises(Killed):
-        run_recipe(MICRO, tiny_base, copied, workers=1, progress=killed_in(stage))
+    with pytest.raises(Killed), show_progress(killed_in(stage)):
+        run_recipe(MICRO, tiny_base, copied, workers=1)
     left = {path.name for path in (copied / "stages").iterdir() if path.suffix not in (".work", ".lock")}
     assert left == kept and not (copied / "results.json").exists()
     done.clear()

@@ -17,8 +17,9 @@ from simomerge.datasets import load_data
 from simomerge.models.model import load
 from simomerge.recipes import Recipe, SearchSettings, read_recipe, search, search_recipe
 from simomerge.recipes.space import suggest
-from simomerge.training import TrainSettings, WorkerPool
 from simomerge.training.evaluate import delta_mtl, evaluate
+from simomerge.training.pool import WorkerPool
+from simomerge.training.settings import TrainSettings
 
 RECIPE = """
 base: {base}

@@ -8,34 +8,41 @@ import time
 from typing import Any
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import progress
 from simomerge.training import tracking
 
 
-def square(number: float, progress: Any, seconds: float = 0.0) -> float:
+def square(number: float, seconds: float = 0.0) -> float:
     time.sleep(seconds)
     progress(f"square {number}", 1, 1, "done")
     return number * number
 
 
-def process_and_threads(progress: Any) -> tuple[int, int]:
+def timed(seconds: float) -> tuple[float, float]:
+    start = time.monotonic()
+    time.sleep(seconds)
+    return start, time.monotonic()
+
+
+def process_and_threads() -> tuple[int, int]:
     import torch
 
     return os.getpid(), torch.get_num_threads()
 
 
-def refuse(progress: Any) -> None:
+def refuse() -> None:
     raise InputError("the loss is nan; lower the learning rate.")
 
 
-def break_down(progress: Any) -> None:
+def break_down() -> None:
     raise KeyError("no such thing")
 
 
-def be_killed(progress: Any) -> None:
+def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleep(seconds: float, progress: Any) -> None:
+def sleep(seconds: float) -> None:
     progress("sleeping", 0, 1, "")
     time.sleep(seconds)
 
@@ -46,5 +53,5 @@ def sleep_in_worker(seconds: float) -> None:
     _run_job(sleep, {"seconds": seconds})
 
 
-def reports_to(progress: Any) -> Any:
+def reports_to() -> Any:
     return tracking.current()

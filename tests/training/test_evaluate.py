@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.tasks import Task
 from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
@@ -170,7 +171,6 @@ def test_evaluate_changes_neither_mode_nor_weights(make_model, training):
 
 def test_evaluate_reports_progress_by_image(make_model):
     seen = []
-    evaluate(
-        make_model([NYU["depth"]]), Random(NYU), batch_size=3, label="test", progress=lambda *a: seen.append(a[:3])
-    )
+    with show_progress(lambda *a: seen.append(a[:3])):
+        evaluate(make_model([NYU["depth"]]), Random(NYU), batch_size=3, label="test")
     assert seen == [("test", 3, 7), ("test", 6, 7), ("test", 7, 7)]

@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, load_encoder
-from simomerge.training import CachedFeatures, TrainSettings, cache_features, fit, fresh_head, train_head
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.loop import fit
+from simomerge.training.lpft import fresh_head, train_head
+from simomerge.training.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,8 @@ def test_targets_are_not_decoded_while_encoding(
 
 def test_progress_counts_images(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:
     lines: list[Any] = []
-    cache_features(encoder, rooms, tmp_path / "f", 5, label="base", progress=lambda *line: lines.append(line[:3]))
+    with show_progress(lambda *line: lines.append(line[:3])):
+        cache_features(encoder, rooms, tmp_path / "f", 5, label="base")
     # The first says how much they will take on disk.
     assert lines == [("base", 0, 12), ("base", 5, 12), ("base", 10, 12), ("base", 12, 12)]
 
@@ -102,7 +107,8 @@ def test_more_than_the_budget_is_told_before_anything_is_written(
     encoder: Encoder, rooms: DenseDataset, tmp_path: Path
 ) -> None:
     notes: list[str] = []
-    folder = cache_features(encoder, rooms, tmp_path / "f", progress=lambda *line: notes.append(line[3]))
+    with show_progress(lambda *line: notes.append(line[3])):
+        folder = cache_features(encoder, rooms, tmp_path / "f")
     taken = sum(np.load(file, mmap_mode="r").nbytes for file in folder.glob("*.npy"))
     assert notes[0] == f"{taken / 1e9:.2g} GB on disk"
     cache_features(encoder, rooms, tmp_path / "g", budget=taken)
@@ -115,8 +121,8 @@ def test_nothing_is_left_of_a_cache_that_was_interrupted(encoder: Encoder, rooms
     def stop(label: str, done: int, total: int, note: str = "") -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        cache_features(encoder, rooms, tmp_path / "features", batch_size=4, progress=stop)
+    with pytest.raises(KeyboardInterrupt), show_progress(stop):
+        cache_features(encoder, rooms, tmp_path / "features", batch_size=4)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
-from simomerge.training import TrainLog, TrainSettings, fit
-from simomerge.training.loop import _State, validation_loss
+from simomerge.training.loop import TrainLog, _State, fit, validation_loss
+from simomerge.training.settings import TrainSettings
 
 
 class Points:
@@ -149,9 +150,8 @@ def test_nothing_to_train_is_an_error() -> None:
 
 def test_progress_shows_steps_and_losses() -> None:
     module, lines = WithEncoder(), []
-    fit(
-        module, regression(module), Points(), TrainSettings(25, 8), label="regress", progress=lambda *a: lines.append(a)
-    )
+    with show_progress(lambda *a: lines.append(a)):
+        fit(module, regression(module), Points(), TrainSettings(25, 8), label="regress")
     assert [line[:3] for line in lines] == [("regress", 10, 25), ("regress", 20, 25), ("regress", 25, 25)]
     assert "square " in lines[0][3] and "img/s" in lines[0][3]
 
@@ -172,7 +172,8 @@ def test_it_stops_when_validation_is_flat_and_keeps_the_best_weights() -> None:
     module = Scalar()
     settings = TrainSettings(400, 4, lr=0.05, validate_every=5, patience=3)
     lines: list[Any] = []
-    log = fit(module, climbing(module), Points(), settings, Points(6, role=1), progress=lambda *a: lines.append(a))
+    with show_progress(lambda *a: lines.append(a)):
+        log = fit(module, climbing(module), Points(), settings, Points(6, role=1))
     looks = dict(log.validation)
     assert list(looks) == list(range(5, log.steps + 1, 5))
     assert log.best_step == min(looks, key=looks.get) and looks[log.best_step] < 0.05
@@ -239,8 +240,8 @@ SETTINGS = TrainSettings(40, 8, lr=1e-2, warmup=0.2, validate_every=7, patience=
 def train(state_file: Path | None, progress: Callable[..., None] | None = None) -> tuple[dict[str, Tensor], TrainLog]:
     module = WithEncoder()
     module.encoder["backbone"].bias.requires_grad_(False)
-    more = {"progress": progress} if progress else {}
-    log = fit(module, regression(module), Points(), SETTINGS, Points(9, 1), jitter, state_file, **more)
+    with show_progress(progress):
+        log = fit(module, regression(module), Points(), SETTINGS, Points(9, 1), jitter, state_file)
     return weights(module), log
 
 

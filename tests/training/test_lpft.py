@@ -17,8 +17,9 @@ from simomerge.datasets.batches import training_batches
 from simomerge.models.encoders import load_encoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings, finetune, fresh_head, lpft, trainable_parameters
-from simomerge.training import lpft as lpft_function
+from simomerge.training.lpft import finetune, fresh_head, lpft, trainable_parameters
+from simomerge.training.lpft import lpft as lpft_function
+from simomerge.training.settings import TrainSettings
 
 PROBE = TrainSettings(steps=4, batch_size=4, lr=1e-2)
 TUNE = TrainSettings(steps=3, batch_size=4, lr=1e-2, encoder_lr=1e-3)

@@ -11,6 +11,7 @@ from torch import nn
 
 from simomerge.checkpoints import canonicalise
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset
 from simomerge.merging import MergeMethod, get_method, merge_state_dicts
 from simomerge.models.encoders import Encoder, load_encoder
@@ -83,19 +84,21 @@ def test_the_encoder_is_left_as_it_was(encoder: Encoder, rooms: DenseDataset) ->
     def stop(*line: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        input_grams(encoder, rooms, progress=stop)
+    with pytest.raises(KeyboardInterrupt), show_progress(stop):
+        input_grams(encoder, rooms)
     assert encoder.training and hooks(encoder) == 0
     encoder.eval()
 
 
 def test_progress_counts_images(encoder: Encoder, make_model: MakeModel, rooms: DenseDataset) -> None:
     lines: list[tuple] = []
-    input_grams(encoder, rooms, batch_size=8, progress=lambda *line: lines.append(line[:3]))
+    with show_progress(lambda *line: lines.append(line[:3])):
+        input_grams(encoder, rooms, batch_size=8)
     assert lines == [("input Grams", 8, 12), ("input Grams", 12, 12)]
     lines.clear()
     data = rooms.select("depth").take(2)
-    fisher_information(make_model(data.tasks), data, label="depth", progress=lambda *line: lines.append(line[:3]))
+    with show_progress(lambda *line: lines.append(line[:3])):
+        fisher_information(make_model(data.tasks), data, label="depth")
     assert lines == [("depth", 1, 2), ("depth", 2, 2)]
 
 

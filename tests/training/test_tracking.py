@@ -15,7 +15,11 @@ from simomerge.cli import cli
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.datasets import DenseDataset
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings, WorkerPool, finetune, track, tracking
+from simomerge.training import tracking
+from simomerge.training.lpft import finetune
+from simomerge.training.pool import WorkerPool
+from simomerge.training.settings import TrainSettings
+from simomerge.training.tracking import track
 
 from . import jobs
 

@@ -13,9 +13,11 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
-from simomerge.training import WEIGHTINGS, TrainSettings, fit
-from simomerge.training.loop import _gradient_products
+from simomerge.core.progress import show_progress
+from simomerge.training.loop import _gradient_products, fit
+from simomerge.training.settings import TrainSettings
 from simomerge.training.weighting import (
+    WEIGHTINGS,
     CAGrad,
     DynamicAverage,
     GradientWeighting,
@@ -243,7 +245,8 @@ def test_a_killed_training_goes_on_with_the_same_weights(
                 raise KeyboardInterrupt
 
         settings = TrainSettings(steps=40, batch_size=4, lr=0.05, seed=3)
-        fit(model, losses, Twins(), settings, state_file=state, progress=progress, weighting=weighting(name, 2, 3, 3))
+        with show_progress(progress):
+            fit(model, losses, Twins(), settings, state_file=state, weighting=weighting(name, 2, 3, 3))
         assert not any("loss_weighting" in key for key in model.state_dict())
         return dict(model.state_dict())
 

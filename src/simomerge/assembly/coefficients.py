@@ -25,7 +25,8 @@ from simomerge.datasets.pictures import as_images, readable
 from simomerge.merging import TaskArithmetic
 from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings, fit
+from simomerge.training.loop import fit
+from simomerge.training.settings import TrainSettings
 
 COEFFICIENT_SETTINGS = TrainSettings(steps=40, batch_size=16, lr=0.03, weight_decay=0.0)
 

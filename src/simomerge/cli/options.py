@@ -142,11 +142,13 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Write the report of a finished run beside its results.json, and print the table."""
     import sys
 
+    from simomerge.relations.page import seeds_section
     from simomerge.report import text_table, write_report
 
     if not is_first():
         return
-    report = write_report(folder / "report.html", results, results.pop("gallery"))
+    related = ("Task relationships", seeds_section(results.get("relations") or {}))
+    report = write_report(folder / "report.html", results, results.pop("gallery"), [related])
     say(
         as_json,
         {**results, "report": str(report)},

@@ -22,8 +22,8 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
 
     from simomerge.core.files import atomic_file
     from simomerge.core.images import read_image
-    from simomerge.datasets.tasks import colourise
     from simomerge.core.progress import progress
+    from simomerge.datasets.tasks import colourise
     from simomerge.models.model import load
 
     pixels = [read_image(path) for path in images]  # all are checked before anything is written

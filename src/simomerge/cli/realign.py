@@ -117,7 +117,7 @@ def command(
     from simomerge.assembly.realign import realign
     from simomerge.core.distributed import join_processes
     from simomerge.models.model import load
-    from simomerge.training import track
+    from simomerge.training.tracking import track
 
     join_processes()
     count = count or (64 if method == "fold" else 256)

@@ -35,7 +35,7 @@ def command(
     from simomerge.core.assets import resolve_source
     from simomerge.core.distributed import join_processes
     from simomerge.recipes import plan_of, read_recipe, run_recipe
-    from simomerge.training import track
+    from simomerge.training.tracking import track
 
     join_processes()
     said = read_recipe(recipe, changes)

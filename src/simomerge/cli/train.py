@@ -91,7 +91,9 @@ def command(
     from simomerge.datasets import load_data
     from simomerge.models.model import SimoModel, load
     from simomerge.recipes import ROOMS_HEADS
-    from simomerge.training import TrainSettings, fresh_head, lpft, track
+    from simomerge.training.lpft import fresh_head, lpft
+    from simomerge.training.settings import TrainSettings
+    from simomerge.training.tracking import track
 
     train = load_data(data, split="train", count=images, tasks=tasks)
     validation = load_data(data, split="val", count=val_images, tasks=tasks)

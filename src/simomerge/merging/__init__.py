@@ -3,6 +3,7 @@
 A method lives in the file of its family and registers itself when that file is imported, which is done here.
 """
 
+from simomerge.core.registry import parameter, settings
 from simomerge.merging.algebra import interpolate, negate, with_experts
 from simomerge.merging.competition import Pcb, Sce
 from simomerge.merging.consensus import Consensus, Emr, MagMax, TallMask, tall_mask
@@ -19,7 +20,7 @@ from simomerge.merging.engine.schedule import (
 )
 from simomerge.merging.engine.stream import TaskVectorStream
 from simomerge.merging.linear import Average, LinearMethod, TaskArithmetic, WeightedAverage, ZeroShot
-from simomerge.merging.method import MergeMethod, available, get_method, of_expert, parameter, register, settings
+from simomerge.merging.method import MergeMethod, available, get_method, of_expert, register
 from simomerge.merging.sparse import Breadcrumbs, DareLinear, DareTies, Della
 from simomerge.merging.spectral import IsoC, IsoCts, TsvM
 from simomerge.merging.spherical import Karcher, ModelStock, Slerp

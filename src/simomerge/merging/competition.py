@@ -9,9 +9,10 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
+from simomerge.core.registry import parameter
 from simomerge.merging.engine.ranks import kth_smallest
 from simomerge.merging.engine.stream import TaskVectorStream
-from simomerge.merging.method import MergeMethod, of_expert, parameter, register
+from simomerge.merging.method import MergeMethod, of_expert, register
 from simomerge.merging.sparse import rank_mask
 
 _CLIPPED = 1e-4  # PCB: of the magnitudes, the fraction that is clipped at either end

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.registry import parameter
 from simomerge.merging.engine.stream import TaskVectorStream
-from simomerge.merging.method import MergeMethod, of_expert, parameter, register
+from simomerge.merging.method import MergeMethod, of_expert, register
 
 _TALL = "TALL-masks and consensus merging (Wang et al., 2024)"
 _TALL_LINK = "https://arxiv.org/abs/2405.07813"

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.registry import parameter
 from simomerge.merging.engine.depth import Depth
 from simomerge.merging.engine.stream import TaskVectorStream
-from simomerge.merging.method import MergeMethod, of_expert, parameter, register
+from simomerge.merging.method import MergeMethod, of_expert, register
 
 _SIMO = "Single-Input Multi-Output Model Merging (Garcia Giraldo et al., 2025)"
 _SIMO_LINK = "https://arxiv.org/abs/2504.11268"

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.merging.method import MergeMethod, of_expert, parameter, register
+from simomerge.core.registry import parameter
+from simomerge.merging.method import MergeMethod, of_expert, register
 from simomerge.merging.ties import disjoint_mean
 
 _ROUNDING = 1e-9  # 0.95 + 0.1 / 2 need not be exactly 1

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simomerge.merging.method import MergeMethod, parameter, register
+from simomerge.core.registry import parameter
+from simomerge.merging.method import MergeMethod, register
 
 _ISO = "No Task Left Behind (Marczak et al., 2025)"
 _ISO_LINK = "https://arxiv.org/abs/2502.04959"

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.merging.method import MergeMethod, parameter, register
+from simomerge.core.registry import parameter
+from simomerge.merging.method import MergeMethod, register
 
 _COLLINEAR = 0.9995  # |cosine| above which slerp interpolates linearly; as in mergekit
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from simomerge.checkpoints import canonicalise
 from simomerge.core.errors import InputError
+from simomerge.core.registry import parameter
 from simomerge.merging.engine.stream import TaskVectorStream
-from simomerge.merging.method import MergeMethod, parameter, register
+from simomerge.merging.method import MergeMethod, register
 
 Statistics = Mapping[str, Mapping[str, np.ndarray]]
 """expert -> tensor name -> array"""
@@ -27,8 +28,7 @@ large enough for float64 to solve where they do not."""
 
 def _given(help: str) -> Any:
     """A dataclass field for given statistics: no number to check, and too long to print or compare."""
-    unused: dict[str, Any] = {"low": None, "above": None, "high": None, "choices": None, "per_expert": False}
-    return field(default_factory=dict, metadata={**unused, "statistics": True, "help": help}, repr=False, compare=False)
+    return field(default_factory=dict, metadata={"help": help}, repr=False, compare=False)
 
 
 @register

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import Field
 from typing import Any
 
-from simomerge.merging.method import MergeMethod, available, settings
+from simomerge.core.registry import range_text, settings, summary
+from simomerge.merging.method import MergeMethod, available
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -18,9 +18,9 @@ def method_rows() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "summary": " ".join((method.__doc__ or "").partition("\n\n")[0].split()),
+            "summary": summary(method),
             "needs": _needs(method),
-            "parameters": {spec.name: _range(spec) for spec in settings(method)},
+            "parameters": {spec.name: range_text(spec) for spec in settings(method)},
             "paper": method.paper,
             "link": method.link,
         }
@@ -62,14 +62,3 @@ def _needs(method: type[MergeMethod]) -> str:
     elif method.needs_data:
         needs.append("images")
     return ", ".join(needs) or "experts only"
-
-
-def _range(spec: Field[Any]) -> str:
-    limits = spec.metadata
-    text = f"{spec.default!r}" if isinstance(spec.default, str) else f"{spec.default}"
-    if limits["choices"]:
-        return f"{text}; {' or '.join(limits['choices'])}"
-    words = ((limits["low"], "≥"), (limits["above"], ">"), (limits["high"], "≤"))
-    bounds = ", ".join(f"{sign} {limit:g}" for limit, sign in words if limit is not None)
-    per_expert = ", one or per expert" if limits["per_expert"] else ""
-    return f"{text}; {bounds or 'any'}{per_expert}" if not isinstance(spec.default, str) else text

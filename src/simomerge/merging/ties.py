@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from simomerge.core.registry import parameter
 from simomerge.merging.engine.ranks import kth_smallest
 from simomerge.merging.engine.stream import TaskVectorStream, stacked
-from simomerge.merging.method import MergeMethod, parameter, register
+from simomerge.merging.method import MergeMethod, register
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest, read_yaml
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.space import SearchSettings
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 from simomerge.core import distributed
 from simomerge.core.files import remove_leftovers
-from simomerge.core.progress import progress
+from simomerge.core.progress import labelled_progress, progress
 from simomerge.recipes.stages import read_log
-from simomerge.training import WorkerPool
+from simomerge.training.pool import WorkerPool
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,8 @@ def _do_once(stage: Stage, output: Path) -> None:
         if distributed.is_first():
             remove_leftovers(output)
         if not distributed.said_by_first(output.exists()):
-            stage.function(output=output, label=stage.name, **stage.arguments)
+            with labelled_progress(stage.name):
+                stage.function(output=output, label=stage.name, **stage.arguments)
     if distributed.is_first():
         _lock(output).unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
 

@@ -10,7 +10,7 @@ from simomerge.core.schema import nearest
 from simomerge.datasets.augment import AUGMENTATIONS
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
-from simomerge.training import WEIGHTINGS
+from simomerge.training.weighting import WEIGHTINGS
 
 if TYPE_CHECKING:
     from simomerge.recipes.recipe import Recipe

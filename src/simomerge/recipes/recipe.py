@@ -8,7 +8,7 @@ from typing import Any
 
 from simomerge.core.errors import InputError
 from simomerge.recipes.problems import WITHOUT_LABELS, problems
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
 """The tasks of NYUv2 in the paper."""

@@ -13,7 +13,6 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.machine import mixed_precision
-from simomerge.core.progress import progress
 from simomerge.core.version import __version__
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.base import check_size
@@ -26,8 +25,8 @@ from simomerge.recipes.graph import Run
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.results import gallery, summarise
-from simomerge.training import WorkerPool
 from simomerge.training.evaluate import delta_mtl
+from simomerge.training.pool import WorkerPool
 
 
 def run_recipe(

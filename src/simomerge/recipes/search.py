@@ -23,7 +23,7 @@ from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import held_out_delta
 from simomerge.recipes.space import SearchSettings, suggest
-from simomerge.training import WorkerPool
+from simomerge.training.pool import WorkerPool
 
 
 def search_recipe(

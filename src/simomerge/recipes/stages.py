@@ -21,21 +21,14 @@ from simomerge.assembly.scale import search_scale
 from simomerge.core import distributed
 from simomerge.core.files import atomic_folder
 from simomerge.core.machine import compute_device
-from simomerge.core.progress import progress
 from simomerge.datasets import load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
 from simomerge.relations import relate
-from simomerge.training import (
-    CachedFeatures,
-    TrainSettings,
-    cache_features,
-    finetune,
-    fresh_head,
-    train_head,
-    trainable_parameters,
-)
 from simomerge.training.evaluate import evaluate
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.lpft import finetune, fresh_head, train_head, trainable_parameters
+from simomerge.training.settings import TrainSettings
 
 Data = Mapping[str, Any]
 """A dataset as plain data: the keyword arguments of `load_data`."""
@@ -59,15 +52,6 @@ def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None
             (folder / "log.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(work_folder(output), ignore_errors=True)
     distributed.wait()
-
-
-def _under(label: str, and_its_own: bool = False) -> Progress:
-    """Progress of what a stage calls, under the stage's label, with or without its own behind."""
-
-    def relabelled(inner: str, done: int, total: int, note: str = "") -> None:
-        progress(f"{label} {inner}" if and_its_own else label, done, total, note)
-
-    return relabelled
 
 
 def features(output: Path, model: str, data: Data, label: str) -> None:
@@ -171,7 +155,6 @@ def merged(
     foundation = load(base)
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label)
     if "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters:
         data = load_data(**validation).select(list(experts))
         scores = {task: read_log(Path(folder))["scores"][task] for task, folder in baseline.items()}
@@ -206,7 +189,6 @@ def merged_without_labels(
     began = time.monotonic()
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label)
     source = load_data(**images)
     model = merge(
         load(base),
@@ -244,7 +226,6 @@ def taught(
     began = time.monotonic()
     teachers = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label, and_its_own=how == "distill")
     start, source = load(Path(model) / "model"), load_data(**images)
     if how.startswith("fold"):
         result = realign_fold(start, teachers, source, "cross-tap" if how == "fold-cross" else "per-tap")
@@ -270,7 +251,6 @@ def related(output: Path, base: str, experts: dict[str, str], data: Data, label:
     began = time.monotonic()
     models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    relabelled = _under(label, and_its_own=True)
     found = relate(load(base), models, data=load_data(**data), count=None)
     _finish(output, {"seconds": time.monotonic() - began, "relations": found.to_dict()})
 
@@ -287,7 +267,6 @@ def realigned(
     """A merged model, re-aligned with heads or adapters."""
     began = time.monotonic()
 
-    relabelled = _under(label, and_its_own=how == "heads")
     result = REALIGNMENTS[how](
         load(Path(model) / "model"),
         load_data(**data),

@@ -13,7 +13,6 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
-from simomerge.relations.page import seeds_section
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
 from simomerge.report.headline import sentences
 from simomerge.report.results import FAMILIES, MISSING, Results, family, rows, seeds
@@ -60,7 +59,9 @@ FIGURES: tuple[tuple[str, Callable[..., bytes], str], ...] = (
 )
 
 
-def write_report(path: str | os.PathLike[str], results: Results, gallery: Gallery = ()) -> Path:
+def write_report(
+    path: str | os.PathLike[str], results: Results, gallery: Gallery = (), more: Sequence[tuple[str, str]] = ()
+) -> Path:
     """Write the page of a run: headline, table, figures, pictures, recipe. All or nothing.
 
     Args:
@@ -68,6 +69,7 @@ def write_report(path: str | os.PathLike[str], results: Results, gallery: Galler
         results: the content of a run's ``results.json``.
         gallery: images with predictions already in colours, uint8 (H, W, 3): per image ``image`` and
             ``predictions[task][column]``; the columns keep the order in which they first appear.
+        more: further sections, each a heading and its HTML, shown after the figures.
 
     Returns:
         The path.
@@ -79,11 +81,11 @@ def write_report(path: str | os.PathLike[str], results: Results, gallery: Galler
         >>> write_report("report.html", {"title": "Rooms", "tasks": [], "rows": []}).name
         'report.html'
     """
-    atomic_write_text(path, page(results, gallery))
+    atomic_write_text(path, page(results, gallery, more))
     return Path(path)
 
 
-def page(results: Results, gallery: Gallery = ()) -> str:
+def page(results: Results, gallery: Gallery = (), more: Sequence[tuple[str, str]] = ()) -> str:
     """The page that :func:`write_report` writes.
 
     Example:
@@ -95,13 +97,12 @@ def page(results: Results, gallery: Gallery = ()) -> str:
         ("How to read it", _definitions(WORDS, "words") + _family_key()),
         ("Results", _table(results)),
         *_figures(results),
-        ("Task relationships", seeds_section(results.get("relations") or {})),
+        *more,
         ("Predictions", _gallery(gallery)),
         ("Recipe and machine", _settings(results)),
         ("Notes", _notes(results.get("notes") or [])),
     ]
-    first, *more = sentences(results)
-    return shell(title, [first, *more], _about(results), sections)
+    return shell(title, sentences(results), _about(results), sections)
 
 
 def _about(results: Results) -> str:

@@ -22,7 +22,8 @@ from simomerge.models.encoders import Encoder
 from simomerge.models.heads import head_for
 from simomerge.models.model import SimoModel
 from simomerge.training.features import CachedFeatures, cache_features
-from simomerge.training.loop import TrainLog, TrainSettings, fit
+from simomerge.training.loop import TrainLog, fit
+from simomerge.training.settings import TrainSettings
 from simomerge.training.weighting import weighting as make_weighting
 
 ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
@@ -100,7 +101,7 @@ def finetune(
 
     Args:
         checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
-        weighting: of the tasks' losses, a key of `simomerge.training.WEIGHTINGS`.
+        weighting: of the tasks' losses, a key of `simomerge.training.weighting.WEIGHTINGS`.
         augmentation: a key of `simomerge.datasets.augment.AUGMENTATIONS`.
 
     Raises:

@@ -8,7 +8,7 @@ import pytest
 
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, seed=1)
 

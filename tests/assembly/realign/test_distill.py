@@ -27,7 +27,7 @@ from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Features
 from simomerge.models.heads import HEADS
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(steps=12, batch_size=8, lr=3e-3, seed=1)
 HEADS_OF = {"depth": "dpt", "parts": "linear"}

@@ -17,8 +17,11 @@ from simomerge.datasets import load_data
 from simomerge.datasets.batches import training_batches
 from simomerge.models.encoders import load_encoder
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings, cache_features, finetune, fresh_head, image_losses, loop, lpft
+from simomerge.training import loop
 from simomerge.training.evaluate import evaluate
+from simomerge.training.features import cache_features
+from simomerge.training.lpft import finetune, fresh_head, image_losses, lpft
+from simomerge.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
 HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}

@@ -20,6 +20,7 @@ import torch
 
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors, write_sharded, writing
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
 from simomerge.merging import Lines, MergeMethod, TaskArithmetic, available, merge_state_dicts
 from simomerge.merging.disk.merge import MergedOnDisk, merge_on_disk
 
@@ -459,9 +460,9 @@ def test_neither_torch_nor_transformers_nor_peft_is_imported(
     shutil.copytree(tiny_base, tmp_path / "tiny")
     code = """
 import sys
-from simomerge.ondisk.merge import merge_on_disk
-from simomerge.ondisk.edit import edit_on_disk
-from simomerge.ondisk.diff import diff_on_disk
+from simomerge.merging.disk.merge import merge_on_disk
+from simomerge.merging.disk.edit import edit_on_disk
+from simomerge.merging.disk.diff import diff_on_disk
 merge_on_disk("base.safetensors", {"depth": "depth.safetensors", "lora": "adapter"}, "1.safetensors", "ties")
 merge_on_disk("base.safetensors", {"depth": "depth.safetensors"}, "2", "iso-c", schedule="lines", max_shard_size=300)
 merge_on_disk("tiny", {"depth": "depth"}, "3", dtype="float16")
@@ -499,11 +500,13 @@ def test_progress_counts_the_tensors(files: dict[str, Path], tmp_path: Path, mon
     def progress(label: str, done: int, total: int, note: str) -> None:
         said.append((label, done, total))
 
-    merge_on_disk(files["base"], experts(files), tmp_path / "1.safetensors", progress=progress)
+    with show_progress(progress):
+        merge_on_disk(files["base"], experts(files), tmp_path / "1.safetensors")
     assert not said  # short work says nothing
     clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(writing.time, "monotonic", lambda: next(clock))
-    merge_on_disk(files["base"], experts(files), tmp_path / "2.safetensors", progress=progress)
+    with show_progress(progress):
+        merge_on_disk(files["base"], experts(files), tmp_path / "2.safetensors")
     total = len(weights())
     assert said == [("write", done, total) for done in range(1, total + 1)]
 

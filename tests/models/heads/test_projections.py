@@ -435,7 +435,10 @@ class HalfDeclared(Own):
 @pytest.mark.parametrize("head", [Own(), HalfDeclared()], ids=["neither", "half"])
 def test_a_head_without_a_declaration_is_told_how_to(head: nn.Module) -> None:
     kind = type(head).__name__
-    message = rf"head 'gloss' \({kind}\).*projections\(\) and with_projections\(\).*simomerge\.heads\.projections"
+    message = (
+        rf"head 'gloss' \({kind}\).*projections\(\) and with_projections\(\).*"
+        r"simomerge\.models\.heads\.projections"
+    )
     with pytest.raises(InputError, match=message) as caught:
         input_projections(head, "gloss")
     assert "distill" in str(caught.value)

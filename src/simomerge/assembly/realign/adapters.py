@@ -14,7 +14,7 @@ from simomerge.assembly.realign.labels import check_labels
 from simomerge.assembly.realign.low_rank import check_no_adapters, only_heads_learn, train_with_heads
 from simomerge.assembly.realign.record import after
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 ADAPTER_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 

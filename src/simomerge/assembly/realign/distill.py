@@ -32,7 +32,7 @@ from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 DISTILL_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=5e-4)
 

@@ -20,7 +20,10 @@ from simomerge.assembly.realign.record import after
 from simomerge.core import distributed
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training import CachedFeatures, TrainSettings, WorkerPool, cache_features, train_head
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.lpft import train_head
+from simomerge.training.pool import WorkerPool
+from simomerge.training.settings import TrainSettings
 
 HEAD_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 
@@ -45,7 +48,7 @@ def realign_heads(
         work_folder: where features and the state of a killed run are kept, of this very re-alignment and no
             other; a temporary folder by default.
         workers: heads trained at once, each in its process.
-        cache_budget: bytes that the features may take on disk; see `simomerge.training.cache_features`.
+        cache_budget: bytes that the features may take on disk; see `simomerge.training.features.cache_features`.
 
     Returns:
         A new model with the same encoder weights and re-aligned heads.

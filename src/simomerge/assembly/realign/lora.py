@@ -26,7 +26,7 @@ from simomerge.assembly.realign.record import after
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
-from simomerge.training import TrainSettings
+from simomerge.training.settings import TrainSettings
 
 LORA_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 ALL_LINEAR = "all-linear"

@@ -9,7 +9,8 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.models.model import SimoModel
-from simomerge.training import ModelLosses, TrainSettings, finetune, image_losses, trainable_parameters
+from simomerge.training.lpft import ModelLosses, finetune, image_losses, trainable_parameters
+from simomerge.training.settings import TrainSettings
 
 
 def check_no_adapters(model: SimoModel, mend: str = "re-align the merged model they were made from") -> None:

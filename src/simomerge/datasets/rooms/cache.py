@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +172,7 @@ def _fill(
     request: tuple[int, str, int, int],
     count: int,
     workers: int | None,
-    ) -> None:
+) -> None:
     chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     processes = min(workers or os.cpu_count() or 1, len(chunks))
     done = 0

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.registry import settings
 from simomerge.merging.engine.depth import Depth
 from simomerge.merging.engine.stream import TaskVectorStream
-from simomerge.merging.method import MergeMethod, get_method, settings
+from simomerge.merging.method import MergeMethod, get_method
 
 Factor: TypeAlias = Callable[[str], float]
 """Canonical tensor name -> what its merged task vector is multiplied by."""
