@@ -32,8 +32,10 @@ import torch
 
 from simomerge.assembly.alignment import Aligner, Trial
 from simomerge.assembly.experts import check_experts, with_merged_encoder
-from simomerge.assembly.realign import RIDGES, WITH_LABELS, Fold, fold_heads, see
-from simomerge.assembly.realign.fold import VARIANTS, Seen
+from simomerge.assembly.realign import methods, realign
+from simomerge.assembly.realign.fold import VARIANTS
+from simomerge.assembly.realign.layout import FoldLayout
+from simomerge.assembly.realign.sums import RIDGES, HeadSums, HeadTargets, fold_heads, head_targets
 from simomerge.core.assets import resolve_source
 from simomerge.core.files import atomic_write_text
 from simomerge.core.machine import autocast
@@ -42,7 +44,6 @@ from simomerge.merging import Lines, TaskArithmetic, ZeroShot, get_method
 from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine, spread
 from simomerge.training.evaluate import delta_mtl, evaluate
-from simomerge.training.settings import TrainSettings
 
 COUNTS = (4, 16, 64, 256, 1024)
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
@@ -55,6 +56,8 @@ MERGES = {
 
 SETTINGS = {"heads": ((60, 1e-3), (150, 1e-3), (150, 3e-3)), "adapters": ((60, 1e-3), (150, 1e-3))}
 """Steps and learning rates of the re-alignments with labels."""
+
+WITH_LABELS = [name for name, method in methods().items() if method.teacher == "labels" and name in SETTINGS]
 
 
 class Bench:
@@ -85,8 +88,8 @@ class Bench:
         best: Any = Aligner(self.base, self.experts, self.pool.take(64)).best_scale(TaskArithmetic()).method
         return float(best.scale)
 
-    def seen(self, variant: Any, count: int) -> list[Seen]:
-        return list(see(self.unmerged, self.experts, self.pool.take(count), variant))
+    def targets(self, variant: Any, count: int) -> list[HeadTargets]:
+        return list(head_targets(self.unmerged, self.experts, self.pool.take(count), variant))
 
 
 def _expert(run: Path, task: str, seed: int) -> Path:
@@ -100,8 +103,8 @@ def images_curve(bench: Bench, scale: float) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         model = bench.merged("task-arithmetic", scale)
-        fold, done, values = Fold(model, variant), 0, {}
-        batches: Iterator[Seen] = see(bench.unmerged, bench.experts, bench.pool, variant, batch_size=4)
+        fold, done, values = HeadSums(FoldLayout(model, variant)), 0, {}
+        batches: Iterator[HeadTargets] = head_targets(bench.unmerged, bench.experts, bench.pool, variant, batch_size=4)
         for batch in batches:
             with torch.no_grad(), autocast("cpu"):
                 features = model.encode(batch.images)
@@ -114,7 +117,7 @@ def images_curve(bench: Bench, scale: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def _with_heads(model: SimoModel, fold: Fold, ridge: Any = "auto") -> SimoModel:
+def _with_heads(model: SimoModel, fold: HeadSums, ridge: Any = "auto") -> SimoModel:
     return SimoModel(model.encoder, model.tasks, fold.solve(ridge)[0]).eval()
 
 
@@ -122,7 +125,7 @@ def ridge_curve(bench: Bench, scale: float, count: int) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         model = bench.merged("task-arithmetic", scale)
-        fold = fold_heads(model, bench.seen(variant, count), variant)[2]
+        fold = fold_heads(model, bench.targets(variant, count), variant).sums
         found[variant] = {str(ridge): bench.delta(_with_heads(model, fold, ridge)) for ridge in ("auto", *RIDGES)}
     return found
 
@@ -130,15 +133,16 @@ def ridge_curve(bench: Bench, scale: float, count: int) -> dict[str, dict[str, f
 def proxy_points(bench: Bench, count: int) -> list[dict[str, Any]]:
     """Every merge and scale: Delta_MTL as it is and after either fold, and the alignment that may choose."""
     points = []
-    seen = {variant: bench.seen(variant, count) for variant in VARIANTS}
+    targets = {variant: bench.targets(variant, count) for variant in VARIANTS}
     for name, scales in MERGES.items():
         for scale in scales:
             model = bench.merged(name, scale)
             point: dict[str, Any] = {"merge": name, "scale": scale, "unaligned": bench.delta(model)}
             for variant in VARIANTS:
-                folded, fits, _ = fold_heads(model, seen[variant], variant)
-                point[variant] = bench.delta(folded)
-                trial = Trial(get_method("zero-shot"), None, {task: fit.r2 for task, fit in fits.items()})
+                folded = fold_heads(model, targets[variant], variant)
+                point[variant] = bench.delta(folded.model)
+                r2 = {task: fit.r2 for task, fit in folded.fits.items()}
+                trial = Trial(get_method("zero-shot"), None, r2)
                 point[f"alignment {variant}"] = trial.alignment
             points.append(point)
             print(f"  {name} {scale}: {point}", flush=True)
@@ -169,7 +173,7 @@ def labelled(bench: Bench, scale: float, how: str, count: int) -> dict[str, Any]
     model = bench.merged("task-arithmetic", scale)
     tried = []
     for steps, lr in SETTINGS[how]:
-        aligned = WITH_LABELS[how](model, data, TrainSettings(steps=steps, lr=lr))
+        aligned = realign(model, data=data, method=how, steps=steps, lr=lr)
         judged = delta_mtl(evaluate(aligned, other), reference, aligned.tasks)
         tried.append((judged, steps, lr, aligned))
         print(f"  {how}, {count} labelled images, {steps} steps at {lr:g}: {judged:+.2f} on validation", flush=True)
@@ -202,12 +206,12 @@ def speed(width: int, grid: tuple[int, int], fusion: int, threads: int, images: 
         return Features(maps, tuple(torch.randn(batch, width, generator=generator) for _ in range(4)), size, size)
 
     for variant in VARIANTS:
-        fold, counting = Fold(model, variant), 0.0
+        fold, counting = HeadSums(FoldLayout(model, variant)), 0.0
         for first in range(0, images, 16):
             own, expert = features(first, 16), features(first + 1, 16)
             began = time.perf_counter()
             with torch.no_grad():
-                fold.add(own, fold.targets(dict.fromkeys(tasks, expert)), range(first, first + 16))
+                fold.add(own, fold.layout.targets(dict.fromkeys(tasks, expert)), range(first, first + 16))
             counting += time.perf_counter() - began
         began = time.perf_counter()
         fold.solve()

@@ -26,8 +26,8 @@ import torch
 
 from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.experts import check_experts, with_merged_encoder
-from simomerge.assembly.realign import Fold, fold_heads
-from simomerge.assembly.realign.fold import Seen
+from simomerge.assembly.realign.layout import FoldLayout
+from simomerge.assembly.realign.sums import HeadTargets, fold_heads
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.assets import resolve_source
 from simomerge.core.files import atomic_write_text
@@ -71,10 +71,11 @@ class Bench:
 
     def _folded(self, merged: SimoModel, images: Any) -> SimoModel:
         """The cross-tap fold, from what the experts saw once for all groups."""
-        fold = Fold(merged, "cross-tap")
+        layout = FoldLayout(merged, "cross-tap")
         with torch.no_grad():
-            seen = [Seen(o.indices, o.images, fold.targets(o.features)) for o in self.observed[id(images)]]
-        return fold_heads(merged, seen, "cross-tap")[0]
+            observed = self.observed[id(images)]
+            targets = [HeadTargets(o.indices, o.images, layout.targets(o.features)) for o in observed]
+        return fold_heads(merged, targets, "cross-tap").model
 
 
 def _expert(run: Path, task: str, seed: int) -> Path:

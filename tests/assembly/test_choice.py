@@ -20,7 +20,8 @@ from simomerge.assembly.alignment import START_SCALE, Aligner, Trial
 from simomerge.assembly.coefficients import COEFFICIENT_SETTINGS, _Blend, learn_coefficients
 from simomerge.assembly.experts import with_merged_encoder, with_parameters
 from simomerge.assembly.merge import AUTO_METHODS, merge
-from simomerge.assembly.realign import fold_heads, realign_fold, see
+from simomerge.assembly.realign import realign
+from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images
@@ -118,7 +119,7 @@ def test_a_trial_is_a_merge_its_fold_and_the_fit_of_each_task(
     for method, schedule in ((TaskArithmetic(scale=0.4), None), (Ties(density=0.5), Lines(beta=0.3))):
         trial = aligner.try_out(method, schedule)
         model = with_merged_encoder(base, experts, method, schedule)
-        record = realign_fold(model, experts, IMAGES, count=8).provenance["realign"]
+        record = realign(model, experts, IMAGES, count=8).provenance["realign"]
         for task in TASKS:
             assert trial.r2[task] == pytest.approx(record["r2"][task], abs=2e-4)
         left = math.prod(1 - r2 for r2 in trial.r2.values())
@@ -150,7 +151,7 @@ def test_what_was_tried_is_not_tried_again(aligner: Aligner, monkeypatch: pytest
 
 
 def test_the_experts_look_once(aligner: Aligner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simomerge.assembly.realign.fold.observe", lambda *_, **__: pytest.fail("looked again"))
+    monkeypatch.setattr("simomerge.assembly.realign.sums.observe", lambda *_, **__: pytest.fail("looked again"))
     aligner.try_out(TaskArithmetic(scale=0.2))
     aligner.try_out(TaskArithmetic(scale=0.3))
 
@@ -343,7 +344,7 @@ def test_the_method_auto_takes_what_aligns_best(
 
 
 def test_what_is_chosen_cannot_be_given_too(base: SimoModel, experts: dict[str, SimoModel]) -> None:
-    with pytest.raises(InputError, match="method='auto' looks at images without labels"):
+    with pytest.raises(InputError, match="method='auto' needs images without labels"):
         merge(base, experts, "auto")
     given: list[tuple[str, dict[str, Any]]] = [
         ("scale", {"scale": 0.3}),
@@ -364,7 +365,7 @@ def test_what_is_chosen_cannot_be_given_too(base: SimoModel, experts: dict[str, 
 def folded_distances(base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod) -> dict[str, float]:
     """Of a merge's predictions from each expert's, once its heads are folded."""
     merged = with_merged_encoder(base, experts, method)
-    folded = fold_heads(merged, list(see(merged, experts, IMAGES)))[0]
+    folded = fold_heads(merged, list(head_targets(merged, experts, IMAGES))).model
     with torch.no_grad():
         logits = folded(IMAGES.pictures)
         return {t: float(TASKS[t].distance(logits[t], e(IMAGES.pictures)[t])) for t, e in experts.items()}
@@ -405,10 +406,10 @@ def test_scale_learned_merges_with_what_it_learned(base: SimoModel, experts: dic
 
 @pytest.mark.usefixtures("few_steps")
 def test_what_learned_cannot_do_is_said(base: SimoModel, experts: dict[str, SimoModel]) -> None:
-    with pytest.raises(InputError, match="scale='learned' looks at images"):
+    with pytest.raises(InputError, match="scale='learned' needs images"):
         merge(base, experts, scale="learned")
     for wrong in ("ties", Ties()):
-        with pytest.raises(InputError, match="scale='learned' is of task arithmetic"):
+        with pytest.raises(InputError, match="scale='learned' works with task arithmetic"):
             merge(base, experts, wrong, scale="learned", images=IMAGES)
     with pytest.raises(InputError, match="schedule"):
         merge(base, experts, scale="learned", images=IMAGES, schedule="lines")
@@ -441,8 +442,8 @@ def test_a_blend_with_its_first_coefficients_is_the_merged_model(
     base: SimoModel, experts: dict[str, SimoModel], start: TaskArithmetic
 ) -> None:
     merged = with_merged_encoder(base, experts, start)
-    seen = list(see(merged, experts, as_images(IMAGES, 8)))
-    folded = fold_heads(merged, seen)[0]
+    seen = list(head_targets(merged, experts, as_images(IMAGES, 8)))
+    folded = fold_heads(merged, seen).model
     blend = _Blend(copy.deepcopy(folded), base, experts, start)
     assert [name for name, p in blend.named_parameters() if p.requires_grad] == ["coefficients"]
     assert blend.coefficients.shape == (2, 4)

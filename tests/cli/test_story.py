@@ -171,13 +171,13 @@ def test_realign_distils_with_lora(story: Story, tmp_path: Path) -> None:
     for i in range(6):
         picture(tmp_path / "photos" / f"{i}.png")
     experts = [f"{task}={story / task}" for task in ("depth", "normals")]
-    options = ("--method", "distill", "--with-lora", "--rank", 2, "--steps", 2, "--images", tmp_path / "photos")
+    options = ("--method", "distill", "--trains", "lora", "--rank", 2, "--steps", 2, "--images", tmp_path / "photos")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few images hold the fold back
         done = simomerge("realign", story / "scene", *experts, *options, "-o", tmp_path / "mended", "--json")
     assert done.code == 0, done.err
     record = done.json["realign"]
-    assert (record["adapters"], record["rank"], record["alpha"], record["labelled_images"]) == ("lora", 2, 2, 0)
+    assert (record["trains"], record["rank"], record["alpha"], record["labelled_images"]) == ("lora", 2, 2, 0)
     mended = load(tmp_path / "mended")
     assert mended.encoder.adapters is None
     assert mended.encoder_fingerprint() != load(story / "scene").encoder_fingerprint()

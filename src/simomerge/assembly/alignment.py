@@ -1,4 +1,7 @@
-"""Judge merges without labels: fold each, and see on held-out images how near its heads' inputs are to the experts'."""
+"""Judge merges without labels.
+
+Each merge is folded; on held-out images, what its heads' first layers compute is then compared with the experts'.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simomerge.assembly.experts import check_experts, with_merged_encoder, with_parameters
-from simomerge.assembly.realign import fold_heads, see
+from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.datasets.pictures import as_images, readable
@@ -16,7 +19,7 @@ from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
 
 START_SCALE = 0.3
-"""Where the search for a scale begins; the best one of several merged experts is seldom far from it."""
+"""Where the search for a scale begins; the best scale of several merged experts is seldom far from it."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,10 @@ class Trial:
     """One merge that was tried.
 
     Attributes:
-        method, schedule: what was tried.
-        r2: by task, the R^2 of what the folded head's first layer computes against the expert's, on held-out images.
-        alignment: 1 minus the geometric mean over the tasks of what R^2 leaves unexplained, the proxy for Delta_MTL. A
-            task that is nearly right then counts as much as one that is far off, which their plain mean forgets.
+        method, schedule: What was tried.
+        r2: By task, R^2 of what the folded head's first layer computes against the expert's, on held-out images.
+        alignment: The proxy for Delta_MTL: 1 minus the geometric mean over the tasks of 1 - R^2. With a plain mean of
+            R^2, a task that is nearly right would hardly count next to one that is far off.
     """
 
     method: MergeMethod
@@ -47,19 +50,19 @@ class Trial:
 class Aligner:
     """Tries merges of the same experts on the same unlabelled images.
 
-    The experts look at the images once; each trial costs a merge, a pass of its encoder and a solution in closed form.
+    The experts process the images once; each trial costs a merge, a pass of its encoder and a solution in closed form.
 
     Args:
-        base: the foundation encoder.
-        experts: by task.
-        images: a folder of pictures, a sequence of images, or a dataset whose labels are not read.
-        count: of the images.
+        base: The foundation encoder.
+        experts: By task.
+        images: A folder of pictures, a sequence of images, or a dataset whose labels are not read.
+        count: Number of images to use.
 
     Attributes:
-        trials: all so far, in order.
+        trials: All trials so far, in order.
 
     Raises:
-        InputError: experts that do not fit, fewer than four images, or a head that cannot be folded.
+        InputError: Experts that do not fit, fewer than four images, or a head that cannot be folded.
 
     Example:
         >>> aligner = Aligner(base, experts, "photos/")                               # doctest: +SKIP
@@ -79,19 +82,19 @@ class Aligner:
         self.images = readable(as_images(images, count))
         if len(self.images) < 4:
             raise InputError(
-                f"{len(self.images)} images: a choice without labels holds out every fourth; give at least 4."
+                f"{len(self.images)} images: a choice without labels holds out every fourth image; give at least 4."
             )
         self.trials: list[Trial] = []
         unmerged = with_merged_encoder(base, self.experts, ZeroShot())
-        self._seen = list(see(unmerged, self.experts, self.images))
+        self._targets = list(head_targets(unmerged, self.experts, self.images))
 
     def try_out(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
-        """Merge, fold per tap, and measure; a merge that was tried before is not tried again."""
+        """Merge, fold per tap, and measure; the result of a merge that was tried before is reused."""
         for trial in self.trials:
             if (trial.method, trial.schedule) == (method, schedule):
                 return trial
         model = with_merged_encoder(self.base, self.experts, method, schedule)
-        fits = fold_heads(model, self._seen)[1]
+        fits = fold_heads(model, self._targets).fits
         trial = Trial(method, schedule, {task: fit.r2 for task, fit in fits.items()})
         self.trials.append(trial)
         scale = getattr(method, "scale", None)
@@ -100,10 +103,10 @@ class Aligner:
         return trial
 
     def best_scale(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
-        """The method with the scale of the best alignment: uphill from `START_SCALE` in steps of 0.1, then of 0.05.
+        """The trial of the method with the best scale: hill climbing from `START_SCALE` in steps of 0.1, then of 0.05.
 
         Raises:
-            InputError: a method without a scale.
+            InputError: A method without a scale.
         """
 
         def at(scale: float) -> Trial:
@@ -118,5 +121,5 @@ class Aligner:
 
     @property
     def best(self) -> Trial:
-        """The best of all trials."""
+        """The trial of the best alignment."""
         return max(self.trials, key=lambda trial: trial.alignment)

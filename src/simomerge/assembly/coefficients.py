@@ -1,7 +1,8 @@
 """One coefficient per expert and block, learned by matching the experts' predictions on unlabelled images.
 
-AdaMerging (arXiv 2310.02575) learns such coefficients by making a classifier's predictions certain; dense tasks have no
-such entropy, but they have their experts. Predictions are matched, not features: those pull towards their mean.
+AdaMerging (arXiv 2310.02575) learns such coefficients by minimising the entropy of a classifier's predictions. Dense
+regression has no such entropy, but it has its experts. Predictions are matched, because matching the features of
+several experts pulls towards their mean.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from simomerge.assembly.experts import check_experts, with_merged_encoder
-from simomerge.assembly.realign import fold_heads, see
-from simomerge.assembly.realign.distill import TeacherPredictions
+from simomerge.assembly.realign.sums import fold_heads, head_targets
+from simomerge.assembly.realign.teacher import TeacherPredictions
 from simomerge.core import distributed
 from simomerge.datasets import random_flip
 from simomerge.datasets.pictures import as_images, readable
@@ -42,23 +43,23 @@ def learn_coefficients(
 ) -> TaskArithmetic:
     """Task arithmetic with a scale per expert and block, learned without labels.
 
-    In each round the heads are folded to the merge so far and the coefficients then trained, heads frozen, until the
-    predictions are as near as they get to the experts' own.
+    In each round the heads are folded to the merge so far. The coefficients are then trained, with frozen heads, so
+    that the predictions match the experts'.
 
     Args:
-        base: the foundation encoder.
-        experts: by task; their heads must declare their projections.
-        images: a folder of pictures, a sequence of images, or a dataset whose labels are not read; of one size.
-        start: the scale to start from, as of `TaskArithmetic`.
-        settings: of each round.
-        rounds: how often the fold and the coefficients take turns.
-        count: of the images.
+        base: The foundation encoder.
+        experts: By task; their heads must declare their projections.
+        images: A folder of pictures, a sequence of images, or a dataset whose labels are not read; all of one size.
+        start: The scale to start from, as `TaskArithmetic` takes it.
+        settings: How each round trains.
+        rounds: How often the fold and the training alternate.
+        count: Number of images to use.
 
     Returns:
-        The merge method with what was learned as its ``scale``.
+        The merge method with the learned coefficients as its ``scale``.
 
     Raises:
-        InputError: experts or heads that do not fit, or images of several sizes.
+        InputError: Experts or heads that do not fit, or images of several sizes.
 
     Example:
         >>> method = learn_coefficients(base, experts, "photos/")              # doctest: +SKIP
@@ -68,16 +69,16 @@ def learn_coefficients(
     source = readable(as_images(images, count), one_size=True)
     method = TaskArithmetic(scale=dict(start) if isinstance(start, Mapping) else start)
     model = with_merged_encoder(base, experts, method)
-    seen = list(see(model, experts, source))
+    targets = list(head_targets(model, experts, source))
     with distributed.temporary_folder() as temporary:
-        taught = TeacherPredictions(source, experts, Path(temporary) / "predictions")
+        predictions = TeacherPredictions(source, experts, Path(temporary) / "predictions")
         for turn in range(rounds):
-            folded = fold_heads(model, seen)[0]
+            folded = fold_heads(model, targets).model
             blend = _Blend(folded, base, experts, method)
             fit(
                 blend,
-                partial(_distances, blend, blend.initial_distances(taught)),
-                taught,
+                partial(_distances, blend, blend.initial_distances(predictions)),
+                predictions,
                 replace(settings, seed=settings.seed + turn),
                 transform=partial(random_flip, model.tasks),
                 label=f"coefficients {turn + 1}/{rounds}",
@@ -88,7 +89,7 @@ def learn_coefficients(
 
 
 class _Blend(nn.Module):
-    """A model whose encoder weights are a function of the coefficients, which alone are trained."""
+    """A model whose encoder weights are a function of the coefficients; only the coefficients are trained."""
 
     def __init__(
         self, folded: SimoModel, base: SimoModel, experts: Mapping[str, SimoModel], start: TaskArithmetic
@@ -110,7 +111,7 @@ class _Blend(nn.Module):
         self.coefficients = nn.Parameter(initial)
 
     def train(self, mode: bool = True) -> _Blend:
-        """Training is of the coefficients: the frozen heads' batch norms stay as they are in use."""
+        """Keep the model in evaluation mode: the frozen heads' batch norms must not drift."""
         super().train(mode)
         self.model.eval()
         return self
@@ -128,14 +129,14 @@ class _Blend(nn.Module):
         return self.model.decode(features)
 
     @torch.no_grad()
-    def initial_distances(self, taught: TeacherPredictions) -> dict[str, float]:
-        """Distance of each task's predictions at the start: what its later ones are measured in."""
-        count = min(16, len(taught))
-        images = torch.stack([taught.image(i) for i in range(count)]).to(self.coefficients.device)
+    def initial_distances(self, predictions: TeacherPredictions) -> dict[str, float]:
+        """Each task's distance from its teacher at the start: the unit of its later distances."""
+        count = min(16, len(predictions))
+        images = torch.stack([predictions.image(i) for i in range(count)]).to(self.coefficients.device)
         logits = self(images)
         found = {}
         for name, task in self.model.tasks.items():
-            wanted = torch.stack([taught.targets(i, [name])[name] for i in range(count)]).to(images.device)
+            wanted = torch.stack([predictions.targets(i, [name])[name] for i in range(count)]).to(images.device)
             found[name] = max(float(task.distance(logits[name], wanted)), 1e-6)
         return found
 

@@ -1,4 +1,4 @@
-"""`merge`: the experts' encoders in one, with whatever is not given chosen on images."""
+"""`merge`: the experts' encoders in one; what is not given is chosen on images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.coefficients import learn_coefficients
 from simomerge.assembly.experts import assemble, check_experts, merge_models, with_parameters, with_statistics
-from simomerge.assembly.realign import realign_fold
+from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images, readable
@@ -20,7 +20,7 @@ AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
     ("task-arithmetic", Lines()),
     ("ties", None),
 )
-"""What ``method="auto"`` tries, each with its best scale; then it learns coefficients from the best of them."""
+"""What ``method="auto"`` tries, each with its best scale; then coefficients are learned from plain task arithmetic."""
 
 
 def merge(
@@ -38,30 +38,30 @@ def merge(
     """Merge the experts' encoders into one model that has all their heads, unmerged.
 
     Args:
-        base: the foundation encoder all experts were fine-tuned from.
-        experts: one model per task; the key names the task.
-        method: a name of `simomerge.merging.available()`, a method, or ``"auto"``: tries a few on ``images``, folds
-            each, and gives the best one, folded.
-        scale: of the merged task vector; ``"auto"`` chooses it: on the labels of ``validation`` where that is given,
-            after a fold, else on ``images`` by how well the merge can be folded; ``"learned"`` learns one per expert
-            and block on ``images`` (task arithmetic only).
-        validation: a dataset with labels of every task, for ``scale="auto"`` and for ``"fisher"``, where its
-            statistics are not given as a parameter.
-        images: images without labels: a folder of pictures, a sequence of images, or a dataset; also for ``"regmean"``.
-        schedule: factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
-        count: of the images; by default 64 for the choice of a scale, 256 for all else.
-        size: (height, width) to make pictures of a folder or list; learning needs images of one size.
-        **parameters: further parameters of the method.
+        base: The foundation encoder that all experts were fine-tuned from.
+        experts: One model per task; the key names the task.
+        method: A name of `simomerge.merging.available()`, a method, or ``"auto"``, which tries several on ``images``,
+            folds each, and returns the best one, folded.
+        scale: The factor of the merged task vector. ``"auto"`` chooses it: after a fold on the labels of ``validation``
+            where that is given, else on ``images`` by how well the merge can be folded. ``"learned"`` learns one factor
+            per expert and block on ``images`` (task arithmetic only).
+        validation: A dataset with labels of every task, for ``scale="auto"``, and for ``"fisher"`` where its statistics
+            are not given as a parameter.
+        images: Images without labels: a folder of pictures, a sequence of images, or a dataset; also for ``"regmean"``.
+        schedule: Factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
+        count: Number of images to use; by default 64 for the choice of a scale, 256 for everything else.
+        size: (height, width) to which pictures of a folder or list are resized; learning needs images of one size.
+        **parameters: Further parameters of the method.
 
     Returns:
-        A new model; base and experts stay as they are. Its provenance says what it was made of, and what was tried.
+        A new model; base and experts stay as they are. Its provenance records what it was made of and what was tried.
 
     Raises:
-        InputError: experts that do not fit the base or each other (the message says in what), a base that
-            is not the experts' base, or something to choose without the data to choose on.
+        InputError: Experts that do not fit the base or each other (the message says how), a base that is not the
+            experts' base, or a choice without the data to choose on.
 
     Warns:
-        UserWarning: an expert records no base, with how far its weights are from the given one.
+        UserWarning: An expert records no base; the warning says how far its weights are from the given base.
 
     Example:
         >>> model = merge(base, experts, "ties", density=0.2, scale=0.4)          # doctest: +SKIP
@@ -77,7 +77,7 @@ def merge(
         data = as_images(pictures, count or 256) if validation is None and pictures is not None else validation
         return merge_models(base, experts, chosen, plan, data)
     if scale == "learned":
-        with_parameters(method, parameters)  # a misspelt one is told
+        with_parameters(method, parameters)  # raises for a misspelt parameter
         return _learned(base, experts, method, pictures, count, plan)
     if scale != "auto":
         raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
@@ -103,9 +103,11 @@ def _learned(
 ) -> SimoModel:
     name = method if isinstance(method, str) else method.name
     if name != "task-arithmetic" or schedule is not None:
-        raise InputError("scale='learned' is of task arithmetic without a schedule: leave method and schedule out.")
+        raise InputError(
+            "scale='learned' works with task arithmetic without a schedule: leave method and schedule out."
+        )
     if images is None:
-        raise InputError("scale='learned' looks at images without labels: give images=, such as a folder.")
+        raise InputError("scale='learned' needs images without labels: give images=, such as a folder.")
     aligner = Aligner(base, experts, images, 64)
     start = aligner.best_scale(TaskArithmetic()).method
     assert isinstance(start, TaskArithmetic) and isinstance(start.scale, float)
@@ -122,9 +124,9 @@ def _auto(
     count: int | None,
     given: Mapping[str, Any],
 ) -> SimoModel:
-    """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, fold it cross-tap."""
+    """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, and fold it cross tap."""
     if images is None:
-        raise InputError("method='auto' looks at images without labels: give images=, such as a folder.")
+        raise InputError("method='auto' needs images without labels: give images=, such as a folder.")
     if wrong := [name for name, value in given.items() if value is not None]:
         raise InputError(f"method='auto' chooses {wrong[0]!r} itself; leave it out, or name a method.")
     experts, count = check_experts(base, experts), count or 256
@@ -141,7 +143,7 @@ def _auto(
     best = aligner.best
     model = assemble(base, experts, best.method, best.schedule)
     _record_choice(model, aligner)
-    return realign_fold(model, experts, images, "cross-tap", count)
+    return realign(model, experts, images, variant="cross-tap")
 
 
 def _record_choice(model: SimoModel, aligner: Aligner) -> None:

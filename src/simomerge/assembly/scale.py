@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simomerge.assembly.experts import assemble, check_experts, with_merged_encoder, with_parameters, with_statistics
-from simomerge.assembly.realign import fold_heads, see
+from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.datasets.pictures import as_images
@@ -23,14 +23,14 @@ SCALE_GRID: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(11)
 
 @dataclass
 class ScaleSearch:
-    """What a search for the scale tried, and the model it chose.
+    """What a search for the scale tried, and the model that it chose.
 
     Attributes:
-        scales: the scales tried.
+        scales: The scales that were tried.
         delta_mtl: Delta_MTL in percent against the experts, per scale, on the validation data.
-        normalised: normalised performance per task and scale.
-        scale: the scale of the greatest Delta_MTL.
-        model: the model merged with it.
+        normalised: Normalised performance per task and scale.
+        scale: The scale of the greatest Delta_MTL.
+        model: The model merged with that scale.
     """
 
     scales: list[float]
@@ -53,19 +53,19 @@ def search_scale(
     """Merge with every scale and keep the one of the best Delta_MTL on labelled validation data.
 
     Args:
-        validation: a dataset with labels of every task; never the test split.
-        align: fold the heads (see `realign_fold`; on 64 of the images) before each evaluation. Heads that do not fit
-            yet prefer a scale that is far too small. False judges the merge as it is, as the paper does; by default
-            they are folded where all of them can be.
-        baseline: the experts' scores on it, where they are known already.
+        validation: A dataset with labels of every task; never the test split.
+        align: Fold the heads on 64 of the images before each evaluation. Heads that do not fit the merged features
+            prefer a scale that is far too small. False judges the merge as it is, as the paper does. By default, heads
+            are folded where all of them can be.
+        baseline: The experts' scores on the validation data, where they are known already.
 
     Raises:
-        InputError: no validation data, or it lacks a task; no scales, or a method without one; with ``align`` a head
-            that cannot be folded.
+        InputError: No validation data, or data without a task; no scales, or a method without a scale; with ``align``,
+            a head that cannot be folded.
     """
     if not scales:
         raise InputError("scale='auto': give at least one scale to try.")
-    with_parameters(method, {**parameters, "scale": scales[0]})  # told before any model is evaluated
+    with_parameters(method, {**parameters, "scale": scales[0]})  # raises before any model is evaluated
     if validation is None:
         raise InputError(
             "scale='auto' chooses on data: give validation= (with labels) or images= (without), or a number as scale."
@@ -83,10 +83,10 @@ def search_scale(
     unmerged = with_merged_encoder(base, experts, ZeroShot())
     if align is None:
         align = all(is_foldable(head) for head in unmerged.heads.values())
-    seen = list(see(unmerged, experts, as_images(validation, 64))) if align else []
+    targets = list(head_targets(unmerged, experts, as_images(validation, 64))) if align else []
     for done, scale in enumerate(scales, start=1):
         model = with_merged_encoder(base, experts, with_parameters(method, {"scale": scale}))
-        scores = evaluate(fold_heads(model, seen)[0] if align else model, validation)
+        scores = evaluate(fold_heads(model, targets).model if align else model, validation)
         search.delta_mtl.append(delta_mtl(scores, baseline, model.tasks))
         for name, value in normalised_performance(scores, baseline, model.tasks).items():
             search.normalised[name].append(value)

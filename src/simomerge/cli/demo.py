@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,13 +26,15 @@ def command(
     Everything is made here: the images (rooms, ray-cast), the experts, the joint model. A second run reuses
     what is there.
     """
-    from simomerge.core.assets import resolve_source
+    from dataclasses import replace
+
     from simomerge.core.distributed import join_processes
-    from simomerge.recipes import ALL_TASKS, demo_recipe, run_recipe
+    from simomerge.recipes.recipe import ALL_TASKS, demo_recipe
+    from simomerge.recipes.run import run_recipe
 
     join_processes()
     names = ALL_TASKS if tasks == "all" else tuple(tasks.split(","))
-    recipe = demo_recipe(names, head, seeds, full)
+    recipe = replace(demo_recipe(names, head, seeds, full), base=base)
     with console():
-        results: dict[str, Any] = run_recipe(recipe, resolve_source(base), output, workers)
+        results = run_recipe(recipe, output, workers)
     report_run(results, output, as_json)

@@ -39,8 +39,8 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
 @click.option("-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE", help="Parameter of the method.")
 @click.option(
     "--scale",
-    help="Of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto' or 'learned' (one per"
-    " expert and block).",
+    help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto' or 'learned' (one"
+    " per expert and block).",
 )
 @click.option("--schedule", help="Factors over the depth: 0.2,0.5,1 or lines or lines:beta=0.3.")
 @click.option("--dtype", help="Storage: float32, float16 or bfloat16; as the base's by default.")
@@ -54,23 +54,7 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
 @output_option()
 @overwrite_option
 @json_option
-def command(
-    base: str,
-    experts: tuple[str, ...],
-    method: str,
-    parameters: tuple[str, ...],
-    scale: str | None,
-    schedule: str | None,
-    dtype: str | None,
-    max_shard_size: str | None,
-    images: str | None,
-    size: str | None,
-    data: str,
-    count: int | None,
-    output: Path,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(base: str, experts: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Merge the EXPERTs' encoders, fine-tuned from BASE, into one model with all their heads.
 
     BASE and EXPERTs are model folders, transformers folders, weight files (.safetensors, .pt, .bin) or, experts
@@ -82,56 +66,150 @@ def command(
     simomerge merge rooms-base depth=runs/depth normals=runs/normals --method auto --images photos/ -o runs/scene
     simomerge merge base.safetensors a=a.safetensors b=b.safetensors -o merged.safetensors
     """
-    check_output(output, overwrite)
-    named, chosen = parse_pairs(experts), parse_parameters(parameters)
-    from simomerge.checkpoints import parse_size
-    from simomerge.core.assets import resolve_source
-    from simomerge.merging import as_schedule, available, get_method
-
-    limit = parse_size(max_shard_size) if max_shard_size else None
-    searched = scale in ("auto", "learned")
-    if scale is not None and not searched:
-        chosen["scale"] = parse_value(scale)
-        if isinstance(chosen["scale"], str):
-            raise InputError(f"--scale {scale}: give a number, TASK:NUMBER,..., 'auto' or 'learned'.")
-    if (method == "auto" or scale == "learned") and images is None:
-        what = "--method auto" if method == "auto" else "--scale learned"
-        raise InputError(f"{what} looks at images without labels: give --images FOLDER.")
-    # A misspelt name or parameter is told before anything is read.
-    if method != "auto":
-        get_method(method, **{**chosen, "scale": 1.0} if searched else chosen)
-    as_schedule(schedule)
-    on_images = searched or method == "auto" or available()[method].needs_data or available()[method].needs_labels
-    if on_images and (bare := [path for path in (base, *named.values()) if Path(path).suffix in _FILES]):
-        what = f"--scale {scale}" if searched else method
-        raise InputError(f"{bare[0]} is a weight file, and {what} computes with images: give folders with config.json.")
-    # What is neither here nor named as a file may be on a hub.
-    if on_images or not (Path(resolve_source(base)).exists() or Path(base).suffix in _FILES):
-        if schedule or dtype or limit or output.suffix == ".safetensors":
-            raise InputError(
-                "a weight file as OUT, --schedule, --dtype and --max-shard-size go with a plain merge: no images, and"
-                " a base on disk."
-            )
-        source = _Images(images, size, data, count) if on_images else None
-        made, tasks = _merge_models(base, named, method, scale if searched else None, chosen, source, output, overwrite)
-    else:
-        made, tasks = _merge_files(base, named, method, chosen, schedule, dtype, limit, output, overwrite)
+    wanted = _Wanted(base, parse_pairs(experts), parameters=parse_parameters(options.pop("parameters")), **options)
+    check_output(wanted.output, wanted.overwrite)
+    wanted.check()
+    made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
     details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in ("method", "tried"))
-    tried = [f"  tried {_trial(trial)}" for trial in made.get("tried", [])]
-    folded = method == "auto"
-    next_step = f"simomerge realign {output} {' '.join(experts)} --images FOLDER -o {output}-folded"
-    after = f"Next: {next_step}   (the heads no longer fit)"
     say(
         as_json,
-        {"output": str(output), "tasks": list(tasks), "merge": made},
-        *tried,
-        f"Merged {', '.join(named)} by {made['method']}" + (f" ({details})." if details else "."),
-        *(["Its heads are folded: they fit."] if folded else []),
-        f"{'Model' if tasks else 'Weights'}: {output}",
-        (f"Next: simomerge evaluate {output} --data {data}" if folded else after)
-        if tasks
-        else f"Next: simomerge diff {base} {output}   (how far it is from the base)",
+        {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
+        *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
+        f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
+        *(["Its heads are folded: they fit."] if wanted.method == "auto" else []),
+        f"{'Model' if tasks else 'Weights'}: {wanted.output}",
+        f"Next: {wanted.next_step(experts, bool(tasks))}",
     )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the command line asks for; the fields are named as the options."""
+
+    base: str
+    experts: dict[str, str]
+    method: str
+    parameters: dict[str, Any]
+    scale: str | None
+    schedule: str | None
+    dtype: str | None
+    max_shard_size: str | None
+    images: str | None
+    size: str | None
+    data: str
+    count: int | None
+    output: Path
+    overwrite: bool
+
+    @property
+    def searched(self) -> bool:
+        """Whether the scale is chosen on images."""
+        return self.scale in ("auto", "learned")
+
+    @property
+    def uses_images(self) -> bool:
+        """Whether the merge computes with images."""
+        from simomerge.merging import available
+
+        if self.searched or self.method == "auto":
+            return True
+        return available()[self.method].needs_data or available()[self.method].needs_labels
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether models are loaded: where images are used, or where the base may be on a hub."""
+        from simomerge.core.assets import resolve_source
+
+        on_disk = Path(resolve_source(self.base)).exists() or Path(self.base).suffix in _FILES
+        return self.uses_images or not on_disk
+
+    def given(self) -> dict[str, Any]:
+        """The parameters of the method, with a scale that is not chosen."""
+        if self.scale is None or self.searched:
+            return self.parameters
+        value = parse_value(self.scale)
+        if isinstance(value, str):
+            raise InputError(f"--scale {self.scale}: give a number, TASK:NUMBER,..., 'auto' or 'learned'.")
+        return {**self.parameters, "scale": value}
+
+    def check(self) -> None:
+        """Refuse everything that can be refused before a file is read."""
+        from simomerge.checkpoints import parse_size
+        from simomerge.merging import as_schedule, get_method
+
+        limit = parse_size(self.max_shard_size) if self.max_shard_size else None
+        given = self.given()
+        if (self.method == "auto" or self.scale == "learned") and self.images is None:
+            what = "--method auto" if self.method == "auto" else "--scale learned"
+            raise InputError(f"{what} uses images without labels: give --images FOLDER.")
+        if self.method != "auto":
+            get_method(self.method, **{**given, "scale": 1.0} if self.searched else given)
+        as_schedule(self.schedule)
+        files = [path for path in (self.base, *self.experts.values()) if Path(path).suffix in _FILES]
+        if self.uses_images and files:
+            what = f"--scale {self.scale}" if self.searched else self.method
+            raise InputError(
+                f"{files[0]} is a weight file, and {what} computes with images: give folders with config.json."
+            )
+        if self.in_memory and (self.schedule or self.dtype or limit or self.output.suffix == ".safetensors"):
+            raise InputError(
+                "a weight file as OUT, --schedule, --dtype and --max-shard-size work with a plain merge only: no"
+                " images, and a base on disk."
+            )
+
+    def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Merge from disk to disk, without torch."""
+        from simomerge.checkpoints import parse_size
+        from simomerge.merging.disk.merge import merge_on_disk
+
+        with console():
+            result = merge_on_disk(
+                self.base,
+                self.experts,
+                self.output,
+                self.method,
+                schedule=self.schedule,
+                dtype=self.dtype,
+                max_shard_size=parse_size(self.max_shard_size) if self.max_shard_size else None,
+                overwrite=self.overwrite,
+                **self.given(),
+            )
+        return result.merge, result.tasks
+
+    def merge_models(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Merge models in memory."""
+        from simomerge.assembly.experts import load_experts
+        from simomerge.assembly.merge import merge
+        from simomerge.models.model import load
+
+        foundation, loaded = load(self.base), load_experts(**self.experts)
+        parameters = self.given()
+        scale = self.scale if self.searched else parameters.pop("scale", None)
+        inputs = self._inputs() if self.uses_images else {}
+        with console():
+            model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
+        model.save_pretrained(self.output, self.overwrite)
+        return model.provenance["merge"], tuple(model.tasks)
+
+    def _inputs(self) -> dict[str, Any]:
+        """The keyword arguments of `simomerge.merge` that say what to choose on."""
+        if self.images is not None:
+            from simomerge.datasets.pictures import as_images
+
+            return {"images": as_images(self.images, None, self.size), "count": self.count}
+        from simomerge.datasets.load import load_data
+
+        data = load_data(self.data, split="val", count=self.count or 256, tasks=list(self.experts))
+        return {"validation": data}
+
+    def next_step(self, experts: tuple[str, ...], model: bool) -> str:
+        """The command that usually follows."""
+        if not model:
+            return f"simomerge diff {self.base} {self.output}   (how far it is from the base)"
+        if self.method == "auto":
+            return f"simomerge evaluate {self.output} --data {self.data}"
+        folded = f"simomerge realign {self.output} {' '.join(experts)} --images FOLDER -o {self.output}-folded"
+        return f"{folded}   (the heads no longer fit)"
 
 
 def _trial(trial: dict[str, Any]) -> str:
@@ -140,82 +218,3 @@ def _trial(trial: dict[str, Any]) -> str:
     shown = " scale learned" if isinstance(scale, dict) else f" scale {scale:g}" if scale is not None else ""
     schedule = f" {trial['schedule']}" if trial.get("schedule") else ""
     return f"{trial['method']}{schedule}{shown}: alignment {trial['alignment']:.3f}"
-
-
-@dataclass(frozen=True)
-class _Images:
-    """What a choice looks at: a folder without labels, or else a dataset."""
-
-    folder: str | None
-    size: str | None
-    data: str
-    count: int | None
-
-    def arguments(self, tasks: list[str]) -> dict[str, Any]:
-        """Of `simomerge.merge`."""
-        if self.folder is not None:
-            from simomerge.datasets.pictures import as_images
-
-            return {"images": as_images(self.folder, None, self.size), "count": self.count}
-        from simomerge.datasets import load_data
-
-        return {"validation": load_data(self.data, split="val", count=self.count or 256, tasks=tasks)}
-
-
-def _merge_files(
-    base: str,
-    experts: dict[str, str],
-    method: str,
-    parameters: dict[str, Any],
-    schedule: str | None,
-    dtype: str | None,
-    limit: int | None,
-    output: Path,
-    overwrite: bool,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """From disk to disk, without torch."""
-    from simomerge.merging.disk.merge import merge_on_disk
-
-    with console():
-        result = merge_on_disk(
-            base,
-            experts,
-            output,
-            method,
-            schedule=schedule,
-            dtype=dtype,
-            max_shard_size=limit,
-            overwrite=overwrite,
-            **parameters,
-        )
-    return result.merge, result.tasks
-
-
-def _merge_models(
-    base: str,
-    experts: dict[str, str],
-    method: str,
-    scale: str | None,
-    parameters: dict[str, Any],
-    source: _Images | None,
-    output: Path,
-    overwrite: bool,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """With the models in memory, where images take part or the base is on a hub."""
-    from simomerge.assembly.experts import load_experts
-    from simomerge.assembly.merge import merge
-    from simomerge.models.model import load
-
-    foundation, loaded = load(base), load_experts(**experts)
-    given = source.arguments(list(experts)) if source else {}
-    with console():
-        model = merge(
-            foundation,
-            loaded,
-            method,
-            scale=scale if scale is not None else parameters.pop("scale", None),
-            **given,
-            **parameters,
-        )
-    model.save_pretrained(output, overwrite)
-    return model.provenance["merge"], tuple(model.tasks)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from simomerge.assembly.realign import Realignment, get_realignment, methods, realignments
+from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
 from simomerge.cli.options import (
-    cache_budget_option,
     check_output,
-    checkpointing_option,
     console,
     data_option,
     images_option,
@@ -28,115 +29,95 @@ from simomerge.cli.options import (
     workers_option,
 )
 from simomerge.core.errors import InputError
+from simomerge.core.registry import settings
+from simomerge.training.settings import TrainSettings
 
-_LABELLED = ("heads", "adapters", "lora")
-"""Methods that learn from labels: the keys of `simomerge.assembly.realign.WITH_LABELS`, which imports torch."""
+_FOR_EXPERTS = ("images", "size")
+_FOR_LABELS = ("data", "split")
+_FOR_TRAINING = ("trackers",)
+_TRAINING_SHOWN = ("steps", "batch_size", "lr", "encoder_lr", "seed")
 
 
-@click.command("realign")
+def _parameters() -> dict[str, tuple[Field[Any], list[str]]]:
+    """Every parameter of any re-alignment, with the methods that have it; ``count`` has an option of its own."""
+    found: dict[str, tuple[Field[Any], list[str]]] = {}
+    for name, method in methods().items():
+        for spec in settings(method):
+            if spec.name != "count":
+                found.setdefault(spec.name, (spec, []))[1].append(name)
+    return found
+
+
+def _type(spec: Field[Any]) -> Any:
+    limits = spec.metadata
+    if limits["choices"]:
+        return click.Choice(limits["choices"])
+    if limits["kind"] is float and limits["words"]:
+        return str  # a number or a word: checked by the registry
+    if limits["kind"] is int and limits["low"] is not None:
+        return click.IntRange(int(limits["low"]))
+    return limits["kind"]
+
+
+def _realignment_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add one option per parameter of the registered re-alignments, and the settings of their training."""
+    for name in reversed(_TRAINING_SHOWN):
+        spec = next(each for each in fields(TrainSettings) if each.name == name)
+        command = click.option(f"--{name.replace('_', '-')}", type=_type(spec), help=spec.metadata["help"])(command)
+    for name, (spec, having) in reversed(_parameters().items()):
+        text = f"{spec.metadata['help'].rstrip('.')} ({', '.join(having)})."
+        flag = {"is_flag": True, "default": None} if spec.metadata["kind"] is bool else {"type": _type(spec)}
+        command = click.option(f"--{name.replace('_', '-')}", name, help=text, **flag)(command)
+    return command
+
+
+def _help() -> str:
+    lines = ["Re-align the heads of a merged MODEL.", ""]
+    for teacher, title in (
+        ("experts", "Without labels, from the behaviour of its EXPERTs on a folder of images:"),
+        ("labels", "With labels of every task (--data):"),
+    ):
+        lines += ["\b", title]
+        named = [(name, method) for name, method in realignments().items() if method.teacher == teacher]
+        lines += [f"  {name:<17} {method.phrase}" for name, method in named] + [""]
+    example = "simomerge realign runs/scene depth=runs/depth normals=runs/normals --images photos/ -o runs/folded"
+    return "\n".join([*lines, "\b", example])
+
+
+@click.command("realign", help=_help())
 @click.argument("model")
 @click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...")
-@click.option("--method", type=click.Choice(["fold", "distill", *_LABELLED]), default="fold", show_default=True)
+@click.option("--method", type=click.Choice(list(realignments())), default="fold", show_default=True)
 @images_option
 @size_option
-@click.option("--count", type=click.IntRange(1), help="Images: 64 to fold, 256 by default for all else.")
-@click.option(
-    "--variant",
-    type=click.Choice(["per-tap", "cross-tap"]),
-    help="Of the fold: the same shapes, or every tap repaired from all. [default: per-tap; cross-tap under distill]",
-)
-@click.option("--ridge", type=float, help="Of the fold, in units of the mean variance; chosen by default.")
-@click.option("--with-adapters", is_flag=True, help="distill: train adapters in the encoder as well.")
-@click.option("--with-lora", is_flag=True, help="distill: train LoRA in the encoder as well, and fold it.")
 @data_option
-@click.option("--split", default="val", show_default=True, help="Of the data.")
-@click.option("--steps", type=click.IntRange(1), help="Optimiser steps (of each head).")
-@click.option("--lr", type=float, help="Peak learning rate.")
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of the adapters or LoRA.")
-@click.option("--alpha", type=float, help="Of lora: its change is scaled by alpha / rank. [default: the rank]")
-@click.option(
-    "--activation", type=click.Choice(["none", "relu"]), default="none", show_default=True, help="Inside the adapters."
-)
-@click.option("--last-blocks", type=click.IntRange(1), help="Adapters beside the last so many blocks only.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@cache_budget_option
-@checkpointing_option
+@click.option("--split", default="val", show_default=True, help="Split of the data.")
+@click.option("--count", type=click.IntRange(1), help="Images to use. [default: 64 to fold, 256 otherwise]")
+@_realignment_options
 @output_option()
 @overwrite_option
 @workers_option
 @track_option
 @json_option
 def command(
-    model: str,
-    experts: tuple[str, ...],
-    method: str,
-    images: str | None,
-    size: str | None,
-    count: int | None,
-    variant: str | None,
-    ridge: float | None,
-    with_adapters: bool,
-    with_lora: bool,
-    data: str,
-    split: str,
-    steps: int | None,
-    lr: float | None,
-    rank: int,
-    alpha: float | None,
-    activation: str,
-    last_blocks: int | None,
-    seed: int,
-    cache_budget: str | None,
-    gradient_checkpointing: bool,
-    output: Path,
-    overwrite: bool,
-    workers: int | None,
-    trackers: tuple[str, ...],
-    as_json: bool,
+    model: str, experts: tuple[str, ...], method: str, output: Path, overwrite: bool, as_json: bool, **options: Any
 ) -> None:
-    """Re-align the heads of a merged MODEL.
-
-    \b
-    Without labels, from its EXPERTs' behaviour on a folder of images:
-      fold       in closed form, in seconds; nothing is trained, no parameter added
-      distill    heads (and adapters or LoRA) trained to predict what the experts predict, from the fold
-    With labels of every task (--data):
-      heads      the paper's first re-alignment
-      adapters   the paper's second: low-rank adapters in the encoder, with the heads
-      lora       LoRA in the encoder's linear layers, with the heads; folded, so the encoder stays plain
-
-    \b
-    simomerge realign runs/scene depth=runs/depth normals=runs/normals --images photos/ -o runs/folded
-    """
     check_output(output, overwrite)
     named = parse_pairs(experts)
-    labelled = method in _LABELLED
-    _check_given(method, named, images, labelled)
-    _check_options(method, with_adapters, with_lora)
-    from simomerge.assembly.experts import load_experts
+    chosen = get_realignment(method, **_given_parameters(method))
+    _check_inputs(method, chosen, named, options)
     from simomerge.assembly.realign import realign
     from simomerge.core.distributed import join_processes
+    from simomerge.core.machine import available_cores
     from simomerge.models.model import load
     from simomerge.training.tracking import track
 
     join_processes()
-    count = count or (64 if method == "fold" else 256)
     merged = load(model)
-    given: dict[str, Any] = {}
-    if labelled:
-        from simomerge.datasets import load_data
-
-        given["data"] = load_data(data, split=split, count=count, tasks=list(merged.tasks))
-    else:
-        from simomerge.datasets.pictures import as_images
-
-        given |= {"experts": load_experts(**named), "images": as_images(images, count, size)}
-    inside: Any = "lora" if with_lora else with_adapters
-    options = _options(method, steps, lr, seed, rank, alpha, activation, inside, variant, ridge, workers)
-    options |= _memory_options(method, last_blocks, cache_budget, gradient_checkpointing)
-    with track(trackers, logs_of(output)), console():
-        result = realign(merged, method=method, **given, **options)
-    if is_first():  # under torchrun all have the same model
+    inputs = _inputs(chosen, named, list(merged.tasks), options)
+    with track(options["trackers"], logs_of(output)), console():
+        result = realign(merged, **inputs, method=chosen, workers=options["workers"] or available_cores())
+    if is_first():  # under torchrun all processes have the same model
         result.save_pretrained(output, overwrite)
     record = result.provenance["realign"]
     say(
@@ -144,117 +125,81 @@ def command(
         {"output": str(output), "realign": record},
         *_lines(record, list(result.tasks)),
         f"Model: {output}",
-        f"Next: simomerge evaluate {output} --data {data} --split test",
+        f"Next: simomerge evaluate {output} --data {options['data']} --split test",
     )
 
 
-def _check_given(method: str, experts: dict[str, str], images: str | None, labelled: bool) -> None:
-    if labelled and (experts or images):
+def _given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def _given_parameters(method: str) -> dict[str, Any]:
+    """The parameters that were given on the command line; one that the method does not have is refused."""
+    kind = realignments()[method]
+    known = {spec.name for spec in settings(kind)} | set(TRAINING if isinstance(kind, TrainedRealignment) else ())
+    given: dict[str, Any] = {}
+    for name in (*_parameters(), *_TRAINING_SHOWN):
+        if not _given(name):
+            continue
+        if name not in known:
+            raise InputError(f"--{name.replace('_', '-')} does nothing under --method {method}; leave it out.")
+        value = click.get_current_context().params[name]
+        given[name] = _parsed(name, value)
+    return given
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Text of the command line as the registry takes it: numbers where a word would also do, lists with commas."""
+    spec = _parameters().get(name, (None, []))[0]
+    if spec is None or not isinstance(value, str):
+        return value
+    if spec.metadata["many"] and "," in value:
+        return [each.strip() for each in value.split(",")]
+    if spec.metadata["kind"] is float and value not in spec.metadata["words"]:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], options: dict[str, Any]) -> None:
+    """Refuse inputs that the method does not use, and ask for those that it needs."""
+    labelled = chosen.teacher == "labels"
+    unused: tuple[str, ...] = _FOR_EXPERTS if labelled else _FOR_LABELS
+    unused += () if isinstance(chosen, TrainedRealignment) else _FOR_TRAINING
+    unused += () if chosen.trains_heads_apart else ("workers",)
+    if labelled and (experts or options["images"]):
         raise InputError(f"--method {method} learns from the labels of --data; leave the experts and --images out.")
-    if not labelled and images is None:
-        raise InputError(f"--method {method} looks at images without labels: give --images FOLDER.")
+    for name in unused:
+        if _given(name):
+            option = "track" if name == "trackers" else name
+            raise InputError(f"--{option} does nothing under --method {method}; leave it out.")
+    if not labelled and options["images"] is None:
+        raise InputError(f"--method {method} uses images without labels: give --images FOLDER.")
     if not labelled and not experts:
         raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
 
 
-_ONLY_FOR = {
-    "variant": ("fold", "distill"),
-    "ridge": ("fold",),
-    "with_adapters": ("distill",),
-    "with_lora": ("distill",),
-    "size": ("fold", "distill"),
-    "data": _LABELLED,
-    "split": _LABELLED,
-    "steps": ("distill", *_LABELLED),
-    "lr": ("distill", *_LABELLED),
-    "seed": ("distill", *_LABELLED),
-    "workers": ("distill", "heads"),
-    "rank": ("distill", "adapters", "lora"),
-    "alpha": ("lora",),
-    "activation": ("distill", "adapters"),
-    "last_blocks": ("adapters",),
-    "cache_budget": ("heads",),
-    "gradient_checkpointing": ("adapters", "lora"),
-    "trackers": ("distill", *_LABELLED),
-}
-"""Options that some methods have no use for."""
+def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `simomerge.realign` that say what to learn from."""
+    count = options["count"] or chosen.default_count
+    if chosen.teacher == "labels":
+        from simomerge.datasets.load import load_data
 
+        return {"data": load_data(options["data"], split=options["split"], count=count, tasks=tasks)}
+    from simomerge.assembly.experts import load_experts
+    from simomerge.datasets.pictures import as_images
 
-def _memory_options(
-    method: str, last_blocks: int | None, cache_budget: str | None, gradient_checkpointing: bool
-) -> dict[str, Any]:
-    """Keyword arguments by which large encoders fit."""
-    from simomerge.checkpoints import parse_size
-
-    options: dict[str, Any] = {"last_blocks": last_blocks} if last_blocks else {}
-    options |= {"cache_budget": parse_size(cache_budget)} if cache_budget else {}
-    return options | ({"checkpointing": True} if gradient_checkpointing else {})
-
-
-def _check_options(method: str, with_adapters: bool, with_lora: bool) -> None:
-    """An option that would be ignored is refused."""
-    context = click.get_current_context()
-    if with_adapters and with_lora:
-        raise InputError("--with-adapters and --with-lora exclude each other; give one of them.")
-    for name, methods in _ONLY_FOR.items():
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE and method not in methods:
-            option = "track" if name == "trackers" else name.replace("_", "-")
-            raise InputError(f"--{option} does nothing under --method {method}; leave it out.")
-    useless = {} if with_adapters else {"activation": "adapters: give --with-adapters"}
-    if not with_adapters and not with_lora:
-        useless["rank"] = "adapters or LoRA: give --with-adapters or --with-lora"
-    for name, mend in useless.items() if method == "distill" else ():
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
-            raise InputError(f"--{name} is of {mend}, or leave it out.")
-
-
-def _options(
-    method: str,
-    steps: int | None,
-    lr: float | None,
-    seed: int,
-    rank: int,
-    alpha: float | None,
-    activation: str,
-    inside: bool | str,
-    variant: str | None,
-    ridge: float | None,
-    workers: int | None,
-) -> dict[str, Any]:
-    """The keyword arguments of one re-alignment; ``inside``: what distillation trains in the encoder."""
-    from simomerge.assembly.realign import ADAPTER_SETTINGS, DISTILL_SETTINGS, HEAD_SETTINGS, LORA_SETTINGS
-    from simomerge.core.machine import available_cores
-
-    options: dict[str, Any] = {"variant": variant} if variant else {}
-    if method == "fold":
-        return options | ({} if ridge is None else {"ridge": ridge})
-    defaults = {
-        "heads": HEAD_SETTINGS,
-        "adapters": ADAPTER_SETTINGS,
-        "lora": LORA_SETTINGS,
-        "distill": DISTILL_SETTINGS,
-    }
-    settings = defaults[method]
-    settings = replace(settings, seed=seed, steps=steps or settings.steps, lr=settings.lr if lr is None else lr)
-    options = options if method == "distill" else {}
-    options["settings"] = settings
-    if method == "adapters" or inside:
-        options |= {"rank": rank, "activation": activation}
-    if method == "lora":
-        options |= {"rank": rank, "alpha": alpha}
-    if method == "distill":
-        options["adapters"] = inside
-    if method in ("heads", "distill"):
-        options["workers"] = workers or available_cores()
-    return options
+    return {"experts": load_experts(**experts), "images": as_images(options["images"], count, options["size"])}
 
 
 def _lines(record: dict[str, Any], tasks: list[str]) -> list[str]:
     """What was done, for people."""
     unlabelled = record.get("unlabelled_images", 0)
-    seen = f"{unlabelled} unlabelled" if unlabelled else f"{record['labelled_images']} labelled"
+    images = f"{unlabelled} unlabelled" if unlabelled else f"{record['labelled_images']} labelled"
     lines = [
-        f"Re-aligned {', '.join(tasks)} by {record['method']} on {seen} images: {record['steps']} steps,"
+        f"Re-aligned {', '.join(tasks)} by {record['method']} on {images} images: {record['steps']} steps,"
         f" {record['seconds']:.1f} s, {record['trained_parameters']:,} parameters trained."
     ]
     for task, after in record.get("r2", {}).items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -11,17 +11,19 @@ from simomerge.cli.options import console, json_option, report_run, say, track_o
 
 
 @click.command("run")
-@click.argument("recipe")
+@click.argument("recipe", required=False)
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value, as tune.steps=20.")
-@click.option("--dry-run", is_flag=True, help="Say which stages there are and which are done, and stop.")
+@click.option("--dry-run", is_flag=True, help="List the stages and which of them are done, and stop.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes, for editors, and stop.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder; by default the recipe's.")
 @workers_option
 @track_option
 @json_option
 def command(
-    recipe: str,
+    recipe: str | None,
     changes: tuple[str, ...],
     dry_run: bool,
+    schema: bool,
     output: Path | None,
     workers: int | None,
     trackers: tuple[str, ...],
@@ -29,27 +31,29 @@ def command(
 ) -> None:
     """Carry out RECIPE, a YAML file: experts, joint MTL, merges, re-alignments, evaluation, report.
 
-    A second run does only what changed, and a killed one goes on where it was. docs/recipes.md says what a recipe
+    A second run does only what changed, and a killed one resumes where it was. docs/recipes.md says what a recipe
     may hold; those in recipes/ are to be copied.
     """
-    from simomerge.core.assets import resolve_source
     from simomerge.core.distributed import join_processes
-    from simomerge.recipes import plan_of, read_recipe, run_recipe
+    from simomerge.recipes.file import read_recipe, recipe_schema
+    from simomerge.recipes.run import plan_of, run_recipe
     from simomerge.training.tracking import track
 
+    if schema:
+        click.echo(json.dumps(recipe_schema(), indent=2))
+        return
+    if recipe is None:
+        raise click.UsageError("give a RECIPE, such as recipes/rooms-small.yaml.")
     join_processes()
-    said = read_recipe(recipe, changes)
-    folder = output or Path(said.output)
-    base = resolve_source(said.base)
+    chosen = read_recipe(recipe, changes)
+    folder = output or Path(chosen.output)
     if dry_run:
-        stages = plan_of(said.recipe, base, folder, said.data, said.data_options)
-        done = sum(there for _, there in stages)
-        lines = [f"{'done   ' if there else 'to do  '}{name}" for name, there in stages]
-        rows = [{"stage": name, "done": there} for name, there in stages]
+        stages = plan_of(chosen, folder)
+        done = sum(finished for _, finished in stages)
+        lines = [f"{'done   ' if finished else 'to do  '}{name}" for name, finished in stages]
+        rows = [{"stage": name, "done": finished} for name, finished in stages]
         say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
         return
     with track(trackers, folder / "logs"), console():
-        results: dict[str, Any] = run_recipe(
-            said.recipe, base, folder, workers, said.data, said.title, said.data_options
-        )
+        results = run_recipe(chosen, folder, workers)
     report_run(results, folder, as_json)

@@ -13,8 +13,8 @@ from simomerge.cli.options import console, json_option, say, workers_option
 @click.command("search")
 @click.argument("recipe")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value, as search.trials=50.")
-@click.option("--storage", help="Of the study: a file, or an Optuna URL. [default: search.log in OUT]")
-@click.option("--seed", type=int, help="Of the sampler; another one on every machine of a study, or none.")
+@click.option("--storage", help="Storage of the study: a file, or an Optuna URL. [default: search.log in OUT]")
+@click.option("--seed", type=int, help="Seed of the sampler; give every machine of a study a different one, or none.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder (OUT). [default: the recipe's + -search]")
 @workers_option
 @json_option
@@ -29,10 +29,11 @@ def command(
 ) -> None:
     """Search the values that RECIPE names under `search`, by Optuna, on held-out validation images.
 
-    A second call goes on with the study, and so does another machine with the same --storage. docs/recipes.md says
+    A second call resumes the study, and another machine with the same --storage joins it. docs/recipes.md says
     what a search holds.
     """
-    from simomerge.recipes import read_recipe, search_recipe
+    from simomerge.recipes.file import read_recipe
+    from simomerge.recipes.search import search_recipe
 
     folder = output or Path(read_recipe(recipe, changes).output + "-search")
     with console():

@@ -90,7 +90,7 @@ def command(
     from simomerge.checkpoints import parse_size
     from simomerge.datasets import load_data
     from simomerge.models.model import SimoModel, load
-    from simomerge.recipes import ROOMS_HEADS
+    from simomerge.recipes.recipe import ROOMS_HEADS
     from simomerge.training.lpft import fresh_head, lpft
     from simomerge.training.settings import TrainSettings
     from simomerge.training.tracking import track

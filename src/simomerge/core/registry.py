@@ -28,6 +28,7 @@ def parameter(
     when: Mapping[str, tuple[str, ...]] | None = None,
     per_expert: bool = False,
     per_block: bool = False,
+    many: bool = False,
     help: str,
 ) -> Any:
     """A dataclass field with a range: the default, what is allowed, and one line of help.
@@ -42,10 +43,11 @@ def parameter(
         when: The parameter has an effect only where another parameter has one of these values.
         per_expert: Also allow one value per expert, as a sequence in the experts' order or by expert name.
         per_block: By expert name, also allow a sequence of one value per block of the encoder.
+        many: Also allow a sequence of values.
         help: What it does, in one line.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "words": words}
-    shapes = {"per_expert": per_expert, "per_block": per_block}
+    shapes = {"per_expert": per_expert, "per_block": per_block, "many": many}
     wanted = kind or type(default)
     return field(default=default, metadata={**limits, **shapes, "kind": wanted, "when": dict(when or {}), "help": help})
 
@@ -69,7 +71,9 @@ def check_parameters(name: str, method: Any) -> None:
 
 
 def _single_values(value: Any, spec: Field[Any]) -> list[Any]:
-    """The single values in a parameter: one, or one per expert, or one per expert and block."""
+    """The single values in a parameter: one, several, one per expert, or one per expert and block."""
+    if spec.metadata["many"] and isinstance(value, (list, tuple)):
+        return list(value)
     if not spec.metadata["per_expert"] or isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):

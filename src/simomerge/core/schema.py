@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,63 @@ def nearest(name: str, known: Iterable[str]) -> str:
         'steps'
     """
     return next(iter(difflib.get_close_matches(name, list(known), 1)), "")
+
+
+def plain_value(value: Any) -> Any:
+    """A YAML value of unknown type: text with a number becomes the number (YAML reads 1e-3 as text), lists tuples.
+
+    Example:
+        >>> plain_value("1e-3"), plain_value("16"), plain_value([1, "a"]), plain_value("true")
+        (0.001, 16, (1, 'a'), True)
+    """
+    if isinstance(value, dict):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain_value, value))
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    if re.fullmatch(r"[+-]?\d+", value):
+        return int(value)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
+        return float(value)
+    return value
+
+
+_WANTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "string": "text",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "tuple": "a list",
+    "list": "a list",
+    "dataclass": "a mapping",
+}
+
+
+def validation_problems(error: Any, known: Any) -> list[str]:
+    """What a pydantic ValidationError says, a sentence each without its full stop, with the nearest known key.
+
+    Args:
+        error: The `pydantic.ValidationError`.
+        known: A function from the place of an unknown key (a tuple of keys) to the keys that are known there.
+    """
+    found = []
+    for one in error.errors():
+        place = ".".join(map(str, one["loc"]))
+        kind = one["type"]
+        if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+            *parents, key = one["loc"]
+            near = nearest(str(key), known(tuple(parents)))
+            where = f"{'.'.join(map(str, parents))}: " if parents else ""
+            found.append(f"{where}unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
+        elif kind == "value_error":
+            said = str(one["ctx"]["error"]).rstrip(".")
+            found.append(f"{place}: {said}" if place else said)
+        else:
+            wanted = _WANTED.get(kind.split("_")[0])
+            said = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing")) else one["msg"]
+            found.append(f"{place} is {one['input']!r}; {said}")
+    return found

@@ -1,49 +1,67 @@
-"""Stages that wait for each other, done in a folder: what is there already is not done again."""
+"""Stages that wait for each other, done in a folder: a stage that is done already is not done again.
+
+The graph resumes inside a training: a stage keeps its state in a work folder next to its output until it is done.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from simomerge.core import distributed
 from simomerge.core.files import remove_leftovers
 from simomerge.core.progress import labelled_progress, progress
-from simomerge.recipes.stages import read_log
 from simomerge.training.pool import WorkerPool
 
+Data = Mapping[str, Any]
+"""A dataset as plain data: the keyword arguments of `simomerge.datasets.load.load_data`."""
 
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """One piece of work: a function of `simomerge.recipes.stages` and its arguments.
 
-    The arguments are plain data; a stage among them stands for its folder, and is done before.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stage(ABC):
+    """One piece of work that fills a folder.
+
+    The fields are its inputs, plain data. Another stage among them, also inside a mapping, is done before; when `run`
+    is called, that stage's folder stands in its place. The class attribute ``keeps_labels`` says whether progress
+    inside the stage shows its own labels behind the stage's name.
     """
+
+    keeps_labels: ClassVar[bool] = False
 
     name: str
-    function: Callable[..., None]
-    arguments: Mapping[str, Any]
-    cost: float = 1.0  # a guess, above zero; only ever compared with other stages'
+
+    @property
+    def cost(self) -> float:
+        """A guess of how long it takes, in training steps; it is only compared with other stages' costs."""
+        return 20.0
+
+    @abstractmethod
+    def run(self, output: Path) -> None:
+        """Do the work and write the folder ``output``, all at once."""
 
     def needs(self) -> Iterator[Stage]:
-        """The stages among the arguments."""
-        yield from _stages_in(self.arguments)
+        """The stages among the inputs."""
+        for spec in fields(self):
+            yield from _stages_in(getattr(self, spec.name))
 
 
-class Run:
-    """A folder of finished stages, each keyed by everything it depends on.
+class Graph:
+    """A folder of finished stages, each named by a key of everything that it depends on.
 
     Args:
-        folder: of the run.
-        base: where the foundation encoder is.
-        salt: what else the results depend on (the base's weights, the version).
-        contents: of a dataset as plain data, what tells it from others by the same name; empty where the name says all.
+        folder: The run folder.
+        base: Where the foundation encoder is.
+        salt: What else the results depend on: the base's weights, the version.
+        contents: For a dataset as plain data, what distinguishes it from other datasets of the same name; empty where
+            the name says everything.
     """
 
-    def __init__(self, folder: Path, base: str, salt: str, contents: Callable[[Mapping[str, Any]], str]) -> None:
+    def __init__(self, folder: Path, base: str, salt: str, contents: Callable[[Data], str]) -> None:
         self.folder = folder
         self.base = base
         self.salt = salt
@@ -51,47 +69,42 @@ class Run:
         self._outputs: dict[Stage, Path] = {}
 
     def build(self, wanted: Iterable[Stage], pool: WorkerPool) -> None:
-        """Do the stages that are not there yet, and those they need, side by side.
+        """Do the stages that are not done yet, and those that they need, in parallel where possible.
 
-        Of those that can start, the one that the longest chain of others waits for starts first.
+        Among the stages that can start, the one with the longest chain of waiting stages starts first.
         """
         found = self.in_order(wanted)
-        absent = distributed.said_by_first([str(path) for path in found if not path.exists()])
-        missing = {path: stage for path, stage in found.items() if str(path) in set(absent)}
+        absent = set(distributed.said_by_first([str(path) for path in found if not path.exists()]))
+        missing = {path: stage for path, stage in found.items() if str(path) in absent}
         for path in found.keys() - missing.keys():
-            _lock(path).unlink(missing_ok=True)  # of a run that was killed when all but this was done
+            _lock(path).unlink(missing_ok=True)  # left by a run that was killed after the stage was done
         needs = {path: [o for o in map(self.output, stage.needs()) if o in missing] for path, stage in missing.items()}
         chain = {path: stage.cost for path, stage in missing.items()}
-        for path in reversed(missing):  # who waits comes before whom it waits for
+        for path in reversed(missing):  # a stage comes before the stages that it waits for
             for need in needs[path]:
                 chain[need] = max(chain[need], missing[need].cost + chain[path])
         order = sorted(missing, key=lambda path: -chain[path])
         place = {path: index for index, path in enumerate(order)}
-        jobs = [
-            (_do_once, {"stage": replace(missing[p], arguments=self._plain(missing[p].arguments)), "output": p})
-            for p in order
-        ]
+        jobs = [(_do_once, {"stage": self._resolved(missing[path]), "output": path}) for path in order]
         pool.run(jobs, after=[[place[need] for need in needs[path]] for path in order])
 
     def output(self, stage: Stage) -> Path:
         """The folder of a stage, done or not."""
         if stage not in self._outputs:
-            # An argument that is a stage's folder carries that stage's key in its name, so keys chain.
-            # Places of this machine do not count; the base counts by its weights, which the salt holds.
-            plain = self._told_apart(self._plain(stage.arguments))
-            arguments = _without_places(plain, {str(self.folder): "", self.base: "base"})
-            named = json.dumps(arguments, sort_keys=True, default=str)
-            key = hashlib.sha256(f"{self.salt} {stage.function.__name__} {named}".encode()).hexdigest()[:12]
+            inputs = {spec.name: self._key_of(getattr(stage, spec.name)) for spec in fields(stage)}
+            inputs.pop("name")
+            named = json.dumps(inputs, sort_keys=True, default=str)
+            key = hashlib.sha256(f"{self.salt} {type(stage).__name__} {named}".encode()).hexdigest()[:12]
             name = f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
             self._outputs[stage] = self.folder / "stages" / name
         return self._outputs[stage]
 
     def log(self, stage: Stage) -> dict[str, Any]:
-        """What a finished stage cost and found."""
+        """The log of a finished stage: what it cost and found."""
         return read_log(self.output(stage))
 
     def in_order(self, wanted: Iterable[Stage]) -> dict[Path, Stage]:
-        """The stages and those they need, by their folders, each after what it needs."""
+        """The stages and those that they need, by their folders, each after what it needs."""
         found: dict[Path, Stage] = {}
         for stage in wanted:
             if self.output(stage) not in found:
@@ -99,20 +112,37 @@ class Run:
                 found[self.output(stage)] = stage
         return found
 
-    def _plain(self, value: Any) -> Any:
-        if isinstance(value, Stage):
-            return str(self.output(value))
-        if isinstance(value, Mapping):
-            return {key: self._plain(item) for key, item in value.items()}
-        return value
+    def _resolved(self, stage: Stage) -> Stage:
+        """The stage with folders in the place of the stages among its inputs."""
 
-    def _told_apart(self, value: Any) -> Any:
-        """Arguments with what datasets hold in the place of where they are."""
-        if not isinstance(value, Mapping):
-            return value
-        if {"spec", "split"} <= value.keys() and (contents := self.contents(value)):
-            return {**value, "spec": contents}
-        return {key: self._told_apart(item) for key, item in value.items()}
+        def resolve(value: Any) -> Any:
+            if isinstance(value, Stage):
+                return self.output(value)
+            return {key: resolve(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+        return replace(stage, **{spec.name: resolve(getattr(stage, spec.name)) for spec in fields(stage)})
+
+    def _key_of(self, value: Any) -> Any:
+        """An input as it enters the stage's key.
+
+        A stage stands for its folder's name, which contains its own key, so keys chain. A dataset counts by its content
+        and the base by its weights (in the salt), so that the place of neither matters.
+        """
+        if isinstance(value, Stage):
+            return self.output(value).name
+        if is_dataclass(value) and not isinstance(value, type):
+            return {"class": type(value).__name__, **asdict(value)}
+        if isinstance(value, Mapping):
+            plain = {key: self._key_of(item) for key, item in value.items()}
+            is_data = {"spec", "split"} <= value.keys()
+            return {**plain, "spec": self.contents(value) or value["spec"]} if is_data else plain
+        return "base" if value == self.base else value
+
+
+def read_log(output: Path) -> dict[str, Any]:
+    """The log of a finished stage: what it cost and found."""
+    log: dict[str, Any] = json.loads((output / "log.json").read_text(encoding="utf-8"))
+    return log
 
 
 def _lock(output: Path) -> Path:
@@ -120,15 +150,15 @@ def _lock(output: Path) -> Path:
 
 
 def _do_once(stage: Stage, output: Path) -> None:
-    """Do a stage whose arguments are plain, but for one that another run in the same folder does or has done."""
+    """Do a stage, unless another run in the same folder is doing it or has done it."""
     with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if distributed.is_first():
             remove_leftovers(output)
         if not distributed.said_by_first(output.exists()):
-            with labelled_progress(stage.name):
-                stage.function(output=output, label=stage.name, **stage.arguments)
+            with labelled_progress(stage.name, keep=stage.keeps_labels):
+                stage.run(output)
     if distributed.is_first():
-        _lock(output).unlink(missing_ok=True)  # who waited for it finds the stage done, and so does who comes later
+        _lock(output).unlink(missing_ok=True)  # waiting and later runs will find the finished stage
 
 
 def _stages_in(value: Any) -> Iterator[Stage]:
@@ -137,13 +167,3 @@ def _stages_in(value: Any) -> Iterator[Stage]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _stages_in(item)
-
-
-def _without_places(value: Any, places: Mapping[str, str]) -> Any:
-    """Plain data with the start of every path replaced."""
-    if isinstance(value, Mapping):
-        return {key: _without_places(item, places) for key, item in value.items()}
-    if isinstance(value, str):
-        for place, short in places.items():
-            value = short + value[len(place) :].replace("\\", "/") if value.startswith(place) else value
-    return value

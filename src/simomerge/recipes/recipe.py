@@ -1,85 +1,150 @@
-"""What a run does, as plain data."""
+"""What a run does, as plain data: the content of a recipe file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, field, replace
+from typing import Annotated, Any
 
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
+
+from simomerge.assembly.realign import Realignment, get_realignment, realignments
+from simomerge.assembly.realign.method import TrainedRealignment
 from simomerge.core.errors import InputError
-from simomerge.recipes.problems import WITHOUT_LABELS, problems
+from simomerge.core.schema import nearest
+from simomerge.datasets.augment import AUGMENTATIONS
+from simomerge.merging import get_method
+from simomerge.models.heads import HEADS, build_head
+from simomerge.recipes.row import AUTO, Row
+from simomerge.recipes.space import SearchSettings
 from simomerge.training.settings import TrainSettings
+from simomerge.training.weighting import WEIGHTINGS
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
 """The tasks of NYUv2 in the paper."""
 
-ROOMS_HEADS: dict[str, dict[str, Any]] = {"linear": {"subpixels": 4}, "dpt": {"fusion_channels": 32}}
-"""Head settings that fit rooms: images of 8 x 10 patches need more than one logit per patch, and no 128 channels."""
-
 ALL_TASKS = (*DEMO_TASKS, "edges", "texture")
 
+ROOMS_HEADS: dict[str, dict[str, Any]] = {"linear": {"subpixels": 4}, "dpt": {"fusion_channels": 32}}
+"""Head settings that fit rooms: images of 8 x 10 patches need more than one logit per patch, and fewer channels."""
 
-@dataclass(frozen=True)
+REALIGN: dict[str, dict[str, Any]] = {
+    "heads": {"steps": 150, "lr": 3e-3},
+    "adapters": {"steps": 100, "lr": 2e-3},
+    "lora": {"steps": 100, "lr": 2e-3},
+    "fold": {"count": 64},
+    "fold-cross": {"count": 256},
+    "distill": {"steps": 40, "lr": 1e-3, "count": 256},
+    "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
+    "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},
+}
+REFINE: dict[str, dict[str, Any]] = {name: {"steps": 40, "lr": 1e-3} for name in ("heads", "adapters", "lora")}
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Names = tuple[StrictStr, ...]
+
+
+def _complete_training(default: TrainSettings) -> BeforeValidator:
+    """A mapping changes only the settings that it names."""
+
+    def complete(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if "seed" in given:
+            raise InputError("a recipe's seeds are those of `seeds`; leave seed out")
+        if wrong := [key for key, value in given.items() if isinstance(value, bool)]:
+            raise InputError(f"{wrong[0]} is {given[wrong[0]]}; give a number")
+        return {**asdict(default), **given}
+
+    return BeforeValidator(complete)
+
+
+def _complete_steps(default: Mapping[str, Mapping[str, Any]]) -> BeforeValidator:
+    """A mapping by step changes only the parameters that it names."""
+
+    def complete(given: Any) -> Any:
+        if not isinstance(given, Mapping) or any(not isinstance(each, Mapping) for each in given.values()):
+            raise InputError("give a mapping by step, such as {heads: {steps: 100}}")
+        return {name: {**default.get(name, {}), **given.get(name, {})} for name in (*default, *given)}
+
+    return BeforeValidator(complete)
+
+
+_PROBE = TrainSettings(steps=100, lr=2e-3)
+_TUNE = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
+_Probe = Annotated[TrainSettings, _complete_training(_PROBE)]
+_Tune = Annotated[TrainSettings, _complete_training(_TUNE)]
+_Realign = Annotated[dict[str, dict[str, Any]], _complete_steps(REALIGN)]
+_Refine = Annotated[dict[str, dict[str, Any]], _complete_steps(REFINE)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """Experts, joint MTL, merges, re-alignments and their evaluation on one dataset.
 
     Args:
-        tasks: names of the dataset's tasks.
-        head: a key of `simomerge.models.heads.HEADS`.
-        head_settings: further settings of the heads.
-        seeds: one repetition of everything but the data per seed.
-        train_images, val_images, test_images: how many images of each split. The validation split is the
-            paper's D_val: it chooses scales and re-aligns. The test split is only reported on.
-        scale_images: how many of the validation images choose the scale.
-        probe, tune: the two phases of LP-FT for each expert; joint: the second phase of joint MTL.
-        joint_weightings: of the losses of joint MTL; "equal" is the row joint-mtl (the paper's), another, as "dwa",
-            the row joint-mtl-dwa.
-        heads, adapters: the paper's two re-alignments.
-        folded_heads, folded_adapters: the same, starting from a fold.
-        distill, distill_adapters: training on the experts' predictions, of heads alone and of adapters with them.
-        rank, activation: of the adapters.
-        fold_images, fold_cross_images, distill_images: how many images of the validation split, without their labels,
-            the fold per tap (and the choice of a scale without labels), the fold cross tap (and auto) and distillation
-            look at.
-        augmentation: of the images that experts and joint model are fine-tuned on, a key of `AUGMENTATIONS`.
-        merges: merge methods, by name; those with a scale get the best one on the validation split's labels, as
-            in the paper.
-        merge_settings: parameters of merge methods by their names, such as ``{"ties": {"density": 0.1}}``; a scale
-            that is given is not searched for.
-        realigned: rows of a merge's name followed by steps of `STEPS`, each after a plus. Where the first step needs no
-            labels, neither does the row's merge: its scale is the one that can be folded best. "auto" is the merge
-            and fold that `simomerge.merge` finds by itself, and may be followed by steps too.
-        gallery: rows shown as pictures, after the input and the ground truth.
-        relate: also measure how the experts relate to each other, per seed, on the validation split's labels.
+        title: Title of the report.
+        base: Folder or hub id of the foundation encoder, or rooms-base.
+        data: As `simomerge.datasets.load.load_data` takes it: rooms, a manifest, or NAME:ROOT.
+        data_options: Further keyword arguments of the dataset, such as ``size: [280, 378]``.
+        output: The run folder.
+        search: What `simomerge search` varies.
+        tasks: Names of the dataset's tasks.
+        head: A key of `simomerge.models.heads.HEADS`.
+        head_settings: Further settings of the heads.
+        seeds: Everything but the data is repeated once per seed.
+        train_images, val_images, test_images: Number of images of each split. The validation split is the paper's
+            D_val: it chooses scales and re-aligns. The test split is used only for the reported figures.
+        scale_images: Number of validation images that choose a scale by their labels.
+        choose_images: Number of validation images that choose a scale without labels.
+        auto_images: Number of validation images that the merge "auto" uses, without labels.
+        probe, tune: The two phases of LP-FT for each expert.
+        joint: The second phase of joint MTL.
+        joint_weightings: Weightings of the joint losses; "equal" is the row joint-mtl (the paper's), another one, such
+            as "dwa", the row joint-mtl-dwa.
+        augmentation: How images are augmented when experts and joint model are fine-tuned, a key of `AUGMENTATIONS`.
+        merges: Merge methods by name; those with a scale get the best one on the validation split's labels, as in the
+            paper.
+        merge_settings: Parameters of merge methods by their names, such as ``{"ties": {"density": 0.1}}``; a scale that
+            is given is not searched.
+        realigned: Rows of the table, ``MERGE+STEP+STEP(KEY=VALUE)``. If the first step needs no labels, neither does
+            the row's merge: its scale is the one that can be folded best. "auto" is the merge and fold that
+            `simomerge.merge` finds by itself, and steps may follow it.
+        realign: Parameters of the re-alignments by step name; ``count`` is the number of validation images.
+        refine: Further parameters of steps that start from a model that was re-aligned before.
+        gallery: Rows that are shown as pictures, after the input and the ground truth.
+        relate: Also measure how the experts relate to each other, per seed, on the validation split's labels.
+
+    Raises:
+        InputError: Everything that is wrong with the recipe, in one message.
     """
 
-    tasks: tuple[str, ...] = DEMO_TASKS
-    head: str = "linear"
+    title: StrictStr = "simomerge run"
+    base: StrictStr = "rooms-base"
+    data: StrictStr = "rooms"
+    data_options: dict[str, Any] = field(default_factory=dict)
+    output: StrictStr = "runs/run"
+    search: SearchSettings = SearchSettings()
+    tasks: Names = DEMO_TASKS
+    head: StrictStr = "linear"
     head_settings: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    train_images: int = 800
-    val_images: int = 640
-    test_images: int = 256
-    scale_images: int = 128
-    probe: TrainSettings = TrainSettings(steps=100, lr=2e-3)
-    tune: TrainSettings = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
-    joint: TrainSettings = TrainSettings(steps=100, lr=3e-3, encoder_lr=4e-4)
-    joint_weightings: tuple[str, ...] = ("equal",)
-    heads: TrainSettings = TrainSettings(steps=150, lr=3e-3)
-    adapters: TrainSettings = TrainSettings(steps=100, lr=2e-3)
-    folded_heads: TrainSettings = TrainSettings(steps=40, lr=1e-3)
-    folded_adapters: TrainSettings = TrainSettings(steps=40, lr=1e-3)
-    distill: TrainSettings = TrainSettings(steps=40, lr=1e-3)
-    distill_adapters: TrainSettings = TrainSettings(steps=60, lr=1e-3)
-    rank: int = 16
-    activation: str = "none"
-    fold_images: int = 64
-    fold_cross_images: int = 256
-    distill_images: int = 256
-    augmentation: str = "flip"
-    merges: tuple[str, ...] = ("zero-shot", "average", "task-arithmetic", "ties")
+    seeds: tuple[StrictInt, ...] = (0,)
+    train_images: Count = 800
+    val_images: Count = 640
+    test_images: Count = 256
+    scale_images: Count = 128
+    choose_images: Count = 64
+    auto_images: Count = 256
+    probe: _Probe = _PROBE
+    tune: _Tune = _TUNE
+    joint: _Tune = _TUNE
+    joint_weightings: Names = ("equal",)
+    augmentation: StrictStr = "flip"
+    merges: Names = ("zero-shot", "average", "task-arithmetic", "ties")
     merge_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    realigned: tuple[str, ...] = (
+    realigned: Names = (
         "zero-shot+heads",
         "zero-shot+fold-cross",
         "task-arithmetic+heads",
@@ -91,42 +156,49 @@ class Recipe:
         "task-arithmetic+fold+adapters",
         "auto",
     )
-    gallery: tuple[str, ...] = (
-        "experts",
-        "task-arithmetic",
-        "task-arithmetic+fold-cross",
-        "task-arithmetic+heads",
-    )
-    relate: bool = False
+    realign: _Realign = field(default_factory=lambda: dict(REALIGN))
+    refine: _Refine = field(default_factory=lambda: dict(REFINE))
+    gallery: Names = ("experts", "task-arithmetic", "task-arithmetic+fold-cross", "task-arithmetic+heads")
+    relate: StrictBool = False
 
     def __post_init__(self) -> None:
-        if found := problems(self, Recipe.gallery):  # what cannot be is told now, not after the training
+        if found := list(_problems(self)):  # before any training, not after it
             raise InputError(f"recipe: {'; '.join(found)}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The re-aligned rows, parsed."""
+        return tuple(map(Row.parse, self.realigned))
 
-    def settings(self, row: Sequence[str]) -> TrainSettings:
-        """Of the last step of a row (merge, steps...): fewer steps where a fold came before it."""
-        *before, step = row
-        name = step.replace("-", "_")
-        folded = step in ("heads", "adapters") and any(part == "auto" or part in WITHOUT_LABELS for part in before)
-        found: TrainSettings = getattr(self, f"folded_{name}" if folded else name)
+    def method(self, row: Row, seed: int | None = None) -> Realignment:
+        """The re-alignment that is the last step of a row, with its parameters.
+
+        Raises:
+            InputError: A step or parameter that does not exist, or a value out of range.
+        """
+        step = row.steps[-1]
+        parameters = {**self.realign.get(step.name, {})}
+        if row.merge == AUTO or any(self.method(each).teacher == "experts" for each in row.before.prefixes()):
+            parameters |= self.refine.get(step.name, {})
+        parameters |= dict(step.parameters)
+        made = get_realignment(step.name, **parameters)
+        if seed is not None and isinstance(made, TrainedRealignment):
+            made = replace(made, training=replace(made.training, seed=seed))
+        return made
+
+    def trainings(self) -> dict[str, TrainSettings]:
+        """Every training of the recipe by its key."""
+        found = {name: getattr(self, name) for name in ("probe", "tune", "joint")}
+        for row in self.rows:
+            for prefix in row.prefixes():
+                if isinstance(made := self.method(prefix), TrainedRealignment):
+                    found[str(prefix)] = made.training
         return found
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The recipe that `to_dict` wrote, also after a way through JSON.
-
-        Example:
-            >>> Recipe.from_dict(Recipe().to_dict()) == Recipe()
-            True
-        """
-        values: dict[str, Any] = {}
-        for name, value in data.items():
-            trains = isinstance(getattr(cls, name, None), TrainSettings)
-            values[name] = TrainSettings(**value) if trains else tuple(value) if isinstance(value, list) else value
-        return cls(**values)
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the results, as plain data: everything but names and places of this machine."""
+        places = ("title", "base", "data", "data_options", "output", "search")
+        return {key: value for key, value in asdict(self).items() if key not in places}
 
 
 def demo_recipe(
@@ -135,28 +207,36 @@ def demo_recipe(
     """The demo's recipe, or with ``full`` the benchmark's: more images and steps, for figures worth quoting."""
     if seeds < 1:
         raise InputError(f"seeds {seeds}: use at least 1.")
-    recipe = Recipe(tasks=tasks, head=head, head_settings=ROOMS_HEADS.get(head, {}), seeds=tuple(range(seeds)))
+    recipe = Recipe(
+        title="simomerge demo",
+        output="runs/demo",
+        tasks=tasks,
+        head=head,
+        head_settings=ROOMS_HEADS.get(head, {}),
+        seeds=tuple(range(seeds)),
+    )
     return full_size(recipe) if full else recipe
 
 
 def full_size(recipe: Recipe) -> Recipe:
     """A recipe with the benchmark's numbers of images and steps."""
+    tune = TrainSettings(steps=400, lr=3e-3, encoder_lr=3e-4, validate_every=100)
     return replace(
         recipe,
         train_images=4000,
         val_images=512,
         test_images=512,
         scale_images=256,
-        distill_images=512,
         probe=replace(recipe.probe, steps=120),
-        tune=replace(recipe.tune, steps=400, encoder_lr=3e-4, validate_every=100),
-        joint=replace(recipe.joint, steps=400, encoder_lr=3e-4, validate_every=100),
-        heads=replace(recipe.heads, steps=120, lr=1e-3),
-        adapters=replace(recipe.adapters, steps=150, lr=1e-3),
-        folded_heads=replace(recipe.folded_heads, steps=120),
-        folded_adapters=replace(recipe.folded_adapters, steps=80),
-        distill=replace(recipe.distill, steps=200),
-        distill_adapters=replace(recipe.distill_adapters, steps=120),
+        tune=tune,
+        joint=tune,
+        realign={
+            "heads": {"steps": 120, "lr": 1e-3},
+            "adapters": {"steps": 150, "lr": 1e-3},
+            "distill": {"steps": 200, "count": 512},
+            "distill-adapters": {"steps": 120, "count": 512},
+        },
+        refine={"heads": {"steps": 120}, "adapters": {"steps": 80}},
         realigned=(
             *recipe.realigned,
             "ties+heads",
@@ -165,3 +245,122 @@ def full_size(recipe: Recipe) -> Recipe:
             "task-arithmetic+fold-cross+adapters",
         ),
     )
+
+
+# What is wrong with a recipe, a sentence each without its full stop.
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _lists(recipe)
+    yield from _unknown("augmentation", [recipe.augmentation], AUGMENTATIONS)
+    yield from _unknown("loss weighting", recipe.joint_weightings, WEIGHTINGS)
+    if "equal" not in recipe.joint_weightings:
+        yield "joint_weightings needs 'equal', the joint MTL that everything is compared with"
+    yield from _head(recipe)
+    yield from _merges(recipe)
+    wrong_steps = list(_steps_known(recipe))
+    yield from wrong_steps
+    for row in recipe.realigned:
+        yield from _row(recipe, row, check_parameters=not wrong_steps)
+    if recipe.relate and (recipe.val_images < 8 or len(recipe.tasks) < 2):
+        yield "relate needs at least two tasks, and 8 images of the validation split"
+    yield from _gallery(recipe)
+
+
+def _lists(recipe: Recipe) -> Iterator[str]:
+    for name in ("tasks", "seeds", "joint_weightings", "merges", "realigned", "gallery"):
+        values = getattr(recipe, name)
+        if len(set(values)) < len(values):
+            yield f"{name} has {next(v for v in values if values.count(v) > 1)!r} twice"
+    for name, one in (("tasks", "task"), ("seeds", "seed")):
+        if not getattr(recipe, name):
+            yield f"{name} is empty; give at least one {one}"
+    if wrong := [seed for seed in recipe.seeds if not 0 <= seed < 2**63]:
+        yield f"seed {wrong[0]}; use 0 to {2**63 - 1}"
+    if wrong_names := [task for task in recipe.tasks if task in ("image", "split")]:
+        yield f"no task can be called {wrong_names[0]!r}"
+
+
+def _unknown(what: str, names: Sequence[str], known: Collection[str]) -> Iterator[str]:
+    for name in names:
+        if name not in known:
+            yield f"unknown {what} {name!r}; choose among: {', '.join(known)}"
+
+
+def _head(recipe: Recipe) -> Iterator[str]:
+    if recipe.head not in HEADS:
+        yield from _unknown("head", [recipe.head], HEADS)
+        return
+    try:  # a head for an encoder of four narrow taps
+        build_head(recipe.head, (8, 8, 8, 8), 1, dict(recipe.head_settings))
+    except (InputError, RuntimeError) as error:  # RuntimeError: sizes that torch cannot make
+        yield f"head_settings: {str(error).splitlines()[0].rstrip('.')}"
+
+
+def _merges(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.merges:
+        try:
+            method = get_method(name, **recipe.merge_settings.get(name, {})).for_experts(recipe.tasks)
+        except InputError as error:
+            yield str(error).rstrip(".")
+            continue
+        if method.needs_labels or method.needs_data:
+            yield f"{name!r} needs statistics of the experts; merge it by `simomerge merge`"
+        if len(recipe.tasks) < method.minimum_experts:
+            yield f"{name!r} needs at least {method.minimum_experts} tasks, and there are {len(recipe.tasks)}"
+    if wrong := [name for name in recipe.merge_settings if name not in recipe.merges]:
+        yield f"merge_settings has {wrong[0]!r}, which is not one of the recipe's merges"
+
+
+def _steps_known(recipe: Recipe) -> Iterator[str]:
+    for key in ("realign", "refine"):
+        for name, parameters in getattr(recipe, key).items():
+            try:
+                get_realignment(name, **parameters)
+            except InputError as error:
+                yield f"{key}.{name}: {str(error).rstrip('.')}"
+
+
+def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
+    try:
+        row = Row.parse(text)
+    except InputError as error:
+        yield str(error).rstrip(".")
+        return
+    known = [step.name in realignments() for step in row.steps]
+    if not (row.merge == AUTO or (row.merge in recipe.merges and row.steps)) or not all(known):
+        yield f"row {text!r} is not one of its merges, or auto, followed by +{', +'.join(realignments())}"
+        return
+    if not check_parameters:
+        return
+    try:
+        made = [recipe.method(prefix) for prefix in row.prefixes()]
+    except InputError as error:
+        yield f"row {text!r}: {str(error).rstrip('.')}"
+        return
+    if any(method.needs_plain_heads for method in made[row.merge != AUTO :]):
+        yield f"row {text!r}: a fold comes right after a merge, and auto is folded already"
+    with_adapters = [method.adds_adapters for method in made]
+    if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
+        yield f"row {text!r} adds adapters twice, or LoRA to an encoder with adapters"
+
+
+def _gallery(recipe: Recipe) -> Iterator[str]:
+    """Rows of the default gallery that a recipe does not have are left out; others are an error."""
+    joint = [f"joint-mtl-{name}" for name in recipe.joint_weightings]
+    rows = ["experts", "joint-mtl", *joint, *recipe.merges, *recipe.realigned]
+    for row in recipe.gallery if recipe.gallery != Recipe.gallery else ():
+        if row not in rows:
+            near = nearest(row, rows)
+            yield f"gallery has {row!r}, which is no row of the recipe" + (f"; did you mean {near!r}" if near else "")
+
+
+def steps_of(epochs: Any, images: int, batch_size: int) -> int:
+    """Optimiser steps of a number of epochs, counting full batches.
+
+    Raises:
+        InputError: Epochs that are not a number above 0.
+    """
+    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs < math.inf:
+        raise InputError(f"epochs is {epochs!r}; give a number above 0")
+    return max(1, round(epochs * max(1, images // batch_size)))

@@ -1,4 +1,4 @@
-"""What a finished run found: the table, the curves and the pictures of its report."""
+"""The results of a finished run: the table, the curves and the pictures of its report."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.machine import available_cores
+from simomerge.core.registry import summary
 from simomerge.datasets.tasks import Task, colourise
 from simomerge.models.model import load
-from simomerge.recipes.graph import Run
+from simomerge.recipes.graph import Graph
 from simomerge.recipes.plan import Plan
+from simomerge.recipes.row import AUTO, CONTROL, Row
 from simomerge.training.evaluate import delta_mtl, normalised_performance
 
 
-def summarise(plan: Plan, run: Run, tasks: Mapping[str, Task], title: str) -> dict[str, Any]:
-    """The results of a run whose stages are done: what ``results.json`` holds (docs/formats.md)."""
+def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """The results of a run whose stages are done: the content of ``results.json`` (docs/formats.md)."""
     return {
         "format": 1,
-        "title": title,
+        "title": plan.recipe.title,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "machine": machine(),
         "recipe": plan.recipe.to_dict(),
@@ -30,24 +32,26 @@ def summarise(plan: Plan, run: Run, tasks: Mapping[str, Task], title: str) -> di
             {"name": t.name, "metric": t.metric, "unit": t.unit, "higher_is_better": t.higher_is_better}
             for t in tasks.values()
         ],
-        "rows": [_row(plan, run, tasks, row) for row in ["experts", *plan.rows]],
-        "scale_curves": _curves(plan, run),
-        **({"relations": _relations(plan, run)} if plan.relations else {}),
+        "rows": [_row(plan, graph, tasks, row) for row in ["experts", *plan.rows]],
+        "realignments": _realignments(plan),
+        "scale_curves": _curves(plan, graph),
+        **({"relations": _relations(plan, graph)} if plan.relations else {}),
         "notes": list(NOTES),
     }
 
 
-def _row(plan: Plan, run: Run, tasks: Mapping[str, Task], row: str) -> dict[str, Any]:
+def _row(plan: Plan, graph: Graph, tasks: Mapping[str, Task], row: str) -> dict[str, Any]:
     seeds = plan.recipe.seeds
     baselines = [
-        {task: run.log(stage)["scores"][task] for task, stage in plan.expert_scores[seed].items()} for seed in seeds
+        {task: graph.log(stage)["scores"][task] for task, stage in plan.expert_scores[seed].items()} for seed in seeds
     ]
-    scores = baselines if row == "experts" else [run.log(plan.scores[seed, row])["scores"] for seed in seeds]
+    scores = baselines if row == "experts" else [graph.log(plan.scores[seed, row])["scores"] for seed in seeds]
     ratios = [normalised_performance(s, b, tasks) for s, b in zip(scores, baselines, strict=True)]
-    costs = [_cost(plan, run, seed, row) for seed in seeds]
+    costs = [_cost(plan, graph, seed, row) for seed in seeds]
     scales = [cost.pop("scale") for cost in costs]
     return {
         "method": row,
+        **_kind(plan, row),
         "delta_mtl": spread([delta_mtl(s, b, tasks) for s, b in zip(scores, baselines, strict=True)]),
         "metrics": {name: spread([s[name][task.metric] for s in scores]) for name, task in tasks.items()},
         "normalised": {name: spread([r[name] for r in ratios]) for name in tasks},
@@ -58,13 +62,38 @@ def _row(plan: Plan, run: Run, tasks: Mapping[str, Task], row: str) -> dict[str,
     }
 
 
-def _cost(plan: Plan, run: Run, seed: int, row: str) -> dict[str, Any]:
-    """What a row costs beyond the experts: seconds, steps, trained parameters, labelled images."""
-    if row == "experts" or row.startswith("joint-mtl"):
+def _is_reference(row: str) -> bool:
+    return row == "experts" or row.startswith("joint-mtl")
+
+
+def _kind(plan: Plan, row: str) -> dict[str, Any]:
+    """What a row is, for the report: its family, its merge, and its steps in words."""
+    if _is_reference(row):
+        return {"family": "reference", "merge": None, "steps": []}
+    parsed = Row.parse(row)
+    made = [(prefix.steps[-1].name, plan.recipe.method(prefix)) for prefix in parsed.prefixes()]
+    steps = [{"name": name, "phrase": method.phrase, "labels": method.teacher == "labels"} for name, method in made]
+    family = "re-aligned" if steps or parsed.merge == AUTO else "merge"
+    return {"family": "control" if parsed.merge == CONTROL else family, "merge": parsed.merge, "steps": steps}
+
+
+def _realignments(plan: Plan) -> list[dict[str, Any]]:
+    """The re-alignments that occur in the rows, explained."""
+    found = {}
+    for row in plan.recipe.rows:
+        for prefix in row.prefixes():
+            method = plan.recipe.method(prefix)
+            found[prefix.steps[-1].name] = {"summary": summary(type(method)), "labels": method.teacher == "labels"}
+    return [{"name": name, **about} for name, about in found.items()]
+
+
+def _cost(plan: Plan, graph: Graph, seed: int, row: str) -> dict[str, Any]:
+    """What a row costs in addition to the experts: seconds, steps, trained parameters, images."""
+    if _is_reference(row):
         tuned = plan.experts[seed].values() if row == "experts" else [plan.models[seed, row]]
-        logs = [run.log(stage) for stage in (*tuned, *plan.probes[seed].values())]
+        logs = [graph.log(stage) for stage in (*tuned, *plan.probes[seed].values())]
     else:
-        logs = [run.log(stage) for stage in plan.chain(seed, row)]
+        logs = [graph.log(stage) for stage in plan.chain(seed, Row.parse(row))]
     return {
         "seconds": sum(log["seconds"] for log in logs),
         "steps": sum(log.get("steps", 0) for log in logs),
@@ -75,11 +104,11 @@ def _cost(plan: Plan, run: Run, seed: int, row: str) -> dict[str, Any]:
     }
 
 
-def _curves(plan: Plan, run: Run) -> dict[str, Any]:
+def _curves(plan: Plan, graph: Graph) -> dict[str, Any]:
     """Delta_MTL on the validation split over the scales of every merge that has one."""
     curves = {}
     for method in plan.recipe.merges:
-        logs = [run.log(plan.models[seed, method]) for seed in plan.recipe.seeds]
+        logs = [graph.log(plan.models[seed, method]) for seed in plan.recipe.seeds]
         if "curve" not in logs[0]:
             continue
         found = [log["curve"] for log in logs]
@@ -96,17 +125,17 @@ def _curves(plan: Plan, run: Run) -> dict[str, Any]:
     return curves
 
 
-def _relations(plan: Plan, run: Run) -> dict[str, Any]:
-    """By seed what `simomerge.relations.relate` found."""
-    return {str(seed): run.log(stage)["relations"] for seed, stage in plan.relations.items()}
+def _relations(plan: Plan, graph: Graph) -> dict[str, Any]:
+    """What `simomerge.relations.relate` found, by seed."""
+    return {str(seed): graph.log(stage)["relations"] for seed, stage in plan.relations.items()}
 
 
-def gallery(plan: Plan, run: Run, data: Any, images: int = 4) -> list[dict[str, Any]]:
-    """Some test images with the truth and the predictions of the gallery's rows, coloured."""
+def gallery(plan: Plan, graph: Graph, data: Any, images: int = 4) -> list[dict[str, Any]]:
+    """Some test images, with the ground truth and the predictions of the gallery's rows in colours."""
     seed = plan.recipe.seeds[0]
     rows = [row for row in plan.recipe.gallery if row == "experts" or (seed, row) in plan.models]
-    models = {row: load(run.output(plan.models[seed, row]) / "model") for row in rows if row != "experts"}
-    experts = {task: load(run.output(stage) / "model") for task, stage in plan.experts[seed].items()}
+    models = {row: load(graph.output(plan.models[seed, row]) / "model") for row in rows if row != "experts"}
+    experts = {task: load(graph.output(stage) / "model") for task, stage in plan.experts[seed].items()}
     shown = []
     for index in range(0, len(data), max(1, len(data) // images)):
         sample = data[index]
@@ -130,18 +159,18 @@ def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str,
 
 NOTES = (
     "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
-    " higher is better. No value of the test split chose a model, a scale or a setting; the headline names the row that"
-    " came out best.",
-    "The validation split chose the scales and, where training looked at it, the checkpoint kept of experts and joint"
-    " model, and is the labelled data of every re-alignment with labels.",
-    "Rows with 0 labelled images use no label in the merge either: its scale is the one whose features can be folded"
-    " best. Their unlabelled images are of the validation split.",
-    "zero-shot+heads is the control: the unmerged base with re-aligned heads. What a merge adds is the difference"
+    " higher is better. The test split chose no model, no scale and no setting; the headline names the row that came"
+    " out best.",
+    "The validation split chose the scales. Where training validates, it also chose the checkpoint of experts and joint"
+    " model. It is the labelled data of every re-alignment with labels.",
+    "Rows with 0 labelled images use no label in the merge either: their scale is the one that can be folded best."
+    " Their unlabelled images come from the validation split.",
+    "zero-shot+heads is the control: the unmerged base with re-aligned heads. The value of a merge is the difference"
     " to it.",
     "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
     " targets; the last two overlap the tasks texture and depth.",
-    "The costs of the experts and of joint MTL are those of their training, all other rows' those beyond the experts."
-    " Seconds are of one process, with as many side by side as there are cores.",
+    "The costs of the experts and of joint MTL are those of their training; the costs of all other rows come on top of"
+    " the experts. Seconds are those of one process, with as many processes at the same time as there are cores.",
 )
 
 
@@ -155,7 +184,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The machine in plain words, for whoever reads the figures."""
+    """The machine that the figures come from."""
     import torch
 
     cpu = platform.processor() or platform.machine()

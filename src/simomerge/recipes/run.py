@@ -10,158 +10,132 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core import distributed
+from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.machine import mixed_precision
 from simomerge.core.version import __version__
-from simomerge.datasets import DenseDataset, load_data
-from simomerge.datasets.base import check_size
+from simomerge.datasets.base import DenseDataset, check_size
+from simomerge.datasets.load import load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.datasets.tasks import select_tasks
 from simomerge.models.model import load
-from simomerge.recipes.file import SEEN
-from simomerge.recipes.graph import Run
+from simomerge.recipes.graph import Data, Graph
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.results import gallery, summarise
 from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
 
+SAMPLES = 4
+"""Samples of each split that are read before any work: what is wrong with every label is wrong with these."""
 
-def run_recipe(
-    recipe: Recipe,
-    base: str | Path,
-    folder: str | Path,
-    workers: int | None = None,
-    dataset: str = "rooms",
-    title: str = "simomerge demo",
-    data_options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+
+def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | None = None) -> dict[str, Any]:
     """Carry out a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
 
     Args:
-        recipe: what to do.
-        base: folder of the foundation encoder.
-        folder: the run folder; a second run with the same recipe reuses every stage in it.
-        workers: processes side by side; one per core by default.
-        dataset, data_options: as `load_data` takes them.
+        recipe: What to do.
+        folder: The run folder, by default the recipe's ``output``; a second run with the same recipe reuses every stage
+            in it.
+        workers: Number of processes; one per core by default.
 
     Returns:
-        The results: what ``results.json`` in the folder holds (see docs/formats.md), and under ``gallery`` the
-        pictures of the report.
+        The results: what ``results.json`` in the folder holds (docs/formats.md), and under ``gallery`` the pictures of
+        the report.
     """
     began = time.monotonic()
-    folder = Path(folder).resolve()
-    plan, run = _planned(recipe, base, folder, dataset, data_options or {})
+    folder = Path(folder or recipe.output).resolve()
+    plan, graph = _planned(recipe, folder)
     with distributed.first_before_others():
-        for data in plan.splits.values() if dataset == "rooms" else ():
+        for data in plan.splits.values() if recipe.data == "rooms" else ():
             load_data(**data, workers=workers)
-    test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, run)))["test"]
+    test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, graph)))["test"]
     with WorkerPool(workers) as pool:
-        run.build(plan.wanted(), pool)
-    results = summarise(plan, run, test.tasks, title)
+        graph.build(plan.wanted(), pool)
+    results = summarise(plan, graph, test.tasks)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
     if distributed.is_first():
         atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    return {**results, "gallery": gallery(plan, run, test)}
+    return {**results, "gallery": gallery(plan, graph, test)}
 
 
-def held_out_delta(
-    recipe: Recipe,
-    row: str,
-    images: int,
-    base: str | Path,
-    folder: Path,
-    pool: WorkerPool,
-    dataset: str = "rooms",
-    data_options: Mapping[str, Any] | None = None,
-) -> list[float]:
+def held_out_delta(recipe: Recipe, row: str, images: int, folder: Path, pool: WorkerPool) -> list[float]:
     """Delta_MTL of one row, in percent per seed, on ``images`` of the validation images.
 
-    Only what the row needs is done. These images are no part of D_val here, and the test split is not looked at.
+    Only what the row needs is done. These images are then no part of D_val, and the test split is not used.
     """
-    options = data_options or {}
-    there = recipe.val_images
-    if dataset != "rooms":  # which are as many as are asked for
-        there = len(load_data(dataset, "val", recipe.val_images, **options))
-    if images >= there:
-        raise InputError(f"{dataset}: {images} images are to judge, and the validation split has {there}; use fewer.")
-    kept = replace(recipe, val_images=there - images)
-    held = {"split": "val", "count": images, "skip": kept.val_images}
-    plan, run = _planned(kept, base, folder.resolve(), dataset, options, held)
+    available = recipe.val_images
+    if recipe.data != "rooms":  # rooms has as many images as are asked for
+        available = len(load_data(recipe.data, "val", recipe.val_images, **recipe.data_options))
+    if images >= available:
+        raise InputError(
+            f"{recipe.data}: {images} images are to judge, and the validation split has {available}; use fewer."
+        )
+    kept = replace(recipe, val_images=available - images)
+    held_out = {"split": "val", "count": images, "skip": kept.val_images}
+    plan, graph = _planned(kept, folder.resolve(), held_out)
     tasks = _opened(plan.splits, kept, deeply=True)["test"].tasks
     scores = [plan.scores[seed, row] for seed in kept.seeds]
-    run.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
+    graph.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
     return [
         delta_mtl(
-            run.log(stage)["scores"],
-            {task: run.log(expert)["scores"][task] for task, expert in plan.expert_scores[seed].items()},
+            graph.log(stage)["scores"],
+            {task: graph.log(expert)["scores"][task] for task, expert in plan.expert_scores[seed].items()},
             tasks,
         )
         for seed, stage in zip(kept.seeds, scores, strict=True)
     ]
 
 
-def plan_of(
-    recipe: Recipe, base: str | Path, folder: str | Path, dataset: str, data_options: Mapping[str, Any]
-) -> list[tuple[str, bool]]:
-    """The stages of a recipe in an order in which they can be done, each with whether it is done in the folder."""
-    plan, run = _planned(recipe, base, Path(folder).resolve(), dataset, data_options)
-    return _stages(plan, run)
+def plan_of(recipe: Recipe, folder: str | Path | None = None) -> list[tuple[str, bool]]:
+    """The stages of a recipe in an order in which they can be done, and for each whether it is done in the folder."""
+    return _stages(*_planned(recipe, Path(folder or recipe.output).resolve()))
 
 
-def _stages(plan: Plan, run: Run) -> list[tuple[str, bool]]:
-    return [(stage.name, path.exists()) for path, stage in run.in_order(plan.wanted()).items()]
+def _stages(plan: Plan, graph: Graph) -> list[tuple[str, bool]]:
+    return [(stage.name, path.exists()) for path, stage in graph.in_order(plan.wanted()).items()]
 
 
-def _planned(
-    recipe: Recipe,
-    base: str | Path,
-    folder: Path,
-    dataset: str,
-    data_options: Mapping[str, Any],
-    test: Mapping[str, Any] | None = None,
-) -> tuple[Plan, Run]:
-    """Plan and run; ``test`` is what scores are taken on in place of the test split."""
-    base = Path(base).resolve() if Path(base).exists() else base  # else a hub id
+def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None) -> tuple[Plan, Graph]:
+    """Plan and graph; ``test`` says what scores are taken on in the place of the test split."""
+    base = resolve_source(recipe.base)
+    base = str(Path(base).resolve()) if Path(base).exists() else base  # else a hub id
     counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
     splits: dict[str, dict[str, Any]] = {
-        split: {"spec": dataset, "split": split, "count": count, **data_options} for split, count in counts.items()
+        split: {"spec": recipe.data, "split": split, "count": count, **recipe.data_options}
+        for split, count in counts.items()
     }
     splits["test"] |= test or {}
-    if dataset == "rooms":
-        _check_rooms(recipe, data_options)
+    if recipe.data == "rooms":
+        _check_rooms(recipe)
     else:
         _opened(splits, recipe)
     _check_batches(recipe)
-    fingerprint = load(base).encoder_fingerprint()  # a wrong base is told before any rendering
+    fingerprint = load(base).encoder_fingerprint()  # fail on a wrong base before rendering
     salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
-    return Plan(recipe, base, splits), Run(folder, str(base), salt, _contents(recipe.tasks))
+    return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks))
 
 
-def _contents(tasks: Sequence[str]) -> Callable[[Mapping[str, Any]], str]:
-    """What tells a dataset from others by the same name: rooms' name says all, but files may have changed."""
+def _contents(tasks: Sequence[str]) -> Callable[[Data], str]:
+    """What distinguishes a dataset from others of the same name: for rooms nothing, for others the files' content."""
     found: dict[str, str] = {}
 
-    def contents(data: Mapping[str, Any]) -> str:
-        said = json.dumps(data, sort_keys=True, default=str)
-        if data["spec"] != "rooms" and said not in found:
-            found[said] = load_data(**{"tasks": tasks, **data}).fingerprint()
-        return found.get(said, "")
+    def contents(data: Data) -> str:
+        key = json.dumps(data, sort_keys=True, default=str)
+        if data["spec"] != "rooms" and key not in found:
+            found[key] = load_data(**{"tasks": tasks, **data}).fingerprint()
+        return found.get(key, "")
 
     return contents
 
 
-SAMPLES = 4
-"""Of each split, read before any work: what is wrong with every label is wrong with these."""
-
-
-def _opened(splits: Mapping[str, Mapping[str, Any]], recipe: Recipe, deeply: bool = False) -> dict[str, DenseDataset]:
-    """The three splits, with all their files there; what cannot be is told before any work.
+def _opened(splits: Mapping[str, Data], recipe: Recipe, deeply: bool = False) -> dict[str, DenseDataset]:
+    """The three splits, after checking that all their files exist; errors come before any work.
 
     Args:
-        deeply: also see to it that no file was cut off, and read some samples.
+        deeply: Also check that no file is truncated, and read some samples.
     """
     opened = {}
     for split, data in splits.items():
@@ -173,26 +147,27 @@ def _opened(splits: Mapping[str, Mapping[str, Any]], recipe: Recipe, deeply: boo
                 opened[split][index]
         except InputError as error:
             raise InputError(f"{data['spec']}, split {data['split']!r}: {error}") from error
-        except (TypeError, ValueError) as error:  # of data_options
+        except (TypeError, ValueError) as error:  # raised by data_options
             raise InputError(f"data_options of {data['spec']}: {error}.") from error
     return opened
 
 
-def _check_rooms(recipe: Recipe, options: Mapping[str, Any]) -> None:
-    """What can be told before any is rendered."""
+def _check_rooms(recipe: Recipe) -> None:
+    """Check what can be checked before any room is rendered."""
+    options = recipe.data_options
     select_tasks(TASKS, recipe.tasks)
-    if strange := options.keys() - {"size", "seed"}:
-        raise InputError(f"data_options of rooms: unknown key {min(map(str, strange))!r}; it takes size and seed.")
+    if unknown := options.keys() - {"size", "seed"}:
+        raise InputError(f"data_options of rooms: unknown key {min(map(str, unknown))!r}; it takes size and seed.")
     check_size(options.get("size", (64, 80)))
     if not isinstance(options.get("seed", 0), int):
         raise InputError(f"data_options of rooms: seed {options['seed']!r}; give a whole number.")
 
 
 def _check_batches(recipe: Recipe) -> None:
-    """Processes share every batch."""
-    for name in SEEN:
-        if (size := getattr(recipe, name).batch_size) < distributed.processes():
+    """Check that the processes can share every batch."""
+    for name, training in recipe.trainings().items():
+        if training.batch_size < distributed.processes():
             raise InputError(
-                f"recipe: {name}.batch_size={size} is too small for {distributed.processes()} processes; every one"
-                " takes a share of each batch."
+                f"recipe: {name}: batch_size={training.batch_size} is too small for {distributed.processes()}"
+                " processes; each of them takes a share of every batch."
             )

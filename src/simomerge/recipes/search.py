@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simomerge.core.assets import resolve_source
 from simomerge.core.distributed import started_processes
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.progress import progress
-from simomerge.recipes.file import RecipeFile, read_recipe
+from simomerge.recipes.file import read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import held_out_delta
@@ -55,20 +54,19 @@ def search_recipe(
     if started_processes() > 1:
         raise InputError("a search is shared by starting it on each machine with the same --storage, not by torchrun.")
     optuna = _optuna()
-    said = read_recipe(path, changes)
-    search = said.search
-    _check(path, changes, said)
+    recipe = read_recipe(path, changes)
+    search = recipe.search
+    _check(path, changes, recipe)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    base = resolve_source(said.base)
-    study = _study(optuna, storage or str(folder / "search.log"), _name(Path(path), said), seed)
+    study = _study(optuna, storage or str(folder / "search.log"), _name(Path(path), recipe), seed)
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
     def objective(trial: Any) -> float:
-        recipe = read_recipe(path, changes, suggest(trial, search.space)).recipe
+        tried = read_recipe(path, changes, suggest(trial, search.space))
         try:
-            found = held_out_delta(recipe, search.row, search.images, base, folder, pool, said.data, said.data_options)
-        except DivergedError as error:  # a value that is too high is what a search is to find out
+            found = held_out_delta(tried, search.row, search.images, folder, pool)
+        except DivergedError as error:  # the search learns from it that the value is too high
             raise optuna.TrialPruned(str(error)) from error
         if not all(map(math.isfinite, found)):
             raise optuna.TrialPruned("its metrics are not finite")
@@ -89,7 +87,7 @@ def search_recipe(
                 study.optimize(objective, callbacks=[report, limit])
             except InputError:
                 raise
-            except ValueError as error:  # such as choices that are others in the storage
+            except ValueError as error:  # for example, the stored study has different choices
                 raise InputError(f"{path}: the search cannot go on ({error}); take another storage.") from error
     results = _results(study, search)
     if results["trials"][0]["delta_mtl"] is None:
@@ -114,9 +112,9 @@ def _results(study: Any, search: SearchSettings) -> dict[str, Any]:
     return {"format": 1, "row": search.row, "images": search.images, "trials": trials}
 
 
-def _check(path: str | Path, changes: Sequence[str], said: RecipeFile) -> None:
-    """What cannot be is told before any trial."""
-    search, recipe = said.search, said.recipe
+def _check(path: str | Path, changes: Sequence[str], recipe: Recipe) -> None:
+    """Fail before any trial on a search that cannot work."""
+    search = recipe.search
     if not search.space or not search.row:
         raise InputError(f"{path}: nothing to search; give search: {{row, images, space}} (docs/recipes.md).")
     rows = [*map(joint_row, recipe.joint_weightings), *recipe.merges, *recipe.realigned]
@@ -127,7 +125,7 @@ def _check(path: str | Path, changes: Sequence[str], said: RecipeFile) -> None:
             f"{path}: search.images is {search.images}; give how many of the {recipe.val_images} val_images judge,"
             " such as a quarter."
         )
-    fixed = ("seeds", "tasks", "val_images")  # by which trials would be judged differently
+    fixed = ("seeds", "tasks", "val_images", "base", "data", "data_options")  # trials must be judged alike
     for key in search.space:
         name = key.split(".")[0]
         if name not in Recipe.__dataclass_fields__ or name in fixed:
@@ -141,21 +139,20 @@ def _check(path: str | Path, changes: Sequence[str], said: RecipeFile) -> None:
             read_recipe(path, changes, {**first, key: value})
 
 
-def _name(path: Path, said: RecipeFile) -> str:
-    """Of the study: another recipe's or row's trials are no use. How many there are to be may change."""
+def _name(path: Path, recipe: Recipe) -> str:
+    """Name of the study. It depends on everything but the number of trials, because other trials cannot be reused."""
+    search = recipe.search
     about: dict[str, Any] = {
-        "recipe": said.recipe.to_dict(),
-        "base": said.base,
-        "data": said.data,
-        "options": said.data_options,
+        "recipe": recipe.to_dict(),
+        **{key: getattr(recipe, key) for key in ("base", "data", "data_options")},
+        **{key: getattr(search, key) for key in ("row", "images", "space")},
     }
-    about |= {"row": said.search.row, "images": said.search.images, "space": said.search.space}
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    return f"{path.stem} {said.search.row} {key}"
+    return f"{path.stem} {search.row} {key}"
 
 
 def _study(optuna: Any, place: str, name: str, seed: int | None) -> Any:
-    """The study in a storage, with a sampler that does not begin again where the study goes on."""
+    """The study in a storage; the sampler of a study that is resumed does not repeat its earlier values."""
     try:
         study = optuna.create_study(
             storage=place if "://" in place else _file_storage(Path(place)),
@@ -164,10 +161,10 @@ def _study(optuna: Any, place: str, name: str, seed: int | None) -> Any:
             direction="maximize",
         )
         begun = len(study.get_trials(deepcopy=False))
-    except Exception as error:  # of a database its driver raises whatever it likes
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # the driver of a database may raise anything
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"storage {place}: cannot be used ({said}); give a file, or a URL as Optuna takes it."
+            f"storage {place}: cannot be used ({cause}); give a file, or a URL as Optuna takes it."
         ) from error
     study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else (seed + 1_000_003 * begun) % 2**32)
     return study

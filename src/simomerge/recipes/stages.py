@@ -1,7 +1,7 @@
-"""The stages of a run. Each is a function that fills one folder, from folders that earlier stages filled.
+"""The stages of a run.
 
-A stage's folder holds ``model/`` (a model folder) or ``features/``, and ``log.json``: what it cost and found.
-They run as jobs in worker processes, so they take and give paths and plain data only.
+A stage's folder holds ``model/`` (a model folder) or ``features/``, and ``log.json``: what it cost and found. Stages
+run as jobs in worker processes, so their inputs are paths and plain data.
 """
 
 from __future__ import annotations
@@ -10,278 +10,260 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from simomerge.assembly.merge import merge
-from simomerge.assembly.realign import REALIGNMENTS, realign_distill, realign_fold
+from simomerge.assembly.realign import Realignment, realign
+from simomerge.assembly.realign.method import TrainedRealignment
 from simomerge.assembly.scale import search_scale
 from simomerge.core import distributed
 from simomerge.core.files import atomic_folder
 from simomerge.core.machine import compute_device
-from simomerge.datasets import load_data
+from simomerge.datasets.load import load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
+from simomerge.recipes.graph import Data, Stage, read_log
 from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.lpft import finetune, fresh_head, train_head, trainable_parameters
 from simomerge.training.settings import TrainSettings
 
-Data = Mapping[str, Any]
-"""A dataset as plain data: the keyword arguments of `load_data`."""
+_LOGGED = ("steps", "trained_parameters", "labelled_images", "unlabelled_images", "r2")
 
 
 def work_folder(output: Path) -> Path:
-    """Where a stage keeps what a killed run goes on from; removed when the stage is done."""
+    """Where a stage keeps what a killed run resumes from; removed when the stage is done."""
     return output.parent / f"{output.name}.work"
 
 
-def read_log(output: Path) -> dict[str, Any]:
-    """What a finished stage cost and found."""
-    return json.loads((output / "log.json").read_text(encoding="utf-8"))
-
-
-def _finish(output: Path, log: Mapping[str, Any], model: SimoModel | None = None) -> None:
+def _finish(output: Path, began: float, log: Mapping[str, Any], model: SimoModel | None = None) -> None:
     if distributed.is_first():
         with atomic_folder(output) as folder:
             if model is not None:
                 model.save_pretrained(folder / "model")
-            (folder / "log.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+            content = json.dumps({"seconds": time.monotonic() - began, **log}, indent=2)
+            (folder / "log.json").write_text(content + "\n", encoding="utf-8")
         shutil.rmtree(work_folder(output), ignore_errors=True)
     distributed.wait()
 
 
-def features(output: Path, model: str, data: Data, label: str) -> None:
+def _models(folders: Mapping[str, Any]) -> dict[str, SimoModel]:
+    return {task: load(folder / "model") for task, folder in folders.items()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Features(Stage):
     """Features of a model's encoder on a dataset."""
-    began = time.monotonic()
-    with distributed.folder_together(output) as folder:
-        encoder = load(model).encoder.to(compute_device())
-        cache_features(encoder, load_data(**data), folder / "features", label=label)
-        if distributed.is_first():
-            log = {"seconds": time.monotonic() - began}
-            (folder / "log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
+
+    model: str
+    data: Data
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        with distributed.folder_together(output) as folder:
+            encoder = load(self.model).encoder.to(compute_device())
+            cache_features(encoder, load_data(**self.data), folder / "features")
+            if distributed.is_first():
+                log = {"seconds": time.monotonic() - began}
+                (folder / "log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
 
 
-def probe(
-    output: Path,
-    base: str,
-    cached: str,
-    data: Data,
-    task: str,
-    head: str,
-    head_settings: dict[str, Any],
-    settings: dict[str, Any],
-    label: str,
-) -> None:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Probe(Stage):
     """A fresh head for one task, trained on the frozen base's features (LP-FT, first phase)."""
-    train = load_data(**data).select([task])
-    model = load(base)
-    chosen = train.tasks[task]
-    fresh = fresh_head(model.encoder, chosen, train, head, settings["seed"], **head_settings)
-    state = work_folder(output) / "state.pt"
-    log = train_head(
-        fresh,
-        chosen,
-        CachedFeatures(Path(cached) / "features", train, [task]),
-        TrainSettings(**settings),
-        state_file=state,
-        label=label,
-    )
-    _finish(output, asdict(log), SimoModel(model.encoder, {task: chosen}, {task: fresh}))
+
+    base: str
+    features: Any
+    data: Data
+    task: str
+    head: str
+    head_settings: dict[str, Any]
+    settings: TrainSettings
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        train = load_data(**self.data).select([self.task])
+        encoder, task = load(self.base).encoder, train.tasks[self.task]
+        head = fresh_head(encoder, task, train, self.head, self.settings.seed, **self.head_settings)
+        cached = CachedFeatures(self.features / "features", train, [self.task])
+        log = train_head(head, task, cached, self.settings, state_file=work_folder(output) / "state.pt")
+        _finish(output, began, asdict(log), SimoModel(encoder, {self.task: task}, {self.task: head}))
 
 
-def tune(
-    output: Path,
-    base: str,
-    base_name: str,
-    probes: dict[str, str],
-    train: Data,
-    validation: Data,
-    settings: dict[str, Any],
-    label: str,
-    weighting: str = "equal",
-    augmentation: str = "flip",
-) -> None:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tune(Stage):
     """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
-    model = load(base)
-    fingerprint = model.encoder_fingerprint()
-    probed = {task: load(Path(folder) / "model") for task, folder in probes.items()}
-    tasks = {task: probed[task].tasks[task] for task in probes}
-    model = SimoModel(model.encoder, tasks, {task: probed[task].heads[task] for task in probes})
-    model.requires_grad_(True)
-    images = load_data(**train).select(list(tasks))
-    log = finetune(
-        model,
-        images,
-        TrainSettings(**settings),
-        load_data(**validation).select(list(tasks)),
-        work_folder(output) / "state.pt",
-        label,
-        weighting=weighting,
-        augmentation=augmentation,
-    )
-    how = {"weighting": weighting, "augmentation": augmentation}
-    model.provenance = {
-        "base": {"source": base_name, "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", **settings, **how, "images": len(images)},
-    }
-    cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}
-    _finish(output, {**asdict(log), **cost}, model)
 
+    base: str
+    base_name: str
+    probes: Mapping[str, Any]
+    train: Data
+    validation: Data
+    settings: TrainSettings
+    weighting: str = "equal"
+    augmentation: str = "flip"
 
-def score(output: Path, model: str, data: Data, label: str) -> None:
-    """Metrics of a model on a dataset."""
-    began = time.monotonic()
-    scored = load(Path(model) / "model").to(compute_device())
-    scores = evaluate(scored, load_data(**data), label=label)
-    _finish(output, {"seconds": time.monotonic() - began, "scores": scores})
+    @property
+    def cost(self) -> float:
+        return self.settings.steps * (1 + 0.1 * (len(self.probes) - 1))
 
-
-def merged(
-    output: Path,
-    base: str,
-    experts: dict[str, str],
-    method: str,
-    validation: Data,
-    baseline: dict[str, str],
-    label: str,
-    parameters: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Experts merged into one model; a scale that is not given is the best one on the validation split."""
-    began = time.monotonic()
-    foundation = load(base)
-    models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
-
-    if "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters:
-        data = load_data(**validation).select(list(experts))
-        scores = {task: read_log(Path(folder))["scores"][task] for task, folder in baseline.items()}
-        search = search_scale(foundation, models, method, data, baseline=scores, align=False, **parameters)
-        model = search.model
-        found = {
-            "scale": search.scale,
-            "curve": {
-                "scales": search.scales,
-                "delta_mtl": search.delta_mtl,
-                "normalised": search.normalised,
-            },
-            "labelled_images": len(data),
-        }
-    else:
-        model, found = merge(foundation, models, method, **parameters), {"labelled_images": 0}
-        if isinstance(parameters.get("scale"), float):
-            found["scale"] = parameters["scale"]
-    _finish(output, {"seconds": time.monotonic() - began, **found}, model)
-
-
-def merged_without_labels(
-    output: Path,
-    base: str,
-    experts: dict[str, str],
-    method: str,
-    images: Data,
-    label: str,
-    parameters: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Experts merged with the scale that can be folded best, or, with the method "auto", whatever can be."""
-    began = time.monotonic()
-    models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
-
-    source = load_data(**images)
-    model = merge(
-        load(base),
-        models,
-        method,
-        scale=None if method == "auto" else "auto",
-        images=source,
-        count=len(source),
-        **parameters,
-    )
-    chosen = model.provenance["merge"]
-    log = {
-        "seconds": time.monotonic() - began,
-        "labelled_images": 0,
-        "unlabelled_images": len(source),
-        "tried": chosen["tried"],
-        "chosen": {key: value for key, value in chosen.items() if key != "tried"},
-    }
-    if isinstance(chosen.get("scale"), float):
-        log["scale"] = chosen["scale"]
-    _finish(output, log, model)
-
-
-def taught(
-    output: Path,
-    model: str,
-    experts: dict[str, str],
-    images: Data,
-    how: str,
-    settings: dict[str, Any],
-    options: dict[str, Any],
-    label: str,
-) -> None:
-    """A model re-aligned on unlabelled images: "fold", "fold-cross", "distill" or "distill-adapters"."""
-    began = time.monotonic()
-    teachers = {task: load(Path(folder) / "model") for task, folder in experts.items()}
-
-    start, source = load(Path(model) / "model"), load_data(**images)
-    if how.startswith("fold"):
-        result = realign_fold(start, teachers, source, "cross-tap" if how == "fold-cross" else "per-tap")
-    else:
-        adapters = how == "distill-adapters"
-        result = realign_distill(
-            start,
-            teachers,
-            source,
-            TrainSettings(**settings),
-            adapters,
-            work_folder=work_folder(output),
-            **options,
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        base = load(self.base)
+        fingerprint = base.encoder_fingerprint()
+        probes = _models(self.probes)
+        tasks = {task: probe.tasks[task] for task, probe in probes.items()}
+        model = SimoModel(base.encoder, tasks, {task: probe.heads[task] for task, probe in probes.items()})
+        model.requires_grad_(True)
+        images = load_data(**self.train).select(list(tasks))
+        how = {"weighting": self.weighting, "augmentation": self.augmentation}
+        validation = load_data(**self.validation).select(list(tasks))
+        state = work_folder(output) / "state.pt"
+        log = finetune(
+            model,
+            images,
+            self.settings,
+            validation,
+            state_file=state,
+            weighting=self.weighting,
+            augmentation=self.augmentation,
         )
-    cost = result.provenance["realign"]
-    keys = ("steps", "trained_parameters", "labelled_images", "unlabelled_images")
-    log = {"seconds": time.monotonic() - began, **{key: cost[key] for key in keys}}
-    _finish(output, {**log, **({"r2": cost["r2"]} if "r2" in cost else {})}, result)
+        model.provenance = {
+            "base": {"source": self.base_name, "fingerprint": fingerprint},
+            "training": {"method": "lp-ft", **asdict(self.settings), **how, "images": len(images)},
+        }
+        cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}
+        _finish(output, began, {**asdict(log), **cost}, model)
 
 
-def related(output: Path, base: str, experts: dict[str, str], data: Data, label: str) -> None:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Score(Stage):
+    """Metrics of a model on a dataset."""
+
+    model: Any
+    data: Data
+
+    @property
+    def cost(self) -> float:
+        return 5.0
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        model = load(self.model / "model").to(compute_device())
+        _finish(output, began, {"scores": evaluate(model, load_data(**self.data))})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Merge(Stage):
+    """Experts merged into one model; a scale that is not given is the best one on the labels of ``validation``."""
+
+    base: str
+    experts: Mapping[str, Any]
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    validation: Data
+    baseline: Mapping[str, Any]
+
+    @property
+    def cost(self) -> float:
+        return 40.0
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        base, experts = load(self.base), _models(self.experts)
+        if not searches_scale(self.method, self.parameters):
+            model, log = merge(base, experts, self.method, **self.parameters), {"labelled_images": 0}
+            if isinstance(self.parameters.get("scale"), float):
+                log["scale"] = self.parameters["scale"]
+            _finish(output, began, log, model)
+            return
+        data = load_data(**self.validation).select(list(experts))
+        baseline = {task: read_log(folder)["scores"][task] for task, folder in self.baseline.items()}
+        found = search_scale(base, experts, self.method, data, baseline=baseline, align=False, **self.parameters)
+        curve = {"scales": found.scales, "delta_mtl": found.delta_mtl, "normalised": found.normalised}
+        _finish(output, began, {"scale": found.scale, "curve": curve, "labelled_images": len(data)}, found.model)
+
+
+def searches_scale(method: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a merge method has a scale that is not given."""
+    return "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MergeWithoutLabels(Stage):
+    """Experts merged with the scale that can be folded best; the method "auto" chooses everything."""
+
+    base: str
+    experts: Mapping[str, Any]
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    images: Data
+
+    @property
+    def cost(self) -> float:
+        return 120.0 if self.method == "auto" else 20.0
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        images = load_data(**self.images)
+        scale = None if self.method == "auto" else "auto"
+        experts = _models(self.experts)
+        model = merge(
+            load(self.base), experts, self.method, scale=scale, images=images, count=len(images), **self.parameters
+        )
+        chosen = {**model.provenance["merge"]}
+        log = {"labelled_images": 0, "unlabelled_images": len(images), "tried": chosen.pop("tried"), "chosen": chosen}
+        if isinstance(chosen.get("scale"), float):
+            log["scale"] = chosen["scale"]
+        _finish(output, began, log, model)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Realign(Stage):
+    """A model re-aligned from the experts' behaviour on images, or from labels."""
+
+    keeps_labels: ClassVar[bool] = True
+
+    model: Any
+    method: Realignment
+    data: Data
+    experts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> float:
+        if not isinstance(self.method, TrainedRealignment):
+            return 20.0
+        return 50.0 if self.method.trains_heads_apart else 50.0 + self.method.training.steps
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        start, data = load(self.model / "model"), load_data(**self.data)
+        inputs: dict[str, Any] = {"data": data}
+        if self.method.teacher == "experts":
+            inputs = {"experts": _models(self.experts), "images": data}
+        result = realign(start, **inputs, method=self.method, work_folder=work_folder(output))
+        record = result.provenance["realign"]
+        _finish(output, began, {key: record[key] for key in _LOGGED if key in record}, result)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Relate(Stage):
     """How the experts relate to each other, judged by labels."""
-    began = time.monotonic()
-    models = {task: load(Path(folder) / "model") for task, folder in experts.items()}
 
-    found = relate(load(base), models, data=load_data(**data), count=None)
-    _finish(output, {"seconds": time.monotonic() - began, "relations": found.to_dict()})
+    keeps_labels: ClassVar[bool] = True
 
+    base: str
+    experts: Mapping[str, Any]
+    data: Data
 
-def realigned(
-    output: Path,
-    model: str,
-    data: Data,
-    how: str,
-    settings: dict[str, Any],
-    options: dict[str, Any],
-    label: str,
-) -> None:
-    """A merged model, re-aligned with heads or adapters."""
-    began = time.monotonic()
+    @property
+    def cost(self) -> float:
+        return 150.0  # pairs of experts are merged, so it takes as long as many merges
 
-    result = REALIGNMENTS[how](
-        load(Path(model) / "model"),
-        load_data(**data),
-        TrainSettings(**settings),
-        work_folder=work_folder(output),
-        **options,
-    )
-    cost = result.provenance["realign"]
-    _finish(
-        output,
-        {
-            "seconds": time.monotonic() - began,
-            "steps": cost["steps"],
-            "trained_parameters": cost["trained_parameters"],
-            "labelled_images": cost["labelled_images"],
-        },
-        result,
-    )
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        found = relate(load(self.base), _models(self.experts), data=load_data(**self.data), count=None)
+        _finish(output, began, {"relations": found.to_dict()})

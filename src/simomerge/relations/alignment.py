@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simomerge.assembly.realign import HELD_OUT, RIDGES
+from simomerge.assembly.realign.sums import HELD_OUT, RIDGES
 from simomerge.assembly.realign.teacher import evaluating, matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast

@@ -19,7 +19,7 @@ from typing import Any
 
 from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.experts import with_merged_encoder
-from simomerge.assembly.realign import fold_heads, see
+from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.merging import Average, TaskArithmetic
@@ -105,8 +105,8 @@ def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) 
     aligner = Aligner(base, experts, images, None)
     method: Any = aligner.best_scale(TaskArithmetic()).method
     model = with_merged_encoder(base, experts, method)
-    seen = see(model, experts, aligner.images, "cross-tap")
-    return fold_heads(model, seen, "cross-tap")[0], float(method.scale)
+    targets = head_targets(model, experts, aligner.images, "cross-tap")
+    return fold_heads(model, targets, "cross-tap").model, float(method.scale)
 
 
 def group_tasks(

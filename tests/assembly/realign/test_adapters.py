@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simomerge.assembly.realign import realign_adapters
+from simomerge.assembly.realign import realign
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.models.model import SimoModel
@@ -31,7 +31,7 @@ def test_adapters_and_heads_learn_and_the_backbone_does_not(
     merged: SimoModel, rooms: DenseDataset, activation: str
 ) -> None:
     before = weights(merged)
-    result = realign_adapters(merged, rooms, SETTINGS, rank=3, activation=activation)
+    result = realign(merged, data=rooms, method="adapters", training=SETTINGS, rank=3, activation=activation)
     assert same(before, weights(merged)) and merged.encoder.adapters is None and "realign" not in merged.provenance
     assert same(weights(merged.encoder.backbone), weights(result.encoder.backbone))
     assert result.encoder.adapters is not None and len(result.encoder.adapters) == 4
@@ -43,7 +43,7 @@ def test_adapters_and_heads_learn_and_the_backbone_does_not(
 
 
 def test_the_provenance_says_all_that_was_done(merged: SimoModel, rooms: DenseDataset) -> None:
-    record = realign_adapters(merged, rooms, SETTINGS, rank=3).provenance["realign"]
+    record = realign(merged, data=rooms, method="adapters", training=SETTINGS, rank=3).provenance["realign"]
     assert 0 < record.pop("seconds") < 600
     heads = sum(p.numel() for p in merged.heads.parameters())
     assert record == {
@@ -51,6 +51,9 @@ def test_the_provenance_says_all_that_was_done(merged: SimoModel, rooms: DenseDa
         "rank": 3,
         "activation": "none",
         **asdict(SETTINGS),
+        "last_blocks": 0,
+        "checkpointing": False,
+        "changes_encoder": True,
         "labelled_images": 8,
         "steps": SETTINGS.steps,
         "trained_parameters": heads + 4 * 2 * 32 * 3,
@@ -58,7 +61,7 @@ def test_the_provenance_says_all_that_was_done(merged: SimoModel, rooms: DenseDa
 
 
 def test_saved_and_loaded_it_predicts_the_same(merged: SimoModel, rooms: DenseDataset, tmp_path: Path) -> None:
-    result = realign_adapters(merged, rooms, SETTINGS, rank=3, activation="relu")
+    result = realign(merged, data=rooms, method="adapters", training=SETTINGS, rank=3, activation="relu")
     result.save_pretrained(tmp_path / "scene")
     again = SimoModel.from_pretrained(tmp_path / "scene")
     image = rooms[0]["image"]
@@ -71,20 +74,20 @@ def test_saved_and_loaded_it_predicts_the_same(merged: SimoModel, rooms: DenseDa
 
 def test_the_seed_decides_everything(merged: SimoModel, rooms: DenseDataset) -> None:
     torch.rand(7)
-    first = realign_adapters(merged, rooms, SETTINGS, rank=2)
+    first = realign(merged, data=rooms, method="adapters", training=SETTINGS, rank=2)
     torch.rand(3)
-    assert same(weights(first), weights(realign_adapters(merged, rooms, SETTINGS, rank=2)))
+    assert same(weights(first), weights(realign(merged, data=rooms, method="adapters", training=SETTINGS, rank=2)))
 
 
 def test_a_model_that_has_adapters_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
     merged.encoder.add_adapters(2)
     with pytest.raises(InputError, match="has adapters already"):
-        realign_adapters(merged, rooms, SETTINGS)
+        realign(merged, data=rooms, method="adapters", training=SETTINGS)
 
 
 def test_missing_labels_are_named(merged: SimoModel, rooms: DenseDataset) -> None:
-    with pytest.raises(InputError, match=r"adapters need labels of every task.*segmentation\."):
-        realign_adapters(merged, rooms.select(["depth"]), SETTINGS)
+    with pytest.raises(InputError, match=r"'adapters' needs labels of every task.*segmentation\."):
+        realign(merged, data=rooms.select(["depth"]), method="adapters", training=SETTINGS)
 
 
 @pytest.mark.parametrize(("rank", "activation"), [(0, "none"), (2, "gelu")])
@@ -92,4 +95,4 @@ def test_a_wrong_rank_or_activation_is_named(
     merged: SimoModel, rooms: DenseDataset, rank: int, activation: str
 ) -> None:
     with pytest.raises(InputError, match="adapter"):
-        realign_adapters(merged, rooms, SETTINGS, rank=rank, activation=activation)
+        realign(merged, data=rooms, method="adapters", training=SETTINGS, rank=rank, activation=activation)

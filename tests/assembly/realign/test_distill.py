@@ -18,8 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from simomerge.assembly.realign import realign, realign_distill, realign_fold
-from simomerge.assembly.realign.distill import TeacherPredictions, prediction_distances
+from simomerge.assembly.realign import realign
+from simomerge.assembly.realign.fold import Fold
+from simomerge.assembly.realign.teacher import TeacherPredictions
+from simomerge.assembly.realign.training import prediction_distances
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images
@@ -112,26 +114,26 @@ class Unlabelled(DenseDataset):
 
 def test_the_teacher_is_the_experts_logits_in_half_precision(experts: dict[str, SimoModel], tmp_path: Path) -> None:
     images = smooth_images(5, 20, 28)  # no whole number of patches
-    taught = TeacherPredictions(as_images(images), experts, tmp_path / "predictions")
-    assert len(taught) == 5 and list(taught.tasks) == ["depth", "parts"]
+    predictions = TeacherPredictions(as_images(images), experts, tmp_path / "predictions")
+    assert len(predictions) == 5 and list(predictions.tasks) == ["depth", "parts"]
     for task, expert in experts.items():
         with torch.no_grad():
             wanted = expert(batch_of(images))[task]
         assert wanted.shape == (5, TASKS[task].channels, 20, 28)
         for index in range(5):
-            found = taught[index][task]
+            found = predictions[index][task]
             assert found.dtype == torch.float32 and torch.equal(found, found.half().float())
             torch.testing.assert_close(found, wanted[index], rtol=2e-3, atol=1e-3)
-    assert torch.equal(taught[3]["image"], as_images(images).image(3)) and list(taught.targets(0, ["parts"])) == [
-        "parts"
-    ]
+    assert torch.equal(predictions[3]["image"], as_images(images).image(3)) and list(
+        predictions.targets(0, ["parts"])
+    ) == ["parts"]
 
 
 def test_a_second_look_reads_what_the_first_wrote(
     experts: dict[str, SimoModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = TeacherPredictions(as_images(IMAGES[:4]), experts, tmp_path / "predictions")
-    monkeypatch.setattr("simomerge.assembly.realign.distill.observe", lambda *_, **__: pytest.fail("asked them again"))
+    monkeypatch.setattr("simomerge.assembly.realign.teacher.observe", lambda *_, **__: pytest.fail("asked them again"))
     second = TeacherPredictions(as_images(IMAGES[:4]), experts, tmp_path / "predictions")
     assert all(torch.equal(second[i][task], first[i][task]) for i in range(4) for task in experts)
 
@@ -142,12 +144,12 @@ def test_what_crosses_to_a_worker_is_neither_the_logits_nor_an_expert(
     """Heads are trained in processes of their own; each maps the same file."""
     for index, image in enumerate(IMAGES):
         Image.fromarray((image * 255).astype(np.uint8)).save(tmp_path / f"{index:02}.png")
-    taught = TeacherPredictions(as_images(tmp_path), experts, tmp_path / "predictions")
-    data = pickle.dumps(taught)
+    predictions = TeacherPredictions(as_images(tmp_path), experts, tmp_path / "predictions")
+    data = pickle.dumps(predictions)
     kept = sum(path.stat().st_size for path in (tmp_path / "predictions").iterdir())
     assert len(data) < 20_000 < kept / 5
     again = pickle.loads(data)
-    assert all(torch.equal(again[7][key], taught[7][key]) for key in ("image", "depth", "parts"))
+    assert all(torch.equal(again[7][key], predictions[7][key]) for key in ("image", "depth", "parts"))
 
 
 def test_logits_too_large_for_half_precision_stay_finite(experts: dict[str, SimoModel], tmp_path: Path) -> None:
@@ -155,8 +157,8 @@ def test_logits_too_large_for_half_precision_stay_finite(experts: dict[str, Simo
     with torch.no_grad():
         bias: Any = experts["depth"].heads["depth"].output.bias
         bias.fill_(1e6)
-    taught = TeacherPredictions(as_images(IMAGES[:2]), {"depth": experts["depth"]}, tmp_path / "predictions")
-    assert torch.isfinite(taught[0]["depth"]).all() and taught[0]["depth"].min() > 5e4
+    predictions = TeacherPredictions(as_images(IMAGES[:2]), {"depth": experts["depth"]}, tmp_path / "predictions")
+    assert torch.isfinite(predictions[0]["depth"]).all() and predictions[0]["depth"].min() > 5e4
 
 
 def test_images_of_several_sizes_are_refused_with_the_sizes(
@@ -167,7 +169,7 @@ def test_images_of_several_sizes_are_refused_with_the_sizes(
     with pytest.raises(InputError, match=message):
         TeacherPredictions(as_images(mixed), experts, tmp_path / "predictions")
     with pytest.raises(InputError, match=r"image 3 is 40 x 16 pixels, the first 32 x 24; .*give size="):
-        realign_distill(scene, experts, mixed, SETTINGS)
+        realign(scene, experts, mixed, method="distill", training=SETTINGS)
     resized = as_images(mixed, size="24x32")
     assert len(TeacherPredictions(resized, experts, tmp_path / "again")) == 5
 
@@ -179,7 +181,7 @@ def test_a_picture_that_cannot_be_read_is_left_out(
         Image.fromarray((IMAGES[i] * 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"1 of 8 .*1\.png"):
-        result = realign_distill(scene, experts, tmp_path, replace(SETTINGS, steps=2))
+        result = realign(scene, experts, tmp_path, method="distill", training=replace(SETTINGS, steps=2))
     assert result.provenance["realign"]["unlabelled_images"] == 7
 
 
@@ -190,47 +192,50 @@ def test_large_images_of_one_size_are_not_said_to_differ(
     fit = SimoModel.fit
     monkeypatch.setattr(SimoModel, "fit", lambda self, image, max_patches=6: fit(self, image, max_patches))
     try:
-        taught = TeacherPredictions(as_images(IMAGES[:3]), experts, tmp_path / "predictions")
+        predictions = TeacherPredictions(as_images(IMAGES[:3]), experts, tmp_path / "predictions")
     except InputError as error:
         assert "of one size" not in str(error)
     else:
-        assert len(taught) == 3
+        assert len(predictions) == 3
 
 
 # Distilling ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapters", [False, True, "lora"])
+def settings_of(trains: str, rank: int) -> dict[str, Any]:
+    """What is trained, with the rank of what is put into the encoder."""
+    return {"method": "distill", "trains": trains, **({} if trains == "heads" else {"rank": rank})}
+
+
+@pytest.mark.parametrize("trains", ["heads", "adapters", "lora"])
 def test_every_prediction_comes_nearer_to_its_experts(
-    scene: SimoModel, experts: dict[str, SimoModel], adapters: Any
+    scene: SimoModel, experts: dict[str, SimoModel], trains: str
 ) -> None:
-    start = realign_fold(
-        scene, experts, IMAGES, ridge=math.inf
-    )  # re-aligned by nothing: what is learned is all there is
-    result = realign_distill(start, experts, IMAGES, replace(SETTINGS, steps=25, lr=1e-3), adapters, rank=4)
+    start = realign(scene, experts, IMAGES, ridge="none")  # re-aligned by nothing: what is learned is all there is
+    result = realign(start, experts, IMAGES, training=replace(SETTINGS, steps=25, lr=1e-3), **settings_of(trains, 4))
     before, after = distances(scene, experts), distances(result, experts)
     assert all(after[task] < 0.75 * before[task] for task in experts)
-    assert (result.encoder.adapters is not None) == (adapters is True) and not result.training
-    assert same(state(result.encoder.backbone), state(scene.encoder.backbone)) == (adapters != "lora")
+    assert (result.encoder.adapters is not None) == (trains == "adapters") and not result.training
+    assert same(state(result.encoder.backbone), state(scene.encoder.backbone)) == (trains != "lora")
 
 
 def test_it_mends_what_the_fold_has_left(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     scene, experts = copy.deepcopy((scene, experts))
     moved(scene.select(["parts"]), 9, 0.1, heads=False)
-    start = realign_fold(scene, experts, IMAGES, "cross-tap")
-    result = realign_distill(scene, experts, IMAGES, replace(SETTINGS, steps=25))
+    start = realign(scene, experts, IMAGES, variant="cross-tap")
+    result = realign(scene, experts, IMAGES, method="distill", training=replace(SETTINGS, steps=25))
     merged, before, after = (distances(model, experts)["parts"] for model in (scene, start, result))
     assert after < 0.9 * before < 0.5 * merged
 
 
-@pytest.mark.parametrize("adapters", [False, True, "lora"])
+@pytest.mark.parametrize("trains", ["heads", "adapters", "lora"])
 def test_the_model_and_the_experts_stay_as_they_are(
-    scene: SimoModel, experts: dict[str, SimoModel], adapters: Any
+    scene: SimoModel, experts: dict[str, SimoModel], trains: str
 ) -> None:
     before = [state(model) for model in (scene, *experts.values())]
     needed = [[p.requires_grad for p in model.parameters()] for model in (scene, *experts.values())]
     records = copy.deepcopy([model.provenance for model in (scene, *experts.values())])
-    result = realign_distill(scene, experts, IMAGES[:8], replace(SETTINGS, steps=2), adapters, rank=2)
+    result = realign(scene, experts, IMAGES[:8], training=replace(SETTINGS, steps=2), **settings_of(trains, 2))
     models = (scene, *experts.values())
     assert all(same(old, state(new)) for old, new in zip(before, models, strict=True))
     assert needed == [[p.requires_grad for p in model.parameters()] for model in models]
@@ -240,23 +245,36 @@ def test_the_model_and_the_experts_stay_as_they_are(
 
 
 def test_the_provenance_says_all_that_was_done(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    result = realign_distill(scene, experts, IMAGES, replace(SETTINGS, steps=2), variant="per-tap", count=12)
+    result = realign(
+        scene, experts, IMAGES, method="distill", training=replace(SETTINGS, steps=2), variant="per-tap", count=12
+    )
     record = result.provenance["realign"]
     assert result.provenance["merge"] == {"method": "average"} and 0 < record.pop("seconds") < 60
     fold = record.pop("after")
     assert (fold["method"], fold["variant"], fold["unlabelled_images"]) == ("fold", "per-tap", 12)
     assert record == {
         "method": "distill",
-        "adapters": False,
+        "trains": "heads",
+        "variant": "per-tap",
+        "changes_encoder": False,
         **asdict(SETTINGS),
         "unlabelled_images": 12,
         "labelled_images": 0,
         "steps": 4,  # of both heads
         "trained_parameters": sum(p.numel() for p in scene.heads.parameters()),
     }
-    with_adapters = realign_distill(scene, experts, IMAGES[:8], replace(SETTINGS, steps=2), True, 3, "relu")
+    with_adapters = realign(
+        scene,
+        experts,
+        IMAGES[:8],
+        method="distill",
+        training=replace(SETTINGS, steps=2),
+        trains="adapters",
+        rank=3,
+        activation="relu",
+    )
     record = with_adapters.provenance["realign"]
-    assert (record["adapters"], record["rank"], record["activation"], record["steps"]) == (True, 3, "relu", 2)
+    assert (record["trains"], record["rank"], record["activation"], record["steps"]) == ("adapters", 3, "relu", 2)
     assert record["after"]["variant"] == "cross-tap"
     assert record["trained_parameters"] == 4 * 2 * 32 * 3 + sum(p.numel() for p in with_adapters.heads.parameters())
 
@@ -265,12 +283,12 @@ def test_it_folds_first_unless_the_model_was_re_aligned_before(
     scene: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = replace(SETTINGS, steps=1, lr=1e-9)  # it ends where it began
-    folded = realign_fold(scene, experts, IMAGES[:12])
-    result = realign_distill(scene, experts, IMAGES[:12], few, variant="per-tap")
+    folded = realign(scene, experts, IMAGES[:12])
+    result = realign(scene, experts, IMAGES[:12], method="distill", training=few, variant="per-tap")
     for task, value in distances(result, experts).items():
         assert value == pytest.approx(distances(folded, experts)[task], rel=0.05)
-    monkeypatch.setattr("simomerge.assembly.realign.distill.realign_fold", lambda *_, **__: pytest.fail("folded again"))
-    again = realign_distill(folded, experts, IMAGES[:12], few)
+    monkeypatch.setattr(Fold, "apply", lambda *_, **__: pytest.fail("folded again"))
+    again = realign(folded, experts, IMAGES[:12], method="distill", training=few)
     assert again.provenance["realign"]["after"] == folded.provenance["realign"]
     for task, value in distances(again, experts).items():
         assert value == pytest.approx(distances(folded, experts)[task], rel=0.05)
@@ -280,25 +298,27 @@ def test_a_model_with_adapters_gets_no_second_ones_but_its_heads_can_be_distille
     scene: SimoModel, experts: dict[str, SimoModel]
 ) -> None:
     few = replace(SETTINGS, steps=2)
-    adapted = realign_distill(scene, experts, IMAGES[:8], few, adapters=True, rank=2)
+    adapted = realign(scene, experts, IMAGES[:8], method="distill", training=few, trains="adapters", rank=2)
     with pytest.raises(InputError, match="has adapters already; distill its heads alone"):
-        realign_distill(adapted, experts, IMAGES[:8], few, adapters=True)
-    again = realign_distill(adapted, experts, IMAGES[:8], few)
+        realign(adapted, experts, IMAGES[:8], method="distill", training=few, trains="adapters")
+    again = realign(adapted, experts, IMAGES[:8], method="distill", training=few)
     assert again.encoder.adapters is not None and adapted.encoder.adapters is not None
     assert same(state(again.encoder.adapters), state(adapted.encoder.adapters))
 
 
 def test_no_label_is_read(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     few = replace(SETTINGS, steps=2)
-    for adapters in (False, True):
-        result = realign_distill(scene, experts, Unlabelled(), few, adapters, rank=2)
+    for trains in ("heads", "adapters"):
+        result = realign(scene, experts, Unlabelled(), training=few, **settings_of(trains, 2))
         assert result.provenance["realign"]["labelled_images"] == 0
-    named = realign(scene, experts, Unlabelled(), method="distill", settings=few)
+    named = realign(scene, experts, Unlabelled(), method="distill", training=few)
     assert named.provenance["realign"]["unlabelled_images"] == 24
 
 
 def test_saved_and_loaded_it_predicts_the_same(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    result = realign_distill(scene, experts, IMAGES[:8], replace(SETTINGS, steps=2), True, 2)
+    result = realign(
+        scene, experts, IMAGES[:8], method="distill", training=replace(SETTINGS, steps=2), trains="adapters", rank=2
+    )
     result.save_pretrained(tmp_path / "scene")
     again = SimoModel.from_pretrained(tmp_path / "scene")
     assert again.provenance == result.provenance
@@ -329,13 +349,13 @@ def test_a_head_without_projections_can_be_distilled(
     torch.manual_seed(0)
     experts["parts"].heads["parts"] = Own(scene.encoder.channels, 3).eval()
     scene.heads["parts"] = copy.deepcopy(experts["parts"].heads["parts"])
-    result = realign_distill(scene, experts, IMAGES, replace(SETTINGS, steps=25))
+    result = realign(scene, experts, IMAGES, method="distill", training=replace(SETTINGS, steps=25))
     assert distances(result, experts)["parts"] < distances(scene, experts)["parts"]
 
 
 def test_experts_that_do_not_fit_are_refused(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     with pytest.raises(InputError, match="no expert given for task 'parts'"):
-        realign_distill(scene, {"depth": experts["depth"]}, IMAGES, SETTINGS)
+        realign(scene, {"depth": experts["depth"]}, IMAGES, method="distill", training=SETTINGS)
     with pytest.raises(InputError, match="give images="):
         realign(scene, experts, method="distill")
 
@@ -419,8 +439,8 @@ def test_the_distance_of_other_maps_is_their_mean_absolute_difference(kind: str)
 
 
 def test_prediction_distances_are_by_task(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    taught = TeacherPredictions(as_images(IMAGES[:6]), experts, tmp_path / "predictions")
-    batch = {key: torch.stack([taught[i][key] for i in range(6)]) for key in ("image", "depth", "parts")}
+    predictions = TeacherPredictions(as_images(IMAGES[:6]), experts, tmp_path / "predictions")
+    batch = {key: torch.stack([predictions[i][key] for i in range(6)]) for key in ("image", "depth", "parts")}
     with torch.no_grad():
         found = prediction_distances(scene, batch)
     assert list(found) == ["depth", "parts"]

@@ -19,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from simomerge.assembly.realign import HELD_OUT, RIDGES, Fold, fold_heads, realign, realign_fold, see
-from simomerge.assembly.realign.fold import FALLBACK_RIDGE, VARIANTS, Fit
+from simomerge.assembly.realign import get_realignment, realign
+from simomerge.assembly.realign.fold import VARIANTS
+from simomerge.assembly.realign.layout import FoldLayout
+from simomerge.assembly.realign.sums import FALLBACK_RIDGE, HELD_OUT, RIDGES, Fit, HeadSums, fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Features
@@ -46,7 +48,7 @@ FEW = "ignore:.*the fold stays close to the unfolded head:UserWarning"
 
 
 class NoEncoder(nn.Module):
-    """Stands where an encoder would: all that a `Fold` asks of it is its channels and strides."""
+    """Stands where an encoder would: the fold only uses its channels and strides."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -117,8 +119,12 @@ def pick(features: Features, indices: Sequence[int]) -> Features:
     )
 
 
+def sums_of(model: SimoModel, variant: str = "per-tap") -> HeadSums:
+    return HeadSums(FoldLayout(model, variant))
+
+
 def folded(
-    fold: Fold,
+    fold: HeadSums,
     merged: Features,
     experts: Mapping[str, Features],
     ridge: Any = "auto",
@@ -126,7 +132,7 @@ def folded(
 ) -> tuple[dict[str, nn.Module], dict[str, Fit]]:
     for batch in batches if batches is not None else [range(len(merged))]:
         if len(batch):
-            targets = fold.targets({task: pick(features, batch) for task, features in experts.items()})
+            targets = fold.layout.targets({task: pick(features, batch) for task, features in experts.items()})
             fold.add(pick(merged, batch), targets, list(batch))
     with torch.no_grad():
         return fold.solve(ridge)
@@ -222,7 +228,7 @@ def test_the_folded_head_is_the_unfolded_head_on_mapped_features(
     """Also of fewer images than a CLS token has channels."""
     head, x = make_head(kind, head_settings), draw_features(images)
     z = distorted(x, cross=True, noise=0.3)
-    heads, _ = folded(Fold(bare({"seg": head}), variant), x, {"seg": z}, ridge)
+    heads, _ = folded(sums_of(bare({"seg": head}), variant), x, {"seg": z}, ridge)
     expected = on_mapped(head, mapped(x, z, variant, head_settings.get("cls", True), ridge), x)
     torch.testing.assert_close(logits(heads["seg"], x), expected, rtol=1e-4, atol=3e-5)
     assert relative(logits(heads["seg"], x), expected) < 1e-5
@@ -234,7 +240,7 @@ def test_the_folded_head_is_the_unfolded_head_on_mapped_features(
 def test_a_linear_mismatch_is_undone(kind: str, head_settings: dict[str, Any], variant: Any) -> None:
     head, x = make_head(kind, head_settings), draw_features()
     z = distorted(x, cross=variant == "cross-tap")
-    heads, fits = folded(Fold(bare({"seg": head}), variant), x, {"seg": z}, 1e-9)
+    heads, fits = folded(sums_of(bare({"seg": head}), variant), x, {"seg": z}, 1e-9)
     assert relative(logits(heads["seg"], x), logits(head, z)) < 1e-4 < 1e-2 < relative(logits(head, x), logits(head, z))
     new = draw_features(5, seed=3)  # also of images it has not seen
     assert relative(logits(heads["seg"], new), logits(head, distorted(new, variant == "cross-tap"))) < 1e-4
@@ -244,7 +250,7 @@ def test_a_linear_mismatch_is_undone(kind: str, head_settings: dict[str, Any], v
 def test_across_the_taps_cannot_be_undone_tap_by_tap() -> None:
     head, x = make_head("dpt", {"fusion_channels": 4}), draw_features()
     z = distorted(x, cross=True)
-    heads, fits = folded(Fold(bare({"seg": head})), x, {"seg": z}, 1e-9)
+    heads, fits = folded(sums_of(bare({"seg": head})), x, {"seg": z}, 1e-9)
     assert relative(logits(heads["seg"], x), logits(head, z)) > 1e-2 and fits["seg"].r2 < 0.98
 
 
@@ -253,7 +259,7 @@ def test_across_the_taps_cannot_be_undone_tap_by_tap() -> None:
 def test_equal_features_make_it_the_identity(kind: str, head_settings: dict[str, Any], variant: Any) -> None:
     head, x = make_head(kind, head_settings), draw_features(9)
     for ridge in ("auto", 1e-5, 10.0):
-        heads, fits = folded(Fold(bare({"seg": head}), variant), x, {"seg": x}, ridge)
+        heads, fits = folded(sums_of(bare({"seg": head}), variant), x, {"seg": x}, ridge)
         torch.testing.assert_close(logits(heads["seg"], x), logits(head, x), rtol=1e-5, atol=1e-5)
         other = draw_features(2, seed=4)
         torch.testing.assert_close(logits(heads["seg"], other), logits(head, other), rtol=1e-5, atol=1e-5)
@@ -264,7 +270,7 @@ def test_equal_features_make_it_the_identity(kind: str, head_settings: dict[str,
 @EVERY_HEAD
 def test_an_infinite_ridge_leaves_the_head(kind: str, head_settings: dict[str, Any], variant: Any) -> None:
     head, x = make_head(kind, head_settings), draw_features(9)
-    heads, fits = folded(Fold(bare({"seg": head}), variant), x, {"seg": distorted(x, True)}, math.inf)
+    heads, fits = folded(sums_of(bare({"seg": head}), variant), x, {"seg": distorted(x, True)}, math.inf)
     torch.testing.assert_close(logits(heads["seg"], x), logits(head, x), rtol=1e-5, atol=1e-5)
     assert fits["seg"].ridge == math.inf and fits["seg"].r2 == fits["seg"].r2_before
 
@@ -275,7 +281,7 @@ def test_the_more_ridge_the_nearer_the_weights_stay(kind: str, head_settings: di
     z = distorted(x, True, noise=0.3)
     moved = []
     for ridge in (1e-3, 1e-1, 10.0, 1e3, 1e7):
-        heads, _ = folded(Fold(bare({"seg": head})), x, {"seg": z}, ridge)
+        heads, _ = folded(sums_of(bare({"seg": head})), x, {"seg": z}, ridge)
         pairs = zip(input_projections(heads["seg"]), input_projections(head), strict=True)
         moved.append(sum(float((n.maps[tap] - o.maps[tap]).square().sum()) for n, o in pairs for tap in o.maps))
     assert moved == sorted(moved, reverse=True) and moved[-1] < 1e-8 < moved[0]
@@ -288,16 +294,16 @@ def test_the_more_ridge_the_nearer_the_weights_stay(kind: str, head_settings: di
 def test_a_head_that_is_folded_can_be_folded_again() -> None:
     x = draw_features()
     z, head = distorted(x, cross=True), make_head("dpt", {"fusion_channels": 4})
-    once, _ = folded(Fold(bare({"seg": head}), "cross-tap"), x, {"seg": z}, 1e-9)
+    once, _ = folded(sums_of(bare({"seg": head}), "cross-tap"), x, {"seg": z}, 1e-9)
     for variant in VARIANTS:
-        again, _ = folded(Fold(bare(once), variant), x, {"seg": x}, 1e-3)
+        again, _ = folded(sums_of(bare(once), variant), x, {"seg": x}, 1e-3)
         assert relative(logits(again["seg"], x), logits(head, z)) < 1e-4
 
 
 def test_training_goes_on_from_where_the_fold_is() -> None:
     """The batch norm of a folded linear head holds the moments of the merged features, not of the expert's."""
     head, x = make_head("linear", {}), draw_features()
-    new = folded(Fold(bare({"seg": head})), x, {"seg": distorted(x, False)}, 1e-9)[0]["seg"]
+    new = folded(sums_of(bare({"seg": head})), x, {"seg": distorted(x, False)}, 1e-9)[0]["seg"]
     assert not new.training
     expected = logits(new, x)
     assert relative(logits(new.train(), x), expected) < 1e-3
@@ -312,10 +318,10 @@ def test_several_heads_are_folded_as_each_alone(variant: Any) -> None:
     heads = {f"t{i}": make_head(kind, extra, seed=i) for i, (kind, extra) in enumerate(HEAD_CASES)}
     x = draw_features(20)
     experts = {task: distorted(x, True, seed=9 + i, noise=0.2) for i, task in enumerate(heads)}
-    together, fits = folded(Fold(bare(heads), variant), x, experts)
+    together, fits = folded(sums_of(bare(heads), variant), x, experts)
     assert list(together) == list(heads) == list(fits)
     for task, head in heads.items():
-        alone, fit = folded(Fold(bare({task: head}), variant), x, {task: experts[task]})
+        alone, fit = folded(sums_of(bare({task: head}), variant), x, {task: experts[task]})
         torch.testing.assert_close(logits(together[task], x), logits(alone[task], x), rtol=1e-5, atol=1e-5)
         assert fits[task].ridge == fit[task].ridge and fits[task].r2 == pytest.approx(fit[task].r2)
 
@@ -350,14 +356,14 @@ def test_the_ridge_chosen_is_the_best_on_held_out_images(
 ) -> None:
     head, x = make_head(kind, head_settings), draw_features(12)
     z = distorted(x, True, noise=noise)
-    heads, fits = folded(Fold(bare({"seg": head}), variant), x, {"seg": z})
+    heads, fits = folded(sums_of(bare({"seg": head}), variant), x, {"seg": z})
     curve = {ridge: r2_by_hand(head, x, z, variant, ridge) for ridge in RIDGES}
     best = max(curve, key=lambda ridge: curve[ridge])
     assert fits["seg"].ridge == best
     assert fits["seg"].r2 == pytest.approx(curve[best], rel=1e-4, abs=1e-5)
     assert fits["seg"].r2_before == pytest.approx(curve[math.inf], rel=1e-4, abs=1e-5)
     # And with it, all images take part.
-    given_it, _ = folded(Fold(bare({"seg": head}), variant), x, {"seg": z}, best)
+    given_it, _ = folded(sums_of(bare({"seg": head}), variant), x, {"seg": z}, best)
     torch.testing.assert_close(logits(heads["seg"], x), logits(given_it["seg"], x), rtol=1e-6, atol=1e-6)
 
 
@@ -370,7 +376,7 @@ def test_where_nothing_helps_the_head_is_left_as_it_was() -> None:
         x.image_size,
         x.padded_size,
     )
-    _, fits = folded(Fold(bare({"seg": head}), "cross-tap"), x, {"seg": z})
+    _, fits = folded(sums_of(bare({"seg": head}), "cross-tap"), x, {"seg": z})
     assert fits["seg"].r2 >= fits["seg"].r2_before
     assert fits["seg"].ridge == max(RIDGES, key=lambda ridge: r2_by_hand(head, x, z, "cross-tap", ridge))
 
@@ -379,7 +385,7 @@ def test_every_head_gets_its_own_ridge() -> None:
     heads = {task: make_head("linear", {}, seed) for seed, task in enumerate(("easy", "hard"))}
     x = draw_features(12)
     experts = {"easy": distorted(x, False), "hard": distorted(x, False, noise=5.0)}
-    _, fits = folded(Fold(bare(heads)), x, experts)
+    _, fits = folded(sums_of(bare(heads)), x, experts)
     assert fits["easy"].ridge == min(RIDGES) < fits["hard"].ridge
     assert fits["easy"].r2 > 0.9 > fits["hard"].r2
 
@@ -388,7 +394,7 @@ def test_held_out_images_take_part_in_the_solution() -> None:
     head, x = make_head("linear", {}), draw_features(8)
     z = distorted(x, False, noise=0.5)
     for indices in (range(8), [0, 1, 2, 4, 5, 6]):
-        heads, _ = folded(Fold(bare({"seg": head}), "per-tap"), x, {"seg": z}, 1e-2, [indices])
+        heads, _ = folded(sums_of(bare({"seg": head}), "per-tap"), x, {"seg": z}, 1e-2, [indices])
         seen, aim = pick(x, indices), pick(z, indices)
         expected = on_mapped(head, mapped(seen, aim, "per-tap", True, 1e-2), seen)
         torch.testing.assert_close(logits(heads["seg"], seen), expected, rtol=1e-5, atol=1e-5)
@@ -397,10 +403,10 @@ def test_held_out_images_take_part_in_the_solution() -> None:
 def test_the_names_of_the_images_decide_which_are_held_out() -> None:
     head, x = make_head("linear", {}), draw_features(12)
     experts = {"seg": distorted(x, False, noise=0.5)}
-    fold = Fold(bare({"seg": head}))
+    fold = sums_of(bare({"seg": head}))
     folded(fold, x, experts, batches=[[0, 1, 2], [3, 7, 11], [4, 5, 6, 8, 9, 10]])
-    assert all([sums.images for sums in pair] == [9, 3] for pair in fold.sums.values())
-    assert all([sums.tokens for sums in pair] == [108, 36] for pair in fold.sums.values())
+    assert all([sums.images for sums in pair] == [9, 3] for pair in fold.equations.values())
+    assert all([sums.tokens for sums in pair] == [108, 36] for pair in fold.equations.values())
     assert fold.images == 12
 
 
@@ -419,8 +425,8 @@ def test_neither_the_order_of_the_images_nor_the_batches_matter(
     indices = list(range(12))
     random.Random(order).shuffle(indices)
     batches = [indices[start : start + size] for start in range(0, 12, size)]
-    one, fit = folded(Fold(bare({"seg": head}), variant), x, experts)
-    other, other_fit = folded(Fold(bare({"seg": head}), variant), x, experts, batches=batches)
+    one, fit = folded(sums_of(bare({"seg": head}), variant), x, experts)
+    other, other_fit = folded(sums_of(bare({"seg": head}), variant), x, experts, batches=batches)
     assert fit["seg"].ridge == other_fit["seg"].ridge
     assert fit["seg"].r2 == pytest.approx(other_fit["seg"].r2, abs=1e-6)
     torch.testing.assert_close(logits(other["seg"], x), logits(one["seg"], x), rtol=1e-5, atol=1e-5)
@@ -437,7 +443,7 @@ STRIDES = ((6, 8), (3, 4), (2, 3), (3, 4))
 def test_taps_of_several_strides(kind: str, head_settings: dict[str, Any], variant: Any) -> None:
     head, x = make_head(kind, head_settings), draw_features(30, grids=STRIDES)
     z = distorted(x, False)
-    heads, fits = folded(Fold(bare({"seg": head}), variant), x, {"seg": z}, 1e-9)
+    heads, fits = folded(sums_of(bare({"seg": head}), variant), x, {"seg": z}, 1e-9)
     assert relative(logits(heads["seg"], x), logits(head, z)) < 1e-4 < relative(logits(head, x), logits(head, z))
     assert fits["seg"].r2 > 1 - 1e-5
 
@@ -481,9 +487,9 @@ def test_a_users_head_at_the_grid_of_its_own_tap() -> None:
     torch.manual_seed(0)
     head, x = Declared().eval(), draw_features(30, grids=STRIDES)
     z = distorted(x, False)
-    fold = Fold(bare({"seg": head}))
+    fold = sums_of(bare({"seg": head}))
     heads, fits = folded(fold, x, {"seg": z}, 1e-9)
-    assert all(sum(sums.tokens for sums in pair) == 30 * 12 for pair in fold.sums.values())
+    assert all(sum(sums.tokens for sums in pair) == 30 * 12 for pair in fold.equations.values())
     assert relative(logits(heads["seg"], x), logits(head, z)) < 1e-4 and fits["seg"].r2 > 1 - 1e-5
 
 
@@ -518,7 +524,7 @@ def test_a_users_head_that_reads_only_the_cls_token_of_a_tap() -> None:
     x.maps[1].add_(x.cls[1][..., None, None])  # the patches know of the token
     z = distorted(x, False)
     z.cls[1].add_(0.5 * x.maps[1].mean((2, 3)))
-    heads, fits = folded(Fold(bare({"seg": head})), x, {"seg": z}, 1e-2)
+    heads, fits = folded(sums_of(bare({"seg": head})), x, {"seg": z}, 1e-2)
     (before,), (after,) = input_projections(head), input_projections(heads["seg"])
     expected = []
     for piece in before.split():
@@ -540,7 +546,7 @@ def test_a_users_head_that_reads_only_the_cls_token_of_a_tap() -> None:
 
 def test_a_fold_of_no_images_is_refused() -> None:
     with pytest.raises(InputError, match="no image"):
-        Fold(bare({"seg": make_head("linear", {})})).solve()
+        sums_of(bare({"seg": make_head("linear", {})})).solve()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -550,25 +556,23 @@ def test_features_that_are_not_finite_are_refused(value: float, where: str) -> N
     z = distorted(x, False)
     (x if where == "merged" else z).maps[2][4, 0, 0, 0] = value
     with pytest.raises(InputError, match="not finite"):
-        folded(Fold(bare({"seg": make_head("linear", {})})), x, {"seg": z})
+        folded(sums_of(bare({"seg": make_head("linear", {})})), x, {"seg": z})
 
 
 @pytest.mark.parametrize("ridge", [-1.0, -1e-9, math.nan])
 def test_a_ridge_below_zero_is_refused(ridge: float) -> None:
-    x = draw_features(6)
     with pytest.raises(InputError, match=r"ridge.*at least 0"):
-        folded(Fold(bare({"seg": make_head("linear", {})})), x, {"seg": x}, ridge)
+        get_realignment("fold", ridge=ridge)
 
 
 def test_an_unknown_variant_is_refused() -> None:
-    variant: Any = "all-taps"
-    with pytest.raises(InputError, match=r"'all-taps'.*per-tap, cross-tap"):
-        Fold(bare({"seg": make_head("linear", {})}), variant)
+    with pytest.raises(InputError, match=r"per-tap, cross-tap.*'all-taps'"):
+        get_realignment("fold", variant="all-taps")
 
 
 def test_a_head_that_declares_nothing_is_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"head 'seg' \(Own\) does not declare its input projections.*projections\(\)"):
-        Fold(bare({"seg": Own()}))
+        sums_of(bare({"seg": Own()}))
 
 
 @pytest.mark.parametrize("images", [1, 8])
@@ -578,7 +582,7 @@ def test_a_ridge_of_zero_needs_no_more_images_than_another(images: int) -> None:
     x = draw_features(images, channels=channels)
     head = make_head("linear", {}, channels=channels)
     try:
-        heads, _ = folded(Fold(bare({"seg": head}, channels)), x, {"seg": distorted(x, False)}, 0.0)
+        heads, _ = folded(sums_of(bare({"seg": head}, channels)), x, {"seg": distorted(x, False)}, 0.0)
     except InputError as error:
         assert "ridge" in str(error)  # to be told what to change is as good
     else:
@@ -645,7 +649,7 @@ def gaps(model: SimoModel, experts: Mapping[str, SimoModel], images: Sequence[np
 def test_a_merged_model_comes_nearer_to_its_experts(
     scene: SimoModel, experts: dict[str, SimoModel], variant: Any
 ) -> None:
-    result = realign_fold(scene, experts, IMAGES, variant, count=32)
+    result = realign(scene, experts, IMAGES, variant=variant, count=32)
     fresh = np.random.default_rng(1).random((6, 24, 32, 3)).astype(np.float32)
     before, after = gaps(scene, experts, fresh), gaps(result, experts, fresh)
     record = result.provenance["realign"]
@@ -658,7 +662,7 @@ def test_a_merged_model_comes_nearer_to_its_experts(
 def test_nothing_given_changes_and_the_encoder_is_the_same(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     before = [state(model) for model in (scene, *experts.values())]
     records = copy.deepcopy([model.provenance for model in (scene, *experts.values())])
-    result = realign_fold(scene, experts, IMAGES[:24], "cross-tap")
+    result = realign(scene, experts, IMAGES[:24], variant="cross-tap")
     assert all(same(old, state(new)) for old, new in zip(before, (scene, *experts.values()), strict=True))
     assert records == [model.provenance for model in (scene, *experts.values())]
     assert same(state(scene.encoder), state(result.encoder)) and not result.training
@@ -671,21 +675,21 @@ def test_nothing_given_changes_and_the_encoder_is_the_same(scene: SimoModel, exp
 def test_one_that_is_being_trained_goes_on_being_trained(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     scene, experts = copy.deepcopy((scene, experts))
     scene.train()
-    realign_fold(scene, experts, IMAGES[:24])
+    realign(scene, experts, IMAGES[:24])
     assert scene.training and scene.heads.training
 
 
 @EVERY_VARIANT
 def test_an_expert_folded_to_itself_predicts_as_before(experts: dict[str, SimoModel], variant: Any) -> None:
     for task, expert in experts.items():
-        result = realign_fold(expert, {task: expert}, IMAGES[:32], variant)
+        result = realign(expert, {task: expert}, IMAGES[:32], variant=variant)
         with torch.no_grad():
             wanted = expert(batch_of(IMAGES[:4]))[task]
             torch.testing.assert_close(result(batch_of(IMAGES[:4]))[task], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_provenance_says_all_that_was_done(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    result = realign_fold(scene, experts, IMAGES[:24])
+    result = realign(scene, experts, IMAGES[:24])
     record = result.provenance["realign"]
     assert result.provenance["merge"] == {"method": "average"}
     assert 0 < record["seconds"] < 60
@@ -693,6 +697,8 @@ def test_the_provenance_says_all_that_was_done(scene: SimoModel, experts: dict[s
     assert rest == {
         "method": "fold",
         "variant": "per-tap",
+        "images_at_once": 32,
+        "changes_encoder": False,
         "unlabelled_images": 24,
         "labelled_images": 0,
         "steps": 0,
@@ -701,13 +707,13 @@ def test_the_provenance_says_all_that_was_done(scene: SimoModel, experts: dict[s
     for key in ("ridge", "r2", "r2_before"):
         assert list(record[key]) == ["depth", "normals"]
     assert all(ridge in RIDGES for ridge in record["ridge"].values())
-    fixed = realign_fold(scene, experts, IMAGES[:24], ridge=math.inf).provenance["realign"]
+    fixed = realign(scene, experts, IMAGES[:24], ridge="none").provenance["realign"]
     assert fixed["ridge"] == {"depth": "none", "normals": "none"} and fixed["r2"] == fixed["r2_before"]
     assert fixed["r2_before"] == record["r2_before"]
 
 
 def test_saved_and_loaded_it_predicts_the_same(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    result = realign_fold(scene, experts, IMAGES[:32], "cross-tap")
+    result = realign(scene, experts, IMAGES[:32], variant="cross-tap")
     result.save_pretrained(tmp_path / "scene")
     again = SimoModel.from_pretrained(tmp_path / "scene")
     assert again.provenance == result.provenance
@@ -721,11 +727,12 @@ def test_what_the_experts_see_once_serves_several_merges(scene: SimoModel, exper
     other = SimoModel(other.encoder, scene.tasks, scene.heads)
     from simomerge.datasets.pictures import as_images
 
-    seen = list(see(scene, experts, as_images(IMAGES[:24]), batch_size=7))
+    seen = list(head_targets(scene, experts, as_images(IMAGES[:24]), batch_size=7))
     assert [index for batch in seen for index in batch.indices] == list(range(24))
     for model in (scene, other):
-        found, fits, fold = fold_heads(model, seen)
-        expected = realign_fold(model, experts, IMAGES[:24])
+        folded_model = fold_heads(model, seen)
+        found, fits, fold = folded_model.model, folded_model.fits, folded_model.sums
+        expected = realign(model, experts, IMAGES[:24])
         assert fold.images == 24
         assert {t: f.ridge for t, f in fits.items()} == expected.provenance["realign"]["ridge"]
         with torch.no_grad():
@@ -738,7 +745,7 @@ def test_a_model_with_adapters_is_folded_with_them(scene: SimoModel, experts: di
     torch.manual_seed(0)
     for adapter in scene.encoder.add_adapters(2):
         nn.init.normal_(adapter.up.weight, std=0.2)
-    result = realign_fold(scene, experts, IMAGES[:32])
+    result = realign(scene, experts, IMAGES[:32])
     assert result.encoder.adapters is not None
     assert same(state(result.encoder.adapters), state(scene.encoder.adapters))
     before, after = gaps(scene, experts, IMAGES[32:]), gaps(result, experts, IMAGES[32:])
@@ -747,7 +754,7 @@ def test_a_model_with_adapters_is_folded_with_them(scene: SimoModel, experts: di
 
 def test_realign_folds_by_default(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     by_name = realign(scene, experts, IMAGES[:24])
-    assert same(state(by_name.heads), state(realign_fold(scene, experts, IMAGES[:24]).heads))
+    assert same(state(by_name.heads), state(realign(scene, experts, IMAGES[:24]).heads))
     with pytest.raises(InputError, match="give images="):
         realign(scene, experts)
     with pytest.raises(InputError, match="needs the experts"):
@@ -757,7 +764,7 @@ def test_realign_folds_by_default(scene: SimoModel, experts: dict[str, SimoModel
 @pytest.mark.filterwarnings(FEW)
 def test_images_of_several_sizes_are_folded_together(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     mixed = [*IMAGES[:6], *[image[:20, :17] for image in IMAGES[6:12]]]
-    record = realign_fold(scene, experts, mixed).provenance["realign"]
+    record = realign(scene, experts, mixed).provenance["realign"]
     assert record["unlabelled_images"] == 12 and record["r2"]["normals"] > record["r2_before"]["normals"]
 
 
@@ -766,11 +773,11 @@ def test_images_of_several_sizes_are_folded_together(scene: SimoModel, experts: 
 
 def test_experts_that_are_missing_or_too_many_are_named(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     with pytest.raises(InputError, match=r"no expert given for task 'normals'; the model has depth, normals"):
-        realign_fold(scene, {"depth": experts["depth"]}, IMAGES)
+        realign(scene, {"depth": experts["depth"]}, IMAGES)
     with pytest.raises(InputError, match=r"expert 'edges': the model has no such task.*depth, normals"):
-        realign_fold(scene, {**experts, "edges": experts["depth"]}, IMAGES)
+        realign(scene, {**experts, "edges": experts["depth"]}, IMAGES)
     with pytest.raises(InputError, match="needs the experts"):
-        realign_fold(scene, {}, IMAGES)
+        realign(scene, {}, IMAGES)
 
 
 def test_an_expert_whose_head_is_not_the_models_is_named_with_the_tensor(
@@ -778,26 +785,26 @@ def test_an_expert_whose_head_is_not_the_models_is_named_with_the_tensor(
 ) -> None:
     other = make_model([Task("normals")], "linear", seed=9)
     with pytest.raises(InputError, match=r"head 'normals' of the model is not its expert's \(output.weight has other"):
-        realign_fold(scene, {**experts, "normals": other}, IMAGES)
+        realign(scene, {**experts, "normals": other}, IMAGES)
     other = make_model([Task("normals")], "dpt", seed=2)
     with pytest.raises(InputError, match=r"head 'normals' .*not there in the expert"):
-        realign_fold(scene, {**experts, "normals": other}, IMAGES)
-    result = realign_fold(scene, experts, IMAGES[:24])  # it was re-aligned before
+        realign(scene, {**experts, "normals": other}, IMAGES)
+    result = realign(scene, experts, IMAGES[:24])  # it was re-aligned before
     with pytest.raises(InputError, match="before any re-alignment"):
-        realign_fold(result, experts, IMAGES[:24])
+        realign(result, experts, IMAGES[:24])
 
 
 def test_experts_that_see_images_otherwise_are_refused(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     scene, experts = copy.deepcopy((scene, experts))
     experts["normals"].encoder.mean.add_(0.1)
     with pytest.raises(InputError, match=r"normals.*differ in image normalisation"):
-        realign_fold(scene, experts, IMAGES)
+        realign(scene, experts, IMAGES)
 
 
 def test_no_images_are_refused(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
     for images in ([], tmp_path):
         with pytest.raises(InputError, match=r"at least one image|no picture"):
-            realign_fold(scene, experts, images)
+            realign(scene, experts, images)
 
 
 def test_a_head_without_projections_is_told_how_to_declare_them(
@@ -810,7 +817,7 @@ def test_a_head_without_projections_is_told_how_to_declare_them(
         torch.manual_seed(0)
         model.heads["normals"] = Own(scene.encoder.channels).eval()
     with pytest.raises(InputError, match=r"head 'normals' \(Own\).*projections\(\) and with_projections\(\)"):
-        realign_fold(scene, experts, IMAGES)
+        realign(scene, experts, IMAGES)
 
 
 # Warnings -----------------------------------------------------------------------------------------------
@@ -818,16 +825,16 @@ def test_a_head_without_projections_is_told_how_to_declare_them(
 
 def test_too_few_images_for_the_width_are_a_warning(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     with pytest.warns(UserWarning, match="4 images give 48 tokens for a map of 64 inputs") as caught:
-        realign_fold(scene, experts, IMAGES[:4])
+        realign(scene, experts, IMAGES[:4])
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        realign_fold(scene, experts, IMAGES[:24])
+        realign(scene, experts, IMAGES[:24])
 
 
 def test_one_image_is_a_warning_and_does_no_harm(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     with pytest.warns(UserWarning, match="too few images .1. to hold one out"):
-        result = realign_fold(scene, experts, IMAGES[:1])
+        result = realign(scene, experts, IMAGES[:1])
     record = result.provenance["realign"]
     assert record["ridge"] == {"depth": FALLBACK_RIDGE, "normals": FALLBACK_RIDGE}
     assert record["r2"] == record["r2_before"] == {"depth": None, "normals": None}
@@ -842,7 +849,7 @@ def test_features_that_never_vary_fold_the_bias_alone(scene: SimoModel, experts:
         nn.init.zeros_(model.encoder.backbone.embeddings.position_embeddings)
     grey = [np.full((24, 32, 3), 0.4, np.float32)] * 12
     with pytest.warns(UserWarning, match="the same features"):
-        result = realign_fold(scene, experts, grey)
+        result = realign(scene, experts, grey)
     for task in experts:
         new, old = (input_projections(model.heads[task]) for model in (result, scene))
         for mine, before in zip(new, old, strict=True):
@@ -854,7 +861,7 @@ def test_features_that_never_vary_fold_the_bias_alone(scene: SimoModel, experts:
 def test_images_that_are_all_alike_are_a_warning(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     """However many, they prove as much as one of them."""
     with pytest.warns(UserWarning, match="all 40 images give the same features"):
-        realign_fold(scene, experts, [IMAGES[0]] * 40)
+        realign(scene, experts, [IMAGES[0]] * 40)
 
 
 # Two processes ------------------------------------------------------------------------------------------
@@ -888,20 +895,20 @@ def fold_shares(rank: int, folder: str) -> None:
         fold = shared_fold()
         add_images(fold, range(rank, images, 2))
         fold.gather()
-        sums = {str(system): [dict(vars(sums)) for sums in pair] for system, pair in fold.sums.items()}
+        sums = {str(system): [dict(vars(sums)) for sums in pair] for system, pair in fold.equations.items()}
         torch.save(sums, f"{folder}/{how}-{rank}.pt")
         distributed.destroy_process_group()
 
 
-def shared_fold() -> Fold:
-    return Fold(bare({"a": make_head("linear", {}), "b": make_head("dpt", {"fusion_channels": 4})}), "cross-tap")
+def shared_fold() -> HeadSums:
+    return sums_of(bare({"a": make_head("linear", {}), "b": make_head("dpt", {"fusion_channels": 4})}), "cross-tap")
 
 
-def add_images(fold: Fold, indices: Sequence[int]) -> None:
+def add_images(fold: HeadSums, indices: Sequence[int]) -> None:
     x = draw_features(SHARED_IMAGES)
     experts = {"a": distorted(x, True, 1, 0.1), "b": distorted(x, True, 2, 0.1)}
     for index in indices:
-        targets = fold.targets({task: pick(features, [index]) for task, features in experts.items()})
+        targets = fold.layout.targets({task: pick(features, [index]) for task, features in experts.items()})
         fold.add(pick(x, [index]), targets, [index])
 
 
@@ -929,8 +936,8 @@ def test_two_processes_have_the_sums_of_one(shares: Path, how: str) -> None:
     for file in (shares / f"{how}-{rank}.pt" for rank in range(2)):
         assert file.exists(), "a process hung or failed"
         found = torch.load(file)
-        assert list(found) == [str(system) for system in fold.sums]
-        for pair, expected in zip(found.values(), fold.sums.values(), strict=True):
+        assert list(found) == [str(system) for system in fold.equations]
+        for pair, expected in zip(found.values(), fold.equations.values(), strict=True):
             for sums, wanted in zip(pair, expected, strict=True):
                 for name, value in vars(wanted).items():
                     torch.testing.assert_close(sums[name], value, rtol=1e-10, atol=1e-10, msg=f"{how}: {name}")

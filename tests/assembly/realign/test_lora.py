@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Model
 
-from simomerge.assembly.realign import lora as module
-from simomerge.assembly.realign import realign, realign_distill, realign_lora
-from simomerge.assembly.realign.lora import lora, lora_config
+from simomerge.assembly.realign import realign, training
+from simomerge.assembly.realign.fold import Fold
+from simomerge.assembly.realign.lora import lora_config, lora_layers
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.models.model import SimoModel
@@ -59,14 +59,14 @@ def as_if_trained(backbone: nn.Module) -> None:
 def before_the_fold(monkeypatch: pytest.MonkeyPatch) -> list[SimoModel]:
     """Copies of the models as they were trained, LoRA still in them."""
     found: list[SimoModel] = []
-    train = module.train_with_heads
+    train = training.train_with_heads
 
     def keep(model: SimoModel, *arguments: Any, **named: Any) -> dict[str, Any]:
         cost = train(model, *arguments, **named)
         found.append(copy.deepcopy(model))
         return cost
 
-    monkeypatch.setattr(module, "train_with_heads", keep)
+    monkeypatch.setattr(training, "train_with_heads", keep)
     return found
 
 
@@ -76,7 +76,7 @@ def before_the_fold(monkeypatch: pytest.MonkeyPatch) -> list[SimoModel]:
 @torch.no_grad()
 def test_the_folded_encoder_computes_what_the_unfolded_does(merged: SimoModel) -> None:
     without = merged.encode(IMAGES)
-    with lora(merged.encoder, lora_config(merged.encoder, rank=3, alpha=5)):
+    with lora_layers(merged.encoder, lora_config(merged.encoder, rank=3, alpha=5)):
         for ours, theirs in zip(merged.encode(IMAGES).maps, without.maps, strict=True):
             assert torch.equal(ours, theirs)  # it begins as nothing
         as_if_trained(merged.encoder.backbone)
@@ -93,7 +93,7 @@ def test_folded_weights_are_the_weights_plus_the_scaled_product(
     merged: SimoModel, rank: int, alpha: float | None, scale: float
 ) -> None:
     before = weights(merged.encoder.backbone)
-    with lora(merged.encoder, lora_config(merged.encoder, rank, alpha)):
+    with lora_layers(merged.encoder, lora_config(merged.encoder, rank, alpha)):
         as_if_trained(merged.encoder.backbone)
         learned = {name: (a.double(), b.double()) for name, (a, b) in factors(merged.encoder.backbone).items()}
     assert len(learned) == LAYERS
@@ -111,7 +111,7 @@ def test_folded_weights_are_the_weights_plus_the_scaled_product(
 def test_nothing_of_lora_is_left(merged: SimoModel) -> None:
     backbone, blocks = merged.encoder.backbone, list(merged.encoder.anatomy.blocks)
     looks, names, attributes = str(merged), list(merged.state_dict()), set(vars(backbone))
-    with lora(merged.encoder, lora_config(merged.encoder, 2)):
+    with lora_layers(merged.encoder, lora_config(merged.encoder, 2)):
         assert list(merged.state_dict()) != names
     assert (str(merged), list(merged.state_dict()), set(vars(backbone))) == (looks, names, attributes)
     assert merged.encoder.backbone is backbone
@@ -120,7 +120,7 @@ def test_nothing_of_lora_is_left(merged: SimoModel) -> None:
 
 @torch.no_grad()
 def test_copies_hear_their_own_blocks_during_and_after_lora(merged: SimoModel) -> None:
-    with lora(merged.encoder, lora_config(merged.encoder, 2)):
+    with lora_layers(merged.encoder, lora_config(merged.encoder, 2)):
         as_if_trained(merged.encoder.backbone)
         during, expected = copy.deepcopy(merged), merged(IMAGES)
     after = copy.deepcopy(merged)
@@ -138,7 +138,7 @@ def test_lora_and_heads_learn_and_nothing_else(
     merged: SimoModel, rooms: DenseDataset, before_the_fold: list[SimoModel]
 ) -> None:
     before = weights(merged)
-    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    result = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3)
     assert same(before, weights(merged)) and "realign" not in merged.provenance
     (trained,) = before_the_fold
     learned = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
@@ -155,7 +155,7 @@ def test_lora_and_heads_learn_and_nothing_else(
 
 
 def test_the_result_is_a_plain_model_with_the_same_names(merged: SimoModel, rooms: DenseDataset) -> None:
-    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    result = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3)
     assert list(result.state_dict()) == list(merged.state_dict()) and str(result) == str(merged)
     assert result.encoder.adapters is None and result.encoder_fingerprint() != merged.encoder_fingerprint()
     ours = {p.data_ptr() for p in merged.parameters()}
@@ -169,14 +169,16 @@ def test_lora_learns_what_heads_alone_do_not(merged: SimoModel, rooms: DenseData
     losses = {}
     for encoder_lr in (1e-9, 3e-2):
         settings = replace(SETTINGS, steps=40, batch_size=8, lr=1e-4, encoder_lr=encoder_lr)
-        result = realign_lora(merged, rooms, settings, rank=4).train()  # so few steps leave the statistics behind
+        result = realign(
+            merged, data=rooms, method="lora", training=settings, rank=4
+        ).train()  # so few steps leave the statistics behind
         with torch.no_grad():
             losses[encoder_lr] = float(task.loss(result(batch["image"])["segmentation"], batch["segmentation"]))
     assert losses[3e-2] < 0.9 * losses[1e-9]
 
 
 def test_the_provenance_says_all_that_was_done(merged: SimoModel, rooms: DenseDataset) -> None:
-    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    result = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3)
     record = dict(result.provenance["realign"])
     assert 0 < record.pop("seconds") < 600
     heads = sum(p.numel() for p in merged.heads.parameters())
@@ -185,26 +187,28 @@ def test_the_provenance_says_all_that_was_done(merged: SimoModel, rooms: DenseDa
         "rank": 3,
         "alpha": 3,
         "targets": "all-linear",
+        "checkpointing": False,
+        "changes_encoder": True,
         **asdict(SETTINGS),
         "labelled_images": 8,
         "steps": SETTINGS.steps,
         "trained_parameters": heads + FACTORS,
     }
-    again = realign(result, data=rooms, method="lora", settings=SETTINGS, rank=2, alpha=8, targets=("fc2", "mlp.fc1"))
+    again = realign(result, data=rooms, method="lora", training=SETTINGS, rank=2, alpha=8, targets=("fc2", "mlp.fc1"))
     record = again.provenance["realign"]
     assert (record["alpha"], record["targets"]) == (8, ["fc2", "mlp.fc1"])
     assert record["after"] == result.provenance["realign"] and again.provenance["merge"] == {"method": "average"}
 
 
 def test_only_the_targets_change(merged: SimoModel, rooms: DenseDataset) -> None:
-    result = realign_lora(merged, rooms, SETTINGS, rank=2, targets=["fc2", "mlp.fc1"])
+    result = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=2, targets=["fc2", "mlp.fc1"])
     after = weights(result.encoder.backbone)
     changed = {n for n, value in weights(merged.encoder.backbone).items() if not torch.equal(value, after[n])}
     assert len(changed) == 8 and all(name.endswith(("mlp.fc1.weight", "mlp.fc2.weight")) for name in changed)
 
 
 def test_saved_and_loaded_it_predicts_the_same(merged: SimoModel, rooms: DenseDataset, tmp_path: Path) -> None:
-    result = realign_lora(merged, rooms, SETTINGS, rank=3)
+    result = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3)
     result.save_pretrained(tmp_path / "scene")
     assert not (tmp_path / "scene" / "adapters.safetensors").exists()
     again = SimoModel.from_pretrained(tmp_path / "scene")
@@ -220,9 +224,9 @@ def test_saved_and_loaded_it_predicts_the_same(merged: SimoModel, rooms: DenseDa
 
 def test_the_seed_decides_everything(merged: SimoModel, rooms: DenseDataset) -> None:
     torch.rand(7)
-    first = realign_lora(merged, rooms, SETTINGS, rank=2)
+    first = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=2)
     torch.rand(3)
-    assert same(weights(first), weights(realign_lora(merged, rooms, SETTINGS, rank=2)))
+    assert same(weights(first), weights(realign(merged, data=rooms, method="lora", training=SETTINGS, rank=2)))
 
 
 class Killed(Exception):
@@ -233,7 +237,7 @@ class Killed(Exception):
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
     merged: SimoModel, rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    whole = realign_lora(merged, rooms, SETTINGS, rank=3)
+    whole = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3)
 
     def save_and_die(self: Any, log: Any) -> None:
         if log.steps == step:
@@ -242,10 +246,10 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(loop._State, "save_once_in_a_while", save_and_die)
-        realign_lora(merged, rooms, SETTINGS, rank=3, work_folder=tmp_path / "work")
+        realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3, work_folder=tmp_path / "work")
     state = torch.load(tmp_path / "work" / "lora.pt", weights_only=True)
     assert state["log"]["steps"] == step and not any(name.endswith("base_layer.weight") for name in state["module"])
-    resumed = realign_lora(merged, rooms, SETTINGS, rank=3, work_folder=tmp_path / "work")
+    resumed = realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3, work_folder=tmp_path / "work")
     assert same(weights(whole), weights(resumed))
     assert resumed.provenance["realign"]["steps"] == SETTINGS.steps
 
@@ -271,7 +275,16 @@ def test_distillation_folds_lora_as_well(
     merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
 ) -> None:
     before = weights(merged)
-    result = realign_distill(merged, experts, rooms, SETTINGS, adapters="lora", rank=3, work_folder=tmp_path / "work")
+    result = realign(
+        merged,
+        experts,
+        rooms,
+        method="distill",
+        training=SETTINGS,
+        trains="lora",
+        rank=3,
+        work_folder=tmp_path / "work",
+    )
     assert same(before, weights(merged)) and not result.training
     after = weights(result.encoder.backbone)
     assert list(after) == list(merged.encoder.backbone.state_dict()) and result.encoder.adapters is None
@@ -279,9 +292,9 @@ def test_distillation_folds_lora_as_well(
     assert len(changed) == LAYERS
     record = result.provenance["realign"]
     assert record["after"]["method"] == "fold" and "activation" not in record
-    assert {key: record[key] for key in ("method", "adapters", "rank", "alpha", "targets", "steps")} == {
+    assert {key: record[key] for key in ("method", "trains", "rank", "alpha", "targets", "steps")} == {
         "method": "distill",
-        "adapters": "lora",
+        "trains": "lora",
         "rank": 3,
         "alpha": 3,
         "targets": "all-linear",
@@ -293,25 +306,25 @@ def test_distillation_folds_lora_as_well(
 def test_distillation_refuses_what_lora_has_not_before_it_folds(
     merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simomerge.assembly.realign.distill.realign_fold", lambda *_, **__: pytest.fail("folded"))
-    with pytest.raises(InputError, match="activation 'relu' is of adapters, and LoRA has none"):
-        realign_distill(merged, experts, rooms, SETTINGS, "lora", activation="relu")
-    with pytest.raises(InputError, match="LoRA rank 0"):
-        realign_distill(merged, experts, rooms, SETTINGS, "lora", rank=0)
+    monkeypatch.setattr(Fold, "apply", lambda *_, **__: pytest.fail("folded"))
+    with pytest.raises(InputError, match="activation does nothing unless trains is adapters"):
+        realign(merged, experts, rooms, method="distill", training=SETTINGS, trains="lora", activation="relu")
+    with pytest.raises(InputError, match="rank must be a number at least 1, got 0"):
+        realign(merged, experts, rooms, method="distill", training=SETTINGS, trains="lora", rank=0)
     wrong: Any = "dora"
-    with pytest.raises(InputError, match="adapters='dora': use True, False or 'lora'"):
-        realign_distill(merged, experts, rooms, SETTINGS, wrong)
+    with pytest.raises(InputError, match="trains must be one of heads, adapters, lora, got 'dora'"):
+        realign(merged, experts, rooms, method="distill", training=SETTINGS, trains=wrong)
     merged.encoder.add_adapters(2)
     with pytest.raises(InputError, match="has adapters already; distill its heads alone"):
-        realign_distill(merged, experts, rooms, SETTINGS, "lora")
+        realign(merged, experts, rooms, method="distill", training=SETTINGS, trains="lora")
 
 
 # Mistakes -----------------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"rank": 0}, "LoRA rank 0: use a whole number of at least 1"),
-    ({"alpha": 0}, "LoRA alpha 0: use a number above 0"),
-    ({"alpha": float("nan")}, "LoRA alpha nan"),
+    ({"rank": 0}, "rank must be a number at least 1, got 0"),
+    ({"alpha": 0}, "alpha must be a number above 0, got 0"),
+    ({"alpha": float("nan")}, "alpha must be .*got nan"),
     ({"targets": ["fc1", "c1"]}, "no linear layer ends in 'c1'; name some of .*, fc1, fc2, or 'all-linear'"),
     ({"targets": "norm1"}, "no linear layer ends in 'norm1'.*or 'all-linear'"),
     ({"targets": []}, "none named; name some of .*fc1"),
@@ -321,24 +334,24 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), MISTAKES)
 def test_a_mistake_is_named(merged: SimoModel, rooms: DenseDataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        realign_lora(merged, rooms, SETTINGS, **options)
+        realign(merged, data=rooms, method="lora", training=SETTINGS, **options)
 
 
 def test_missing_labels_are_named(merged: SimoModel, rooms: DenseDataset) -> None:
-    with pytest.raises(InputError, match=r"LoRA needs labels of every task.*segmentation\."):
-        realign_lora(merged, rooms.select(["depth"]), SETTINGS)
+    with pytest.raises(InputError, match=r"'lora' needs labels of every task.*segmentation\."):
+        realign(merged, data=rooms.select(["depth"]), method="lora", training=SETTINGS)
 
 
 def test_a_model_that_has_adapters_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
     merged.encoder.add_adapters(2)
     with pytest.raises(InputError, match="has adapters already"):
-        realign_lora(merged, rooms, SETTINGS)
+        realign(merged, data=rooms, method="lora", training=SETTINGS)
 
 
 def test_an_encoder_without_linear_layers_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
     merged.encoder.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8))
-    with pytest.raises(InputError, match="Sequential has no linear layers, and LoRA is for these"):
-        realign_lora(merged, rooms, SETTINGS)
+    with pytest.raises(InputError, match="Sequential has no linear layers, and LoRA changes only these"):
+        realign(merged, data=rooms, method="lora", training=SETTINGS)
 
 
 def test_without_peft_the_command_that_installs_it_is_named(
@@ -346,4 +359,4 @@ def test_without_peft_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r'LoRA needs peft .*: pip install "simomerge\[lora\]"'):
-        realign_lora(merged, rooms, SETTINGS)
+        realign(merged, data=rooms, method="lora", training=SETTINGS)

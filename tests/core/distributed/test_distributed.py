@@ -46,7 +46,7 @@ def together(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture(scope="session")
 def left(together: Callable[..., dict[int, Path]]) -> dict[int, Path]:
-    return together("train", "realign", "judge", "probe_and_tune")
+    return together("train", "realigned", "judge", "probe_and_tune")
 
 
 def found(folders: dict[int, Path], name: str) -> tuple[Any, Any]:
@@ -101,7 +101,7 @@ def test_features_are_the_same_bytes(left: dict[int, Path]) -> None:
 
 
 def test_realignments_are_those_of_one_process(left: dict[int, Path]) -> None:
-    alone, shared = found(left, "realign")
+    alone, shared = found(left, "realigned")
     close(alone, shared, 1e-6)
 
 
@@ -141,7 +141,7 @@ def test_commands_write_and_speak_once(tiny_base: Path, tmp_path: Path) -> None:
     train += ["--val-images", "8", "--steps", "2", "--probe-steps", "2", "--batch-size", "4", "-o", str(model)]
     assert start(train, 2).count("Model: ") == 1
     assert start(["-m", "simomerge", "evaluate", str(model), "--count", "5"], 2).count("abs_err") == 1
-    heads = ["-m", "simomerge", "realign", str(model), "--method", "heads", "--steps", "2", "--count", "8"]
+    heads = ["-m", "simomerge", "realigned", str(model), "--method", "heads", "--steps", "2", "--count", "8"]
     assert start([*heads, "-o", str(again)], 2).count("Model: ") == 1
     assert (model / "simo.json").is_file() and (again / "simo.json").is_file()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from simomerge.assembly.realign import realign_fold, realign_heads
+from simomerge.assembly.realign import realign
 from simomerge.core import distributed
 from simomerge.core import machine as devices
 from simomerge.datasets import load_data
@@ -56,20 +56,20 @@ def train(base: Path, output: Path) -> None:
         save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
 
 
-def realign(base: Path, output: Path) -> None:
+def realigned(base: Path, output: Path) -> None:
     data = load_data("rooms", "val", 11, ("depth", "edges"))
     kinds = {"depth": "linear", "edges": "dpt"}
     model = model_of(base, data, kinds)
     cache_features(model.encoder, data, output / "features", batch_size=4)
-    heads = realign_heads(model, data, SETTINGS).heads.state_dict()
+    heads = realign(model, data=data, method="heads", training=SETTINGS).heads.state_dict()
     experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
     for task, expert in experts.items():
         torch.manual_seed(len(task))
         with torch.no_grad():
             for weight in expert.encoder.parameters():
                 weight.mul_(1 + 0.1 * torch.randn(()))
-    folded = realign_fold(model, experts, data, batch_size=2)
-    save(output, "realign", {"heads": heads, "folded": folded.heads.state_dict()})
+    folded = realign(model, experts, data, images_at_once=2)
+    save(output, "realigned", {"heads": heads, "folded": folded.heads.state_dict()})
 
 
 def judge(base: Path, output: Path) -> None:

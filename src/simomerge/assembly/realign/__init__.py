@@ -1,30 +1,36 @@
-"""Re-alignment: repair the mismatch between merged features and the experts' heads."""
+"""Re-alignment: repair the mismatch between merged features and the experts' heads.
+
+Each method is one file; importing it here registers it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from simomerge.assembly.realign.adapters import ADAPTER_SETTINGS, realign_adapters
-from simomerge.assembly.realign.distill import DISTILL_SETTINGS, realign_distill
-from simomerge.assembly.realign.fold import HELD_OUT, RIDGES, Fold, fold_heads, realign_fold, see
-from simomerge.assembly.realign.heads import HEAD_SETTINGS, realign_heads
-from simomerge.assembly.realign.lora import LORA_SETTINGS, realign_lora
+from simomerge.assembly.realign.adapters import Adapters
+from simomerge.assembly.realign.distill import Distill
+from simomerge.assembly.realign.fold import Fold
+from simomerge.assembly.realign.heads import Heads
+from simomerge.assembly.realign.lora import Lora
+from simomerge.assembly.realign.method import (
+    Inputs,
+    Realignment,
+    get_realignment,
+    methods,
+    preset,
+    realignments,
+    register,
+)
 from simomerge.core.errors import InputError
-from simomerge.models.model import SimoModel
 
-WITHOUT_LABELS: dict[str, Callable[..., SimoModel]] = {"fold": realign_fold, "distill": realign_distill}
-"""Re-alignments that learn from the experts: ``(model, experts, images, ...)``."""
+if TYPE_CHECKING:
+    from simomerge.models.model import SimoModel
 
-WITH_LABELS: dict[str, Callable[..., SimoModel]] = {
-    "heads": realign_heads,
-    "adapters": realign_adapters,
-    "lora": realign_lora,
-}
-"""Re-alignments that learn from labels: ``(model, data, ...)``."""
-
-REALIGNMENTS = {**WITHOUT_LABELS, **WITH_LABELS}
-"""Every re-alignment by name; each gives a new model."""
+preset("fold-cross", "fold", variant="cross-tap")
+preset("distill-adapters", "distill", trains="adapters")
+preset("distill-lora", "distill", trains="lora")
 
 
 def realign(
@@ -32,60 +38,80 @@ def realign(
     experts: Mapping[str, SimoModel] | None = None,
     images: Any = None,
     data: Any = None,
-    method: str = "fold",
-    **options: Any,
+    method: str | Realignment = "fold",
+    *,
+    work_folder: str | Path | None = None,
+    workers: int = 1,
+    **parameters: Any,
 ) -> SimoModel:
-    """Re-align a merged model; it stays as it is.
+    """Re-align a merged model and return a new one; the given model stays as it is.
 
-    ``"fold"`` (closed form) and ``"distill"`` need the experts and images without labels; ``"heads"`` and
-    ``"adapters"`` (the paper's) and ``"lora"`` need labelled data. Each may start from what another one gave; those
-    that put adapters or LoRA into an encoder, from one without adapters.
+    ``"fold"`` (closed form) and ``"distill"`` learn from the experts on images without labels; ``"heads"`` and
+    ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. Each may start from the result of another one;
+    those that put adapters or LoRA into an encoder need a model without adapters.
 
     Args:
-        model: a merged model.
-        experts: by task, those it was merged from.
-        images: a folder of pictures, a sequence of images, or a dataset whose labels are not read.
-        data: a dataset with the targets of every task.
-        method: a key of `REALIGNMENTS`.
-        **options: see `realign_fold`, `realign_distill`, `realign_heads`, `realign_adapters` and `realign_lora`.
+        model: A merged model.
+        experts: By task, those it was merged from.
+        images: A folder of pictures, a sequence of images, or a dataset whose labels are not read.
+        data: A dataset with the targets of every task.
+        method: A method or preset by name (`simomerge methods` lists them), or a `Realignment`.
+        work_folder: Where features, predictions and the state of a killed run are kept, for this very re-alignment and
+            no other; a temporary folder by default.
+        workers: Number of heads that are trained at the same time, each in its own process.
+        **parameters: Parameters of the method and, where it trains, of its `TrainSettings`.
 
     Raises:
-        InputError: an unknown method, what it needs is not given, or what the method refuses.
+        InputError: An unknown method or parameter, an input that it needs is not given, or what the method refuses.
 
     Example:
         >>> model = realign(model, experts, images="photos/")                                      # doctest: +SKIP
-        >>> model = realign(model, data=load_data("rooms", split="val"), method="heads")           # doctest: +SKIP
+        >>> model = realign(model, data=load_data("rooms", split="val"), method="heads", steps=60)  # doctest: +SKIP
     """
-    if method not in REALIGNMENTS:
-        raise InputError(f"unknown re-alignment {method!r}; choose one of: {', '.join(REALIGNMENTS)}.")
+    chosen = get_realignment(method, **parameters) if isinstance(method, str) else method
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
-    if method in WITH_LABELS:
-        if data is None:
-            raise InputError(f"re-alignment by {method!r} learns from labels: give data=, a dataset with every task.")
-        return WITH_LABELS[method](model, data, **options)
+    if chosen.teacher == "labels":
+        inputs = {"data": _labelled(chosen, model, data)}
+    else:
+        inputs = _unlabelled(chosen, model, experts, images)
+    folder = Path(work_folder) if work_folder else None
+    return chosen.apply(model, Inputs(**inputs, work_folder=folder, workers=workers))
+
+
+def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
+    if data is None:
+        raise InputError(f"re-alignment by {method.name!r} learns from labels: give data=, a dataset with every task.")
+    missing = [name for name in model.tasks if name not in data.tasks]
+    if missing:
+        raise InputError(
+            f"re-alignment by {method.name!r} needs labels of every task; the data has none of {', '.join(missing)}."
+        )
+    return data if method.count is None else data.take(min(method.count, len(data)))
+
+
+def _unlabelled(
+    method: Realignment, model: SimoModel, experts: Mapping[str, SimoModel] | None, images: Any
+) -> dict[str, Any]:
+    from simomerge.assembly.realign.teacher import matching_experts
+    from simomerge.datasets.pictures import as_images
+
     if images is None:
-        raise InputError(f"re-alignment by {method!r} looks at images without labels: give images=, such as a folder.")
-    return WITHOUT_LABELS[method](model, experts or {}, images, **options)
+        raise InputError(f"re-alignment by {method.name!r} uses images without labels: give images=, such as a folder.")
+    return {"experts": matching_experts(model, experts), "images": as_images(images, method.count)}
 
 
 __all__ = [
-    "ADAPTER_SETTINGS",
-    "DISTILL_SETTINGS",
-    "HEAD_SETTINGS",
-    "HELD_OUT",
-    "LORA_SETTINGS",
-    "REALIGNMENTS",
-    "RIDGES",
-    "WITHOUT_LABELS",
-    "WITH_LABELS",
+    "Adapters",
+    "Distill",
     "Fold",
-    "fold_heads",
+    "Heads",
+    "Inputs",
+    "Lora",
+    "Realignment",
+    "get_realignment",
+    "methods",
     "realign",
-    "realign_adapters",
-    "realign_distill",
-    "realign_fold",
-    "realign_heads",
-    "realign_lora",
-    "see",
+    "realignments",
+    "register",
 ]

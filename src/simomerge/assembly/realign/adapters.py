@@ -1,4 +1,4 @@
-"""Representation re-alignment: a low-rank adapter beside every block, trained with the heads.
+"""Representation re-alignment: a low-rank adapter next to every block, trained together with the heads.
 
 Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), re-alignment, second remedy.
 """
@@ -6,57 +6,55 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), re-alignme
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from simomerge.assembly.realign.labels import check_labels
-from simomerge.assembly.realign.low_rank import check_no_adapters, only_heads_learn, train_with_heads
-from simomerge.assembly.realign.record import after
-from simomerge.models.model import SimoModel
-from simomerge.training.settings import TrainSettings
+from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
+from simomerge.core.registry import parameter
 
-ADAPTER_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
+if TYPE_CHECKING:
+    from simomerge.models.model import SimoModel
 
 
-def realign_adapters(
-    model: SimoModel,
-    data: Any,
-    settings: TrainSettings = ADAPTER_SETTINGS,
-    rank: int = 16,
-    activation: str = "none",
-    last_blocks: int = 0,
-    checkpointing: bool = False,
-    work_folder: str | Path | None = None,
-) -> SimoModel:
-    """Train low-rank adapters beside the blocks and all heads on the multi-task loss; the encoder is frozen.
+@register
+@dataclass(frozen=True)
+class Adapters(TrainedRealignment):
+    """Train low-rank adapters next to the blocks and all heads on the labels of all tasks (the paper's second remedy).
 
-    Args:
-        model: a merged model; it stays as it is.
-        data: a labelled dataset with the targets of every task (the paper's D_val).
-        settings: of the training.
-        rank: of the adapters (paper: 16).
-        activation: between the two factors: "none" (the paper's text) or "relu" (its reference code).
-        last_blocks: adapters beside the last so many blocks only, for large encoders; 0: beside all (the paper).
-        checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
-        work_folder: where the state of a killed run is kept.
-
-    Raises:
-        InputError: the data lacks labels of a task, or the model has adapters already.
+    The encoder's own weights are frozen.
     """
-    check_labels(model, data, "adapters need")
-    check_no_adapters(model)
-    result = copy.deepcopy(model)
-    state_file = Path(work_folder) / "adapters.pt" if work_folder else None
-    only_heads_learn(result, settings.seed)
-    adapters = result.encoder.add_adapters(rank, activation, last_blocks)
-    cost = train_with_heads(result, data, settings, state_file, "adapters", checkpointing=checkpointing)
-    record = {
-        "method": "adapters",
-        **adapters.settings,
-        **asdict(settings),
-        "labelled_images": len(data),
-        **cost,
-    }
-    result.provenance = {**model.provenance, "realign": after(model, record)}
-    return result.eval()
+
+    name: ClassVar[str] = "adapters"
+    teacher: ClassVar[str] = "labels"
+    paper: ClassVar[str] = "Single-Input Multi-Output Model Merging (Garcia Giraldo et al., 2025)"
+    link: ClassVar[str] = "https://arxiv.org/abs/2504.11268"
+
+    rank: int = parameter(16, low=1, help="Rank of the adapters (paper: 16).")
+    activation: str = parameter(
+        "none", choices=("none", "relu"), help="Between an adapter's two factors: none (the paper) or relu (its code)."
+    )
+    last_blocks: int = parameter(0, low=0, help="Adapters in the last N blocks only; 0: in all blocks (the paper).")
+    checkpointing: bool = parameter(
+        False, help="Compute blocks again in the backward pass: the same gradients in less memory, slower."
+    )
+
+    @property
+    def phrase(self) -> str:
+        return "re-aligning it with adapters"
+
+    @property
+    def adds_adapters(self) -> bool:
+        return True
+
+    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
+        from simomerge.assembly.realign.training import check_no_adapters, finished, freeze_encoder, train_with_heads
+
+        check_no_adapters(model)
+        result = copy.deepcopy(model)
+        freeze_encoder(result, self.training.seed)
+        result.encoder.add_adapters(self.rank, self.activation, self.last_blocks)
+        state_file = inputs.work_folder / "adapters.pt" if inputs.work_folder else None
+        cost = train_with_heads(
+            result, inputs.data, self.training, state_file, "adapters", checkpointing=self.checkpointing
+        )
+        return finished(result, model, self.record({"labelled_images": len(inputs.data), **cost}))

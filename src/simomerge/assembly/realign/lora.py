@@ -1,104 +1,92 @@
 """LoRA re-alignment: low-rank changes of the encoder's linear layers, trained with the heads, then folded.
 
-A layer with weight ``W`` computes ``W x + (alpha / rank) B A x`` while it is trained; afterwards its weight is
-``W + (alpha / rank) B A``, which gives the same but for the rounding of float32. The adapters of the paper stand
-beside whole blocks, which no weight of a block can take up; LoRA leaves a plain encoder.
+A layer with weight ``W`` computes ``W x + (alpha / rank) B A x`` while it is trained. Afterwards its weight is
+``W + (alpha / rank) B A``, which gives the same up to the rounding of float32. The paper's adapters work on whole
+blocks, and no weight of a block can absorb them; LoRA leaves a plain encoder.
 
-Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). The adapters and their folding are
-those of peft.
+Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). The layers and their folding are those
+of peft.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
-
-from simomerge.assembly.realign.labels import check_labels
-from simomerge.assembly.realign.low_rank import check_no_adapters, only_heads_learn, train_with_heads
-from simomerge.assembly.realign.record import after
+from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
 from simomerge.core.errors import InputError
-from simomerge.models.encoders import Encoder
-from simomerge.models.model import SimoModel
-from simomerge.training.settings import TrainSettings
+from simomerge.core.registry import parameter
 
-LORA_SETTINGS = TrainSettings(steps=200, batch_size=32, lr=1e-3)
+if TYPE_CHECKING:
+    from torch import nn
+
+    from simomerge.models.encoders import Encoder
+    from simomerge.models.model import SimoModel
+
 ALL_LINEAR = "all-linear"
 
 
-def realign_lora(
-    model: SimoModel,
-    data: Any,
-    settings: TrainSettings = LORA_SETTINGS,
-    rank: int = 16,
-    alpha: float | None = None,
-    targets: str | Sequence[str] = ALL_LINEAR,
-    checkpointing: bool = False,
-    work_folder: str | Path | None = None,
-) -> SimoModel:
-    """Train LoRA in the encoder and all heads on the multi-task loss, then fold it into the encoder's weights.
+@register
+@dataclass(frozen=True)
+class Lora(TrainedRealignment):
+    """Train LoRA in the encoder and all heads on the labels of all tasks, then fold it into the encoder's weights.
 
-    Args:
-        model: a merged model; it stays as it is.
-        data: a labelled dataset with the targets of every task (the paper's D_val).
-        settings: of the training; ``encoder_lr`` is LoRA's own peak learning rate, where it has one.
-        rank: of each change.
-        alpha: the change is scaled by ``alpha / rank``, as in peft; the rank by default, so that the scale is 1.
-        targets: "all-linear", every linear layer of the backbone; or the ends of names of such layers, as in peft:
-            ``["fc1", "fc2"]``. The names are those in memory, which a version of transformers may have changed.
-        checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
-        work_folder: where the state of a killed run is kept, of this very re-alignment and no other.
-
-    Returns:
-        A new model with re-aligned heads and other encoder weights under the same names; no adapters.
-
-    Raises:
-        InputError: peft is not installed, a rank or alpha out of its range, a target that is no linear layer, an
-            encoder without any, the data lacks labels of a task, or the model has adapters.
-
-    Source:
-        "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
-
-    Example:
-        >>> model = realign_lora(model, load_data("rooms", split="val"), rank=8)       # doctest: +SKIP
+    ``training.encoder_lr`` is LoRA's own peak learning rate, where it is given.
     """
-    check_labels(model, data, "LoRA needs")
-    check_no_adapters(model)
-    config = lora_config(model.encoder, rank, alpha, targets)
-    result = copy.deepcopy(model)
-    state_file = Path(work_folder) / "lora.pt" if work_folder else None
-    only_heads_learn(result, settings.seed)
-    with lora(result.encoder, config):
-        cost = train_with_heads(result, data, settings, state_file, "lora", checkpointing=checkpointing)
-    record = {
-        "method": "lora",
-        **lora_record(config, targets),
-        **asdict(settings),
-        "labelled_images": len(data),
-        **cost,
-    }
-    result.provenance = {**model.provenance, "realign": after(model, record)}
-    return result.eval()
+
+    name: ClassVar[str] = "lora"
+    teacher: ClassVar[str] = "labels"
+    paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021)"
+    link: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+
+    rank: int = parameter(16, low=1, help="Rank of each change.")
+    alpha: float | None = parameter(
+        None, kind=float, above=0, help="The change is scaled by alpha / rank, as in peft; the rank by default."
+    )
+    targets: str | Sequence[str] = parameter(
+        ALL_LINEAR, many=True, help="Linear layers to change: all-linear, or the ends of their names in memory."
+    )
+    checkpointing: bool = parameter(
+        False, help="Compute blocks again in the backward pass: the same gradients in less memory, slower."
+    )
+
+    @property
+    def phrase(self) -> str:
+        return "re-aligning it with LoRA"
+
+    @property
+    def changes_encoder(self) -> bool:
+        return True
+
+    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
+        from simomerge.assembly.realign.training import check_no_adapters, finished, freeze_encoder, train_with_heads
+
+        check_no_adapters(model)
+        config = lora_config(model.encoder, self.rank, self.alpha, self.targets)
+        result = copy.deepcopy(model)
+        state_file = inputs.work_folder / "lora.pt" if inputs.work_folder else None
+        freeze_encoder(result, self.training.seed)
+        with lora_layers(result.encoder, config):
+            cost = train_with_heads(
+                result, inputs.data, self.training, state_file, "lora", checkpointing=self.checkpointing
+            )
+        measured = {"alpha": config.lora_alpha, "labelled_images": len(inputs.data), **cost}
+        return finished(result, model, self.record(measured))
 
 
 def lora_config(
     encoder: Encoder, rank: int, alpha: float | None = None, targets: str | Sequence[str] = ALL_LINEAR
 ) -> Any:
-    """peft's LoraConfig for an encoder, the target layers by their full names; see `realign_lora`.
+    """peft's LoraConfig for an encoder, with the full names of the target layers.
+
+    Everything that can be wrong is found here, before any training.
 
     Raises:
-        InputError: as `realign_lora`; all that can be wrong is found here, before anything is trained.
+        InputError: peft is not installed, a target that is no linear layer, or an encoder without linear layers.
     """
-    if rank < 1:
-        raise InputError(f"LoRA rank {rank}: use a whole number of at least 1, such as 16.")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise InputError(f"LoRA alpha {alpha}: use a number above 0; the rank is the default.")
     names = _target_names(encoder.backbone, targets)
     try:
         from peft import LoraConfig
@@ -108,11 +96,11 @@ def lora_config(
 
 
 @contextmanager
-def lora(encoder: Encoder, config: Any) -> Iterator[None]:
-    """LoRA in an encoder's linear layers, in place, until the block ends, which folds it into their weights.
+def lora_layers(encoder: Encoder, config: Any) -> Iterator[None]:
+    """Put LoRA into an encoder's linear layers, in place; at the end of the block it is folded into their weights.
 
-    Only the layers are replaced, and later put back. The blocks with their hooks stay the same objects, and the names
-    of all tensors end as they began. Where the block raises, the encoder is left with its LoRA.
+    Only the layers are replaced and later put back. The blocks and their hooks stay the same objects, and all tensors
+    keep their names. If the block raises, the encoder is left with its LoRA layers.
     """
     from peft import LoraModel
 
@@ -121,21 +109,14 @@ def lora(encoder: Encoder, config: Any) -> Iterator[None]:
     tuner.merge_and_unload()
 
 
-def lora_record(config: Any, targets: str | Sequence[str]) -> dict[str, Any]:
-    """What the provenance says of LoRA; the targets as they were given."""
-    return {
-        "rank": config.r,
-        "alpha": config.lora_alpha,
-        "targets": targets if isinstance(targets, str) else list(targets),
-    }
-
-
 def _target_names(backbone: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers that are meant."""
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    """Full names of the targeted linear layers."""
+    from torch.nn import Linear
+
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, Linear)]
     if not linear:
         raise InputError(
-            f"{type(backbone).__name__} has no linear layers, and LoRA is for these; re-align by another method."
+            f"{type(backbone).__name__} has no linear layers, and LoRA changes only these; use another method."
         )
     if targets == ALL_LINEAR:
         return linear

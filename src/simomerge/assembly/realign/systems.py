@@ -1,4 +1,4 @@
-"""The linear systems of a fold: what each reads of the features, what it gives, and how it is solved."""
+"""The linear systems of a fold: their inputs, their outputs, and how they are solved."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from simomerge.models.heads.resize import resize
 
 
 class System(NamedTuple):
-    """What one system of normal equations reads: patches of some taps, CLS tokens of some, at the places of one tap."""
+    """The inputs of one system: patches of some taps and CLS tokens of some taps, on the grid of one tap."""
 
     maps: tuple[int, ...]
     cls: tuple[int, ...]
     grid: int
 
     def widths(self, channels: Sequence[int]) -> list[int]:
-        """Inputs per tap: first the patches', then the CLS tokens'."""
+        """Number of inputs per tap: first of the patches, then of the CLS tokens."""
         return [channels[tap] for tap in (*self.maps, *self.cls)]
 
     def patches(self, channels: Sequence[int]) -> int:
@@ -42,13 +42,13 @@ class System(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One regression target: a projection of one head, or one tap's part of it."""
+    """One regression target: a projection of one head, or the part of it that reads one tap."""
 
     task: str
     index: int
-    projection: Projection  # as the head has it
+    projection: Projection  # the head's own, before the fold
     system: System
-    columns: slice  # of the system's outputs
+    columns: slice  # its place among the system's outputs
 
 
 def tokens(maps: Tensor) -> Tensor:
@@ -57,23 +57,23 @@ def tokens(maps: Tensor) -> Tensor:
 
 
 class Solver:
-    """Solves one system for any ridge, among the few directions in which its CLS tokens vary."""
+    """Solves one system for any ridge, in the few directions in which its CLS tokens vary."""
 
     def __init__(self, sums: NormalEquations, system: System, channels: Sequence[int]) -> None:
         self.patches = system.patches(channels)
         self.basis = sums.cls_basis(self.patches) if system.cls else None
-        self.sums = self.seen(sums)
+        self.sums = self.in_coordinates(sums)
         self.unit = sums.unit
-        # An image gives one CLS token but n patches: what n equal rows seem to prove about it is one observation.
+        # An image gives one CLS token but n patches: its n equal rows are one observation, not n.
         self.penalties = torch.ones_like(self.sums.x)
         self.penalties[self.patches :] = sums.tokens / max(sums.images, 1.0)
 
-    def seen(self, sums: NormalEquations) -> NormalEquations:
+    def in_coordinates(self, sums: NormalEquations) -> NormalEquations:
         """Sums in the coordinates that `solve` works in."""
         return sums.in_basis(self.patches, self.basis)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weights, in these coordinates, and biases to add to the heads'; none for an infinite ridge."""
+        """Weights, in these coordinates, and biases to add to the heads'; zeros for an infinite ridge."""
         if math.isinf(ridge):
             return torch.zeros_like(self.sums.xr.T), torch.zeros_like(self.sums.r)
         return self.sums.solve(ridge, self.penalties, self.unit)

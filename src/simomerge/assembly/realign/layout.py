@@ -1,0 +1,74 @@
+"""Which linear systems the fold of a model's heads consists of.
+
+Each head declares the linear maps it starts with (its input projections). Per tap, a projection is split into one part
+for each tap; cross tap, it is one part that reads all taps. Parts that read the same inputs share one system of
+normal equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simomerge.assembly.realign.systems import Part, System, tokens
+from simomerge.models.encoders import Features
+from simomerge.models.heads.projections import Projection, input_projections
+from simomerge.models.model import SimoModel
+
+
+class FoldLayout:
+    """The parts of all heads of a model, and the systems that they share.
+
+    Args:
+        model: A merged model whose heads are still the experts'.
+        variant: "per-tap" (each tap is repaired from the same tap) or "cross-tap" (from all taps).
+
+    Attributes:
+        projections: By task, the head's input projections.
+        parts: One regression target each, in the order of `targets`.
+        outputs: System -> number of its outputs.
+
+    Raises:
+        InputError: A head without declared projections.
+    """
+
+    def __init__(self, model: SimoModel, variant: str = "per-tap") -> None:
+        self.model = model
+        self.variant = variant
+        self.projections = {name: input_projections(head, name) for name, head in model.heads.items()}
+        self.parts: list[Part] = []
+        self.outputs: dict[System, int] = {}
+        for task, projections in self.projections.items():
+            for index, projection in enumerate(projections):
+                for piece in projection.split() if variant == "per-tap" else [projection]:
+                    system = self._system(task, piece)
+                    first = self.outputs.get(system, 0)
+                    self.outputs[system] = first + len(piece.bias)
+                    self.parts.append(Part(task, index, piece, system, slice(first, self.outputs[system])))
+
+    def _system(self, task: str, piece: Projection) -> System:
+        if self.variant == "per-tap":
+            return System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
+        head: Any = self.model.heads[task]
+        taps = tuple(range(len(self.model.encoder.channels))) if getattr(head, "widens", False) else piece.taps
+        # Taps of one stride have one grid: then all projections share one system, and its equations.
+        strides = self.model.encoder.strides
+        return System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]))
+
+    def targets(self, experts: Mapping[str, Features]) -> list[Tensor]:
+        """What each part should compute, from the experts' features by task: (B, n, O) per part."""
+        return [tokens(part.projection(experts[part.task])) for part in self.parts]
+
+    def residuals(self, features: Features, targets: Sequence[Tensor]) -> dict[System, tuple[Tensor, Tensor]]:
+        """By system, what its parts should compute, and how much of that is missing with the merged features."""
+        members: dict[System, list[tuple[Part, Tensor]]] = {}
+        for part, target in zip(self.parts, targets, strict=True):
+            members.setdefault(part.system, []).append((part, target))
+        found = {}
+        for system, pairs in members.items():
+            target = torch.cat([value for _, value in pairs], 2)
+            found[system] = target, target - torch.cat([tokens(part.projection(features)) for part, _ in pairs], 2)
+        return found

@@ -1,0 +1,270 @@
+"""The fold of all heads of one merged model: sums over images, then a solution for each head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.assembly.realign.layout import FoldLayout
+from simomerge.assembly.realign.normal_equations import NormalEquations
+from simomerge.assembly.realign.systems import Solver, System, moved
+from simomerge.assembly.realign.teacher import evaluating, observe
+from simomerge.core import distributed
+from simomerge.core.errors import InputError
+from simomerge.core.machine import autocast
+from simomerge.models.encoders import Features
+from simomerge.models.heads.projections import Moments, Projection, joined
+from simomerge.models.model import SimoModel
+
+RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
+"""Ridges that "auto" tries, in units of the mean diagonal of the Gram matrix. Infinity leaves the head as it is."""
+
+HELD_OUT = 4
+"""Every fourth image is held out to choose the ridge; it takes part in the final solution."""
+
+FALLBACK_RIDGE = 1e-1
+"""The ridge where no image is left to hold out."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a fold repairs one task, on images that its maps were not solved on.
+
+    Both R^2 are means over the task's regressions: per tap one for each tap of a projection, cross tap one for each
+    projection.
+
+    Attributes:
+        ridge: The chosen one, in units of the mean diagonal of the Gram matrix.
+        r2: R^2 of what the head's first layer computes, against the expert's, after the fold; 1 equals the expert.
+        r2_before: The same before the fold; negative where merged features are worse than a constant.
+    """
+
+    ridge: float
+    r2: float
+    r2_before: float
+
+
+@dataclass(frozen=True)
+class HeadTargets:
+    """A batch of images with what the experts' first layers compute on them (`FoldLayout.targets`)."""
+
+    indices: list[int]
+    images: Tensor
+    targets: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A model that shares the encoder and has folded heads, how well each head fits, and the sums behind it."""
+
+    model: SimoModel
+    fits: dict[str, Fit]
+    sums: HeadSums
+
+
+class HeadSums:
+    """Sums over images for the fold of all heads: count images with `add`, then `solve`.
+
+    Args:
+        layout: The parts and systems of the merged model, which stays as it is.
+    """
+
+    def __init__(self, layout: FoldLayout) -> None:
+        self.layout = layout
+        self.channels = layout.model.encoder.channels
+        device = next(layout.model.parameters()).device
+        device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self.equations: dict[System, list[NormalEquations]] = {  # system -> [solved on, held out]
+            system: [NormalEquations.empty(sum(system.widths(self.channels)), width, device) for _ in range(2)]
+            for system, width in layout.outputs.items()
+        }
+        self._first: Tensor | None = None
+        self.all_alike = True  # whether every image so far gave the features of the first
+
+    def add(self, features: Features, targets: Sequence[Tensor], indices: Sequence[int]) -> None:
+        """Count a batch of images.
+
+        Args:
+            features: Those of the merged encoder.
+            targets: Those of `FoldLayout.targets`, in the same order.
+            indices: Numbers of the images; they decide which images are held out.
+        """
+        held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
+        self._compare(features.maps[0])
+        for system, (target, residual) in self.layout.residuals(features, targets).items():
+            patches, cls = system.inputs(features)
+            for sums, chosen in zip(self.equations[system], (~held_out, held_out), strict=True):
+                if chosen.any():
+                    sums.add(patches[chosen], cls[chosen], residual[chosen], target[chosen])
+
+    def _compare(self, maps: Tensor) -> None:
+        means = maps.float().mean((2, 3))
+        self._first = means[0] if self._first is None else self._first
+        self.all_alike = self.all_alike and torch.allclose(means, self._first.expand_as(means), rtol=1e-4, atol=1e-6)
+
+    def gather(self) -> None:
+        """Add up the sums of all processes, where there are several; each then continues with the same totals."""
+        if distributed.processes() < 2:
+            return
+        for sums in self._all():
+            counts = torch.tensor([sums.tokens, sums.images], dtype=torch.float64, device=sums.x.device)
+            distributed.add_up(counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu)
+            sums.tokens, sums.images = counts.tolist()
+        self.all_alike = False  # this process knows only its own images
+
+    @property
+    def images(self) -> int:
+        """Number of images that were counted."""
+        return int(sum(sums.images for sums in next(iter(self.equations.values()))))
+
+    def shortcoming(self) -> str:
+        """What the images say too little about for a good map, in a sentence; empty where they suffice."""
+        pairs = list(self.equations.values())
+        widest = max((train + held_out for train, held_out in pairs), key=lambda total: len(total.x))
+        if all((train + held_out).unit == 0 for train, held_out in pairs):
+            return "all images give the same features: only the heads' biases were folded."
+        if any(held_out.images == 0 for _, held_out in pairs):
+            return (
+                f"too few images ({self.images}) to hold one out: a ridge of {FALLBACK_RIDGE:g} was taken, and how well"
+                f" the fold fits is not known; give at least {HELD_OUT}."
+            )
+        if self.images > 1 and self.all_alike:
+            return (
+                f"all {self.images} images give the same features: the fold knows no more than from one; give images"
+                " of what the model will see."
+            )
+        if widest.tokens < len(widest.x):
+            return (
+                f"{self.images} images give {int(widest.tokens)} tokens for a map of {len(widest.x)} inputs: the fold"
+                " stays close to the unfolded head; give more images."
+            )
+        return ""
+
+    def solve(self, ridge: float | str = "auto") -> tuple[dict[str, nn.Module], dict[str, Fit]]:
+        """The folded heads, new ones, and how well each fits.
+
+        Args:
+            ridge: In units of the mean diagonal of the Gram matrix; "auto" takes, for each head, the one of `RIDGES`
+                that does best on the held-out images.
+
+        Raises:
+            InputError: No images, or features that are not finite.
+        """
+        if not self.images:
+            raise InputError("the fold got no image; give at least one.")
+        if not all(torch.isfinite(sums.xx).all() and torch.isfinite(sums.rr).all() for sums in self._all()):
+            raise InputError("the fold got features that are not finite; a model or an image is damaged.")
+        chosen, fits = self._choose(RIDGES if ridge == "auto" else (float(ridge),))
+        solved = self._solve_all(chosen)
+        return {task: self._head(task, solved) for task in self.layout.projections}, fits
+
+    def _all(self) -> Iterator[NormalEquations]:
+        return (sums for pair in self.equations.values() for sums in pair)
+
+    def _choose(self, ridges: Sequence[float]) -> tuple[dict[str, float], dict[str, Fit]]:
+        """For each task the ridge of the best held-out fit."""
+        tasks = list(self.layout.projections)
+        if any(sums.images == 0 for sums in self._all()):
+            given = ridges[0] if len(ridges) == 1 else FALLBACK_RIDGE
+            return dict.fromkeys(tasks, given), dict.fromkeys(tasks, Fit(given, math.nan, math.nan))
+        solvers = {system: Solver(train, system, self.channels) for system, (train, _) in self.equations.items()}
+        judges = {system: solver.in_coordinates(self.equations[system][1]) for system, solver in solvers.items()}
+        r2 = {ridge: self._held_out_r2(ridge, solvers, judges) for ridge in {*ridges, math.inf}}
+        chosen = {task: max(ridges, key=lambda ridge: r2[ridge][task]) for task in tasks}
+        fits = {task: Fit(ridge, r2[ridge][task], r2[math.inf][task]) for task, ridge in chosen.items()}
+        return chosen, fits
+
+    def _held_out_r2(
+        self, ridge: float, solvers: Mapping[System, Solver], judges: Mapping[System, NormalEquations]
+    ) -> dict[str, float]:
+        """R^2 per task, the mean over its parts."""
+        found: dict[str, list[float]] = {task: [] for task in self.layout.projections}
+        for system, solver in solvers.items():
+            weights, bias = solver.solve(ridge)
+            error, spread = judges[system].error(weights, bias), judges[system].spread()
+            for part in self.layout.parts:
+                if part.system == system:
+                    total = float(spread[part.columns].sum())
+                    left = float(error[part.columns].sum())
+                    found[part.task].append(1 - left / total if total > 0 else (1.0 if left == 0 else -math.inf))
+        return {task: sum(values) / len(values) for task, values in found.items()}
+
+    def _solve_all(self, ridges: Mapping[str, float]) -> list[Projection]:
+        """The new projection of every part, from all images."""
+        solvers = {
+            system: Solver(train + held_out, system, self.channels)
+            for system, (train, held_out) in self.equations.items()
+        }
+        solutions: dict[Any, tuple[Tensor, Tensor]] = {}
+        solved = []
+        for part in self.layout.parts:
+            key = (part.system, ridges[part.task])
+            if key not in solutions:
+                weights, bias = solvers[part.system].solve(ridges[part.task])
+                solutions[key] = solvers[part.system].expanded(weights), bias
+            weights, bias = solutions[key]
+            solved.append(moved(part, weights[part.columns], bias[part.columns], self.channels))
+        return solved
+
+    def _head(self, task: str, solved: Sequence[Projection]) -> nn.Module:
+        projections = []
+        for index in range(len(self.layout.projections[task])):
+            pieces = [
+                projection
+                for part, projection in zip(self.layout.parts, solved, strict=True)
+                if (part.task, part.index) == (task, index)
+            ]
+            projections.append(joined(pieces))
+        head: Any = self.layout.model.heads[task]
+        return head.with_projections(projections, self._moments()).eval()
+
+    def _moments(self) -> Moments:
+        maps: dict[int, tuple[Tensor, Tensor]] = {}
+        cls: dict[int, tuple[Tensor, Tensor]] = {}
+        for system, (train, held_out) in self.equations.items():
+            total = train + held_out
+            widths = system.widths(self.channels)
+            pieces = list(zip(total.mean.split(widths), total.variance.split(widths), strict=True))
+            maps |= dict(zip(system.maps, pieces, strict=False))
+            cls |= dict(zip(system.cls, pieces[len(system.maps) :], strict=True))
+        return Moments(maps, cls)
+
+
+@torch.no_grad()
+def fold_heads(
+    model: SimoModel, targets: Iterable[HeadTargets], variant: str = "per-tap", ridge: float | str = "auto"
+) -> Folded:
+    """Fold the heads of a merged model to what the experts' first layers compute."""
+    sums = HeadSums(FoldLayout(model, variant))
+    device = next(model.parameters()).device
+    for batch in targets:
+        with evaluating(model), autocast(device):
+            features = model.encode(batch.images)
+        sums.add(features, batch.targets, batch.indices)
+    sums.gather()
+    heads, fits = sums.solve(ridge)
+    return Folded(SimoModel(model.encoder, model.tasks, heads, dict(model.provenance)), fits, sums)
+
+
+def head_targets(
+    model: SimoModel,
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    variant: str = "per-tap",
+    batch_size: int = 32,
+) -> Iterator[HeadTargets]:
+    """What `fold_heads` reads, computed by the experts batch by batch; a list of it serves several merges.
+
+    Args:
+        model: Any merge of the experts, whose heads are still theirs.
+        experts: By task.
+        images: As `simomerge.datasets.pictures.as_images` gives them.
+    """
+    layout = FoldLayout(model, variant)
+    for batch in observe(experts, images, batch_size, "fold", shared=True):
+        yield HeadTargets(batch.indices, batch.images, layout.targets(batch.features))

@@ -1,0 +1,113 @@
+"""What the re-alignments that train have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simomerge.assembly.realign.method import Inputs
+from simomerge.core import distributed
+from simomerge.core.errors import InputError
+from simomerge.datasets.tasks import Task
+from simomerge.models.model import SimoModel
+from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.lpft import ModelLosses, finetune, image_losses, train_head, trainable_parameters
+from simomerge.training.pool import WorkerPool
+from simomerge.training.settings import TrainSettings
+
+
+def finished(result: SimoModel, start: SimoModel, record: dict[str, Any]) -> SimoModel:
+    """The re-aligned model with its provenance: that of the model it started from, and the record of this step."""
+    earlier = start.provenance.get("realign")
+    result.provenance = {**start.provenance, "realign": {**record, "after": earlier} if earlier else record}
+    return result.eval()
+
+
+def check_no_adapters(model: SimoModel, remedy: str = "re-align the merged model they were made from") -> None:
+    """Refuse a model that has adapters: it cannot get a second set, and LoRA would not give a plain encoder."""
+    if model.encoder.adapters is not None:
+        raise InputError(f"the model has adapters already; {remedy}.")
+
+
+def freeze_encoder(model: SimoModel, seed: int) -> None:
+    """Let only the heads learn; what is put into the encoder next is initialised from the seed, and learns too."""
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    model.heads.requires_grad_(True)
+
+
+def train_with_heads(
+    model: SimoModel,
+    data: Any,
+    settings: TrainSettings,
+    state_file: Path | None,
+    label: str,
+    losses: ModelLosses = image_losses,
+    checkpointing: bool = False,
+) -> dict[str, Any]:
+    """Train everything in a model that requires a gradient on all tasks at once, in place; return what it cost."""
+    trained = trainable_parameters(model)
+    log = finetune(
+        model, data, settings, state_file=state_file, label=label, losses=losses, checkpointing=checkpointing
+    )
+    return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
+
+
+def prediction_distances(model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Distance of each task's predictions to the teacher's, whose logits the batch holds."""
+    logits = model(batch["image"])
+    return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
+
+
+def train_heads(
+    model: SimoModel,
+    data: Any,
+    settings: TrainSettings,
+    inputs: Inputs,
+    criterion: str,
+    cache_budget: int | None = None,
+) -> dict[str, Any]:
+    """Train each head of a model on features that are computed once, in place; return what it cost.
+
+    Args:
+        data: Images with what the criterion compares with: targets, or another model's logits.
+        inputs: The work folder, and how many heads are trained at the same time.
+        criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (a teacher's logits).
+        cache_budget: Bytes that the features may take on disk.
+    """
+    with distributed.temporary_folder() as temporary:
+        work = inputs.work_folder or temporary
+        if not (work / "features").exists():
+            cache_features(model.encoder, data, work / "features", budget=cache_budget)
+        common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
+        jobs = [(_train_one, {"head": head, "task": model.tasks[name], **common}) for name, head in model.heads.items()]
+        with WorkerPool(min(inputs.workers, len(jobs))) as pool:
+            outcomes = pool.run(jobs)
+    for head, (state, _log) in zip(model.heads.values(), outcomes, strict=True):
+        head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return {
+        "steps": sum(log["steps"] for _state, log in outcomes),
+        "seconds": sum(log["seconds"] for _state, log in outcomes),
+        "trained_parameters": sum(p.numel() for p in model.heads.parameters()),
+    }
+
+
+def _train_one(
+    head: nn.Module, task: Task, data: Any, settings: TrainSettings, work: Path, criterion: str
+) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+    """Weights (as arrays, which are cheap to send between processes) and log of one head's training."""
+    log = train_head(
+        head,
+        task,
+        CachedFeatures(work / "features", data, [task.name]),
+        settings,
+        state_file=work / f"{task.name}.pt",
+        label=f"{'head' if criterion == 'loss' else 'distill'} {task.name}",
+        criterion=criterion,
+    )
+    return {key: value.detach().cpu().numpy() for key, value in head.state_dict().items()}, vars(log)
