@@ -16,7 +16,7 @@ from PIL import Image
 from simomerge.cli import COMMANDS
 from simomerge.core.progress import Console
 from simomerge.models.model import load
-from simomerge.recipes import Recipe
+from simomerge.recipes.recipe import Recipe
 from simomerge.training.settings import TrainSettings
 
 from .conftest import TINY, Story, simomerge
@@ -266,12 +266,12 @@ def test_demo_writes_a_report(tiny_base: Path, tmp_path: Path, monkeypatch: pyte
 
     def tiny_recipe(tasks: tuple[str, ...], head: str, seeds: int, full: bool) -> Recipe:
         assert (tasks, head, seeds, full) == (("depth", "normals"), "linear", 1, False)
-        phases = dict.fromkeys(("probe", "tune", "joint", "heads", "adapters"), short)
+        phases = dict.fromkeys(("probe", "tune", "joint"), short)
         counts = dict.fromkeys(("train_images", "val_images", "test_images"), 4)
-        recipe = replace(Recipe(tasks=tasks), **phases, **counts)
+        recipe = replace(Recipe(tasks=tasks), realign={"heads": {"steps": 2, "batch_size": 4}}, **phases, **counts)
         return replace(recipe, merges=("average",), realigned=("average+heads",), gallery=("experts", "average"))
 
-    monkeypatch.setattr("simomerge.recipes.demo_recipe", tiny_recipe)
+    monkeypatch.setattr("simomerge.recipes.recipe.demo_recipe", tiny_recipe)
     run = tmp_path / "run"
     done = simomerge("demo", "--tasks", "depth,normals", "--base", tiny_base, "-o", run, "--workers", 1, "--json")
     assert done.code == 0, done.err

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simomerge.recipes import Recipe, run, run_recipe
+from simomerge.recipes import run
+from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.run import run_recipe
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings
 
 SHORT = TrainSettings(steps=6, batch_size=4, lr=5e-3)
+STEPS = {"steps": 6, "batch_size": 4, "lr": 5e-3}
 MICRO = Recipe(
     tasks=("depth", "normals"),
     train_images=16,
@@ -22,13 +25,16 @@ MICRO = Recipe(
     probe=SHORT,
     tune=SHORT,
     joint=SHORT,
-    heads=SHORT,
-    adapters=SHORT,
-    rank=2,
+    realign={"heads": STEPS, "adapters": {**STEPS, "rank": 2}},
     merges=("average", "task-arithmetic"),
     realigned=("task-arithmetic+heads", "average+adapters"),
     gallery=("experts", "task-arithmetic", "task-arithmetic+heads"),
 )
+
+
+def on(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe with another base."""
+    return replace(recipe, base=str(base))
 
 
 @dataclass
@@ -69,5 +75,5 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Finis
     folder, names = tmp_path_factory.mktemp("run") / "micro", []
     with pytest.MonkeyPatch.context() as patch:
         record(patch, names)
-        results = run_recipe(MICRO, tiny_base, folder, workers=1)
+        results = run_recipe(on(MICRO, tiny_base), folder, workers=1)
     return Finished(folder, results, names)

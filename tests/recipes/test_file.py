@@ -9,11 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 
+from simomerge.assembly.realign import get_realignment
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
-from simomerge.recipes import ALL_TASKS, Recipe, demo_recipe, read_recipe
+from simomerge.recipes.file import read_recipe, recipe_schema
+from simomerge.recipes.recipe import ALL_TASKS, Recipe, demo_recipe
 from simomerge.recipes.run import _planned
 from simomerge.training.settings import TrainSettings
 
@@ -27,27 +31,50 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_rooms_small_is_the_demo() -> None:
-    assert read_recipe(RECIPES / "rooms-small.yaml").recipe == demo_recipe()
+    assert read_recipe(RECIPES / "rooms-small.yaml").to_dict() == demo_recipe().to_dict()
 
 
 def test_rooms_full_is_the_benchmark() -> None:
-    said = read_recipe(RECIPES / "rooms-full.yaml")
-    assert said.recipe == demo_recipe(ALL_TASKS, "dpt", 3, full=True)
+    dpt = read_recipe(RECIPES / "rooms-full.yaml")
+    assert dpt.to_dict() == demo_recipe(ALL_TASKS, "dpt", 3, full=True).to_dict()
     linear = read_recipe(RECIPES / "rooms-full.yaml", ["head=linear", "head_settings={subpixels: 4}"])
-    assert linear.recipe == demo_recipe(ALL_TASKS, "linear", 3, full=True)
+    assert linear.to_dict() == demo_recipe(ALL_TASKS, "linear", 3, full=True).to_dict()
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_one_and_says_its_command(file: Path) -> None:
-    said = read_recipe(file)
-    assert said.output == f"runs/{file.stem}" and said.title != file.stem
+    recipe = read_recipe(file)
+    assert recipe.output == f"runs/{file.stem}" and recipe.title != file.stem
     assert f"simomerge run recipes/{file.name}" in file.read_text()
 
 
+def test_the_schema_in_the_docs_is_the_one_that_is_generated() -> None:
+    schema = json.loads((RECIPES.parent / "docs" / "recipe.schema.json").read_text())
+    assert schema == json.loads(json.dumps(recipe_schema())), "run `simomerge run --schema > docs/recipe.schema.json`"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_names_the_schema_and_is_valid_by_it(file: Path) -> None:
+    first = file.read_text().splitlines()[0]
+    assert first == "# yaml-language-server: $schema=../docs/recipe.schema.json"
+    jsonschema.validate(yaml.safe_load(file.read_text()), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    "wrong", ["heads: {steps: 3}", "realign: {heads: {stps: 3}}", "tasks: 3", "realign: {fold: {steps: 3}}"]
+)
+def test_the_schema_refuses_what_the_reader_refuses(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(wrong), recipe_schema())
+    with pytest.raises(InputError):
+        read_recipe(write(tmp_path, wrong))
+
+
 def test_what_a_file_does_not_say_is_the_default(tmp_path: Path) -> None:
-    said = read_recipe(write(tmp_path, "tasks: [depth, normals]\ntune: {steps: 7}\n"))
-    assert said.recipe == replace(Recipe(), tasks=("depth", "normals"), tune=replace(Recipe().tune, steps=7))
-    assert (said.title, said.output, said.base, said.data, said.data_options) == (
+    recipe = read_recipe(write(tmp_path, "tasks: [depth, normals]\ntune: {steps: 7}\n"))
+    expected = replace(Recipe(), tasks=("depth", "normals"), tune=replace(Recipe().tune, steps=7))
+    assert recipe.to_dict() == expected.to_dict()
+    assert (recipe.title, recipe.output, recipe.base, recipe.data, recipe.data_options) == (
         "mine",
         "runs/mine",
         "rooms-base",
@@ -58,41 +85,43 @@ def test_what_a_file_does_not_say_is_the_default(tmp_path: Path) -> None:
 
 def test_changes_reach_into_mappings_and_lists(tmp_path: Path) -> None:
     file = write(tmp_path, "tune: {steps: 7}\ndata_options: {size: [24, 32]}\n")
-    said = read_recipe(file, ["tune.steps=9", "tune.lr=1e-3", "probe.steps=3", "seeds=[1, 2]", "data=mine.yaml"])
-    assert (said.recipe.tune.steps, said.recipe.tune.lr, said.recipe.probe.steps) == (9, 1e-3, 3)
-    assert (said.recipe.seeds, said.data, said.data_options) == ((1, 2), "mine.yaml", {"size": (24, 32)})
-    assert isinstance(said.recipe.tune, TrainSettings)
+    recipe = read_recipe(file, ["tune.steps=9", "tune.lr=1e-3", "probe.steps=3", "seeds=[1, 2]", "data=mine.yaml"])
+    assert (recipe.tune.steps, recipe.tune.lr, recipe.probe.steps) == (9, 1e-3, 3)
+    assert (recipe.seeds, recipe.data, recipe.data_options) == ((1, 2), "mine.yaml", {"size": (24, 32)})
+    assert isinstance(recipe.tune, TrainSettings)
 
 
 def test_epochs_are_full_batches_of_the_images_a_training_sees(tmp_path: Path) -> None:
     text = """
 train_images: 100
 val_images: 40
-distill_images: 30
 tune: {epochs: 2, batch_size: 16}
 joint: {epochs: 0.5, batch_size: 16}
-heads: {epochs: 3, batch_size: 16}
-distill: {epochs: 1, batch_size: 64}
+realign:
+  heads: {epochs: 3, batch_size: 16}
+  distill: {epochs: 1, batch_size: 64, count: 30}
+  distill-adapters: {epochs: 1, batch_size: 10, count: 99}
 """
-    recipe = read_recipe(write(tmp_path, text)).recipe
-    assert (recipe.tune.steps, recipe.joint.steps, recipe.heads.steps, recipe.distill.steps) == (12, 3, 6, 1)
+    recipe = read_recipe(write(tmp_path, text))
+    assert (recipe.tune.steps, recipe.joint.steps, recipe.realign["heads"]["steps"]) == (12, 3, 6)
+    assert (recipe.realign["distill"]["steps"], recipe.realign["distill-adapters"]["steps"]) == (1, 4)
     assert recipe.probe == Recipe().probe and not hasattr(recipe.tune, "epochs")
-    changed = read_recipe(write(tmp_path, text), ["tune.steps=7", "probe.epochs=1", "train_images=64"]).recipe
+    changed = read_recipe(write(tmp_path, text), ["tune.steps=7", "probe.epochs=1", "train_images=64"])
     assert (changed.tune.steps, changed.probe.steps, changed.joint.steps) == (7, 2, 2)
 
 
 def test_the_papers_protocols_are_in_epochs_of_their_images() -> None:
     sizes = {"nyuv2": (795, 400, 254, 16), "cityscapes": (2380, 595, 500, 16), "taskonomy": (16000, 4000, 4000, 32)}
     for name, (train, val, test, batch) in sizes.items():
-        said = read_recipe(RECIPES / f"{name}.yaml")
-        recipe = said.recipe
+        recipe = read_recipe(RECIPES / f"{name}.yaml")
         assert (recipe.train_images, recipe.val_images, recipe.test_images) == (train, val, test)
         assert recipe.tune.steps == 50 * (train // batch) and recipe.joint.steps == 200 * (train // batch)
-        assert recipe.adapters.steps == 200 * (val // batch) and recipe.rank == 16
-        assert recipe.tune.batch_size == recipe.adapters.batch_size == batch
-        assert recipe.augmentation == "scale-crop-flip" and said.base == "facebook/dinov2-base"
+        adapters = recipe.realign["adapters"]
+        assert adapters["steps"] == 200 * (val // batch) and get_realignment("adapters", **adapters).rank == 16
+        assert recipe.tune.batch_size == adapters["batch_size"] == batch
+        assert recipe.augmentation == "scale-crop-flip" and recipe.base == "facebook/dinov2-base"
         assert recipe.tune.validate_every == train // batch
-        assert said.search.space["heads.lr"] == {"low": 1e-8, "high": 1e-3, "log": True}
+        assert recipe.search.space["realign.heads.lr"] == {"low": 1e-8, "high": 1e-3, "log": True}
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
@@ -105,20 +134,19 @@ seeds: 2
 tune: {step: 5, lr: fast}
 probe: 7
 train_images: 2.5
-adapters: {steps: 0}
+realign: {adapters: {steps: 0}}
 """,
     )
     with pytest.raises(InputError) as caught:
         read_recipe(file)
     for part in (
-        f"{file}: unknown key 'task' (did you mean 'tasks'?)",
+        "unknown key 'task' (did you mean 'tasks'?)",
         "head is 3; give text",
         "seeds is 2; give a list",
         "tune: unknown key 'step' (did you mean 'steps'?)",
         "tune.lr is 'fast'; give a number",
         "probe is 7; give a mapping",
         "train_images is 2.5; give a whole number",
-        "adapters: training: steps=0; use at least 1",
     ):
         assert part in str(caught.value)
 
@@ -130,7 +158,7 @@ adapters: {steps: 0}
         ("merges: [fisher]\n", [], "'fisher' needs statistics"),
         ("merge_settings: {ties: {densty: 0.1}}\n", [], "no parameter 'densty': did you mean 'density'"),
         ("merge_settings: {ties: {density: 2}}\n", [], "density"),
-        ("merge_settings: {dare: {density: 0.2}}\n", [], "merge_settings of 'dare', which is none of its merges"),
+        ("merge_settings: {dare: {density: 0.2}}\n", [], "merge_settings has 'dare', which is not one"),
         ("augmentation: paper\n", [], "unknown augmentation 'paper'; choose among: none, flip, scale-crop-flip"),
         ("realigned: [average+heads+fold]\n", [], "a fold comes right after a merge"),
         ("realigned: [auto+fold]\n", [], "auto is folded already"),
@@ -140,30 +168,38 @@ adapters: {steps: 0}
         ("merges: [ties, ties]\n", [], "merges has 'ties' twice"),
         ("tasks: []\n", [], "tasks is empty; give at least one task"),
         ("tasks: [image]\n", [], "no task can be called 'image'"),
-        ("train_images: 0\nfold_images: -1\n", [], "train_images=0; use at least 1; fold_images=-1; use at least 1"),
-        ("rank: 0\n", [], "rank=0; use at least 1"),
+        (
+            "train_images: 0\nauto_images: -1\n",
+            [],
+            "train_images is 0; use at least 1; auto_images is -1; use at least 1",
+        ),
+        ("realign: {adapters: {rank: 0}}\n", [], "rank must be a number at least 1, got 0"),
         ("seeds: [-1]\n", [], "seed -1; use 0 to 9223372036854775807"),
-        ("activation: gelu\n", [], "unknown activation 'gelu'; choose among: none, relu"),
+        ("realign: {adapters: {activation: gelu}}\n", [], "activation must be one of none, relu, got 'gelu'"),
         ("gallery: [experts, tise]\n", [], "gallery has 'tise', which is no row of the recipe; did you mean 'ties'"),
         ("head_settings: {fusion_channels: 8}\n", [], "head_settings: head 'linear'.*fusion_channels"),
-        ("merge_settings: {average: }\nmerges: [average]\nrealigned: []\n", [], "merge_settings of 'average' is None"),
+        (
+            "merge_settings: {average: }\nmerges: [average]\nrealigned: []\n",
+            [],
+            "merge_settings.average is None; give a mapping",
+        ),
         ("head_settings: {subpixels: 100000}\n", [], "head_settings: "),
         ("seeds: [1180591620717411303424]\n", [], "use 0 to 9223372036854775807"),
-        ("tune: {seed: 3}\n", [], "tune.seed: a recipe's seeds are those of `seeds`"),
-        ("data_options: {split: train}\n", [], "data_options.split: the recipe says that itself"),
+        ("tune: {seed: 3}\n", [], "tune: a recipe's seeds are those of `seeds`"),
+        ("data_options: {split: train}\n", [], "data_options.split: the recipe itself decides that"),
         ("tasks: [depth]\ntasks: [normals]\n", [], "the key 'tasks' is given twice, line 1"),
         ("title: 2024-02-31\n", [], "not YAML"),
         ("head: dpt\n", ["title=2024-02-31"], "is no YAML value"),
         ("tune: {steps: 3, epochs: 2}\n", [], "tune: give steps or epochs, not both"),
         ("tune: {epoch: 3}\n", [], "tune: unknown key 'epoch' \\(did you mean 'epochs'"),
         ("tune: {epochs: some}\n", [], "tune.epochs is 'some'; give a number above 0"),
-        ("gallery: {}\ntune: {epochs: 1, batch_size: 0}\n", [], "batch_size=0"),
+        ("gallery: {}\ntune: {epochs: 1, batch_size: 0}\n", [], "batch_size must be a number at least 1, got 0"),
         ("a: [\n", [], "not YAML"),
         ("- a\n", [], "holds no mapping"),
         ("tune: {}\n", ["tune"], "--set tune: give KEY=VALUE"),
         ("head: dpt\n", ["head.kind=3"], "head.kind=3: 'head' is no mapping"),
         ("head: dpt\n", ["seeds=["], "--set seeds=\\[: '\\[' is no YAML value"),
-        ("seeds: [0, true]\n", [], "seeds\\[1\\] is True; give a whole number"),
+        ("seeds: [0, true]\n", [], "seeds.1 is True; give a whole number"),
     ],
 )
 def test_what_cannot_be_is_told(tmp_path: Path, text: str, changes: list[str], message: str) -> None:
@@ -280,9 +316,8 @@ def test_only_what_sees_a_changed_file_is_done_again(tmp_path: Path, tiny_base: 
     file = write(tmp_path, text)
 
     def keys(manifest: str) -> dict[str, str]:
-        said = read_recipe(file, [f"data={manifest}"])
-        plan, run = _planned(said.recipe, tiny_base, tmp_path / "run", said.data, {})
-        return {stage.name: path.name for path, stage in run.in_order(plan.wanted()).items()}
+        plan, graph = _planned(read_recipe(file, [f"data={manifest}"]), tmp_path / "run")
+        return {stage.name: path.name for path, stage in graph.in_order(plan.wanted()).items()}
 
     before = keys(str(tmp_path / "data.csv"))
     (tmp_path / "moved").mkdir()

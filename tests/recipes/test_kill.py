@@ -22,14 +22,13 @@ train_images: 32
 val_images: 8
 test_images: 8
 scale_images: 8
-distill_images: 8
-fold_images: 8
 probe: {{steps: 60, batch_size: 8}}
 tune: {{steps: 120, batch_size: 8, validate_every: 20}}
 joint: {{steps: 120, batch_size: 8, validate_every: 20}}
-heads: {{steps: 60, batch_size: 8}}
-adapters: {{steps: 60, batch_size: 8}}
-distill: {{steps: 60, batch_size: 8}}
+realign:
+  heads: {{steps: 60, batch_size: 8}}
+  adapters: {{steps: 60, batch_size: 8}}
+  distill: {{steps: 60, batch_size: 8}}
 merges: [average, task-arithmetic]
 realigned: [task-arithmetic+heads, task-arithmetic+adapters, task-arithmetic+fold, average+distill]
 """

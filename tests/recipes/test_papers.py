@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parent.parent.parent / "recipes"
 H, W = 16, 24
 SHORT = [
     f"{name}={{steps: 2, batch_size: 2}}"
-    for name in ("probe", "tune", "joint", "heads", "adapters", "folded_heads", "folded_adapters", "distill")
+    for name in ("probe", "tune", "joint", "realign.heads", "realign.adapters", "refine.heads", "realign.distill")
 ]
 
 
@@ -71,8 +71,9 @@ def test_a_recipe_of_the_paper_goes_from_its_data_to_its_report(
     make(tmp_path / "data", np.random.default_rng(0))
     changes = [
         *(f"base={tiny_base}", f"data={name}:{tmp_path / 'data'}", f"data_options={{size: [{H}, {W}]}}"),
-        *("train_images=4", "val_images=4", "test_images=2", "scale_images=2", "distill_images=4", "rank=2"),
+        *("train_images=4", "val_images=4", "test_images=2", "scale_images=2"),
         *(SHORT if name == "nyuv2" else [*SHORT, "head_settings={fusion_channels: 8}"]),
+        "realign.adapters.rank=2",
         "realigned=[task-arithmetic+heads, ties+adapters, task-arithmetic+fold-cross]",
     ]
     sets = [part for change in changes for part in ("--set", change)]

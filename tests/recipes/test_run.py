@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import pytest
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.models.model import load
-from simomerge.recipes import run_recipe
-from simomerge.recipes.graph import Run, Stage
+from simomerge.recipes.graph import Graph, Stage
 from simomerge.recipes.results import spread
+from simomerge.recipes.run import run_recipe
 from simomerge.training.pool import WorkerPool
 
-from .conftest import MICRO, SHORT, Finished
+from .conftest import MICRO, SHORT, STEPS, Finished, on
 
 ROWS = ["experts", "joint-mtl", *MICRO.merges, *MICRO.realigned]
 STAGES = 1 + 2 + 3 + 2 + 2 + 2 + 7  # features, probes, tunings, val scores, merges, re-alignments, test scores
@@ -51,7 +51,7 @@ def test_results_json_is_what_was_returned_and_has_no_nan(finished: Finished) ->
     returned = {key: value for key, value in finished.results.items() if key != "gallery"}
     assert stored == json.loads(json.dumps(returned))
     assert set(stored) == {
-        *("format", "title", "created", "machine", "recipe", "tasks", "rows", "scale_curves", "notes"),
+        *("format", "title", "created", "machine", "recipe", "tasks", "rows", "realignments", "scale_curves", "notes"),
         "seconds_of_this_call",
     }
     assert stored["format"] == 1 and stored["recipe"] == json.loads(json.dumps(MICRO.to_dict()))
@@ -66,7 +66,18 @@ def test_every_row_has_the_documented_entries(finished: Finished) -> None:
     assert [row["method"] for row in finished.results["rows"]] == ROWS
     for row in finished.results["rows"]:
         assert set(row) == {
-            *("method", "delta_mtl", "metrics", "normalised", "all_metrics", "encoders", "parameters"),
+            *(
+                "method",
+                "family",
+                "merge",
+                "realignments",
+                "delta_mtl",
+                "metrics",
+                "normalised",
+                "all_metrics",
+                "encoders",
+                "parameters",
+            ),
             *("seconds", "steps", "trained_parameters", "labelled_images", "unlabelled_images"),
         }
         for number in (row["delta_mtl"], *row["metrics"].values(), *row["normalised"].values()):
@@ -146,7 +157,7 @@ def test_every_stage_was_done_once_and_leaves_a_loadable_model(finished: Finishe
 
 @pytest.mark.slow
 def test_two_workers_give_the_results_of_one(finished: Finished, tiny_base: Path, tmp_path: Path) -> None:
-    results = run_recipe(MICRO, tiny_base, tmp_path / "run", workers=2)
+    results = run_recipe(on(MICRO, tiny_base), tmp_path / "run", workers=2)
     assert deltas(results) == pytest.approx(deltas(finished.results), abs=0.2)
     assert (
         by_method(results)["task-arithmetic"]["parameters"]
@@ -167,7 +178,7 @@ def test_a_second_run_does_nothing_again_even_in_another_place(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in (copied / "stages").rglob("*")}
     (copied / "results.json").unlink()
-    results = run_recipe(MICRO, tiny_base, copied, workers=1)
+    results = run_recipe(on(MICRO, tiny_base), copied, workers=1)
     assert done == []
     assert deltas(results) == deltas(finished.results)
     assert before == {path: path.stat().st_mtime_ns for path in (copied / "stages").rglob("*")}
@@ -188,8 +199,8 @@ EXPERTS = {
 @pytest.mark.parametrize(
     ("changes", "again"),
     [
-        ({"heads": replace(SHORT, lr=1e-2)}, HEADS_ROW),
-        ({"rank": 3}, ADAPTERS_ROW),
+        ({"realign": {**MICRO.realign, "heads": {**STEPS, "lr": 1e-2}}}, HEADS_ROW),
+        ({"realign": {**MICRO.realign, "adapters": {**STEPS, "rank": 3}}}, ADAPTERS_ROW),
         ({"test_images": 4}, TEST_SCORES),
         ({"tune": replace(SHORT, steps=5)}, EXPERTS | MERGED),
         ({"gallery": ("experts",)}, set()),
@@ -204,13 +215,13 @@ EXPERTS = {
 def test_a_changed_setting_redoes_only_what_depends_on_it(
     changes: dict[str, Any], again: set[str], copied: Path, tiny_base: Path, done: list[str]
 ) -> None:
-    run_recipe(replace(MICRO, **changes), tiny_base, copied, workers=1)
+    run_recipe(on(replace(MICRO, **changes), tiny_base), copied, workers=1)
     assert set(done) == again and len(done) == len(again)
 
 
 @pytest.mark.slow
 def test_another_seed_is_added_to_the_first(finished: Finished, copied: Path, tiny_base: Path, done: list[str]) -> None:
-    results = run_recipe(replace(MICRO, seeds=(0, 1)), tiny_base, copied, workers=1)
+    results = run_recipe(on(replace(MICRO, seeds=(0, 1)), tiny_base), copied, workers=1)
     assert len(done) == STAGES - 1 and all(name.endswith("seed 1") for name in done)  # the features serve both
     for method, row in by_method(results).items():
         assert row["delta_mtl"]["per_seed"][0] == deltas(finished.results)[method]
@@ -219,17 +230,36 @@ def test_another_seed_is_added_to_the_first(finished: Finished, copied: Path, ti
     assert len(results["scale_curves"]["task-arithmetic"]["chosen"]) == 2
 
 
-def touch(output: Path, label: str, **arguments: Any) -> None:
-    output.mkdir(parents=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Touch(Stage):
+    """Makes its folder, and writes its name into a file, if there is one."""
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    guess: float = 1.0
+    order: str = ""
+
+    @property
+    def cost(self) -> float:
+        return self.guess
+
+    def run(self, output: Path) -> None:
+        if self.order:
+            with Path(self.order).open("a") as file:
+                file.write(f"{self.name}\n")
+        output.mkdir(parents=True)
 
 
-def build(folder: Path, salt: str = "s", **arguments: Any) -> dict[str, Path]:
-    run = Run(folder, "/base", salt, lambda data: "")
-    first = Stage("first", touch, {"value": 1, **arguments})
-    second = Stage("second", touch, {"from": {"a": first}})
+def graph_in(folder: Path, salt: str = "s", contents: str = "") -> Graph:
+    return Graph(folder, "/base", salt, lambda data: contents)
+
+
+def build(folder: Path, salt: str = "s", **inputs: Any) -> dict[str, Path]:
+    graph = graph_in(folder, salt)
+    first = Touch(name="first", inputs={"value": 1, **inputs})
+    second = Touch(name="second", inputs={"from": {"a": first}})
     with WorkerPool(1) as pool:
-        run.build([second], pool)
-    return {"first": run.output(first), "second": run.output(second)}
+        graph.build([second], pool)
+    return {"first": graph.output(first), "second": graph.output(second)}
 
 
 def test_keys_chain_and_do_not_depend_on_the_place(tmp_path: Path) -> None:
@@ -245,26 +275,30 @@ def test_keys_chain_and_do_not_depend_on_the_place(tmp_path: Path) -> None:
 
 def test_a_dataset_counts_by_what_it_holds_not_by_where_it_is(tmp_path: Path) -> None:
     def key(place: str, holds: str, **more: Any) -> str:
-        run = Run(tmp_path, "/base", "s", lambda data: holds)
         data = {"spec": place, "split": "val", **more}
-        return run.output(Stage("score", touch, {"nested": {"data": data}})).name
+        return graph_in(tmp_path, contents=holds).output(Touch(name="score", inputs={"nested": {"data": data}})).name
 
     assert key("nyuv2:/a", "h") == key("nyuv2:/b", "h") != key("nyuv2:/a", "i")
     assert key("nyuv2:/a", "h", count=3) != key("nyuv2:/a", "h") and key("rooms", "") != key("other", "")
 
 
-def slow_stage(output: Path, label: str, times: str) -> None:
-    with Path(times).open("a") as file:
-        file.write("began\n")
-    time.sleep(0.5)
-    assert not output.exists()
-    output.mkdir(parents=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Slow(Stage):
+    """Takes half a second, and notes that it began."""
+
+    times: str
+
+    def run(self, output: Path) -> None:
+        with Path(self.times).open("a") as file:
+            file.write("began\n")
+        time.sleep(0.5)
+        assert not output.exists()
+        output.mkdir(parents=True)
 
 
 def in_one_folder(folder: Path) -> None:
-    run = Run(folder / "run", "/base", "s", lambda data: "")
     with WorkerPool(1) as pool:
-        run.build([Stage("slow", slow_stage, {"times": str(folder / "times")})], pool)
+        graph_in(folder / "run").build([Slow(name="slow", times=str(folder / "times"))], pool)
 
 
 def test_two_runs_in_one_folder_do_a_stage_once(tmp_path: Path) -> None:
@@ -290,27 +324,26 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_the_longest_chain_starts_first_and_nothing_before_what_it_needs(tmp_path: Path) -> None:
-    order: list[str] = []
+    file = tmp_path / "order"
 
-    def note(output: Path, label: str, **_: Any) -> None:
-        order.append(label)
-        output.mkdir(parents=True)
+    def stage(name: str, guess: float, **inputs: Any) -> Touch:
+        return Touch(name=name, inputs=inputs, guess=guess, order=str(file))
 
-    root = Stage("root", note, {}, 1)
-    branch = Stage("branch", note, {"from": root}, 2)
+    root = stage("root", 1)
+    branch = stage("branch", 2, start=root)
     leaves = [
-        Stage("short", note, {"from": root, "number": 1}, 1),
-        Stage("alone", note, {}, 4),
-        Stage("long", note, {"from": {"nested": branch}, "also": root}, 3),
-        Stage("twin", note, {"from": branch}, 1),
+        stage("short", 1, start=root, number=1),
+        stage("alone", 4),
+        stage("long", 3, start={"nested": branch}, also=root),
+        stage("twin", 1, start=branch),
     ]
     with WorkerPool(1) as pool:
-        run = Run(tmp_path, "/base", "s", lambda data: "")
-        run.build(leaves, pool)
-        assert order == ["root", "branch", "alone", "long", "short", "twin"]
-        run.output(branch).rmdir()
-        run.build([*leaves, leaves[0]], pool)
-    assert order[6:] == ["branch"]
+        graph = graph_in(tmp_path)
+        graph.build(leaves, pool)
+        assert file.read_text().split() == ["root", "branch", "alone", "long", "short", "twin"]
+        graph.output(branch).rmdir()
+        graph.build([*leaves, leaves[0]], pool)
+    assert file.read_text().split()[6:] == ["branch"]
 
 
 def test_another_base_shares_no_stage(copied: Path, tiny_base: Path, tmp_path: Path, done: list[str]) -> None:
@@ -324,7 +357,7 @@ def test_another_base_shares_no_stage(copied: Path, tiny_base: Path, tmp_path: P
     model.encoder.backbone.layernorm.weight.data.add_(0.1)
     other = model.save_pretrained(tmp_path / "other")
     with pytest.raises(Enough), show_progress(stop):
-        run_recipe(MICRO, other / "encoder", copied, workers=1)
+        run_recipe(on(MICRO, other / "encoder"), copied, workers=1)
     assert done == ["features of the base"]  # no other's features served
 
 
@@ -355,11 +388,11 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(
     (copied / "results.json").unlink()
     kept = {path.name for path in (copied / "stages").iterdir()}
     with pytest.raises(Killed), show_progress(killed_in(stage)):
-        run_recipe(MICRO, tiny_base, copied, workers=1)
+        run_recipe(on(MICRO, tiny_base), copied, workers=1)
     left = {path.name for path in (copied / "stages").iterdir() if path.suffix not in (".work", ".lock")}
     assert left == kept and not (copied / "results.json").exists()
     done.clear()
-    results = run_recipe(MICRO, tiny_base, copied, workers=1)
+    results = run_recipe(on(MICRO, tiny_base), copied, workers=1)
     assert done == finished.stages[at:]
     assert {path.name for path in (copied / "stages").iterdir()} == before
     assert deltas(results) == deltas(finished.results)
@@ -372,12 +405,12 @@ def test_a_task_the_dataset_lacks_is_told_before_anything_is_trained(
     tiny_base: Path, tmp_path: Path, done: list[str]
 ) -> None:
     with pytest.raises(InputError, match="did you mean 'depth'"):
-        run_recipe(replace(MICRO, tasks=("deth",)), tiny_base, tmp_path / "run", workers=1)
+        run_recipe(on(replace(MICRO, tasks=("deth",)), tiny_base), tmp_path / "run", workers=1)
     with pytest.raises(InputError, match="tasks has 'depth' twice"):
-        run_recipe(replace(MICRO, tasks=("depth", "depth")), tiny_base, tmp_path / "run", workers=1)
+        run_recipe(on(replace(MICRO, tasks=("depth", "depth")), tiny_base), tmp_path / "run", workers=1)
     assert done == [] and not (tmp_path / "run" / "results.json").exists()
 
 
 def test_a_base_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        run_recipe(MICRO, tmp_path / "nowhere", tmp_path / "run", workers=1)
+        run_recipe(on(MICRO, tmp_path / "nowhere"), tmp_path / "run", workers=1)

@@ -15,8 +15,11 @@ from simomerge.cli import cli
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.datasets import load_data
 from simomerge.models.model import load
-from simomerge.recipes import Recipe, SearchSettings, read_recipe, search, search_recipe
-from simomerge.recipes.space import suggest
+from simomerge.recipes import search
+from simomerge.recipes.file import read_recipe
+from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.search import search_recipe
+from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training.evaluate import delta_mtl, evaluate
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings
@@ -30,7 +33,7 @@ test_images: 4
 probe: {{steps: 2, batch_size: 4}}
 tune: {{steps: 2, batch_size: 4}}
 joint: {{steps: 2, batch_size: 4}}
-heads: {{steps: 2, batch_size: 4}}
+realign: {{heads: {{steps: 2, batch_size: 4}}}}
 merges: [average, ties]
 realigned: [average+heads]
 search:
@@ -38,8 +41,8 @@ search:
   images: 4
   trials: 3
   space:
-    heads.lr: {{low: 1e-5, high: 1e-2, log: true}}
-    heads.steps: {{low: 1, high: 3}}
+    realign.heads.lr: {{low: 1e-5, high: 1e-2, log: true}}
+    realign.heads.steps: {{low: 1, high: 3}}
 """
 
 
@@ -52,12 +55,12 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """The recipes that trials ask for, as plain data; their Delta_MTL is 10 times heads.lr, without any training."""
+    """The trials' recipes as plain data. Their Delta_MTL is 10 times realign.heads.lr; nothing is trained."""
     found: list[dict[str, Any]] = []
 
     def fake(recipe: Any, *_: Any, **__: Any) -> list[float]:
         found.append(recipe.to_dict())
-        return [10 * recipe.heads.lr] * len(recipe.seeds)
+        return [10 * recipe.realign["heads"]["lr"]] * len(recipe.seeds)
 
     monkeypatch.setattr(search, "held_out_delta", fake)
     yield found
@@ -82,7 +85,9 @@ def test_a_row_is_judged_on_validation_images_that_realign_nothing(recipe: Path,
         assert model.provenance["realign"]["labelled_images"] == 6
         settings = model.provenance["realign"]
         deltas[settings["lr"], settings["steps"] // 2] = delta_mtl(evaluate(model, judges), baseline, model.tasks)
-    assert deltas[best["values"]["heads.lr"], best["values"]["heads.steps"]] == pytest.approx(best["delta_mtl"])
+    assert deltas[best["values"]["realign.heads.lr"], best["values"]["realign.heads.steps"]] == pytest.approx(
+        best["delta_mtl"]
+    )
     assert max(deltas.values()) == pytest.approx(best["delta_mtl"])
 
 
@@ -98,25 +103,30 @@ def test_a_study_goes_on_until_it_has_its_trials(recipe: Path, tmp_path: Path, a
         recipe, tmp_path / "b", ["search.trials=6"], storage=str(tmp_path / "a" / "search.log"), workers=1
     )
     assert len(asked) == 6 and len(found["trials"]) == 6
-    assert found["trials"][0]["delta_mtl"] == 10 * max(each["heads"]["lr"] for each in asked)
-    assert all(1e-5 <= each["heads"]["lr"] <= 1e-2 and each["heads"]["steps"] in (1, 2, 3) for each in asked)
+    assert found["trials"][0]["delta_mtl"] == 10 * max(each["realign"]["heads"]["lr"] for each in asked)
+    assert all(
+        1e-5 <= each["realign"]["heads"]["lr"] <= 1e-2 and each["realign"]["heads"]["steps"] in (1, 2, 3)
+        for each in asked
+    )
 
 
 def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sometimes(recipe: Any, *_: Any, **__: Any) -> list[float]:
-        if recipe.heads.steps > 1:
+        if recipe.realign["heads"]["steps"] > 1:
             raise DivergedError("heads: the loss is nan")
         return [-1.0]
 
     monkeypatch.setattr(search, "held_out_delta", sometimes)
-    changes = ["search.trials=8", "search.space.heads.steps={choices: [1, 2]}"]
+    changes = ["search.trials=8", "search.space.realign.heads.steps={choices: [1, 2]}"]
     found = search_recipe(recipe, tmp_path / "a", changes, seed=0, workers=1)
     assert {trial["state"] for trial in found["trials"]} == {"complete", "pruned"}
     assert found["trials"][0]["delta_mtl"] == -1.0 and found["trials"][-1]["delta_mtl"] is None
     with pytest.raises(InputError, match="none of 2 trials came to an end"):
-        search_recipe(recipe, tmp_path / "b", ["search.trials=2", "search.space.heads.steps={choices: [2]}"], workers=1)
+        search_recipe(
+            recipe, tmp_path / "b", ["search.trials=2", "search.space.realign.heads.steps={choices: [2]}"], workers=1
+        )
 
     def broken(*_: Any, **__: Any) -> list[float]:
         raise InputError("the disk is full")
@@ -138,7 +148,7 @@ def test_a_trial_without_finite_metrics_counts_and_ends(
 def test_another_recipe_is_another_study(recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]) -> None:
     search_recipe(recipe, tmp_path / "a", workers=1)
     search_recipe(recipe, tmp_path / "a", ["tune.steps=3"], workers=1)
-    search_recipe(recipe, tmp_path / "a", ["search.space.heads.steps={choices: [1, 2]}"], workers=1)
+    search_recipe(recipe, tmp_path / "a", ["search.space.realign.heads.steps={choices: [1, 2]}"], workers=1)
     assert len(asked) == 9
 
 
@@ -146,7 +156,7 @@ def test_a_seed_does_not_begin_again(recipe: Path, tmp_path: Path, asked: list[d
     for name in ("a", "b"):
         search_recipe(recipe, tmp_path / name, ["search.trials=2"], seed=3, workers=1)
         search_recipe(recipe, tmp_path / name, ["search.trials=4"], seed=3, workers=1)
-    rates = [each["heads"]["lr"] for each in asked]
+    rates = [each["realign"]["heads"]["lr"] for each in asked]
     assert rates[:4] == rates[4:] and len(set(rates[:4])) == 4
 
 
@@ -170,11 +180,12 @@ def test_where_fewer_images_are_there_the_judges_are_others_all_the_same(tiny_ba
         rows += [f"{index}.png,{split},{index}.npy" for split in ("train", "val", "test")]
     (tmp_path / "data.csv").write_text("\n".join(rows))
     data, short = str(tmp_path / "data.csv"), TrainSettings(steps=1, batch_size=2)
-    recipe = Recipe(tasks=("depth",), probe=short, tune=short, joint=short, merges=("average",), realigned=())
+    trainings = {"probe": short, "tune": short, "joint": short}
+    recipe = Recipe(tasks=("depth",), **trainings, merges=("average",), realigned=(), base=str(tiny_base), data=data)
     with WorkerPool(1) as pool:
-        assert len(search.held_out_delta(recipe, "average", 2, tiny_base, tmp_path / "run", pool, data)) == 1
+        assert len(search.held_out_delta(recipe, "average", 2, tmp_path / "run", pool)) == 1
         with pytest.raises(InputError, match=r"6 images are to judge, and the validation split has 6"):
-            search.held_out_delta(recipe, "average", 6, tiny_base, tmp_path / "run", pool, data)
+            search.held_out_delta(recipe, "average", 6, tmp_path / "run", pool)
     (score,) = (tmp_path / "run" / "stages").glob("score-average-seed-0-*")
     model = load(next((tmp_path / "run" / "stages").glob("average-seed-0-*")) / "model")
     judged = evaluate(model, load_data(data, "val", 2, skip=4))["depth"]["abs_err"]
@@ -182,10 +193,10 @@ def test_where_fewer_images_are_there_the_judges_are_others_all_the_same(tiny_ba
 
 
 def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path: Path) -> None:
-    said = read_recipe(recipe, values={"merge_settings.ties.density": 0.3, "merge_settings.ties.scale": 0.5}).recipe
-    assert said.merge_settings == {"ties": {"density": 0.3, "scale": 0.5}}
+    chosen = read_recipe(recipe, values={"merge_settings.ties.density": 0.3, "merge_settings.ties.scale": 0.5})
+    assert chosen.merge_settings == {"ties": {"density": 0.3, "scale": 0.5}}
     with WorkerPool(1) as pool:
-        search.held_out_delta(said, "ties", 4, read_recipe(recipe).base, tmp_path / "run", pool)
+        search.held_out_delta(chosen, "ties", 4, tmp_path / "run", pool)
     (merged,) = (tmp_path / "run" / "stages").glob("ties-seed-0-*")
     assert json.loads((merged / "log.json").read_text())["labelled_images"] == 0  # the scale was given
     record = load(merged / "model").provenance["merge"]
@@ -201,12 +212,15 @@ def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path:
         (["search.images=10"], "search.images is 10; give how many of the 10 val_images judge"),
         (["search.space={}"], "nothing to search"),
         (["search.space.head.lr={low: 1, high: 2}"], "'head' is no mapping|head is \\{"),
-        (["search.space.heads.lrr={low: 1, high: 2}"], "unknown key 'lrr' \\(did you mean 'lr'"),
+        (["search.space.realign.heads.lrr={low: 1, high: 2}"], "no parameter 'lrr': did you mean 'lr'"),
         (["search.space.merge_settings.ties.density={low: 0.5, high: 1.5}"], "density"),
-        (["search.space.rank={low: 8, high: 4}"], "'rank' goes from 8 to 4; give low < high"),
-        (["search.space.rank={low: 0, high: 4, log: true}"], "true only where low is above 0"),
-        (["search.space.rank={min: 0}"], "unknown key 'min'"),
-        (["search.space.rank=3"], "'rank' is 3; give"),
+        (
+            ["search.space.realign.adapters.rank={low: 8, high: 4}"],
+            "'realign.adapters.rank' goes from 8 to 4; give low < high",
+        ),
+        (["search.space.realign.adapters.rank={low: 0, high: 4, log: true}"], "true only where low is above 0"),
+        (["search.space.realign.adapters.rank={min: 0}"], "unknown key 'min'"),
+        (["search.space.realign.adapters.rank=3"], "'realign.adapters.rank' is 3; give"),
         (["search.space.head={choices: []}"], "needs a list of choices"),
         (["search.trials=0"], "trials=0; use at least 1"),
     ],
@@ -239,4 +253,7 @@ def test_the_command_says_the_best_and_how_to_run_it(
     cli.main(["search", str(recipe), "-o", str(tmp_path / "out"), "--workers", "1"], standalone_mode=False)
     out = capsys.readouterr().out
     best = json.loads((tmp_path / "out" / "search.json").read_text())["trials"][0]["values"]
-    assert f"simomerge run {recipe} --set heads.lr={json.dumps(best['heads.lr'])}" in out and "3 trials" in out
+    assert (
+        f"simomerge run {recipe} --set realign.heads.lr={json.dumps(best['realign.heads.lr'])}" in out
+        and "3 trials" in out
+    )

@@ -67,7 +67,8 @@ def check_parameters(name: str, method: Any) -> None:
         for value in _single_values(getattr(method, spec.name), spec):
             if not _is_valid(spec, value):
                 allowed = _allowed(spec)
-                raise InputError(f"{name}: {spec.name} must be {allowed}, got {value!r} ({spec.metadata['help']}).")
+                about = spec.metadata["help"].rstrip(".")
+                raise InputError(f"{name}: {spec.name} must be {allowed}, got {value!r} ({about}).")
 
 
 def _single_values(value: Any, spec: Field[Any]) -> list[Any]:

@@ -105,10 +105,11 @@ def validation_problems(error: Any, known: Any) -> list[str]:
             where = f"{'.'.join(map(str, parents))}: " if parents else ""
             found.append(f"{where}unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
         elif kind == "value_error":
-            said = str(one["ctx"]["error"]).rstrip(".")
-            found.append(f"{place}: {said}" if place else said)
+            message = str(one["ctx"]["error"]).rstrip(".")
+            found.append(f"{place}: {message}" if place else message)
         else:
             wanted = _WANTED.get(kind.split("_")[0])
-            said = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing")) else one["msg"]
-            found.append(f"{place} is {one['input']!r}; {said}")
+            remedy = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing")) else one["msg"]
+            remedy = f"use at least {one['ctx']['ge']}" if kind == "greater_than_equal" else remedy
+            found.append(f"{place} is {one['input']!r}; {remedy}")
     return found

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from simomerge.assembly.realign import realignments
-from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
+from simomerge.assembly.realign.method import TrainedRealignment
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
-from simomerge.core.schema import plain_value, read_yaml, validation_problems
+from simomerge.core.schema import plain_value, read_yaml
 from simomerge.merging import available
 from simomerge.recipes.recipe import REALIGN, REFINE, Recipe, steps_of
-from simomerge.recipes.space import SearchSettings
 
 _DATA_KEYS = ("spec", "split", "count", "skip", "tasks", "workers")
 """Arguments of `load_data` that the recipe itself decides."""
@@ -42,23 +40,16 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
     content = read_yaml(path, "give a recipe, such as recipes/rooms-small.yaml (docs/recipes.md).")
     for key, value in [*map(_parsed, changes), *(values or {}).items()]:
         _set(content, key, value)
-    given = {"output": f"runs/{path.stem}", "title": path.stem, **plain_value(content)}
+    given: dict[str, Any] = {"output": f"runs/{path.stem}", "title": path.stem, **plain_value(content)}
     errors = [*_epochs(given), *_misplaced(given)]
+    recipe = None
     try:
-        recipe = TypeAdapter(Recipe).validate_python(given)
-    except ValidationError as error:
-        errors += validation_problems(error, _known_keys)
-    if errors:
-        raise InputError(f"{path}: " + "; ".join(error.removeprefix("recipe: ").rstrip(".") for error in errors) + ".")
+        recipe = Recipe(**given)
+    except InputError as error:
+        errors.append(str(error).removeprefix("recipe: "))
+    if errors or recipe is None:
+        raise InputError(f"{path}: {'; '.join(error.rstrip('.') for error in errors)}.")
     return recipe
-
-
-def _known_keys(place: tuple[Any, ...]) -> list[str]:
-    if not place:
-        return [each.name for each in fields(Recipe)]
-    if place[0] == "search":
-        return [each.name for each in fields(SearchSettings)]
-    return [*TRAINING, "epochs"]
 
 
 def _parsed(change: str) -> tuple[str, Any]:

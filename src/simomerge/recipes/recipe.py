@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, field, replace
-from typing import Annotated, Any
+from dataclasses import asdict, field, fields, replace
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 from pydantic.dataclasses import dataclass
 
 from simomerge.assembly.realign import Realignment, get_realignment, realignments
-from simomerge.assembly.realign.method import TrainedRealignment
+from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
 from simomerge.core.errors import InputError
-from simomerge.core.schema import nearest
+from simomerge.core.schema import nearest, validation_problems
 from simomerge.datasets.augment import AUGMENTATIONS
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
@@ -42,6 +42,7 @@ REALIGN: dict[str, dict[str, Any]] = {
 }
 REFINE: dict[str, dict[str, Any]] = {name: {"steps": 40, "lr": 1e-3} for name in ("heads", "adapters", "lora")}
 
+_Class = TypeVar("_Class")
 Count = Annotated[StrictInt, Field(ge=1)]
 Names = tuple[StrictStr, ...]
 
@@ -80,6 +81,31 @@ _Realign = Annotated[dict[str, dict[str, Any]], _complete_steps(REALIGN)]
 _Refine = Annotated[dict[str, dict[str, Any]], _complete_steps(REFINE)]
 
 
+def _known_keys(place: tuple[Any, ...]) -> list[str]:
+    """The keys that a recipe knows at a place, for suggestions."""
+    if not place:
+        return [each.name for each in fields(Recipe)]
+    if place[0] == "search":
+        return [each.name for each in fields(SearchSettings)]
+    return [*TRAINING, "epochs"]
+
+
+def _raises_input_errors(kind: type[_Class]) -> type[_Class]:
+    """Class decorator: report what pydantic finds as one InputError."""
+    validate = kind.__init__
+
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            found = validation_problems(error, _known_keys)
+            raise InputError(f"recipe: {'; '.join(each.removeprefix('recipe: ') for each in found)}.") from None
+
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
+
+
+@_raises_input_errors
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """Experts, joint MTL, merges, re-alignments and their evaluation on one dataset.

@@ -15,7 +15,7 @@ import torch
 
 from simomerge.core.distributed import share
 from simomerge.core.errors import InputError
-from simomerge.recipes import search_recipe
+from simomerge.recipes.search import search_recipe
 
 SCRIPT = Path(__file__).parent / "together.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

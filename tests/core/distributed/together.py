@@ -88,20 +88,24 @@ def probe_and_tune(base: Path, output: Path) -> None:
 
 
 def recipe(base: Path, output: Path) -> None:
-    from simomerge.recipes import Recipe, run_recipe
+    from simomerge.recipes.recipe import Recipe
+    from simomerge.recipes.run import run_recipe
 
     short = TrainSettings(steps=4, batch_size=4, lr=5e-3)
+    steps = {"steps": 4, "batch_size": 4, "lr": 5e-3}
     small = Recipe(
         tasks=("depth", "normals"),
         head="dpt",
         head_settings=HEADS["dpt"],
-        **{"train_images": 16, "val_images": 8, "test_images": 5, "rank": 2, "distill_images": 6},
-        **dict.fromkeys(("probe", "tune", "joint", "heads", "adapters", "distill", "distill_adapters"), short),
+        base=str(base),
+        **{"train_images": 16, "val_images": 8, "test_images": 5},
+        **dict.fromkeys(("probe", "tune", "joint"), short),
+        realign={"heads": steps, "adapters": {**steps, "rank": 2}, "distill": {**steps, "count": 6}},
         merges=("average", "task-arithmetic"),
         realigned=("task-arithmetic+heads", "average+adapters", "task-arithmetic+fold", "average+distill", "auto"),
         relate=True,
     )
-    results = run_recipe(small, base, output / "run", workers=1)  # others would not be in float32
+    results = run_recipe(small, output / "run", workers=1)  # others would not be in float32
     save(output, "recipe", {row["method"]: row["all_metrics"] for row in results["rows"]})
 
 
