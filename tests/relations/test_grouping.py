@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from simomerge.models.model import SimoModel
-from simomerge.relations import Judge, MergedGroup, best_partitions, group_tasks, partitions
+from simomerge.relations import Judge, MergedGroup, group_tasks, partitions
 from simomerge.relations.grouping import choose_groups, merge_group, predict_gains, worth
-from simomerge.relations.partitions import Group
+from simomerge.relations.partitions import Group, best_partitions
 
 from .conftest import TASKS, Dice
 
@@ -85,12 +85,12 @@ class World:
 
     def __init__(self, seed: int, crowd: float) -> None:
         dice = random.Random(seed)
-        self.beside = {(a, b): dice.uniform(-4, 0) for a in "abcde" for b in "abcde" if a != b}
+        self.pair_gains = {(a, b): dice.uniform(-4, 0) for a in "abcde" for b in "abcde" if a != b}
         self.crowd = crowd
         self.asked: list[Group] = []
 
     def gains(self, group: Group) -> dict[str, float]:
-        mean = predict_gains(group, lambda a, b: self.beside[a, b])
+        mean = predict_gains(group, lambda a, b: self.pair_gains[a, b])
         return {task: value - self.crowd * (len(group) - 2) for task, value in mean.items()}
 
     def measure(self, group: Group) -> MergedGroup:
@@ -142,7 +142,7 @@ def test_a_limit_leaves_predictions_and_says_so() -> None:
     world = World(0, 0.5)
     merges, choices = choose_groups("abcde", world.measure, True, limit=0)
     assert len(merges) == 10 and not choices[0].measured and choices[-1].measured
-    assert choices[0].gains == pytest.approx(predict_gains(tuple("abcde"), lambda a, b: world.beside[a, b]))
+    assert choices[0].gains == pytest.approx(predict_gains(tuple("abcde"), lambda a, b: world.pair_gains[a, b]))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -161,7 +161,7 @@ def test_groups_of_models(base: SimoModel, experts: dict[str, SimoModel], dice: 
     assert all(set(merge.gains) == set(merge.tasks) for merge in found.merges)
     model, scale = merge_group(base, {task: experts[task] for task in ("depth", "normals")}, dice.take(8))
     wanted = judge.gains(judge.scores(model))
-    assert found.beside("depth", "normals") == pytest.approx(wanted["depth"])
+    assert found.pair_gain("depth", "normals") == pytest.approx(wanted["depth"])
     assert scale == next(m.scale for m in found.merges if m.tasks == ("depth", "normals"))
 
 

@@ -43,10 +43,10 @@ def test_an_expert_agrees_with_itself(experts: dict[str, SimoModel], merged: Sim
 
 
 def test_another_images_prediction_is_no_agreement(experts: dict[str, SimoModel], judge: Judge) -> None:
-    """The truths moved on by one image score the chance level, which is performance 0."""
-    truth = {task: torch.cat([look.truth[task] for look in judge]) for task in experts}
+    """Targets that are shifted by one image score the chance level, which is performance 0."""
+    targets = {task: torch.cat([batch.targets[task] for batch in judge]) for task in experts}
     for task, metric in judge.metrics().items():
-        metric.update(truth[task].roll(1, 0), truth[task])
+        metric.update(targets[task].roll(1, 0), targets[task])
         assert judge.performance({task: metric.compute()})[task] == pytest.approx(0, abs=1e-6)
 
 
@@ -72,7 +72,7 @@ def test_chance_is_counted_over_batches_of_several_sizes(experts: dict[str, Simo
     dice = torch.Generator().manual_seed(0)
     pictures = as_images([torch.rand(3, 24, width, generator=dice) for width in (32, 32, 40, 24)])
     judge = Judge(experts, pictures, labelled=False, batch_size=2)
-    assert [look.images.shape[-1] for look in judge] == [32, 40, 24]
+    assert [batch.images.shape[-1] for batch in judge] == [32, 40, 24]
     assert all(judge.chance[task] == judge.chance[task] for task in experts)
 
 

@@ -53,7 +53,7 @@ def test_pictures_of_any_size(base: SimoModel, experts: dict[str, SimoModel], di
 def test_nothing_is_seen_for_geometry(base: SimoModel, experts: dict[str, SimoModel]) -> None:
     found = relate(base, experts, sections=["geometry"])
     assert found.images == 0 and found.judged_by == "" and "groups" not in found.to_dict()
-    with pytest.raises(InputError, match="a budget is of the section 'groups'"):
+    with pytest.raises(InputError, match="a budget requires the section 'groups'"):
         found.verdict(budget=1)
 
 
@@ -62,8 +62,8 @@ def test_what_is_refused(base: SimoModel, experts: dict[str, SimoModel], dice: D
         ({}, "looks at images"),
         ({"images": dice, "data": dice}, "give one of them"),
         ({"images": dice, "sections": ["sweep"]}, "did you mean 'sweeps'"),
-        ({"images": dice, "sections": []}, "no section asked for"),
-        ({"images": dice, "sections": ["alignment"]}, "give the merged one"),
+        ({"images": dice, "sections": []}, "no section requested"),
+        ({"images": dice, "sections": ["alignment"]}, "give the merged model"),
         ({"sections": ["cka"]}, "the section 'cka' looks at images"),
         ({"images": dice.take(7)}, "7 images: .* give at least 8"),
         ({"images": dice, "lambdas": (0, 0.5)}, "lambdas 0, 0.5"),
@@ -100,19 +100,18 @@ def test_the_verdict_in_words() -> None:
         "1 encoder: a + b + c (Delta_MTL -10.0 %, predicted from pairs; c loses most, -24.0 %).",
         "2 encoders: a + b; alone: c (Delta_MTL -0.7 %; a loses most, -1.0 %).",
         "3 encoders: every expert by itself (Delta_MTL 0.0 %).",
-        "Merged in pairs, a and b get on best (-1.0 % on average), b and c worst (-12.5 %).",
-        "Beside b the others lose most (-11.5 %); c loses most beside another (-21.0 %).",
+        "Merged in pairs, a and b do best (-1.0 % on average), b and c worst (-12.5 %).",
+        "Merged with b, the other tasks lose most (-11.5 %); c loses most in its pairs (-21.0 %).",
     ]
 
 
 def test_without_labels_losses_of_two_tasks_are_not_compared() -> None:
-    """In its own unit c loses as much beside either; it is the others that lose by it."""
+    """In its own unit c loses equally with either task; the other tasks lose by it."""
     lines = verdict(told("the experts' predictions"), budget=2)
     assert lines == [
         "2 encoders: a + b; alone: c (agreement with the experts -0.7 %).",
-        "Merged in pairs, a and b get on best (0.50 of what these tasks lose in their mean pair), b and c worst"
-        " (1.27).",
-        "Beside c the others lose most (1.50).",
+        "Merged in pairs, a and b do best (0.50 of what these tasks lose in their mean pair), b and c worst (1.27).",
+        "Merged with c, the other tasks lose most (1.50).",
     ]
 
 
@@ -124,7 +123,7 @@ def test_geometry_and_sweeps_in_words() -> None:
     assert lines[0].startswith("Along its task vector a helps b most (+0.20")
     assert lines[1] == "Along its task vector b hurts a most (-0.10)."
     assert lines[2].startswith(
-        "Most sensitive to a disturbed encoder: a, which keeps 90% of its performance over a width of 0.50"
+        "Most sensitive to changes of the encoder: a, which keeps 90% of its performance over a width of 0.50"
     )
     assert lines[3] == "The task vectors of a and b are closest (cosine 0.30, 40% of the weight pulls apart)."
 
