@@ -16,7 +16,7 @@ from simomerge.core.errors import InputError
 from simomerge.merging import TaskArithmetic
 from simomerge.models.model import SimoModel
 from simomerge.relations import alignment, geometry, similarity
-from simomerge.relations.similarity import TokenSums, cka
+from simomerge.relations.features import TokenSums, cka
 
 from .conftest import Dice
 

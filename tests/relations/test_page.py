@@ -63,7 +63,7 @@ def sample(count: int = 4) -> dict[str, Any]:
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_svg_is_complete_labelled_and_follows_the_page(draw: Draw, count: int) -> None:
     found = sample(count)
-    svg = str(inline_svg(draw(found), "figure", "a figure"))
+    svg = str(inline_svg(draw(found), "a figure"))
     text = "".join(ElementTree.fromstring(svg).itertext())
     assert all(task[:12] in text for task in found["tasks"])
     assert not re.search(r"#[0-9a-fA-F]{6}\b|<image", svg)
@@ -81,7 +81,7 @@ def test_the_folder_holds_everything_and_the_page_needs_nothing_else(tmp_path: P
     found = sample()
     page = write_relations(tmp_path / "related", found)
     assert {path.name for path in page.parent.iterdir()} == {
-        "relate.html", "relate.json", *(f"{figure.name}.png" for figure in FIGURES)
+        "relate.html", "relate.json", *(f"{heading.lower()}.png" for heading in FIGURES)
     }  # fmt: skip
     assert json.loads((page.parent / "relate.json").read_text()) == found
     html = page.read_text()

@@ -21,8 +21,8 @@ FIGURES = [overview_figure, task_figure, scale_figure]
 Draw = Callable[[Any], Figure]
 
 
-def svg(draw: Draw, results: Any, name: str = "figure") -> str:
-    return str(inline_svg(draw(results), name, "what <it> shows"))
+def svg(draw: Draw, results: Any, label: str = "Figure") -> str:
+    return str(inline_svg(draw(results), label))
 
 
 def text_of(draw: Draw, results: Any) -> str:
@@ -51,12 +51,12 @@ def test_all_colours_follow_the_page(draw: Draw) -> None:
 
 @pytest.mark.parametrize("draw", FIGURES)
 def test_two_figures_of_a_page_share_no_id(draw: Draw) -> None:
-    first, second = (svg(draw, make_results(), name) for name in ("first", "second"))
+    first, second = (svg(draw, make_results(), label) for label in ("The <first>", "second"))
     ids = set(re.findall(r' id="([^"]+)"', first))
     assert ids and not ids & set(re.findall(r' id="([^"]+)"', second))
     used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', first))
     assert {name for pair in used for name in pair if name} <= ids
-    assert 'role="img"' in first and 'aria-label="what &lt;it&gt; shows"' in first and "<style" not in first
+    assert 'role="img"' in first and 'aria-label="The &lt;first&gt;"' in first and "<style" not in first
 
 
 @pytest.mark.parametrize("draw", FIGURES)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simomerge.relations.verdict import pair_gains
-from simomerge.report.drawing import LIGHT, SERIES, NothingToDraw, figure_style, new_figure
+from simomerge.report.drawing import LIGHT, SERIES, NothingToDraw, figure_style, new_figure, numbers
 from simomerge.report.figures import WIDTH
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def sweep_figure(found: Found) -> Figure:
     values = []
     for axes, primary in zip(panels, tasks, strict=True):
         for task, colour in _coloured(tasks):
-            curve, own = _numbers(sweeps["performance"][primary][task]), task == primary
+            curve, own = numbers(sweeps["performance"][primary][task]), task == primary
             axes.plot(sweeps["lambdas"], curve, color=colour, lw=2.4 if own else 1.3, zorder=3 if own else 2)
             values += curve[np.isfinite(curve)].tolist()
         for line in (axes.axhline, axes.axvline):
             line(1, color=LIGHT["muted"], lw=0.8, ls="--")
-        axes.set_title(f"along {primary}")
+        axes.set_title(f"along {_short(primary)}")
         axes.set_xticks([0, 0.5, 1, 1.5] if sweeps["lambdas"][-1] >= 1.5 else [0, 0.5, 1])
         axes.grid(axis="y")
     if values:  # far below 0 all curves are equally useless, and would hide the others
@@ -89,7 +89,7 @@ def norm_figure(found: Found) -> Figure:
     figure = new_figure(WIDTH, 3.0)
     axes = figure.subplots()
     for place, (_task, colour) in enumerate(_coloured(tasks)):
-        values = _numbers([block["relative"][place] for block in blocks]) * 100
+        values = numbers([block["relative"][place] for block in blocks]) * 100
         axes.plot(range(len(blocks)), values, color=colour, lw=1.8, marker="o", ms=3.5)
     axes.set_xticks(range(len(blocks)), [block["name"] for block in blocks])
     axes.set_ylim(0)
@@ -137,13 +137,9 @@ def _coloured(tasks: Sequence[str]) -> list[tuple[str, str]]:
     return [(task, SERIES[place % len(SERIES)]) for place, task in enumerate(tasks)]
 
 
-def _numbers(values: Sequence[Any]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
 def _without_diagonal(table: Sequence[Sequence[Any]]) -> np.ndarray:
     """The table without its diagonal, which has no information and would decide the range of colours."""
-    found = np.stack([_numbers(row) for row in table])
+    found = np.stack([numbers(row) for row in table])
     np.fill_diagonal(found, np.nan)
     return found
 
@@ -199,10 +195,11 @@ def _heatmap(axes: Axes, table: np.ndarray, limits: tuple[float, float], text: s
 
 
 def _name_axes(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
-    def short(names: Sequence[str]) -> list[str]:
-        return [name if len(name) <= 13 else f"{name[:12]}…" for name in names]
-
-    axes.set_xticks(range(len(columns)), short(columns), rotation=45, ha="right")
-    axes.set_yticks(range(len(rows)), short(rows))
+    axes.set_xticks(range(len(columns)), [*map(_short, columns)], rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), [*map(_short, rows)])
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 13 else f"{name[:12]}…"

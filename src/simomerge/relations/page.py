@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from simomerge.core.files import atomic_write_text
 from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
-from simomerge.report.drawing import NothingToDraw, PageFigure, png
+from simomerge.report.drawing import NothingToDraw, inline_figures, png
 from simomerge.report.facts import MISSING, signed
 from simomerge.report.page import render
 from simomerge.report.table import align
@@ -24,42 +24,14 @@ Found = Mapping[str, Any]
 Table = list[list[str]]
 """Rows of finished strings, the head first."""
 
-FIGURES = (
-    PageFigure(
-        "pairs",
-        "Pairs",
-        pair_figure,
-        "Two tasks merged into one encoder and folded: the gain of the row's task over its own expert when it is merged"
-        " with the column's task, in %.",
-    ),
-    PageFigure(
-        "sweeps",
-        "Sweeps",
-        sweep_figure,
-        "The encoder is the base plus lambda times one task's vector, and every task has its own expert's head. A curve"
-        " that rises from lambda = 0 belongs to a task that the vector helps, a curve that falls to a conflict. A"
-        " narrow peak at lambda = 1 belongs to a sensitive task. The thick curve is the vector's own task.",
-    ),
-    PageFigure(
-        "norms",
-        "Norms",
-        norm_figure,
-        "How far each expert's fine-tuning moved each block, relative to the base's weights.",
-    ),
-    PageFigure(
-        "cosines",
-        "Cosines",
-        cosine_figure,
-        "Cosine of the angle between two task vectors: 0 is unrelated, positive vectors agree, negative vectors pull"
-        " apart.",
-    ),
-    PageFigure(
-        "cka",
-        "CKA",
-        cka_figure,
-        "Linear CKA of the patch features of two encoders at every tap: 1 is equal up to a rotation and a scale.",
-    ),
-)
+FIGURES = {
+    "Pairs": pair_figure,
+    "Sweeps": sweep_figure,
+    "Norms": norm_figure,
+    "Cosines": cosine_figure,
+    "CKA": cka_figure,
+}
+"""The figures by heading; their captions are in the template captions.html."""
 
 
 def relation_lines(found: Found, budget: int | None = None) -> list[str]:
@@ -92,11 +64,11 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "relate.json", json.dumps(found, indent=2) + "\n")
-    for figure in FIGURES:
-        file = folder / f"{figure.name}.png"
+    for heading, draw in FIGURES.items():
+        file = folder / f"{heading.lower()}.png"
         file.unlink(missing_ok=True)  # it may be an earlier run's
-        with contextlib.suppress(NothingToDraw):
-            file.write_bytes(png(figure.draw(found)))
+        with suppress(NothingToDraw):
+            file.write_bytes(png(draw(found)))
     verdict = list(found.get("verdict") or []) or ["Nothing was measured."]
     judged = f"judged by {found['judged_by']}" if found.get("judged_by") else ""
     images = f"{found['images']} images" if found.get("images") else ""
@@ -107,7 +79,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
         about=" · ".join(part for part in (", ".join(found.get("tasks") or []), images, judged) if part),
         verdict=verdict[1:],
         tables=list(_tables(found, None)),
-        figures=_inline(found, [figure.name for figure in FIGURES]),
+        figures=inline_figures(FIGURES, found),
     )
     page = folder / "relate.html"
     atomic_write_text(page, html)
@@ -134,15 +106,8 @@ def seeds_section(relations: Found) -> Markup:
         choices=[["encoders", "seed", "groups", "Delta_MTL % (validation)"], *rows],
         seed=seed,
         verdict=first.get("verdict") or [],
-        figures=_inline(first, ["sweeps", "pairs", "cosines"]),
+        figures=inline_figures({name: FIGURES[name] for name in ("Sweeps", "Pairs", "Cosines")}, first),
     )
-
-
-def _inline(found: Found, names: Sequence[str]) -> list[tuple[PageFigure, Markup]]:
-    """The named figures that can be drawn, in the order of the names."""
-    figures = {figure.name: figure for figure in FIGURES}
-    shown = [(figures[name], figures[name].inline(found)) for name in names]
-    return [(figure, svg) for figure, svg in shown if svg is not None]
 
 
 def _tables(found: Found, budget: int | None) -> Iterator[tuple[str, Table]]:

@@ -15,22 +15,15 @@ from simomerge.core.registry import suggestion
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.models.model import SimoModel
-from simomerge.relations.alignment import TapAlignment, alignment
+from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
 from simomerge.relations.judging import Judge
-from simomerge.relations.similarity import Similarity, check_names, similarity
 from simomerge.relations.sweep import KEPT, LAMBDAS, Sweeps, check_lambdas, sweep
 from simomerge.relations.verdict import verdict
 
-SECTIONS: dict[str, str] = {
-    "groups": "which tasks to merge under a budget of encoders: pairs are merged, folded and judged",
-    "sweeps": "every task's performance along every task vector",
-    "geometry": "task-vector norms, cosines and sign conflicts; needs no images",
-    "cka": "how similar the experts' features are, tap by tap",
-    "alignment": "how far a merged model's features are from the experts', and what a linear map repairs",
-}
-"""What `relate` can measure."""
+SECTIONS = ("groups", "sweeps", "geometry", "cka", "alignment")
+"""What `relate` can measure; docs/relations.md describes the numbers of each section."""
 
 
 @dataclass(frozen=True)

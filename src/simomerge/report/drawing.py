@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+import numpy as np
 from markupsafe import Markup
 
 from simomerge.core.errors import InputError
+from simomerge.report.facts import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,30 +58,6 @@ _VARIABLES = {light: f"var(--{name})" for name, light in LIGHT.items()}
 
 class NothingToDraw(InputError):
     """The results do not contain what a figure shows."""
-
-
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure of a page.
-
-    Attributes:
-        name: names its file, and is unique within a page.
-        heading: stands above the figure.
-        draw: draws the figure from the results; raises `NothingToDraw`.
-        caption: stands below the figure, and describes it to screen readers.
-    """
-
-    name: str
-    heading: str
-    draw: Callable[[Any], Figure]
-    caption: str
-
-    def inline(self, results: Any) -> Markup | None:
-        """The figure as inline SVG, or None if the results do not contain what it shows."""
-        try:
-            return inline_svg(self.draw(results), self.name, self.caption)
-        except NothingToDraw:
-            return None
 
 
 @contextmanager
@@ -124,6 +101,16 @@ def figure_style() -> Iterator[None]:
         yield
 
 
+def numbers(values: Sequence[Any]) -> np.ndarray:
+    """A float array in which missing numbers are NaN, which leaves a gap in a curve.
+
+    Example:
+        >>> numbers([0.5, None, float("inf")])
+        array([0.5, nan, nan])
+    """
+    return np.array([np.nan if (known := finite(number)) is None else known for number in values], dtype=float)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches. It does not use pyplot, so neither a display nor the user's backend matters."""
     from matplotlib.figure import Figure
@@ -139,15 +126,30 @@ def png(figure: Figure) -> bytes:
     return target.getvalue()
 
 
+def inline_figures(figures: Mapping[str, Callable[[Any], Figure]], results: Any) -> dict[str, Markup]:
+    """The figures that the results have the data for, as inline SVG, by heading.
+
+    Args:
+        figures: functions that draw a figure from the results or raise `NothingToDraw`, by heading.
+        results: what the functions take.
+    """
+    found = {}
+    for heading, draw in figures.items():
+        with suppress(NothingToDraw):
+            found[heading] = inline_svg(draw(results), heading)
+    return found
+
+
 @figure_style()
-def inline_svg(figure: Figure, name: str, label: str) -> Markup:
+def inline_svg(figure: Figure, label: str) -> Markup:
     """The figure as an ``<svg>`` element that takes its colours and its font from the page's CSS variables.
 
     Args:
         figure: a figure that was drawn in the colours `LIGHT`.
-        name: prefix of all ids, so that the figures of one page do not clash.
-        label: describes the figure to screen readers.
+        label: names the figure for screen readers, and is the prefix of its ids, so that the figures of a page with
+            different labels do not clash.
     """
+    prefix = re.sub(r"\W+", "-", label.lower())
     target = io.BytesIO()
     figure.savefig(target, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(target.getvalue())
@@ -156,9 +158,11 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
         for child in list(element):
             if _local(child.tag) in ("metadata", "style"):  # a <style> would apply to the whole page
                 element.remove(child)
-        element.attrib = {_local(key): _page_value(_local(key), text, name) for key, text in element.attrib.items()}
-    size = {"viewBox": root.attrib["viewBox"]}
-    root.attrib = {"role": "img", "aria-label": label, **size, "style": "stroke-linejoin: round"}
+        element.attrib = {_local(key): _page_value(_local(key), text, prefix) for key, text in element.attrib.items()}
+    width = float(root.attrib["viewBox"].split()[2])
+    # Labels stay legible on a phone, where the figure scrolls, and do not become huge on a wide screen.
+    style = f"stroke-linejoin: round; min-width: {width:.0f}px; max-width: {1.9 * width:.0f}px"
+    root.attrib = {"role": "img", "aria-label": label, "viewBox": root.attrib["viewBox"], "style": style}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simomerge.report.drawing import FAMILY_COLOURS, LIGHT, SERIES, NothingToDraw, figure_style, new_figure
+from simomerge.report.drawing import FAMILY_COLOURS, LIGHT, SERIES, NothingToDraw, figure_style, new_figure, numbers
 from simomerge.report.facts import (
     FAMILIES,
     MISSING,
@@ -214,17 +214,13 @@ class _Curve:
     @classmethod
     def read(cls, place: int, method: str, entry: Mapping[str, Any]) -> _Curve:
         """The entry of a method in ``results["scale_curves"]``; its place decides the colour."""
-
-        def numbers(values: Sequence[Any] | None) -> np.ndarray:
-            known = [np.nan if (number := finite(item)) is None else number for item in values or []]
-            return np.array([*known, *[np.nan] * len(entry["scales"])][: len(entry["scales"])])
-
+        unknown = [None] * len(entry["scales"])
         return cls(
             method,
             {"color": SERIES[place % len(SERIES)], "ls": DASHES[place % len(DASHES)]},
             numbers(entry["scales"]),
             numbers(entry["delta_mtl"]["mean"]),
-            np.nan_to_num(numbers(entry["delta_mtl"].get("std"))),
+            np.nan_to_num(numbers(entry["delta_mtl"].get("std") or unknown)),
             {task: numbers(values) for task, values in (entry.get("normalised") or {}).items()},
             [scale for scale in map(finite, entry.get("chosen") or []) if scale is not None],
         )
@@ -277,7 +273,8 @@ def _name_curves(axes: Axes, curves: Sequence[_Curve]) -> None:
 
 def _task_panel(axes: Axes, curves: Sequence[_Curve], task: str, first: bool) -> None:
     for curve in curves:
-        curve.draw(axes, curve.normalised.get(task, np.full(len(curve.scales), np.nan)), width=1.2, dot=4.5)
+        if task in curve.normalised:
+            curve.draw(axes, curve.normalised[task], width=1.2, dot=4.5)
     axes.axhline(1, color=LIGHT["muted"], lw=1, ls="--")
     axes.set_title(task, fontsize=8.5)
     axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
-from simomerge.report.drawing import FAMILY_COLOURS, PALETTE, PageFigure
+from simomerge.report.drawing import FAMILY_COLOURS, PALETTE, inline_figures
 from simomerge.report.facts import FAMILIES, MISSING, Results, family, rows, seeds, sentences
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
 from simomerge.report.table import columns
@@ -24,27 +24,8 @@ from simomerge.report.table import columns
 Gallery = Sequence[Mapping[str, Any]]
 """Per image: ``{"image": uint8 (H, W, 3), "predictions": {task: {column: uint8 (H, W, 3)}}}``."""
 
-FIGURES = (
-    PageFigure(
-        "overview",
-        "Overview",
-        overview_figure,
-        "Delta_MTL of every row. A thin line is one standard deviation between seeds.",
-    ),
-    PageFigure(
-        "tasks",
-        "By task",
-        task_figure,
-        "Normalised performance of every row on every task. The dashed line is the expert.",
-    ),
-    PageFigure(
-        "scale",
-        "By scale",
-        scale_figure,
-        "How far to go along the task vectors: 0 is the base encoder, dots are the scales that were chosen. "
-        "Measured on the validation split with the experts' heads, so before any re-alignment.",
-    ),
-)
+FIGURES = {"Overview": overview_figure, "By task": task_figure, "By scale": scale_figure}
+"""The figures of a run by heading; their captions are in the template."""
 
 
 @cache
@@ -102,7 +83,6 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         Markup('<!DOCTYPE html>')
     """
     table = columns(results)
-    figures = [(figure, figure.inline(results)) for figure in FIGURES]
     settings = {name: dict(_flat(results[name])) for name in ("recipe", "machine") if results.get(name)}
     return render(
         "run.html",
@@ -114,7 +94,7 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         heads=[column.head for column in table],
         rows=list(zip(*(column.cells for column in table), strict=True)),
         row_colours=[FAMILY_COLOURS[family(row)] for row in rows(results)],
-        figures=[(figure, svg) for figure, svg in figures if svg],
+        figures=inline_figures(FIGURES, results),
         more=[(heading, content) for heading, content in more if content],
         gallery=[_gallery_image(entry, place) for place, entry in enumerate(gallery, start=1)],
         gallery_columns=list(
