@@ -25,15 +25,7 @@ Found = Mapping[str, Any]
 
 @figure_style()
 def sweep_figure(found: Found) -> Figure:
-    """One panel per task vector: every task's performance against lambda, the vector's own task as a thick curve.
-
-    Example:
-        >>> from simomerge.report.drawing import png
-        >>> curve = {"depth": {"depth": [0.5, 1.0]}}
-        >>> found = {"tasks": ["depth"], "judged_by": "labels", "sweeps": {"lambdas": [0, 1], "performance": curve}}
-        >>> png(sweep_figure(found))[1:4]
-        b'PNG'
-    """
+    """One panel per task vector: every task's performance against lambda, the vector's own task as a thick curve."""
     sweeps, tasks = _section(found, "sweeps"), found["tasks"]
     figure, panels, _ = _panels(len(tasks), 2.5, 2.3, columns=5, sharey=True)
     values = []
@@ -58,14 +50,7 @@ def sweep_figure(found: Found) -> Figure:
 
 @figure_style()
 def pair_figure(found: Found) -> Figure:
-    """The gain of each task (row) over its expert, in percent, when it is merged with one other task (column).
-
-    Example:
-        >>> from simomerge.report.drawing import png
-        >>> merges = [{"tasks": ["a", "b"], "gains": {"a": -1.0, "b": -2.0}}]
-        >>> png(pair_figure({"tasks": ["a", "b"], "groups": {"merges": merges}}))[1:4]
-        b'PNG'
-    """
+    """The gain of each task (row) over its expert, in percent, when it is merged with one other task (column)."""
     _section(found, "groups")
     tasks, gains = found["tasks"], pair_gains(found)
     table = np.array([[gains[task].get(other, np.nan) for other in tasks] for task in tasks])

@@ -109,11 +109,7 @@ def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) 
 
 
 def group_tasks(
-    base: SimoModel,
-    experts: Mapping[str, SimoModel],
-    images: Any,
-    judge: Judge,
-    limit: int | None = None,
+    base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge, limit: int | None = None
 ) -> Grouping:
     """Find which tasks to merge, for every budget of encoders.
 
@@ -152,10 +148,7 @@ def group_tasks(
 
 
 def choose_groups(
-    tasks: Sequence[str],
-    measure: Callable[[Group], MergedGroup],
-    labelled: bool,
-    limit: int | None = None,
+    tasks: Sequence[str], measure: Callable[[Group], MergedGroup], labelled: bool, limit: int | None = None
 ) -> tuple[list[MergedGroup], list[Choice]]:
     """The search of `group_tasks` with any way to measure a group; each group is measured once."""
     pairs = list(combinations(tasks, 2))

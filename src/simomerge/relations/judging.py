@@ -19,7 +19,7 @@ from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import Scores
+from simomerge.training.evaluate import Scores, normalised_performance
 from simomerge.training.metrics import TaskMetrics
 
 
@@ -60,13 +60,7 @@ class Judge:
         0.97
     """
 
-    def __init__(
-        self,
-        experts: Mapping[str, SimoModel],
-        source: Any,
-        labelled: bool,
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, experts: Mapping[str, SimoModel], source: Any, labelled: bool, batch_size: int = 32) -> None:
         self.experts = experts
         self.tasks: dict[str, Task] = {name: expert.tasks[name] for name, expert in experts.items()}
         self.labelled = labelled
@@ -115,15 +109,13 @@ class Judge:
 
     def performance(self, scores: Scores) -> dict[str, float]:
         """Performance by task: 1 is equal to the expert; the class describes what 0 is."""
+        if self.labelled:
+            own = {name: {self.tasks[name].metric: best} for name, best in self.best.items()}
+            return normalised_performance(scores, own, self.tasks)
         found = {}
         for name, values in scores.items():
-            value, best = values[self.tasks[name].metric], self.best[name]
-            if not self.labelled:
-                found[name] = (value - self.chance[name]) / (best - self.chance[name])
-            elif self.tasks[name].higher_is_better:
-                found[name] = value / best
-            else:
-                found[name] = best / value if value else math.inf
+            chance = self.chance[name]
+            found[name] = (values[self.tasks[name].metric] - chance) / (self.best[name] - chance)
         return found
 
     def gains(self, scores: Scores) -> dict[str, float]:

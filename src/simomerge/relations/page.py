@@ -70,13 +70,13 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
         with suppress(NothingToDraw):
             file.write_bytes(png(draw(found)))
     verdict = list(found.get("verdict") or []) or ["Nothing was measured."]
-    judged = f"judged by {found['judged_by']}" if found.get("judged_by") else ""
-    images = f"{found['images']} images" if found.get("images") else ""
     html = render(
         "relations.html",
         title=title,
         sentences=verdict[:1],
-        about=" · ".join(part for part in (", ".join(found.get("tasks") or []), images, judged) if part),
+        tasks=found.get("tasks") or [],
+        images=found.get("images"),
+        judged_by=found.get("judged_by"),
         verdict=verdict[1:],
         tables=list(_tables(found, None)),
         figures=inline_figures(FIGURES, found),

@@ -19,7 +19,7 @@ from simomerge.relations.features import Similarity, TapAlignment, alignment, ch
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
 from simomerge.relations.judging import Judge
-from simomerge.relations.sweep import KEPT, LAMBDAS, Sweeps, check_lambdas, sweep
+from simomerge.relations.sweep import LAMBDAS, Sweeps, check_lambdas, sweep
 from simomerge.relations.verdict import verdict
 
 SECTIONS = ("groups", "sweeps", "geometry", "cka", "alignment")
@@ -48,21 +48,19 @@ class Relations:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with None for numbers that do not exist; docs/relations.md explains the content."""
-        found: dict[str, Any] = {"format": 1, "tasks": self.tasks, "judged_by": self.judged_by, "images": self.images}
-        if self.groups is not None:
-            found["groups"] = {
-                "merges": [asdict(merge) for merge in self.groups.merges],
-                "choices": [{**asdict(choice), "gain": choice.gain} for choice in self.groups.choices],
-            }
-        if self.sweeps is not None:
-            found["sweeps"] = _sweeps_dict(self.sweeps)
-        if self.geometry is not None:
-            found["geometry"] = [asdict(part) for part in self.geometry.parts]
-        if self.cka is not None:
-            found["cka"] = asdict(self.cka)
-        if self.alignment is not None:
-            found["alignment"] = [asdict(row) for row in self.alignment]
-        plain: dict[str, Any] = _plain(found)
+        groups = self.groups and {
+            "merges": [asdict(merge) for merge in self.groups.merges],
+            "choices": [{**asdict(choice), "gain": choice.gain} for choice in self.groups.choices],
+        }
+        sections = {
+            "groups": groups,
+            "sweeps": self.sweeps and self.sweeps.to_dict(),
+            "geometry": self.geometry and [asdict(part) for part in self.geometry.parts],
+            "cka": self.cka and asdict(self.cka),
+            "alignment": None if self.alignment is None else [asdict(row) for row in self.alignment],
+        }
+        found = {"format": 1, "tasks": self.tasks, "judged_by": self.judged_by, "images": self.images, **sections}
+        plain = {key: _plain(value) for key, value in found.items() if value is not None}
         return {**plain, "verdict": verdict(plain)}
 
     def verdict(self, budget: int | None = None) -> list[str]:
@@ -247,16 +245,6 @@ class EverySecond(DenseDataset):
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         found: dict[str, Any] = self.source.targets(self.start + 2 * index, tasks)
         return found
-
-
-def _sweeps_dict(found: Sweeps) -> dict[str, Any]:
-    return {
-        **asdict(found),
-        "kept": KEPT,
-        "peaks": {task: found.peak(task) for task in found.tasks},
-        "widths": {task: found.width(task) for task in found.tasks},
-        "effects": {a: {b: found.effect(a, b) for b in found.tasks if b != a} for a in found.tasks},
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,16 @@ class Sweeps:
         inside = [value for at, value in zip(self.lambdas, curve, strict=True) if 0 < at <= 1]
         return sum(inside) / len(inside) - curve[0]
 
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes, and what is read off the curves."""
+        return {
+            **asdict(self),
+            "kept": KEPT,
+            "peaks": {task: self.peak(task) for task in self.tasks},
+            "widths": {task: self.width(task) for task in self.tasks},
+            "effects": {a: {b: self.effect(a, b) for b in self.tasks if b != a} for a in self.tasks},
+        }
+
 
 def _reach(at: np.ndarray, curve: np.ndarray, level: float, side: int) -> float:
     """How far from 1 towards one side a curve stays at or above a level."""
@@ -98,10 +108,7 @@ def _reach(at: np.ndarray, curve: np.ndarray, level: float, side: int) -> float:
 
 @torch.no_grad()
 def sweep(
-    base: SimoModel,
-    experts: Mapping[str, SimoModel],
-    judge: Judge,
-    lambdas: Sequence[float] = LAMBDAS,
+    base: SimoModel, experts: Mapping[str, SimoModel], judge: Judge, lambdas: Sequence[float] = LAMBDAS
 ) -> Sweeps:
     """Measure all tasks along all task vectors. Each batch is encoded once per task vector and lambda, for all heads.
 

@@ -28,6 +28,7 @@ from simomerge.report.facts import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 WIDTH = 7.6
@@ -47,22 +48,17 @@ def overview_figure(results: Results) -> Figure:
 
     Raises:
         NothingToDraw: no row has a Delta_MTL.
-
-    Example:
-        >>> from simomerge.report.drawing import png
-        >>> png(overview_figure({"rows": [{"method": "ties", "delta_mtl": {"mean": -12.3}}]}))[1:4]
-        b'PNG'
     """
-    bars = [(row, value(row, "delta_mtl")) for row in rows(results)]
-    bars = [(row, cell) for row, cell in bars if cell.mean is not None]
-    if not bars:
+    table = [row for row in rows(results) if value(row, "delta_mtl").mean is not None]
+    if not table:
         raise NothingToDraw("no row of the results has a delta_mtl: nothing to draw.")
-    table, values = [row for row, _ in bars], [cell for _, cell in bars]
     figure = new_figure(WIDTH, 0.8 + 0.32 * len(table))
     axes = figure.subplots()
-    _draw_bars(axes, table, values, experts=0.0)
-    axes.set_xlim(_delta_limits([cell.mean for cell in values if cell.mean is not None]))
-    _label_bars(axes, values)
+    values = [value(row, "delta_mtl") for row in table]
+    bars = _draw_bars(axes, table, values, experts=0.0)
+    means = [cell.mean for cell in values if cell.mean is not None]
+    axes.set_xlim(_delta_limits(means))
+    _label_bars(axes, bars, means)
     _name_rows(axes, table)
     axes.set_xlabel("Delta_MTL in %, 0 = the experts, higher is better")
     _family_legend(figure, table)
@@ -74,12 +70,6 @@ def task_figure(results: Results) -> Figure:
     """Normalised performance of every row, one panel of bars per task; the dashed line at 1 is the expert.
 
     Args and Raises as `overview_figure`.
-
-    Example:
-        >>> from simomerge.report.drawing import png
-        >>> row = {"method": "ties", "normalised": {"depth": {"mean": 0.8}}}
-        >>> png(task_figure({"tasks": [{"name": "depth"}], "rows": [row]}))[1:4]
-        b'PNG'
     """
     tasks = task_names(results)
     table = [row for row in rows(results) if any(value(row, "normalised", task).mean is not None for task in tasks)]
@@ -111,12 +101,6 @@ def scale_figure(results: Results) -> Figure:
     The band is one standard deviation between seeds, a dot is the scale that was chosen for a seed.
 
     Args and Raises as `overview_figure`.
-
-    Example:
-        >>> from simomerge.report.drawing import png
-        >>> curve = {"scales": [0, 0.5, 1], "delta_mtl": {"mean": [-60, -20, -40]}, "chosen": [0.5]}
-        >>> png(scale_figure({"tasks": [], "scale_curves": {"ties": curve}}))[1:4]
-        b'PNG'
     """
     found = (results.get("scale_curves") or {}).items()
     curves = [_Curve.read(place, method, entry) for place, (method, entry) in enumerate(found)]
@@ -136,33 +120,34 @@ def scale_figure(results: Results) -> Figure:
 # Bars ---------------------------------------------------------------------------------------------------
 
 
-def _draw_bars(axes: Axes, table: Sequence[Row], values: Sequence[Value], experts: float) -> None:
+def _draw_bars(axes: Axes, table: Sequence[Row], values: Sequence[Value], experts: float) -> BarContainer:
     """One horizontal bar per row, the first row on top, and a line at the experts' value."""
-    for place, (row, cell) in enumerate(zip(table, values, strict=True)):
-        if cell.mean is None:
-            continue
-        axes.barh(place, cell.mean, height=0.66, color=LIGHT[FAMILY_COLOURS[family(row)]], zorder=2)
-        if cell.std:
-            ends = [cell.mean - cell.std, cell.mean + cell.std]
-            axes.plot(ends, [place, place], color=LIGHT["ink"], lw=1.1, zorder=3)
+    means, spread = (numbers([getattr(cell, name) for cell in values]) for name in ("mean", "std"))
+    bars = axes.barh(
+        range(len(table)),
+        means,
+        height=0.66,
+        color=[LIGHT[FAMILY_COLOURS[family(row)]] for row in table],
+        xerr=np.nan_to_num(spread),
+        error_kw={"ecolor": LIGHT["ink"], "elinewidth": 1.1},
+        zorder=2,
+    )
     axes.axvline(experts, color=LIGHT["muted"], lw=1, ls="--" if experts else "-", zorder=4)
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
+    return bars
 
 
-def _label_bars(axes: Axes, values: Sequence[Value]) -> None:
+def _label_bars(axes: Axes, bars: BarContainer, means: Sequence[float]) -> None:
     """Each bar's value next to its end, or inside the bar if the end is out of view."""
     low, _ = axes.get_xlim()
-    for place, cell in enumerate(values):
-        if cell.mean is None:
-            continue
-        text, side = f"{signed(cell.mean)} %", -1 if cell.mean < 0 else 1
-        at, colour = cell.mean + side * (cell.std or 0), LIGHT["ink"]
-        if cell.mean < low:
-            text, side, at, colour = f"◂ {text}", 1, low, LIGHT["card"]
-        axes.annotate(text, (at, place), xytext=(4 * side, 0), textcoords="offset points", color=colour, fontsize=8,
-                      ha="left" if side > 0 else "right", va="center", zorder=5)  # fmt: skip
+    labels = [f"{signed(mean)} %" for mean in means]
+    cut = [mean < low for mean in means]
+    axes.bar_label(bars, ["" if c else label for c, label in zip(cut, labels, strict=True)], padding=4, fontsize=8)
+    for place in np.flatnonzero(cut):
+        axes.annotate(f"◂ {labels[place]}", (low, place), xytext=(4, 0), textcoords="offset points", va="center",
+                      color=LIGHT["card"], fontsize=8)  # fmt: skip
 
 
 def _name_rows(axes: Axes, table: Sequence[Row]) -> None:

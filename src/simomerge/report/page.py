@@ -88,7 +88,8 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         "run.html",
         title=results.get("title") or "A run of simomerge",
         sentences=sentences(results),
-        about=_about(results),
+        created=str(results.get("created") or "").replace("T", " "),
+        seeds=seeds(results),
         families={name: (FAMILY_COLOURS[name], meaning) for name, meaning in FAMILIES.items()},
         realignments=results.get("realignments") or [],
         heads=[column.head for column in table],
@@ -103,14 +104,6 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         settings=settings,
         notes=results.get("notes") or [],
     )
-
-
-def _about(results: Results) -> str:
-    count = seeds(results)
-    spread = f"Means over {count} seeds ± one standard deviation." if count > 1 else ""
-    if count == 1:
-        spread = "One seed: the spread between runs is not known."
-    return " · ".join(part for part in (str(results.get("created") or "").replace("T", " "), spread) if part)
 
 
 def _gallery_image(entry: Mapping[str, Any], place: int) -> dict[str, Any]:
