@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import combinations
 
 Group = tuple[str, ...]
@@ -72,13 +73,7 @@ def _exact(tasks: list[str], worth: Callable[[Group], float]) -> dict[int, tuple
 
 def _greedy(tasks: list[str], worth: Callable[[Group], float]) -> dict[int, tuple[float, Partition]]:
     """Start from one group per task, and repeatedly join the two groups whose union costs least."""
-    known: dict[Group, float] = {}
-
-    def value(group: Group) -> float:
-        if group not in known:
-            known[group] = worth(group)
-        return known[group]
-
+    value = cache(worth)
     place = {task: index for index, task in enumerate(tasks)}
 
     def joined(pair: tuple[Group, Group]) -> Group:

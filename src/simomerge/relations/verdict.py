@@ -28,8 +28,11 @@ def verdict(found: Found, budget: int | None = None) -> list[str]:
     Raises:
         InputError: a budget out of range, or a budget without measured groups.
     """
-    if budget is not None:
-        check_budget(budget, found)
+    tasks = found["tasks"]
+    if budget is not None and not 1 <= budget <= len(tasks):
+        raise InputError(f"budget {budget}: give 1 to {len(tasks)} encoders, for {len(tasks)} tasks.")
+    if budget is not None and "groups" not in found:
+        raise InputError("a budget requires the section 'groups': request that section too.")
     lines: list[str] = []
     if "groups" in found:
         lines += [*(_overview(found) if budget is None else []), *_choices(found, budget), *_pairs(found)]
@@ -40,15 +43,6 @@ def verdict(found: Found, budget: int | None = None) -> list[str]:
     if "cka" in found:
         lines += _cka(found)
     return lines
-
-
-def check_budget(budget: int, found: Found) -> None:
-    """Raises InputError if the budget is not within 1 to the number of tasks, or if no groups were measured."""
-    tasks = found["tasks"]
-    if not 1 <= budget <= len(tasks):
-        raise InputError(f"budget {budget}: give 1 to {len(tasks)} encoders, for {len(tasks)} tasks.")
-    if "groups" not in found:
-        raise InputError("a budget requires the section 'groups': request that section too.")
 
 
 def _unit(found: Found) -> str:

@@ -30,11 +30,10 @@ FIGURES = {"Overview": overview_figure, "By task": task_figure, "By scale": scal
 
 @cache
 def _environment() -> Environment:
-    loader = PackageLoader("simomerge.report")
-    return Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
+    environment = Environment(loader=PackageLoader("simomerge.report"), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
+    environment.filters["image"] = _image
+    return environment
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -83,7 +82,6 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         Markup('<!DOCTYPE html>')
     """
     table = columns(results)
-    settings = {name: dict(_flat(results[name])) for name in ("recipe", "machine") if results.get(name)}
     return render(
         "run.html",
         title=results.get("title") or "A run of simomerge",
@@ -97,25 +95,17 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         row_colours=[FAMILY_COLOURS[family(row)] for row in rows(results)],
         figures=inline_figures(FIGURES, results),
         more=[(heading, content) for heading, content in more if content],
-        gallery=[_gallery_image(entry, place) for place, entry in enumerate(gallery, start=1)],
+        gallery=gallery,
         gallery_columns=list(
             dict.fromkeys(name for e in gallery for maps in e["predictions"].values() for name in maps)
         ),
-        settings=settings,
+        settings={name: dict(_flat(results[name])) for name in ("recipe", "machine") if results.get(name)},
         notes=results.get("notes") or [],
     )
 
 
-def _gallery_image(entry: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """One image of the gallery and its predictions, as the template's ``picture`` shows them."""
-    predictions = {
-        task: {name: _picture(pixels, f"{task} of image {place}: {name}") for name, pixels in maps.items()}
-        for task, maps in entry["predictions"].items()
-    }
-    return {"input": _picture(entry["image"], f"image {place}"), "predictions": predictions}
-
-
-def _picture(pixels: Any, label: str) -> dict[str, Any]:
+def _image(pixels: Any, label: str) -> Markup:
+    """An ``<img>`` element that contains its pixels, uint8 (H, W, 3)."""
     from PIL import Image
 
     pixels = np.asarray(pixels)
@@ -124,8 +114,9 @@ def _picture(pixels: Any, label: str) -> dict[str, Any]:
     height, width = pixels.shape[:2]
     target = io.BytesIO()
     Image.fromarray(pixels).save(target, format="PNG", optimize=True)
-    source = "data:image/png;base64," + base64.b64encode(target.getvalue()).decode("ascii")
-    return {"source": source, "label": label, "width": width, "height": height}
+    content = base64.b64encode(target.getvalue()).decode("ascii")
+    image = '<img src="data:image/png;base64,{}" alt="{}" width="{}" height="{}">'
+    return Markup(image).format(content, label, width, height)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
