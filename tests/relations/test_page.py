@@ -1,4 +1,4 @@
-"""How tasks relate, drawn and written: whole pictures, a page of its own, and nothing of what was not measured."""
+"""Figures, page and terminal lines of relate: complete, self-contained, and only on measured sections."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ DRAWN = [sweep_figure, pair_figure, norm_figure, cosine_figure, cka_figure]
 
 
 def sample(count: int = 4) -> dict[str, Any]:
-    """What relate gives, with numbers by dice; one is missing."""
-    dice = np.random.default_rng(0)
+    """A result of relate with random numbers; one is missing."""
+    rng = np.random.default_rng(0)
     tasks = ["depth", "normals", "a task <with> $a$ long name", "edges", "texture", "parts", "seg", "boxes"][:count]
 
     def table(size: int) -> list[list[Any]]:
-        return dice.uniform(-0.2, 0.9, (size, size)).round(3).tolist()
+        return rng.uniform(-0.2, 0.9, (size, size)).round(3).tolist()
 
     def part(name: str) -> dict[str, Any]:
-        numbers = {key: dice.random(count).tolist() for key in ("norms", "relative")}
+        numbers = {key: rng.random(count).tolist() for key in ("norms", "relative")}
         return {"name": name, **numbers, **{k: table(count) for k in ("cosine", "conflict", "weighted_conflict")}}
 
-    curves = {a: {b: dice.random(4).tolist() for b in tasks} for a in tasks}
+    curves = {a: {b: rng.random(4).tolist() for b in tasks} for a in tasks}
     curves[tasks[0]][tasks[1]][2] = None
     merges = [{"tasks": [a, b], "gains": {a: -2.0, b: -1.5}, "scale": 0.4} for a, b in combinations(tasks, 2)]
     choices = [

@@ -1,4 +1,4 @@
-"""A small run, made by hand: numbers chosen so that every sum can be done in the head."""
+"""A small run with simple numbers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def spread(mean: float, step: float, seeds: int) -> dict[str, Any]:
 
 
 def row(method: str, ratio: float, tasks: list[str], seeds: int = 1) -> dict[str, Any]:
-    """A row whose every normalised performance is ``ratio``."""
+    """A row with the normalised performance ``ratio`` on every task."""
     raw = {task: TASKS[task][3] * (ratio if TASKS[task][2] else 1 / ratio) for task in tasks}
     gains = [(raw[task] / TASKS[task][3] - 1) * (1 if TASKS[task][2] else -1) for task in tasks]
     trained = "+" in method or method in ("experts", "joint-mtl")

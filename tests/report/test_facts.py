@@ -1,4 +1,4 @@
-"""What the headline says, and what it must not say."""
+"""The headline: what it claims, and what it must not claim."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_the_best_re_aligned_row_is_compared_with_its_own_merge() -> None:
     assert text.endswith("recovered 80 % of that (now -8.0 %, the best of 2 rows that re-align a merge).")
 
 
-def test_without_labels_none_are_named() -> None:
+def test_without_labels_no_labelled_images_are_mentioned() -> None:
     assert "folding its heads recovered 50 % of that" in story(images=0, ta=-20.0, ta_fold=-10.0)
 
 
@@ -79,12 +79,12 @@ def test_outcomes(merge: float, after: float, expected: str) -> None:
     assert expected in story(ta=merge, ta_heads=after)
 
 
-def test_a_gain_within_the_spread_between_seeds_is_none() -> None:
+def test_a_gain_within_the_spread_between_seeds_does_not_count() -> None:
     assert "changed nothing measurable" in story(std=3.0, ta=-20.0, ta_heads=-18.0)
     assert "level with task-arithmetic+heads" in story(std=3.0, ta=-20.0, ta_heads=-5.0, zs_heads=-7.0)
 
 
-def test_missing_rows_say_less() -> None:
+def test_missing_rows_shorten_the_headline() -> None:
     assert story() == story(experts=0.0, zs_heads=-3.0) == "This run measured no merged model."
     assert story(ta=-20.0) == "Merging by task-arithmetic cost 20.0 points of Delta_MTL; nothing was re-aligned."
     assert story(ta_heads=-3.0) == (
@@ -104,7 +104,7 @@ def test_a_control_that_beats_the_merge_is_reported() -> None:
     assert story(ties=-20.0, zs=-12.0).endswith("8.0 points better than ties: merging added nothing here.")
 
 
-def test_a_control_with_labels_is_no_verdict_on_a_bare_merge() -> None:
+def test_a_control_with_labels_proves_nothing_against_a_bare_merge() -> None:
     text = story(ta=-20.0, zs_heads=-10.0)
     assert text.endswith("But the control zero-shot+heads (base encoder, nothing merged) reaches -10.0 %, "
                          "10.0 points better than task-arithmetic.")  # fmt: skip
@@ -116,14 +116,14 @@ def test_a_control_between_merge_and_re_aligned_row() -> None:
     assert story(ta=-20.0, ta_heads=-5.0, zs_heads=-40.0).endswith("-40.0 %, 35.0 points below task-arithmetic+heads.")
 
 
-def test_the_control_is_compared_with_its_like() -> None:
-    """Adapters above it would hide that heads alone did as well without any merge."""
+def test_the_control_is_compared_after_the_same_steps() -> None:
+    """A better row with adapters must not hide that heads alone do as well without any merge."""
     text = story(ta=-20.0, ta_heads=-10.0, ta_adapters=-5.0, zs_heads=-9.0)
     assert "re-aligning it with adapters" in text
     assert text.endswith("1.0 points better than task-arithmetic+heads: merging added nothing here.")
 
 
-def test_a_whole_run() -> None:
+def test_a_complete_run() -> None:
     assert headline(make_results()).startswith("Merging by task-arithmetic cost 30.6 points")
 
 

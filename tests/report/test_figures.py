@@ -85,7 +85,7 @@ def test_a_row_far_below_is_cut_and_keeps_its_number() -> None:
     assert "◂ -900.0 %" in text and "-30.0 %" in text and "−800" not in text
 
 
-def test_names_are_no_formulas() -> None:
+def test_names_are_not_parsed_as_formulas() -> None:
     row = {"method": r"$\oops$ <b>", "delta_mtl": {"mean": -1.0}}
     assert r"$\oops$ <b>" in text_of(overview_figure, {"rows": [row]})
 

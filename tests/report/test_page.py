@@ -1,4 +1,4 @@
-"""The page: well formed, self-contained, escaped, and its pictures are the pictures given."""
+"""The page: well formed, self-contained, escaped, with the given pictures."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ VOID = {"meta", "img", "source", "link", "br"}
 
 
 class Reader(HTMLParser):
-    """Collects elements and text, and fails on a tag that closes another."""
+    """Collects elements and text, and fails on tags that are not closed in order."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -150,13 +150,13 @@ def test_everything_is_escaped() -> None:
     assert read.words.count(evil) >= 8 and "script" not in {tag for tag, _ in read.elements}
 
 
-def test_little_is_known() -> None:
+def test_empty_results_give_a_short_page() -> None:
     read = Reader(report_page({}))
     assert "This run measured no merged model." in read.text and read.sources() == []
     assert "Notes" not in read.words and "Predictions" not in read.words
 
 
-def test_written_whole(tmp_path: Path) -> None:
+def test_the_file_is_written_as_a_whole(tmp_path: Path) -> None:
     path = write_report(tmp_path / "deep" / "report.html", {"rows": []})
     assert path == tmp_path / "deep" / "report.html"
     assert path.read_text(encoding="utf-8").endswith("</html>\n")

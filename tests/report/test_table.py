@@ -1,4 +1,4 @@
-"""Numbers become text exactly once: what the terminal and Markdown show."""
+"""The table in the terminal and in Markdown."""
 
 import pytest
 
