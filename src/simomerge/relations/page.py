@@ -15,7 +15,7 @@ from simomerge.core.files import atomic_write_text
 from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
 from simomerge.report.drawing import NothingToDraw, inline_figures, png
 from simomerge.report.facts import MISSING, signed
-from simomerge.report.page import render
+from simomerge.report.page import render_html
 from simomerge.report.table import align
 
 Found = Mapping[str, Any]
@@ -70,7 +70,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
         with suppress(NothingToDraw):
             file.write_bytes(png(draw(found)))
     verdict = list(found.get("verdict") or []) or ["Nothing was measured."]
-    html = render(
+    html = render_html(
         "relations.html",
         title=title,
         sentences=verdict[:1],
@@ -101,7 +101,7 @@ def seeds_section(relations: Found) -> Markup:
         for seed, found in relations.items()
         for choice in found["groups"]["choices"][place : place + 1]
     ]
-    return render(
+    return render_html(
         "seeds.html",
         choices=[["encoders", "seed", "groups", "Delta_MTL % (validation)"], *rows],
         seed=seed,

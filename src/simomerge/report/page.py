@@ -36,11 +36,11 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, **values: Any) -> Markup:
+def render_html(template: str, **values: Any) -> Markup:
     """HTML from one of this package's templates. Values are escaped unless they are `markupsafe.Markup`.
 
     Example:
-        >>> page = render("base.html", title="Rooms & more", sentences=["Nothing was measured."], about="")
+        >>> page = render_html("base.html", title="Rooms & more", sentences=["Nothing was measured."], about="")
         >>> page[:15], "<h1>Rooms &amp; more</h1>" in page
         (Markup('<!DOCTYPE html>'), True)
     """
@@ -82,7 +82,7 @@ def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[st
         Markup('<!DOCTYPE html>')
     """
     table = columns(results)
-    return render(
+    return render_html(
         "run.html",
         title=results.get("title") or "A run of simomerge",
         sentences=sentences(results),
