@@ -56,10 +56,10 @@ def test_geometry_looks_at_no_image(tiny_base: Path, experts: list[str]) -> None
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "nothing to look at": ((), "looks at images: give images or labelled data, or ask for 'geometry' alone"),
     "both": (("--images", "PHOTOS", "--data", "rooms"), "--images and --data exclude each other"),
-    "section": (("--images", "PHOTOS", "--sections", "sweep"), "no section 'sweep'; did you mean 'sweeps'"),
-    "strange section": (("--images", "PHOTOS", "--sections", "xyzzy"), r"no section 'xyzzy'\? There are: groups"),
+    "section": (("--images", "PHOTOS", "--sections", "sweep"), "no section 'sweep': did you mean 'sweeps'"),
+    "strange section": (("--images", "PHOTOS", "--sections", "xyzzy"), "no section 'xyzzy': choose from groups"),
     "section without images": (("--sections", "sweeps"), "the section 'sweeps' looks at images"),
-    "section without a merge": (("--images", "PHOTOS", "--sections", "alignment"), "give the merged one"),
+    "section without a merge": (("--images", "PHOTOS", "--sections", "alignment"), "give the merged model"),
     "budget": (("--images", "PHOTOS", "--budget", "3"), "--budget 3: 2 experts need no more than 2 encoders"),
     "no budget": (("--images", "PHOTOS", "--budget", "0"), "0 is not in the range"),
     "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget is of the section 'groups'"),
@@ -99,4 +99,4 @@ def test_who_is_given_as_what(story: Story, tiny_base: Path, photos: Path, exper
 def test_too_few_pictures(tiny_base: Path, photos: Path, experts: list[str], tmp_path: Path) -> None:
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes((photos / name).read_bytes())
-    check(simomerge("relate", tiny_base, *experts, "--images", tmp_path), "2 images: half of them judge")
+    check(simomerge("relate", tiny_base, *experts, "--images", tmp_path), "2 images: one half is for merging")

@@ -12,7 +12,7 @@ from simomerge.recipes.graph import read_log
 from simomerge.recipes.run import plan_of
 from simomerge.recipes.stages import Relate
 from simomerge.relations.page import seeds_section
-from simomerge.report.html import page
+from simomerge.report.page import report_page
 
 from .conftest import MICRO, Finished, on
 
@@ -47,6 +47,8 @@ def test_the_stage_and_its_place_in_the_report(tiny_base: Path, finished: Finish
     Relate(name="relations", base=str(tiny_base), experts=experts, data=data).run(tmp_path / "out")
     found = read_log(tmp_path / "out")["relations"]
     assert found["judged_by"] == "labels" and found["tasks"] == list(MICRO.tasks) and found["images"] == 8
-    html = page(finished.results, (), [("Task relationships", seeds_section({"0": json.loads(json.dumps(found))}))])
+    html = report_page(
+        finished.results, (), [("Task relationships", seeds_section({"0": json.loads(json.dumps(found))}))]
+    )
     assert "Task relationships" in html and found["verdict"][0].split(".")[0] in html
-    assert "Task relationships" not in page(finished.results)
+    assert "Task relationships" not in report_page(finished.results)

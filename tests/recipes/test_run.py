@@ -70,7 +70,7 @@ def test_every_row_has_the_documented_entries(finished: Finished) -> None:
                 "method",
                 "family",
                 "merge",
-                "realignments",
+                "realignment",
                 "delta_mtl",
                 "metrics",
                 "normalised",

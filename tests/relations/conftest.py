@@ -1,4 +1,4 @@
-"""Three tiny experts fine-tuned by dice, and images with labels by dice."""
+"""Three tiny experts with random changes to their weights, and random images with labels."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ TASKS = {
 }
 
 
-class Dice(DenseDataset):
+class RandomDataset(DenseDataset):
     """Coarse random images with random labels."""
 
     def __init__(self, count: int = 12) -> None:
         super().__init__(TASKS, count)
-        dice = np.random.default_rng(0)
-        coarse = dice.random((count, 3, 4, 4)).astype(np.float32)
+        rng = np.random.default_rng(0)
+        coarse = rng.random((count, 3, 4, 4)).astype(np.float32)
         self.pictures = torch.from_numpy(coarse.repeat(6, 2).repeat(8, 3))
         size = (count, 24, 32)
-        normals = torch.nn.functional.normalize(torch.from_numpy(dice.normal(size=(count, 3, 24, 32))).float(), dim=1)
+        normals = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(count, 3, 24, 32))).float(), dim=1)
         self.truth = {
-            "depth": torch.from_numpy(dice.uniform(1, 2, (count, 1, 24, 32))).float(),
-            "parts": torch.from_numpy(dice.integers(0, 3, size)),
+            "depth": torch.from_numpy(rng.uniform(1, 2, (count, 1, 24, 32))).float(),
+            "parts": torch.from_numpy(rng.integers(0, 3, size)),
             "normals": normals,
         }
 
@@ -46,8 +46,8 @@ class Dice(DenseDataset):
 
 
 @pytest.fixture(scope="package")
-def dice() -> Dice:
-    return Dice()
+def dataset() -> RandomDataset:
+    return RandomDataset()
 
 
 @pytest.fixture(scope="package")
@@ -77,6 +77,6 @@ def experts(make_model: Callable[..., SimoModel], base: SimoModel) -> dict[str, 
 
 
 @pytest.fixture
-def judge(experts: dict[str, SimoModel], dice: Dice, float32: None) -> Judge:
+def judge(experts: dict[str, SimoModel], dataset: RandomDataset, float32: None) -> Judge:
     """Without labels."""
-    return Judge(experts, dice, labelled=False)
+    return Judge(experts, dataset, labelled=False)

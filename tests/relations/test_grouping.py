@@ -1,4 +1,4 @@
-"""Partitions against brute force, and the search that measures what its answer stands on."""
+"""Partitions against brute force, and the search that measures the groups of its answer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from simomerge.models.model import SimoModel
-from simomerge.relations import Judge, MergedGroup, best_partitions, group_tasks, partitions
+from simomerge.relations import Judge, MergedGroup, group_tasks, partitions
 from simomerge.relations.grouping import choose_groups, merge_group, predict_gains, worth
-from simomerge.relations.partitions import Group
+from simomerge.relations.partitions import Group, best_partitions
 
-from .conftest import TASKS, Dice
+from .conftest import TASKS, RandomDataset
 
 
 def all_partitions(tasks: list[str]) -> Iterator[list[list[str]]]:
-    """Each task goes into one of the groups there are, or into a new one."""
+    """Each task joins one of the existing groups, or starts a new one."""
     if not tasks:
         yield []
         return
@@ -32,9 +32,9 @@ def all_partitions(tasks: list[str]) -> Iterator[list[list[str]]]:
 
 
 def random_worth(tasks: str, seed: int) -> dict[Group, float]:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     return {
-        group: 0.0 if size == 1 else dice.uniform(-10, 3)
+        group: 0.0 if size == 1 else rng.uniform(-10, 3)
         for size in range(1, len(tasks) + 1)
         for group in combinations(tasks, size)
     }
@@ -55,7 +55,7 @@ def test_no_partition_is_better(count: int, seed: int) -> None:
         assert sum(map(worth.__getitem__, found[budget])) == pytest.approx(best)
 
 
-def test_the_order_of_the_tasks_does_not_count() -> None:
+def test_the_order_of_the_tasks_does_not_matter() -> None:
     worth = random_worth("abcde", 3)
     one = best_partitions("abcde", worth.__getitem__)
     other = best_partitions("ecadb", lambda group: worth[tuple(sorted(group))])
@@ -63,8 +63,8 @@ def test_the_order_of_the_tasks_does_not_count() -> None:
         assert {frozenset(g) for g in one[budget]} == {frozenset(g) for g in other[budget]}
 
 
-def test_very_many_tasks_are_joined_greedily() -> None:
-    """Four families whose members alone go together: even the greedy way finds them."""
+def test_many_tasks_are_joined_greedily() -> None:
+    """Four families of tasks that only fit with each other: the greedy search finds them too."""
     tasks = [f"t{index}" for index in range(16)]
     assert len(tasks) > partitions.EXACT
     family = {task: index % 4 for index, task in enumerate(tasks)}
@@ -84,13 +84,13 @@ class World:
     """Groups with known gains; counts how often each is measured."""
 
     def __init__(self, seed: int, crowd: float) -> None:
-        dice = random.Random(seed)
-        self.beside = {(a, b): dice.uniform(-4, 0) for a in "abcde" for b in "abcde" if a != b}
+        rng = random.Random(seed)
+        self.pair_gains = {(a, b): rng.uniform(-4, 0) for a in "abcde" for b in "abcde" if a != b}
         self.crowd = crowd
         self.asked: list[Group] = []
 
     def gains(self, group: Group) -> dict[str, float]:
-        mean = predict_gains(group, lambda a, b: self.beside[a, b])
+        mean = predict_gains(group, lambda a, b: self.pair_gains[a, b])
         return {task: value - self.crowd * (len(group) - 2) for task, value in mean.items()}
 
     def measure(self, group: Group) -> MergedGroup:
@@ -103,8 +103,8 @@ class World:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("crowd", [0.0, 0.5])
-def test_where_crowds_cost_more_the_answer_is_the_best_there_is(seed: int, crowd: float) -> None:
-    """The prediction is then never too low, so nothing better can have been overlooked."""
+def test_if_large_groups_cost_more_the_answer_is_optimal(seed: int, crowd: float) -> None:
+    """If larger groups cost more, the prediction is never too low, so no better group can be missed."""
     world = World(seed, crowd)
     merges, choices = choose_groups("abcde", world.measure, True)
     assert len(world.asked) == len(set(world.asked)) == len(merges) <= 26
@@ -116,8 +116,8 @@ def test_where_crowds_cost_more_the_answer_is_the_best_there_is(seed: int, crowd
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_without_labels_every_task_counts_alike(seed: int) -> None:
-    """A task whose disagreement is a hundred times as large changes no answer; with labels it rules it."""
+def test_without_labels_every_task_counts_equally(seed: int) -> None:
+    """Without labels a task with a hundred times larger losses changes no answer; with labels it decides."""
     world, loud = World(seed, 0.5), World(seed, 0.5)
 
     def measure(group: Group) -> MergedGroup:
@@ -138,11 +138,11 @@ def test_without_labels_losses_count_in_squares() -> None:
     assert worth({"a": 0.5}, {"a": 1.0}) == pytest.approx(0.25)
 
 
-def test_a_limit_leaves_predictions_and_says_so() -> None:
+def test_with_a_limit_some_gains_are_predicted_and_marked() -> None:
     world = World(0, 0.5)
     merges, choices = choose_groups("abcde", world.measure, True, limit=0)
     assert len(merges) == 10 and not choices[0].measured and choices[-1].measured
-    assert choices[0].gains == pytest.approx(predict_gains(tuple("abcde"), lambda a, b: world.beside[a, b]))
+    assert choices[0].gains == pytest.approx(predict_gains(tuple("abcde"), lambda a, b: world.pair_gains[a, b]))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -154,19 +154,19 @@ def test_two_tasks(labelled: bool) -> None:
 
 @pytest.mark.usefixtures("float32")
 @pytest.mark.filterwarnings("ignore:.*the fold stays close")
-def test_groups_of_models(base: SimoModel, experts: dict[str, SimoModel], dice: Dice, judge: Judge) -> None:
-    found = group_tasks(base, experts, dice.take(8), judge)
+def test_groups_of_models(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset, judge: Judge) -> None:
+    found = group_tasks(base, experts, dataset.take(8), judge)
     assert found.tasks == list(TASKS) and not found.labelled
     assert {merge.tasks for merge in found.merges} >= set(combinations(TASKS, 2))
     assert all(set(merge.gains) == set(merge.tasks) for merge in found.merges)
-    model, scale = merge_group(base, {task: experts[task] for task in ("depth", "normals")}, dice.take(8))
+    model, scale = merge_group(base, {task: experts[task] for task in ("depth", "normals")}, dataset.take(8))
     wanted = judge.gains(judge.scores(model))
-    assert found.beside("depth", "normals") == pytest.approx(wanted["depth"])
+    assert found.pair_gain("depth", "normals") == pytest.approx(wanted["depth"])
     assert scale == next(m.scale for m in found.merges if m.tasks == ("depth", "normals"))
 
 
 class Plain(nn.Module):
-    """A head that does not say what could be folded."""
+    """A head without the methods that folding needs."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -177,11 +177,13 @@ class Plain(nn.Module):
         return found
 
 
-def test_heads_that_cannot_be_folded_are_averaged(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+def test_heads_that_cannot_be_folded_are_averaged(
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset
+) -> None:
     plain = SimoModel(
         experts["depth"].encoder, {"depth": TASKS["depth"]}, {"depth": Plain(experts["depth"].heads["depth"])}
     )
-    model, scale = merge_group(base, {"depth": plain, "normals": experts["normals"]}, dice)
+    model, scale = merge_group(base, {"depth": plain, "normals": experts["normals"]}, dataset)
     assert scale is None
     weight = "layernorm.weight"
     ours, first, second = (

@@ -15,7 +15,7 @@ from simomerge.models.model import SimoModel
 from simomerge.relations import Judge, Sweeps, sweep
 from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
 
-from .conftest import TASKS, Dice
+from .conftest import TASKS, RandomDataset
 
 pytestmark = pytest.mark.usefixtures("float32")
 
@@ -25,10 +25,12 @@ def merged(base: SimoModel, experts: dict[str, SimoModel]) -> SimoModel:
     return with_merged_encoder(base, experts, TaskArithmetic(scale=0.5))
 
 
-def test_labels_judge_as_the_evaluation_does(experts: dict[str, SimoModel], merged: SimoModel, dice: Dice) -> None:
-    judge = Judge(experts, dice, labelled=True)
-    scores, baseline = judge.scores(merged), {t: evaluate(e, dice)[t] for t, e in experts.items()}
-    assert scores == evaluate(merged, dice)
+def test_labels_judge_as_the_evaluation_does(
+    experts: dict[str, SimoModel], merged: SimoModel, dataset: RandomDataset
+) -> None:
+    judge = Judge(experts, dataset, labelled=True)
+    scores, baseline = judge.scores(merged), {t: evaluate(e, dataset)[t] for t, e in experts.items()}
+    assert scores == evaluate(merged, dataset)
     assert judge.performance(scores) == pytest.approx(normalised_performance(scores, baseline, TASKS))
     gains = judge.gains(scores)
     assert sum(gains.values()) / 3 == pytest.approx(delta_mtl(scores, baseline, TASKS))
@@ -43,20 +45,20 @@ def test_an_expert_agrees_with_itself(experts: dict[str, SimoModel], merged: Sim
 
 
 def test_another_images_prediction_is_no_agreement(experts: dict[str, SimoModel], judge: Judge) -> None:
-    """The truths moved on by one image score the chance level, which is performance 0."""
-    truth = {task: torch.cat([look.truth[task] for look in judge]) for task in experts}
+    """Targets that are shifted by one image score the chance level, which is performance 0."""
+    targets = {task: torch.cat([batch.targets[task] for batch in judge]) for task in experts}
     for task, metric in judge.metrics().items():
-        metric.update(truth[task].roll(1, 0), truth[task])
+        metric.update(targets[task].roll(1, 0), targets[task])
         assert judge.performance({task: metric.compute()})[task] == pytest.approx(0, abs=1e-6)
 
 
-def test_chance_does_not_depend_on_the_batches(experts: dict[str, SimoModel], dice: Dice) -> None:
-    """Also where the first batch holds one image, no image's prediction is taken for its own."""
-    chances = [Judge(experts, dice, labelled=False, batch_size=size).chance for size in (1, 12)]
+def test_chance_does_not_depend_on_the_batches(experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
+    """No image is compared with its own prediction, even if the first batch has only one image."""
+    chances = [Judge(experts, dataset, labelled=False, batch_size=size).chance for size in (1, 12)]
     assert chances[0] == pytest.approx(chances[1], rel=1e-4)
 
 
-def test_what_is_not_finite_is_neither_kept_nor_a_peak() -> None:
+def test_values_that_are_not_finite_are_neither_in_the_width_nor_the_peak() -> None:
     nan = float("nan")
 
     def sweeps(curve: list[float]) -> Sweeps:
@@ -66,26 +68,26 @@ def test_what_is_not_finite_is_neither_kept_nor_a_peak() -> None:
     assert math.isnan(sweeps([0.5, 0.8, nan, nan]).width("a")) and math.isnan(sweeps([nan] * 4).peak("a"))
 
 
-def test_chance_is_counted_over_batches_of_several_sizes(experts: dict[str, SimoModel]) -> None:
+def test_chance_is_measured_over_batches_of_several_sizes(experts: dict[str, SimoModel]) -> None:
     from simomerge.datasets.pictures import as_images
 
-    dice = torch.Generator().manual_seed(0)
-    pictures = as_images([torch.rand(3, 24, width, generator=dice) for width in (32, 32, 40, 24)])
+    rng = torch.Generator().manual_seed(0)
+    pictures = as_images([torch.rand(3, 24, width, generator=rng) for width in (32, 32, 40, 24)])
     judge = Judge(experts, pictures, labelled=False, batch_size=2)
-    assert [look.images.shape[-1] for look in judge] == [32, 40, 24]
+    assert [batch.images.shape[-1] for batch in judge] == [32, 40, 24]
     assert all(judge.chance[task] == judge.chance[task] for task in experts)
 
 
-def test_judges_that_cannot_judge(experts: dict[str, SimoModel], dice: Dice) -> None:
+def test_judges_without_enough_information_are_errors(experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
     with pytest.raises(InputError, match="at least two"):
-        Judge(experts, dice.take(1), labelled=False)
+        Judge(experts, dataset.take(1), labelled=False)
     blind = copy.deepcopy(experts["depth"])
     for parameter in blind.heads.parameters():
         parameter.data.zero_()
     with pytest.raises(InputError, match="'depth' predicts the same for every image"):
-        Judge({"depth": blind}, dice, labelled=False)
+        Judge({"depth": blind}, dataset, labelled=False)
     with pytest.raises(InputError, match="nothing can be relative"):
-        Judge({"parts": _never_right(experts["parts"])}, _one_class(dice), labelled=True)
+        Judge({"parts": _never_right(experts["parts"])}, _one_class(dataset), labelled=True)
 
 
 def _never_right(expert: SimoModel) -> SimoModel:
@@ -96,8 +98,8 @@ def _never_right(expert: SimoModel) -> SimoModel:
     return wrong
 
 
-def _one_class(dice: Dice) -> Dice:
-    other = Dice()
+def _one_class(dataset: RandomDataset) -> RandomDataset:
+    other = RandomDataset()
     other.truth["parts"] = torch.full_like(other.truth["parts"], 1)
     return other
 
@@ -107,9 +109,9 @@ def _one_class(dice: Dice) -> Dice:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_the_ends_are_the_base_and_the_expert(
-    base: SimoModel, experts: dict[str, SimoModel], dice: Dice, labelled: bool
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset, labelled: bool
 ) -> None:
-    judge = Judge(experts, dice.take(5), labelled, batch_size=2)
+    judge = Judge(experts, dataset.take(5), labelled, batch_size=2)
     found = sweep(base, experts, judge, (0, 0.4, 1))
     assert found.tasks == list(experts) and found.images == 5 and found.labelled == labelled
     unmerged = judge.performance(judge.scores(with_merged_encoder(base, experts, ZeroShot())))
@@ -123,39 +125,39 @@ def test_the_ends_are_the_base_and_the_expert(
 
 
 def test_between_them_lies_task_arithmetic_of_one_expert(
-    base: SimoModel, experts: dict[str, SimoModel], dice: Dice
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset
 ) -> None:
-    found = sweep(base, experts, Judge(experts, dice, labelled=True), (0, 0.4, 1, 1.3))
+    found = sweep(base, experts, Judge(experts, dataset, labelled=True), (0, 0.4, 1, 1.3))
     for primary in ("depth", "parts"):
         for place, at in ((1, 0.4), (3, 1.3)):
             alone = with_merged_encoder(base, {primary: experts[primary]}, TaskArithmetic(scale=at))
             heads = {task: other.heads[task] for task, other in experts.items()}
-            scores = evaluate(SimoModel(alone.encoder, TASKS, heads), dice)
+            scores = evaluate(SimoModel(alone.encoder, TASKS, heads), dataset)
             for task in TASKS:
                 wanted = scores[task][TASKS[task].metric]
                 assert found.metrics[primary][task][place] == pytest.approx(wanted, rel=2e-3)
 
 
-def test_experts_stay_as_they_are(base: SimoModel, experts: dict[str, SimoModel], judge: Judge) -> None:
+def test_experts_are_not_changed(base: SimoModel, experts: dict[str, SimoModel], judge: Judge) -> None:
     before = {task: expert.encoder_fingerprint() for task, expert in experts.items()}
     sweep(base, experts, judge, (0, 1))
     assert before == {task: expert.encoder_fingerprint() for task, expert in experts.items()}
 
 
 @pytest.mark.parametrize("lambdas", [(0, 0.5), (0.5, 1), (-0.1, 0, 1)])
-def test_lambdas_that_are_none(base: SimoModel, experts: dict[str, SimoModel], judge: Judge, lambdas: tuple) -> None:
+def test_invalid_lambdas(base: SimoModel, experts: dict[str, SimoModel], judge: Judge, lambdas: tuple) -> None:
     with pytest.raises(InputError, match=r"give 0 \(the base\), 1 \(the expert\)"):
         sweep(base, experts, judge, lambdas)
 
 
-def made(curves: dict[str, dict[str, list[float]]], lambdas: list[float]) -> Sweeps:
+def sweeps_of(curves: dict[str, dict[str, list[float]]], lambdas: list[float]) -> Sweeps:
     return Sweeps(list(curves), lambdas, True, 1, curves, {})
 
 
-def test_what_is_read_off_a_curve() -> None:
+def test_peak_width_and_effect_of_a_curve() -> None:
     lambdas = [0.0, 0.5, 1.0, 1.5]
-    found = made({"a": {"a": [0.2, 0.6, 1.0, 0.8], "b": [0.5, 0.7, 0.9, 0.0]}, "b": {"a": [0.2] * 4, "b": [1.0] * 4}},
-                 lambdas)  # fmt: skip
+    curves = {"a": {"a": [0.2, 0.6, 1.0, 0.8], "b": [0.5, 0.7, 0.9, 0.0]}, "b": {"a": [0.2] * 4, "b": [1.0] * 4}}
+    found = sweeps_of(curves, lambdas)
     assert found.peak("a") == 1.0
     # 0.9 is reached a quarter of the way down on the right, an eighth of the way (0.4 per half) on the left.
     assert found.width("a") == pytest.approx(0.25 + 0.125)

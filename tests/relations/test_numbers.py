@@ -1,4 +1,4 @@
-"""Geometry and CKA against slow, independent implementations, and what must not change them."""
+"""Geometry and CKA against slow, independent implementations, and their invariances."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from simomerge.core.errors import InputError
 from simomerge.merging import TaskArithmetic
 from simomerge.models.model import SimoModel
 from simomerge.relations import alignment, geometry, similarity
-from simomerge.relations.sums import TokenSums, cka
+from simomerge.relations.features import TokenSums, cka
 
-from .conftest import Dice
+from .conftest import RandomDataset
 
 NAMES = ("embeddings.w", "encoder.layer.0.w", "encoder.layer.1.w", "layernorm.w")
 VALUES = st.floats(-2, 2, width=32).map(lambda value: float(np.float32(round(value, 2))))
@@ -33,7 +33,7 @@ def models(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], dict[str, dict[str, 
 
 
 def slow(base: list[float], first: list[float], second: list[float]) -> dict[str, float]:
-    """One entry after the other, in Python's own numbers."""
+    """One entry after the other, in Python floats."""
     dot = norm = other = weight = apart = 0.0
     unlike = both = 0
     for x, y, z in zip(base, first, second, strict=True):
@@ -57,7 +57,7 @@ def same(found: float, wanted: float) -> bool:
 
 @settings(max_examples=40, deadline=None)
 @given(models())
-def test_geometry_is_that_of_a_loop_over_the_entries(given_: tuple) -> None:
+def test_geometry_equals_a_loop_over_the_entries(given_: tuple) -> None:
     base, experts = given_
     if all((expert[n] == base[n]).all() for expert in experts.values() for n in NAMES):
         return
@@ -76,7 +76,7 @@ def test_geometry_is_that_of_a_loop_over_the_entries(given_: tuple) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(models(), st.permutations(["a", "b", "c"]))
-def test_the_order_of_the_experts_does_not_count(given_: tuple, order: list[str]) -> None:
+def test_the_order_of_the_experts_does_not_matter(given_: tuple, order: list[str]) -> None:
     base, experts = given_
     one, other = geometry(base, experts), geometry(base, {task: experts[task] for task in order})
     for i, a in enumerate(one.tasks):
@@ -86,10 +86,10 @@ def test_the_order_of_the_experts_does_not_count(given_: tuple, order: list[str]
             assert same(one.all.conflict[i][j], other.all.conflict[x][y])
 
 
-def test_a_longer_task_vector_points_where_it_did() -> None:
-    dice = np.random.default_rng(0)
-    base = {"w": dice.normal(size=50).astype(np.float32)}
-    tau = {task: dice.normal(size=50).astype(np.float32) for task in "ab"}
+def test_a_longer_task_vector_keeps_its_direction() -> None:
+    rng = np.random.default_rng(0)
+    base = {"w": rng.normal(size=50).astype(np.float32)}
+    tau = {task: rng.normal(size=50).astype(np.float32) for task in "ab"}
     short, long = (geometry(base, {t: {"w": base["w"] + f * v} for t, v in tau.items()}).all for f in (0.5, 4.0))
     assert long.norms == pytest.approx([8 * norm for norm in short.norms], rel=1e-4)
     assert long.cosine[0][1] == pytest.approx(short.cosine[0][1], abs=1e-5)
@@ -98,7 +98,7 @@ def test_a_longer_task_vector_points_where_it_did() -> None:
     assert opposed.cosine[0][1] == pytest.approx(-1) and opposed.conflict[0][1] == 1
 
 
-def test_geometry_of_models_and_of_strangers(base: SimoModel, experts: dict[str, SimoModel]) -> None:
+def test_geometry_of_models_and_of_mappings_that_do_not_fit(base: SimoModel, experts: dict[str, SimoModel]) -> None:
     found = geometry(base, experts)
     assert [part.name for part in found.blocks] == ["1", "2", "3", "4"] and found.tasks == list(experts)
     squares = [sum(part.norms[i] ** 2 for part in found.parts[1:]) for i in range(3)]
@@ -117,41 +117,43 @@ def slow_cka(x: np.ndarray, z: np.ndarray) -> float:
     return float(np.trace(k @ ell) / np.sqrt(np.trace(k @ k) * np.trace(ell @ ell)))
 
 
-def test_cka_of_sums_is_that_of_gram_matrices() -> None:
-    dice = torch.Generator().manual_seed(0)
-    maps = [torch.randn(3, width, 2, 5, generator=dice) + 1 for width in (4, 6)]
+def test_cka_from_sums_equals_cka_from_gram_matrices() -> None:
+    rng = torch.Generator().manual_seed(0)
+    maps = [torch.randn(3, width, 2, 5, generator=rng) + 1 for width in (4, 6)]
     sums = TokenSums.empty(4, 6)
     for part in (slice(0, 1), slice(1, 3)):  # in two batches
         sums.add([found[part] for found in maps])
     (xx, _), (zx, zz) = sums.covariance()
     rows = [found.permute(0, 2, 3, 1).reshape(-1, found.shape[1]).double().numpy() for found in maps]
     assert cka(xx, zx, zz) == pytest.approx(slow_cka(*rows), abs=1e-9)
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=dice).double())[0] * 3
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=rng).double())[0] * 3
     assert cka(turn @ xx @ turn.T, zx @ turn.T, zz) == pytest.approx(cka(xx, zx, zz), abs=1e-9)
     assert math.isnan(cka(torch.zeros(2, 2), torch.zeros(2, 2), torch.eye(2)))
 
 
 @pytest.mark.usefixtures("float32")
-def test_similarity_of_every_two_encoders(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
-    found = similarity(base, experts, dice, 6)
+def test_similarity_of_every_two_encoders(
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset
+) -> None:
+    found = similarity(base, experts, dataset, 6)
     assert found.names == ["base", *experts] and found.taps == [1, 2, 3, 4] and found.images == 6
-    images = torch.stack([dice.image(i) for i in range(6)])
+    images = torch.stack([dataset.image(i) for i in range(6)])
     with torch.no_grad():
         maps = [experts[t].encode(images).maps[2].permute(0, 2, 3, 1).flatten(0, 2).double() for t in found.names[1:3]]
     table = np.array(found.cka[2])
     assert table[1, 2] == pytest.approx(slow_cka(*(m.numpy() for m in maps)), abs=1e-6)
     assert (table == table.T).all() and (table.diagonal() == 1).all() and (table <= 1 + 1e-9).all()
     with pytest.raises(InputError, match="called 'base'"):
-        similarity(base, {"base": experts["depth"]}, dice)
+        similarity(base, {"base": experts["depth"]}, dataset)
 
 
 @pytest.mark.usefixtures("float32")
-def test_alignment_on_held_out_images(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+def test_alignment_on_held_out_images(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
     """Before the map R^2 and CKA are those of the tokens of every fourth image; an expert is aligned with itself."""
     merged = with_merged_encoder(base, experts, TaskArithmetic(scale=0.4))
-    rows = {(row.task, row.tap): row for row in alignment(merged, experts, dice, None)}
+    rows = {(row.task, row.tap): row for row in alignment(merged, experts, dataset, None)}
     assert list(rows) == [(task, tap) for task in experts for tap in (1, 2, 3, 4)]
-    images = torch.stack([dice.image(index) for index in (3, 7, 11)])
+    images = torch.stack([dataset.image(index) for index in (3, 7, 11)])
     with torch.no_grad():
         x, z = (
             model.encode(images).maps[2].permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
@@ -161,5 +163,5 @@ def test_alignment_on_held_out_images(base: SimoModel, experts: dict[str, SimoMo
     assert found.r2_before == pytest.approx(1 - ((z - x) ** 2).sum() / ((z - z.mean(0)) ** 2).sum(), abs=1e-6)
     assert found.cka_before == pytest.approx(slow_cka(x, z), abs=1e-6)
     assert all(row.r2_after >= row.r2_before for row in rows.values())
-    alone = alignment(experts["depth"], {"depth": experts["depth"]}, dice, None)
+    alone = alignment(experts["depth"], {"depth": experts["depth"]}, dataset, None)
     assert all(row.r2_before == row.r2_after == 1 and row.cka_before == pytest.approx(1) for row in alone)

@@ -1,4 +1,4 @@
-"""How tasks relate, drawn and written: whole pictures, a page of its own, and nothing of what was not measured."""
+"""Figures, page and terminal lines of relate: complete, self-contained, and only on measured sections."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from simomerge.core.errors import InputError
 from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
-from simomerge.relations.page import FIGURES, relation_lines, write_relations
+from simomerge.relations.page import FIGURES, relation_lines, seeds_section, write_relations
+from simomerge.report.drawing import NothingToDraw, inline_svg, png
 
+Draw = Callable[[Any], Figure]
 DRAWN = [sweep_figure, pair_figure, norm_figure, cosine_figure, cka_figure]
 
 
 def sample(count: int = 4) -> dict[str, Any]:
-    """What relate gives, with numbers by dice; one is missing."""
-    dice = np.random.default_rng(0)
+    """A result of relate with random numbers; one is missing."""
+    rng = np.random.default_rng(0)
     tasks = ["depth", "normals", "a task <with> $a$ long name", "edges", "texture", "parts", "seg", "boxes"][:count]
 
     def table(size: int) -> list[list[Any]]:
-        return dice.uniform(-0.2, 0.9, (size, size)).round(3).tolist()
+        return rng.uniform(-0.2, 0.9, (size, size)).round(3).tolist()
 
     def part(name: str) -> dict[str, Any]:
-        numbers = {key: dice.random(count).tolist() for key in ("norms", "relative")}
+        numbers = {key: rng.random(count).tolist() for key in ("norms", "relative")}
         return {"name": name, **numbers, **{k: table(count) for k in ("cosine", "conflict", "weighted_conflict")}}
 
-    curves = {a: {b: dice.random(4).tolist() for b in tasks} for a in tasks}
+    curves = {a: {b: rng.random(4).tolist() for b in tasks} for a in tasks}
     curves[tasks[0]][tasks[1]][2] = None
     merges = [{"tasks": [a, b], "gains": {a: -2.0, b: -1.5}, "scale": 0.4} for a, b in combinations(tasks, 2)]
     choices = [
@@ -58,18 +60,20 @@ def sample(count: int = 4) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("draw", DRAWN)
-@pytest.mark.parametrize(("count", "theme"), [(2, "dark"), (4, "light"), (8, "light")])
-def test_svg_is_whole_and_labelled(draw: Callable[..., bytes], count: int, theme: str) -> None:
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_svg_is_complete_labelled_and_follows_the_page(draw: Draw, count: int) -> None:
     found = sample(count)
-    text = "".join(ElementTree.fromstring(draw(found, theme)).itertext())
+    svg = str(inline_svg(draw(found), "a figure"))
+    text = "".join(ElementTree.fromstring(svg).itertext())
     assert all(task[:12] in text for task in found["tasks"])
+    assert not re.search(r"#[0-9a-fA-F]{6}\b|<image", svg)
 
 
 @pytest.mark.parametrize("draw", DRAWN)
-def test_png_has_ink_and_nothing_to_draw_is_told(draw: Callable[..., bytes]) -> None:
-    pixels = np.asarray(Image.open(io.BytesIO(draw(sample(), format="png"))).convert("RGB"))
+def test_png_has_ink_and_missing_sections_are_reported(draw: Draw) -> None:
+    pixels = np.asarray(Image.open(io.BytesIO(png(draw(sample())))).convert("RGB"))
     assert 0.01 < (pixels != pixels[0, 0]).any(-1).mean() < 0.9
-    with pytest.raises(InputError, match="was not measured: nothing to draw"):
+    with pytest.raises(NothingToDraw, match="was not measured: nothing to draw"):
         draw({"tasks": ["a", "b"]})
 
 
@@ -77,13 +81,15 @@ def test_the_folder_holds_everything_and_the_page_needs_nothing_else(tmp_path: P
     found = sample()
     page = write_relations(tmp_path / "related", found)
     assert {path.name for path in page.parent.iterdir()} == {
-        "relate.html", "relate.json", *(f"{name}.png" for name in FIGURES)
+        "relate.html", "relate.json", *(f"{heading.lower()}.png" for heading in FIGURES)
     }  # fmt: skip
     assert json.loads((page.parent / "relate.json").read_text()) == found
     html = page.read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", html) and "<script" not in html
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html) and "<script" not in html
     assert "One encoder would do." in html and "a task &lt;with&gt; $a$ long name" in html and "<with>" not in html
-    assert html.count("<figure>") == 5
+    assert html.count("<figure>") == html.count("<svg ") == 5
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
 
 
 def test_only_what_was_measured_is_shown(tmp_path: Path) -> None:
@@ -101,3 +107,11 @@ def test_lines_for_a_terminal() -> None:
     assert any(re.match(r"depth +2 +0.100 +0.900 +– +0.800", line) for line in lines)
     only = relation_lines(sample(), budget=3)
     assert sum(line.lstrip()[:1].isdigit() for line in only) == 1
+
+
+def test_the_section_of_a_runs_report() -> None:
+    section = seeds_section({"0": sample(), "1": sample()})
+    assert section.count("<figure>") == 3 and "<h3>Seed 0</h3>" in section and "<h3>Seed 1</h3>" not in section
+    assert section.count("<tr><td>1</td>") == 2 and "<li>One encoder would do.</li>" in section
+    assert "a task &lt;with&gt; $a$ long name" in section and "<with>" not in section
+    assert seeds_section({}) == ""

@@ -1,4 +1,4 @@
-"""`relate` as a whole: its sections, what it refuses, plain data, and the verdict's sentences."""
+"""`relate`: its sections, errors, plain data, and the sentences of the verdict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simomerge.merging import TaskArithmetic
 from simomerge.models.model import SimoModel
 from simomerge.relations import SECTIONS, Judge, Relations, relate, verdict
 
-from .conftest import TASKS, Dice
+from .conftest import TASKS, RandomDataset
 
 pytestmark = [
     pytest.mark.usefixtures("float32"),
@@ -23,9 +23,9 @@ pytestmark = [
 ]
 
 
-def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
     merged = with_merged_encoder(base, experts, TaskArithmetic(scale=0.4))
-    found = relate(base, experts, dice, merged=merged, lambdas=(0, 1))
+    found = relate(base, experts, dataset, merged=merged, lambdas=(0, 1))
     assert all(getattr(found, section) is not None for section in SECTIONS)
     assert found.judged_by == "the experts' predictions" and found.images == 12
     plain = found.to_dict()
@@ -38,49 +38,49 @@ def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], dice
     assert sm.relate is relate
 
 
-def test_labels_judge_where_there_are_some(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
-    found = relate(base, experts, data=dice, sections=["groups"], count=9)
+def test_labels_judge_if_given(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
+    found = relate(base, experts, data=dataset, sections=["groups"], count=9)
     assert found.judged_by == "labels" and found.images == 9 and found.sweeps is None
     assert "Delta_MTL" in found.verdict()[0]
 
 
-def test_pictures_of_any_size(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
-    pictures = [dice.image(index)[:, :, : 24 + 4 * (index % 2)] for index in range(9)]
+def test_pictures_of_any_size(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
+    pictures = [dataset.image(index)[:, :, : 24 + 4 * (index % 2)] for index in range(9)]
     found = relate(base, experts, pictures, sections=["sweeps", "cka"], lambdas=(0, 1))
     assert found.sweeps is not None and found.sweeps.images == 4
 
 
-def test_nothing_is_seen_for_geometry(base: SimoModel, experts: dict[str, SimoModel]) -> None:
+def test_geometry_needs_no_images(base: SimoModel, experts: dict[str, SimoModel]) -> None:
     found = relate(base, experts, sections=["geometry"])
     assert found.images == 0 and found.judged_by == "" and "groups" not in found.to_dict()
-    with pytest.raises(InputError, match="a budget is of the section 'groups'"):
+    with pytest.raises(InputError, match="a budget requires the section 'groups'"):
         found.verdict(budget=1)
 
 
-def test_what_is_refused(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
+def test_invalid_arguments(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "looks at images"),
-        ({"images": dice, "data": dice}, "give one of them"),
-        ({"images": dice, "sections": ["sweep"]}, "did you mean 'sweeps'"),
-        ({"images": dice, "sections": []}, "no section asked for"),
-        ({"images": dice, "sections": ["alignment"]}, "give the merged one"),
+        ({"images": dataset, "data": dataset}, "give one of them"),
+        ({"images": dataset, "sections": ["sweep"]}, "did you mean 'sweeps'"),
+        ({"images": dataset, "sections": []}, "no section requested"),
+        ({"images": dataset, "sections": ["alignment"]}, "give the merged model"),
         ({"sections": ["cka"]}, "the section 'cka' looks at images"),
-        ({"images": dice.take(7)}, "7 images: .* give at least 8"),
-        ({"images": dice, "lambdas": (0, 0.5)}, "lambdas 0, 0.5"),
-        ({"data": dice.select(["depth", "parts"])}, "no labels of normals"),
+        ({"images": dataset.take(7)}, "7 images: .* give at least 8"),
+        ({"images": dataset, "lambdas": (0, 0.5)}, "lambdas 0, 0.5"),
+        ({"data": dataset.select(["depth", "parts"])}, "no labels of normals"),
     ]
     for arguments, message in wrong:
         with pytest.raises(InputError, match=message):
             relate(base, experts, **arguments)
     with pytest.raises(InputError, match="at least two"):
-        relate(base, {"depth": experts["depth"]}, dice)
+        relate(base, {"depth": experts["depth"]}, dataset)
 
 
 # Sentences ----------------------------------------------------------------------------------------------
 
 
-def told(judged_by: str) -> dict[str, Any]:
-    """Three tasks; c is loud, and disturbs the others."""
+def answer(judged_by: str) -> dict[str, Any]:
+    """Three tasks; c has large losses, and costs the others most."""
     pairs = {("a", "b"): (-1.0, -1.0), ("a", "c"): (-3.0, -20.0), ("b", "c"): (-3.0, -22.0)}
     merges = [{"tasks": list(p), "gains": dict(zip(p, gains, strict=True))} for p, gains in pairs.items()]
     choices = [
@@ -95,24 +95,23 @@ def told(judged_by: str) -> dict[str, Any]:
 
 
 def test_the_verdict_in_words() -> None:
-    assert verdict(told("labels")) == [
+    assert verdict(answer("labels")) == [
         "One encoder for all 3 tasks would change Delta_MTL by -10.0 %. Two (a + b; alone: c): by -0.7 %.",
         "1 encoder: a + b + c (Delta_MTL -10.0 %, predicted from pairs; c loses most, -24.0 %).",
         "2 encoders: a + b; alone: c (Delta_MTL -0.7 %; a loses most, -1.0 %).",
         "3 encoders: every expert by itself (Delta_MTL 0.0 %).",
-        "Merged in pairs, a and b get on best (-1.0 % on average), b and c worst (-12.5 %).",
-        "Beside b the others lose most (-11.5 %); c loses most beside another (-21.0 %).",
+        "Merged in pairs, a and b do best (-1.0 % on average), b and c worst (-12.5 %).",
+        "Merged with b, the other tasks lose most (-11.5 %); c loses most in its pairs (-21.0 %).",
     ]
 
 
 def test_without_labels_losses_of_two_tasks_are_not_compared() -> None:
-    """In its own unit c loses as much beside either; it is the others that lose by it."""
-    lines = verdict(told("the experts' predictions"), budget=2)
+    """In its own unit c loses equally with either task; the other tasks lose by it."""
+    lines = verdict(answer("the experts' predictions"), budget=2)
     assert lines == [
         "2 encoders: a + b; alone: c (agreement with the experts -0.7 %).",
-        "Merged in pairs, a and b get on best (0.50 of what these tasks lose in their mean pair), b and c worst"
-        " (1.27).",
-        "Beside c the others lose most (1.50).",
+        "Merged in pairs, a and b do best (0.50 of what these tasks lose in their mean pair), b and c worst (1.27).",
+        "Merged with c, the other tasks lose most (1.50).",
     ]
 
 
@@ -124,7 +123,7 @@ def test_geometry_and_sweeps_in_words() -> None:
     assert lines[0].startswith("Along its task vector a helps b most (+0.20")
     assert lines[1] == "Along its task vector b hurts a most (-0.10)."
     assert lines[2].startswith(
-        "Most sensitive to a disturbed encoder: a, which keeps 90% of its performance over a width of 0.50"
+        "Most sensitive to changes of the encoder: a, which keeps 90% of its performance over a width of 0.50"
     )
     assert lines[3] == "The task vectors of a and b are closest (cosine 0.30, 40% of the weight pulls apart)."
 
@@ -135,8 +134,8 @@ def test_task_vectors_without_a_weight_in_common() -> None:
     assert lines == ["The task vectors of a and b are closest (cosine 0.00, no weight in common)."]
 
 
-def test_a_budget_that_one_encoder_does_not_need_is_answered_all_the_same() -> None:
-    found = told("labels")
+def test_a_budget_larger_than_needed_is_answered_too() -> None:
+    found = answer("labels")
     found["groups"]["choices"][1] = {**found["groups"]["choices"][0], "budget": 2}
     assert verdict(found)[2] == "2 encoders: no better than 1."
     assert verdict(found, budget=2)[0] == (
@@ -145,43 +144,43 @@ def test_a_budget_that_one_encoder_does_not_need_is_answered_all_the_same() -> N
     )
 
 
-def test_what_is_wrong_is_told_before_any_merge(
-    base: SimoModel, experts: dict[str, SimoModel], dice: Dice, monkeypatch: pytest.MonkeyPatch
+def test_errors_are_raised_before_any_merge(
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
-        pytest.fail("it has begun to work")
+        pytest.fail("it started to work")
 
     monkeypatch.setattr("simomerge.relations.relations.geometry", never)
     monkeypatch.setattr("simomerge.relations.relations.group_tasks", never)
     two = {task: experts[task] for task in list(TASKS)[:2]}
     merged = with_merged_encoder(base, two, TaskArithmetic(scale=0.4))
     with pytest.raises(InputError, match=r"is not one of the model|model has|has no"):
-        relate(base, experts, dice, merged=merged)
+        relate(base, experts, dataset, merged=merged)
     with pytest.raises(InputError, match="give at least 8"):
-        relate(base, experts, dice.take(4))
+        relate(base, experts, dataset.take(4))
     with pytest.raises(InputError, match="give a dataset, such as"):
         relate(base, experts, data="rooms")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="lambdas"):
-        relate(base, experts, dice, lambdas=(0, 1, float("nan")))
+        relate(base, experts, dataset, lambdas=(0, 1, float("nan")))
 
 
-def test_tasks_that_are_equally_sensitive_are_not_told_apart() -> None:
+def test_equally_sensitive_tasks_are_not_ranked() -> None:
     sweeps = {"effects": {"a": {"b": 0.0}, "b": {"a": 0.0}}, "widths": {"a": 1.5, "b": 1.5}, "kept": 0.9}
     lines = verdict({"tasks": ["a", "b"], "judged_by": "labels", "sweeps": sweeps})
     assert lines[-1] == "All keep 90% of their performance over a width of 1.50 in lambda."
 
 
 def test_a_merge_without_finite_metrics_is_an_error(
-    base: SimoModel, experts: dict[str, SimoModel], dice: Dice, monkeypatch: pytest.MonkeyPatch
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Judge, "gains", lambda self, scores: dict.fromkeys(scores, float("nan")))
     with pytest.raises(InputError, match=r"merged, .* that is not finite"):
-        relate(base, experts, dice, sections=["groups"])
+        relate(base, experts, dataset, sections=["groups"])
 
 
-def test_a_pair_of_every_two(base: SimoModel, experts: dict[str, SimoModel], dice: Dice) -> None:
-    """The groups of the answer are merged themselves."""
-    found = relate(base, experts, dice, sections=["groups"])
+def test_all_pairs_are_merged(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
+    """All groups of the answer are merged, not only predicted."""
+    found = relate(base, experts, dataset, sections=["groups"])
     assert isinstance(found, Relations) and found.groups is not None
     assert [merge.tasks for merge in found.groups.merges[:3]] == list(combinations(TASKS, 2))
     assert all(choice.measured for choice in found.groups.choices)

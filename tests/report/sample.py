@@ -1,4 +1,4 @@
-"""A small run, made by hand: numbers chosen so that every sum can be done in the head."""
+"""A small run with simple numbers."""
 
 from __future__ import annotations
 
@@ -27,18 +27,42 @@ RATIOS = {
 }
 
 
+STEPS = {
+    "heads": {"phrase": "re-aligning its heads", "labels": True},
+    "adapters": {"phrase": "re-aligning it with adapters", "labels": True},
+    "fold": {"phrase": "folding its heads", "labels": False},
+    "distill": {"phrase": "distilling its heads from the experts", "labels": False},
+}
+
+
+def identity(method: str) -> dict[str, Any]:
+    """What a row says of its method: family, merge and re-alignment, for a name such as ``ties+fold+heads``."""
+    merge, *steps = method.split("+")
+    family = "re-aligned" if steps or merge == "auto" else "merge"
+    if merge in ("experts", "joint-mtl"):
+        family = "reference"
+    elif merge == "zero-shot":
+        family = "control"
+    return {
+        "method": method,
+        "family": family,
+        "merge": None if family == "reference" else merge,
+        "realignment": [{"name": step, **STEPS[step]} for step in steps],
+    }
+
+
 def spread(mean: float, step: float, seeds: int) -> dict[str, Any]:
     per_seed = [mean + step * (seed - (seeds - 1) / 2) for seed in range(seeds)]
     return {"mean": mean, "std": step if seeds > 1 else None, "per_seed": per_seed}
 
 
 def row(method: str, ratio: float, tasks: list[str], seeds: int = 1) -> dict[str, Any]:
-    """A row whose every normalised performance is ``ratio``."""
+    """A row with the normalised performance ``ratio`` on every task."""
     raw = {task: TASKS[task][3] * (ratio if TASKS[task][2] else 1 / ratio) for task in tasks}
     gains = [(raw[task] / TASKS[task][3] - 1) * (1 if TASKS[task][2] else -1) for task in tasks]
     trained = "+" in method or method in ("experts", "joint-mtl")
     return {
-        "method": method,
+        **identity(method),
         "delta_mtl": spread(100 * sum(gains) / len(gains), 0.4, seeds),
         "metrics": {task: spread(raw[task], raw[task] / 100, seeds) for task in tasks},
         "normalised": {task: spread(ratio, 0.01, seeds) for task in tasks},
@@ -89,6 +113,10 @@ def make_results(seeds: int = 1, task_count: int = 3) -> dict[str, Any]:
         ],
         "rows": [row(method, ratio, tasks, seeds) for method, ratio in RATIOS.items()],
         "scale_curves": {"task-arithmetic": curve(tasks, 0.4, seeds), "ties": curve(tasks, 0.5, seeds)},
+        "realignments": [
+            {"name": "heads", "summary": "the heads are tuned", "labels": True},
+            {"name": "adapters", "summary": "low-rank adapters and the heads are tuned", "labels": True},
+        ],
         "notes": ["Small images, short training: a demonstration, not a benchmark."],
     }
 

@@ -69,12 +69,12 @@ def _is_reference(row: str) -> bool:
 def _kind(plan: Plan, row: str) -> dict[str, Any]:
     """What a row is, for the report: its family, its merge, and its steps in words."""
     if _is_reference(row):
-        return {"family": "reference", "merge": None, "realignments": []}
+        return {"family": "reference", "merge": None, "realignment": []}
     parsed = Row.parse(row)
     made = [(prefix.steps[-1].name, plan.recipe.method(prefix)) for prefix in parsed.prefixes()]
     steps = [{"name": name, "phrase": method.phrase, "labels": method.teacher == "labels"} for name, method in made]
     family = "re-aligned" if steps or parsed.merge == AUTO else "merge"
-    return {"family": "control" if parsed.merge == CONTROL else family, "merge": parsed.merge, "realignments": steps}
+    return {"family": "control" if parsed.merge == CONTROL else family, "merge": parsed.merge, "realignment": steps}
 
 
 def _realignments(plan: Plan) -> list[dict[str, Any]]:

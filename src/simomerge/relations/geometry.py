@@ -1,4 +1,4 @@
-"""The experts' task vectors as vectors: how long they are, and how they point, block by block."""
+"""The experts' task vectors as vectors: their lengths and directions, block by block."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
 
 ALL = "all"
-"""The name of the whole encoder among the blocks."""
+"""Name of the part that is the whole encoder."""
 OUTSIDE = "outside"
-"""The name of what is in no block: embeddings and the final norm."""
+"""Name of the part that is in no block: embeddings and the final norm."""
 
 
 @dataclass(frozen=True)
 class PartGeometry:
     """The task vectors within one block, or within the whole encoder.
 
-    The matrices are symmetric, over the tasks in order. A figure that does not exist (the angle to a task vector of
-    zeros) is NaN.
+    The matrices are symmetric, over the tasks in order. A number that does not exist, such as the angle to a task
+    vector of zeros, is NaN.
 
     Attributes:
-        name: ``all``, ``outside`` or the number of the block, from 1.
+        name: ``all``, ``outside`` or the number of the block, counted from 1.
         norms: Euclidean norm of each task vector.
-        relative: the same, divided by the norm of the base's weights there.
-        cosine: of the angle between two task vectors.
-        conflict: share of the entries that both experts changed where the signs of the changes differ; unrelated task
-            vectors have one half.
-        weighted_conflict: the same, each entry weighted by the product of the two magnitudes: the share of the weight
-            that pulls apart. It does not change when one task vector is made longer.
+        relative: the norms divided by the norm of the base's weights in this part.
+        cosine: cosine of the angle between two task vectors.
+        conflict: of the entries that both experts changed, the share that they changed in opposite directions; 0.5 for
+            unrelated task vectors.
+        weighted_conflict: the same with each entry weighted by the product of the two magnitudes. It does not change
+            when a task vector is made longer.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Geometry:
     """Task-vector geometry of some experts.
 
     Attributes:
-        tasks: in the order of all lists.
-        parts: the whole encoder first, then what is in no block, then the blocks in order.
+        tasks: the tasks, in the order of all lists.
+        parts: the whole encoder, then everything outside of the blocks, then the blocks in order.
     """
 
     tasks: list[str]
@@ -60,23 +60,23 @@ class Geometry:
 
     @property
     def all(self) -> PartGeometry:
-        """Of the whole encoder."""
+        """Geometry of the whole encoder."""
         return self.parts[0]
 
     @property
     def blocks(self) -> list[PartGeometry]:
-        """Of the blocks alone, in order."""
+        """Geometry of each block, in order."""
         return [part for part in self.parts if part.name not in (ALL, OUTSIDE)]
 
 
 def geometry(base: Any, experts: Mapping[str, Any]) -> Geometry:
-    """Norms of the experts' task vectors, their cosines and their conflicts of sign, per block and in all.
+    """Norms of the experts' task vectors, their cosines and their sign conflicts, per block and for the whole encoder.
 
-    Tensors are read one by one, in float32, and summed in float64. No image takes part.
+    Tensors are read one by one, in float32, and summed in float64. No images are used.
 
     Args:
-        base: the foundation encoder: a model, or name -> tensor.
-        experts: by task, the same.
+        base: the foundation encoder, as a model or as a mapping of names to tensors.
+        experts: experts by task, in the same form.
 
     Raises:
         InputError: tensors that differ in name or shape, or values that are not finite.
@@ -111,49 +111,40 @@ def _weights(model: Any) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over the entries of some tensors, float64: of the base, and T x T of the task vectors."""
+    """Sums over the entries of some tensors, float64.
+
+    Attributes:
+        base: squares of the base's weights.
+        tables: (4, T, T), for each pair of task vectors: products of their entries, absolute values of these products,
+            entries with opposite signs, and entries that both experts changed.
+    """
 
     base: float
-    products: np.ndarray  # of two task vectors' entries
-    magnitudes: np.ndarray  # of their absolute values
-    unlike: np.ndarray  # entries whose signs differ
-    both: np.ndarray  # entries that neither leaves as they were
+    tables: np.ndarray
 
     @classmethod
     def of(cls, base: np.ndarray, vectors: list[np.ndarray]) -> _Sums:
         flat = [vector.reshape(-1) for vector in vectors]
         signs = [np.sign(vector).astype(np.int8) for vector in flat]
-        shape = (len(flat), len(flat))
-        products, magnitudes, unlike, both = (np.zeros(shape) for _ in range(4))
+        tables = np.zeros((4, len(flat), len(flat)))
         for i, vector in enumerate(flat):
-            products[i, i] = magnitudes[i, i] = np.square(vector, dtype=np.float64).sum()
-            both[i, i] = np.count_nonzero(signs[i])
+            square = np.square(vector, dtype=np.float64).sum()
+            tables[:, i, i] = square, square, 0, np.count_nonzero(signs[i])
         for i, j in combinations(range(len(flat)), 2):
             product, sign = np.multiply(flat[i], flat[j], dtype=np.float64), signs[i] * signs[j]
-            for table, value in (
-                (products, product.sum()),
-                (magnitudes, np.abs(product).sum()),
-                (unlike, np.count_nonzero(sign < 0)),
-                (both, np.count_nonzero(sign)),
-            ):
-                table[i, j] = table[j, i] = value
-        return cls(float(np.square(base, dtype=np.float64).sum()), products, magnitudes, unlike, both)
+            sums = product.sum(), np.abs(product).sum(), np.count_nonzero(sign < 0), np.count_nonzero(sign)
+            tables[:, i, j] = tables[:, j, i] = sums
+        return cls(float(np.square(base, dtype=np.float64).sum()), tables)
 
     def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
-            self.base + other.base,
-            self.products + other.products,
-            self.magnitudes + other.magnitudes,
-            self.unlike + other.unlike,
-            self.both + other.both,
-        )
+        return _Sums(self.base + other.base, self.tables + other.tables)
 
     def measure(self, name: str) -> PartGeometry:
-        norms = np.sqrt(self.products.diagonal())
+        products, magnitudes, opposite, both = self.tables
+        norms = np.sqrt(products.diagonal())
         with np.errstate(divide="ignore", invalid="ignore"):
-            cosine = np.clip(self.products / np.outer(norms, norms), -1, 1)
+            cosine = np.clip(products / np.outer(norms, norms), -1, 1)
             relative = norms / np.sqrt(self.base)
-            conflict = self.unlike / self.both
-            weighted = (self.magnitudes - self.products) / (2 * self.magnitudes)
-        tables = (table.tolist() for table in (cosine, conflict, np.clip(weighted, 0, 1)))
+            weighted = np.clip((magnitudes - products) / (2 * magnitudes), 0, 1)
+            tables = (table.tolist() for table in (cosine, opposite / both, weighted))
         return PartGeometry(name, norms.tolist(), relative.tolist(), *tables)

@@ -1,19 +1,20 @@
-"""Which tasks to merge with which: small merges of pairs, what they say of larger groups, and a check by merging those.
+"""Which tasks to merge: merge all pairs, predict larger groups from them, then merge the best groups to check.
 
-The question is that of "Which Tasks Should Be Learned Together" (Standley et al., arXiv 1905.07553), whose answer for
-training from scratch also goes from pairs to larger groups. A merge costs seconds, so the groups of the answer are
-merged themselves, and the answer changes until it stands on measurements alone.
+The question is that of "Which Tasks Should Be Learned Together" (Standley et al., arXiv 1905.07553), which also goes
+from pairs to larger groups, for training from scratch. A merge takes only seconds, so the groups of the answer are
+merged too, and the answer changes until it rests on measurements alone.
 
-With labels a group is worth the sum of its tasks' gains. Without, losses of agreement must be made comparable: what it
-costs an expert to be disagreed with depends on how right it is, which only labels know. Each task's loss is squared,
-since independent errors add in squares, and measured in its own mean over the pairs, so that every task counts alike.
+With labels the worth of a group is the sum of its tasks' gains. Without labels the tasks' losses of agreement must be
+made comparable: the true cost of a disagreement depends on how often the expert is right, which only labels show. Each
+task's loss is divided by its mean loss over the pairs, so that every task counts equally, and then squared, since
+independent errors add in squares.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -28,18 +29,15 @@ from simomerge.models.model import SimoModel
 from simomerge.relations.judging import Judge
 from simomerge.relations.partitions import Group, Partition, best_partitions
 
-Gains = Mapping[str, float]
-"""By task, what it has over its expert in percent; see `Judge.gains`."""
-
 
 @dataclass(frozen=True)
 class MergedGroup:
-    """Some tasks merged into one encoder, folded, and judged.
+    """Tasks that were merged into one encoder, folded, and judged.
 
     Attributes:
-        tasks: of the group.
-        gains: of each of them over its expert, in percent.
-        scale: of the task vectors; None where heads cannot be folded and the encoders were averaged.
+        tasks: the tasks of the group.
+        gains: gain of each task over its expert, in percent; see `Judge.gains`.
+        scale: scale of the task vectors; None if heads cannot be folded and the encoders were averaged.
     """
 
     tasks: Group
@@ -52,12 +50,10 @@ class Choice:
     """What to merge under a budget of encoders.
 
     Attributes:
-        budget: encoders at most.
+        budget: maximum number of encoders.
         groups: the tasks of each encoder; a group of one keeps its expert.
-        gains: of every task over its expert, in percent.
-        gain: their mean: Delta_MTL where labels judged, else the mean agreement less 1, in percent (which is not what
-            the groups were chosen by, see `worth`).
-        measured: every group of it was merged and judged, none is predicted from pairs.
+        gains: gain of every task over its expert, in percent.
+        measured: every group was merged and judged, none is predicted from pairs.
     """
 
     budget: int
@@ -67,6 +63,10 @@ class Choice:
 
     @property
     def gain(self) -> float:
+        """Mean of the gains: Delta_MTL with labels, the mean agreement minus 1 in percent without labels.
+
+        Without labels the groups were not chosen by this mean, see `worth`.
+        """
         return sum(self.gains.values()) / len(self.gains)
 
 
@@ -75,30 +75,29 @@ class Grouping:
     """The merges that were tried, and the best partition for every budget.
 
     Attributes:
-        tasks: in order.
-        labelled: judged by labels, else by the experts' own predictions.
+        tasks: the tasks in order.
+        labelled: judged by labels, otherwise by the experts' own predictions.
         merges: all groups that were merged, pairs first.
-        choices: for budgets of 1 to T encoders.
+        choices: one per budget, of 1 to T encoders.
     """
 
     tasks: list[str]
     labelled: bool
     merges: list[MergedGroup]
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice]
 
-    def beside(self, task: str, other: str) -> float:
-        """The gain of a task that is merged with one other, in percent."""
-        found = next(merge for merge in self.merges if set(merge.tasks) == {task, other})
-        return found.gains[task]
+    def pair_gain(self, task: str, other: str) -> float:
+        """The gain of a task that is merged with one other task, in percent."""
+        return next(merge.gains[task] for merge in self.merges if set(merge.tasks) == {task, other})
 
 
 def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> tuple[SimoModel, float | None]:
-    """Merge experts as a user would without labels: task arithmetic, the scale by alignment, the cross-tap fold.
+    """Merge experts as a user without labels would: task arithmetic, the scale by alignment, the cross-tap fold.
 
-    Where a head cannot be folded, the encoders are averaged and the heads left as they are.
+    If a head cannot be folded, the encoders are averaged and the heads stay unchanged.
 
     Returns:
-        The model and its scale, None for an average.
+        The model and the scale of its task vectors, None for an average.
     """
     if not all(is_foldable(expert.heads[task]) for task, expert in experts.items()):
         return with_merged_encoder(base, experts, Average()), None
@@ -110,26 +109,23 @@ def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) 
 
 
 def group_tasks(
-    base: SimoModel,
-    experts: Mapping[str, SimoModel],
-    images: Any,
-    judge: Judge,
-    limit: int | None = None,
+    base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge, limit: int | None = None
 ) -> Grouping:
-    """Find for every budget of encoders which tasks to merge.
+    """Find which tasks to merge, for every budget of encoders.
 
-    Every pair is merged. The gains of larger groups are predicted from their pairs, the best partition is sought, its
-    groups are merged too, and so on until the best partitions hold no group that was not merged, or the limit is met.
+    All pairs are merged. The gains of larger groups are predicted from their pairs, and the best partitions are
+    searched. Their groups are merged too, and the search repeats until the best partitions contain only merged groups,
+    or until the limit is reached.
 
     Args:
         base: the foundation encoder.
-        experts: by task, as `simomerge.assembly.experts.check_experts` gives.
-        images: to merge and fold on, without labels, as `simomerge.datasets.pictures.as_images` gives.
-        judge: on other images.
-        limit: merges beyond the pairs, by default as many as there are pairs and twice as many as tasks.
+        experts: experts by task, as `simomerge.assembly.experts.check_experts` returns them.
+        images: images to merge and fold on, as `simomerge.datasets.pictures.as_images` returns them.
+        judge: the judge, with other images.
+        limit: merges in addition to the pairs; by default the number of pairs plus twice the number of tasks.
 
     Raises:
-        InputError: fewer than four images, or a metric of a merge that is not finite.
+        InputError: fewer than four images, or a merge whose metric is not finite.
 
     Example:
         >>> group_tasks(base, experts, images, judge).choices[1].groups                      # doctest: +SKIP
@@ -143,7 +139,7 @@ def group_tasks(
             if not math.isfinite(gain):
                 raise InputError(
                     f"merged, {' + '.join(group)} have a {judge.tasks[task].metric} of {task!r} that is not finite:"
-                    " look at what the expert predicts, and at the images."
+                    " check the expert's predictions and the images."
                 )
         return MergedGroup(group, gains, scale)
 
@@ -152,36 +148,37 @@ def group_tasks(
 
 
 def choose_groups(
-    tasks: Sequence[str],
-    measure: Callable[[Group], MergedGroup],
-    labelled: bool,
-    limit: int | None = None,
+    tasks: Sequence[str], measure: Callable[[Group], MergedGroup], labelled: bool, limit: int | None = None
 ) -> tuple[list[MergedGroup], list[Choice]]:
-    """The search of `group_tasks`, whatever merges and judges a group; a group is measured once."""
+    """The search of `group_tasks` with any way to measure a group; each group is measured once."""
     pairs = list(combinations(tasks, 2))
     most = len(pairs) + (len(pairs) + 2 * len(tasks) if limit is None else limit)
     measured: dict[Group, MergedGroup] = {}
 
-    def take(group: Group) -> None:
-        measured[group] = measure(group)
-        progress("merges", len(measured), max(len(pairs), len(measured)), "+".join(group))
+    def merge(groups: Sequence[Group]) -> None:
+        for group in groups:
+            measured[group] = measure(group)
+            progress("merges", len(measured), max(len(pairs), len(measured)), "+".join(group))
 
-    for pair in pairs:
-        take(pair)
-    units = None if labelled else _units(tasks, measured)
+    merge(pairs)
+    units = None if labelled else _mean_losses(tasks, measured)
     while True:
-        found = best_partitions(tasks, lambda group: worth(expected_gains(group, measured), units))
+        found = best_partitions(tasks, lambda group: worth(_expected_gains(group, measured), units))
         groups = dict.fromkeys(group for partition in found.values() for group in partition)
         unknown = [group for group in groups if len(group) > 1 and group not in measured]
         if not unknown or len(measured) >= most:
             break
-        for group in unknown[: most - len(measured)]:
-            take(group)
-    return list(measured.values()), [_choice(budget, partition, measured) for budget, partition in found.items()]
+        merge(unknown[: most - len(measured)])
+    choices = []
+    for budget, partition in found.items():
+        gains = {task: gain for group in partition for task, gain in _expected_gains(group, measured).items()}
+        certain = all(len(group) == 1 or group in measured for group in partition)
+        choices.append(Choice(budget, partition, gains, certain))
+    return list(measured.values()), choices
 
 
-def worth(gains: Gains, units: Mapping[str, float] | None) -> float:
-    """What a group is worth: the sum of its gains or, with units, of their squares in these, losses negative.
+def worth(gains: Mapping[str, float], units: Mapping[str, float] | None) -> float:
+    """The worth of a group: the sum of its gains or, with units, of the squared gains in these units, losses negative.
 
     Example:
         >>> worth({"a": -1.0, "b": -4.0}, None), worth({"a": -1.0, "b": -4.0}, {"a": 1.0, "b": 2.0})
@@ -193,8 +190,8 @@ def worth(gains: Gains, units: Mapping[str, float] | None) -> float:
     return sum(ratio * abs(ratio) for ratio in ratios)
 
 
-def _units(tasks: Sequence[str], measured: Mapping[Group, MergedGroup]) -> dict[str, float]:
-    """Each task's mean loss in its pairs; 1 where it loses nothing."""
+def _mean_losses(tasks: Sequence[str], measured: Mapping[Group, MergedGroup]) -> dict[str, float]:
+    """Each task's mean loss over its pairs; 1 if it loses nothing."""
     found = {}
     for task in tasks:
         losses = [abs(merge.gains[task]) for merge in measured.values() if task in merge.tasks]
@@ -202,25 +199,20 @@ def _units(tasks: Sequence[str], measured: Mapping[Group, MergedGroup]) -> dict[
     return found
 
 
-def expected_gains(group: Group, measured: Mapping[Group, MergedGroup]) -> dict[str, float]:
-    """By task what it gains in a group: as measured, 0 where it is alone, else predicted from the pairs in it."""
+def _expected_gains(group: Group, measured: Mapping[Group, MergedGroup]) -> dict[str, float]:
+    """Gain of each task of a group: 0 if it is alone, as measured, or predicted from the group's pairs."""
     if len(group) == 1:
         return {group[0]: 0.0}
     if group in measured:
         return measured[group].gains
-    return predict_gains(group, lambda task, other: _of_pair(measured, task, other))
+
+    def pair_gain(task: str, other: str) -> float:
+        pair = (task, other) if (task, other) in measured else (other, task)
+        return measured[pair].gains[task]
+
+    return predict_gains(group, pair_gain)
 
 
-def predict_gains(group: Group, beside: Callable[[str, str], float]) -> dict[str, float]:
-    """By task what it gains in a group, from what it gains beside each other member."""
-    return {task: sum(beside(task, other) for other in group if other != task) / (len(group) - 1) for task in group}
-
-
-def _of_pair(measured: Mapping[Group, MergedGroup], task: str, other: str) -> float:
-    pair = (task, other) if (task, other) in measured else (other, task)
-    return measured[pair].gains[task]
-
-
-def _choice(budget: int, partition: Partition, measured: Mapping[Group, MergedGroup]) -> Choice:
-    gains = {task: value for group in partition for task, value in expected_gains(group, measured).items()}
-    return Choice(budget, partition, gains, all(len(group) == 1 or group in measured for group in partition))
+def predict_gains(group: Group, pair_gain: Callable[[str, str], float]) -> dict[str, float]:
+    """Gain of each task of a group: the mean of ``pair_gain(task, other)`` over the other members."""
+    return {task: sum(pair_gain(task, other) for other in group if other != task) / (len(group) - 1) for task in group}

@@ -1,4 +1,4 @@
-"""What predictions are judged against: labels, or the experts' own predictions on images that have none."""
+"""Judges predictions against labels, or against the experts' own predictions for images without labels."""
 
 from __future__ import annotations
 
@@ -19,39 +19,40 @@ from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.pictures import as_images, readable
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import Scores
+from simomerge.training.evaluate import Scores, normalised_performance
 from simomerge.training.metrics import TaskMetrics
 
 
 @dataclass(frozen=True)
-class Look:
-    """A batch of images and what is true of them.
+class JudgedBatch:
+    """A batch of images and the targets that predictions for it are compared with.
 
     Attributes:
-        images: float (B, 3, H, W), where the experts are.
-        truth: by task, a target as in `simomerge.datasets.tasks.KINDS`.
+        images: float (B, 3, H, W), on the experts' device.
+        targets: targets by task, as in `simomerge.datasets.tasks.KINDS`.
     """
 
     images: Tensor
-    truth: dict[str, Tensor]
+    targets: dict[str, Tensor]
 
 
 class Judge:
-    """Says how good predictions are, in units of the experts.
+    """Measures how good predictions are, relative to the experts.
 
-    With labels, performance is the metric relative to the expert's own (normalised performance): 1 equals the expert,
-    more is possible. Without labels the expert's prediction is the truth, and performance is the agreement with it:
-    1 predicts what the expert predicts, 0 agrees no better than the expert's prediction for the next image does, in the
-    task's metric.
+    With labels, performance is the metric relative to the expert's own (normalised performance): 1 is equal to the
+    expert, higher is possible. Without labels the expert's prediction is the target, and performance is the agreement
+    with it in the task's metric: 1 is the expert's prediction, 0 agrees no better than the expert's prediction for the
+    next image.
 
     Args:
-        experts: by task, as `simomerge.assembly.experts.check_experts` gives.
-        source: a dataset, whose labels are read where ``labelled``; else whatever has images.
-        labelled: judge by labels.
+        experts: experts by task, as `simomerge.assembly.experts.check_experts` returns them.
+        source: a dataset, whose labels are read if ``labelled``; otherwise images of any form.
+        labelled: compare with labels.
+        batch_size: images in a batch.
 
     Raises:
         InputError: fewer than two images, a dataset without the labels of a task, images that cannot be batched, or an
-            expert whose predictions can judge nothing: the same for every image.
+            expert that predicts the same for every image.
 
     Example:
         >>> judge = Judge(experts, load_data("rooms", split="val"), labelled=True)          # doctest: +SKIP
@@ -59,13 +60,7 @@ class Judge:
         0.97
     """
 
-    def __init__(
-        self,
-        experts: Mapping[str, SimoModel],
-        source: Any,
-        labelled: bool,
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, experts: Mapping[str, SimoModel], source: Any, labelled: bool, batch_size: int = 32) -> None:
         self.experts = experts
         self.tasks: dict[str, Task] = {name: expert.tasks[name] for name, expert in experts.items()}
         self.labelled = labelled
@@ -73,63 +68,61 @@ class Judge:
         self.batch_size = batch_size
         self.device = next(next(iter(experts.values())).parameters()).device
         if len(self.source) < 2:
-            raise InputError("one image: how experts relate takes at least two to judge on.")
-        # One image after the other would cost each expert a pass per model that is judged.
-        self._looks = [] if labelled else list(self._predictions())
-        self.best, self.chance = self._experts_scores() if labelled else self._ends()
+            raise InputError("one image: how experts relate takes at least two images to judge on.")
+        # Kept, because every model that is judged would otherwise cost another pass of all experts.
+        self._predicted = [] if labelled else list(self._predictions())
+        self.best, self.chance = (self._expert_metrics(), {}) if labelled else self._agreement_range()
 
-    def __iter__(self) -> Iterator[Look]:
-        """The images in batches, with their truth."""
+    def __iter__(self) -> Iterator[JudgedBatch]:
+        """The images in batches, with their targets."""
         if not self.labelled:
-            yield from self._looks
+            yield from self._predicted
             return
         dataset = self.source.select(list(self.tasks))
         for batch in ordered_batches(dataset, self.batch_size):
-            truth = {name: batch[name].to(self.device) for name in self.tasks}
-            yield Look(batch["image"].to(self.device), truth)
+            targets = {name: batch[name].to(self.device) for name in self.tasks}
+            yield JudgedBatch(batch["image"].to(self.device), targets)
 
-    def _predictions(self) -> Iterator[Look]:
+    def _predictions(self) -> Iterator[JudgedBatch]:
         for batch in observe(self.experts, self.source, self.batch_size, "experts' predictions"):
             with torch.no_grad(), evaluating(*self.experts.values()), autocast(self.device):
                 logits = {
                     name: expert.decode(batch.features[name], [name])[name] for name, expert in self.experts.items()
                 }
-            truth = {name: self.tasks[name].activate(value.float()) for name, value in logits.items()}
-            yield Look(batch.images, truth)
+            targets = {name: self.tasks[name].activate(value.float()) for name, value in logits.items()}
+            yield JudgedBatch(batch.images, targets)
 
     def metrics(self) -> dict[str, TaskMetrics]:
-        """Fresh ones of every task."""
+        """New, empty metrics of every task."""
         return {name: TaskMetrics(task).to(self.device) for name, task in self.tasks.items()}
 
     @torch.no_grad()
     def scores(self, model: SimoModel) -> Scores:
-        """Metrics of the model's tasks against the truth."""
+        """Metrics of the model's tasks against the targets."""
         metrics = {name: TaskMetrics(self.tasks[name]).to(self.device) for name in model.tasks}
-        for look in self:
+        for batch in self:
             with evaluating(model), autocast(self.device):
-                logits = model(look.images)
+                logits = model(batch.images)
             for name, metric in metrics.items():
-                metric.update(self.tasks[name].activate(logits[name].float()), look.truth[name])
+                metric.update(self.tasks[name].activate(logits[name].float()), batch.targets[name])
         return {name: metric.compute() for name, metric in metrics.items()}
 
     def performance(self, scores: Scores) -> dict[str, float]:
-        """By task 1 for the expert's own; see above for what 0 is."""
+        """Performance by task: 1 is equal to the expert; the class describes what 0 is."""
+        if self.labelled:
+            own = {name: {self.tasks[name].metric: best} for name, best in self.best.items()}
+            return normalised_performance(scores, own, self.tasks)
         found = {}
         for name, values in scores.items():
-            value, best = values[self.tasks[name].metric], self.best[name]
-            if not self.labelled:
-                found[name] = (value - self.chance[name]) / (best - self.chance[name])
-            elif self.tasks[name].higher_is_better:
-                found[name] = value / best
-            else:
-                found[name] = best / value if value else math.inf
+            chance = self.chance[name]
+            found[name] = (values[self.tasks[name].metric] - chance) / (self.best[name] - chance)
         return found
 
     def gains(self, scores: Scores) -> dict[str, float]:
-        """By task what a model has over the expert, in percent: 0 equals it.
+        """Gain over the expert by task, in percent: 0 is equal to the expert.
 
-        With labels the relative change of the metric, whose mean over the tasks is Delta_MTL; without them the
-        performance above less 1.
+        With labels it is the relative change of the metric, whose mean over the tasks is Delta_MTL. Without labels it
+        is the performance minus 1.
         """
         if not self.labelled:
             return {name: 100 * (value - 1) for name, value in self.performance(scores).items()}
@@ -139,7 +132,7 @@ class Judge:
             found[name] = 100 * sign * (values[self.tasks[name].metric] - self.best[name]) / self.best[name]
         return found
 
-    def _experts_scores(self) -> tuple[dict[str, float], dict[str, float]]:
+    def _expert_metrics(self) -> dict[str, float]:
         best = {}
         for done, (name, expert) in enumerate(self.experts.items(), start=1):
             best[name] = self.scores(expert)[name][self.tasks[name].metric]
@@ -149,37 +142,38 @@ class Judge:
                     " to it."
                 )
             progress("experts", done, len(self.experts), "")
-        return best, {}
+        return best
 
-    def _ends(self) -> tuple[dict[str, float], dict[str, float]]:
-        """The metrics of full agreement, and of every image's prediction taken for the next image's."""
+    def _agreement_range(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics of full agreement, and of the expert's prediction for the previous image in place of its own."""
         same, other = self.metrics(), self.metrics()
-        before = self._looks[-1].truth
-        for look in self:
-            for name, truth in look.truth.items():
-                last = before[name][-1:]
-                same[name].update(truth, truth)
-                other[name].update(torch.cat([_as_large(last, truth), truth[:-1]]), truth)
-            before = look.truth
+        before = self._predicted[-1].targets
+        for batch in self:
+            for name, target in batch.targets.items():
+                previous = torch.cat([_resize_like(before[name][-1:], target), target[:-1]])
+                same[name].update(target, target)
+                other[name].update(previous, target)
+            before = batch.targets
         best, chance = (
-            {name: metric.compute()[self.tasks[name].metric] for name, metric in ends.items()} for ends in (same, other)
+            {name: metric.compute()[self.tasks[name].metric] for name, metric in metrics.items()}
+            for metrics in (same, other)
         )
         for name in self.tasks:
             if not math.isfinite(best[name] - chance[name]):
                 raise InputError(
-                    f"what the expert of {name!r} predicts is not finite, or nowhere valid, so it can judge nothing:"
-                    " give labelled data, or look at the expert."
+                    f"the predictions of the expert of {name!r} are not finite, or nowhere valid, so nothing can be"
+                    " compared with them: give labelled data, or check the expert."
                 )
             if not abs(best[name] - chance[name]) > 1e-6:
                 raise InputError(
-                    f"the expert of {name!r} predicts the same for every image, so its predictions can judge nothing:"
-                    " give labelled data, or other images."
+                    f"the expert of {name!r} predicts the same for every image, so nothing can be compared with its"
+                    " predictions: give labelled data, or other images."
                 )
         return best, chance
 
 
-def _as_large(values: Tensor, like: Tensor) -> Tensor:
-    """Of the size of others, by the nearest pixels."""
+def _resize_like(values: Tensor, like: Tensor) -> Tensor:
+    """Resize targets to the height and width of others, by nearest neighbour."""
     if values.shape[-2:] == like.shape[-2:]:
         return values
     planes = values[:, None] if values.ndim == 3 else values

@@ -1,6 +1,6 @@
-"""What a run measured, for people: a table in the terminal or in Markdown, figures, one HTML page. No torch."""
+"""Reports of a run for people: a table in the terminal or in Markdown, figures, and one HTML page. Needs no torch."""
 
-from simomerge.report.html import write_report
-from simomerge.report.tables import markdown_table, text_table
+from simomerge.report.page import write_report
+from simomerge.report.table import markdown_table, text_table
 
 __all__ = ["markdown_table", "text_table", "write_report"]

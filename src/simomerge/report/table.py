@@ -1,15 +1,15 @@
-"""The table of a run, formatted once and written as text, as Markdown or (by the page) as HTML."""
+"""The table of a run: numbers become text here, and the text is laid out for a terminal, Markdown or the page."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from simomerge.report.results import MISSING, Results, Row, Value, finite, rows, signed, value
+from simomerge.report.facts import MISSING, Results, Row, Value, finite, rows, signed, value
 
 ASCII = str.maketrans({"±": "+-", "↑": "(up)", "↓": "(down)", "–": "-", "─": "-"})
 
@@ -19,9 +19,9 @@ class Column:
     """One column of finished strings.
 
     Attributes:
-        head: up to three lines: what it is; metric and arrow of the better direction; unit.
+        head: up to three lines: the name; metric and arrow of the better direction; unit.
         cells: one per row of the results.
-        cost: what a row takes, not how good it is.
+        cost: the column shows what a row costs, not how good it is.
     """
 
     head: tuple[str, ...]
@@ -32,11 +32,11 @@ class Column:
     def title(self) -> str:
         """The head in one line: ``depth abs_err ↓ (m)``."""
         name, *rest = self.head
-        return " ".join([name, *(part for part in rest[:1] if part), *(f"({unit})" for unit in rest[1:] if unit)])
+        return " ".join([name, *(line for line in rest[:1] if line), *(f"({unit})" for unit in rest[1:] if unit)])
 
 
 def columns(results: Results) -> list[Column]:
-    """Every column of the table, the methods first: the one place where numbers become text.
+    """All columns of the table, the methods first. Only this function turns numbers into text.
 
     Example:
         >>> tasks = [{"name": "depth", "metric": "abs_err", "unit": "m", "higher_is_better": False}]
@@ -48,25 +48,28 @@ def columns(results: Results) -> list[Column]:
         depth abs_err ↓ (m) ('–',)
     """
     table = rows(results)
+
+    def cost(key: str, head: tuple[str, ...], written: Callable[[float | None], str]) -> Column:
+        return Column(head, tuple(written(finite(row.get(key))) for row in table), cost=True)
+
+    costs = [
+        cost("seconds", ("seconds",), _seconds),
+        cost("steps", ("steps",), _count),
+        cost("trained_parameters", ("trained", "params"), _millions),
+        cost("labelled_images", ("labelled", "images"), _count),
+    ]
+    if any("unlabelled_images" in row for row in table):
+        costs.append(cost("unlabelled_images", ("unlabelled", "images"), _count))
     return [
         Column(("method",), tuple(_method(row) for row in table)),
-        Column(("Delta_MTL", "↑", "%"), tuple(_delta(value(row, "delta_mtl")) for row in table)),
+        Column(("Delta_MTL", "↑", "%"), tuple(_spread(value(row, "delta_mtl"), 1, signed) for row in table)),
         *(_task_column(task, table) for task in results.get("tasks") or []),
-        Column(("seconds",), tuple(_seconds(finite(row.get("seconds"))) for row in table), cost=True),
-        Column(("steps",), tuple(_count(finite(row.get("steps"))) for row in table), cost=True),
-        Column(
-            ("trained", "params"), tuple(_millions(finite(row.get("trained_parameters"))) for row in table), cost=True
-        ),
-        *(
-            Column((kind, "images"), tuple(_count(finite(row.get(f"{kind}_images"))) for row in table), cost=True)
-            for kind in ("labelled", "unlabelled")
-            if kind == "labelled" or any(f"{kind}_images" in row for row in table)
-        ),
+        *costs,
     ]
 
 
 def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> str:
-    """The table for a terminal. Where it is too wide, the costs follow below, with the methods repeated.
+    """The table for a terminal. If it is too wide, the costs follow below, with the methods repeated.
 
     Args:
         results: the content of a run's ``results.json``.
@@ -82,18 +85,23 @@ def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> 
         ────────────────────────────────────────────────────
         ties        -12.3      3.2      0        –         –
     """
+    letters = ASCII if ascii_only else {}
     methods, *others = columns(results)
-    first = _aligned(methods, ascii_only)
-    scores, costs = ([_aligned(c, ascii_only) for c in others if c.cost == cost] for cost in (False, True))
-    parts = list(_fitting(first, [*scores, *costs], width))
-    if len(parts) > 1:
-        parts = [*_fitting(first, scores, width), *_fitting(first, costs, width)]
-    blocks = ["\n".join(_block(part)) for part in parts]
-    return "\n\n".join(blocks).translate(ASCII if ascii_only else {})
+
+    def lines(column: Column, left: bool = False) -> list[str]:
+        head = [*column.head, *[""] * (3 - len(column.head))]
+        return align([line.translate(letters) for line in (*head, *column.cells)], left)
+
+    first = lines(methods, left=True)
+    scores, costs = ([lines(column) for column in others if column.cost == cost] for cost in (False, True))
+    blocks = list(_fitting(first, [*scores, *costs], width))
+    if len(blocks) > 1:
+        blocks = [*_fitting(first, scores, width), *_fitting(first, costs, width)]
+    return "\n\n".join(_block(block) for block in blocks).translate(letters)
 
 
 def markdown_table(results: Results) -> str:
-    """The table in Markdown, numbers to the right.
+    """The table in Markdown, with numbers aligned to the right.
 
     Example:
         >>> row = {"method": "ties", "delta_mtl": {"mean": -12.34, "std": None}, "seconds": 3.21, "steps": 0}
@@ -109,6 +117,18 @@ def markdown_table(results: Results) -> str:
     return "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
 
 
+def align(cells: Sequence[str], left: bool) -> list[str]:
+    """Pad cells to the width of the widest one, with wide East Asian letters counted twice.
+
+    Example:
+        >>> align(["depth", "9"], left=False)
+        ['depth', '    9']
+    """
+    width = max(map(_screen_width, cells))
+    pads = [" " * (width - _screen_width(cell)) for cell in cells]
+    return [cell + pad if left else pad + cell for cell, pad in zip(cells, pads, strict=True)]
+
+
 def _method(row: Row) -> str:
     encoders = finite(row.get("encoders")) or 1
     return _printable(row.get("method", MISSING)) + (f" ({encoders:.0f} encoders)" if encoders > 1 else "")
@@ -118,34 +138,28 @@ def _task_column(task: Any, table: Sequence[Row]) -> Column:
     values = [value(row, "metrics", task["name"]) for row in table]
     decimals = _decimals(values)
     arrow = "↑" if task["higher_is_better"] else "↓"
-    head = (
-        _printable(task["name"]),
-        f"{_printable(task['metric'])} {arrow}",
-        _printable(task.get("unit") or ""),
-    )
-    return Column(head, tuple(_spread(cell, decimals) for cell in values))
+    head = (task["name"], f"{task['metric']} {arrow}", task.get("unit") or "")
+    return Column(tuple(map(_printable, head)), tuple(_spread(cell, decimals) for cell in values))
 
 
 def _decimals(values: Sequence[Value]) -> int:
-    """Three significant digits of the median: one far-off row must not cost the others their digits."""
+    """Three significant digits of the median, so that one outlier does not cost the other rows their digits."""
     sizes = [abs(cell.mean) for cell in values if cell.mean]
     return min(max(2 - math.floor(math.log10(median(sizes))), 0), 6) if sizes else 1
 
 
-def _spread(cell: Value, decimals: int) -> str:
-    if cell.mean is None:
-        return MISSING
-    return f"{cell.mean:.{decimals}f}" + ("" if cell.std is None else f" ± {cell.std:.{decimals}f}")
+def _fixed(number: float, decimals: int) -> str:
+    return f"{number:.{decimals}f}"
 
 
-def _delta(cell: Value) -> str:
+def _spread(cell: Value, decimals: int, written: Callable[[float, int], str] = _fixed) -> str:
     if cell.mean is None:
         return MISSING
-    return signed(cell.mean) + ("" if cell.std is None else f" ± {cell.std:.1f}")
+    return written(cell.mean, decimals) + ("" if cell.std is None else f" ± {_fixed(cell.std, decimals)}")
 
 
 def _seconds(number: float | None) -> str:
-    return f"{number:.1f}" if number and number < 100 else _count(number)
+    return _fixed(number, 1) if number and number < 100 else _count(number)
 
 
 def _count(number: float | None) -> str:
@@ -159,7 +173,7 @@ def _millions(number: float | None) -> str:
 
 
 def _printable(text: Any) -> str:
-    """Line breaks and escape sequences in a name would break the table, or the terminal."""
+    """Replace line breaks and escape sequences, which would break the table or the terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text))
 
 
@@ -172,31 +186,22 @@ def _screen_width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
 
 
-def _aligned(column: Column, ascii_only: bool) -> list[str]:
-    """Three lines of head and the cells, all equally wide; names to the left, numbers to the right."""
-    head = [*column.head, *[""] * (3 - len(column.head))]
-    lines = [line.translate(ASCII if ascii_only else {}) for line in (*head, *column.cells)]
-    width = max(map(_screen_width, lines))
-    left = column.head == ("method",)
-    pads = [" " * (width - _screen_width(line)) for line in lines]
-    return [line + pad if left else pad + line for line, pad in zip(lines, pads, strict=True)]
-
-
-def _fitting(first: list[str], rest: list[list[str]], width: int) -> Iterator[list[list[str]]]:
-    """Groups of aligned columns, each led by the first column and no wider than ``width``."""
-    block, used = [first], _screen_width(first[0])
-    for column in rest:
+def _fitting(first: list[str], others: list[list[str]], width: int) -> Iterator[list[list[str]]]:
+    """Blocks of aligned columns, each of which starts with the first column and is no wider than ``width``."""
+    start = _screen_width(first[0])
+    block, used = [first], start
+    for column in others:
         needed = 2 + _screen_width(column[0])
         if len(block) > 1 and used + needed > width:
             yield block
-            block, used = [first], _screen_width(first[0])
+            block, used = [first], start
         block.append(column)
         used += needed
     yield block
 
 
-def _block(table: list[list[str]]) -> list[str]:
+def _block(table: list[list[str]]) -> str:
     lines = ["  ".join(cells) for cells in zip(*table, strict=True)]
     rule = "─" * _screen_width(lines[0])
-    head = [line.rstrip() for line in lines[:3] if line.strip()]
-    return [*head, rule, *(line.rstrip() for line in lines[3:])]
+    head = [line for line in lines[:3] if line.strip()]
+    return "\n".join(line.rstrip() for line in (*head, rule, *lines[3:]))

@@ -1,10 +1,10 @@
-"""Numbers become text exactly once: what the terminal and Markdown show."""
+"""The table in the terminal and in Markdown."""
 
 import pytest
 
 from report.sample import make_results
 from simomerge.report import markdown_table, text_table
-from simomerge.report.tables import columns
+from simomerge.report.table import columns
 
 TASK = {"name": "depth", "metric": "abs_err", "unit": "m", "higher_is_better": False}
 
