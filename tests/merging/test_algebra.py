@@ -106,7 +106,7 @@ def test_negation_takes_a_positive_scale(scale: float) -> None:
 
 
 def test_negation_checks_the_models() -> None:
-    with pytest.raises(InputError, match="lacks 1 tensor of the base"):
+    with pytest.raises(InputError, match="is missing 1 tensor of the base"):
         negate(BASE, {name: array for name, array in EXPERTS["seg"].items() if name != "scalar"})
 
 
@@ -240,7 +240,9 @@ NOT_LINEAR = sorted({"ties", "dare-linear", "magmax", "slerp", "model-stock", "z
 
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_other_methods_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"'{name}' is no weighted sum of task vectors: merge all the experts anew"):
+    with pytest.raises(
+        InputError, match=f"'{name}' is not a weighted sum of task vectors: merge all the experts again"
+    ):
         with_experts(BASE, BASE, get_method(name), ["seg"], add=some("depth"))
 
 
@@ -290,7 +292,7 @@ def test_weights_that_change_one_by_one_are_refused() -> None:
         def weights(self, name: str, experts: Any, depth: Any) -> dict[str, float]:
             return {expert: float(place + len(experts) ** place) for place, expert in enumerate(sorted(experts))}
 
-    with pytest.raises(InputError, match="weighs the experts that stay anew, each differently: merge all anew"):
+    with pytest.raises(InputError, match="changes the weights of the experts that stay unequally: merge all again"):
         list(with_experts(BASE, BASE, Squared(), ["seg", "depth"], some("normals")))
 
 

@@ -318,7 +318,7 @@ def test_a_schedule_needs_a_base() -> None:
 
 
 def test_a_schedule_needs_blocks_and_not_more_values_than_blocks() -> None:
-    with pytest.raises(InputError, match="schedule of 4 values for 3 blocks: give one each at most"):
+    with pytest.raises(InputError, match="schedule of 4 values for 3 blocks: give at most one per block"):
         merge_state_dicts(BASE, MODELS, schedule=[0.1, 0.2, 0.3, 0.4])
     base, models = {"w": np.zeros(2)}, {"a": {"w": np.ones(2)}}
     with pytest.raises(InputError, match="needs numbered blocks, and the tensors' names have none"):

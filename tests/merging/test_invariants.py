@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from simomerge.checkpoints import as_numpy, open_checkpoint, write_safetensors, write_sharded
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
-from simomerge.merging import MergeMethod, available, get_method, merge_state_dicts, merge_tensors, settings
+from simomerge.core.registry import settings
+from simomerge.merging import MergeMethod, available, get_method, merge_state_dicts, merge_tensors
 from simomerge.merging.engine import stream
 
 from .models import Tensors

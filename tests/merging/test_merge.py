@@ -141,7 +141,7 @@ def test_a_method_object_takes_no_further_parameters() -> None:
 
 
 def test_contracts_are_checked_in_the_call_not_at_the_first_tensor() -> None:
-    with pytest.raises(InputError, match="lacks 1 tensor of the base"):
+    with pytest.raises(InputError, match="is missing 1 tensor of the base"):
         merge_tensors({"w": np.zeros(1)}, {"a": {}})
 
 

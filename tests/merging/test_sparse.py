@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
 from simomerge.merging import TaskVectorStream, get_method, merge_state_dicts
-from simomerge.merging.sparse import keep_middle, keep_probabilities, rank_mask
+from simomerge.merging.engine.ranks import rank_mask
+from simomerge.merging.sparse import keep_middle, keep_probabilities
 
 from .models import COARSE, Tensors, assert_close, experts, tensors
 
