@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simomerge.core.registry import parameter
-from simomerge.merging.engine.ranks import kth_smallest, magnitudes, rank_mask
+from simomerge.merging.engine.ranks import kth_smallest, magnitudes
 from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream, stacked
 from simomerge.merging.method import MergeMethod, register
 
@@ -113,10 +113,16 @@ def _balances(stream: TaskVectorStream, trimmed: TiesStatistics) -> Iterator[int
 
 def _keep_largest(tau: np.ndarray, density: float) -> np.ndarray:
     """Exactly int(density * size) entries, at least one. Of equal magnitudes, the first are kept."""
-    count = max(int(density * tau.size), 1)
-    if count >= tau.size:
+    magnitudes = np.abs(tau).reshape(-1)
+    count = max(int(density * magnitudes.size), 1)
+    if count >= magnitudes.size:
         return tau
-    return tau * rank_mask(-np.abs(tau).reshape(-1), 0, count).reshape(tau.shape)
+    # One partition for the threshold takes half the time of `rank_mask`, which needs two.
+    threshold = np.partition(magnitudes, magnitudes.size - count)[magnitudes.size - count]
+    mask = magnitudes > threshold
+    tied = np.flatnonzero(magnitudes == threshold)
+    mask[tied[: count - int(np.count_nonzero(mask))]] = True
+    return tau * mask.reshape(tau.shape)
 
 
 def disjoint_mean(kept: np.ndarray, zero_is_positive: bool = True) -> np.ndarray:
