@@ -15,13 +15,13 @@ from simomerge.core import registry
 from simomerge.core.errors import InputError
 from simomerge.core.registry import Registry, check_parameters, parameter, range_text, settings, suggestion, summary
 
-ANIMALS: Registry[Any] = Registry("animal")
+PETS: Registry[Any] = Registry("pet")
 
 
-@ANIMALS.register
+@PETS.register
 @dataclass(frozen=True)
 class Cat:
-    """An animal with every kind of parameter,
+    """A pet with every kind of parameter,
     described in two lines.
 
     This paragraph is no summary.
@@ -45,7 +45,7 @@ class Cat:
         check_parameters(self.name, self)
 
 
-@ANIMALS.register
+@PETS.register
 @dataclass(frozen=True)
 class Ant:
     """No parameters."""
@@ -72,7 +72,7 @@ VALID: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), VALID, ids=str)
 def test_values_in_range_are_kept_as_they_are(name: str, value: Any) -> None:
-    made = ANIMALS.make("cat", **{name: value})
+    made = PETS.make("cat", **{name: value})
     assert getattr(made, name) is value
 
 
@@ -97,7 +97,7 @@ INVALID: list[tuple[str, str, list[Any]]] = [
 def test_other_values_are_reported_with_parameter_range_value_and_help(name: str, allowed: str, value: Any) -> None:
     spec = next(spec for spec in fields(Cat) if spec.name == name)
     with pytest.raises(InputError) as raised:
-        ANIMALS.make("cat", **{name: value})
+        PETS.make("cat", **{name: value})
     assert str(raised.value) == f"cat: {name} must be {allowed}, got {value!r} ({spec.metadata['help']})."
 
 
@@ -117,7 +117,7 @@ def test_other_values_are_reported_with_parameter_range_value_and_help(name: str
 )
 def test_each_value_per_expert_and_block_is_checked(name: str, values: Any, wrong: str) -> None:
     with pytest.raises(InputError, match=rf"cat: {name} must be a number at least 0, got {wrong} \("):
-        ANIMALS.make("cat", **{name: values})
+        PETS.make("cat", **{name: values})
 
 
 def test_only_fields_made_by_parameter_are_settings() -> None:
@@ -156,30 +156,30 @@ def test_a_number_without_bounds_in_a_table() -> None:
 
 
 def test_the_summary_is_the_first_paragraph_in_one_line() -> None:
-    assert summary(Cat) == "An animal with every kind of parameter, described in two lines."
+    assert summary(Cat) == "A pet with every kind of parameter, described in two lines."
     assert summary(Ant) == "No parameters."
     assert summary(type("Bare", (), {})) == ""
 
 
 def test_classes_are_found_by_name() -> None:
-    assert list(ANIMALS.available().items()) == [("ant", Ant), ("cat", Cat)]
-    assert ANIMALS.find("cat") is Cat and ANIMALS.make("ant") == Ant()
-    assert ANIMALS.make("cat", legs=3) == Cat(legs=3)
-    with pytest.raises(ValueError, match="A animal named 'cat' is already registered"):
-        ANIMALS.register(Cat)
+    assert list(PETS.available().items()) == [("ant", Ant), ("cat", Cat)]
+    assert PETS.find("cat") is Cat and PETS.make("ant") == Ant()
+    assert PETS.make("cat", legs=3) == Cat(legs=3)
+    with pytest.raises(ValueError, match="A pet named 'cat' is already registered"):
+        PETS.register(Cat)
 
 
 def test_unknown_names_come_with_a_suggestion() -> None:
-    with pytest.raises(InputError, match=r"There is no animal 'cats': did you mean 'cat'\?"):
-        ANIMALS.find("cats")
-    with pytest.raises(InputError, match=r"There is no animal 'xyz': choose from ant, cat\."):
-        ANIMALS.make("xyz", legs=3)
-    with pytest.raises(InputError, match=r"The animal 'cat' has no parameter 'leg': did you mean 'legs'\?"):
-        ANIMALS.make("cat", leg=3)
-    with pytest.raises(InputError, match="'cat' has no parameter 'q': choose from share, size, .*, notes"):
-        ANIMALS.make("cat", q=3)
-    with pytest.raises(InputError, match=r"The animal 'ant' has no parameter 'legs': it takes no parameters\."):
-        ANIMALS.make("ant", legs=6)
+    with pytest.raises(InputError, match=r"There is no pet 'cats': did you mean 'cat'\?"):
+        PETS.find("cats")
+    with pytest.raises(InputError, match=r"There is no pet 'xyz': choose from ant, cat\."):
+        PETS.make("xyz", legs=3)
+    with pytest.raises(InputError, match=r"The pet 'cat' has no parameter 'leg': did you mean 'legs'\?"):
+        PETS.make("cat", leg=3)
+    with pytest.raises(InputError, match=r"'cat' has no parameter 'q': choose from share, size, .*, notes"):
+        PETS.make("cat", q=3)
+    with pytest.raises(InputError, match=r"The pet 'ant' has no parameter 'legs': it takes no parameters\."):
+        PETS.make("ant", legs=6)
     assert suggestion("depht", ["depth"]) == ": did you mean 'depth'?"
     assert suggestion("zzz", ["depth", "edges"]) == ": choose from depth, edges"
 

@@ -12,7 +12,8 @@ def test_every_method_documents_itself() -> None:
     assert {"average", "task-arithmetic", "ties", "zero-shot"} <= set(available())
     assert list(available()) == sorted(available())
     for name, method in available().items():
-        assert method.name == name and method.paper and method.link.startswith("https://") and method.__doc__
+        assert method.name == name and method.paper and method.link.startswith("https://")
+        assert method.__doc__ and ">>> " in method.__doc__
         assert method.minimum_experts >= 1
         for spec in fields(method):
             assert spec.metadata["help"]

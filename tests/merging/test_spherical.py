@@ -1,6 +1,5 @@
 """Slerp, Karcher mean and model stock against slow implementations on the vectors themselves."""
 
-import doctest
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import get_method, merge_state_dicts, spherical
+from simomerge.merging import get_method, merge_state_dicts
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)
@@ -239,8 +238,3 @@ def test_ranges() -> None:
     ):
         with pytest.raises(InputError, match="must be a number"):
             get_method(name, **parameters)
-
-
-def test_examples() -> None:
-    outcome = doctest.testmod(spherical)
-    assert outcome.attempted >= 4 and outcome.failed == 0

@@ -1,14 +1,12 @@
 """RegMean and Fisher against least squares, loops and inverses."""
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import get_method, merge_state_dicts, statistics
+from simomerge.merging import get_method, merge_state_dicts
 
 from .models import Tensors, assert_close
 
@@ -261,8 +259,3 @@ def test_parameters() -> None:
         get_method("fisher", floor=0)
     with pytest.raises(InputError, match="normalise must be one of none, norm, got 'l2'"):
         get_method("fisher", normalise="l2")
-
-
-def test_examples() -> None:
-    outcome = doctest.testmod(statistics)
-    assert outcome.attempted >= 8 and outcome.failed == 0

@@ -167,6 +167,17 @@ def test_density_one_keeps_everything(base: Tensors, expert: Tensors) -> None:
     assert_close(merge_state_dicts(base, {"a": expert}, "ties", density=1.0), expert, 0)
 
 
+@some
+@given(tensors(COARSE), experts(COARSE))
+def test_at_density_one_other_tensors_matter_only_where_sums_cancel(base: Tensors, models: dict[str, Tensors]) -> None:
+    together = merge_state_dicts(base, models, "ties", density=1.0)
+    for name in base:
+        alone = {expert: {name: model[name]} for expert, model in models.items()}
+        merged = merge_state_dicts({name: base[name]}, alone, "ties", density=1.0)
+        decided = np.sum([model[name] - base[name] for model in models.values()], axis=0) != 0
+        np.testing.assert_array_equal(merged[name][decided], together[name][decided])
+
+
 def test_each_expert_has_its_own_threshold() -> None:
     base = {"w": np.zeros(100, np.float32)}
     ramp = np.arange(1, 101, dtype=np.float32)

@@ -211,7 +211,8 @@ def _regression_mean(taus: Sequence[np.ndarray], grams: Sequence[np.ndarray], sh
 
 def _fisher_mean(taus: Sequence[np.ndarray], fishers: Sequence[np.ndarray], floor: float) -> np.ndarray:
     """sum_t F_t tau_t / sum_t F_t, float64."""
-    lowest = floor * sum(float(fisher.mean(dtype=np.float64)) for fisher in fishers) / len(fishers)
+    means = [float(fisher.sum(dtype=np.float64)) / max(fisher.size, 1) for fisher in fishers]
+    lowest = floor * sum(means) / len(means)
     if not lowest > 0:
         lowest = 1.0  # All Fishers are zero, so that any equal weights give the mean.
     weighted, total = np.zeros(taus[0].shape), np.zeros(taus[0].shape)
