@@ -205,6 +205,16 @@ def test_a_nearly_singular_matrix_is_decomposed_itself(monkeypatch: pytest.Monke
         np.testing.assert_allclose((left * sigma) @ right, (u[:, :count] * s[:count]) @ v[:count], atol=1e-9)
 
 
+def test_polar_factors_and_singular_triplets_of_small_matrices() -> None:
+    factor, mean = spectral._polar(np.array([[0.0, 2.0], [4.0, 0.0], [0.0, 0.0]]))
+    np.testing.assert_allclose(factor, [[0, 1], [1, 0], [0, 0]], atol=1e-6)
+    assert mean == pytest.approx(3)
+    left, sigma, right = spectral._singular_triplets(np.diag([3.0, 1.0, 2.0])[:2], 1)
+    np.testing.assert_array_equal(np.abs(left), [[1], [0]])
+    np.testing.assert_array_equal(sigma, [3])
+    np.testing.assert_array_equal(np.abs(right), [[1, 0, 0]])
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 @pytest.mark.parametrize("name", NAMES)
 def test_very_small_and_very_large_task_vectors(name: str, factor: float) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import get_method, merge_state_dicts
+from simomerge.merging import get_method, merge_state_dicts, spherical
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)
@@ -100,6 +100,8 @@ def test_slerp(seed: int, shape: tuple[int, ...], spread: float, t: float) -> No
 
 
 def test_slerp_from_the_first_to_the_second_by_name() -> None:
+    sixty_degrees = np.array([[1.0, 0.5], [0.5, 1.0]])
+    np.testing.assert_allclose(spherical._slerp_factors(sixty_degrees, 0.5), [0.5774, 0.5774], atol=1e-4)
     weights = {"b": np.array([0.0, 3.0], np.float32), "a": np.array([1.0, 0.0], np.float32)}
     np.testing.assert_allclose(merged(weights, "slerp", t=0), [1, 0], atol=1e-7)
     np.testing.assert_allclose(merged(weights, "slerp", t=1), [0, 3], atol=1e-7)

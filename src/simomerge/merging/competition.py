@@ -23,13 +23,13 @@ Bounds: TypeAlias = Mapping[str, Sequence[float]]
 @register("sce", "FuseChat (Wan et al., 2024)", "https://arxiv.org/abs/2408.07990")
 @dataclass(frozen=True)
 class Sce(MergeMethod):
-    """Select, calculate, erase (FuseChat, Wan et al., 2024), applied to each tensor as in mergekit.
+    """Select the entries that vary most, erase minority signs, average by energy (FuseChat, Wan et al., 2024).
 
-    Select: of the n entries in which the experts differ, the int(density * n) of greatest variance over the experts
-    (at least one, where mergekit may select none; of equal variances the first). The other entries stay the base's.
-    Calculate: the coefficient of an expert is the sum of squares of its selected entries, divided by that of all
-    experts. Erase: drop the values whose sign is not that of the sum (positive if the sum is zero). The rest is
-    averaged with the coefficients.
+    "Select, calculate, erase", for each tensor as in mergekit. Select: of the n entries in which the experts differ,
+    the int(density * n) of greatest variance over the experts (at least one, where mergekit may select none; of equal
+    variances the first). The other entries stay the base's. Calculate: the coefficient of an expert is the sum of
+    squares of its selected entries, divided by that of all experts. Erase: drop the values whose sign is not that of
+    the sum (positive if the sum is zero). The rest is averaged with the coefficients.
 
     With one expert, or with identical ones, no entry varies, so a density below 1 gives the base. The authors' code
     uses the selection for the coefficients only and merges all entries. mergekit's present code makes all coefficients

@@ -50,12 +50,12 @@ class SpectralMethod(MergeMethod):
 @register("iso-c", *_ISO)
 @dataclass(frozen=True)
 class IsoC(SpectralMethod):
-    """Isotropic merging in the common space (Marczak et al., 2025, section 4).
+    """Replace all singular values of the summed task vectors by their mean (Marczak et al., 2025, section 4).
 
-    For each matrix: the **sum** of the task vectors is U diag(sigma) V^T, and the merged task vector is
-    mean(sigma) * U V^T, with the mean over all min(m, n) singular values. fusion_bench does the same. The copy of the
-    method in the code of the TSV authors decomposes the mean of the task vectors, which amounts to scale 1/T. Other
-    tensors: the mean.
+    "Isotropic merging in the common space": for each matrix, the **sum** of the task vectors is U diag(sigma) V^T, and
+    the merged task vector is mean(sigma) * U V^T, with the mean over all min(m, n) singular values. fusion_bench does
+    the same. The copy of the method in the code of the TSV authors decomposes the mean of the task vectors, which
+    amounts to scale 1/T. Other tensors: the mean.
 
     A sum of zero gives zero. Otherwise, as in public code, all min(m, n) directions are kept, also those whose singular
     value is (nearly) zero. If the sum is rank-deficient (experts of a few low-rank factors), the U V^T of these
@@ -74,9 +74,10 @@ class IsoC(SpectralMethod):
 @register("iso-cts", *_ISO)
 @dataclass(frozen=True)
 class IsoCts(SpectralMethod):
-    """Isotropic merging in common and task-specific spaces (Marczak et al., 2025, section 4).
+    """Iso-C, with some directions reserved for each task (Marczak et al., 2025, section 4).
 
-    For each matrix of rank r = min(m, n), with T experts, as in fusion_bench's port of the authors' code:
+    "Isotropic merging in common and task-specific spaces". For each matrix of rank r = min(m, n), with T experts, as in
+    fusion_bench's port of the authors' code:
 
     1. Each expert gets k = round((r - int(r * common)) / T) directions (halves round to even), the common space the
        other r - T * k. In public code, T * k exceeds r if ``common`` is near 0, and the code fails; here k is at most
@@ -160,15 +161,7 @@ def _isotropic(matrix: np.ndarray) -> np.ndarray:
 
 
 def _polar(matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """The polar factor U V^T of a matrix U diag(sigma) V^T, and the mean of all min(m, n) singular values.
-
-    Example:
-        >>> factor, mean = _polar(np.array([[0.0, 2.0], [4.0, 0.0], [0.0, 0.0]]))
-        >>> factor.round(6) + 0, round(mean, 6)
-        (array([[0., 1.],
-               [1., 0.],
-               [0., 0.]]), 3.0)
-    """
+    """The polar factor U V^T of a matrix U diag(sigma) V^T, and the mean of all min(m, n) singular values."""
     if matrix.shape[0] < matrix.shape[1]:
         factor, mean = _polar(matrix.T)
         return factor.T, mean
@@ -182,13 +175,7 @@ def _polar(matrix: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _singular_triplets(matrix: np.ndarray, count: int) -> _Triplets:
-    """The ``count`` largest singular triplets: U (m, count), sigma (count,), V^T (count, n), in no particular order.
-
-    Example:
-        >>> left, sigma, right = _singular_triplets(np.diag([3.0, 1.0, 2.0])[:2], 1)
-        >>> np.abs(left).T, sigma, np.abs(right)
-        (array([[1., 0.]]), array([3.]), array([[1., 0., 0.]]))
-    """
+    """The ``count`` largest singular triplets: U (m, count), sigma (count,), V^T (count, n), in no particular order."""
     if matrix.shape[0] > matrix.shape[1]:
         left, sigma, right = _singular_triplets(matrix.T, count)
         return right.T, sigma, left.T

@@ -139,12 +139,7 @@ def _combined(factors: np.ndarray, weights: np.ndarray, base: np.ndarray) -> np.
 
 
 def _slerp_factors(dots: np.ndarray, t: float) -> np.ndarray:
-    """The factors of two vectors, from their dot products (2, 2).
-
-    Example:
-        >>> _slerp_factors(np.array([[1.0, 0.5], [0.5, 1.0]]), 0.5).round(4)  # 60 degrees apart
-        array([0.5774, 0.5774])
-    """
+    """The factors of two vectors, from their dot products (2, 2)."""
     norms = np.sqrt(dots[0, 0] * dots[1, 1])
     cosine = dots[0, 1] / norms if norms > 0 else 1.0
     if abs(cosine) > _COLLINEAR:
