@@ -12,8 +12,7 @@ from simomerge.core.errors import InputError
 from simomerge.merging import get_method, merge_state_dicts
 from simomerge.merging.competition import energy_shares, most_varied
 
-from .models import COARSE, Tensors, assert_close, experts, tensors
-from .test_sparse import assert_same, merge_slowly, ten_times_apart
+from .models import COARSE, Tensors, assert_close, assert_same, experts, merge_slowly, ten_times_apart, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)

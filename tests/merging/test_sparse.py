@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,44 +14,12 @@ from simomerge.merging import get_method, merge_state_dicts
 from simomerge.merging.engine.ranks import rank_mask
 from simomerge.merging.sparse import keep_middle, keep_probabilities
 
-from .models import COARSE, Tensors, assert_close, experts, tensors
+from .models import APART, COARSE, Tensors, assert_close, assert_same, experts, merge_slowly, ten_times_apart, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)
 
-# Each tensor's values are 10 times the next one's.
-SHAPES = {"patch": (4, 3, 2, 5), "matrix": (6, 5), "wide": (2, 40), "bias": (37,), "one": (1,), "scalar": ()}
 METHODS = ["dare-linear", "dare-ties", "della", "breadcrumbs"]
-
-
-def ten_times_apart(seed: int, count: int = 3) -> tuple[Tensors, dict[str, Tensors]]:
-    """A base and experts; names are not in alphabetical order."""
-    rng = np.random.default_rng(seed)
-
-    def model() -> Tensors:
-        drawn = {name: rng.standard_normal(shape) / 10**i for i, (name, shape) in enumerate(SHAPES.items())}
-        return {name: np.asarray(values, np.float32) for name, values in drawn.items()}
-
-    return model(), {expert: model() for expert in ("seg", "depth", "normals", "edges")[:count]}
-
-
-def merge_slowly(
-    base: Tensors, models: dict[str, Tensors], merge: Callable[[str, dict[str, list[float]]], list[float]]
-) -> Tensors:
-    """``merge(tensor name, expert -> flat task vector)`` in Python floats, added to the base."""
-    merged = {}
-    for name, values in base.items():
-        taus = {e: [float(v) for v in np.ravel(models[e][name] - values)] for e in sorted(models)}
-        merged[name] = values + np.array(merge(name, taus), np.float64).reshape(values.shape)
-    return merged
-
-
-def assert_same(merged: Tensors, expected: Tensors, tolerance: float = 1e-6) -> None:
-    """Equal up to float32's rounding of the largest value of the tensor."""
-    for name, array in expected.items():
-        assert merged[name].dtype == np.float32 and merged[name].shape == array.shape
-        limit = tolerance * max(float(np.abs(array).max()), 1e-30)
-        np.testing.assert_allclose(merged[name], array, rtol=tolerance, atol=limit, err_msg=name)
 
 
 def draws(seed: int, expert: str, name: str, size: int) -> list[float]:
@@ -110,7 +77,7 @@ def test_della_against_the_slow_one(density: float, epsilon: float) -> None:
     base, models = ten_times_apart(3)
 
     def merge(name: str, taus: dict[str, list[float]]) -> list[float]:
-        length = (SHAPES[name] or (1,))[-1]
+        length = (APART[name] or (1,))[-1]
         kept = [
             drop_slowly(tau, rates_slowly(tau, length, density, epsilon), draws(5, expert, name, len(tau)))
             for expert, tau in taus.items()

@@ -179,7 +179,7 @@ def test_model_stock(seed: int, count: int, shape: tuple[int, ...], spread: floa
     if still:
         taus["e1"] = np.zeros(shape, np.float32)
     base = np.zeros(shape, np.float32)
-    # Where cosines cancel out, so do digits: relative to the task vectors.
+    # Where cosines cancel, digits are lost, so the tolerance is relative to the task vectors.
     size = max(abs(x) for v in flat(taus) for x in v)
     ours = merged(taus, "model-stock", base)
     assert ours.shape == shape and ours.dtype == np.float32

@@ -36,7 +36,7 @@ def merged_task_vector(base: Tensors, models: dict[str, Tensors], **options: obj
     [
         ([1, 1, -1], 1),
         ([-1, -1, 1], -1),
-        ([1, -1], -1),  # as many of either: minus, as the reference code's sign(0) is not above 0
+        ([1, -1], -1),  # A tie elects minus, because the reference code's sign(0) is not above 0.
         ([0, 0], -1),
         ([], -1),
         ([0.25, 0.25, -100], 1),  # counted, not summed
@@ -117,7 +117,7 @@ def test_trimming_by_tensor_elects_plus_whatever_the_majority() -> None:
 
 
 def test_nearly_cancelling_values_elect_their_own_sign() -> None:
-    """The sum is compared with zero exactly, however small it is beside its terms."""
+    """The sum is compared with zero exactly, however small it is relative to its terms."""
     base = {"w": np.zeros(2, np.float32), "v": np.zeros(2, np.float32)}
     above = np.nextafter(np.float32(3), np.float32(4))
     models = {
