@@ -5,7 +5,7 @@ Each method is a class in the file of its family, and registers itself when that
 """
 
 from simomerge.core.registry import parameter
-from simomerge.merging import competition, consensus, sparse, spectral, spherical
+from simomerge.merging import competition, consensus, sparse, spectral, spherical  # noqa: F401  (registers methods)
 from simomerge.merging.algebra import interpolate, negate, with_experts
 from simomerge.merging.engine.checks import check_models
 from simomerge.merging.engine.merge import Merged, merge_state_dicts, merge_tensors
@@ -42,8 +42,6 @@ __all__ = [
     "as_schedule",
     "available",
     "check_models",
-    "competition",
-    "consensus",
     "describe_method",
     "described_method",
     "get_method",
@@ -55,8 +53,5 @@ __all__ = [
     "parameter",
     "register",
     "sampled_distances",
-    "sparse",
-    "spectral",
-    "spherical",
     "with_experts",
 ]

@@ -145,8 +145,7 @@ class Emr(MaskMethod):
 
         def norms(name: str) -> tuple[float, float]:
             expert = masked = 0.0
-            for part in stream.blocks(name):
-                task_vectors = stream.read(name, part)[1]
+            for _, _, task_vectors in stream.read_blocks(name):
                 tau, unified = task_vectors[self.task], elect(task_vectors.values())
                 expert += float(np.abs(tau).sum(dtype=np.float64))
                 masked += float(np.abs(agreeing(unified, tau)).sum(dtype=np.float64))

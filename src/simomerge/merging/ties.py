@@ -102,9 +102,9 @@ def _balances(stream: TaskVectorStream, trimmed: TiesStatistics) -> Iterator[int
     """Per tensor, the number of entries with a positive sum minus the number of those with a negative sum."""
 
     def balance(name: str) -> int:
-        workspace, found = stream.workspace(name), 0
-        for part in stream.blocks(name):
-            total = trimmed.keep(stream.read(name, part, workspace)[1]).sum(0)
+        found = 0
+        for _, _, task_vectors in stream.read_blocks(name):
+            total = trimmed.keep(task_vectors).sum(0)
             found += int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
         return found
 

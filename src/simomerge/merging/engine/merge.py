@@ -86,13 +86,12 @@ class Merged(Mapping[str, np.ndarray]):
         method, stream, (statistics, factors) = self._method, self._stream, self._prepared
         merged = np.empty(stream.shapes[name], np.float32)
         flat = merged.reshape(-1)
-        workspace = stream.workspace(name) if method.elementwise else None
-        for part in stream.blocks(name) if method.elementwise else (None,):
-            base, task_vectors = stream.read(name, part, workspace)
+        blocks = stream.read_blocks(name) if method.elementwise else [(slice(None), *stream.read(name))]
+        for part, base, task_vectors in blocks:
             values = method.merge_tensor(name, base, task_vectors, statistics)
             if factors is not None:
                 values = base + np.float32(factors(name)) * (values - base)
-            flat[slice(None) if part is None else part] = values.reshape(-1)
+            flat[part] = values.reshape(-1)
         return merged
 
     def __contains__(self, own_name: object) -> bool:

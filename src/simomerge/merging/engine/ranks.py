@@ -151,9 +151,8 @@ def sample_of(total: int) -> slice:
 def _pass(stream: TaskVectorStream, values: Values, brackets: Mapping[tuple[str, int], _Bracket]) -> None:
     def look(name: str) -> list[dict[tuple[str, int], _Found]]:
         found = []
-        workspace = stream.workspace(name)
-        for part in stream.blocks(name):
-            ranked = values(stream.read(name, part, workspace)[1])
+        for _, _, task_vectors in stream.read_blocks(name):
+            ranked = values(task_vectors)
             found.append({key: bracket.look(ranked[key[0]]) for key, bracket in brackets.items()})
         return found
 

@@ -110,19 +110,31 @@ class TaskVectorStream:
         if expert not in self.changed and tau.any():
             self.changed.add(expert)
 
-    def read(
-        self, name: str, part: slice | None = None, workspace: np.ndarray | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The base's tensor and the task vector of every expert, sorted by expert name.
+    def read(self, name: str, part: slice | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The base's tensor and the task vector of every expert, sorted by name; with ``part``, parts of them, flat."""
+        base = self.base(name, part)
+        return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
 
-        Args:
-            part: Read this part of the flattened tensors.
-            workspace: An array from `workspace`, for reading parts. The task vectors are written to its rows and are
-                valid until it is used again. New arrays for every block would cost more than the arithmetic.
+    def read_blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray, dict[str, np.ndarray]]]:
+        """Read a flattened tensor block by block: the part, the base and the task vectors, sorted by expert name.
+
+        The task vectors are valid until the next block is read, because all blocks use the same memory. New arrays for
+        every block would cost more than the arithmetic.
+
+        Example:
+            >>> stream = TaskVectorStream({"w": np.zeros(300_000)}, {})
+            >>> [part.stop for part, _, _ in stream.read_blocks("w")]
+            [131072, 262144, 300000]
         """
-        if workspace is None:
-            base = self.base(name, part)
-            return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
+        size = self.sizes[name]
+        # Low-rank factors are multiplied for the whole tensor. In blocks, they would be multiplied for every block.
+        step = size if any(hasattr(e, "task_vector") for e in self._experts.values()) else min(BLOCK, size)
+        workspace = np.empty((len(self.experts), step), np.float32)
+        for start in range(0, size, max(step, 1)):
+            part = slice(start, min(start + step, size))
+            yield part, *self._read_into(workspace, name, part)
+
+    def _read_into(self, workspace: np.ndarray, name: str, part: slice) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         # Threads hand over the interpreter lock between calls of numpy, so a few long calls are faster than many short
         # ones. One check covers all models: if a value of the base or an expert is not finite, nor is the difference.
         base = _values(self._base, self._base_names[name], part)
@@ -137,23 +149,6 @@ class TaskVectorStream:
             self._note_change(expert, tau)
         return base, taus
 
-    def workspace(self, name: str) -> np.ndarray:
-        """An array (experts, largest block), float32, for `read` in a loop over the blocks of a tensor."""
-        return np.empty((len(self.experts), max((p.stop - p.start for p in self.blocks(name)), default=0)), np.float32)
-
-    def blocks(self, name: str) -> Iterator[slice]:
-        """The parts of a flattened tensor, for `read`, which together make up the tensor.
-
-        Example:
-            >>> stream = TaskVectorStream({"w": np.zeros(300_000)}, {})
-            >>> [part.stop for part in stream.blocks("w")]
-            [131072, 262144, 300000]
-        """
-        # Low-rank factors are multiplied for the whole tensor. In blocks, they would be multiplied for every block.
-        step = self.sizes[name] if any(hasattr(e, "task_vector") for e in self._experts.values()) else BLOCK
-        for start in range(0, self.sizes[name], max(step, 1)):
-            yield slice(start, min(start + step, self.sizes[name]))
-
     def map(self, function: Callable[[str], _Result]) -> Iterator[tuple[str, _Result]]:
         """``(name, function(name))`` for every tensor, in order, computed on all cores and only a few ahead."""
 
@@ -165,7 +160,7 @@ class TaskVectorStream:
 
 
 def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays of one shape as one array (T, ...), without a copy if they are the rows of a workspace that `read` filled.
+    """Arrays of one shape as one array (T, ...), without a copy if they are the rows that `read_blocks` filled.
 
     Example:
         >>> stacked([np.zeros(2), np.ones(2)]).shape
