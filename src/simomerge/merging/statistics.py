@@ -6,9 +6,9 @@ names of tensors on disk or in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,16 +32,54 @@ def _given(help: str) -> Any:
 
 
 class StatisticsMethod(MergeMethod):
-    """theta_0 + scale * `combine`. Tensors without statistics from all experts get the mean of the task vectors."""
+    """theta_0 + scale * `combine`. Tensors without statistics from all experts get the mean of the task vectors.
+
+    Class attributes: ``given`` (the parameter that holds the statistics) and ``function`` (what computes them).
+    """
 
     needs_data = True
     needs_statistics = True
+    given: ClassVar[str]
+    function: ClassVar[str]
 
     scale: float
 
-    def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
-        """Merge the task vectors of one tensor, one statistic per expert; float64."""
+    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of the statistics of a tensor with this shape, or None if it has none."""
         raise NotImplementedError
+
+    def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
+        """Merge the task vectors of one tensor, with one array of statistics per expert; float64."""
+        raise NotImplementedError
+
+    def prepare(self, stream: TaskVectorStream) -> Statistics:
+        """Check the statistics, and key them by expert and canonical name.
+
+        Raises:
+            InputError: An expert has none, or an array belongs to no tensor, has a wrong shape, or is not finite.
+        """
+        given, what = getattr(self, self.given), f"{self.name}: {self.given}"
+        if missing := [expert for expert in stream.experts if not given.get(expert)]:
+            raise InputError(
+                f"{what} are needed of every expert, and there are none of {', '.join(missing)}: compute them with"
+                f" simomerge.training.statistics.{self.function} and give a dict of what it returns, by expert."
+            )
+        found: dict[str, dict[str, np.ndarray]] = {expert: {} for expert in stream.experts}
+        for expert in stream.experts:
+            for name, own_name in canonicalise(given[expert]).items():
+                place = f"{what} of '{expert}', '{own_name}'"
+                if name not in stream.shapes:
+                    raise InputError(f"{place}: the encoders have no such tensor; give statistics of this encoder.")
+                array, shape = np.asarray(given[expert][own_name]), stream.shapes[name]
+                needed = self.statistics_shape(shape)
+                if array.shape != needed:
+                    raise InputError(
+                        f"{place}: the shape is {array.shape}, but a tensor {shape} needs {needed or 'none'}."
+                    )
+                if not np.isfinite(array).all():
+                    raise InputError(f"{place}: holds NaN or infinite values; compute it again.")
+                found[expert][name] = array
+        return found
 
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         taus = list(task_vectors.values())
@@ -81,20 +119,33 @@ class RegMean(StatisticsMethod):
         array([[3., 2.]], dtype=float32)
     """
 
+    given = "grams"
+    function = "input_grams(encoder, images)"
+
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
     shrink: float = parameter(0.9, low=0.0, high=1.0, help="factor of the Gram matrices' entries off the diagonal")
     grams: Statistics = _given("expert -> weight name -> Gram matrix of the layer's inputs (in, in)")
 
-    def prepare(self, stream: TaskVectorStream) -> dict[str, dict[str, np.ndarray]]:
-        """Check the Grams and key them by expert and canonical name.
-
-        Raises:
-            InputError: An expert has none, or one belongs to no tensor, has a wrong shape, or is not finite.
-        """
-        return _checked(self.grams, stream, "regmean: grams", "input_grams(encoder, images)", _gram_shape)
+    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        return (shape[1], shape[1]) if len(shape) == 2 else None
 
     def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
-        return _regression_mean(task_vectors, statistics, self.shrink)
+        """(sum_t tau_t G_t) (sum_t G_t)^-1 for task vectors (out, in) and Grams (in, in)."""
+        mean = _mean(task_vectors)
+        total, weighted = np.zeros(statistics[0].shape), np.zeros(mean.shape)
+        for tau, gram in zip(task_vectors, statistics, strict=True):
+            shrunk = gram.astype(np.float64)
+            shrunk *= self.shrink
+            np.fill_diagonal(shrunk, np.diag(gram))
+            total += shrunk
+            weighted += (tau - mean) @ shrunk
+        # Channels differ in size by orders of magnitude. A unit diagonal solves all to the same relative precision, and
+        # shrink 0.9 then bounds the condition number by ten times the number of channels.
+        squares = np.diag(total)
+        size = np.sqrt(np.where(squares > 0, squares, 1.0))
+        total /= np.outer(size, size)
+        total[np.diag_indices_from(total)] += np.where(squares > 0, _RIDGE, 1.0)
+        return np.asarray(mean + np.linalg.solve(total.T, (weighted / size).T).T / size)
 
 
 @register(
@@ -126,6 +177,8 @@ class Fisher(StatisticsMethod):
 
     needs_base = False
     needs_labels = True
+    given = "fishers"
+    function = "fisher_information(model, data)"
     scale = 1.0
 
     floor: float = parameter(1e-6, above=0.0, help="smallest Fisher, relative to the mean of the tensor's")
@@ -134,93 +187,26 @@ class Fisher(StatisticsMethod):
     )
     fishers: Statistics = _given("expert -> tensor name -> diagonal Fisher information, of the tensor's shape")
 
-    def prepare(self, stream: TaskVectorStream) -> dict[str, dict[str, np.ndarray]]:
-        """Check the Fishers and key them by expert and canonical name; normalise them if asked.
+    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
 
-        Raises:
-            InputError: An expert has none, or one belongs to no tensor, has a wrong shape, or is not finite.
-        """
-        found = _checked(self.fishers, stream, "fisher: fishers", "fisher_information(model, data)", tuple)
-        if self.normalise == "norm":
-            found = {expert: _unit_norm(fishers) for expert, fishers in found.items()}
-        return found
+    def prepare(self, stream: TaskVectorStream) -> Statistics:
+        """Check the Fishers, key them by expert and canonical name, and normalise them if asked."""
+        found = super().prepare(stream)
+        return {e: _unit_norm(fishers) for e, fishers in found.items()} if self.normalise == "norm" else found
 
     def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
-        return _fisher_mean(task_vectors, statistics, self.floor)
-
-
-def _checked(
-    given: Statistics,
-    stream: TaskVectorStream,
-    what: str,
-    function: str,
-    shape_for: Callable[[tuple[int, ...]], tuple[int, ...] | None],
-) -> dict[str, dict[str, np.ndarray]]:
-    """expert -> canonical name -> array, for the experts in the stream. See the callers' ``prepare``.
-
-    Args:
-        what: The method and its parameter, for messages.
-        function: The function that computes the statistics, for messages.
-        shape_for: Shape of a tensor -> shape of its statistics, or None if it has none.
-    """
-    if missing := [expert for expert in stream.experts if not given.get(expert)]:
-        raise InputError(
-            f"{what} are needed of every expert, and there are none of {', '.join(missing)}: compute them with"
-            f" simomerge.training.statistics.{function} and give a dict of what it returns, by expert."
-        )
-    found: dict[str, dict[str, np.ndarray]] = {expert: {} for expert in stream.experts}
-    for expert in stream.experts:
-        for name, own_name in canonicalise(given[expert]).items():
-            place = f"{what} of '{expert}', '{own_name}'"
-            if name not in stream.shapes:
-                raise InputError(f"{place}: the encoders have no such tensor; give statistics of this very encoder.")
-            array = np.asarray(given[expert][own_name])
-            needed = shape_for(stream.shapes[name])
-            if array.shape != needed:
-                raise InputError(
-                    f"{place}: the shape is {array.shape}, but a tensor {stream.shapes[name]} needs {needed or 'none'}."
-                )
-            if not np.isfinite(array).all():
-                raise InputError(f"{place}: holds NaN or infinite values; compute it again.")
-            found[expert][name] = array
-    return found
-
-
-def _gram_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    return (shape[1], shape[1]) if len(shape) == 2 else None
-
-
-def _regression_mean(taus: Sequence[np.ndarray], grams: Sequence[np.ndarray], shrink: float) -> np.ndarray:
-    """(sum_t tau_t G_t) (sum_t G_t)^-1 for task vectors (out, in) and Grams (in, in), float64."""
-    mean = _mean(taus)
-    total, weighted = np.zeros(grams[0].shape), np.zeros(mean.shape)
-    for tau, gram in zip(taus, grams, strict=True):
-        shrunk = gram.astype(np.float64)
-        shrunk *= shrink
-        np.fill_diagonal(shrunk, np.diag(gram))
-        total += shrunk
-        weighted += (tau - mean) @ shrunk
-    # Channels differ in size by orders of magnitude. A unit diagonal solves all to the same relative precision, and
-    # shrink 0.9 then bounds the condition number by ten times the number of channels.
-    squares = np.diag(total)
-    size = np.sqrt(np.where(squares > 0, squares, 1.0))
-    total /= np.outer(size, size)
-    total[np.diag_indices_from(total)] += np.where(squares > 0, _RIDGE, 1.0)
-    return mean + np.linalg.solve(total.T, (weighted / size).T).T / size
-
-
-def _fisher_mean(taus: Sequence[np.ndarray], fishers: Sequence[np.ndarray], floor: float) -> np.ndarray:
-    """sum_t F_t tau_t / sum_t F_t, float64."""
-    means = [float(fisher.sum(dtype=np.float64)) / max(fisher.size, 1) for fisher in fishers]
-    lowest = floor * sum(means) / len(means)
-    if not lowest > 0:
-        lowest = 1.0  # All Fishers are zero, so that any equal weights give the mean.
-    weighted, total = np.zeros(taus[0].shape), np.zeros(taus[0].shape)
-    for tau, fisher in zip(taus, fishers, strict=True):
-        weight = np.maximum(fisher.astype(np.float64), lowest)
-        weighted += weight * tau
-        total += weight
-    return weighted / total
+        """sum_t F_t tau_t / sum_t F_t."""
+        means = [float(fisher.sum(dtype=np.float64)) / max(fisher.size, 1) for fisher in statistics]
+        lowest = self.floor * sum(means) / len(means)
+        if not lowest > 0:
+            lowest = 1.0  # All Fishers are zero, so any equal weights give the mean.
+        weighted, total = np.zeros(task_vectors[0].shape), np.zeros(task_vectors[0].shape)
+        for tau, fisher in zip(task_vectors, statistics, strict=True):
+            weight = np.maximum(fisher.astype(np.float64), lowest)
+            weighted += weight * tau
+            total += weight
+        return weighted / total
 
 
 def _mean(taus: Sequence[np.ndarray]) -> np.ndarray:
