@@ -298,7 +298,7 @@ def other_architecture(**changes: int) -> nn.Module:
     ("changes", "message"),
     [
         ({"hidden_size": 16}, "differ in the shapes of"),
-        ({"num_hidden_layers": 5}, "The expert 'depth' has 18 tensors that the base lacks"),
+        ({"num_hidden_layers": 5}, "The expert 'depth' has 18 tensors that the base does not have"),
         ({"image_size": 64}, r"position_embeddings \(1, 101, 32\) and \(1, 65, 32\)"),
     ],
 )
@@ -319,7 +319,10 @@ def test_another_architecture_is_refused_with_the_difference(
 def test_missing_tensors_are_named(base: SimoModel, make_expert: Callable[..., SimoModel]) -> None:
     expert = make_expert("depth", 1, recorded=False)
     expert.encoder.backbone.layernorm = nn.Identity()
-    with pytest.warns(UserWarning, match="does not record"), pytest.raises(InputError, match=r"lacks 2 tensors of the"):
+    with (
+        pytest.warns(UserWarning, match="does not record"),
+        pytest.raises(InputError, match=r"is missing 2 tensors of the"),
+    ):
         merge(base, {"depth": expert})
 
 

@@ -176,7 +176,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "truncated encoder": ("encoder/model.safetensors", cut, "model.safetensors is not a complete safetensors file"),
     "truncated head": ("heads/depth.safetensors", cut, r"heads/depth.safetensors is not a complete safetensors file"),
     "NaN": ("encoder/model.safetensors", poison, "of the expert 'depth'.* holds NaN"),
-    "lost tensor": ("encoder/model.safetensors", lose_a_tensor, "'depth' lacks 1 tensor of the base: layernorm.weight"),
+    "lost tensor": (
+        "encoder/model.safetensors",
+        lose_a_tensor,
+        "'depth' is missing 1 tensor of the base: layernorm.weight",
+    ),
     "lost head": ("heads/depth.safetensors", remove, "heads/depth.safetensors: missing"),
     "lost weights": ("encoder/model.safetensors", remove, "holds no weights"),
     "truncated description": ("simo.json", cut, "simo.json: cannot be read"),

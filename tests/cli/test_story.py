@@ -245,19 +245,19 @@ def test_inspect_reads_models_encoders_and_files(story: Story, tiny_base: Path) 
 # Doctor, demo -------------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_all_well() -> None:
+def test_doctor_finds_that_everything_works() -> None:
     done = simomerge("doctor", "--json")
     checks = {check["name"]: check for check in done.json["checks"]}
     assert {"python", "torch", "transformers", "torchvision", "device", "cache folder", "embedded base"} <= set(checks)
     assert done.code == 0 and done.json["ok"], checks
 
 
-def test_doctor_says_what_to_mend(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_what_to_fix(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr("simomerge.models.model.resolve_source", lambda source: str(tmp_path / "nowhere"))
     done = simomerge("doctor")
-    assert done.code == 1 and done.out.splitlines()[-1] == "Mend: cache folder, embedded base."
+    assert done.code == 1 and done.out.splitlines()[-1] == "To fix: cache folder, embedded base."
     assert "no such folder" in done.out and "Traceback" not in done.err
 
 

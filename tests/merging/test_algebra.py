@@ -1,4 +1,4 @@
-"""Forget, interpolate, and add or remove experts afterwards, against formulas and against merging anew."""
+"""Forget, interpolate, and add or remove experts afterwards, against formulas and new merges."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_negation_takes_a_positive_scale(scale: float) -> None:
 
 
 def test_negation_checks_the_models() -> None:
-    with pytest.raises(InputError, match="lacks 1 tensor of the base"):
+    with pytest.raises(InputError, match="is missing 1 tensor of the base"):
         negate(BASE, {name: array for name, array in EXPERTS["seg"].items() if name != "scalar"})
 
 
@@ -178,16 +178,16 @@ def for_these(parameters: Mapping[str, Any], names: tuple[str, ...]) -> dict[str
 
 @pytest.mark.parametrize(("name", "parameters"), METHODS)
 @pytest.mark.parametrize(("present", "add", "remove"), EDITS)
-def test_editing_equals_merging_anew(
+def test_editing_equals_a_new_merge(
     name: str, parameters: dict[str, Any], present: tuple[str, ...], add: tuple[str, ...], remove: tuple[str, ...]
 ) -> None:
     merged = merge_state_dicts(BASE, some(*present), name, **for_these(parameters, present))
     parameters = for_these(parameters, (*present, *add))
     edited = dict(with_experts(merged, BASE, name, present, some(*add), some(*remove), **parameters))
     after = tuple(expert for expert in present if expert not in remove) + add
-    anew = merge_state_dicts(BASE, some(*after), name, **for_these(parameters, after))
+    fresh = merge_state_dicts(BASE, some(*after), name, **for_these(parameters, after))
     # The rounding of the merged weights grows with what they are multiplied by (a weighted mean of small weights).
-    assert_near(edited, anew, 4e-6 if name == "weighted-average" else 1e-6)
+    assert_near(edited, fresh, 4e-6 if name == "weighted-average" else 1e-6)
     assert all(array.dtype == np.float32 for key, array in edited.items() if key in SHAPES)
 
 
@@ -202,7 +202,7 @@ def test_one_after_the_other_and_there_and_back() -> None:
 
 
 def test_a_sequence_goes_with_the_experts_in_their_order() -> None:
-    """present, less what is removed, then what is added."""
+    """The order is: the present experts without those removed, then those added."""
     merged = merge_state_dicts(BASE, some("seg", "depth"), "task-arithmetic", scale=[0.9, 0.3])
     edited = with_experts(
         merged, BASE, "task-arithmetic", ["seg", "depth"], some("edges"), some("depth"), scale=[0.9, 0.3]
@@ -227,8 +227,8 @@ def test_the_method_may_be_an_object_and_models_may_be_torch_or_files(tmp_path: 
     assert_near({name: edited[name] for name in BASE}, expected, 0)
 
 
-def test_an_expert_that_nothing_remains_of_leaves_no_trace() -> None:
-    """Where all are removed the old weights are not used at all, and so not their rounding."""
+def test_replaced_experts_leave_no_trace() -> None:
+    """If all experts are removed, the old weights are not used at all, so their rounding does not matter."""
     far = {"seg": {name: 1e6 * EXPERTS["seg"][name] for name in SHAPES} | {"steps": BASE["steps"]}}
     merged = merge_state_dicts(BASE, far, "average")
     edited = dict(with_experts(merged, BASE, "average", ["seg"], some("depth"), far))
@@ -240,11 +240,13 @@ NOT_LINEAR = sorted({"ties", "dare-linear", "magmax", "slerp", "model-stock", "z
 
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_other_methods_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"'{name}' is no weighted sum of task vectors: merge all the experts anew"):
+    with pytest.raises(
+        InputError, match=f"'{name}' is not a weighted sum of task vectors: merge all the experts again"
+    ):
         with_experts(BASE, BASE, get_method(name), ["seg"], add=some("depth"))
 
 
-def test_mistakes_are_told_in_the_call() -> None:
+def test_mistakes_are_reported_in_the_call() -> None:
     merged = merge_state_dicts(BASE, some("seg", "depth"), "average")
 
     def edit(add: Any = None, remove: Any = None, method: Any = "average", **more: Any) -> None:
@@ -285,18 +287,18 @@ def test_mistakes_that_the_tensors_show() -> None:
 
 def test_weights_that_change_one_by_one_are_refused() -> None:
     class Squared(Average):
-        """Weights that no common factor brings from three experts to two."""
+        """Weights that do not change by a common factor from two experts to three."""
 
         def weights(self, name: str, experts: Any, depth: Any) -> dict[str, float]:
             return {expert: float(place + len(experts) ** place) for place, expert in enumerate(sorted(experts))}
 
-    with pytest.raises(InputError, match="weighs the experts that stay anew, each differently: merge all anew"):
+    with pytest.raises(InputError, match="changes the weights of the experts that stay unequally: merge all again"):
         list(with_experts(BASE, BASE, Squared(), ["seg", "depth"], some("normals")))
 
 
 def test_a_weighted_average_of_equal_weights_is_the_average() -> None:
-    anew = merge_state_dicts(BASE, EXPERTS, "average")
+    fresh = merge_state_dicts(BASE, EXPERTS, "average")
     merged = merge_state_dicts(BASE, some("seg", "depth"), "average")
     for method in (Average(), WeightedAverage(), WeightedAverage(weight=2.5)):
         edited = with_experts(merged, BASE, method, ["seg", "depth"], some("normals", "edges"))
-        assert_near(dict(edited), {name: anew[name] for name in BASE})
+        assert_near(dict(edited), {name: fresh[name] for name in BASE})

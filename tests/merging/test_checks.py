@@ -20,9 +20,11 @@ def merged_with(**changed: object) -> None:
 
 
 def test_missing_extra_and_misshapen() -> None:
-    with pytest.raises(InputError, match=r"The expert 'depth' lacks 2 tensors of the base: w1, w4"):
+    with pytest.raises(InputError, match=r"The expert 'depth' is missing 2 tensors of the base: w1, w4"):
         merged_with(w1=None, w4=None)
-    with pytest.raises(InputError, match=r"'depth' has 1 tensor that the base lacks: classifier.*without heads"):
+    with pytest.raises(
+        InputError, match=r"'depth' has 1 tensor that the base does not have: classifier.*without heads"
+    ):
         merged_with(classifier=np.zeros(3))
     wrong = {f"w{i}": np.zeros((3, 2), np.float32) for i in range(5)}
     with pytest.raises(InputError, match=r"shapes of 5 tensors: w0 \(2, 3\) and \(3, 2\), w1 .*, w2 .*, \.\.\."):
@@ -31,7 +33,7 @@ def test_missing_extra_and_misshapen() -> None:
         merged_with(w2=np.zeros((2, 3), np.int64))
     with pytest.raises(InputError, match="'w3' is a float"):
         merged_with(w3=1.0)
-    with pytest.raises(InputError, match="The expert 'b' lacks 1 tensor of the expert 'a': w"):
+    with pytest.raises(InputError, match="The expert 'b' is missing 1 tensor of the expert 'a': w"):
         merge_state_dicts(None, {"a": {"w": np.zeros(1)}, "b": {}}, "average")
 
 

@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import TaskVectorStream, get_method, merge_state_dicts
+from simomerge.merging import get_method, merge_state_dicts
 from simomerge.merging.competition import energy_shares, most_varied
 
-from .models import COARSE, Tensors, assert_close, experts, tensors
-from .test_sparse import assert_same, merge_slowly, ten_times_apart
+from .models import COARSE, Tensors, assert_close, assert_same, experts, merge_slowly, ten_times_apart, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)
@@ -140,47 +139,6 @@ def test_pcb_with_nothing_to_rank_gives_the_base_and_no_warning(value: float) ->
         warnings.simplefilter("error", RuntimeWarning)
         assert_close(merge_state_dicts(base, models, "pcb"), base, 0)
     assert merge_state_dicts({"n": np.arange(3)}, {"a": {"n": np.arange(3)}}, "pcb")["n"].tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("sce", {}), ("sce", {"density": 0.5}), ("pcb", {"density": 0.6})])
-def test_order_and_threads_and_scale_zero(name: str, parameters: dict) -> None:
-    base, models = ten_times_apart(1)
-    merged = merge_state_dicts(base, models, name, **parameters)
-    turned = {expert: models[expert] for expert in reversed(models)}
-    for threads in (1, 3):
-        assert_close(merge_state_dicts(base, turned, name, threads=threads, **parameters), merged, 0)
-    assert_close(merge_state_dicts(base, models, name, scale=0.0, **parameters), base, 0)
-    if name == "sce":
-        for tensor in base:
-            alone = {expert: {tensor: model[tensor]} for expert, model in models.items()}
-            again = merge_state_dicts({tensor: base[tensor]}, alone, name, **parameters)
-            np.testing.assert_array_equal(again[tensor], merged[tensor])
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("sce", {}), ("sce", {"density": 0.5}), ("pcb", {"density": 0.6})])
-def test_inputs_stay(name: str, parameters: dict) -> None:
-    base, models = ten_times_apart(2)
-    stream, method = TaskVectorStream(base, models), get_method(name, **parameters)
-    statistics = method.prepare(stream)
-    for tensor in stream.names:
-        values, taus = stream.read(tensor)
-        for array in (values, *taus.values()):
-            array.flags.writeable = False
-        whole = method.merge_tensor(tensor, values, taus, statistics)
-        assert whole.shape == values.shape and not np.shares_memory(whole, values)
-        for part in (slice(0, 7), slice(7, None)) if method.elementwise else ():
-            flat = {expert: tau.reshape(-1)[part] for expert, tau in taus.items()}
-            cut = method.merge_tensor(tensor, values.reshape(-1)[part], flat, statistics)
-            np.testing.assert_array_equal(cut, whole.reshape(-1)[part])
-
-
-def test_empty_tensors() -> None:
-    base = {"none": np.zeros((0, 3), np.float32), "w": np.zeros(3, np.float32)}
-    models = {
-        e: {"none": np.zeros((0, 3), np.float32), "w": np.full(3, v, np.float32)} for e, v in (("a", 1), ("b", 2))
-    }
-    for name, density in (("sce", 1.0), ("sce", 0.5), ("pcb", 0.5)):
-        assert merge_state_dicts(base, models, name, density=density)["none"].shape == (0, 3)
 
 
 def test_bad_parameters() -> None:

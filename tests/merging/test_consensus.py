@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import TaskVectorStream, get_method, merge_state_dicts
+from simomerge.merging import get_method, merge_state_dicts
 from simomerge.merging.consensus import elect, tall_mask
 
-from .models import COARSE, Tensors, assert_close, experts, tensors
-from .test_sparse import assert_same, merge_slowly, ten_times_apart
+from .models import COARSE, Tensors, assert_close, assert_same, experts, merge_slowly, ten_times_apart, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)
@@ -132,14 +131,6 @@ def test_tiny_task_vectors_agree_too() -> None:
     np.testing.assert_allclose(merged["w"], np.float32([3e-30, 2e-30]) * 0.6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["magmax", "tall-mask", "emr"])
-def test_one_expert_comes_back(name: str) -> None:
-    base, models = ten_times_apart(8, 1)
-    assert_close(merge_state_dicts(base, models, name), models["seg"], 1e-6)
-    if name != "magmax":
-        assert_close(merge_state_dicts(base, models, name, task="seg"), models["seg"], 1e-6)
-
-
 def test_how_many_must_agree() -> None:
     base, models = ten_times_apart(9)
     union = merge_state_dicts(base, models, "tall-mask", scale=0.4)
@@ -177,31 +168,3 @@ def test_bad_parameters() -> None:
     base, models = ten_times_apart(0)
     with pytest.raises(InputError, match="threshold has 2 values for 3 experts"):
         merge_state_dicts(base, models, "tall-mask", threshold=[0.2, 0.3])
-
-
-@pytest.mark.parametrize(("name", "parameters"), VARIANTS)
-def test_order_and_threads_and_scale_zero(name: str, parameters: dict) -> None:
-    base, models = ten_times_apart(1)
-    merged = merge_state_dicts(base, models, name, **parameters)
-    turned = {expert: models[expert] for expert in reversed(models)}
-    for threads in (1, 3):
-        assert_close(merge_state_dicts(base, turned, name, threads=threads, **parameters), merged, 0)
-    assert_close(merge_state_dicts(base, models, name, scale=0.0, **parameters), base, 0)
-
-
-@pytest.mark.parametrize(("name", "parameters"), VARIANTS)
-def test_entries_stand_by_themselves(name: str, parameters: dict) -> None:
-    base, models = ten_times_apart(2)
-    stream, method = TaskVectorStream(base, models), get_method(name, **parameters)
-    assert method.elementwise
-    statistics = method.prepare(stream)
-    for tensor in stream.names:
-        values, taus = stream.read(tensor)
-        for array in (values, *taus.values()):
-            array.flags.writeable = False
-        whole = method.merge_tensor(tensor, values, taus, statistics)
-        assert whole.shape == values.shape and not np.shares_memory(whole, values)
-        for part in (slice(0, 7), slice(7, None)):
-            flat = {expert: tau.reshape(-1)[part] for expert, tau in taus.items()}
-            cut = method.merge_tensor(tensor, values.reshape(-1)[part], flat, statistics)
-            np.testing.assert_array_equal(cut, whole.reshape(-1)[part])

@@ -34,8 +34,8 @@ few = settings(max_examples=25, deadline=None)
 
 # Depth --------------------------------------------------------------------------------------------------
 
-# Canonical names of one tensor -> its block (None: outside all), and of how many. "<" stands for a name outside the
-# blocks that counts to the first of them.
+# Encoder -> its number of blocks, and the block of each canonical tensor name. None stands for outside all blocks, and
+# "<" for outside all blocks but counted as the first.
 ENCODERS: dict[str, tuple[int, dict[str, int | str | None]]] = {
     "dinov2": (
         12,
@@ -141,7 +141,7 @@ ENCODERS: dict[str, tuple[int, dict[str, int | str | None]]] = {
 @pytest.mark.parametrize("backwards", [False, True])
 def test_blocks_are_found_in_the_names(encoder: str, backwards: bool) -> None:
     blocks, places = ENCODERS[encoder]
-    depth = Depth(reversed(places) if backwards else places)  # neither the order of the file nor that of text
+    depth = Depth(reversed(places) if backwards else places)  # The order of the file does not matter.
     assert depth.blocks == blocks
     for name, place in places.items():
         assert depth.index(name) == (None if place == "<" else place), name
@@ -152,7 +152,7 @@ def test_blocks_are_found_in_the_names(encoder: str, backwards: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit", "swin", "convnext", "clip"])
 def test_blocks_of_encoders_of_transformers(kind: str) -> None:
-    """Names as a model of transformers has them in memory, brought to the convention on disk."""
+    """Names of models of transformers in memory, converted to the convention on disk."""
     import transformers
 
     from simomerge.checkpoints import canonicalise
@@ -318,12 +318,12 @@ def test_a_schedule_needs_a_base() -> None:
 
 
 def test_a_schedule_needs_blocks_and_not_more_values_than_blocks() -> None:
-    with pytest.raises(InputError, match="schedule of 4 values for 3 blocks: give one each at most"):
+    with pytest.raises(InputError, match="schedule of 4 values for 3 blocks: give at most one per block"):
         merge_state_dicts(BASE, MODELS, schedule=[0.1, 0.2, 0.3, 0.4])
     base, models = {"w": np.zeros(2)}, {"a": {"w": np.ones(2)}}
     with pytest.raises(InputError, match="needs numbered blocks, and the tensors' names have none"):
         merge_state_dicts(base, models, schedule=[0.1, 0.2])
-    # One number needs no depth, and LiNeS has its alpha for what lies outside blocks.
+    # One number needs no depth, and LiNeS uses alpha for tensors outside the blocks.
     assert merge_state_dicts(base, models, scale=1.0, schedule=[0.5])["w"].tolist() == [0.5, 0.5]
     assert merge_state_dicts(base, models, scale=1.0, schedule="lines:alpha=0.25")["w"].tolist() == [0.25, 0.25]
 
@@ -359,7 +359,7 @@ def test_schedules_as_they_are_written(given_text: Any, expected: Any) -> None:
         *("lines:beta=much", "lines:beta=1=2", "0.2;0.5", "0.2,", "a", ["a"], [None], 0.5),
     ],
 )
-def test_other_words_are_told_what_to_write(wrong: Any) -> None:
+def test_other_texts_are_refused_with_the_valid_forms(wrong: Any) -> None:
     with pytest.raises(InputError, match=r"schedule .*: give numbers over the depth as 0.2,0.5,1, or lines, or"):
         as_schedule(wrong)
     with pytest.raises(InputError, match="give numbers over the depth"):
@@ -477,7 +477,7 @@ def test_scales_per_block_and_a_schedule_multiply() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.2], [0.1] * 4, []])
-def test_another_number_of_blocks_is_told(values: list[float]) -> None:
+def test_another_number_of_blocks_is_refused(values: list[float]) -> None:
     scale = {"seg": 0.1, "depth": values, "normals": 0.7}
     with pytest.raises(InputError, match=f"scale of 'depth' has {len(values)} values for 3 blocks: give one for each"):
         merge_state_dicts(BASE, MODELS, "task-arithmetic", scale=scale)

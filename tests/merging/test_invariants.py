@@ -1,5 +1,7 @@
-"""What holds for every registered method. A new one is checked without a line here; what it does not promise is
-written into one of the tables, with the reason."""
+"""The contract of all merge methods, checked for every registered one, including new ones.
+
+If a method does not fulfil a part of the contract, one of the tables below says so, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from hypothesis import strategies as st
 from simomerge.checkpoints import as_numpy, open_checkpoint, write_safetensors, write_sharded
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
-from simomerge.merging import MergeMethod, available, get_method, merge_state_dicts, merge_tensors, settings
+from simomerge.core.registry import settings
+from simomerge.merging import MergeMethod, available, get_method, merge_state_dicts, merge_tensors
 from simomerge.merging.engine import stream
 
 from .models import Tensors
@@ -27,7 +30,7 @@ from .models import Tensors
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = hypothesis_settings(max_examples=3, deadline=None)
 
-# Of every rank, smaller and larger than a block of seven; one matrix with fewer rows than experts.
+# Tensors of every rank, smaller and larger than a block of seven. Some matrices have fewer rows than there are experts.
 SHAPES = {
     "embeddings.patch_embeddings.projection.weight": (5, 3, 2, 2),
     "embeddings.mask_token": (1, 6),
@@ -38,12 +41,14 @@ SHAPES = {
     "encoder.layer.2.layer_scale1.lambda1": (1,),
     "layernorm.weight": (7,),
     "scalar": (),
+    "one.by.one": (1, 1),
     "empty": (0, 4),
+    "no.columns": (3, 0),
 }
 NAMES = ("seg", "depth", "normals")  # not in alphabetical order
 OTHER_ORDERS = {2: [(1, 0)], 3: [(2, 1, 0), (1, 2, 0)]}
 
-# Parameters that change what a method does; each method's defaults are checked anyway.
+# Parameters that change what a method does. The defaults of each method are checked in any case.
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("consensus", {"k": 1}),
     ("emr", {"task": "depth"}),
@@ -70,7 +75,7 @@ class Variant:
         return " ".join([self.name, *(f"{key}={value}".replace(" ", "") for key, value in self.parameters.items())])
 
     def names(self) -> tuple[str, ...]:
-        """Of experts: as many as the method takes, three if it may."""
+        """The names of as many experts as the method accepts, at most three."""
         try:
             get_method(self.name).for_experts(NAMES)
         except InputError:
@@ -78,8 +83,8 @@ class Variant:
         return NAMES
 
     def method(self, experts: tuple[str, ...] | None = None, tensors: Any = SHAPES, seed: int = 0) -> MergeMethod:
-        """With random statistics of the experts where the method takes statistics."""
-        given_by_the_caller = {spec.name for spec in fields(available()[self.name])} - {
+        """The method, with random statistics of the experts if it needs statistics."""
+        from_caller = {spec.name for spec in fields(available()[self.name])} - {
             spec.name for spec in settings(available()[self.name])
         }
         made = {
@@ -87,7 +92,7 @@ class Variant:
                 e: {n: s for n in tensors if (s := STATISTICS[what](seed, e, n)) is not None}
                 for e in experts or self.names()
             }
-            for what in given_by_the_caller
+            for what in from_caller
         }
         return get_method(self.name, **self.parameters, **made)
 
@@ -108,7 +113,7 @@ def fisher(seed: int, expert: str, name: str) -> np.ndarray:
 
 
 STATISTICS: dict[str, Callable[[int, str, str], np.ndarray | None]] = {"grams": gram, "fishers": fisher}
-"""Parameter that holds statistics -> the statistic of one expert and tensor (None where a tensor has none)."""
+"""Parameter that holds statistics -> the statistic of one expert and tensor, or None if the tensor has none."""
 
 
 @cache
@@ -117,7 +122,7 @@ def variants() -> tuple[Variant, ...]:
 
 
 def every(*, but: Mapping[str, str] = {}) -> Any:
-    """Parametrise with every variant. ``but``: method, or method with parameters -> why it makes no such promise."""
+    """Parametrise a test with every variant, except those in ``but``: method or variant -> why it makes no promise."""
     known = {str(v) for v in variants()} | set(available())
     assert set(but) <= known, f"no longer there: {set(but) - known}"
     chosen = [v for v in variants() if str(v) not in but and v.name not in but]
@@ -125,7 +130,7 @@ def every(*, but: Mapping[str, str] = {}) -> Any:
 
 
 def smooth(seed: int, experts: tuple[str, ...] = NAMES) -> tuple[Tensors, dict[str, Tensors]]:
-    """As fine-tuning leaves it: small changes of very different size, some entries untouched; and a counter."""
+    """Models as after fine-tuning: small changes of very different size, some entries unchanged, and a counter."""
 
     def draw(who: str, scale: float) -> Tensors:
         made = {}
@@ -156,13 +161,9 @@ KINDS = {"smooth": smooth, "coarse": coarse}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-NOISY = {"fisher": "numpy warns of the mean of an empty tensor's statistics"}
-"""Methods that need not be free of numpy's warnings (a division by zero, an overflow)."""
-
-
 def merge(base: Any, models: Mapping[str, Any], method: MergeMethod, **options: Any) -> dict[str, np.ndarray]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if method.name in NOISY else "error", RuntimeWarning)
+        warnings.simplefilter("error", RuntimeWarning)  # numpy warns of divisions by zero and overflows.
         return dict(merge_tensors(base, models, method, **{"threads": 1, **options}))
 
 
@@ -182,7 +183,7 @@ def assert_near(merged: Mapping[str, np.ndarray], expected: Mapping[str, Any], t
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_of_linear_algebra() -> Iterator[None]:
-    """Set once for all merges below, of which each would else look for the libraries anew: a fifth of the time."""
+    """Limit the threads once for all tests. Otherwise each merge searches for the libraries, a fifth of the time."""
     open_work = ordered_map(str, (1, 2), threads=1)
     next(open_work)
     yield
@@ -206,6 +207,7 @@ BY_NAME = {
     "karcher": {
         "scalar": "opposite directions cancel out in a tensor of one entry: the first expert by name decides",
         "encoder.layer.2.layer_scale1.lambda1": "as above",
+        "one.by.one": "as above",
     }
 }
 """Method -> tensors in which names matter."""
@@ -239,7 +241,7 @@ def test_names_do_not_matter(variant: Variant, new: list[str], seed: int) -> Non
 
 
 def with_scale() -> Iterator[Variant]:
-    """The variants with a scale; one of the default value, where it is for each expert."""
+    """The variants that have a scale. A scale per expert is replaced by the default."""
     for variant in variants():
         if "scale" in {spec.name for spec in settings(available()[variant.name])}:
             yield Variant(variant.name, {k: v for k, v in variant.parameters.items() if k != "scale"})
@@ -266,7 +268,11 @@ COMES_BACK: dict[str, dict[str, Any]] = {
     "task-arithmetic": {"scale": 1.0},
     "ties": {"density": 1.0},
 }
-"""Parameters with which a single expert comes back, where the defaults drop entries or scale."""
+"""Parameters with which a single expert comes back, for methods whose defaults drop entries or scale."""
+
+
+def full_scale() -> list[Variant]:
+    return [Variant(name, parameters) for name, parameters in COMES_BACK.items()]
 
 
 @every(
@@ -333,7 +339,7 @@ LOCAL = {
     "regmean": "its statistics are of one tensor each",
     "fisher": "its statistics are of one tensor each",
 }
-"""Methods with statistics that are yet not of the whole encoder."""
+"""Methods whose statistics do not depend on the whole encoder."""
 
 
 def tensorwise() -> Any:
@@ -353,7 +359,7 @@ def test_a_tensor_does_not_depend_on_the_others(variant: Variant, kind: str) -> 
         alone = {expert: {name: model[name]} for expert, model in models.items()}
         tensors = [name]
         if "grams" in {spec.name for spec in fields(available()[variant.name])} and len(SHAPES[name]) != 2:
-            # Statistics of some tensor are needed.
+            # The method needs statistics of at least one tensor.
             tensors.append("embeddings.mask_token")
             alone = {e: {n: models[e][n] for n in tensors} for e in models}
         own = {n: base[n] for n in tensors}
@@ -393,13 +399,45 @@ def test_the_inputs_stay_as_they_are(variant: Variant) -> None:
         assert_same_bits(arrays, before[who])
 
 
+OVERWRITES = {"average", "task-arithmetic", "ties", "weighted-average"}
+"""Methods that overwrite the task vectors they are given, which saves a new array per block."""
+
+
+@pytest.mark.parametrize("variant", dict.fromkeys(map(str, (*variants(), *full_scale()))))
+@kinds
+def test_one_tensor_is_merged_into_a_new_array_and_the_base_is_only_read(variant: str, kind: str) -> None:
+    chosen = next(v for v in (*variants(), *full_scale()) if str(v) == variant)
+    base, models = KINDS[kind](16, chosen.names())
+    method = chosen.method().for_experts(chosen.names())
+    opened = stream.TaskVectorStream(base, models, 1)
+    statistics = method.prepare(opened)
+
+    def read(name: str, part: slice | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        values, taus = opened.read(name, part)
+        for array in (values, *(taus.values() if method.name not in OVERWRITES else ())):
+            array.flags.writeable = False  # so that writing to it is an error
+        return values, taus
+
+    for name in SHAPES:
+        values, taus = read(name)
+        merged = method.merge_tensor(name, values, taus, statistics)
+        assert merged.dtype == np.float32 and merged.shape == values.shape
+        assert not any(np.shares_memory(merged, array) for array in (values, *taus.values()))
+        for part in (slice(0, 7), slice(7, None)) if method.elementwise else ():
+            np.testing.assert_array_equal(
+                method.merge_tensor(name, *read(name, part), statistics), merged.reshape(-1)[part]
+            )
+
+
 # Machines -----------------------------------------------------------------------------------------------
 
 
 @every()
-@pytest.mark.parametrize(("threads", "schedule"), [(2, "lines"), (5, None)])
-def test_threads_change_no_bit(variant: Variant, threads: int, schedule: str | None) -> None:
-    base, models = coarse(9, variant.names())  # sums of zero ask for the majority sign in a worker
+@pytest.mark.parametrize(
+    ("threads", "schedule", "kind"), [(2, "lines", "coarse"), (5, None, "coarse"), (3, None, "smooth")]
+)
+def test_threads_change_no_bit(variant: Variant, threads: int, schedule: str | None, kind: str) -> None:
+    base, models = KINDS[kind](9, variant.names())  # Coarse sums of zero need the majority sign in a worker thread.
     method = variant.method()
     expected = merge(base, models, method, schedule=schedule)
     assert_same_bits(merge(base, models, method, schedule=schedule, threads=threads), expected)
@@ -417,12 +455,12 @@ def test_the_size_of_a_block_changes_no_bit(variant: Variant, kind: str, monkeyp
 
 @every()
 def test_a_dozen_experts_change_no_bit_either(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy adds eight numbers and more in another order where they lie side by side, as in a block of one entry."""
+    """numpy adds eight or more adjacent numbers in another order, as they are in a block of one entry."""
     names = (*NAMES, *(f"x{number}" for number in range(9)))
     try:
         method = variant.method(names).for_experts(names)
     except InputError:
-        return  # two experts only, or parameters for three
+        return  # The method takes two experts only, or the parameters are for three.
     base, models = smooth(15, names)
     expected = merge(base, models, method)
     monkeypatch.setattr(stream, "BLOCK", 1)
@@ -430,14 +468,14 @@ def test_a_dozen_experts_change_no_bit_either(variant: Variant, monkeypatch: pyt
 
 
 def test_entries_of_elementwise_methods_stand_by_themselves() -> None:
-    """What ``elementwise`` says: entries that change places take their result along."""
-    seen = set()
+    """The promise of ``elementwise``: permuting the entries permutes the result."""
+    checked = set()
     for variant in variants():
         names = variant.names()
         method = variant.method().for_experts(names)
         if not method.elementwise:
             continue
-        seen.add(variant.name)
+        checked.add(variant.name)
         base, models = smooth(11, names)
         name = "encoder.layer.0.mlp.fc1.weight"
         own, taus = base[name].reshape(-1), {e: (models[e][name] - base[name]).reshape(-1) for e in sorted(names)}
@@ -446,7 +484,8 @@ def test_entries_of_elementwise_methods_stand_by_themselves() -> None:
         order = np.random.default_rng(0).permutation(own.size)
         moved = method.merge_tensor(name, own[order], {e: tau[order] for e, tau in taus.items()}, statistics)
         assert moved.tobytes() == together[order].tobytes(), str(variant)
-    assert {"average", "task-arithmetic", "ties"} <= seen
+    linear, voting = {"average", "task-arithmetic", "weighted-average"}, {"magmax", "tall-mask", "consensus", "emr"}
+    assert {*linear, *voting, "ties", "pcb"} <= checked
 
 
 # Storage ------------------------------------------------------------------------------------------------
@@ -470,7 +509,7 @@ Stored = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
-    """Storage -> base (under "base") and experts, as arrays of it, and as files and shards of the same content."""
+    """Storage -> base (key "base") and experts: as arrays, and as files and shards of the same values."""
     base, models = smooth(12)
     found: Stored = {"float32": {"base": base, **models}}
     for storage, convert in STORAGES.items():
@@ -507,10 +546,12 @@ def test_files_and_shards_merge_as_float32_arrays(variant: Variant, width: str, 
         assert set(merged) == set(expected)
         assert_same_bits({name: merged[name] for name in expected}, expected)
     for storage in SAME_VALUES[width]:
-        # The same values in memory; what comes back is stored as the base is, rounded once.
+        # The same values in memory. The result has the base's dtype and is rounded once.
         base, models = taken(stored[storage], variant)
         for name, value in merge_state_dicts(base, models, method, threads=1).items():
             assert value.dtype == base[name].dtype and type(value) in (np.ndarray, torch.Tensor)
+            assert isinstance(value, np.ndarray) == isinstance(base[name], np.ndarray)
+            assert not getattr(value, "requires_grad", False)
             rounded = STORAGES[storage](expected[name]) if name in SHAPES else base[name]
             np.testing.assert_array_equal(as_numpy(value), as_numpy(rounded), err_msg=name)
 

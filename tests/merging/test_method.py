@@ -1,7 +1,6 @@
 """The registry, and parameters with their ranges."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import pytest
 
@@ -13,7 +12,8 @@ def test_every_method_documents_itself() -> None:
     assert {"average", "task-arithmetic", "ties", "zero-shot"} <= set(available())
     assert list(available()) == sorted(available())
     for name, method in available().items():
-        assert method.name == name and method.paper and method.link.startswith("https://") and method.__doc__
+        assert method.name == name and method.paper and method.link.startswith("https://")
+        assert method.__doc__ and ">>> " in method.__doc__
         assert method.minimum_experts >= 1
         for spec in fields(method):
             assert spec.metadata["help"]
@@ -59,11 +59,10 @@ def test_per_expert_values() -> None:
 def test_a_new_method_is_one_class() -> None:
     @dataclass(frozen=True)
     class Taken(MergeMethod):
-        name: ClassVar[str] = "ties"
         power: int = parameter(2, low=1, high=4, help="an integer")
 
     with pytest.raises(ValueError, match="'ties' is already registered"):
-        register(Taken)
+        register("ties", "none", "https://example.org")(Taken)
     assert Taken(power=4).power == 4
     with pytest.raises(InputError, match=r"power must be a number at least 1 and at most 4, got 2.5"):
         Taken(power=2.5)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def split(values: np.ndarray, parts: int, seed: int = 0) -> Tensors:
 
 @pytest.fixture
 def misses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Brackets with no margin from ten samples; the list grows by one with every full pass."""
+    """Brackets without a margin from ten samples. The list grows by one with every full pass."""
     passes: list[int] = []
     full_pass = ranks._pass
 
@@ -109,7 +109,7 @@ def test_a_bracket_that_misses_is_widened(
 
 
 def test_brackets_did_miss(misses: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the test above tests nothing: a margin of no entry at all, and samples of the small tensor's only."""
+    """Check that the test above tests something: a negative margin, and samples of the small tensor only."""
     monkeypatch.setattr(ranks, "_MARGIN", -8.0)
     rng = np.random.default_rng(0)
     model = {"small": rng.standard_normal(5).astype(np.float32), "large": 9 + rng.random(SIZE).astype(np.float32)}
@@ -249,7 +249,7 @@ def test_distances_of_small_encoders_are_exact_and_those_of_large_ones_near() ->
 
 
 def test_distances_see_what_changed_only_at_the_end() -> None:
-    """A fused qkv whose keys and values were replaced: its first rows are the queries."""
+    """A fused qkv with other keys and values: its first rows are the queries."""
     rng = np.random.default_rng(0)
     base = {"qkv": rng.standard_normal((3 * 128, 128)).astype(np.float32)}
     other = {"qkv": base["qkv"].copy()}

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,47 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import TaskVectorStream, get_method, merge_state_dicts
-from simomerge.merging.sparse import keep_middle, keep_probabilities, rank_mask
+from simomerge.merging import get_method, merge_state_dicts
+from simomerge.merging.engine.ranks import rank_mask
+from simomerge.merging.sparse import keep_middle, keep_probabilities
 
-from .models import COARSE, Tensors, assert_close, experts, tensors
+from .models import APART, COARSE, Tensors, assert_close, assert_same, experts, merge_slowly, ten_times_apart, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The task vector of")
 few = settings(max_examples=25, deadline=None)
 
-# Each tensor's values are 10 times the next one's.
-SHAPES = {"patch": (4, 3, 2, 5), "matrix": (6, 5), "wide": (2, 40), "bias": (37,), "one": (1,), "scalar": ()}
 METHODS = ["dare-linear", "dare-ties", "della", "breadcrumbs"]
-
-
-def ten_times_apart(seed: int, count: int = 3) -> tuple[Tensors, dict[str, Tensors]]:
-    """A base and experts; names are not in alphabetical order."""
-    rng = np.random.default_rng(seed)
-
-    def model() -> Tensors:
-        drawn = {name: rng.standard_normal(shape) / 10**i for i, (name, shape) in enumerate(SHAPES.items())}
-        return {name: np.asarray(values, np.float32) for name, values in drawn.items()}
-
-    return model(), {expert: model() for expert in ("seg", "depth", "normals", "edges")[:count]}
-
-
-def merge_slowly(
-    base: Tensors, models: dict[str, Tensors], merge: Callable[[str, dict[str, list[float]]], list[float]]
-) -> Tensors:
-    """``merge(tensor name, expert -> flat task vector)`` in Python floats, added to the base."""
-    merged = {}
-    for name, values in base.items():
-        taus = {e: [float(v) for v in np.ravel(models[e][name] - values)] for e in sorted(models)}
-        merged[name] = values + np.array(merge(name, taus), np.float64).reshape(values.shape)
-    return merged
-
-
-def assert_same(merged: Tensors, expected: Tensors, tolerance: float = 1e-6) -> None:
-    """Equal up to float32's rounding of the largest value of the tensor."""
-    for name, array in expected.items():
-        assert merged[name].dtype == np.float32 and merged[name].shape == array.shape
-        limit = tolerance * max(float(np.abs(array).max()), 1e-30)
-        np.testing.assert_allclose(merged[name], array, rtol=tolerance, atol=limit, err_msg=name)
 
 
 def draws(seed: int, expert: str, name: str, size: int) -> list[float]:
@@ -109,7 +77,7 @@ def test_della_against_the_slow_one(density: float, epsilon: float) -> None:
     base, models = ten_times_apart(3)
 
     def merge(name: str, taus: dict[str, list[float]]) -> list[float]:
-        length = (SHAPES[name] or (1,))[-1]
+        length = (APART[name] or (1,))[-1]
         kept = [
             drop_slowly(tau, rates_slowly(tau, length, density, epsilon), draws(5, expert, name, len(tau)))
             for expert, tau in taus.items()
@@ -232,45 +200,6 @@ def test_drops_depend_on_the_seed_the_expert_and_the_tensor() -> None:
     np.testing.assert_array_equal(reference, kept("a", "w", 0))
     for other in (kept("b", "w", 0), kept("a", "v", 0), kept("a", "w", 1)):
         assert 0.3 < np.mean(reference == other) < 0.7
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_order_and_threads_and_other_tensors_change_no_bit(name: str) -> None:
-    base, models = ten_times_apart(6)
-    merged = merge_state_dicts(base, models, name)
-    turned = {expert: models[expert] for expert in reversed(models)}
-    assert_close(merge_state_dicts(base, turned, name, threads=1), merged, 0)
-    assert_close(merge_state_dicts(base, turned, name, threads=3), merged, 0)
-    for tensor in base:
-        alone = {expert: {tensor: model[tensor]} for expert, model in models.items()}
-        np.testing.assert_array_equal(merge_state_dicts({tensor: base[tensor]}, alone, name)[tensor], merged[tensor])
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_scale_zero_gives_the_base(name: str) -> None:
-    base, models = ten_times_apart(8)
-    assert_close(merge_state_dicts(base, models, name, scale=0.0), base, 0)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_inputs_stay_and_results_are_new(name: str) -> None:
-    base, models = ten_times_apart(9)
-    stream = TaskVectorStream(base, models)
-    for density in (0.9, 1.0):
-        method = get_method(name, density=density, **({"epsilon": 0.0} if name == "della" else {}))
-        for tensor in stream.names:
-            values, taus = stream.read(tensor)
-            for array in (values, *taus.values()):
-                array.flags.writeable = False
-            merged = method.merge_tensor(tensor, values, taus, None)
-            assert not any(np.shares_memory(merged, array) for array in (values, *taus.values()))
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_empty_tensors(name: str) -> None:
-    base = {"none": np.zeros((0, 3), np.float32), "w": np.zeros(3, np.float32)}
-    models = {e: {"none": np.zeros((0, 3), np.float32), "w": np.ones(3, np.float32)} for e in "ab"}
-    assert merge_state_dicts(base, models, name)["none"].shape == (0, 3)
 
 
 def test_opposite_values_elect_plus() -> None:

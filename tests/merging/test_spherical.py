@@ -1,6 +1,5 @@
 """Slerp, Karcher mean and model stock against slow implementations on the vectors themselves."""
 
-import doctest
 import math
 
 import numpy as np
@@ -101,6 +100,8 @@ def test_slerp(seed: int, shape: tuple[int, ...], spread: float, t: float) -> No
 
 
 def test_slerp_from_the_first_to_the_second_by_name() -> None:
+    sixty_degrees = np.array([[1.0, 0.5], [0.5, 1.0]])
+    np.testing.assert_allclose(spherical._slerp_factors(sixty_degrees, 0.5), [0.5774, 0.5774], atol=1e-4)
     weights = {"b": np.array([0.0, 3.0], np.float32), "a": np.array([1.0, 0.0], np.float32)}
     np.testing.assert_allclose(merged(weights, "slerp", t=0), [1, 0], atol=1e-7)
     np.testing.assert_allclose(merged(weights, "slerp", t=1), [0, 3], atol=1e-7)
@@ -178,7 +179,7 @@ def test_model_stock(seed: int, count: int, shape: tuple[int, ...], spread: floa
     if still:
         taus["e1"] = np.zeros(shape, np.float32)
     base = np.zeros(shape, np.float32)
-    # Where cosines cancel out, so do digits: relative to the task vectors.
+    # Where cosines cancel, digits are lost, so the tolerance is relative to the task vectors.
     size = max(abs(x) for v in flat(taus) for x in v)
     ours = merged(taus, "model-stock", base)
     assert ours.shape == shape and ours.dtype == np.float32
@@ -239,8 +240,3 @@ def test_ranges() -> None:
     ):
         with pytest.raises(InputError, match="must be a number"):
             get_method(name, **parameters)
-
-
-def test_examples() -> None:
-    outcome = doctest.testmod(spherical)
-    assert outcome.attempted >= 4 and outcome.failed == 0

@@ -1,14 +1,12 @@
 """RegMean and Fisher against least squares, loops and inverses."""
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.core.errors import InputError
-from simomerge.merging import get_method, merge_state_dicts, statistics
+from simomerge.merging import get_method, merge_state_dicts
 
 from .models import Tensors, assert_close
 
@@ -51,7 +49,7 @@ def assert_agree(ours: np.ndarray, expected: np.ndarray, tolerance: float = 1e-6
 @given(seeds, st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 def test_regmean_is_the_least_squares_solution(seed: int, experts: int, outputs: int, inputs: int) -> None:
     layer = Layer(seed, experts, outputs, inputs)
-    size = np.linalg.norm(np.vstack(list(layer.inputs.values())), axis=0)  # else lstsq itself is not exact enough
+    size = np.linalg.norm(np.vstack(list(layer.inputs.values())), axis=0)  # Without it, lstsq is not exact enough.
     stacked = np.vstack(list(layer.inputs.values())) / size
     wanted = np.vstack([x @ layer.weights[e].T for e, x in layer.inputs.items()])
     best = (np.linalg.lstsq(stacked, wanted, rcond=None)[0] / size[:, None]).T
@@ -168,7 +166,7 @@ def test_equal_fishers_give_the_average(fisher: float) -> None:
     np.testing.assert_allclose(merge_state_dicts(None, models, method)["w"], [2.5, -2.5], rtol=1e-6)
 
 
-def test_the_floor_is_for_entries_that_matter_to_nobody() -> None:
+def test_the_floor_is_for_entries_that_matter_to_no_expert() -> None:
     models = {"a": {"w": np.array([0, 0, 0], np.float32)}, "b": {"w": np.array([1, 1, 1], np.float32)}}
     fishers = {"a": {"w": np.array([3e-9, 0, 0])}, "b": {"w": np.array([1e-9, 0, 1e-9])}}  # public floors: 1e-6
     merged = merge_state_dicts(None, models, get_method("fisher", fishers=fishers))["w"]
@@ -261,8 +259,3 @@ def test_parameters() -> None:
         get_method("fisher", floor=0)
     with pytest.raises(InputError, match="normalise must be one of none, norm, got 'l2'"):
         get_method("fisher", normalise="l2")
-
-
-def test_examples() -> None:
-    outcome = doctest.testmod(statistics)
-    assert outcome.attempted >= 8 and outcome.failed == 0

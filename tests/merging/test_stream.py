@@ -1,4 +1,4 @@
-"""Task vectors on demand: whole, in parts, into a workspace; and work shared out in order."""
+"""Task vectors on demand: whole tensors, parts and blocks; and work on threads in order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BASE, MODELS = model(0), {"seg": model(1), "depth": model(2), "normals": model(3
 
 
 class LowRank(Mapping[str, np.ndarray]):
-    """An expert that computes its task vector of one tensor, and leaves the others alone."""
+    """An expert that computes its task vector of one tensor, and does not change the others."""
 
     def __init__(self, delta: np.ndarray, base: Tensors = BASE) -> None:
         self.delta, self.base, self.asked = delta, base, 0
@@ -56,7 +56,7 @@ class LowRank(Mapping[str, np.ndarray]):
 # Reading ------------------------------------------------------------------------------------------------
 
 
-def test_what_takes_part() -> None:
+def test_float_tensors_and_sorted_experts() -> None:
     opened = TaskVectorStream(BASE, MODELS)
     assert opened.experts == ("depth", "normals", "seg") and opened.names == tuple(SHAPES)  # floats, in order
     assert opened.shapes == SHAPES
@@ -89,17 +89,18 @@ def test_blocks_make_up_the_tensor(
         given = {n: {key: torch.from_numpy(array) for key, array in t.items()} for n, t in given.items()}
     opened = TaskVectorStream(given.pop("base"), given)
     for name in SHAPES:
-        parts = list(opened.blocks(name))
-        assert [part.start for part in parts] == list(range(0, opened.sizes[name], block))
-        workspace = opened.workspace(name) if reused else None
+        starts = []
         found: dict[str, list[np.ndarray]] = {expert: [] for expert in ("base", *opened.experts)}
-        for part in parts:
-            base, task_vectors = opened.read(name, part, workspace)
+        for part, base, task_vectors in opened.read_blocks(name):
+            starts.append(part.start)
+            if not reused:
+                base, task_vectors = opened.read(name, part)
             found["base"].append(base.copy())
             for expert, tau in task_vectors.items():
                 assert tau.shape == base.shape == (part.stop - part.start,)
                 found[expert].append(tau.copy())
                 tau.fill(99)  # as a method may
+        assert starts == list(range(0, opened.sizes[name], block))
         for expert, pieces in found.items():
             whole = BASE[name] if expert == "base" else MODELS[expert][name] - BASE[name]
             together = np.concatenate([np.empty(0, np.float32), *pieces])
@@ -115,7 +116,7 @@ def test_a_strided_part_is_a_sample() -> None:
     np.testing.assert_array_equal(task_vectors["seg"], tau)
 
 
-def test_an_expert_of_low_rank_factors_is_asked_for_its_task_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_rank_factors_give_their_own_task_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BLOCK", 10)
     delta = np.full((7, 9), 1e-9, np.float32)  # lost if it were added to the base and subtracted again
     small = LowRank(delta)
@@ -123,9 +124,8 @@ def test_an_expert_of_low_rank_factors_is_asked_for_its_task_vector(monkeypatch:
     np.testing.assert_array_equal(opened.read("matrix")[1]["small"], delta)
     assert opened.read("bias")[1]["small"].tolist() == [0] * 5
     small.asked = 0
-    parts = list(opened.blocks("matrix"))
-    assert parts == [slice(0, 63)]  # in one piece, or the factors would be multiplied for every block
-    base, task_vectors = opened.read("matrix", parts[0], opened.workspace("matrix"))
+    ((part, base, task_vectors),) = opened.read_blocks("matrix")
+    assert part == slice(0, 63)  # in one piece, or the factors would be multiplied for every block
     np.testing.assert_array_equal(task_vectors["small"], delta.reshape(-1))
     np.testing.assert_array_equal(task_vectors["seg"], MODELS["seg"]["matrix"].reshape(-1) - base)
     assert small.asked == 1
@@ -141,7 +141,7 @@ def test_low_rank_factors_count_from_their_own_base_only() -> None:
     assert small.asked == 0
 
 
-def test_who_differs_from_the_base_is_noted() -> None:
+def test_experts_that_differ_from_the_base_are_noted() -> None:
     late = {**BASE, "patch": BASE["patch"] + np.float32(1e-3)}
     opened = TaskVectorStream(BASE, {"same": dict(BASE), "late": late})
     assert opened.changed == set()
@@ -170,10 +170,10 @@ def test_large_values_are_no_mistake_but_differences_that_overflow_are() -> None
         TaskVectorStream({**BASE, "bias": -big["bias"]}, {"a": big}).read("bias")
 
 
-# Rows of a workspace ------------------------------------------------------------------------------------
+# Rows of one array --------------------------------------------------------------------------------------
 
 
-def test_stacked_rows_are_the_workspace_itself() -> None:
+def test_stacked_rows_of_one_array_are_that_array() -> None:
     workspace = np.empty((3, 8), np.float32)
     workspace[:] = np.arange(24).reshape(3, 8)
     for size in (8, 5, 1):
@@ -183,7 +183,7 @@ def test_stacked_rows_are_the_workspace_itself() -> None:
         np.testing.assert_array_equal(found, np.stack(rows))
 
 
-def test_all_else_is_copied_and_never_taken_for_them() -> None:
+def test_other_arrays_are_copied() -> None:
     square = np.empty((3, 3), np.float32)
     square[:] = np.arange(9).reshape(3, 3)
     rows = list(square)
@@ -204,7 +204,7 @@ def test_all_else_is_copied_and_never_taken_for_them() -> None:
         np.testing.assert_array_equal(stream.stacked(arrays), np.stack(arrays))
 
 
-# Work in order ------------------------------------------------------------------------------------------
+# Work on threads ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2, 7])
@@ -218,7 +218,7 @@ def test_results_come_in_order(threads: int | None) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_little_is_done_ahead_of_what_is_taken(threads: int) -> None:
+def test_only_a_few_results_are_computed_ahead(threads: int) -> None:
     done: list[int] = []
     results = ordered_map(done.append, range(100), threads)
     for taken in range(1, 6):

@@ -36,7 +36,7 @@ def merged_task_vector(base: Tensors, models: dict[str, Tensors], **options: obj
     [
         ([1, 1, -1], 1),
         ([-1, -1, 1], -1),
-        ([1, -1], -1),  # as many of either: minus, as the reference code's sign(0) is not above 0
+        ([1, -1], -1),  # A tie elects minus, because the reference code's sign(0) is not above 0.
         ([0, 0], -1),
         ([], -1),
         ([0.25, 0.25, -100], 1),  # counted, not summed
@@ -117,7 +117,7 @@ def test_trimming_by_tensor_elects_plus_whatever_the_majority() -> None:
 
 
 def test_nearly_cancelling_values_elect_their_own_sign() -> None:
-    """The sum is compared with zero exactly, however small it is beside its terms."""
+    """The sum is compared with zero exactly, however small it is relative to its terms."""
     base = {"w": np.zeros(2, np.float32), "v": np.zeros(2, np.float32)}
     above = np.nextafter(np.float32(3), np.float32(4))
     models = {
@@ -165,6 +165,17 @@ def test_what_ties_with_the_threshold_stays(density: float, threshold: float, ke
 @given(tensors(COARSE), tensors(COARSE))
 def test_density_one_keeps_everything(base: Tensors, expert: Tensors) -> None:
     assert_close(merge_state_dicts(base, {"a": expert}, "ties", density=1.0), expert, 0)
+
+
+@some
+@given(tensors(COARSE), experts(COARSE))
+def test_at_density_one_other_tensors_matter_only_where_sums_cancel(base: Tensors, models: dict[str, Tensors]) -> None:
+    together = merge_state_dicts(base, models, "ties", density=1.0)
+    for name in base:
+        alone = {expert: {name: model[name]} for expert, model in models.items()}
+        merged = merge_state_dicts({name: base[name]}, alone, "ties", density=1.0)
+        decided = np.sum([model[name] - base[name] for model in models.values()], axis=0) != 0
+        np.testing.assert_array_equal(merged[name][decided], together[name][decided])
 
 
 def test_each_expert_has_its_own_threshold() -> None:

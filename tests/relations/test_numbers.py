@@ -103,7 +103,7 @@ def test_geometry_of_models_and_of_mappings_that_do_not_fit(base: SimoModel, exp
     assert [part.name for part in found.blocks] == ["1", "2", "3", "4"] and found.tasks == list(experts)
     squares = [sum(part.norms[i] ** 2 for part in found.parts[1:]) for i in range(3)]
     assert squares == pytest.approx([norm**2 for norm in found.all.norms])
-    with pytest.raises(InputError, match="lacks 1 tensor"):
+    with pytest.raises(InputError, match="is missing 1 tensor"):
         geometry({"w": np.zeros(1)}, {"a": {}})
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command("compress")
 @click.argument("base")
 @click.argument("experts", nargs=-1, required=True, metavar="TASK=EXPERT...")
-@click.option("--threshold", default="auto", show_default=True, help="Lambda of the masks: a number, or 'auto'.")
+@click.option("--threshold", default="auto", show_default=True, help="Lambda of the masks: a number or 'auto'.")
 @click.option(
     "--dtype",
     type=click.Choice(["F16", "BF16", "F32"], case_sensitive=False),
@@ -38,9 +38,9 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Store EXPERTs, fine-tuned from BASE, in one folder: one bit per parameter for each (TALL-masks).
+    """Store EXPERTs that were fine-tuned from BASE in one folder, with one bit per parameter each (TALL-masks).
 
-    `simomerge restore` makes each of them again, nearly: the table says how nearly. No data are needed.
+    `simomerge restore` restores each expert approximately; the table shows the errors. No data are needed.
 
     \b
     simomerge compress rooms-base depth=runs/depth normals=runs/normals -o runs/compressed
@@ -64,7 +64,7 @@ def command(
 
 
 def table(done: Compression) -> list[str]:
-    """One line per task: its mask, and the relative errors of the weights and of the task vector."""
+    """One line per task: its mask, and the relative errors of its weights and of its task vector."""
     lines = [f"  {'task':<14} {'lambda':>6}  {'in mask':>7}  {'error of weights':>16}  {'of the task vector':>18}"]
     lines += [
         f"  {task:<14} {fit.threshold:>6.2g}  {fit.density:>7.0%}  {fit.weights_error:>16.2%}"

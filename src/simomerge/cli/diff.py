@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 @click.command("diff")
 @click.argument("first")
 @click.argument("second")
-@click.option("--base", help="Compare the task vectors of two experts of this base instead of the weights.")
-@click.option("--top", type=click.IntRange(0), default=20, show_default=True, help="Tensors shown, largest first.")
+@click.option("--base", help="Compare the task vectors of two experts of this base, not their weights.")
+@click.option(
+    "--top",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    help="Number of tensors to show, largest difference first.",
+)
 @json_option
 def command(first: str, second: str, base: str | None, top: int, as_json: bool) -> None:
-    """Say how two checkpoints differ: norms, distance, cosine and sign agreement, per tensor.
+    """Compare two checkpoints per tensor: norms, distance, cosine and sign agreement.
 
     \b
     simomerge diff rooms-base runs/depth
@@ -29,7 +35,7 @@ def command(first: str, second: str, base: str | None, top: int, as_json: bool) 
     from simomerge.merging.disk.diff import as_dicts, diff_on_disk
 
     found = diff_on_disk(first, second, base)
-    whole, tensors = found[0], found[1:]
+    total, tensors = found[0], found[1:]
     if not as_json:
         tensors = sorted(tensors, key=lambda one: -_relative(one))[:top]
     what = "task vectors" if base else "weights"
@@ -42,13 +48,13 @@ def command(first: str, second: str, base: str | None, top: int, as_json: bool) 
         *(
             f"  {one.name:<{width}}  {one.first:9.4g}  {one.second:9.4g}  {_relative(one):9.4g}"
             f"  {one.cosine:7.4f}  {one.sign_agreement:9.1%}"
-            for one in [whole, *tensors]
+            for one in [total, *tensors]
         ),
     )
 
 
 def _relative(one: Difference) -> float:
-    """|b - a| / |a|; infinite where a is zero and b is not."""
+    """|b - a| / |a|; infinite if a is zero and b is not."""
     if one.first:
         return one.distance / one.first
     return math.inf if one.distance else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,39 @@ import click
 from simomerge.cli.options import json_option, say
 from simomerge.core.environment import torchvision_version
 
+PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
+
 
 @click.command("doctor")
 @json_option
 def command(as_json: bool) -> None:
-    """Check versions, the device, the disk, the cache and the embedded base; say what to mend."""
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("python", lambda: sys.version.split()[0]),
-        *[(name, lambda name=name: _import(name)) for name in PACKAGES],
-        ("torchvision", _torchvision),
-        ("device", _device),
-        ("cache folder", _cache),
-        ("embedded base", _base),
-    ]
-    rows = [_run(name, check) for name, check in checks]
+    """Check versions, the device, the disk, the cache and the embedded base, and say what to fix."""
+    checks: dict[str, Callable[[], str]] = {
+        "python": lambda: sys.version.split()[0],
+        **{name: partial(_import, name) for name in PACKAGES},
+        "torchvision": lambda: torchvision_version() or "absent, and not needed",
+        "device": _device,
+        "cache folder": _cache,
+        "embedded base": _base,
+    }
+    rows = [_run(name, check) for name, check in checks.items()]
     failed = [row["name"] for row in rows if not row["ok"]]
-    lines = [f"  {'ok  ' if row['ok'] else 'MEND'}  {row['name']:<14} {row['found']}" for row in rows]
-    verdict = f"Mend: {', '.join(failed)}." if failed else "All well. Next: simomerge demo"
+    lines = [f"  {'ok  ' if row['ok'] else 'FAIL'}  {row['name']:<14} {row['found']}" for row in rows]
+    verdict = f"To fix: {', '.join(failed)}." if failed else "Everything works. Next: simomerge demo"
     say(as_json, {"checks": rows, "ok": not failed}, *lines, verdict)
     if failed:
         sys.exit(1)
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
-
-
 def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
     try:
         return {"name": name, "ok": True, "found": check()}
-    except Exception as error:  # whatever is broken, the other checks still run
+    except Exception as error:  # Whatever is broken, the other checks still run.
         return {"name": name, "ok": False, "found": " ".join(str(error).split())[:200] or type(error).__name__}
 
 
 def _import(name: str) -> str:
-    module = import_module(name)
-    return str(getattr(module, "__version__", "found"))
-
-
-def _torchvision() -> str:
-    return torchvision_version() or "absent, and not needed"
+    return str(getattr(import_module(name), "__version__", "found"))
 
 
 def _device() -> str:

@@ -11,10 +11,16 @@ from simomerge.cli.options import check_output, console, json_option, output_opt
 
 @click.command("edit")
 @click.argument("model")
-@click.option("--base", required=True, help="The base that MODEL was merged from.")
+@click.option("--base", required=True, help="The base of MODEL.")
 @click.option("--add", multiple=True, metavar="TASK=EXPERT", help="A task to add; may be repeated.")
 @click.option("--remove", multiple=True, metavar="TASK=EXPERT", help="A task to remove; may be repeated.")
-@click.option("--expert", "others", multiple=True, metavar="TASK=EXPERT", help="An expert that stays, where needed.")
+@click.option(
+    "--expert",
+    "others",
+    multiple=True,
+    metavar="TASK=EXPERT",
+    help="An expert that stays, for methods that need it; may be repeated.",
+)
 @output_option()
 @overwrite_option
 @json_option
@@ -28,10 +34,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Add tasks to a merged MODEL, or remove some, with the merge method and parameters that it records.
+    """Add tasks to a merged MODEL or remove some, with the merge method and parameters recorded in it.
 
-    Task arithmetic and averages need no other expert; all other methods are merged anew and need those that
-    stay, as --expert.
+    Task arithmetic and averages need no other expert. All other methods merge again, and need each expert that stays as
+    --expert.
 
     \b
     simomerge edit runs/scene --base rooms-base --add edges=runs/edges -o runs/scene-2

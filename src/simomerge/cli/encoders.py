@@ -10,11 +10,11 @@ from simomerge.cli.options import json_option, say
 @click.command("encoders")
 @json_option
 def command(as_json: bool) -> None:
-    """List the families of encoders that can be a base.
+    """List the encoder families that can serve as a base.
 
-    Give a hub id or a folder with config.json and model.safetensors. Heads read BLOCKS of a plain transformer (all of
-    one stride) or STAGES of a pyramid (strides 4 to 32). Another plain vision transformer of transformers works too
-    where its blocks are found.
+    A base is a hub id, or a folder with config.json and model.safetensors. Heads read the BLOCKS of a plain transformer
+    (all with one stride) or the STAGES of a pyramid (strides 4 to 32). Other plain vision transformers of the
+    transformers library also work if their blocks can be found.
     """
     from simomerge.models.encoders.families import FAMILIES
 

@@ -14,7 +14,7 @@ from simomerge.cli.options import json_option, say
 @click.argument("path")
 @json_option
 def command(path: str, as_json: bool) -> None:
-    """Say what PATH holds: a model folder, an encoder folder or a checkpoint file. Loads no model."""
+    """Describe PATH, a model folder, an encoder folder or a checkpoint file, without loading the model."""
     from simomerge.checkpoints import fingerprint, open_checkpoint
     from simomerge.core.assets import resolve_source
 
@@ -59,7 +59,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict):  # the merges that were tried
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # The merges that were tried.
         return f"{len(value)} merges"
     if isinstance(value, dict):
         return str(value.get("source") or value.get("fingerprint", "")[:12] or value.get("method") or value)

@@ -9,10 +9,10 @@ from simomerge.cli.options import json_option, say
 
 @click.command("methods")
 @click.argument("names", nargs=-1)
-@click.option("--markdown", is_flag=True, help="Print the page docs/methods.md.")
+@click.option("--markdown", is_flag=True, help="Print the list as docs/methods.md.")
 @json_option
 def command(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
-    """List the merge methods with their parameters, or those of some NAMES."""
+    """List the merge methods with their parameters: all of them, or those in NAMES."""
     from simomerge.merging import get_method
     from simomerge.merging.table import method_rows, methods_markdown
 
@@ -20,7 +20,7 @@ def command(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
         click.echo(methods_markdown(), nl=False)
         return
     for name in names:
-        get_method(name)  # a misspelt one is told, with the nearest
+        get_method(name)  # Raises an error for an unknown name.
     rows = [row for row in method_rows() if not names or row["name"] in names]
     lines = []
     for row in rows:

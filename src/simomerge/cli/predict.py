@@ -16,7 +16,7 @@ from simomerge.core.errors import InputError
 @output_option()
 @json_option
 def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Predict every task of MODEL for each IMAGE; write a coloured PNG and the values as NPY per task."""
+    """Predict every task of MODEL for each IMAGE. Writes a coloured PNG and the values as NPY for each task."""
     import numpy as np
     from PIL import Image
 
@@ -26,10 +26,10 @@ def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) ->
     from simomerge.datasets.tasks import colourise
     from simomerge.models.model import load
 
-    pixels = [read_image(path) for path in images]  # all are checked before anything is written
+    pixels = [read_image(path) for path in images]  # Check all images before anything is written.
     stems = [Path(path).stem for path in images]
-    alike = len(set(stems)) < len(stems)
-    names = [f"{stem}-{i}" for i, stem in enumerate(stems, start=1)] if alike else stems
+    unique = len(set(stems)) == len(stems)
+    names = stems if unique else [f"{stem}-{i}" for i, stem in enumerate(stems, start=1)]
     predictor = load(model)
     if not predictor.tasks:
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")

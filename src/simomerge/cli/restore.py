@@ -18,9 +18,9 @@ from simomerge.cli.options import check_output, json_option, output_option, over
 @overwrite_option
 @json_option
 def command(compressed: str, task: str, output: Path, overwrite: bool, as_json: bool) -> None:
-    """Write the expert of one TASK out of a COMPRESSED folder, as the folder it was.
+    """Restore the expert of one TASK from a COMPRESSED folder, as a model folder.
 
-    OUT may also end in .safetensors, for the weights of its encoder alone.
+    If OUT ends in .safetensors, only the weights of its encoder are written.
 
     \b
     simomerge restore runs/compressed depth -o runs/depth-again

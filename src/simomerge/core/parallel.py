@@ -1,4 +1,4 @@
-"""Threads for work on named tensors. numpy lets go of the interpreter while it computes, so threads are enough."""
+"""Threads for work on tensors. numpy releases the interpreter lock while it computes, so threads are enough."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _Result = TypeVar("_Result")
 
 
 def available_threads() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _OneBlasThread:
-    """While anything is in it, the linear algebra library runs on one thread.
+    """A context in which the linear algebra library uses one thread.
 
-    The threads here share out the tensors. Were the library to start threads of its own, there would be too many, and
-    sums would be split differently on another number of cores. The limit is the process's: what enters first sets
-    it, what leaves last takes it back.
+    The threads of this module share the tensors between them. Threads started by the library would be too many, and
+    would split sums differently on a machine with another number of cores. The limit applies to the whole process: the
+    first context to be entered sets it, and the last one to be left restores the previous limit.
     """
 
     def __init__(self) -> None:
@@ -51,14 +51,16 @@ _ONE_BLAS_THREAD = _OneBlasThread()
 def ordered_map(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int | None = None
 ) -> Generator[_Result, None, None]:
-    """Like ``map``, on several threads, the results in order and at most ``threads + 1`` of them waiting.
+    """Like ``map``, but on several threads. The results come in order.
 
-    What waits is bounded, so memory is too, however slowly the results are taken. The first exception of
-    ``function`` is raised where its result would have come. Who may stop taking results before the end closes it, which
-    waits for the threads.
+    At most ``threads + 1`` results wait to be taken, which bounds the memory however slowly they are taken. The first
+    exception of ``function`` is raised in place of its result. If you stop taking results early, call ``close()``,
+    which waits for the threads.
 
     Args:
-        threads: all cores by default; with 1 everything happens in the caller's thread.
+        function: Called with each item.
+        items: The items, in order.
+        threads: The number of threads, by default all cores. With 1, everything runs in the calling thread.
 
     Example:
         >>> list(ordered_map(abs, [-1, 2, -3], threads=2))

@@ -1,7 +1,7 @@
-"""Methods by name: frozen dataclasses whose fields are typed parameters with ranges.
+"""Registry of methods: frozen dataclasses whose fields are typed parameters with ranges.
 
-Merge methods and re-alignments are both registered here. The command line, the recipe schema and the tables in the
-documentation are generated from the dataclasses, so a method is known by its registry entry and nowhere else.
+Merge methods and re-alignments register here. The command line, the recipe schema and the tables in the documentation
+are generated from the dataclasses, so each method is described in one place.
 """
 
 from __future__ import annotations
@@ -31,29 +31,28 @@ def parameter(
     many: bool = False,
     help: str,
 ) -> Any:
-    """A dataclass field with a range: the default, what is allowed, and one line of help.
+    """A dataclass field with a default, a range and one line of help.
 
     Args:
-        default: The value when none is given. Its type (float, int, str) is the parameter's type unless ``kind`` says
-            otherwise.
-        low, above, high: The value must be >= low, > above, <= high.
-        choices: The values allowed for a str.
-        kind: The type where the default is None or one of ``words``. None then is allowed as a value.
-        words: Text that is allowed in the place of a number, such as "auto".
-        when: The parameter has an effect only where another parameter has one of these values.
-        per_expert: Also allow one value per expert, as a sequence in the experts' order or by expert name.
-        per_block: By expert name, also allow a sequence of one value per block of the encoder.
+        default: The default value. Its type (float, int, str, bool) is the parameter's type unless ``kind`` is given.
+        low, above, high: The value must be >= low, > above and <= high.
+        choices: The allowed values of a str.
+        kind: The parameter's type, where the default is None or one of ``words``. A default of None allows None.
+        words: Texts that are allowed instead of a number, such as "auto".
+        when: The parameter has an effect only if another parameter has one of these values.
+        per_expert: Also allow one value per expert, as a sequence in the order of the experts or by expert name.
+        per_block: With values by expert name, also allow a sequence with one value per block of the encoder.
         many: Also allow a sequence of values.
-        help: What it does, in one line.
+        help: What the parameter does, in one line.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "words": words}
     shapes = {"per_expert": per_expert, "per_block": per_block, "many": many}
-    wanted = kind or type(default)
-    return field(default=default, metadata={**limits, **shapes, "kind": wanted, "when": dict(when or {}), "help": help})
+    type_ = kind or type(default)
+    return field(default=default, metadata={**limits, **shapes, "kind": type_, "when": dict(when or {}), "help": help})
 
 
 def settings(method: Any) -> tuple[Field[Any], ...]:
-    """The parameters of a method, or of its class, that a user types: the fields made by `parameter`."""
+    """The fields of a method or its class that were made by `parameter`: the parameters that a user sets."""
     return tuple(spec for spec in fields(method) if "kind" in spec.metadata)
 
 
@@ -61,7 +60,7 @@ def check_parameters(name: str, method: Any) -> None:
     """Check every parameter of a method.
 
     Raises:
-        InputError: A value out of range; the message names the parameter, what is allowed, and the value.
+        InputError: A value is out of range. The message gives the parameter, what is allowed, and the value.
     """
     for spec in settings(method):
         for value in _single_values(getattr(method, spec.name), spec):
@@ -72,7 +71,7 @@ def check_parameters(name: str, method: Any) -> None:
 
 
 def _single_values(value: Any, spec: Field[Any]) -> list[Any]:
-    """The single values in a parameter: one, several, one per expert, or one per expert and block."""
+    """The single values of a parameter: one, several, one per expert, or one per expert and block."""
     if spec.metadata["many"] and isinstance(value, (list, tuple)):
         return list(value)
     if not spec.metadata["per_expert"] or isinstance(value, str):
@@ -100,6 +99,7 @@ def _is_valid(spec: Field[Any], value: Any) -> bool:
 
 
 def _allowed(spec: Field[Any]) -> str:
+    """What a parameter may be, as the end of "must be"."""
     limits = spec.metadata
     if limits["kind"] is bool:
         return "true or false"
@@ -111,7 +111,7 @@ def _allowed(spec: Field[Any]) -> str:
 
 
 def range_text(spec: Field[Any]) -> str:
-    """Default and range of a parameter, for tables: ``0.2; > 0, ≤ 1``."""
+    """Default and range of a parameter for tables, such as ``0.2; > 0, ≤ 1``."""
     limits = spec.metadata
     text = f"{spec.default!r}" if isinstance(spec.default, str) else f"{spec.default}"
     if limits["choices"]:
@@ -125,7 +125,7 @@ def range_text(spec: Field[Any]) -> str:
 
 
 def summary(method: type) -> str:
-    """The first paragraph of a class's docstring, in one line."""
+    """The first paragraph of a class's docstring, as one line."""
     return " ".join((method.__doc__ or "").partition("\n\n")[0].split())
 
 
@@ -133,10 +133,10 @@ _T = TypeVar("_T")
 
 
 class Registry(Generic[_T]):
-    """Classes by their ``name``.
+    """Classes, found by their attribute ``name``.
 
     Args:
-        what: What the classes are, for messages: "merge method".
+        what: What the classes are, for messages, such as "merge method".
 
     Example:
         >>> registry = Registry("animal")
@@ -152,24 +152,24 @@ class Registry(Generic[_T]):
         self._classes: dict[str, type[_T]] = {}
 
     def register(self, method: Any) -> Any:
-        """Class decorator: make a class available under its ``name``. Raises ValueError if the name is taken."""
+        """Class decorator that adds a class under its ``name``. Raises ValueError if the name is taken."""
         if method.name in self._classes:
             raise ValueError(f"A {self.what} named '{method.name}' is already registered.")
         self._classes[method.name] = method
         return method
 
     def available(self) -> dict[str, type[_T]]:
-        """All classes, name -> class, sorted by name."""
+        """All classes by name, sorted by name."""
         return dict(sorted(self._classes.items()))
 
     def find(self, name: str) -> type[_T]:
-        """The class ``name``. Raises InputError, with the nearest name, where there is none."""
+        """The class with this name. For an unknown name, raises InputError that suggests the nearest one."""
         if name not in self._classes:
             raise InputError(f"There is no {self.what} '{name}'{suggestion(name, self.available())}.")
         return self._classes[name]
 
     def make(self, name: str, **parameters: Any) -> _T:
-        """The method ``name`` with its parameters checked.
+        """An instance of the class with this name; its parameters are checked.
 
         Raises:
             InputError: An unknown method or parameter (the nearest name is suggested), or a value out of range.
@@ -185,6 +185,6 @@ class Registry(Generic[_T]):
 
 
 def suggestion(given: str, known: Collection[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or all of them."""
+    """The end of a message about an unknown name: the nearest known name, or else all known names."""
     close = nearest(given, known)
     return f": did you mean '{close}'?" if close else f": choose from {', '.join(known)}"

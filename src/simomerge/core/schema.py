@@ -1,4 +1,4 @@
-"""Files of keys and values that people write by hand: reading them, and the nearest name to one that is not known."""
+"""YAML files that users write: strict reading, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from simomerge.core.errors import InputError
 
 
 def read_yaml(path: Path, hint: str) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that contains a mapping.
+
+    Args:
+        path: The file.
+        hint: What to give instead, appended to the error messages.
 
     Raises:
-        InputError: no such file, no YAML, or no mapping; ``hint`` ends the sentence.
+        InputError: The file is missing, is not YAML, contains a key twice, or does not contain a mapping.
     """
     import yaml
 
     if not path.is_file():
         raise InputError(f"{path}: no such file; {hint}")
     try:
-        said = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
-    except (yaml.YAMLError, ValueError) as error:  # the latter: other bytes than UTF-8, the 31st of February
+        content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or an impossible date
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(said, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: holds no mapping; {hint}")
-    return said
+    return content
 
 
 def _strict_loader() -> type:
-    """YAML's safe loader, but of a key that is given twice it takes neither."""
+    """YAML's safe loader, which in addition rejects duplicate keys."""
     import yaml
 
     class Strict(yaml.SafeLoader):
@@ -45,7 +49,7 @@ def _strict_loader() -> type:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like a misspelt one; empty where none is.
+    """The known name that is most similar to a misspelt one, or "" if none is similar.
 
     Example:
         >>> nearest("step", ["steps", "lr"])

@@ -1,6 +1,6 @@
-"""Task-vector algebra: forget, interpolate, and add or remove an expert of a merged model afterwards.
+"""Task-vector algebra: forget, interpolate, and add experts to a merged model or remove them.
 
-Source: "Editing models with task arithmetic" (arXiv 2212.04089): negation and addition.
+Source: "Editing models with task arithmetic" (arXiv 2212.04089), negation and addition.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _MERGED = "the merged model"
 
 
 def negate(base: Mapping[str, Any], expert: Mapping[str, Any], scale: float = 1.0) -> dict[str, Any]:
-    """theta_0 - scale * tau: the base made worse at what the expert learned.
+    """theta_0 - scale * tau: make the base worse at what the expert learned.
 
     Args:
         base, expert: name -> numpy array or torch tensor, or a Checkpoint.
-        scale: how far, above 0.
+        scale: How far to go, above 0.
 
     Returns:
-        name -> tensor of the base's kind and dtype.
+        name -> tensor with the base's kind and dtype.
 
     Example:
         >>> negate({"w": np.zeros(1)}, {"w": np.ones(1)}, scale=0.5)
@@ -45,11 +45,11 @@ def negate(base: Mapping[str, Any], expert: Mapping[str, Any], scale: float = 1.
 
 
 def interpolate(first: Mapping[str, Any], second: Mapping[str, Any], weight: float = 0.5) -> dict[str, Any]:
-    """(1 - weight) * first + weight * second, in float32; no base is needed.
+    """(1 - weight) * first + weight * second, in float32, without a base.
 
     Args:
-        first, second: two models of the same tensors.
-        weight: 0 gives the first, 1 the second; beyond that it extrapolates.
+        first, second: Two models with the same tensors.
+        weight: 0 gives the first model, 1 the second. Values outside [0, 1] extrapolate.
 
     Example:
         >>> interpolate({"w": np.zeros(1)}, {"w": np.ones(1)}, weight=0.25)
@@ -58,9 +58,8 @@ def interpolate(first: Mapping[str, Any], second: Mapping[str, Any], weight: flo
     if not np.isfinite(weight):
         raise InputError(f"interpolate: weight must be a finite number, got {weight!r}.")
     if 0 <= weight <= 1:
-        return merge_state_dicts(
-            None, {"first": first, "second": second}, WeightedAverage(weight={"first": 1 - weight, "second": weight})
-        )
+        mean = WeightedAverage(weight={"first": 1 - weight, "second": weight})
+        return merge_state_dicts(None, {"first": first, "second": second}, mean)
     if weight > 1:
         return merge_state_dicts(first, {"second": second}, TaskArithmetic(scale=weight))
     return negate(first, second, -weight)
@@ -75,24 +74,27 @@ def with_experts(
     remove: Mapping[str, Mapping[str, Any]] | None = None,
     **parameters: Any,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """A merged model with experts added or removed, from these and the base alone: the others are not needed.
+    """Add experts to a merged model or remove them, given only these experts and the base.
 
-    It works for methods that are weighted sums of task vectors (average, weighted average, task arithmetic), whose
-    weights of the experts that stay change by one common factor. It equals merging anew up to the rounding of
+    This works for methods that are weighted sums of task vectors (average, weighted average, task arithmetic) if the
+    weights of the experts that stay change by one common factor. The result equals a new merge up to the rounding of
     the merged weights.
 
     Args:
-        merged: what ``method`` made of ``base`` and the experts ``present``.
-        present: names of the experts that are in it.
-        add, remove: expert name -> its weights.
-        **parameters: of the method, when it is given by name. Those that differ between experts, by expert name: of
-            all that are in it, are added or are removed.
+        merged: The result of ``method`` for ``base`` and the experts ``present``.
+        base: The base of all experts.
+        method: The merge method, or its name.
+        present: Names of the experts in the merged model.
+        add, remove: Expert name -> its weights.
+        **parameters: The method's parameters, if it is given by name. Give parameters that differ between experts by
+            expert name, for all experts that are present, added or removed.
 
     Yields:
-        ``(name, array)`` as `simomerge.merging.merge_tensors` does.
+        ``(name, array)``, as `merge_tensors` does.
 
     Raises:
-        InputError: another method, an expert that is there already or is not there, none left.
+        InputError: The method is not such a sum, an expert to add is present, an expert to remove is not, or none
+            would be left.
 
     Example:
         >>> base, expert, merged = {"w": np.zeros(1)}, {"w": np.ones(1)}, {"w": np.full(1, 0.5)}
@@ -102,7 +104,7 @@ def with_experts(
     chosen = get_method(method, **parameters) if isinstance(method, str) else method
     add, remove = dict(add or {}), dict(remove or {})
     if not isinstance(chosen, LinearMethod):
-        raise InputError(f"'{chosen.name}' is no weighted sum of task vectors: merge all the experts anew.")
+        raise InputError(f"'{chosen.name}' is not a weighted sum of task vectors: merge all the experts again.")
     if twice := [name for name in add if name in present]:
         raise InputError(f"the expert '{twice[0]}' is in the merged model already: remove it first.")
     if missing := [name for name in remove if name not in present]:
@@ -112,36 +114,37 @@ def with_experts(
         raise InputError("no expert would be left: use the base.")
     others = {_MERGED: merged, **add, **remove}
     check_models(chosen, base, others)
-    old_method, new_method = (restricted(chosen, names).for_experts(names) for names in (list(present), after))
-    assert isinstance(old_method, LinearMethod) and isinstance(new_method, LinearMethod)
-    return _reweighted(old_method, new_method, base, others, sorted(present), sorted(after))
+    old, new = (restricted(chosen, names).for_experts(names) for names in (list(present), after))
+    assert isinstance(old, LinearMethod) and isinstance(new, LinearMethod)
+    return _reweighted((old, sorted(present)), (new, sorted(after)), base, others)
 
 
 def _reweighted(
-    old_method: LinearMethod,
-    new_method: LinearMethod,
+    old: tuple[LinearMethod, list[str]],
+    new: tuple[LinearMethod, list[str]],
     base: Mapping[str, Any],
     others: Mapping[str, Any],
-    before: list[str],
-    after: list[str],
 ) -> Iterator[tuple[str, np.ndarray]]:
+    """The merge of the old method and experts, changed to that of the new ones.
+
+    The task vectors of the merged model, of the added and of the removed experts suffice for this.
+    """
     stream = TaskVectorStream(base, others)
-    old_depth, new_depth = old_method.prepare(stream), new_method.prepare(stream)
+    depths = old[0].prepare(stream), new[0].prepare(stream)
 
     def change(name: str) -> np.ndarray:
-        old, new = old_method.weights(name, before, old_depth), new_method.weights(name, after, new_depth)
-        kept = [expert for expert in before if expert in new]
-        factors = {new[expert] / old[expert] for expert in kept if old[expert]} or {0.0}
+        before, after = (method.weights(name, e, depth) for (method, e), depth in zip((old, new), depths, strict=True))
+        factors = {after[e] / weight for e, weight in before.items() if e in after and weight} or {0.0}
         if max(factors) - min(factors) > 1e-9 * max(map(abs, factors)):
             raise InputError(
-                f"'{new_method.name}' weighs the experts that stay anew, each differently: merge all anew."
+                f"'{new[0].name}' changes the weights of the experts that stay unequally: merge all again."
             )
         factor = next(iter(factors))
         values, task_vectors = stream.read(name)
-        changed = task_vectors[_MERGED] * np.float32(factor)
+        changed = task_vectors.pop(_MERGED) * np.float32(factor)
         for expert in others:
             if expert != _MERGED:
-                weight = new[expert] if expert in new else -factor * old[expert]
+                weight = after[expert] if expert in after else -factor * before[expert]
                 changed += np.float32(weight) * task_vectors[expert]
         return (values + changed).reshape(stream.shapes[name])
 

@@ -1,9 +1,9 @@
-"""Task vectors as one shared vector and one bit per entry and task: the arithmetic of compression.
+"""Task vectors as one shared vector plus one bit per entry and task: the arithmetic of compression.
 
-TALL-masks (Wang et al., 2024, https://arxiv.org/abs/2405.07813): the sum of the task vectors, tau_MTL, still holds
-most of each of them, and a mask m says where. Here a task vector is restored as ``s * m * tau_MTL`` with one scale
-s per tensor, the least-squares one. The paper has s = 1; where several experts changed an entry in the same
-direction their sum is too long for each of them, and s takes that back.
+TALL-masks (Wang et al., 2024, https://arxiv.org/abs/2405.07813): the sum of the task vectors, tau_MTL, still contains
+most of each of them, and a mask m says where. Here a task vector is restored as ``s * m * tau_MTL`` with one scale s
+per tensor, fitted by least squares. The paper has s = 1. Where several experts changed an entry in the same direction,
+their sum is too long for each of them, and s corrects this.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from simomerge.merging.consensus import tall_mask
 
 THRESHOLDS: tuple[float, ...] = tuple(round(0.2 * step, 1) for step in range(1, 11))
-"""The lambdas tried when none is given: 0.2, 0.4 ... 2."""
+"""The values of lambda to try by default: 0.2, 0.4, ..., 2."""
 
-_BLOCK = 1 << 15  # entries worked on at once: they and a mask per threshold stay in the core's cache
+_BLOCK = 1 << 15  # Entries processed at once. They and a mask per threshold stay in the cache of a core.
 
 
 def squared_errors(tau: np.ndarray, tau_mtl: np.ndarray, thresholds: Sequence[float] = THRESHOLDS) -> np.ndarray:
     """``||tau - s * m * tau_mtl||^2`` for the mask of each threshold, each with its least-squares scale s.
 
     Args:
-        tau: one task's vector, float32, any shape.
-        tau_mtl: the merged task vector, the same shape.
-        thresholds: the lambdas to try.
+        tau: The vector of one task, float32, any shape.
+        tau_mtl: The merged task vector, with the same shape.
+        thresholds: The values of lambda to try.
 
     Returns:
         float64, one per threshold.
@@ -36,7 +36,7 @@ def squared_errors(tau: np.ndarray, tau_mtl: np.ndarray, thresholds: Sequence[fl
         array([0., 5.])
     """
     total = 0.0
-    # Of each mask: the sums of tau * tau_mtl and of tau_mtl^2 over its entries, from which s and the rest follow.
+    # For each mask, the sums of tau * tau_mtl and of tau_mtl^2 over its entries give the scale and the error.
     sums = np.zeros((len(thresholds), 2))
     tau, tau_mtl = tau.reshape(-1), tau_mtl.reshape(-1)
     for start in range(0, len(tau), _BLOCK):
@@ -50,7 +50,7 @@ def squared_errors(tau: np.ndarray, tau_mtl: np.ndarray, thresholds: Sequence[fl
 
 
 def least_squares_scale(tau: np.ndarray, masked: np.ndarray) -> float:
-    """The s for which ``s * masked`` is nearest to ``tau``, as a float32 can hold it; 0 where ``masked`` is 0.
+    """The s for which ``s * masked`` is nearest to ``tau``, rounded to float32; 0 if ``masked`` is 0.
 
     Example:
         >>> least_squares_scale(np.array([1.0, 2.0]), np.array([2.0, 4.0]))
@@ -62,7 +62,7 @@ def least_squares_scale(tau: np.ndarray, masked: np.ndarray) -> float:
 
 
 def pack_mask(mask: np.ndarray) -> np.ndarray:
-    """A boolean array of n entries, any shape -> uint8 (ceil(n / 8),), the first entry in the highest bit.
+    """A boolean array of n entries, any shape -> uint8 (ceil(n / 8),), with the first entry in the highest bit.
 
     Example:
         >>> pack_mask(np.array([[True, False], [True, True]]))
@@ -72,7 +72,7 @@ def pack_mask(mask: np.ndarray) -> np.ndarray:
 
 
 def masked_by(packed: np.ndarray, tau_mtl: np.ndarray) -> np.ndarray:
-    """``tau_mtl`` where the mask that :func:`pack_mask` packed is true, 0 elsewhere; float32, its shape.
+    """``tau_mtl`` where the mask packed by `pack_mask` is true, and 0 elsewhere; float32, with its shape.
 
     Example:
         >>> masked_by(np.array([0b10000000], np.uint8), np.array([3.0, 4.0], np.float32))

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
-from simomerge.merging.engine.stream import TaskVectorStream
-from simomerge.merging.method import MergeMethod, of_expert, register
+from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream
+from simomerge.merging.method import MergeMethod, PerExpert, of_expert, register
 
-_TALL = "TALL-masks and consensus merging (Wang et al., 2024)"
-_TALL_LINK = "https://arxiv.org/abs/2405.07813"
+_TALL = "TALL-masks and consensus merging (Wang et al., 2024)", "https://arxiv.org/abs/2405.07813"
 
 
-@register
+@register("magmax", "MagMax (Marczak et al., 2024)", "https://arxiv.org/abs/2407.06322")
 @dataclass(frozen=True)
 class MagMax(MergeMethod):
-    """Per entry the task vector's value of the greatest magnitude (Marczak et al., 2024).
+    """Per entry, the value of greatest magnitude among the task vectors (Marczak et al., 2024).
 
-    Of two opposite values of that magnitude the positive one is taken. The authors' code takes the later expert's,
-    so that the order of the experts matters there.
+    Of two opposite values of that magnitude, the positive one is taken. The authors' code takes that of the later
+    expert, so its result depends on the order of the experts.
 
     Example:
         >>> task_vectors = {"a": np.array([1.0, -2.0, -4.0]), "b": np.array([-3.0, 2.0, 1.0])}
@@ -32,23 +31,18 @@ class MagMax(MergeMethod):
         array([-3.,  2., -4.])
     """
 
-    name: ClassVar[str] = "magmax"
-    paper: ClassVar[str] = "MagMax (Marczak et al., 2024)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2407.06322"
-    elementwise: ClassVar[bool] = True
+    elementwise = True
 
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         highest = reduce(np.maximum, task_vectors.values())
         lowest = reduce(np.minimum, task_vectors.values())
         return base + np.where(highest >= -lowest, highest, lowest) * np.float32(self.scale)
 
 
 class MaskMethod(MergeMethod):
-    """A method with masks by which one expert's encoder can be got back: its parameter ``task`` names the expert."""
+    """A method whose masks can restore the encoder of one expert, which its parameter ``task`` names."""
 
     task: str
 
@@ -58,16 +52,16 @@ class MaskMethod(MergeMethod):
         return super().for_experts(experts)
 
 
-@register
+@register("tall-mask", *_TALL)
 @dataclass(frozen=True)
 class TallMask(MaskMethod):
-    """The encoder of one expert from the sum of all and its mask (Wang et al., 2024).
+    """The encoder of one expert, restored from the sum of all task vectors and the expert's mask (Wang et al., 2024).
 
     theta_0 + scale * m_task * tau_MTL with tau_MTL = sum_t tau_t and m_t = |tau_t| > threshold * |tau_MTL - tau_t|
-    (see :func:`tall_mask`): the paper's compression, in which theta_0, tau_MTL and one bit per entry and expert
-    stand for all experts. Without ``task`` the mask is the union of all: the one merged encoder of ``consensus`` with
-    k = 1, without the weights that no expert needs. The authors' code chooses the threshold per expert from 0.2,
-    0.3 ... 0.6 on validation data. One public library compares with theta_0 instead of tau_MTL, by mistake.
+    (see `tall_mask`). This is the paper's compression: theta_0, tau_MTL and one bit per entry and expert represent all
+    experts. Without ``task``, the mask is the union of all masks, which gives the merged encoder of ``consensus`` with
+    k = 1: the sum without the weights that no expert needs. The authors' code chooses the threshold of each expert from
+    0.2, 0.3, ..., 0.6 on validation data. One public library compares with theta_0 instead of tau_MTL by mistake.
 
     Example:
         >>> task_vectors = {"a": np.array([1.0, 4.0, 3.0]), "b": np.array([8.0, 0.0, -3.0])}
@@ -75,33 +69,26 @@ class TallMask(MaskMethod):
         array([0., 4., 0.])
     """
 
-    name: ClassVar[str] = "tall-mask"
-    paper: ClassVar[str] = _TALL
-    link: ClassVar[str] = _TALL_LINK
-    elementwise: ClassVar[bool] = True
+    elementwise = True
 
-    threshold: float | Sequence[float] | Mapping[str, float] = parameter(
-        0.4, above=0.0, per_expert=True, help="the paper's lambda: one number, or one per expert"
-    )
-    task: str = parameter("", help="the expert whose encoder to give; without it what any expert needs is kept")
+    threshold: PerExpert = parameter(0.4, above=0.0, per_expert=True, help="the paper's lambda, one or per expert")
+    task: str = parameter("", help="the expert to restore; without it, what any expert needs is kept")
     scale: float = parameter(1.0, low=0.0, help="weight of the masked sum of task vectors")
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         tau_mtl = reduce(np.add, task_vectors.values())
         wanted = {self.task: task_vectors[self.task]} if self.task else task_vectors
-        masks = (tall_mask(tau, tau_mtl, _threshold(self, expert)) for expert, tau in wanted.items())
+        masks = (tall_mask(tau, tau_mtl, of_expert(self.threshold, expert)) for expert, tau in wanted.items())
         return base + np.where(reduce(np.logical_or, masks), tau_mtl, np.float32(0)) * np.float32(self.scale)
 
 
-@register
+@register("consensus", *_TALL)
 @dataclass(frozen=True)
 class Consensus(MergeMethod):
-    """The sum of the task vectors where at least k experts need it (Wang et al., 2024).
+    """The sum of the task vectors, in the entries that at least k experts need (Wang et al., 2024).
 
-    theta_0 + scale * tau_MTL * [sum_t m_t >= k] with the masks of ``tall-mask``. At k = 2, the authors' default,
-    weights that no expert ("catastrophic") or only one ("selfish") needs stay the base's; a k above the number of
+    theta_0 + scale * tau_MTL * [sum_t m_t >= k] with the masks of ``tall-mask``. With k = 2, the authors' default,
+    weights that no expert needs ("catastrophic") or only one ("selfish") stay the base's. A k above the number of
     experts gives the base. tau_MTL is the sum of the task vectors (the paper's consensus task arithmetic, not its
     variant with TIES). The authors choose the thresholds per expert and the scale on validation data.
 
@@ -111,40 +98,33 @@ class Consensus(MergeMethod):
         array([4., 0.])
     """
 
-    name: ClassVar[str] = "consensus"
-    paper: ClassVar[str] = _TALL
-    link: ClassVar[str] = _TALL_LINK
-    elementwise: ClassVar[bool] = True
+    elementwise = True
 
-    threshold: float | Sequence[float] | Mapping[str, float] = parameter(
-        0.4, above=0.0, per_expert=True, help="the paper's lambda: one number, or one per expert"
-    )
+    threshold: PerExpert = parameter(0.4, above=0.0, per_expert=True, help="the paper's lambda, one or per expert")
     k: int = parameter(2, low=1, help="how many experts must need an entry for it to be kept")
     scale: float = parameter(0.4, low=0.0, help="weight of the masked sum of task vectors")
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         tau_mtl = reduce(np.add, task_vectors.values())
         votes = np.zeros(base.shape, np.int32)
         for expert, tau in task_vectors.items():
-            votes += tall_mask(tau, tau_mtl, _threshold(self, expert))
+            votes += tall_mask(tau, tau_mtl, of_expert(self.threshold, expert))
         return base + np.where(votes >= self.k, tau_mtl, np.float32(0)) * np.float32(self.scale)
 
 
-@register
+@register("emr", "EMR-Merging (Huang et al., 2024)", "https://arxiv.org/abs/2405.17461")
 @dataclass(frozen=True)
 class Emr(MaskMethod):
-    """Elect one task vector for all; for one expert, mask and rescale it (Huang et al., 2024).
+    """Elect one task vector for all experts; to restore one expert, mask and rescale it (Huang et al., 2024).
 
-    The unified task vector has per entry the sign of the sum of the task vectors, and of the values with that sign
-    the greatest magnitude (see :func:`elect`); without ``task`` it is what is added. With ``task`` it is masked to
-    the entries that have the sign of that expert's, and rescaled so that its L1 norm over the whole encoder is the
-    expert's: sum|tau_t| / sum|m_t * tau_uni|, in float64. The scale, 1 in the paper, multiplies either.
+    In each entry, the unified task vector has the sign of the sum of the task vectors, and the greatest magnitude of
+    the values with that sign (see `elect`). Without ``task``, it is added as it is. With ``task``, it is masked to the
+    entries that have the sign of that expert's task vector, and rescaled so that its L1 norm over the whole encoder is
+    the expert's: sum|tau_t| / sum|m_t * tau_uni|, in float64. The scale, 1 in the paper, multiplies either.
 
-    Where the sum is exactly zero nothing is elected; the authors' code elects minus there. Its vision part sums the
-    tensors' mean magnitudes for the rescaling, in which a bias counts as much as a matrix; the paper's formula, ours,
-    sums over all entries.
+    If the sum is exactly zero, nothing is elected; the authors' code then elects minus. For the rescaling, its vision
+    part sums the mean magnitudes of the tensors, so that a bias counts as much as a matrix. Here, as in the paper's
+    formula, the sum is over all entries.
 
     Example:
         >>> task_vectors = {"a": np.array([1.0, 5.0, -2.0]), "b": np.array([3.0, -2.0, 2.0])}
@@ -152,13 +132,10 @@ class Emr(MaskMethod):
         array([3., 5., 0.])
     """
 
-    name: ClassVar[str] = "emr"
-    paper: ClassVar[str] = "EMR-Merging (Huang et al., 2024)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2405.17461"
-    elementwise: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = True
+    elementwise = True
+    needs_statistics = True
 
-    task: str = parameter("", help="the expert whose encoder to give; without it the unified one")
+    task: str = parameter("", help="the expert to restore; without it, the unified task vector is added")
     scale: float = parameter(1.0, low=0.0, help="weight of the unified task vector")
 
     def prepare(self, stream: TaskVectorStream) -> float | None:
@@ -168,8 +145,7 @@ class Emr(MaskMethod):
 
         def norms(name: str) -> tuple[float, float]:
             expert = masked = 0.0
-            for part in stream.blocks(name):
-                task_vectors = stream.read(name, part)[1]
+            for _, _, task_vectors in stream.read_blocks(name):
                 tau, unified = task_vectors[self.task], elect(task_vectors.values())
                 expert += float(np.abs(tau).sum(dtype=np.float64))
                 masked += float(np.abs(agreeing(unified, tau)).sum(dtype=np.float64))
@@ -177,11 +153,11 @@ class Emr(MaskMethod):
 
         found = [pair for _, pair in stream.map(norms)]
         total = sum(masked for _, masked in found)
-        # Nothing left to scale (the expert is the base, or outvoted everywhere): any factor will do.
+        # If nothing is left to scale (the expert is the base, or outvoted everywhere), the factor has no effect.
         return sum(expert for expert, _ in found) / total if total else 1.0
 
     def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: float | None
+        self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: float | None
     ) -> np.ndarray:
         unified = elect(task_vectors.values())
         if self.task:
@@ -190,15 +166,15 @@ class Emr(MaskMethod):
 
 
 def tall_mask(tau: np.ndarray, tau_mtl: np.ndarray, threshold: float) -> np.ndarray:
-    """Where a task vector matters more than what the others add to it: |tau| > threshold * |tau_mtl - tau|.
+    """The entries in which a task vector outweighs the others: |tau| > threshold * |tau_mtl - tau|.
 
     Args:
-        tau: of one expert, float32, any shape.
-        tau_mtl: the multi-task vector, of the same shape.
-        threshold: the paper's lambda; the smaller, the more entries are marked.
+        tau: The task vector of one expert, float32, any shape.
+        tau_mtl: The multi-task vector, with the same shape.
+        threshold: The paper's lambda. A smaller one marks more entries.
 
     Returns:
-        bool, the shape of ``tau``; false where it is 0.
+        bool, with the shape of ``tau``; false where ``tau`` is 0.
 
     Example:
         >>> tall_mask(np.array([1.0, 4.0, 0.0]), np.array([9.0, 4.0, 0.0]), 0.4)
@@ -208,7 +184,7 @@ def tall_mask(tau: np.ndarray, tau_mtl: np.ndarray, threshold: float) -> np.ndar
 
 
 def elect(task_vectors: Iterable[np.ndarray]) -> np.ndarray:
-    """EMR's unified task vector: the sign of the sum, and of the values with that sign the greatest magnitude.
+    """EMR's unified task vector: the sign of the sum, with the greatest magnitude of the values with that sign.
 
     Example:
         >>> elect([np.array([1.0, 5.0]), np.array([3.0, -2.0]), np.array([-1.0, -9.0])])
@@ -216,7 +192,7 @@ def elect(task_vectors: Iterable[np.ndarray]) -> np.ndarray:
     """
     taus = list(task_vectors)
     sign = np.sign(reduce(np.add, taus))
-    # Turned by the elected sign, the values that have it are the positive ones, and there is at least one.
+    # Multiplied by the elected sign, the values that have it become positive, and there is at least one.
     return sign * reduce(np.maximum, (tau * sign for tau in taus))
 
 
@@ -228,7 +204,3 @@ def agreeing(unified: np.ndarray, tau: np.ndarray) -> np.ndarray:
         array([3., 0., 0.])
     """
     return np.where(np.sign(unified) * tau > 0, unified, np.float32(0))
-
-
-def _threshold(method: TallMask | Consensus, expert: str) -> float:
-    return of_expert(method.threshold, expert)  # type: ignore[arg-type]

@@ -1,31 +1,37 @@
-"""What a merge method is, and the registry of methods.
+"""The base class of merge methods, and the registry that holds them.
 
-A method is a frozen dataclass: its fields are its parameters, its class attributes say where it comes from
-and what it needs, and ``merge_tensor`` is the arithmetic. The command line, the recipe schema and the table
-in the documentation are generated from it. A new method is one class with ``@register`` in front.
+A method is a frozen dataclass. Its fields are its parameters, its class attributes say where it comes from and what it
+needs, and ``merge_tensor`` does the arithmetic. The command line, the recipe schema and the table in the documentation
+are generated from it, so that a new method is one class with ``@register`` in front.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.registry import Registry, check_parameters, settings
-from simomerge.merging.engine.stream import TaskVectorStream
+from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream
+
+PerExpert: TypeAlias = float | Sequence[float] | Mapping[str, float]
+"""One value for all experts, or one per expert: in the order of the experts, or by expert name."""
+
+_Method = TypeVar("_Method", bound="MergeMethod")
+_MethodClass = TypeVar("_MethodClass", bound="type[MergeMethod]")
 
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """Base of all merge methods; see the module ``linear`` for the shortest ones.
+    """Base class of all merge methods. The module ``linear`` has the shortest ones.
 
-    Class attributes: ``name`` (what the user types), ``paper`` and ``link`` (its source), ``needs_base``,
-    ``minimum_experts``, ``needs_data`` (images), ``needs_labels``, ``needs_statistics`` (a first pass over
-    all tensors, :meth:`prepare`), ``elementwise`` (``merge_tensor`` treats every entry by itself and is given
-    flat blocks of a tensor, which stay in a core's cache).
+    Class attributes: ``name``, ``paper`` and ``link`` (set by `register`), ``needs_base``, ``minimum_experts``,
+    ``needs_data`` (images), ``needs_labels``, ``needs_statistics`` (a first pass over all tensors, see `prepare`), and
+    ``elementwise``: each entry is merged independently of the others, so ``merge_tensor`` may receive flat blocks of a
+    tensor, which stay in the cache of a core.
     """
 
     name: ClassVar[str]
@@ -39,45 +45,39 @@ class MergeMethod:
     elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check every parameter. Raises InputError that names the parameter, its range and the value."""
+        """Check every parameter. Raises InputError with the parameter, its range and the value."""
         check_parameters(self.name, self)
 
     def for_experts(self, experts: Sequence[str]) -> MergeMethod:
-        """The same method with every per-expert sequence or mapping turned into a dict by expert name.
+        """The same method, with every per-expert sequence or mapping turned into a dict by expert name.
 
         Raises:
-            InputError: a sequence of another length than ``experts``, or a mapping with other names.
+            InputError: A sequence has another length than ``experts``, or a mapping has other names.
         """
-        resolved = {}
-        for spec in settings(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str)):
-                resolved[spec.name] = _by_expert(spec.name, value, experts)
+        resolved = {name: _by_expert(name, value, experts) for name, value in _per_expert_values(self).items()}
         return replace(self, **resolved) if resolved else self
 
     def prepare(self, stream: TaskVectorStream) -> Any:
-        """First pass over all tensors: the global statistics that ``merge_tensor`` is then given."""
+        """Compute the statistics of whole models that ``merge_tensor`` then receives, in a pass over all tensors."""
         return None
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
-        """Merge one tensor; pure, and independent of the other tensors but for ``statistics``.
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
+        """Merge one tensor. A pure function, which depends on other tensors only through ``statistics``.
 
         Args:
-            name: canonical (on-disk) name of the tensor.
-            base: float32, any shape, or (``elementwise``) a flat block of it; not to be written to.
-            task_vectors: expert name -> expert minus base, float32, the shape of ``base``; sorted by name. The
+            name: Canonical (on-disk) name of the tensor.
+            base: The base's tensor, float32, any shape; a flat block of it if the method is ``elementwise``. Read only.
+            task_vectors: Expert name -> expert minus base, float32, with the shape of ``base``, sorted by name. The
                 method may overwrite them.
-            statistics: what :meth:`prepare` returned.
+            statistics: The result of `prepare`.
 
         Returns:
-            The merged tensor, float32, the shape of ``base``.
+            The merged tensor, float32, with the shape of ``base``.
         """
         raise NotImplementedError
 
 
-def of_expert(value: float | Mapping[str, float], expert: str) -> float:
+def of_expert(value: Any, expert: str) -> Any:
     """The value of a per-expert parameter for one expert.
 
     Example:
@@ -87,34 +87,63 @@ def of_expert(value: float | Mapping[str, float], expert: str) -> float:
     return value[expert] if isinstance(value, Mapping) else value
 
 
-_Given = TypeVar("_Given", bound=MergeMethod)
-
-
-def restricted(method: _Given, experts: Collection[str]) -> _Given:
-    """The same method with every per-expert mapping cut to these experts.
+def restricted(method: _Method, experts: Collection[str]) -> _Method:
+    """The same method, with every per-expert mapping reduced to these experts.
 
     Example:
         >>> from simomerge.merging import TaskArithmetic
         >>> restricted(TaskArithmetic(scale={"depth": 0.5, "edges": 0.2}), ["depth"])
         TaskArithmetic(scale={'depth': 0.5})
     """
-    values = {spec.name: getattr(method, spec.name) for spec in settings(method)}
-    mappings = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    mappings = {name: value for name, value in _per_expert_values(method).items() if isinstance(value, Mapping)}
     return replace(method, **{n: {e: v for e, v in given.items() if e in experts} for n, given in mappings.items()})
 
 
+def _per_expert_values(method: MergeMethod) -> dict[str, Mapping[str, Any] | Sequence[Any]]:
+    """The parameters that hold one value per expert, by parameter name."""
+    values = {spec.name: getattr(method, spec.name) for spec in settings(method)}
+    return {n: v for n, v in values.items() if isinstance(v, (Mapping, Sequence)) and not isinstance(v, str)}
+
+
+def _by_expert(name: str, value: Mapping[str, Any] | Sequence[Any], experts: Sequence[str]) -> dict[str, Any]:
+    listed = ", ".join(experts)
+    if isinstance(value, Mapping):
+        if set(value) != set(experts):
+            given = ", ".join(map(str, value))
+            raise InputError(f"{name} is given for {given}, but the experts are {listed}: give one value for each.")
+        return {expert: value[expert] for expert in experts}
+    if len(value) != len(experts):
+        raise InputError(
+            f"{name} has {len(value)} values for {len(experts)} experts ({listed}): give one value for each."
+        )
+    return dict(zip(experts, value, strict=True))
+
+
 _REGISTRY: Registry[MergeMethod] = Registry("merge method")
-_Method = TypeVar("_Method", bound=type[MergeMethod])
 
 
-def register(method: _Method) -> _Method:
-    """Class decorator: make a merge method available under its ``name``. Raises ValueError if the name is taken."""
-    registered: _Method = _REGISTRY.register(method)
-    return registered
+def register(name: str, paper: str, link: str) -> Callable[[_MethodClass], _MethodClass]:
+    """Class decorator that makes a merge method available by name.
+
+    Args:
+        name: What the user types.
+        paper: The source: its title or short name, authors and year.
+        link: Where to find the source.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def add(method: _MethodClass) -> _MethodClass:
+        method.name, method.paper, method.link = name, paper, link
+        registered: _MethodClass = _REGISTRY.register(method)
+        return registered
+
+    return add
 
 
 def available() -> dict[str, type[MergeMethod]]:
-    """All merge methods, name -> dataclass, sorted by name.
+    """The classes of all merge methods by name, sorted by name.
 
     Example:
         >>> "ties" in available()
@@ -124,7 +153,7 @@ def available() -> dict[str, type[MergeMethod]]:
 
 
 def get_method(name: str, **parameters: Any) -> MergeMethod:
-    """The merge method ``name`` with its parameters checked.
+    """The merge method with this name. Its parameters are checked.
 
     Raises:
         InputError: An unknown method or parameter (the nearest name is suggested), or a value out of range.
@@ -134,19 +163,3 @@ def get_method(name: str, **parameters: Any) -> MergeMethod:
         Ties(density=0.1, scale=1.0, trim='global')
     """
     return _REGISTRY.make(name, **parameters)
-
-
-def _by_expert(name: str, value: Mapping[str, float] | Sequence[float], experts: Sequence[str]) -> dict[str, float]:
-    listed = ", ".join(experts)
-    if isinstance(value, Mapping):
-        if set(value) != set(experts):
-            raise InputError(
-                f"{name} is given for {', '.join(map(str, value))}, but the experts are {listed}: "
-                "give one value for each."
-            )
-        return {expert: value[expert] for expert in experts}
-    if len(value) != len(experts):
-        raise InputError(
-            f"{name} has {len(value)} values for {len(experts)} experts ({listed}): give one value for each."
-        )
-    return dict(zip(experts, value, strict=True))

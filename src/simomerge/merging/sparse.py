@@ -1,32 +1,34 @@
-"""Sparse task vectors: drop entries at random or by magnitude, then add what is left or elect signs."""
+"""Sparse task vectors: drop entries at random or by magnitude, then add the rest or elect signs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
-from simomerge.merging.method import MergeMethod, of_expert, register
+from simomerge.merging.engine.ranks import rank_mask
+from simomerge.merging.engine.stream import TaskVectors
+from simomerge.merging.method import MergeMethod, PerExpert, of_expert, register
 from simomerge.merging.ties import disjoint_mean
 
-_ROUNDING = 1e-9  # 0.95 + 0.1 / 2 need not be exactly 1
+_DARE = "DARE: Language models are super Mario (Yu et al., 2023)", "https://arxiv.org/abs/2311.03099"
+_ROUNDING = 1e-9  # 0.95 + 0.1 / 2 need not be exactly 1.
 
 
-@register
+@register("dare-linear", *_DARE)
 @dataclass(frozen=True)
 class DareLinear(MergeMethod):
-    """Drop at random, rescale and add: theta_0 + sum_t scale_t * dare(tau_t) (Yu et al., 2023).
+    """Drop entries at random, rescale the rest, and add: theta_0 + sum_t scale_t * dare(tau_t) (Yu et al., 2023).
 
-    Each entry is dropped with probability 1 - density and the survivors are divided by the density, so that the
-    expected task vector is the expert's. What is dropped depends on the seed, the expert's name and the tensor's
-    name only. mergekit's ``dare_linear`` instead rescales what survives to the L1 norm that the tensor had, and
-    draws anew in every run.
+    Each entry is dropped with probability 1 - density. The remaining entries are divided by the density, so that the
+    expected task vector is that of the expert. Which entries are dropped depends only on the seed, the expert's name
+    and the tensor's name. mergekit's ``dare_linear`` instead rescales to the L1 norm that the tensor had before, and
+    draws differently in every run.
 
     Example:
         >>> task_vectors = {"a": np.ones(8, np.float32)}
@@ -34,35 +36,27 @@ class DareLinear(MergeMethod):
         array([2., 2., 0., 2., 2., 0., 0., 2.], dtype=float32)
     """
 
-    name: ClassVar[str] = "dare-linear"
-    paper: ClassVar[str] = "DARE: Language models are super Mario (Yu et al., 2023)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
-
     density: float = parameter(0.5, above=0.0, high=1.0, help="probability that an entry is kept; 0.5 for 50 percent")
-    scale: float | Sequence[float] | Mapping[str, float] = parameter(
-        0.4, low=0.0, per_expert=True, help="weight of the task vectors: one number, or one per expert"
-    )
-    seed: int = parameter(0, help="of the random drops")
+    scale: PerExpert = parameter(0.4, low=0.0, per_expert=True, help="weight of the task vectors, one or per expert")
+    seed: int = parameter(0, help="seed of the random drops")
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         merged = base.copy()
         for expert, tau in task_vectors.items():
-            scale = of_expert(self.scale, expert)  # type: ignore[arg-type]
-            merged += dare(tau, self.density, random_source(self.seed, expert, name)) * np.float32(scale)
+            kept = dare(tau, self.density, random_source(self.seed, expert, name))
+            merged += kept * np.float32(of_expert(self.scale, expert))
         return merged
 
 
-@register
+@register("dare-ties", *_DARE)
 @dataclass(frozen=True)
 class DareTies(MergeMethod):
-    """Drop at random, rescale, elect signs and average (Yu et al., 2023: DARE before TIES).
+    """Drop entries at random, rescale the rest, elect signs, and average (DARE before TIES; Yu et al., 2023).
 
-    Drops as ``dare-linear``. There is no trimming. An entry's sign is the sign of the sum of what survives, plus
-    where that is zero, as in mergekit (the TIES code takes the majority sign of all entries); the mean is over the
-    survivors of that sign. mergekit's ``dare_ties`` rescales to the L1 norm, and adds up rather than averages
-    unless told to normalise.
+    Entries are dropped as in ``dare-linear``, and there is no trimming. An entry's sign is the sign of the sum of the
+    remaining values, and positive if the sum is zero, as in mergekit (the TIES code takes the majority sign of all
+    entries). The mean is over the remaining values with that sign. mergekit's ``dare_ties`` rescales to the L1 norm,
+    and adds the values instead of averaging them unless it is set to normalise.
 
     Example:
         >>> task_vectors = {"a": np.array([4.0, 1.0]), "b": np.array([2.0, -1.0])}
@@ -70,37 +64,31 @@ class DareTies(MergeMethod):
         array([3., 1.])
     """
 
-    name: ClassVar[str] = "dare-ties"
-    paper: ClassVar[str] = "DARE: Language models are super Mario (Yu et al., 2023)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
-
     density: float = parameter(0.5, above=0.0, high=1.0, help="probability that an entry is kept; 0.5 for 50 percent")
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
-    seed: int = parameter(0, help="of the random drops")
+    seed: int = parameter(0, help="seed of the random drops")
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         kept = [dare(tau, self.density, random_source(self.seed, e, name)) for e, tau in task_vectors.items()]
-        return base + _elected_mean(kept) * np.float32(self.scale)
+        return base + disjoint_mean(np.stack(kept)) * np.float32(self.scale)
 
 
-@register
+@register("della", "DELLA-Merging (Deep et al., 2024)", "https://arxiv.org/abs/2406.11617")
 @dataclass(frozen=True)
 class Della(MergeMethod):
-    """Drop small entries more often than large ones, rescale, elect signs and average (Deep et al., 2024).
+    """Drop small entries with a higher probability, rescale the rest, elect signs, and average (Deep et al., 2024).
 
-    MAGPRUNE: in each row (the last axis; a 1-D tensor is one row) the magnitudes are ranked, r = 0 for the smallest
-    of n, equal ones by position. An entry is kept with probability density - epsilon / 2 + epsilon * r / (n - 1)
-    (a row of one: density) and divided by that probability. Then, as in ``dare-ties``, the sign of the sum is
-    elected (plus where it is zero) and the survivors that have it are averaged.
+    MAGPRUNE: in each row (the last axis; a 1-D tensor is one row) the n magnitudes are ranked, from r = 0 for the
+    smallest; equal ones go by position. An entry is kept with probability density - epsilon / 2 + epsilon * r / (n - 1)
+    (in a row of one entry: density) and divided by that probability. Then, as in ``dare-ties``, the sign of the sum is
+    elected (positive if the sum is zero), and the remaining values with that sign are averaged.
 
-    The authors' code and mergekit let the probability run over density ± epsilon, so their epsilon is half of this
-    one. mergekit also rescales to the L1 norm rather than by the probabilities, and ranks tensors of more than two
-    axes along the second one.
+    In the authors' code and mergekit the probability covers density ± epsilon, so their epsilon is half of this one.
+    mergekit also rescales to the L1 norm instead of dividing by the probabilities, and ranks tensors of more than two
+    axes along the second axis.
 
     Raises:
-        InputError: probabilities outside (0, 1].
+        InputError: Probabilities outside (0, 1].
 
     Example:
         >>> task_vectors = {"a": np.array([4.0, 1.0]), "b": np.array([2.0, -1.0])}
@@ -108,14 +96,10 @@ class Della(MergeMethod):
         array([3., 1.])
     """
 
-    name: ClassVar[str] = "della"
-    paper: ClassVar[str] = "DELLA-Merging (Deep et al., 2024)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2406.11617"
-
     density: float = parameter(0.5, above=0.0, high=1.0, help="mean probability that an entry is kept")
     epsilon: float = parameter(0.2, low=0.0, high=1.0, help="how much likelier a row's largest entry is kept")
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
-    seed: int = parameter(0, help="of the random drops")
+    seed: int = parameter(0, help="seed of the random drops")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,26 +110,23 @@ class Della(MergeMethod):
                 f"{high:g}; they must be above 0 and at most 1: choose a smaller epsilon."
             )
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
-        kept = [
-            magprune(tau, self.density, self.epsilon, random_source(self.seed, expert, name))
-            for expert, tau in task_vectors.items()
-        ]
-        return base + _elected_mean(kept) * np.float32(self.scale)
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
+        sources = (random_source(self.seed, expert, name) for expert in task_vectors)
+        taus = zip(task_vectors.values(), sources, strict=True)
+        kept = [magprune(tau, self.density, self.epsilon, source) for tau, source in taus]
+        return base + disjoint_mean(np.stack(kept)) * np.float32(self.scale)
 
 
-@register
+@register("breadcrumbs", "Model Breadcrumbs (Davari & Belilovsky, 2023)", "https://arxiv.org/abs/2312.06795")
 @dataclass(frozen=True)
 class Breadcrumbs(MergeMethod):
-    """Drop the largest and the smallest entries of each tensor, then add (Davari & Belilovsky, 2023).
+    """Drop the largest and the smallest entries of each tensor, then add the rest (Davari & Belilovsky, 2023).
 
-    As in mergekit, of a tensor of n entries int(density * n) stay: the int(gamma * n) of greatest magnitude go, and
-    of the others the smallest. Where fewer than int(gamma * n) may go (a density near 1), fewer of the greatest go,
-    and at density 1 this is task arithmetic. Equal magnitudes are ranked by position. Unlike mergekit, at least one
-    entry stays, and a tensor so small that int(gamma * n) is 0 loses no outlier (mergekit drops all of it). A public
-    version of the authors' code ranks within each row (the last axis) rather than within the tensor.
+    As in mergekit, int(density * n) of the n entries of a tensor stay. The int(gamma * n) entries of greatest magnitude
+    are dropped first, then the smallest. If the density leaves room for fewer than int(gamma * n) drops, fewer of the
+    greatest are dropped; density 1 is task arithmetic. Equal magnitudes are ranked by position. Unlike in mergekit, at
+    least one entry stays, and a tensor so small that int(gamma * n) is 0 loses no outlier (mergekit drops all of it).
+    A public version of the authors' code ranks within each row (the last axis) instead of within the tensor.
 
     Example:
         >>> task_vectors = {"a": np.array([1.0, -9.0, 3.0, 2.0])}
@@ -153,28 +134,19 @@ class Breadcrumbs(MergeMethod):
         array([0., 0., 3., 2.])
     """
 
-    name: ClassVar[str] = "breadcrumbs"
-    paper: ClassVar[str] = "Model Breadcrumbs (Davari & Belilovsky, 2023)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2312.06795"
-
     density: float = parameter(0.9, above=0.0, high=1.0, help="fraction of the entries kept; write 0.9 for 90 percent")
     gamma: float = parameter(0.01, low=0.0, high=1.0, help="fraction of the entries dropped as the largest")
-    scale: float | Sequence[float] | Mapping[str, float] = parameter(
-        0.4, low=0.0, per_expert=True, help="weight of the task vectors: one number, or one per expert"
-    )
+    scale: PerExpert = parameter(0.4, low=0.0, per_expert=True, help="weight of the task vectors, one or per expert")
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         merged = base.copy()
         for expert, tau in task_vectors.items():
-            scale = of_expert(self.scale, expert)  # type: ignore[arg-type]
-            merged += keep_middle(tau, self.density, self.gamma) * np.float32(scale)
+            merged += keep_middle(tau, self.density, self.gamma) * np.float32(of_expert(self.scale, expert))
         return merged
 
 
 def random_source(seed: int, expert: str, name: str) -> np.random.Generator:
-    """Random numbers that depend on these three alone, so that neither order nor threads change a result.
+    """Random numbers that depend only on these three values, so that neither order nor threads change a result.
 
     Example:
         >>> random_source(0, "depth", "w").integers(100, size=3)
@@ -185,20 +157,20 @@ def random_source(seed: int, expert: str, name: str) -> np.random.Generator:
 
 
 def dare(tau: np.ndarray, density: float, source: np.random.Generator) -> np.ndarray:
-    """Each entry kept with probability ``density`` and divided by it; the others 0. Any shape."""
+    """Keep each entry with probability ``density`` and divide it by the density; set the others to 0. Any shape."""
     kept = source.random(tau.shape, dtype=np.float32) < np.float32(density)
     return np.where(kept, tau / np.float32(density), np.float32(0))
 
 
 def magprune(tau: np.ndarray, density: float, epsilon: float, source: np.random.Generator) -> np.ndarray:
-    """Each entry kept with the probability that its rank in its row has, and divided by it; the others 0."""
+    """Keep each entry with a probability that depends on its rank, and divide it by that; set the others to 0."""
     rates = keep_probabilities(tau, density, epsilon)
     kept = source.random(tau.shape, dtype=np.float32) < rates
     return np.where(kept, tau / rates, np.float32(0))
 
 
 def keep_probabilities(tau: np.ndarray, density: float, epsilon: float) -> np.ndarray:
-    """MAGPRUNE's probability of each entry, float32: linear in the rank of its magnitude in its row.
+    """MAGPRUNE's probability of each entry, float32, linear in the rank of its magnitude in its row.
 
     Example:
         >>> keep_probabilities(np.array([[1.0, -3.0, 2.0]]), 0.5, 0.5)
@@ -208,8 +180,8 @@ def keep_probabilities(tau: np.ndarray, density: float, epsilon: float) -> np.nd
     if length < 2:
         return np.full(tau.shape, density, np.float32)
     by_rank = np.linspace(density - epsilon / 2, min(density + epsilon / 2, 1.0), length, dtype=np.float32)
-    # Floats that are not negative are in the order of their bits. With the position below them all keys differ:
-    # sorting is then stable, and several times as fast as argsort(kind="stable").
+    # Non-negative floats have the order of their bits. With the position in the lower bits, all keys differ, so sorting
+    # them is stable, and several times as fast as argsort(kind="stable").
     keys = np.abs(tau, dtype=np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(length, dtype=np.uint64)
     keys.sort(axis=-1)
@@ -220,7 +192,7 @@ def keep_probabilities(tau: np.ndarray, density: float, epsilon: float) -> np.nd
 
 
 def keep_middle(tau: np.ndarray, density: float, gamma: float) -> np.ndarray:
-    """int(density * size) entries, at least one: without the int(gamma * size) largest and without the smallest.
+    """int(density * size) entries, at least one, without the int(gamma * size) largest and without the smallest.
 
     Example:
         >>> keep_middle(np.array([1.0, -9.0, 3.0, 2.0]), density=0.75, gamma=0.5)
@@ -233,33 +205,3 @@ def keep_middle(tau: np.ndarray, density: float, gamma: float) -> np.ndarray:
     high = tau.size - largest
     mask = rank_mask(np.abs(tau).reshape(-1), high - count, high)
     return np.where(mask.reshape(tau.shape), tau, np.float32(0))
-
-
-def rank_mask(values: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Which entries have a rank from ``low`` to ``high - 1``: 0 for the smallest, equal values by position.
-
-    Args:
-        values: 1-D, no NaN. low, high: ``0 <= low < high <= len(values)``.
-
-    Returns:
-        bool, ``high - low`` of them true.
-
-    Example:
-        >>> rank_mask(np.array([3.0, 1.0, 1.0, 2.0]), 1, 3)
-        array([False, False,  True,  True])
-    """
-    ordered = np.partition(values, (low, high - 1))
-    smallest, largest = ordered[low], ordered[high - 1]
-    mask = (values >= smallest) & (values <= largest)
-    # Of the values equal to an end some may lie outside: the first ones at the lower end, the last at the upper.
-    too_low = low - int(np.count_nonzero(values < smallest))
-    too_high = len(values) - high - int(np.count_nonzero(values > largest))
-    mask[np.flatnonzero(values == smallest)[:too_low]] = False
-    if too_high:
-        mask[np.flatnonzero(values == largest)[-too_high:]] = False
-    return mask
-
-
-def _elected_mean(kept: Sequence[np.ndarray]) -> np.ndarray:
-    # Flat: in-place arithmetic needs arrays, and numpy makes a number of an array without axes.
-    return disjoint_mean(np.stack(kept))

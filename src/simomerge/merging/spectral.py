@@ -1,62 +1,65 @@
-"""Methods that merge singular vectors: Iso-C, Iso-CTS, TSV-M. They look at one matrix at a time.
+"""Methods that merge singular vectors: Iso-C, Iso-CTS, TSV-M. They process one matrix at a time.
 
-A matrix is a tensor of two dimensions. All other tensors (biases, norms, patch and position embeddings) get the
-mean of the task vectors, as in all public code; the scale applies to them too.
+A matrix is a tensor of two dimensions. All other tensors (biases, norms, patch and position embeddings) get the mean
+of the task vectors, as in all public code. The scale applies to them too.
 
-Public code computes the singular value decompositions in float32, whose polar factors lose digits with the condition
-number of the matrix (measured: 3e-5 to 1e-4 off at 1e5, 2e-3 to 1e-2 at 1e7). Here the arithmetic is in float64, and
-goes over the eigenvectors of the smaller Gram matrix: a method takes a quarter to a half of the time of the float32
-decompositions that public code makes. See `_MIN_EIGENVALUE` for where that would not do.
+Public code computes singular value decompositions in float32, whose polar factors lose digits with the condition number
+of the matrix (measured errors: 3e-5 to 1e-4 at 1e5, 2e-3 to 1e-2 at 1e7). Here the arithmetic is in float64, on the
+eigenvectors of the smaller Gram matrix, which takes a quarter to a half of the time of the float32 decompositions of
+public code. See `_MIN_EIGENVALUE` for the matrices to which this does not apply.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from simomerge.core.registry import parameter
+from simomerge.merging.engine.stream import TaskVectors
 from simomerge.merging.method import MergeMethod, register
 
-_ISO = "No Task Left Behind (Marczak et al., 2025)"
-_ISO_LINK = "https://arxiv.org/abs/2502.04959"
+_ISO = "No Task Left Behind (Marczak et al., 2025)", "https://arxiv.org/abs/2502.04959"
 
 _MIN_EIGENVALUE = 1e-10
-"""Of a Gram matrix, relative to its largest: a condition number of 1e5, as squaring squares it. At this bound polar
-factors are 3e-8 off those of a float64 decomposition (measured); below it the matrix itself is decomposed."""
+"""Smallest eigenvalue of a Gram matrix relative to its largest. It is a condition number of 1e5, which a Gram matrix
+squares. At this bound, polar factors differ by 3e-8 from those of a float64 decomposition (measured). Below it,
+the matrix itself is decomposed."""
+
+_Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
+@dataclass(frozen=True)
 class SpectralMethod(MergeMethod):
-    """theta_0 + scale * (what `merge_matrices` makes of the task vectors)."""
+    """theta_0 + scale * `merge_matrices` of the task vectors."""
 
-    scale: float
+    scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
 
     def merge_matrices(self, task_vectors: Sequence[np.ndarray]) -> np.ndarray:
         """Merge task vectors (m, n), float32, into one (m, n), float64."""
         raise NotImplementedError
 
-    def merge_tensor(
-        self, name: str, base: np.ndarray, task_vectors: Mapping[str, np.ndarray], statistics: Any
-    ) -> np.ndarray:
+    def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         taus = list(task_vectors.values())
         merged = self.merge_matrices(taus) if base.ndim == 2 and base.size else _sum(taus) / len(taus)
         return np.asarray(base + self.scale * merged, np.float32)
 
 
-@register
+@register("iso-c", *_ISO)
 @dataclass(frozen=True)
 class IsoC(SpectralMethod):
-    """Isotropic merging in the common space (Marczak et al., 2025, section 4).
+    """Replace all singular values of the summed task vectors by their mean (Marczak et al., 2025, section 4).
 
-    Per matrix: the **sum** of the task vectors is U diag(sigma) V^T; the merged task vector is mean(sigma) * U V^T,
-    the mean over all min(m, n) singular values. fusion_bench does the same; the copy of the method in the code of
-    the TSV authors decomposes the mean of the task vectors, which comes to scale 1/T. Other tensors: the mean.
+    "Isotropic merging in the common space": for each matrix, the **sum** of the task vectors is U diag(sigma) V^T, and
+    the merged task vector is mean(sigma) * U V^T, with the mean over all min(m, n) singular values. fusion_bench does
+    the same. The copy of the method in the code of the TSV authors decomposes the mean of the task vectors, which
+    amounts to scale 1/T. Other tensors: the mean.
 
-    A sum of zero gives zero. Of any other, all min(m, n) directions are kept, as in public code, also those of
-    (nearly) no singular value: where the sum is rank-deficient (experts of a few low-rank factors), their U V^T is
-    some orthonormal completion, of the same size as the rest, and depends on the linear algebra library.
+    A sum of zero gives zero. Otherwise, as in public code, all min(m, n) directions are kept, also those whose singular
+    value is (nearly) zero. If the sum is rank-deficient (experts of a few low-rank factors), the U V^T of these
+    directions is some orthonormal completion of the same size as the rest; it depends on the linear algebra library.
 
     Example:
         >>> IsoC().merge_tensor("w", np.zeros((2, 2)), {"a": np.diag([4.0, 1.0]), "b": np.diag([0.0, 1.0])}, None) + 0
@@ -64,33 +67,28 @@ class IsoC(SpectralMethod):
                [0., 3.]], dtype=float32)
     """
 
-    name: ClassVar[str] = "iso-c"
-    paper: ClassVar[str] = _ISO
-    link: ClassVar[str] = _ISO_LINK
-
-    scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
-
     def merge_matrices(self, task_vectors: Sequence[np.ndarray]) -> np.ndarray:
         return _isotropic(_sum(task_vectors))
 
 
-@register
+@register("iso-cts", *_ISO)
 @dataclass(frozen=True)
 class IsoCts(SpectralMethod):
-    """Isotropic merging in common and task-specific spaces (Marczak et al., 2025, section 4).
+    """Iso-C, with some directions reserved for each task (Marczak et al., 2025, section 4).
 
-    Per matrix of r = min(m, n), with T experts, as in fusion_bench's port of the authors' code:
+    "Isotropic merging in common and task-specific spaces". For each matrix of rank r = min(m, n), with T experts, as in
+    fusion_bench's port of the authors' code:
 
-    1. Each expert gets k = round((r - int(r * common)) / T) directions (halves to the even number), the common
-       space the other r - T * k. Public code lets T * k exceed r where ``common`` is near 0 and stops there; here
-       k is r // T at most.
-    2. The common directions are the first singular triplets of the sum of the task vectors; an expert's are the
-       first k of its task vector once the common left vectors are projected out: tau - U U^T tau.
-    3. All left vectors side by side are replaced by their polar factor, all right vectors by theirs, and all
-       singular values by their mean.
+    1. Each expert gets k = round((r - int(r * common)) / T) directions (halves round to even), the common space the
+       other r - T * k. In public code, T * k exceeds r if ``common`` is near 0, and the code fails; here k is at most
+       r // T.
+    2. The common directions are the first singular triplets of the sum of the task vectors. The directions of an expert
+       are the first k of its task vector after the common left vectors are projected out: tau - U U^T tau.
+    3. All left vectors side by side are replaced by their polar factor, all right vectors by theirs, and all singular
+       values by their mean.
 
-    k = 0 is Iso-C. Experts whose task vector is zero here have no directions, and take no part in 3; public code
-    takes the first unit vectors for them. A sum of zero gives zero. Other tensors: the mean.
+    With k = 0, this is Iso-C. An expert whose task vector is zero in a matrix has no directions and takes no part in
+    step 3; public code takes the first unit vectors for it. A sum of zero gives zero. Other tensors: the mean.
 
     Example:
         >>> both = {"a": np.diag([4.0, 2.0, 0.0]), "b": np.diag([4.0, 0.0, 2.0])}
@@ -100,11 +98,6 @@ class IsoCts(SpectralMethod):
                [0., 0., 4.]], dtype=float32)
     """
 
-    name: ClassVar[str] = "iso-cts"
-    paper: ClassVar[str] = _ISO
-    link: ClassVar[str] = _ISO_LINK
-
-    scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
     common: float = parameter(0.8, low=0.0, high=1.0, help="fraction of the rank that all tasks share")
 
     def merge_matrices(self, task_vectors: Sequence[np.ndarray]) -> np.ndarray:
@@ -122,31 +115,25 @@ class IsoCts(SpectralMethod):
         return sigmas.mean() * (_polar(lefts)[0] @ _polar(rights)[0])
 
 
-@register
+@register("tsv-m", "Task Singular Vectors (Gargiulo et al., 2025)", "https://arxiv.org/abs/2412.00081")
 @dataclass(frozen=True)
 class TsvM(SpectralMethod):
-    """Task singular vectors, merged (Gargiulo et al., 2025, TSV-Merge).
+    """Merge the leading singular vectors of each task vector (TSV-Merge, Gargiulo et al., 2025).
 
-    As in the authors' code (``compute_and_sum_svd_mem_reduction``), per matrix: the first r = min(m, n) // T
-    singular triplets of each of the T task vectors; all left vectors side by side are replaced by their polar
-    factor, all right vectors by theirs: polar(U) diag(sigma) polar(V).
+    As in the authors' code (``compute_and_sum_svd_mem_reduction``), for each matrix: take the first
+    r = min(m, n) // T singular triplets of each of the T task vectors. All left vectors side by side are replaced by
+    their polar factor, all right vectors by theirs: polar(U) diag(sigma) polar(V).
 
-    r is at least 1. In public code a matrix with min(m, n) < T (DINOv2's mask token, (1, C)) keeps nothing, and
-    r = int(min(m, n) * (1 / T)) loses one where the product is rounded down (49 * (1 / 49)). Experts whose task
-    vector is zero here have no singular vectors and take no part; public code takes the first unit vectors for
-    them, with sigma 0. Other tensors: the mean.
+    r is at least 1. In public code, a matrix with min(m, n) < T (DINOv2's mask token, (1, C)) keeps nothing, and
+    r = int(min(m, n) * (1 / T)) is one too small if the product is rounded down (49 * (1 / 49)). An expert whose task
+    vector is zero in a matrix has no singular vectors and takes no part; public code takes the first unit vectors for
+    it, with sigma 0. Other tensors: the mean.
 
     Example:
         >>> TsvM().merge_tensor("w", np.zeros((2, 2)), {"a": np.diag([4.0, 1.0]), "b": np.diag([0.0, 1.0])}, None) + 0
         array([[4., 0.],
                [0., 1.]], dtype=float32)
     """
-
-    name: ClassVar[str] = "tsv-m"
-    paper: ClassVar[str] = "Task Singular Vectors (Gargiulo et al., 2025)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2412.00081"
-
-    scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
 
     def merge_matrices(self, task_vectors: Sequence[np.ndarray]) -> np.ndarray:
         rank = max(min(task_vectors[0].shape) // len(task_vectors), 1)
@@ -157,9 +144,6 @@ class TsvM(SpectralMethod):
         return (_polar(left)[0] * sigma) @ _polar(right)[0]
 
 
-_Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
 def _sum(task_vectors: Sequence[np.ndarray]) -> np.ndarray:
     total = task_vectors[0].astype(np.float64)
     for tau in task_vectors[1:]:
@@ -168,7 +152,7 @@ def _sum(task_vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _isotropic(matrix: np.ndarray) -> np.ndarray:
-    """The matrix with every singular value replaced by their mean; zero stays zero."""
+    """The matrix with every singular value replaced by the mean of all. A zero matrix stays zero."""
     if not matrix.any():
         return np.zeros_like(matrix)
     factor, mean = _polar(matrix)
@@ -177,15 +161,7 @@ def _isotropic(matrix: np.ndarray) -> np.ndarray:
 
 
 def _polar(matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """The polar factor U V^T of a matrix U diag(sigma) V^T, and mean(sigma), over all min(m, n) of them.
-
-    Example:
-        >>> factor, mean = _polar(np.array([[0.0, 2.0], [4.0, 0.0], [0.0, 0.0]]))
-        >>> factor.round(6) + 0, round(mean, 6)
-        (array([[0., 1.],
-               [1., 0.],
-               [0., 0.]]), 3.0)
-    """
+    """The polar factor U V^T of a matrix U diag(sigma) V^T, and the mean of all min(m, n) singular values."""
     if matrix.shape[0] < matrix.shape[1]:
         factor, mean = _polar(matrix.T)
         return factor.T, mean
@@ -194,23 +170,17 @@ def _polar(matrix: np.ndarray) -> tuple[np.ndarray, float]:
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
         return left @ right, float(sigma.mean())
     sigma = np.sqrt(eigenvalues)
-    # M (M^T M)^(-1/2): one product with the large matrix, none with U and V.
+    # M (M^T M)^(-1/2) needs one product with the large matrix, and none with U and V.
     return matrix @ ((vectors / sigma) @ vectors.T), float(sigma.mean())
 
 
 def _singular_triplets(matrix: np.ndarray, count: int) -> _Triplets:
-    """The ``count`` largest singular triplets: U (m, count), sigma (count,), V^T (count, n); in no order.
-
-    Example:
-        >>> left, sigma, right = _singular_triplets(np.diag([3.0, 1.0, 2.0])[:2], 1)
-        >>> np.abs(left).T, sigma, np.abs(right)
-        (array([[1., 0.]]), array([3.]), array([[1., 0., 0.]]))
-    """
+    """The ``count`` largest singular triplets: U (m, count), sigma (count,), V^T (count, n), in no particular order."""
     if matrix.shape[0] > matrix.shape[1]:
         left, sigma, right = _singular_triplets(matrix.T, count)
         return right.T, sigma, left.T
     eigenvalues, vectors = np.linalg.eigh(matrix @ matrix.T)
-    first = len(eigenvalues) - count  # they come in ascending order
+    first = len(eigenvalues) - count  # They are in ascending order.
     if not _is_well_conditioned(eigenvalues[first:]):
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
         return left[:, :count], sigma[:count], right[:count]

@@ -163,14 +163,14 @@ def test_mistakes(
         ((depth, files["normals"], tmp_path / "nowhere"), "nowhere does not exist"),
         ((depth, cut), r"cut\.safetensors is not a complete safetensors file"),
         ((depth, other), r"differ in the shapes of 1 tensor: scalar \(\) and \(2,\)"),
-        ((depth, less_of_it), "lacks 7 tensors of the base: steps, "),
-        ((less_of_it, depth), "has 7 tensors that the base lacks: "),
+        ((depth, less_of_it), "is missing 7 tensors of the base: steps, "),
+        ((less_of_it, depth), "has 7 tensors that the base does not have: "),
         ((depth, nan), r"'scalar' of .* \(.*nan\.safetensors\) holds NaN"),
         ((nan, depth), r"'scalar' of .* \(.*nan\.safetensors\) holds NaN"),
         ((depth, nan, base), r"'scalar' of the expert 'b' \(.*nan\.safetensors\) holds NaN"),
         ((depth, other, base), "differ in the shapes of 1 tensor: scalar"),
         ((depth, depth, base), "are the same"),
-        ((depth, models["depth"]), "lacks"),
+        ((depth, models["depth"]), "is missing"),
     ]
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):

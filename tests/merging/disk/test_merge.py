@@ -320,12 +320,12 @@ def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny
     said = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
     assert said["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
     assert list(simomerge.load(done.output).tasks) == list(models)
-    with pytest.raises(InputError, match="lacks 2 tensors of the base: pooler"):
+    with pytest.raises(InputError, match="is missing 2 tensors of the base: pooler"):
         merge_on_disk(base, models, tmp_path / "weights.safetensors")
     # What one expert has is not left out.
     changed = {**tensors_of(models["depth"]), **pooler}
     write_safetensors(models["depth"] / "encoder" / "model.safetensors", changed)
-    with pytest.raises(InputError, match="The expert 'normals' lacks 2 tensors of the base: pooler"):
+    with pytest.raises(InputError, match="The expert 'normals' is missing 2 tensors of the base: pooler"):
         merge_on_disk(base, models, tmp_path / "other")
 
 
@@ -686,8 +686,11 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
     "broken index": (broken_index, r"index\.json is not an index of shards \(no 'weight_map'\)"),
     "NaN": (nan, r"'encoder\.layer\.1\.norm1\.bias' of the expert 'edges' \(.*/edges\.safetensors\) holds NaN or inf"),
     "infinite base": (infinite_base, r"'scalar' of the base \(.*/base\.safetensors\) holds NaN or infinite values"),
-    "lost tensor": (lost_tensor, r"The expert 'depth' lacks 1 tensor of the base: layernorm\.weight"),
-    "head inside": (head_inside, r"The expert 'depth' has 2 tensors that the base lacks: head\.bias, head\.weight"),
+    "lost tensor": (lost_tensor, r"The expert 'depth' is missing 1 tensor of the base: layernorm\.weight"),
+    "head inside": (
+        head_inside,
+        r"The expert 'depth' has 2 tensors that the base does not have: head\.bias, head\.weight",
+    ),
     "other shape": (
         other_shape,
         r"base and the expert 'depth' differ in the shapes of 1 tensor: layernorm\.weight \(6",
@@ -701,7 +704,7 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
     "dtype": (option(dtype="float8"), r"dtype 'float8': use float32, float16 or bfloat16\."),
     "dtype of integers": (option(dtype="I64"), "dtype 'I64': use float32, float16 or bfloat16"),
     "schedule": (option(schedule="cosine"), "schedule 'cosine': give numbers over the depth"),
-    "too many factors": (option(schedule=[1, 2, 3]), "a schedule of 3 values for 2 blocks: give one each at most"),
+    "too many factors": (option(schedule=[1, 2, 3]), "a schedule of 3 values for 2 blocks: give at most one per block"),
     "too large": (too_large, r"'layernorm\.weight' holds .*e\+05, too large for F16: store it as F32"),
     "three for slerp": (three_for_slerp, "'slerp' merges exactly 2 experts, got 3: depth, normals, edges"),
     "data": (option(method="regmean"), "regmean: grams are needed of every expert"),

@@ -1,1 +1,1 @@
-"""How a merge method is applied to named tensors: streaming, thresholds, depth, checks."""
+"""How a merge method is applied to named tensors: streaming, exact order statistics, depth, checks."""

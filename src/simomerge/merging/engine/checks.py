@@ -1,8 +1,8 @@
-"""What must hold before any arithmetic: enough models, all different, with the same tensors."""
+"""Checks before any arithmetic: enough models, all different, with the same tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,18 +10,17 @@ from simomerge.checkpoints import canonicalise, tensor_info
 from simomerge.core.errors import InputError
 from simomerge.merging.method import MergeMethod
 
-_SHOWN = 3  # of a list of mismatches; the count is given as well
+_SHOWN = 3  # Number of mismatches that a message lists; it gives the total as well.
 
 
 def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: Mapping[str, Mapping[str, Any]]) -> None:
     """Check the base and the experts against each other and against what the method needs.
 
-    Only names, shapes and dtypes are looked at; values are checked where they are read, in
-    ``TaskVectorStream``.
+    Only names, shapes and dtypes are checked here. `TaskVectorStream` checks the values when it reads them.
 
     Raises:
-        InputError: no base where one is needed, too few experts, one expert given twice, a missing or an
-            extra tensor, two shapes that differ, a float tensor that is not a float elsewhere.
+        InputError: The base is missing but needed; too few experts; the same expert twice; a missing or an extra
+            tensor; different shapes; a float tensor that is not a float in another model.
     """
     if base is None and method.needs_base:
         raise InputError(f"'{method.name}' needs the base that the experts were fine-tuned from: give it.")
@@ -31,50 +30,39 @@ def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: M
         path = getattr(a, "path", None)
         if a is b or (path is not None and path == getattr(b, "path", None)):
             raise InputError(f"The experts '{first}' and '{second}' are the same: give each expert once.")
-    if base is not None:
-        for expert in experts:
-            _check_same_tensors("the base", base, f"the expert '{expert}'", experts[expert])
-    else:
-        reference, *others = experts
-        for expert in others:
-            _check_same_tensors(
-                f"the expert '{reference}'", experts[reference], f"the expert '{expert}'", experts[expert]
-            )
+    models = {f"the expert '{expert}'": tensors for expert, tensors in experts.items()}
+    (reference, expected), *others = ([("the base", base)] if base is not None else []) + list(models.items())
+    for other, given in others:
+        _check_same_tensors(reference, expected, other, given)
 
 
 def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str, given: Mapping[str, Any]) -> None:
     expected_names, given_names = canonicalise(expected), canonicalise(given)
     if missing := [name for name in expected_names if name not in given_names]:
-        raise InputError(
-            f"{_capital(other)} lacks {_count(missing)} of {reference}: {_first(missing)}. "
-            "Give experts fine-tuned from this base."
-        )
+        which = _listed(missing, f" of {reference}")
+        raise InputError(f"{_capital(other)} is missing {which}. Give experts fine-tuned from this base.")
     if extra := [name for name in given_names if name not in expected_names]:
-        raise InputError(
-            f"{_capital(other)} has {_count(extra)} that {reference} lacks: {_first(extra)}. "
-            "Give the encoder alone, without heads."
-        )
-    shapes, kinds = [], []
+        which = _listed(extra, f" that {reference} does not have")
+        raise InputError(f"{_capital(other)} has {which}. Give the encoder alone, without heads.")
+    shapes, dtypes = [], []
     for name in expected_names:
         a, b = tensor_info(expected, expected_names[name]), tensor_info(given, given_names[name])
         if a.shape != b.shape:
             shapes.append(f"{name} {a.shape} and {b.shape}")
         if a.is_float != b.is_float:
-            kinds.append(f"{name} {a.dtype} and {b.dtype}")
-    for differing, what in ((shapes, "shapes"), (kinds, "dtypes")):
+            dtypes.append(f"{name} {a.dtype} and {b.dtype}")
+    for differing, what in ((shapes, "shapes"), (dtypes, "dtypes")):
         if differing:
             raise InputError(
-                f"{_capital(reference)} and {other} differ in the {what} of {_count(differing)}: "
-                f"{_first(differing)}. Give experts fine-tuned from this base."
+                f"{_capital(reference)} and {other} differ in the {what} of {_listed(differing)}. "
+                "Give experts fine-tuned from this base."
             )
 
 
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:_SHOWN]) + (", ..." if len(items) > _SHOWN else "")
-
-
-def _count(items: list[str]) -> str:
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}"
+def _listed(items: Sequence[str], which: str = "") -> str:
+    """The number of tensors and the first of them, such as "5 tensors of the base: w0, w1, w2, ..."."""
+    more = ", ..." if len(items) > _SHOWN else ""
+    return f"{len(items)} tensor{'s' if len(items) > 1 else ''}{which}: {', '.join(items[:_SHOWN])}{more}"
 
 
 def _capital(text: str) -> str:

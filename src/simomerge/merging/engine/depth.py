@@ -1,4 +1,4 @@
-"""Which block of the encoder a tensor belongs to, from its name alone."""
+"""Find the block of the encoder that a tensor belongs to, from its name alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _NUMBERED = re.compile(r"(?:^|\.)(?:layers?|blocks?|stages?|resblocks|h)\.(\d+)(
 class Depth:
     """The encoder's blocks in order, found from the names of its tensors.
 
-    A block is what the first two numbers in a name count (stage and block of a hierarchical encoder; a plain
-    one has one number). What a stage holds beside its blocks, as its downsampling, goes with its last block.
+    A block is identified by the first two numbers in a name: the stage and the block of a hierarchical encoder, or the
+    block alone. Other tensors of a stage, such as its downsampling, belong to the last block of the stage.
 
     Args:
-        names: canonical names of all tensors.
+        names: Canonical names of all tensors.
 
     Attributes:
-        blocks: how many there are.
+        blocks: The number of blocks.
 
     Example:
         >>> depth = Depth(["embeddings.cls_token", "encoder.layer.0.norm1.bias", "encoder.layer.1.norm1.bias"])
@@ -29,11 +29,11 @@ class Depth:
     def __init__(self, names: Iterable[str]) -> None:
         keys = sorted({key for name in names if (key := _key(name))})
         longest = max(map(len, keys), default=0)
-        whole = [key for key in keys if len(key) == longest]
-        self.blocks = len(whole)
-        self._index = {key: place for place, key in enumerate(whole)}
+        blocks = [key for key in keys if len(key) == longest]
+        self.blocks = len(blocks)
+        self._index = {key: index for index, key in enumerate(blocks)}
         for key in keys:
-            inside = [self._index[block] for block in whole if block[: len(key)] == key]
+            inside = [self._index[block] for block in blocks if block[: len(key)] == key]
             self._index.setdefault(key, max(inside, default=0))
 
     def index(self, name: str) -> int | None:
@@ -41,7 +41,7 @@ class Depth:
         return self._index.get(_key(name))
 
     def position(self, name: str) -> int:
-        """As :meth:`index`, but embeddings count to the first block and all else outside to the last."""
+        """Like `index`, but embeddings count as the first block and other tensors outside the blocks as the last."""
         index = self.index(name)
         if index is None:
             index = 0 if any(word in name for word in ("embed", "stem", "token", "pre_l")) else self.blocks - 1

@@ -1,4 +1,4 @@
-"""Merge whole encoders: check, read one tensor at a time, let the method do the arithmetic."""
+"""Merge whole encoders: check them, read one tensor at a time, and let the method do the arithmetic."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from simomerge.merging.method import MergeMethod, get_method
 
 
 class Merged(Mapping[str, np.ndarray]):
-    """A merge as a mapping from tensor names to arrays: a tensor is merged when it is read, and not kept.
+    """A merge as a mapping from tensor names to arrays. A tensor is merged when it is read, and is not kept.
 
-    Several threads may read. What a method needs to know of whole models (its statistics) is computed by `prepare`, or
-    else with the first tensor. Names and order are the base's; floats are merged, as float32, all others copied from
-    the base as stored.
+    Several threads may read at the same time. The method's statistics of whole models are computed by `prepare`, or
+    else together with the first tensor. Names and order are those of the base. Float tensors are merged, in float32;
+    all others are copied from the base as stored.
 
     Args:
-        method: the method.
-        base, experts, schedule, threads: see :func:`merge_tensors`.
+        method: The method.
+        base, experts, schedule, threads: See `merge_tensors`.
 
     Raises:
-        InputError: what ``check_models`` raises; a value that is not finite, when its tensor is read.
+        InputError: What `check_models` raises, or, when a tensor is read, a value that is not finite.
 
     Example:
         >>> from simomerge.merging import TaskArithmetic
@@ -53,8 +53,8 @@ class Merged(Mapping[str, np.ndarray]):
         self._schedule = as_schedule(schedule)
         if self._schedule is not None and base is None:
             raise InputError("a schedule scales the task vectors: give the base.")
-        # Without a base any point of reference will do (the method said so), and an expert is at hand: always the
-        # same one, for the last digit depends on it.
+        # A method without a base accepts any point of reference. It is always the first expert by name, because the
+        # last digit of the result depends on it.
         self._reference = experts[min(experts)] if base is None else base
         self._has_base = base is not None
         self._method = method.for_experts(list(experts))
@@ -70,7 +70,7 @@ class Merged(Mapping[str, np.ndarray]):
         return statistics, self._schedule.factors(self._method, self._stream, statistics) if self._schedule else None
 
     def prepare(self) -> None:
-        """Compute what the method needs to know of whole models now, in this thread, not with the first tensor."""
+        """Compute the method's statistics of whole models now, in this thread, not together with the first tensor."""
         with self._lock:
             _ = self._prepared
 
@@ -79,15 +79,26 @@ class Merged(Mapping[str, np.ndarray]):
         if name not in self._stream.sizes:
             return as_numpy(self._reference[own_name], own_name).copy()
         self.prepare()
-        statistics, factors = self._prepared
-        with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values
-            return _merged_tensor(self._method, self._stream, statistics, factors, name)
+        with np.errstate(over="ignore", invalid="ignore"):  # The check for finite values may overflow.
+            return self._merged(name)
+
+    def _merged(self, name: str) -> np.ndarray:
+        method, stream, (statistics, factors) = self._method, self._stream, self._prepared
+        merged = np.empty(stream.shapes[name], np.float32)
+        flat = merged.reshape(-1)
+        blocks = stream.read_blocks(name) if method.elementwise else [(slice(None), *stream.read(name))]
+        for part, base, task_vectors in blocks:
+            values = method.merge_tensor(name, base, task_vectors, statistics)
+            if factors is not None:
+                values = base + np.float32(factors(name)) * (values - base)
+            flat[part] = values.reshape(-1)
+        return merged
 
     def __contains__(self, own_name: object) -> bool:
         return own_name in self._canonical
 
     def info(self, own_name: str) -> TensorInfo:
-        """Shape and storage dtype of one tensor as it comes, without merging it. Raises KeyError."""
+        """Shape and dtype of one tensor of the result, without merging it. Raises KeyError."""
         stored = tensor_info(self._reference, own_name)
         return TensorInfo(stored.shape, "F32") if self._canonical[own_name] in self._stream.sizes else stored
 
@@ -98,13 +109,23 @@ class Merged(Mapping[str, np.ndarray]):
         return len(self._canonical)
 
     def warn_of_unchanged(self, stacklevel: int = 2) -> None:
-        """After all tensors were read: warn of experts that equal the base."""
+        """Warn of experts that equal the base. Call it after all tensors have been read."""
         unchanged = [expert for expert in self._stream.experts if expert not in self._stream.changed]
         if unchanged and self._has_base:
             warnings.warn(
                 f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.",
                 stacklevel=stacklevel + 1,
             )
+
+
+def _keep_freed_memory() -> None:
+    """Make the allocator keep the memory that one block of a tensor frees, for the next block.
+
+    glibc returns freed arrays of a block's size to the system and maps every new one page by page, which took as long
+    as the arithmetic (8.7 instead of 14 ns per entry of TIES). Freeing one larger array raises its limit. The array is
+    never touched, so it takes no memory.
+    """
+    np.empty(24 << 20, np.uint8)
 
 
 def merge_tensors(
@@ -115,29 +136,29 @@ def merge_tensors(
     threads: int | None = None,
     **parameters: Any,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Merge tensor by tensor; what is in memory is a few tensors of each model (and the method's statistics).
+    """Merge tensor by tensor, with only a few tensors of each model (and the method's statistics) in memory.
 
-    The contracts are checked in the call, before the first tensor. Values are checked as they are read: an
-    error can come after some tensors have been delivered, so write them where half a result is discarded, as
+    Names, shapes and dtypes are checked in the call, before the first tensor. Values are checked when they are read, so
+    an error can come after some tensors have been delivered. Write them where half a result is discarded, as
     ``checkpoints.write_safetensors`` does.
 
     Args:
         base: name -> numpy array or torch tensor, or a Checkpoint. None for a method that needs no base.
-        experts: expert name -> the same, fine-tuned from ``base``. On-disk and in-memory names may be mixed.
-        method: a name of ``available()``, or a method.
-        schedule: factors over the depth for the merged task vector: see ``schedule.as_schedule``.
-        threads: all cores by default; the result does not depend on it.
-        **parameters: of the method, when it is given by name.
+        experts: Expert name -> the same, fine-tuned from ``base``. On-disk and in-memory names may be mixed.
+        method: A name from `available`, or a method.
+        schedule: Factors over the depth for the merged task vector; see `as_schedule`.
+        threads: The number of threads, by default all cores. The result does not depend on it.
+        **parameters: The method's parameters, if it is given by name.
 
     Yields:
-        ``(name, array)`` for every tensor of the base, under the base's own name and in its order: floats
-        merged, as float32; all others copied from the base as stored.
+        ``(name, array)`` for every tensor of the base, in its order and under its name. Float tensors are merged, in
+        float32; all others are copied from the base as stored.
 
     Raises:
-        InputError: what ``get_method`` and ``check_models`` raise; values that are not finite.
+        InputError: What `get_method` and `check_models` raise, or a value that is not finite.
 
     Warns:
-        UserWarning: an expert is equal to the base.
+        UserWarning: An expert is equal to the base.
 
     Example:
         >>> dict(merge_tensors({"w": np.zeros(1)}, {"a": {"w": np.ones(1)}}, "task-arithmetic", scale=0.5))
@@ -156,31 +177,6 @@ def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.nda
     merged.warn_of_unchanged()
 
 
-def _keep_freed_memory() -> None:
-    """Let the allocator keep what a block of a tensor frees, for the next block.
-
-    glibc gives freed arrays of a block's size back to the system and maps every new one page by page, which took as
-    long as the arithmetic (8.7 instead of 14 ns per entry of TIES). Freeing one larger array raises that limit.
-    It is never touched, so it takes no memory.
-    """
-    np.empty(24 << 20, np.uint8)
-
-
-def _merged_tensor(
-    method: MergeMethod, stream: TaskVectorStream, statistics: Any, factors: Factor | None, name: str
-) -> np.ndarray:
-    merged = np.empty(stream.shapes[name], np.float32)
-    flat = merged.reshape(-1)
-    workspace = stream.workspace(name) if method.elementwise else None
-    for part in stream.blocks(name) if method.elementwise else (None,):
-        base, task_vectors = stream.read(name, part, workspace)
-        values = method.merge_tensor(name, base, task_vectors, statistics)
-        if factors is not None:
-            values = base + np.float32(factors(name)) * (values - base)
-        flat[slice(None) if part is None else part] = values.reshape(-1)
-    return merged
-
-
 def merge_state_dicts(
     base: Mapping[str, Any] | None,
     experts: Mapping[str, Mapping[str, Any]],
@@ -191,18 +187,17 @@ def merge_state_dicts(
 ) -> dict[str, Any]:
     """Merge state dicts into one, without any model class.
 
-    Like :func:`merge_tensors`, but all at once and in the base's terms: its names, and for each tensor its
-    kind (numpy or torch), dtype and device. The arithmetic is in float32 whatever the dtype. With
-    ``base=None`` the first expert by name takes that role.
+    Like `merge_tensors`, but all at once. Every tensor has the base's name, kind (numpy or torch), dtype and device.
+    The arithmetic is in float32 whatever the dtype. With ``base=None``, the first expert by name takes the base's role.
 
     Args:
-        base, experts, method, schedule, threads, **parameters: see :func:`merge_tensors`.
+        base, experts, method, schedule, threads, **parameters: See `merge_tensors`.
 
     Returns:
-        name -> merged tensor; nothing is shared with the inputs. A Checkpoint as base gives float32 arrays.
+        name -> merged tensor, which shares no memory with the inputs. A Checkpoint as base gives float32 arrays.
 
     Raises:
-        InputError: see :func:`merge_tensors`.
+        InputError: See `merge_tensors`; also a merged value that is too large for the dtype.
 
     Example:
         >>> merge_state_dicts({"w": np.zeros(1, np.float16)}, {"a": {"w": np.ones(1)}}, scale=0.5)
@@ -214,7 +209,7 @@ def merge_state_dicts(
 
 
 def like(array: np.ndarray, original: Any, name: str) -> Any:
-    """The array as the kind, dtype and device of the original. Raises InputError where a value is too large for it."""
+    """An array with the kind, dtype and device of the original. Raises InputError if a value is too large for it."""
     if (dtype := value_info(original, name).dtype) in ("F16", "BF16"):
         encode(array, dtype, name)
     if hasattr(original, "new_tensor"):

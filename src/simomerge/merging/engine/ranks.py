@@ -1,73 +1,75 @@
-"""Exact order statistics over a whole encoder without sorting or holding it.
+"""Exact order statistics over a whole encoder without sorting it or holding it in memory.
 
-A sample brackets the wanted value; one streaming pass then counts what lies below the bracket and collects what
-lies inside it, a fraction of a percent. What was collected is searched. A bracket that missed is widened.
+A sample brackets the wanted value. One pass over the encoder then counts the values below the bracket and collects
+those inside it, a fraction of a percent, and the wanted value is selected among them. If the bracket missed, it is
+widened and the pass is repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from simomerge.merging.engine.stream import TaskVectorStream
+from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream
 
-Values: TypeAlias = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+Values: TypeAlias = Callable[[TaskVectors], Mapping[str, np.ndarray]]
 """Flat task vectors of some entries (which it may overwrite) -> per expert the values to rank, entry by entry."""
 
 _SAMPLE = 1_000_000
-_MARGIN = 8.0  # standard deviations of a sampled quantile
+_MARGIN = 8.0  # In standard deviations of a sampled quantile.
+
+
+class _Found(NamedTuple):
+    """What one block contributes to a bracket: counts, and the values strictly inside."""
+
+    below: int
+    at_low: int
+    at_high: int
+    inside: np.ndarray
 
 
 @dataclass
 class _Bracket:
-    """Where the value of one rank is looked for, and what one pass found of it there."""
+    """An interval that should contain the value of one rank, and what a pass found in it."""
 
     rank: int
     low: float = -np.inf
     high: float = np.inf
-    below: int = 0
-    at_low: int = 0
-    at_high: int = 0
-    inside: list[np.ndarray] = field(default_factory=list)
+    found: list[_Found] = field(default_factory=list)
 
-    def look(self, values: np.ndarray) -> tuple[int, int, int, np.ndarray]:
+    def look(self, values: np.ndarray) -> _Found:
         low, high = np.float32(self.low), np.float32(self.high)
         below = values < low
         candidates = values[np.flatnonzero((values <= high) ^ below)]
-        # Of a quantised or a sparse task vector very many entries may equal an end of the bracket: these are
-        # counted, not collected.
+        # In a quantised or sparse task vector, very many entries may equal an end of the bracket. They are counted, not
+        # collected.
         at_low, at_high = candidates == low, candidates == high
-        return (
-            int(np.count_nonzero(below)),
-            int(np.count_nonzero(at_low)),
-            int(np.count_nonzero(at_high)),
-            candidates[~(at_low | at_high)],
-        )
+        counts = [int(np.count_nonzero(mask)) for mask in (below, at_low, at_high)]
+        return _Found(counts[0], counts[1], counts[2], candidates[~(at_low | at_high)])
 
-    def add(self, found: tuple[int, int, int, np.ndarray]) -> None:
-        self.below += found[0]
-        self.at_low += found[1]
-        self.at_high += found[2]
-        self.inside.append(found[3])
+    @property
+    def below(self) -> int:
+        return sum(found.below for found in self.found)
 
     def value(self) -> float | None:
-        """The value of the rank, or None where the bracket missed it."""
+        """The value of the rank, or None if it lies outside the bracket."""
         place = self.rank - self.below
-        inside = np.concatenate(self.inside) if self.inside else np.empty(0, np.float32)
+        inside = np.concatenate([found.inside for found in self.found]) if self.found else np.empty(0, np.float32)
         if place <= 0:
             return None
-        if place <= self.at_low:
+        if place <= (at_low := sum(found.at_low for found in self.found)):
             return self.low
-        place -= self.at_low
+        place -= at_low
         if place <= len(inside):
             return float(np.partition(inside, place - 1)[place - 1])
-        return self.high if place - len(inside) <= self.at_high and self.low != self.high else None
+        at_high = sum(found.at_high for found in self.found)
+        return self.high if place - len(inside) <= at_high and self.low != self.high else None
 
     def widened(self) -> _Bracket:
-        """A bracket for the next pass: open on the side on which the rank lies."""
+        """A bracket for the next pass, open on the side of the rank."""
         if self.rank <= self.below:
             return _Bracket(self.rank, -np.inf, self.low)
         return _Bracket(self.rank, self.high, np.inf)
@@ -76,19 +78,19 @@ class _Bracket:
 def kth_smallest(
     stream: TaskVectorStream, values: Values, ranks: Mapping[str, Sequence[int]]
 ) -> dict[str, list[float]]:
-    """The values of given ranks among all entries of the encoder, per expert and exactly.
+    """The exact values of given ranks among all entries of the encoder, per expert.
 
     Args:
-        stream: read once for the sample, and once (very rarely twice or three times) in full.
-        values: computes what is ranked from flat task vectors of some entries; it must treat them one by one.
-        ranks: expert -> ranks from 1 (the smallest) to the number of entries.
+        stream: Read once for the sample and once in full (very rarely twice or three times).
+        values: Computes what is ranked from flat task vectors of some entries. It must treat each entry independently.
+        ranks: Expert -> ranks, from 1 (the smallest) to the number of entries.
 
     Returns:
-        expert -> the float32 values of its ranks, in their order.
+        Expert -> the float32 values of its ranks, in their order.
 
     Example:
         >>> stream = TaskVectorStream({"w": np.zeros(4)}, {"a": {"w": np.array([4.0, -1.0, 3.0, 2.0])}})
-        >>> kth_smallest(stream, lambda taus: {"a": np.abs(taus["a"])}, {"a": [1, 4]})
+        >>> kth_smallest(stream, magnitudes, {"a": [1, 4]})
         {'a': [1.0, 4.0]}
     """
     brackets = _from_sample(stream, values, ranks)
@@ -105,19 +107,20 @@ def kth_smallest(
     return {expert: [found[expert, rank] for rank in wanted] for expert, wanted in ranks.items()}
 
 
+def magnitudes(task_vectors: TaskVectors) -> dict[str, np.ndarray]:
+    """The absolute values of task vectors, for `kth_smallest`. They overwrite the task vectors."""
+    return {expert: np.abs(tau, out=tau) for expert, tau in task_vectors.items()}
+
+
 def _from_sample(
     stream: TaskVectorStream, values: Values, ranks: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], _Bracket]:
     total = sum(stream.sizes.values())
     part = sample_of(total)
-
-    def sample(name: str) -> Mapping[str, np.ndarray]:
-        return values(stream.read(name, part)[1])
-
-    parts = [part for _, part in stream.map(sample)]
+    samples = [sample for _, sample in stream.map(lambda name: values(stream.read(name, part)[1]))]
     brackets = {}
     for expert, wanted in ranks.items():
-        drawn = np.sort(np.concatenate([part[expert] for part in parts]))
+        drawn = np.sort(np.concatenate([sample[expert] for sample in samples]))
         for rank in wanted:
             if not 1 <= rank <= total:
                 raise ValueError(f"rank {rank} of {total} entries")
@@ -131,9 +134,9 @@ def _from_sample(
 
 
 def sample_of(total: int) -> slice:
-    """The part of every tensor that makes a sample of about a million of all entries.
+    """The part of every tensor that gives a sample of about a million entries in total.
 
-    Never a divisor of a row apart, which would pick the same columns of all rows.
+    The step has no factor 2 or 3, because a divisor of a row's length would select the same columns of all rows.
 
     Example:
         >>> sample_of(10_000_000)
@@ -145,11 +148,27 @@ def sample_of(total: int) -> slice:
     return slice(0, None, step)
 
 
+def _pass(stream: TaskVectorStream, values: Values, brackets: Mapping[tuple[str, int], _Bracket]) -> None:
+    def look(name: str) -> list[dict[tuple[str, int], _Found]]:
+        found = []
+        for _, _, task_vectors in stream.read_blocks(name):
+            ranked = values(task_vectors)
+            found.append({key: bracket.look(ranked[key[0]]) for key, bracket in brackets.items()})
+        return found
+
+    for _, blocks in stream.map(look):
+        for block in blocks:
+            for key, found in block.items():
+                brackets[key].found.append(found)
+    stream.checked = True
+
+
 def sampled_distances(stream: TaskVectorStream, entries: int = 4096) -> dict[str, float]:
-    """``||expert - base|| / ||base||`` per expert, about, from a few pieces of every tensor: few pages of the files.
+    """An estimate of ``||expert - base|| / ||base||`` per expert, which reads only a few pages of the files.
 
     Args:
-        entries: of a tensor, in four pieces: at its beginning and after each quarter (of a fused qkv, some of each).
+        entries: Number of entries to read of a tensor, in four pieces: at its beginning and after each quarter, so that
+            a fused qkv contributes some of each.
 
     Example:
         >>> sampled_distances(TaskVectorStream({"w": np.full(4, 2.0)}, {"a": {"w": np.full(4, 3.0)}}))
@@ -166,17 +185,28 @@ def sampled_distances(stream: TaskVectorStream, entries: int = 4096) -> dict[str
     return {expert: float(value) for expert, value in zip(stream.experts, relative, strict=True)}
 
 
-def _pass(stream: TaskVectorStream, values: Values, brackets: Mapping[tuple[str, int], _Bracket]) -> None:
-    def look(name: str) -> list[dict[tuple[str, int], tuple[int, int, int, np.ndarray]]]:
-        found = []
-        workspace = stream.workspace(name)
-        for part in stream.blocks(name):
-            ranked = values(stream.read(name, part, workspace)[1])
-            found.append({key: bracket.look(ranked[key[0]]) for key, bracket in brackets.items()})
-        return found
+def rank_mask(values: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Which entries have a rank from ``low`` to ``high - 1``. The smallest has rank 0; equal values go by position.
 
-    for _, parts in stream.map(look):
-        for part in parts:
-            for key, found in part.items():
-                brackets[key].add(found)
-    stream.checked = True
+    Args:
+        values: 1-D, without NaN.
+        low, high: ``0 <= low < high <= len(values)``.
+
+    Returns:
+        bool, with ``high - low`` of the entries true.
+
+    Example:
+        >>> rank_mask(np.array([3.0, 1.0, 1.0, 2.0]), 1, 3)
+        array([False, False,  True,  True])
+    """
+    ordered = np.partition(values, (low, high - 1))
+    smallest, largest = ordered[low], ordered[high - 1]
+    mask = (values >= smallest) & (values <= largest)
+    # Some of the values that equal an end may have ranks outside: the first ones at the lower end, the last ones at the
+    # upper end.
+    too_low = low - int(np.count_nonzero(values < smallest))
+    too_high = len(values) - high - int(np.count_nonzero(values > largest))
+    mask[np.flatnonzero(values == smallest)[:too_low]] = False
+    if too_high:
+        mask[np.flatnonzero(values == largest)[-too_high:]] = False
+    return mask

@@ -1,4 +1,4 @@
-"""Scales that change with depth. They combine with any merge method: the merged task vector is multiplied."""
+"""Factors that change with depth and multiply the merged task vector. They combine with any merge method."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from simomerge.merging.engine.stream import TaskVectorStream
 from simomerge.merging.method import MergeMethod, get_method
 
 Factor: TypeAlias = Callable[[str], float]
-"""Canonical tensor name -> what its merged task vector is multiplied by."""
+"""Canonical tensor name -> the factor of its merged task vector."""
 
 
 @dataclass(frozen=True)
 class LayerScales:
-    """One factor per block, or a few that are interpolated linearly over the depth (mergekit's gradients).
+    """One factor per block, or a few factors that are interpolated linearly over the depth (mergekit's gradients).
 
     Embeddings take the first value, the final norm the last.
 
@@ -49,18 +49,21 @@ class LayerScales:
             raise InputError("a schedule over the depth needs numbered blocks, and the tensors' names have none.")
         if len(self.values) > depth.blocks > 0:
             raise InputError(
-                f"a schedule of {len(self.values)} values for {depth.blocks} blocks: give one each at most."
+                f"a schedule of {len(self.values)} values for {depth.blocks} blocks: give at most one per block."
             )
         return self.over(depth)
+
+    def plain(self) -> list[float]:
+        return list(_plain(self.values))
 
 
 @dataclass(frozen=True)
 class Lines:
-    """LiNeS (Wang et al., 2025, arXiv 2410.17146): block l of L is scaled by alpha + beta * l / (L - 1).
+    """LiNeS (Wang et al., 2025, arXiv 2410.17146): block l of L blocks is scaled by alpha + beta * l / (L - 1).
 
-    Tensors outside the blocks get alpha, the final norm too. By default alpha is the paper's for merging several
-    tasks, ``(||sum_t tau_t||_1 / ||tau_MTL||_1) / T`` with tau_MTL the method's merged task vector: shallow blocks,
-    which the tasks share, are averaged. The paper chooses beta on validation data.
+    Tensors outside the blocks get alpha, the final norm included. The default alpha is the paper's for merging several
+    tasks, ``(||sum_t tau_t||_1 / ||tau_MTL||_1) / T``, where tau_MTL is the method's merged task vector: the shallow
+    blocks, which the tasks share, are averaged. The paper chooses beta on validation data.
 
     Example:
         >>> names = [f"encoder.layer.{block}.norm1.weight" for block in range(3)] + ["layernorm.weight"]
@@ -85,6 +88,10 @@ class Lines:
         alpha = self.alpha if self.alpha is not None else _lines_alpha(method, stream, statistics)
         return self.over(Depth(stream.names), alpha)
 
+    def plain(self) -> str:
+        alpha = "" if self.alpha is None else f"alpha={float(self.alpha)},"
+        return f"lines:{alpha}beta={float(self.beta)}"
+
 
 def _lines_alpha(method: MergeMethod, stream: TaskVectorStream, statistics: Any) -> float:
     def norms(name: str) -> tuple[float, float]:
@@ -94,21 +101,21 @@ def _lines_alpha(method: MergeMethod, stream: TaskVectorStream, statistics: Any)
         return float(np.abs(total).sum(dtype=np.float64)), float(np.abs(merged).sum(dtype=np.float64))
 
     summed, merged = (sum(values) for values in zip(*(found for _, found in stream.map(norms)), strict=True))
-    # Where nothing is merged there is nothing to scale, and any number will do.
+    # If the merged task vector is zero, its factor has no effect.
     return summed / merged / len(stream.experts) if merged else 0.0
 
 
 Schedule: TypeAlias = LayerScales | Lines
 
 _NO_PARAMETERS = ("method", "schedule", "scale_chosen_on", "tried")
-"""Of a described method; the last two are notes of `simomerge.assembly` on how it was chosen."""
+"""Entries of a description that are not parameters. The last two are notes of `simomerge.assembly` on the choice."""
 
 
 def as_schedule(given: Schedule | Sequence[float] | str | None) -> Schedule | None:
     """A schedule from what a user writes: ``"lines"``, ``"lines:beta=0.3,alpha=0.2"``, ``"0.2,0.5,1"`` or numbers.
 
     Raises:
-        InputError: none of these.
+        InputError: The text is none of these, or a number is not finite.
 
     Example:
         >>> as_schedule("lines:beta=0.3"), as_schedule("0.2,1")
@@ -117,13 +124,12 @@ def as_schedule(given: Schedule | Sequence[float] | str | None) -> Schedule | No
     if given is None or isinstance(given, (LayerScales, Lines)):
         return given
     try:
-        if not isinstance(given, str):
-            return LayerScales(tuple(float(value) for value in given))
-        kind, _, rest = given.partition(":")
-        if kind == "lines":
-            return Lines(**{key: float(value) for key, value in (item.split("=") for item in rest.split(",") if item)})
-        return LayerScales(tuple(float(value) for value in given.split(",")))
-    except InputError:  # a number that is not finite: it says which
+        if isinstance(given, str) and given.partition(":")[0] == "lines":
+            pairs = (item.split("=") for item in given.partition(":")[2].split(",") if item)
+            return Lines(**{key: float(value) for key, value in pairs})
+        values = given.split(",") if isinstance(given, str) else given
+        return LayerScales(tuple(float(value) for value in values))
+    except InputError:  # A number that is not finite. The message names it.
         raise
     except (ValueError, TypeError):
         raise InputError(
@@ -132,7 +138,7 @@ def as_schedule(given: Schedule | Sequence[float] | str | None) -> Schedule | No
 
 
 def describe_method(method: MergeMethod, schedule: Schedule | None = None) -> dict[str, Any]:
-    """A merge method as plain data, for provenance: its name, its parameters, and the schedule where there is one.
+    """A merge method as plain data, for provenance: its name, its parameters, and the schedule if there is one.
 
     Example:
         >>> from simomerge.merging import get_method
@@ -140,16 +146,11 @@ def describe_method(method: MergeMethod, schedule: Schedule | None = None) -> di
         {'method': 'ties', 'density': 0.2, 'scale': 0.4, 'trim': 'global', 'schedule': 'lines:beta=0.3'}
     """
     described = {"method": method.name, **{spec.name: _plain(getattr(method, spec.name)) for spec in settings(method)}}
-    if isinstance(schedule, LayerScales):
-        described["schedule"] = _plain(schedule.values)
-    elif schedule is not None:
-        alpha = "" if schedule.alpha is None else f"alpha={float(schedule.alpha)},"
-        described["schedule"] = f"lines:{alpha}beta={float(schedule.beta)}"
-    return described
+    return {**described, "schedule": schedule.plain()} if schedule else described
 
 
 def _plain(value: Any) -> Any:
-    """A parameter as JSON holds it: no numpy numbers, tuples or other mappings."""
+    """A parameter as JSON stores it, without numpy numbers, tuples and other kinds of mappings."""
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -158,10 +159,10 @@ def _plain(value: Any) -> Any:
 
 
 def described_method(described: Mapping[str, Any]) -> tuple[MergeMethod, Schedule | None]:
-    """The method and schedule that :func:`describe_method` described, also after a way through JSON.
+    """The method and the schedule that `describe_method` described, also after a round trip through JSON.
 
     Raises:
-        InputError: a method or parameter that this version does not know.
+        InputError: This version does not know the method or a parameter.
     """
     parameters = {key: value for key, value in described.items() if key not in _NO_PARAMETERS}
     return get_method(described.get("method", ""), **parameters), as_schedule(described.get("schedule"))

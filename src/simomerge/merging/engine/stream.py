@@ -1,10 +1,10 @@
-"""The base and the experts seen as one stream of tensors and their task vectors, read on demand."""
+"""The base and the experts as one stream of tensors and their task vectors, read on demand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -13,30 +13,33 @@ from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
 
 BLOCK = 1 << 17
-"""Entries that are worked on at once where tensors need not be whole: what is in hand stays in the core's cache."""
+"""Number of entries processed at once by methods that need no whole tensors. They stay in the cache of a core."""
+
+TaskVectors: TypeAlias = Mapping[str, np.ndarray]
+"""Expert name -> expert minus base, float32, sorted by name."""
 
 _Result = TypeVar("_Result")
 
 
 class TaskVectorStream:
-    """Read task vectors, tau = expert - base, one tensor or one block at a time and in float32.
+    """Read task vectors, tau = expert - base, one tensor or one block at a time, in float32.
 
-    Nothing is kept: reading a tensor twice reads it twice. The models must agree in names and shapes
-    (``checks.check_models``). Several threads may read.
+    Nothing is cached: to read a tensor twice is to load it twice. The models must agree in names and shapes (see
+    `checks.check_models`). Several threads may read at the same time.
 
     Args:
         base: name -> array or tensor, or a Checkpoint.
-        experts: expert name -> the same kind of mapping. One with a method ``task_vector(name)`` (an expert of
-            low-rank factors) is asked for it, which is more exact than adding to the base and subtracting again.
-        threads: how many :meth:`map` uses; all cores by default.
+        experts: Expert name -> the same kind of mapping. If an expert has a method ``task_vector(name)`` (an adapter of
+            low-rank factors), it is used, because it is more exact than adding to the base and subtracting again.
+        threads: The number of threads of `map`; all cores by default.
 
     Attributes:
-        experts: expert names, sorted, so that no result depends on the order in which they were given.
-        names: canonical names of the float tensors, the ones that take part, in the base's order.
-        shapes: canonical name -> shape.
-        sizes: canonical name -> number of entries.
-        changed: the experts seen so far to differ from the base somewhere.
-        checked: set where every value has been read and found finite: it is not looked for again.
+        experts: Expert names, sorted, so that no result depends on the order in which they were given.
+        names: Canonical names of the float tensors, which are the ones to merge, in the base's order.
+        shapes: Canonical name -> shape.
+        sizes: Canonical name -> number of entries.
+        changed: The experts found so far to differ from the base.
+        checked: True once every value has been read and is known to be finite. Later passes skip the check.
 
     Example:
         >>> stream = TaskVectorStream({"w": np.zeros(2)}, {"depth": {"w": np.ones(2)}})
@@ -59,10 +62,10 @@ class TaskVectorStream:
         self.checked = False
 
     def base(self, name: str, part: slice | None = None) -> np.ndarray:
-        """The base's tensor, float32, or a part of it flattened.
+        """The base's tensor, float32; with ``part``, that part of the flattened tensor.
 
         Raises:
-            InputError: it holds a value that is not finite.
+            InputError: The tensor contains NaN or infinite values.
         """
         values = _values(self._base, self._base_names[name], part)
         if not _all_finite(values):
@@ -74,13 +77,13 @@ class TaskVectorStream:
     def task_vector(
         self, expert: str, name: str, base: np.ndarray | None = None, part: slice | None = None
     ) -> np.ndarray:
-        """The expert's tensor minus the base's, float32, or a part of it flattened.
+        """The expert's tensor minus the base's, float32; with ``part``, that part of the flattened tensor.
 
         Args:
-            base: the base's tensor (or that part), if it has been read already.
+            base: The base's tensor (or that part of it), if it has been read already.
 
         Raises:
-            InputError: the expert's tensor holds a value that is not finite.
+            InputError: The expert's tensor contains NaN or infinite values.
         """
         base = self.base(name, part) if base is None else base
         tau = self._difference(expert, name, base, part)
@@ -96,72 +99,68 @@ class TaskVectorStream:
         self, expert: str, name: str, base: np.ndarray, part: slice | None, out: np.ndarray | None = None
     ) -> np.ndarray:
         source, own = self._experts[expert], self._expert_names[expert][name]
-        # Low-rank factors are relative to the adapter's own base, which need not be the reference here.
+        # Low-rank factors are relative to the base of the adapter, which need not be the base of this stream.
         low_rank = getattr(source, "task_vector", None) if getattr(source, "base", None) is self._base else None
         tau = low_rank(own) if callable(low_rank) else None
         if tau is None:
             return np.subtract(_values(source, own, part), base, out=np.empty_like(base) if out is None else out)
-        return tau if part is None else np.ascontiguousarray(tau.reshape(-1)[part])  # a view would keep all of it
+        return tau if part is None else np.ascontiguousarray(tau.reshape(-1)[part])  # A view would keep all of it.
 
     def _note_change(self, expert: str, tau: np.ndarray) -> None:
         if expert not in self.changed and tau.any():
             self.changed.add(expert)
 
-    def read(
-        self, name: str, part: slice | None = None, workspace: np.ndarray | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The base's tensor and every expert's task vector, sorted by expert name; or a part of them, flattened.
+    def read(self, name: str, part: slice | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The base's tensor and the task vector of every expert, sorted by name; with ``part``, parts of them, flat."""
+        base = self.base(name, part)
+        return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
 
-        Args:
-            workspace: for a part: what :meth:`workspace` made, whose rows the task vectors are then written to; valid
-                until it is used again. New arrays for every block cost more than the arithmetic.
+    def read_blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray, dict[str, np.ndarray]]]:
+        """Read a flattened tensor block by block: the part, the base and the task vectors, sorted by expert name.
+
+        The task vectors are valid until the next block is read, because all blocks use the same memory. New arrays for
+        every block would cost more than the arithmetic.
+
+        Example:
+            >>> stream = TaskVectorStream({"w": np.zeros(300_000)}, {})
+            >>> [part.stop for part, _, _ in stream.read_blocks("w")]
+            [131072, 262144, 300000]
         """
-        if workspace is None:
-            base = self.base(name, part)
-            return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
-        # Threads take turns at the interpreter between any two calls of numpy, so fewer and longer ones are faster. One
-        # check does for all: where the base or an expert is not finite, neither is their difference.
+        size = self.sizes[name]
+        # Low-rank factors are multiplied for the whole tensor. In blocks, they would be multiplied for every block.
+        step = size if any(hasattr(e, "task_vector") for e in self._experts.values()) else min(BLOCK, size)
+        workspace = np.empty((len(self.experts), step), np.float32)
+        for start in range(0, size, max(step, 1)):
+            part = slice(start, min(start + step, size))
+            yield part, *self._read_into(workspace, name, part)
+
+    def _read_into(self, workspace: np.ndarray, name: str, part: slice) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        # Threads hand over the interpreter lock between calls of numpy, so a few long calls are faster than many short
+        # ones. One check covers all models: if a value of the base or an expert is not finite, nor is the difference.
         base = _values(self._base, self._base_names[name], part)
         rows = workspace[:, : base.size]
         taus = {e: self._difference(e, name, base, part, row) for e, row in zip(self.experts, rows, strict=True)}
-        within = all(tau.base is workspace for tau in taus.values())
-        # Task vectors of low-rank factors are not made from the base, which is looked at then too.
-        looked_at = [rows] if within else [base, *taus.values()]
-        if not (self.checked or all(map(_all_finite, looked_at))):
-            return self.read(name, part)  # which says what is wrong
+        # Task vectors of low-rank factors are not computed from the base, so the base is then checked as well.
+        in_workspace = all(tau.base is workspace for tau in taus.values())
+        to_check = [rows] if in_workspace else [base, *taus.values()]
+        if not (self.checked or all(map(_all_finite, to_check))):
+            return self.read(name, part)  # Raises the error for the tensor at fault.
         for expert, tau in taus.items():
             self._note_change(expert, tau)
         return base, taus
 
-    def workspace(self, name: str) -> np.ndarray:
-        """(experts, largest block) float32, for :meth:`read` in a loop over the blocks of a tensor."""
-        return np.empty((len(self.experts), max((p.stop - p.start for p in self.blocks(name)), default=0)), np.float32)
-
-    def blocks(self, name: str) -> Iterator[slice]:
-        """The parts of a tensor, for :meth:`read`, that make it up.
-
-        Example:
-            >>> stream = TaskVectorStream({"w": np.zeros(300_000)}, {})
-            >>> [part.stop for part in stream.blocks("w")]
-            [131072, 262144, 300000]
-        """
-        # Low-rank factors are multiplied out for the whole tensor: in one piece, or it would be done per block.
-        step = self.sizes[name] if any(hasattr(e, "task_vector") for e in self._experts.values()) else BLOCK
-        for start in range(0, self.sizes[name], max(step, 1)):
-            yield slice(start, min(start + step, self.sizes[name]))
-
     def map(self, function: Callable[[str], _Result]) -> Iterator[tuple[str, _Result]]:
-        """``(name, function(name))`` for every tensor in order, computed by all cores and a few ahead at most."""
+        """``(name, function(name))`` for every tensor, in order, computed on all cores and only a few ahead."""
 
         def quiet(name: str) -> _Result:
-            with np.errstate(over="ignore", invalid="ignore"):  # of the check for finite values; once per tensor
+            with np.errstate(over="ignore", invalid="ignore"):  # The check for finite values may overflow.
                 return function(name)
 
         return zip(self.names, ordered_map(quiet, self.names, self._threads), strict=True)
 
 
 def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Arrays of one shape as one (T, ...) array: without a copy where they are what ``read`` filled a workspace with.
+    """Arrays of one shape as one array (T, ...), without a copy if they are the rows that `read_blocks` filled.
 
     Example:
         >>> stacked([np.zeros(2), np.ones(2)]).shape
@@ -180,7 +179,7 @@ def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _values(source: Mapping[str, Any], name: str, part: slice | None) -> np.ndarray:
-    # At least 1-D: numpy's arithmetic turns an array without an axis into a number, which cannot be written to.
+    # At least 1-D: numpy's arithmetic turns an array without axes into a number, which cannot be written to.
     return np.atleast_1d(as_numpy(source[name], name)) if part is None else flat_values(source, name, part)
 
 
@@ -190,8 +189,8 @@ def _place(source: Mapping[str, Any]) -> str:
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    # The dot product with itself is finite only if every entry is, at a fraction of the cost of testing each;
-    # it may overflow on large finite values, so a failure is looked at closely.
+    # The dot product with itself is finite only if every entry is, and costs a fraction of testing each entry. It may
+    # overflow for large finite values, so a failure is tested entry by entry.
     if values.ndim > 1 and not values.flags.c_contiguous:
         return all(map(_all_finite, values))
     flat = values.reshape(-1)
