@@ -50,7 +50,7 @@ def test_what_fits_is_one_file(tmp_path: Path) -> None:
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
-    paths = write_sharded(tmp_path, tensors(), metadata={"made": "here"}, max_shard_size=40)
+    paths = write_sharded(tmp_path, tensors(), max_shard_size=40)
     assert [path.name for path in paths] == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
     assert [sorted(open_checkpoint(path)) for path in paths] == [["c"], ["large"], ["a", "b"], ["d", "e", "f"]]
     index = json.loads((tmp_path / INDEX).read_text())
