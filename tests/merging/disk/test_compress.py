@@ -13,8 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors
-from simomerge.cli.compress import command as compress_command
-from simomerge.cli.restore import command as restore_command
+from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
@@ -379,21 +378,21 @@ def test_mistakes_in_what_is_restored(files: dict[str, Path], tmp_path: Path) ->
 # Commands -----------------------------------------------------------------------------------------------
 
 
-def run(command: Any, *arguments: object) -> str:
-    done = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 def test_commands(files: dict[str, Path], tmp_path: Path) -> None:
     named = [f"{task}={files[task]}" for task in TASKS]
-    text = run(compress_command, files["base"], *named, "-o", tmp_path / "out")
+    text = run("compress", files["base"], *named, "-o", tmp_path / "out")
     assert "Compressed depth, normals, edges: " in text and "times smaller" in text
     assert f"Next: simomerge restore {tmp_path / 'out'} depth" in text
     assert all(any(line.split()[:1] == [task] for line in text.splitlines()) for task in TASKS)
     said = json.loads(
         run(
-            compress_command,
+            "compress",
             files["base"],
             *named,
             "-o",
@@ -405,17 +404,14 @@ def test_commands(files: dict[str, Path], tmp_path: Path) -> None:
         )
     )
     assert said["tasks"]["depth"]["threshold"] == 0.4 and said["ratio"] == said["bytes_before"] / said["bytes_after"]
-    assert "Restored depth: " in run(restore_command, tmp_path / "out", "depth", "-o", tmp_path / "again")
-    again = json.loads(run(restore_command, tmp_path / "out", "edges", "-o", tmp_path / "again2", "--json"))
+    assert "Restored depth: " in run("restore", tmp_path / "out", "depth", "-o", tmp_path / "again")
+    again = json.loads(run("restore", tmp_path / "out", "edges", "-o", tmp_path / "again2", "--json"))
     assert again == {"output": str(tmp_path / "again2"), "task": "edges", **said["tasks"]["edges"]}
     for output, threshold, message in (
         ("out", "auto", "out exists"),
         ("new", "best", "--threshold best: give a number"),
     ):
-        arguments = [str(files["base"]), *named, "-o", str(tmp_path / output), "--threshold", threshold]
         with pytest.raises(InputError, match=message):
-            CliRunner().invoke(compress_command, arguments, catch_exceptions=False)
+            run("compress", files["base"], *named, "-o", tmp_path / output, "--threshold", threshold)
     with pytest.raises(InputError, match="again exists"):
-        CliRunner().invoke(
-            restore_command, [str(tmp_path / "out"), "depth", "-o", str(tmp_path / "again")], catch_exceptions=False
-        )
+        run("restore", tmp_path / "out", "depth", "-o", tmp_path / "again")
