@@ -202,17 +202,16 @@ class _Shards:
 
 def _write_all(path: Path, write: _Write, tensors: Tensors, layout: _Layout, threads: int | None) -> None:
     """Write every tensor: several threads read and write a mapping, one thread an iterable."""
-    mapping = tensors if isinstance(tensors, Mapping) else None
 
     def put(pair: tuple[str, Any]) -> str:
         name, value = pair
-        write(name, value if mapping is None else mapping[name])
+        write(name, tensors[name] if isinstance(tensors, Mapping) else value)
         return name
 
-    pairs = tensors if mapping is None else ((name, None) for name in mapping)
+    pairs = ((name, None) for name in tensors) if isinstance(tensors, Mapping) else tensors
     began, missing = time.monotonic(), set(layout)
     # Closing waits for the threads even after an error: the file that they write to stays open until then.
-    with closing(ordered_map(put, pairs, 1 if mapping is None else threads)) as finished:
+    with closing(ordered_map(put, pairs, threads if isinstance(tensors, Mapping) else 1)) as finished:
         for name in finished:
             missing.remove(name)
             if time.monotonic() - began > 1:  # short work reports no progress

@@ -175,19 +175,11 @@ def _merge_files(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """From disk to disk, without torch."""
     from simomerge.merging.disk.merge import merge_on_disk
+    from simomerge.merging.disk.output import Output
 
     with console():
-        result = merge_on_disk(
-            base,
-            experts,
-            output,
-            method,
-            schedule=schedule,
-            dtype=dtype,
-            max_shard_size=limit,
-            overwrite=overwrite,
-            **parameters,
-        )
+        target = Output(output, dtype, limit, overwrite)
+        result = merge_on_disk(base, experts, target, method, schedule, **parameters)
     return result.merge, result.tasks
 
 

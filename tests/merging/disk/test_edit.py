@@ -15,8 +15,10 @@ import torch
 
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors
 from simomerge.core.errors import InputError
+from simomerge.merging.disk.compress import compress
 from simomerge.merging.disk.edit import edit_on_disk
 from simomerge.merging.disk.merge import merge_on_disk
+from simomerge.merging.disk.output import Output
 
 from .conftest import TASKS, assert_equal, content, tensors_of
 
@@ -109,7 +111,7 @@ def test_the_edited_model_loads_and_can_be_edited_again(shared_models: Models, t
 def test_scales_of_each_expert(shared_models: Models, tiny_base: Path, tmp_path: Path) -> None:
     for scale in ({"edges": 0.9, "depth": 0.1, "normals": 0.4}, [0.9, 0.1, 0.4]):
         order = ("edges", "depth", "normals")
-        merge_on_disk(tiny_base, some(shared_models, *order), tmp_path / "old", scale=scale, overwrite=True)
+        merge_on_disk(tiny_base, some(shared_models, *order), Output(tmp_path / "old", overwrite=True), scale=scale)
         edit = edit_on_disk(
             tmp_path / "old", tiny_base, tmp_path / "new", remove=some(shared_models, "depth"), overwrite=True
         )
@@ -145,7 +147,7 @@ def test_heads_are_the_model_s_and_the_newcomer_s(shared_models: Models, tiny_ba
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_storage_stays(dtype: str, shared_models: Models, tiny_base: Path, tmp_path: Path) -> None:
-    merge_on_disk(tiny_base, some(shared_models, "depth"), tmp_path / "old", dtype=dtype)
+    merge_on_disk(tiny_base, some(shared_models, "depth"), Output(tmp_path / "old", dtype=dtype))
     edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", add=some(shared_models, "edges"))
     new, old = (open_checkpoint(tmp_path / name) for name in ("new", "old"))
     assert {name: new.info(name) for name in new} == {name: old.info(name) for name in old}
@@ -236,8 +238,8 @@ def test_heads_that_were_re_aligned_are_told(shared_models: Models, tiny_base: P
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "quiet", add=some(shared_models, "edges"))
-    record(tmp_path / "old", realign={"method": "heads"})
-    with pytest.warns(UserWarning, match="re-aligned with the old encoder: re-align the new model again"):
+    record(tmp_path / "old", realign={"method": "heads", "changes_encoder": False})
+    with pytest.warns(UserWarning, match="re-aligned with the old encoder: re-align the new model"):
         edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", add=some(shared_models, "edges"))
     assert set(said(tmp_path / "new")["provenance"]) == {"base", "experts", "merge"}
 
@@ -264,9 +266,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "not in it": ({"remove": ["edges"]}, "expert 'edges' is not in the merged model, which has depth, normals"),
     "wrong expert": (
         {"remove": {"depth": "edges"}},
-        r"edges: not what the model was merged from as expert 'depth' \(depth, fingerprint [0-9a-f]{12}\); give that",
+        r"edges \(.* \w{12}\) is not what the model was merged from as expert 'depth'; give depth \(fing.* \w{12}\)",
     ),
-    "wrong other": ({"add": ["edges"], "others": {"depth": "normals"}}, "normals: not what the .* as expert 'depth'"),
+    "wrong other": (
+        {"add": ["edges"], "others": {"depth": "normals"}},
+        "normals .* is not what the .* as expert 'depth'",
+    ),
     "unknown other": ({"add": ["edges"], "others": {"far": "normals"}}, "expert 'far' is not in the merged model"),
     "none left": ({"remove": ["depth", "normals"]}, "no expert would be left: use the base"),
     "no such expert": ({"add": {"edges": "nowhere"}}, "nowhere does not exist"),
@@ -305,7 +310,7 @@ def test_another_base_and_an_output_that_exists(
 ) -> None:
     other = folder_of("another", 4)
     before = content(tmp_path)
-    with pytest.raises(InputError, match="another: not what the model was merged from as the base"):
+    with pytest.raises(InputError, match=r"another .* is not what the model was merged from as the base; give"):
         edit_on_disk(scene, other, tmp_path / "new", add=some(shared_models, "edges"))
     with pytest.raises(InputError, match="scene already exists: choose another path"):
         edit_on_disk(scene, tiny_base, scene, add=some(shared_models, "edges"))
@@ -330,7 +335,7 @@ def test_newcomers_of_another_base_and_without_a_head(
     with pytest.raises(InputError, match=r"expert 'edges' was fine-tuned from another base .*; give elsewhere"):
         edit_on_disk(scene, tiny_base, tmp_path / "new", add={"edges": stranger})
     for path in (folder, folder / "model.safetensors", adapter):
-        with pytest.raises(InputError, match=f"{path.name}: not a model folder .*without a head; give one"):
+        with pytest.raises(InputError, match=f"{path.name}: not a model folder .*has no head; give one"):
             edit_on_disk(scene, tiny_base, tmp_path / "new", add={"edges": path})
     assert content(tmp_path) == before
     # A removed expert lends no head: its weights are enough.
@@ -346,21 +351,22 @@ def test_models_that_no_merge_made(
 
     with pytest.raises(InputError, match=r"plain: not a model folder \(no simo\.json in it\); give one that a merge"):
         edit(folder_of("plain", 1))
-    with pytest.raises(InputError, match=r"depth: its simo\.json does not say what it was merged from"):
+    with pytest.raises(InputError, match=r"depth: its simo\.json does not record what it was merged from"):
         edit(shared_models["depth"])
     described = said(scene)
     for key in ("merge", "base", "experts"):
         less = {k: v for k, v in described["provenance"].items() if k != key}
         (scene / "simo.json").write_text(json.dumps({**described, "provenance": less}))
-        with pytest.raises(InputError, match="does not say what it was merged from; merge the experts anew"):
+        with pytest.raises(InputError, match="does not record what it was merged from; merge the experts"):
             edit(scene)
     (scene / "simo.json").write_text(json.dumps({**described, "adapters": {"rank": 2}}))
-    with pytest.raises(InputError, match="has adapters beside its blocks, which fit its weights only; edit the merge"):
+    with pytest.raises(InputError, match=r"has adapters in addition to its blocks, which fit only its weights\. Edit"):
         edit(scene)
     (scene / "simo.json").write_text(json.dumps(described))
-    for realign in ({"method": "lora"}, {"method": "heads", "after": {"method": "distill", "adapters": "lora"}}):
+    changed = {"method": "lora", "changes_encoder": True}
+    for realign in (changed, {"method": "heads", "changes_encoder": False, "after": changed}):
         record(scene, realign=realign)
-        with pytest.raises(InputError, match="LoRA was folded into its weights, which are no merge now; edit the"):
+        with pytest.raises(InputError, match=r"scene: the re-alignment 'lora' changed its encoder.* Edit the model"):
             edit(scene)
     for how, message in (
         ({"method": "sorcery"}, "no merge method 'sorcery'"),
@@ -387,6 +393,27 @@ def test_a_head_that_is_missing_and_weights_that_are_damaged(
         edit_on_disk(scene, tiny_base, tmp_path / "new", add=some(shared_models, "edges"))
     weights.write_bytes(kept)
     assert content(tmp_path) == before
+
+
+def test_every_checkpoint_is_hashed_only_once(
+    scene: Path, shared_models: Models, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def counted(weights: Any) -> str:
+        hashed.append(str(weights.path))
+        return fingerprint(weights)
+
+    monkeypatch.setattr("simomerge.merging.disk.sources.fingerprint", counted)
+    change = some(shared_models, "edges"), some(shared_models, "depth"), some(shared_models, "normals")
+    edit_on_disk(scene, tiny_base, tmp_path / "new", *change)
+    assert sorted(hashed) == sorted([str(tiny_base), *(f"{shared_models[task]}/encoder" for task in TASKS)])
+    hashed.clear()
+    merge_on_disk(tiny_base, shared_models, tmp_path / "again")
+    assert sorted(hashed) == sorted([str(tiny_base), *(f"{shared_models[task]}/encoder" for task in TASKS)])
+    hashed.clear()
+    compress(tiny_base, shared_models, tmp_path / "compressed")
+    assert sorted(hashed) == sorted([str(tiny_base), *(f"{shared_models[task]}/encoder" for task in TASKS)])
 
 
 def test_fingerprints_are_of_what_was_given(

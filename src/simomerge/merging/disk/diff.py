@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints import Checkpoint
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
-from simomerge.merging.disk.merge import open_source
+from simomerge.merging.disk.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,13 @@ def diff_on_disk(
     """
     if base is None:
         reference = open_source(first)
-        other = open_source(second, _checkpoint(reference.weights))
+        other = open_source(second, reference.weights)
         check_models(TaskArithmetic(), reference.weights, {"second": other.weights})
         stream, others = (TaskVectorStream(source.weights, {}) for source in (reference, other))
     else:
         reference = open_source(base)
-        opened = {key: open_source(p, _checkpoint(reference.weights)) for key, p in (("a", first), ("b", second))}
-        weights: Mapping[str, Mapping[str, Any]] = {key: source.weights for key, source in opened.items()}
+        opened = {key: open_source(p, reference.weights) for key, p in (("a", first), ("b", second))}
+        weights = {key: source.weights for key, source in opened.items()}
         check_models(TaskArithmetic(), reference.weights, weights)
         stream = TaskVectorStream(reference.weights, weights)
 
@@ -80,10 +78,6 @@ def as_dicts(differences: list[Difference]) -> list[dict[str, Any]]:
         {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in asdict(one).items()}
         for one in differences
     ]
-
-
-def _checkpoint(weights: Mapping[str, Any]) -> Checkpoint | None:
-    return weights if isinstance(weights, Checkpoint) else None
 
 
 def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
