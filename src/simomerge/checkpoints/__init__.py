@@ -1,7 +1,6 @@
 """Checkpoints as files: read, write, fingerprint, and one convention for names. No models here."""
 
-from simomerge.checkpoints.description import FORMAT, model_card, read_description
-from simomerge.checkpoints.experts import check_same_encoder
+from simomerge.checkpoints.description import FORMAT, read_description
 from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.names import canonical_name, canonicalise
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
@@ -15,9 +14,7 @@ __all__ = [
     "as_numpy",
     "canonical_name",
     "canonicalise",
-    "check_same_encoder",
     "fingerprint",
-    "model_card",
     "flat_values",
     "open_checkpoint",
     "parse_size",
