@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file, atomic_write_text, check_room
 from simomerge.core.parallel import ordered_map
 from simomerge.core.progress import progress
+
+if TYPE_CHECKING:
+    from huggingface_hub.serialization import StateDictSplit
 
 Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Name -> numpy array or torch tensor, or an iterable of such pairs."""
@@ -84,9 +87,9 @@ def write_sharded(
     """Write named tensors into a folder as transformers does, with one tensor per thread in memory.
 
     Tensors that fit go into ``model.safetensors``. More go into ``model-00001-of-0000N.safetensors`` and so on, with
-    ``model.safetensors.index.json`` next to them. Tensors are assigned in the order of ``layout`` as huggingface_hub
-    does: the first tensor that has no room in a shard closes it, and a tensor larger than the limit is a shard of its
-    own. Each file appears complete or not at all. To make all of them appear together, write into a folder of
+    ``model.safetensors.index.json`` next to them. huggingface_hub assigns the tensors in the order of ``layout``: the
+    first tensor that has no room in a shard closes it, and a tensor larger than the limit is a shard of its own. Each
+    file appears complete or not at all. To make all of them appear together, write into a folder of
     :func:`~simomerge.core.files.atomic_folder`.
 
     Args:
@@ -107,18 +110,16 @@ def write_sharded(
     """
     folder = Path(folder)
     layout = storage_layout(tensors, dtypes, layout)
-    shards = _partition(layout, max_shard_size)
-    if len(shards) < 2:
+    split = None if max_shard_size is None else _split(layout, max_shard_size)
+    if split is None or not split.is_sharded:
         return [write_safetensors(folder / "model.safetensors", tensors, None, layout, threads, durable)]
-    total = sum(info.nbytes for info in layout.values())
     folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, total)  # for all shards, before the first one is written
-    files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, start=1)}
+    check_room(folder, split.metadata["total_size"])  # for all shards, before the first one is written
     with ExitStack() as opened:
-        layouts = {folder / file: {name: layout[name] for name in names} for file, names in files.items()}
+        files = split.filename_to_tensors.items()
+        layouts = {folder / file: {name: layout[name] for name in names} for file, names in files}
         _write_all(folder, _Shards(folder, layouts, durable, opened).write, tensors, layout, threads)
-    weight_map = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     content = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write_text(folder / "model.safetensors.index.json", content)
     return list(layouts)
@@ -259,25 +260,15 @@ def _positional(handle: BinaryIO) -> Callable[[memoryview, int], None]:
     return write
 
 
-def _partition(layout: _Layout, limit: int | None) -> list[list[str]]:
-    """The names in each shard, exactly as huggingface_hub assigns them."""
-    if limit is None:
-        return [list(layout)]
+def _split(layout: _Layout, limit: int) -> StateDictSplit:
     if limit < 1:
         raise InputError(f"A shard of at most {limit} bytes holds nothing: give a size such as 5GB.")
-    shards: list[list[str]] = []
-    current: list[str] = []
-    size = 0
-    for name, info in layout.items():
-        if info.nbytes > limit:
-            shards.append([name])  # the current shard continues after it
-            continue
-        if size + info.nbytes > limit:
-            shards.append(current)
-            current, size = [], 0
-        current.append(name)
-        size += info.nbytes
-    return [*shards, current] if current else shards
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    pattern = "model{suffix}.safetensors"
+    return split_state_dict_into_shards_factory(
+        dict(layout), get_storage_size=lambda info: info.nbytes, filename_pattern=pattern, max_shard_size=limit
+    )
 
 
 def _dtype(name: str, info: TensorInfo, dtypes: _Dtypes) -> str:
