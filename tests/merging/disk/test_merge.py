@@ -693,7 +693,7 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
     "no weight file": (no_weight_file, r"notes\.txt is not a weight file: give a folder or a file that ends in"),
     "truncated file": (truncated, r"normals\.safetensors is not a complete safetensors file .*: copy or download it"),
     "truncated base": (truncated_base, r"base\.safetensors is not a complete safetensors file"),
-    "missing shard": (missing_shard, r"index\.json names the shard 'model-00002-.*', which is not beside it"),
+    "missing shard": (missing_shard, r"index\.json names the shard 'model-00002-.*', which is not next to it"),
     "truncated shard": (truncated_shard, r"model-0000\d-of-0000\d\.safetensors is not a complete safetensors file"),
     "broken index": (broken_index, r"index\.json is not an index of shards \(no 'weight_map'\)"),
     "NaN": (nan, r"'encoder\.layer\.1\.norm1\.bias' of the expert 'edges' \(.*/edges\.safetensors\) holds NaN or inf"),
