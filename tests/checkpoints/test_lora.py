@@ -239,7 +239,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "other factor": (dict(list(FACTORS.items())[1:]), {}, "has lora_B but no lora_A"),
     "flat factor": (FACTORS | {f"base_model.model.{QUERY}.lora_A.weight": np.ones(2)}, {}, "do not fit"),
     "unknown part": ({**FACTORS, f"{QUERY}.lora_E": np.ones(2)}, {}, "is not a tensor of a plain LoRA adapter"),
-    "other module": (rename("layer.0", "layer.7"), {}, r"1 tensor that the base does not have: .*layer\.7\..*query\.weight\. "),
+    "other module": (rename("layer.0", "layer.7"), {}, r"1 tensor that the base does not have: .*layer\.7.*query"),
     "heads": (
         {**FACTORS, **{f"base_model.model.head{n}.weight": np.ones(2) for n in range(5)}},
         {},

@@ -16,7 +16,6 @@ from simomerge.checkpoints.experts import (
     check_same_encoder,
     merge_provenance,
     warn_of_unrecorded_base,
-    without_recorded_base,
 )
 from simomerge.core.errors import InputError
 from simomerge.merging import Fisher, MergeMethod, RegMean, Schedule, describe_method, get_method, merge_state_dicts
@@ -59,8 +58,7 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
         raise InputError("no experts given; name at least one, as TASK=EXPERT.")
     named = {task: as_expert(expert, task) for task, expert in experts.items()}
     check_same_encoder({task: comparable(expert) for task, expert in named.items()})
-    check_base(base, named)
-    for task in without_recorded_base(named):
+    for task in check_base(base, named):
         distance = _relative_distance(base.encoder.backbone, named[task].encoder.backbone)
         warn_of_unrecorded_base(task, distance, stacklevel=2)
     return named

@@ -112,31 +112,24 @@ def source_name(source: str | Path) -> str:
     return Path(source).name if Path(source).exists() else str(source)
 
 
-def recorded_base(expert: Recorded) -> dict[str, str]:
-    """What an expert records about its base: ``source`` and ``fingerprint``, or less."""
-    base: dict[str, str] = expert.provenance.get("base", {})
-    return base
+def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
+    """Check that the base is the one that every expert records.
 
-
-def without_recorded_base(experts: Mapping[str, Recorded]) -> list[str]:
-    """The experts that do not record the fingerprint of their base."""
-    return [task for task, expert in experts.items() if not recorded_base(expert).get("fingerprint")]
-
-
-def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> None:
-    """Check that the base is the one that every expert records. Experts without a record pass.
+    Returns:
+        The experts that do not record the fingerprint of their base. The base is hashed only if one does.
 
     Raises:
         InputError: an expert was fine-tuned from another base.
     """
-    for task, expert in experts.items():
-        recorded = recorded_base(expert)
-        expected = recorded.get("fingerprint")
+    recorded = {task: expert.provenance.get("base", {}) for task, expert in experts.items()}
+    for task, theirs in recorded.items():
+        expected = theirs.get("fingerprint")
         if expected and expected != (given := base.origin()["fingerprint"]):
             raise InputError(
                 f"expert {task!r} was fine-tuned from another base (its base {expected[:12]}, the given one"
-                f" {given[:12]}); give {recorded.get('source', 'that base')}."
+                f" {given[:12]}); give {theirs.get('source', 'that base')}."
             )
+    return [task for task, theirs in recorded.items() if not theirs.get("fingerprint")]
 
 
 def warn_of_unrecorded_base(task: str, distance: float, stacklevel: int = 1) -> None:

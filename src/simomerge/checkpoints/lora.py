@@ -305,8 +305,9 @@ def _own_names(file: Path, base: Mapping[str, Any], names: Iterable[str]) -> dic
             unknown.append(name)
     if unknown:
         shown = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        tensors = f"{len(unknown)} tensor{'s' if len(unknown) > 1 else ''}"
         raise InputError(
-            f"{file} changes {len(unknown)} tensor{'s' if len(unknown) > 1 else ''} that the base does not have: {shown}. "
-            "Give the base that the adapter was trained on, and an adapter without a head."
+            f"{file} changes {tensors} that the base does not have: {shown}."
+            " Give the base that the adapter was trained on, and an adapter without a head."
         )
     return found

@@ -329,7 +329,8 @@ def restore(
     else:
         with atomic_folder(output, overwrite) as target:
             stored = folder / "experts" / task
-            _copy({str(file.relative_to(stored)): file for file in stored.rglob("*") if file.is_file()}, target)
+            if stored.is_dir():
+                shutil.copytree(stored, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
             is_model = (target / FILE).is_file()
             place = "encoder/model.safetensors" if is_model else "model.safetensors"
             write_safetensors(target / place, tensors, layout=layout)

@@ -13,7 +13,6 @@ from simomerge.checkpoints.experts import (
     check_no_adapters,
     merge_provenance,
     warn_of_unrecorded_base,
-    without_recorded_base,
 )
 from simomerge.checkpoints.writing import storage_layout
 from simomerge.merging import (
@@ -65,6 +64,7 @@ def merge_on_disk(
             written then.
 
     Example:
+        >>> from simomerge.checkpoints import open_checkpoint, write_safetensors
         >>> for name, value in (("base", 4), ("depth", 5), ("normals", 6)):
         ...     _ = write_safetensors(f"{name}.safetensors", {"w": np.full(2, value, np.float32)})
         >>> experts = {"depth": "depth.safetensors", "normals": "normals.safetensors"}
@@ -80,15 +80,14 @@ def merge_on_disk(
     target.check([foundation, *opened.values()])
     for name, expert in opened.items():
         check_no_adapters(name, expert.description or {})
-    makes_model = not target.is_file and all(expert.description for expert in opened.values())
+    makes_model = not target.is_file and bool(opened) and all(expert.description for expert in opened.values())
     if makes_model:
+        describe_heads(opened)  # reports heads that do not fit before the long work
         foundation = without_extras(foundation, opened)
     weights = {name: expert.weights for name, expert in opened.items()}
     check_models(chosen, foundation.weights, weights)
-    if makes_model:
-        describe_heads(opened)
-    check_base(foundation, opened)
-    _warn_of_unrecorded_bases(foundation, opened, target.threads)
+    unrecorded = check_base(foundation, opened)
+    _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
     how = describe_method(chosen, depthwise)
     layout = storage_layout(foundation.weights, target.storage)
     tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads)
@@ -103,11 +102,11 @@ def merge_on_disk(
 
 
 def _warn_of_unrecorded_bases(base: Source, experts: Mapping[str, Source], threads: int | None) -> None:
-    """Warn of experts that do not record their base, with how far their weights are from the given one."""
-    unsure = {name: experts[name].weights for name in without_recorded_base(experts)}
-    if not unsure:
+    """Warn of experts without a record of their base, with how far their weights are from the given one."""
+    if not experts:
         return
-    for name, distance in sampled_distances(TaskVectorStream(base.weights, unsure, threads)).items():
+    stream = TaskVectorStream(base.weights, {name: expert.weights for name, expert in experts.items()}, threads)
+    for name, distance in sampled_distances(stream).items():
         # A weight file never records its base; a model folder should, so it deserves a warning in any case.
         if distance > 0.5 or experts[name].description is not None:
             warn_of_unrecorded_base(name, distance, stacklevel=3)
