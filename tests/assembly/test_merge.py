@@ -455,7 +455,7 @@ def test_a_method_object_is_searched_as_its_name_is(
     assert by_object.delta_mtl == by_name.delta_mtl and by_object.delta_mtl[0] != by_object.delta_mtl[1]
 
 
-def test_what_auto_cannot_do_is_said(base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset) -> None:
+def test_what_auto_cannot_do_is_reported(base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset) -> None:
     with pytest.raises(InputError, match="give validation="):
         merge(base, experts, scale="auto")
     with pytest.raises(InputError, match="no labels of normals"):

@@ -210,7 +210,7 @@ def test_transformers_folders(folder_of: Callable[..., Path], tiny_base: Path, t
 def test_bare_files_into_a_folder(files: dict[str, Path], tmp_path: Path) -> None:
     done = merge_on_disk(files["base"], experts(files), tmp_path / "deep" / "out")
     assert set(content(done.output)) == {"model.safetensors"}
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')  # beside the base: it is the base's
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')  # next to the base, so it belongs to it
     done = merge_on_disk(files["base"], experts(files), tmp_path / "out")
     assert content(done.output)["config.json"] == b'{"model_type": "dinov2"}'
     assert_equal(tensors_of(done.output), expected())
@@ -313,7 +313,7 @@ def test_the_configuration_says_how_the_weights_are_stored(
 
 
 def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
-    """As a pooler, which training drops; of weights alone it is a mistake that is told."""
+    """Such as a pooler, which training drops. When only weights are merged, it is an error."""
     import simomerge
 
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
@@ -322,8 +322,8 @@ def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny
     done = merge_on_disk(base, models, tmp_path / "scene", "ties")
     expected_scene = merge_on_disk(tiny_base, models, tmp_path / "expected", "ties").output
     assert_equal(tensors_of(done.output), tensors_of(expected_scene))
-    said = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
-    assert said["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
+    recorded = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
+    assert recorded["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
     assert list(simomerge.load(done.output).tasks) == list(models)
     with pytest.raises(InputError, match="lacks 2 tensors of the base: pooler"):
         merge_on_disk(base, models, tmp_path / "weights.safetensors")
@@ -417,8 +417,8 @@ def test_the_base_may_be_a_model_folder_or_go_by_name(models: dict[str, Path], t
     for given in (base, base / "encoder", base / "encoder" / "model.safetensors"):
         done = merge_on_disk(given, models, Output(tmp_path / "out", overwrite=True))
         assert done.tasks == ("depth", "normals")
-        said = json.loads((done.output / "simo.json").read_text())["provenance"]
-        assert said["base"] == {"source": Path(given).name, "fingerprint": fingerprint(open_checkpoint(tiny_base))}
+        recorded = json.loads((done.output / "simo.json").read_text())["provenance"]
+        assert recorded["base"] == {"source": Path(given).name, "fingerprint": fingerprint(open_checkpoint(tiny_base))}
     with pytest.warns(UserWarning, match="The task vector of same is zero"):
         done = merge_on_disk("rooms-base", {"same": resolve("rooms-base")}, tmp_path / "x.safetensors", "average")
     assert_equal(tensors_of(done.output), tensors_of(resolve("rooms-base")))
@@ -502,28 +502,28 @@ def test_one_tensor_of_each_model_is_in_memory(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_tensors(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[str, int, int]] = []
+    recorded: list[tuple[str, int, int]] = []
 
     def progress(label: str, done: int, total: int, note: str) -> None:
-        said.append((label, done, total))
+        recorded.append((label, done, total))
 
     with show_progress(progress):
         merge_on_disk(files["base"], experts(files), tmp_path / "1.safetensors")
-    assert not said  # short work says nothing
+    assert not recorded  # short work reports nothing
     clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(writing.time, "monotonic", lambda: next(clock))
     with show_progress(progress):
         merge_on_disk(files["base"], experts(files), tmp_path / "2.safetensors")
     total = len(weights())
-    assert said == [("write", done, total) for done in range(1, total + 1)]
+    assert recorded == [("write", done, total) for done in range(1, total + 1)]
 
 
 # Another base -------------------------------------------------------------------------------------------
 
 
 def forget_the_base(model: Path) -> None:
-    said = json.loads((model / "simo.json").read_text())
-    (model / "simo.json").write_text(json.dumps({**said, "provenance": {}}))
+    recorded = json.loads((model / "simo.json").read_text())
+    (model / "simo.json").write_text(json.dumps({**recorded, "provenance": {}}))
 
 
 def test_experts_of_another_base_are_refused(
@@ -540,13 +540,13 @@ def test_experts_of_another_base_are_refused(
     assert content(tmp_path) == before
 
 
-def test_who_does_not_say_its_base_is_measured(
+def test_an_expert_without_a_recorded_base_is_measured(
     models: dict[str, Path], folder_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     forget_the_base(models["depth"])
-    with pytest.warns(UserWarning, match=r"expert 'depth' does not record its base.* by \d%.*plausible") as told:
+    with pytest.warns(UserWarning, match=r"expert 'depth' does not record its base.* by \d%.*plausible") as log:
         merge_on_disk(tiny_base, models, tmp_path / "scene")
-    assert len(told) == 1
+    assert len(log) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge_on_disk(tiny_base, {"plain": folder_of("plain", 1)}, tmp_path / "near")  # a bare file never says
@@ -556,7 +556,7 @@ def test_who_does_not_say_its_base_is_measured(
         merge_on_disk(tiny_base, {"far": far, "plain": tmp_path / "plain"}, tmp_path / "out")
 
 
-def test_an_expert_that_is_the_base_is_told(files: dict[str, Path], tmp_path: Path) -> None:
+def test_an_expert_that_is_the_base_is_reported(files: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copyfile(files["base"], tmp_path / "copy.safetensors")
     with pytest.warns(UserWarning, match="The task vector of copy is zero"):
         merge_on_disk(files["base"], {"depth": files["depth"], "copy": copy}, tmp_path / "out.safetensors")
@@ -579,7 +579,7 @@ class Given:
         self.storage: dict[str, Any] = {}
 
     def change(self, task: str, **tensors: Any) -> None:
-        """Write an expert anew with other tensors; None takes one away."""
+        """Write an expert again with other tensors; None removes one."""
         path = self.experts[task]
         changed = {**weights_of(path), **tensors}
         write_safetensors(path, {name: array for name, array in changed.items() if array is not None})
@@ -724,7 +724,9 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("kind", ["file", "folder", "shards"])
-def test_a_mistake_is_told_and_leaves_nothing(mistake: str, kind: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_mistake_is_reported_and_leaves_nothing(
+    mistake: str, kind: str, files: dict[str, Path], tmp_path: Path
+) -> None:
     given = Given(tmp_path, files["base"], experts(files), "out.safetensors" if kind == "file" else "out")
     make, message = MISTAKES[mistake]
     make(given)
@@ -813,10 +815,10 @@ def lose_the_weights(model: Path) -> None:
 
 def say(**changed: Any) -> Callable[[Path], None]:
     def change(model: Path) -> None:
-        said = json.loads((model / "simo.json").read_text())
+        recorded = json.loads((model / "simo.json").read_text())
         for key, value in changed.items():
-            said[key] = {**said[key], **value} if isinstance(said[key], dict) else value
-        (model / "simo.json").write_text(json.dumps(said))
+            recorded[key] = {**recorded[key], **value} if isinstance(recorded[key], dict) else value
+        (model / "simo.json").write_text(json.dumps(recorded))
 
     return change
 
@@ -854,7 +856,7 @@ def test_a_damaged_model_is_named_and_nothing_is_left(
     assert content(tmp_path) == before and not (tmp_path / "scene").exists()
 
 
-def test_a_damaged_base_is_told_though_all_experts_are_adapters(
+def test_a_damaged_base_is_reported_though_all_experts_are_adapters(
     tmp_path: Path, adapter_of: Callable[..., tuple[Path, np.ndarray]]
 ) -> None:
     """Their task vectors are not made from the base, so only a look at the base itself can tell."""
@@ -868,7 +870,7 @@ def test_a_damaged_base_is_told_though_all_experts_are_adapters(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_another_base_is_told_before_the_long_work(
+def test_another_base_is_reported_before_the_long_work(
     tmp_path: Path, tiny_base: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from simomerge.datasets.tasks import Task
