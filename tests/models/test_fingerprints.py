@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from simomerge.checkpoints import fingerprint
+from simomerge.core.errors import InputError
 from simomerge.models.fingerprints import fingerprint_of
 
 
@@ -111,6 +112,15 @@ def test_every_dtype_is_seen() -> None:
         before = fingerprint_of(holder)
         value.zero_()
         assert (fingerprint_of(holder) == before) == (name == "none")
+
+
+def test_what_is_not_a_tensor_is_refused() -> None:
+    class Odd(nn.Module):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+    with pytest.raises(InputError, match="'_extra_state' is a dict, not a tensor"):
+        fingerprint_of(Odd())
 
 
 def test_weights_made_in_inference_mode() -> None:

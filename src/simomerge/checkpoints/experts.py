@@ -20,7 +20,7 @@ _SETTINGS = {
     "final layer norm": ("apply_layernorm",),
     "image normalisation": ("mean", "std"),
 }
-"""What experts of one encoder must agree in -> the keys of the encoder's settings that say so."""
+"""What experts of one encoder must agree in -> the keys of these values in the encoder's settings."""
 
 
 class Recorded(Protocol):
@@ -91,7 +91,8 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for task, description in descriptions.items():
         check_no_adapters(task, description)
-    first, reference = next((name, description["encoder"]) for name, description in descriptions.items())
+    first = next(iter(descriptions))
+    reference = descriptions[first]["encoder"]
     for task, description in descriptions.items():
         for what, keys in _SETTINGS.items():
             expected, given = ([settings.get(key) for key in keys] for settings in (reference, description["encoder"]))
@@ -107,7 +108,7 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
 def source_name(source: str | Path) -> str:
     """What provenance calls a source: the name of a file or folder without its path, or a hub id.
 
-    A shared model must not tell where files were on the machine that made it.
+    A shared model must not reveal where files were on the machine that made it.
     """
     return Path(source).name if Path(source).exists() else str(source)
 
