@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import simomerge
-from simomerge.assembly.experts import check_experts, load_experts
+from simomerge.assembly.experts import assemble, check_experts, load_experts
 from simomerge.assembly.merge import merge
 from simomerge.assembly.scale import SCALE_GRID, search_scale
 from simomerge.core.errors import InputError
@@ -152,6 +152,20 @@ def test_the_provenance_names_base_experts_and_method(
     }
     model.save_pretrained(tmp_path / "scene")
     assert simomerge.load(tmp_path / "scene").provenance == model.provenance
+
+
+def test_a_merge_hashes_every_model_only_once(
+    base: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[dict[str, Tensor]] = []
+    monkeypatch.setattr("simomerge.models.fingerprints.fingerprint", lambda weights: hashed.append(weights) or "0" * 64)
+    for expert in experts.values():
+        expert.provenance = {"base": {"source": "the-base", "fingerprint": "0" * 64}}
+    move(base, 5)
+    checked = check_experts(base, experts)
+    for _ in range(3):
+        assemble(base, checked, TaskArithmetic())
+    assert len(hashed) == 1 + len(experts)
 
 
 def test_a_method_object_merges_as_its_name_does(base: SimoModel, experts: dict[str, SimoModel]) -> None:
@@ -444,7 +458,7 @@ def test_a_method_object_is_searched_as_its_name_is(
     assert by_object.delta_mtl == by_name.delta_mtl and by_object.delta_mtl[0] != by_object.delta_mtl[1]
 
 
-def test_what_auto_cannot_do_is_said(base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset) -> None:
+def test_what_auto_cannot_do_is_reported(base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset) -> None:
     with pytest.raises(InputError, match="give validation="):
         merge(base, experts, scale="auto")
     with pytest.raises(InputError, match="no labels of normals"):

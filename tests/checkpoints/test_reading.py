@@ -99,14 +99,14 @@ def test_shard_errors(tmp_path: Path) -> None:
     index_file = folder / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     (folder / "b.safetensors").unlink()
-    with pytest.raises(InputError, match=r"b\.safetensors.*not beside it"):
+    with pytest.raises(InputError, match=r"b\.safetensors.*not next to it"):
         open_checkpoint(folder)
     save_file({"other": torch.zeros(1)}, folder / "b.safetensors")
     with pytest.raises(InputError, match=r"places 'encoder\.bias' in 'b\.safetensors'"):
         open_checkpoint(folder)
     save_file(state(), tmp_path.parent / "outside.safetensors")
     index_file.write_text(json.dumps({"weight_map": dict.fromkeys(state(), "../outside.safetensors")}))
-    with pytest.raises(InputError, match=r"outside.*not beside it"):
+    with pytest.raises(InputError, match=r"outside.*not next to it"):
         open_checkpoint(folder)
     for broken in ("{", "[]", json.dumps({"weight_map": 3}), json.dumps(index["weight_map"])):
         index_file.write_text(broken)

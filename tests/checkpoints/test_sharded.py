@@ -4,11 +4,12 @@ import json
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simomerge.checkpoints import TensorInfo, fingerprint, open_checkpoint, write_safetensors
@@ -50,7 +51,7 @@ def test_what_fits_is_one_file(tmp_path: Path) -> None:
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
-    paths = write_sharded(tmp_path, tensors(), metadata={"made": "here"}, max_shard_size=40)
+    paths = write_sharded(tmp_path, tensors(), max_shard_size=40)
     assert [path.name for path in paths] == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
     assert [sorted(open_checkpoint(path)) for path in paths] == [["c"], ["large"], ["a", "b"], ["d", "e", "f"]]
     index = json.loads((tmp_path / INDEX).read_text())
@@ -60,15 +61,21 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert set(files(tmp_path)) == {INDEX, *(path.name for path in paths)}
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.integers(1, 60))
-def test_tensors_are_dealt_out_as_huggingface_hub_does(sizes: list[int], limit: int) -> None:
-    from simomerge.checkpoints.writing import _partition
-
+def test_tensors_are_assigned_to_shards_as_transformers_does(sizes: list[int], limit: int) -> None:
     named = {f"t{number}": size for number, size in enumerate(sizes)}
     split = split_state_dict_into_shards_factory(
-        named, get_storage_size=lambda size: 4 * size, filename_pattern="m{suffix}", max_shard_size=limit
+        named,
+        get_storage_size=lambda size: 4 * size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
     )
-    assert _partition(layout(named), limit) == list(split.filename_to_tensors.values())
+    with TemporaryDirectory() as folder:
+        paths = write_sharded(folder, tensors(named), max_shard_size=limit)
+        found = {path.name: sorted(open_checkpoint(path)) for path in paths}
+        assert found == {file: sorted(names) for file, names in split.filename_to_tensors.items()}
+        assert_holds(Path(folder), tensors(named))
 
 
 def test_bytes_depend_on_the_content_only(tmp_path: Path) -> None:

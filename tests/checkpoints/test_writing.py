@@ -55,16 +55,14 @@ def test_torch_tensors_keep_their_dtype(tmp_path: Path) -> None:
 
 
 def test_bytes_depend_on_the_content_only(tmp_path: Path) -> None:
-    one = write_safetensors(tmp_path / "1.safetensors", tensors(), "BF16", {"b": "2", "a": "1"})
+    one = write_safetensors(tmp_path / "1.safetensors", tensors(), "BF16")
     reverse = dict(reversed(tensors().items()))
-    two = write_safetensors(tmp_path / "2.safetensors", reverse, "BF16", {"a": "1", "b": "2"})
+    two = write_safetensors(tmp_path / "2.safetensors", reverse, "BF16")
     layout = {name: open_checkpoint(one).info(name) for name in reverse}
-    three = write_safetensors(
-        tmp_path / "3.safetensors", iter(reverse.items()), metadata={"a": "1", "b": "2"}, layout=layout
-    )
+    three = write_safetensors(tmp_path / "3.safetensors", iter(reverse.items()), layout=layout)
     assert one.read_bytes() == two.read_bytes() == three.read_bytes()
     with safe_open(one, "np") as file:
-        assert file.metadata() == {"a": "1", "b": "2", "format": "pt"}
+        assert file.metadata() == {"format": "pt"}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

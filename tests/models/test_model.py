@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Model
 
-import simomerge.models.model
+from simomerge.checkpoints.description import model_card
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.heads import LinearHead
@@ -229,7 +229,7 @@ def test_the_model_card_lists_the_tasks_and_where_the_weights_come_from(adapted,
     assert "| seg | segmentation | dpt |" in card
     assert "| depth | depth | dpt |" in card
     assert "# One encoder, 3 tasks" in card and '"method": "ties"' in card
-    assert "# One encoder, 1 task\n" in simomerge.models.model.model_card(adapted.select("depth").description())
+    assert "# One encoder, 1 task\n" in model_card(adapted.select("depth").description())
 
 
 # An existing folder, a crash, a full disk ---------------------------------------------------------------

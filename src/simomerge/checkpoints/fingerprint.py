@@ -1,4 +1,4 @@
-"""A sha256 of what a checkpoint computes with, not of how it is stored."""
+"""A sha256 of the values in a checkpoint, independent of how they are stored."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from simomerge.checkpoints.tensors import as_numpy
 
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
-    """sha256 (hex) over the sorted canonical names, the shapes and the values as float32.
+    """sha256 (hex) of the sorted canonical names, the shapes and the values as float32.
 
-    It does not depend on the file format, the sharding, the order of the tensors, in-memory or on-disk names,
-    or the float width: a float16 file and its float32 upcast agree. One tensor is in memory at a time. The
-    bits count, so -0.0 and 0.0 differ.
+    It does not depend on the file format, the sharding, the order of the tensors, in-memory or on-disk names, or the
+    float width: a float16 file and its float32 copy have the same one. It compares bits, so -0.0 and 0.0 differ. One
+    tensor is in memory at a time.
 
     Args:
         tensors: a Checkpoint, or name -> numpy array or torch tensor.
 
     Raises:
-        InputError: two names stand for one tensor, or a value is not a tensor.
+        InputError: two names mean the same tensor, or a value is not a tensor.
 
     Example:
         >>> half, full = np.ones(3, np.float16), np.ones(3, np.float32)

@@ -1,8 +1,8 @@
-"""A peft LoRA adapter, seen as the full expert that it makes of its base.
+"""A peft LoRA adapter, read as the full expert that it makes of its base.
 
-An adapter holds, for some modules of the base, two thin factors: the module's weight changes by
-``scale * B @ A``. Here the adapter behaves like a checkpoint of the whole encoder, under the base's names, and the
-task vector of a tensor is computed from its factors, without the rounding of adding to the base first.
+An adapter holds two low-rank factors for some modules of the base; the weight of such a module changes by
+``scale * B @ A``. Here the adapter acts like a checkpoint of the complete encoder, under the base's names. The task
+vector of a tensor is computed from its factors, which avoids the rounding of adding to the base first.
 
 The conventions are those of peft (checked with 0.21): the scale is ``alpha / r``, or ``alpha / sqrt(r)`` with
 ``use_rslora``; the keys of ``rank_pattern`` and ``alpha_pattern`` are regular expressions for the end of a module's
@@ -29,10 +29,10 @@ from simomerge.core.errors import InputError
 
 _CONFIG = "adapter_config.json"
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_MEND = "call merge_and_unload() in peft and give the merged model"
-_SHOWN = 3  # of a list of names; the count is given as well
+_REMEDY = "call merge_and_unload() in peft and give the merged model"
+_SHOWN = 3  # the most names in a message; it also has their number
 
-#: Options under which the weights are more than base + scale * B @ A, or belong to more than the base's modules.
+#: Options with which the weights are more than base + scale * B @ A, or belong to more than the base's modules.
 _VARIANTS = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -45,19 +45,18 @@ _VARIANTS = {
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trainable tokens",
 }
-#: Initialisations that subtract the first B @ A from the base: the adapter fits that changed base only.
+#: Initialisations that subtract the first B @ A from the base: the adapter fits only the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<bias>\.bias|\.weight)?$")
-# What peft puts between a module and its tensors; the copy from before training is of no use.
-_INFIX = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")
-_UNTRAINED = ".original_module."
-_WRAPPERS = ("encoder.", "model.")  # that may stand before the encoder's own names; names.py knows the others
+_INFIX = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.)")  # which peft inserts between a module and its tensors
+_UNTRAINED = ".original_module."  # peft's copy of a module from before the training; not needed
+_WRAPPERS = ("encoder.", "model.")  # possible prefixes of the encoder's own names; names.py knows the others
 
 
 @dataclass(frozen=True)
 class _LowRank:
-    """How one tensor changes: ``scale * B @ A``, or ``scale * B`` where there is no A (the bias of B)."""
+    """The change of one tensor: ``scale * B @ A``, or ``scale * B`` if there is no A (the bias of B)."""
 
     a: str | None
     b: str
@@ -73,58 +72,54 @@ class _LowRank:
         b = adapter[self.b]
         if self.a is None:
             return b * np.float32(self.scale)
-        # A convolution's A is (r, in, height, width) and its B (out, r, 1, 1): flattened, the same product.
+        # A convolution's A is (r, in, height, width) and its B (out, r, 1, 1): flattened, the product is the same.
         a = adapter[self.a]
         product = b.reshape(len(b), -1) @ a.reshape(len(a), -1)
         product *= np.float32(self.scale)
         return np.ascontiguousarray(product.T) if self.transposed else product.reshape(len(b), *a.shape[1:])
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class LoraExpert(Mapping[str, np.ndarray]):
     """A base with a LoRA adapter: a read-only, lazy mapping like a Checkpoint; made by :func:`open_lora`.
 
-    ``expert[name]`` computes one tensor, float32: the base's plus the adapter's low-rank change, or the tensor
-    trained in full in its place (``modules_to_save``, biases). What the adapter leaves alone is the base's. Names
-    are the base's. Treat arrays as read-only.
+    ``expert[name]`` computes one tensor, float32: the base's plus the adapter's low-rank change, or the tensor that
+    was trained in full instead (``modules_to_save``, biases). All others are the base's. Names are the base's. Treat
+    arrays as read-only.
 
     Attributes:
         path: the adapter's folder.
-        base: what it was opened with; ``task_vector`` is relative to it.
+        base: the mapping it was opened with; ``task_vector`` is relative to it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        base: Mapping[str, Any],
-        adapter: Checkpoint,
-        low_rank: Mapping[str, _LowRank],
-        whole: Mapping[str, str],
-    ) -> None:
-        self.path = path
-        self.base, self._adapter, self._low_rank, self._whole = base, adapter, low_rank, whole
+    path: Path
+    base: Mapping[str, Any]
+    _adapter: Checkpoint
+    _low_rank: Mapping[str, _LowRank]
+    _replaced: Mapping[str, str]  # the base's name of a tensor trained in full -> its key in the adapter
 
     def info(self, name: str) -> TensorInfo:
         """Shape of one tensor and the dtype that holds it: the base's, or F32 where B @ A is added. Raises KeyError."""
         info = tensor_info(self.base, name)
         if name in self._low_rank:
             return TensorInfo(info.shape, "F32")
-        return self._adapter.info(self._whole[name]) if name in self._whole else info
+        return self._adapter.info(self._replaced[name]) if name in self._replaced else info
 
     def task_vector(self, name: str) -> np.ndarray | None:
-        """The tensor minus the base's, float32, or None where the adapter leaves it alone. Raises KeyError.
+        """The tensor minus the base's, float32, or None if the adapter does not change it. Raises KeyError.
 
-        Where nothing but the factors changes a tensor, this is ``scale * B @ A`` itself.
+        If only the factors change a tensor, this is ``scale * B @ A`` itself.
         """
         if name not in self.base:
             raise KeyError(name)
         delta = self._low_rank[name].delta(self._adapter) if name in self._low_rank else None
-        if name not in self._whole:
+        if name not in self._replaced:
             return delta
-        difference = self._adapter[self._whole[name]] - as_numpy(self.base[name], name)
+        difference = self._adapter[self._replaced[name]] - as_numpy(self.base[name], name)
         return difference if delta is None else difference + delta
 
     def __getitem__(self, name: str) -> np.ndarray:
-        start = self._adapter[self._whole[name]] if name in self._whole else as_numpy(self.base[name], name)
+        start = self._adapter[self._replaced[name]] if name in self._replaced else as_numpy(self.base[name], name)
         return start + self._low_rank[name].delta(self._adapter) if name in self._low_rank else start
 
     def __contains__(self, name: object) -> bool:
@@ -137,7 +132,7 @@ class LoraExpert(Mapping[str, np.ndarray]):
         return len(self.base)
 
     def __repr__(self) -> str:
-        changed = len(self._low_rank.keys() | self._whole.keys())
+        changed = len(self._low_rank.keys() | self._replaced.keys())
         return f"LoraExpert({str(self.path)!r}, {changed} of {len(self)} tensors changed)"
 
 
@@ -155,16 +150,16 @@ def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraEx
     """Open a peft LoRA adapter as the expert that it makes of ``base``, without reading values.
 
     The adapter's names may be those in memory or on disk, behind ``base_model.model.`` and wrappers such as
-    ``backbone.``; they are matched with the base's by :func:`~simomerge.checkpoints.names.canonical_name`.
+    ``backbone.``; :func:`~simomerge.checkpoints.names.canonical_name` matches them with the base's.
 
     Args:
         folder: ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
         base: the model that the adapter was trained on: name -> numpy array or torch tensor, or a Checkpoint.
 
     Raises:
-        InputError: no adapter or no weights there, a damaged file, an adapter that is not plain LoRA (DoRA and
-            other variants, another peft type, an initialisation that changed the base), a tensor that the base
-            lacks or has in another shape, one factor without the other, factors of another rank than configured.
+        InputError: no adapter or no weights there, a damaged file, an adapter that is not plain LoRA (DoRA and other
+            variants, another peft type, an initialisation that changed the base), a tensor that is missing in the
+            base or has another shape there, one factor without the other, factors of another rank than configured.
 
     Example:
         >>> from simomerge.checkpoints import write_safetensors
@@ -184,24 +179,21 @@ def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraEx
     if file is None:
         raise InputError(f"{folder} holds no adapter weights (looked for {', '.join(_WEIGHT_FILES)}): copy them there.")
     adapter = open_checkpoint(file)
-    pairs, whole = _sort(file, adapter)
-    low_rank = {}
-    for module, sides in pairs.items():
-        for kind, change in _low_rank(file, adapter, config, module, sides).items():
-            low_rank[f"{module}.{kind}"] = change
-    own = _own_names(file, base, [*low_rank, *whole])
-    expert = LoraExpert(
-        folder,
-        base,
-        adapter,
-        {own[name]: change for name, change in low_rank.items()},
-        {own[name]: key for name, key in whole.items()},
-    )
-    for name, change in low_rank.items():
-        _check_shape(file, name, change.shape(adapter), tensor_info(base, own[name]).shape)
-    for name, key in whole.items():
-        _check_shape(file, name, adapter.info(key).shape, tensor_info(base, own[name]).shape)
-    return expert
+    factors, replaced = _sort(file, adapter)
+    low_rank: dict[str, _LowRank] = {}
+    for module, sides in factors.items():
+        low_rank |= _changes(file, adapter, config, module, sides)
+    own = _own_names(file, base, [*low_rank, *replaced])
+    shapes = {name: change.shape(adapter) for name, change in low_rank.items()}
+    for name, shape in [*shapes.items(), *((name, adapter.info(key).shape) for name, key in replaced.items())]:
+        expected = tensor_info(base, own[name]).shape
+        if shape != expected:
+            raise InputError(
+                f"{file} changes '{name}' by a tensor of shape {shape}, but the base's has {expected}: give the base"
+                " that the adapter was trained on."
+            )
+    changes = {own[name]: change for name, change in low_rank.items()}
+    return LoraExpert(folder, base, adapter, changes, {own[name]: key for name, key in replaced.items()})
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -214,48 +206,53 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "peft_type" not in config:
         raise InputError(f"{path} is not the configuration of a peft adapter (no 'peft_type'): save it again.")
     if config["peft_type"] != "LORA":
-        raise InputError(f"{path} holds an adapter of type {config['peft_type']}, not LORA: {_MEND}.")
+        raise InputError(f"{path} holds an adapter of type {config['peft_type']}, not LORA: {_REMEDY}.")
     for option, variant in _VARIANTS.items():
         if config.get(option):
             raise _not_plain(path, variant)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise InputError(
-            f"{path}: it began as '{start}', which changes the base too: save it with peft's "
+            f"{path}: it began as '{start}', which also changes the base: save it with peft's "
             "path_initial_model_for_weight_conversion, which makes it plain LoRA."
         )
     return config
 
 
 def _not_plain(path: Path, variant: str) -> InputError:
-    return InputError(f"{path}: the adapter uses {variant}, which is more than base + B @ A: {_MEND}.")
+    return InputError(f"{path}: the adapter uses {variant}, which is more than base + B @ A: {_REMEDY}.")
 
 
 def _sort(file: Path, adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The adapter's keys: by module the factors, {"A", "B", "B.bias"} -> key; and tensor name -> key of the rest."""
-    pairs: dict[str, dict[str, str]] = {}
-    whole: dict[str, str] = {}
+    """Sort the adapter's keys.
+
+    Returns:
+        For each module its factors, such as {"A": key, "B": key, "B.bias": key}, and for each tensor that was trained
+        in full its key.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    replaced: dict[str, str] = {}
     for key in adapter:
         name = key.removeprefix("base_model.model.")
         if ".lora_magnitude_vector" in name:
             raise _not_plain(file, "DoRA")
         if match := _FACTOR.match(name):
-            side = ("embedding_" if match["embedding"] else "") + match["side"]
-            pairs.setdefault(match["module"], {})[side + (".bias" if match["bias"] == ".bias" else "")] = key
+            side = (match["embedding"] or "") + match["side"] + (".bias" if match["bias"] == ".bias" else "")
+            factors.setdefault(match["module"], {})[side] = key
         elif ".lora_" in name:
-            raise InputError(f"{file}: '{key}' is no tensor of a plain LoRA adapter: save it again with peft.")
+            raise InputError(f"{file}: '{key}' is not a tensor of a plain LoRA adapter: save it again with peft.")
         elif _UNTRAINED not in name:
-            # With biases beside modules_to_save peft writes one tensor under two names; both hold the same.
-            whole.setdefault(_INFIX.sub("", name), key)
-    if not pairs and not whole:
+            # If modules_to_save and biases name the same tensor, peft writes it twice, with the same values.
+            replaced.setdefault(_INFIX.sub("", name), key)
+    if not factors and not replaced:
         raise InputError(f"{file} holds no tensors: save the adapter again.")
-    return pairs, whole
+    return factors, replaced
 
 
-def _low_rank(
+def _changes(
     file: Path, adapter: Checkpoint, config: Mapping[str, Any], module: str, sides: Mapping[str, str]
 ) -> dict[str, _LowRank]:
-    """What the factors of one module change: its weight, and its bias where B has one."""
+    """The tensors of a module that its factors change: the weight, and the bias if B has one."""
     embedding = "embedding_A" in sides or "embedding_B" in sides
     a, b = (sides.get(("embedding_" if embedding else "") + side) for side in "AB")
     if a is None or b is None:
@@ -270,9 +267,9 @@ def _low_rank(
         )
     # peft transposes for layers that store (in, out); a convolution never does.
     transposed = embedding or (bool(config.get("fan_in_fan_out")) and len(shapes[0]) == 2)
-    changes = {"weight": _LowRank(a, b, scale, transposed)}
+    changes = {f"{module}.weight": _LowRank(a, b, scale, transposed)}
     if "B.bias" in sides:
-        changes["bias"] = _LowRank(None, sides["B.bias"], scale, False)
+        changes[f"{module}.bias"] = _LowRank(None, sides["B.bias"], scale, False)
     return changes
 
 
@@ -297,7 +294,7 @@ def _own_names(file: Path, base: Mapping[str, Any], names: Iterable[str]) -> dic
     """The adapter's tensor names -> the base's own."""
     known = canonicalise(base)
     found: dict[str, str] = {}
-    lacking = []
+    unknown = []
     for name in names:
         inner = name
         while (canonical := canonical_name(inner)) not in known and inner.startswith(_WRAPPERS):
@@ -305,19 +302,12 @@ def _own_names(file: Path, base: Mapping[str, Any], names: Iterable[str]) -> dic
         if canonical in known:
             found[name] = known[canonical]
         else:
-            lacking.append(name)
-    if lacking:
-        shown = ", ".join(lacking[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
+            unknown.append(name)
+    if unknown:
+        shown = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+        tensors = f"{len(unknown)} tensor{'s' if len(unknown) > 1 else ''}"
         raise InputError(
-            f"{file} changes {len(lacking)} tensor{'s' if len(lacking) > 1 else ''} that the base lacks: {shown}. "
-            "Give the base that the adapter was trained on, and an adapter without a head."
+            f"{file} changes {tensors} that the base does not have: {shown}."
+            " Give the base that the adapter was trained on, and an adapter without a head."
         )
     return found
-
-
-def _check_shape(file: Path, name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if given != expected:
-        raise InputError(
-            f"{file} changes '{name}' by a tensor of shape {given}, but the base's has {expected}: "
-            "give the base that the adapter was trained on."
-        )

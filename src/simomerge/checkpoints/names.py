@@ -1,11 +1,11 @@
 """One convention for tensor names: the one on disk.
 
-transformers 5 renamed the modules of several encoders but kept the names in files, so one and the same tensor
-is ``encoder.layer.0.attention.q_proj.weight`` in ``model.state_dict()`` and
-``encoder.layer.0.attention.attention.query.weight`` in ``model.safetensors``. Wrappers add prefixes on top.
-Names are brought to one convention before anything is compared, and the table below is all there is to it.
+transformers 5 renamed the modules of several encoders but kept the names in files. The same tensor is called
+``encoder.layer.0.attention.q_proj.weight`` in ``model.state_dict()`` and
+``encoder.layer.0.attention.attention.query.weight`` in ``model.safetensors``. Wrappers also add prefixes. The rules
+below bring all names to one convention before anything is compared.
 
-Checked with transformers 5.23, against all families of `simomerge encoders`. One thing no renaming can express: the
+Checked with transformers 5.23, for all families of `simomerge encoders`. Renaming cannot express one difference: the
 gate and up projections of a SwiGLU DINOv2 (giant) are two tensors in memory and one (``mlp.weights_in``) on disk.
 """
 
@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from simomerge.core.errors import InputError
 
-# What wrappers put in front: data parallel, torch.compile, a model around a backbone or an encoder.
+# Prefixes that wrappers add: data parallel, torch.compile, a model around a backbone or an encoder.
 _PREFIX = re.compile(
     r"^(?:(?:module|_orig_mod|backbone|dinov2|dinov2_with_registers|dinov3_vit|dinov3_convnext|vit|beit|deit|swin|swinv2"
     r"|convnext|convnextv2|resnet|pvt_v2|vision_model)\.)+"
@@ -25,9 +25,9 @@ _PREFIX = re.compile(
 _RULES = [
     (re.compile(pattern), target)
     for pattern, target in (
-        # DINOv3: only the blocks or stages gained a prefix.
+        # DINOv3: only blocks and stages have a new prefix.
         (r"^model\.((?:layer|stages)\.\d+\.)", r"\1"),
-        # ViT, DeiT and BEiT: `layers` at the top is `encoder.layer`, and its MLP has names of its own.
+        # ViT, DeiT and BEiT: `layers` at the top is `encoder.layer`, and the parts of its MLP have other names.
         (r"^layers\.(\d+)\.mlp\.fc1\.", r"encoder.layer.\1.intermediate.dense."),
         (r"^layers\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
         (r"^layers\.(\d+)\.(attention\.|layernorm_before\.|layernorm_after\.|lambda_[12]$)", r"encoder.layer.\1.\2"),
@@ -58,7 +58,7 @@ _RULES = [
 def canonical_name(name: str) -> str:
     """The on-disk name of an encoder tensor, given its name on disk or in memory, wrapped or not.
 
-    A name that no rule knows is its own canonical name.
+    A name that no rule matches is its own canonical name.
 
     Example:
         >>> canonical_name("backbone.encoder.layer.3.attention.q_proj.bias")
@@ -73,10 +73,10 @@ def canonical_name(name: str) -> str:
 
 
 def canonicalise(names: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> the given name, in the given order.
+    """A dictionary from canonical names to the given names, in the given order.
 
     Raises:
-        InputError: two of the names stand for the same tensor.
+        InputError: two of the names mean the same tensor.
 
     Example:
         >>> canonicalise(["dinov2.layernorm.weight"])

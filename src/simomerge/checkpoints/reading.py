@@ -1,4 +1,4 @@
-"""Open a checkpoint: names, shapes and dtypes at once, values one tensor at a time."""
+"""Open a checkpoint: names, shapes and dtypes are read at once, values one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
 from simomerge.core.errors import InputError
 
-#: Weight files of a transformers folder, in the order they are looked for.
+#: Weight files of a transformers folder, in order of preference.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -29,14 +29,14 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 class _Entry(NamedTuple):
     info: TensorInfo
-    stored: Any  # a flat numpy view of the file's bytes in the storage dtype, or a torch tensor
+    stored: Any  # a flat numpy view of the file in the storage dtype, or a torch tensor
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
     """A read-only, lazy mapping from tensor names to numpy arrays; made by :func:`open_checkpoint`.
 
-    ``checkpoint[name]`` reads one tensor: floats of any storage dtype as float32, the rest as stored. The
-    array may be a view of the file: treat it as read-only. Names are those of the file.
+    ``checkpoint[name]`` reads one tensor: floats of any storage dtype as float32, all others as stored. The array may
+    be a view of the file: treat it as read-only. Names are those in the file.
 
     Attributes:
         path: the file, or the folder that holds the weights.
@@ -55,7 +55,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return decode(stored, info).reshape(info.shape) if isinstance(stored, np.ndarray) else as_numpy(stored, name)
 
     def flat(self, name: str, part: slice = slice(None)) -> np.ndarray:
-        """A part of a tensor's flattened values, of which nothing else is read. Raises KeyError."""
+        """A part of a tensor's flattened values; only this part is read. Raises KeyError."""
         info, stored = self._entries[name]
         if isinstance(stored, np.ndarray):
             return decode(stored[part], info)
@@ -71,7 +71,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return len(self._entries)
 
     def only(self, names: Iterable[str]) -> Checkpoint:
-        """The same file with some of its tensors. Raises KeyError."""
+        """The same file, reduced to some of its tensors. Raises KeyError."""
         return Checkpoint(self.path, {name: self._entries[name] for name in names})
 
     def __repr__(self) -> str:
@@ -82,14 +82,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open the weights at ``path`` without reading their values.
 
     Args:
-        path: a ``.safetensors`` file; a transformers folder (one file, or shards with an index); a simomerge
-            model folder (its encoder is the checkpoint); a ``.pt``, ``.pth`` or ``.bin`` file that holds a
-            state dict, flat or under ``state_dict`` or ``model``. Such files are loaded with
-            ``torch.load(weights_only=True)``: what would run code is refused.
+        path: a ``.safetensors`` file; a transformers folder (one file, or shards with an index); a simomerge model
+            folder (its encoder is the checkpoint); a ``.pt``, ``.pth`` or ``.bin`` file that holds a state dict, alone
+            or under ``state_dict`` or ``model``. The latter are loaded with ``torch.load(weights_only=True)``, which
+            refuses files that could run code.
 
     Raises:
-        InputError: nothing there, no weights in the folder, a damaged file, a missing shard, a file that
-            holds more than tensors.
+        InputError: nothing there, no weights in the folder, a damaged file, a missing shard, a file that holds more
+            than tensors.
 
     Example:
         >>> from simomerge.checkpoints import write_safetensors
@@ -132,7 +132,7 @@ def _open_file(file: Path) -> dict[str, _Entry]:
 
 def _open_safetensors(file: Path) -> dict[str, _Entry]:
     try:
-        # Opening checks the header against the file (sizes, offsets, overlaps), so it can be trusted below.
+        # The library compares the header with the file (sizes, offsets, overlaps), so the code below can trust it.
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
@@ -161,9 +161,9 @@ def _open_shards(index: Path) -> dict[str, _Entry]:
         raise InputError(f"{index} is not an index of shards (no 'weight_map'): download it again.") from error
     opened = {}
     for shard in shards:
-        # A plain name only: an index must not lead out of its folder.
+        # Accept only a plain name: an index must not lead out of its folder.
         if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise InputError(f"{index} names the shard '{shard}', which is not beside it: download it again.")
+            raise InputError(f"{index} names the shard '{shard}', which is not next to it: download it again.")
         opened[shard] = _open_file(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in opened[shard]:
@@ -179,11 +179,11 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
         if handle.read(2) == b"PK" and not is_zip:
             raise InputError(f"{file} is not a complete torch file (its end is missing): copy or save it again.")
     try:
-        # The format before torch 1.6 is no zip file and cannot be memory-mapped.
+        # Files from before torch 1.6 are not zip files and cannot be memory-mapped.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        holds = f"it holds a {culprit[1]}" if culprit else "it is no torch file of tensors"
+        holds = f"it holds a {culprit[1]}" if culprit else "it is not a torch file of tensors"
         raise InputError(
             f"{file} was refused: {holds}, and loading it could run code. "
             "Save the state dict alone, best as safetensors."
@@ -196,7 +196,7 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
 
 
 def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:
-    """The state dict in what torch.load returned: itself, or what lies under 'state_dict' or 'model'."""
+    """Find the state dict in what torch.load returned: at the top, or under 'state_dict' or 'model'."""
     import torch
 
     if isinstance(loaded, Mapping):

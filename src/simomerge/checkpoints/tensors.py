@@ -1,7 +1,7 @@
 """One tensor: its shape, its storage dtype, and its values as numpy.
 
-Storage dtypes go by their safetensors names (``F32``, ``BF16``, ``I64`` ...). Everything that computes works
-in float32, whatever the storage; everything that is not a float stays as it is stored.
+Storage dtypes have their safetensors names (``F32``, ``BF16``, ``I64`` ...). All computations are in float32, whatever
+the storage. Tensors that are not floats stay as they are stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 
-#: safetensors dtype -> the numpy dtype its bytes are read with (numpy has no bfloat16: its upper 16 bits).
+#: safetensors dtype -> the numpy dtype that reads its bytes. numpy has no bfloat16; it is the upper half of a float32.
 STORAGE = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "C64": "<c8", "BOOL": "|b1",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -39,7 +39,7 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        """True where the tensor takes part in arithmetic; other tensors are only copied."""
+        """True if the tensor takes part in arithmetic; other tensors are only copied."""
         return self.dtype in FLOATS
 
     @property
@@ -54,10 +54,10 @@ class TensorInfo:
 
 
 def tensor_info(tensors: Mapping[str, Any], name: str) -> TensorInfo:
-    """Shape and storage dtype of ``tensors[name]``; a Checkpoint answers without reading the values.
+    """Shape and storage dtype of ``tensors[name]``; a Checkpoint knows them without reading the values.
 
     Raises:
-        InputError: the value is no numpy array or torch tensor, or of a dtype that cannot be stored.
+        InputError: the value is not a numpy array or torch tensor, or has a dtype that cannot be stored.
 
     Example:
         >>> tensor_info({"w": np.zeros((2, 3), np.float16)}, "w")
@@ -68,7 +68,7 @@ def tensor_info(tensors: Mapping[str, Any], name: str) -> TensorInfo:
 
 
 def value_info(value: Any, name: str) -> TensorInfo:
-    """Shape and storage dtype of one numpy array or torch tensor; ``name`` is used in the error."""
+    """Shape and storage dtype of one numpy array or torch tensor; ``name`` appears in the error message."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise InputError(f"'{name}' is a {type(value).__name__}, not a tensor: give arrays or tensors.")
     dtype = getattr(value.dtype, "name", None) or str(value.dtype).removeprefix("torch.")
@@ -78,9 +78,9 @@ def value_info(value: Any, name: str) -> TensorInfo:
 
 
 def as_numpy(value: Any, name: str = "tensor") -> np.ndarray:
-    """Values of a numpy array or a torch tensor on any device: floats as float32, the rest as stored.
+    """The values of a numpy array or a torch tensor on any device: floats as float32, all others as stored.
 
-    A float32 array comes back as it is (no copy): treat the result as read-only.
+    A float32 array is returned without a copy: treat the result as read-only.
 
     Raises:
         InputError: not a tensor, or a dtype that cannot be stored.
@@ -97,7 +97,7 @@ def as_numpy(value: Any, name: str = "tensor") -> np.ndarray:
 
 
 def flat_values(tensors: Mapping[str, Any], name: str, part: slice = slice(None)) -> np.ndarray:
-    """A part of the flattened values of ``tensors[name]``, like :func:`as_numpy`; a Checkpoint reads only that.
+    """A part of the flattened values of ``tensors[name]``, like :func:`as_numpy`; a Checkpoint reads only this part.
 
     Example:
         >>> flat_values({"w": np.arange(6.0).reshape(2, 3)}, "w", slice(2, 4))
@@ -112,14 +112,14 @@ def flat_values(tensors: Mapping[str, Any], name: str, part: slice = slice(None)
 
 
 def decode(stored: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """An array as stored to its values, in the same shape: floats as float32, the rest as it is."""
+    """Convert a stored array to its values, in the same shape: floats to float32, all others unchanged."""
     if info.dtype == "BF16":
         return _from_bfloat16(stored)
     return stored.astype(np.float32, copy=False) if info.is_float else stored
 
 
 def encode(array: np.ndarray, dtype: str, name: str = "tensor") -> np.ndarray:
-    """An array to the little-endian, contiguous array whose bytes are stored as ``dtype``.
+    """Convert an array to the little-endian, contiguous array whose bytes are stored as ``dtype``.
 
     Narrowing rounds to nearest, ties to even.
 
@@ -128,7 +128,7 @@ def encode(array: np.ndarray, dtype: str, name: str = "tensor") -> np.ndarray:
     """
     if dtype not in FLOATS:
         return np.ascontiguousarray(array, dtype=STORAGE[dtype])
-    # Overflow gives infinity, which is looked for below: numpy need not warn as well.
+    # Overflow gives infinity, which is checked below, so numpy need not warn.
     with np.errstate(over="ignore"):
         if dtype == "BF16":
             stored, values = _round_to_bfloat16(array)
@@ -141,10 +141,10 @@ def encode(array: np.ndarray, dtype: str, name: str = "tensor") -> np.ndarray:
 
 
 def _round_to_bfloat16(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The upper 16 bits of float32 rounded half to even, and the float32 values that they stand for."""
+    """The upper 16 bits of float32, rounded half to even, and the float32 values that they represent."""
     bits = np.ascontiguousarray(array, dtype="<f4").view("<u4")
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    # Rounding carries a NaN with a full mantissa over into infinity or zero: keep it a (quiet) NaN.
+    # Rounding would turn a NaN with a full mantissa into infinity or zero: keep it a (quiet) NaN.
     stored = np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype("<u2").reshape(np.shape(array))
     return stored, _from_bfloat16(stored)
 

@@ -1,4 +1,4 @@
-"""Write safetensors files, one or in shards: atomically, streaming, the same bytes for the same input."""
+"""Write safetensors files, one or in shards: atomically, streaming, and the same bytes for the same input."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -21,7 +21,15 @@ from simomerge.core.files import atomic_file, atomic_write_text, check_room
 from simomerge.core.parallel import ordered_map
 from simomerge.core.progress import progress
 
-_Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
+if TYPE_CHECKING:
+    from huggingface_hub.serialization import StateDictSplit
+
+Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
+"""Name -> numpy array or torch tensor, or an iterable of such pairs."""
+
+_Layout = Mapping[str, TensorInfo]
+_Dtypes = str | Mapping[str, str] | None
+_Write = Callable[[str, Any], None]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -30,70 +38,67 @@ for _power, _prefix in enumerate("KMGT", start=1):
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
-    dtypes: str | Mapping[str, str] | None = None,
-    metadata: Mapping[str, str] | None = None,
-    layout: Mapping[str, TensorInfo] | None = None,
+    tensors: Tensors,
+    dtypes: _Dtypes = None,
+    layout: _Layout | None = None,
     threads: int | None = None,
     durable: bool = True,
 ) -> Path:
-    """Write named tensors to one safetensors file; a tensor per thread is in memory at a time.
+    """Write named tensors to one safetensors file, with one tensor per thread in memory.
 
-    The header comes first in the file, so shapes and dtypes must be known before the first value: from
-    ``tensors`` itself when it is a mapping (a Checkpoint answers without reading), else from ``layout``. The
-    bytes depend on the tensors only, not on their order.
+    The header comes first in the file, so shapes and dtypes must be known before the first value. They come from
+    ``tensors`` itself if it is a mapping (a Checkpoint knows them without reading values), else from ``layout``. The
+    bytes depend only on the tensors, not on their order.
 
     Args:
         path: the file to write or replace; it appears complete or not at all.
-        tensors: name -> numpy array or torch tensor, or an iterable of such pairs in any order. A mapping is read by
-            several threads, and so is one that computes its tensors when they are read.
-        dtypes: storage dtype of the floats, ``"F32"``, ``"F16"`` or ``"BF16"``, for all or by name; by
-            default each keeps the dtype it has. Tensors that are not floats always do.
-        metadata: text entries of the header; ``format: pt`` is added, which transformers asks for.
-        layout: name -> TensorInfo of everything that ``tensors`` will deliver; needed for an iterable.
-        threads: that read a mapping; all cores by default.
-        durable: see `simomerge.checkpoints.atomic_file`.
+        tensors: name -> numpy array or torch tensor, or an iterable of such pairs in any order. Several threads read
+            a mapping, which may compute its tensors when they are read.
+        dtypes: storage dtype of the floats, ``"F32"``, ``"F16"`` or ``"BF16"``, for all or by name. By default each
+            keeps its dtype. Tensors that are not floats always do.
+        layout: name -> TensorInfo of everything that ``tensors`` delivers; required for an iterable.
+        threads: threads that read a mapping; all cores by default.
+        durable: see `simomerge.core.files.atomic_file`.
 
     Raises:
-        InputError: an unknown dtype, a value too large for it, a tensor that ``layout`` lacks or shapes
-            otherwise, no space left (the needed bytes are named).
+        InputError: an unknown dtype, a value too large for it, a tensor that is missing in ``layout`` or has another
+            shape there, no space left (the message names the needed bytes).
 
     Example:
         >>> write_safetensors("w.safetensors", {"w": np.ones(3, np.float32)}, "BF16").name
         'w.safetensors'
     """
     path = Path(path)
-    layout = _layout(tensors, dtypes, layout)
-    with _open(path, layout, metadata, durable) as write:
+    layout = storage_layout(tensors, dtypes, layout)
+    with _open(path, layout, durable) as write:
         _write_all(path, write, tensors, layout, threads)
     return path
 
 
 def write_sharded(
     folder: str | os.PathLike[str],
-    tensors: Mapping[str, Any] | Iterable[tuple[str, Any]],
-    dtypes: str | Mapping[str, str] | None = None,
-    metadata: Mapping[str, str] | None = None,
-    layout: Mapping[str, TensorInfo] | None = None,
+    tensors: Tensors,
+    dtypes: _Dtypes = None,
+    layout: _Layout | None = None,
     max_shard_size: int | None = None,
     threads: int | None = None,
     durable: bool = True,
 ) -> list[Path]:
-    """Write named tensors into a folder as transformers does; a tensor per thread is in memory at a time.
+    """Write named tensors into a folder as transformers does, with one tensor per thread in memory.
 
-    What fits goes into ``model.safetensors``. More goes into ``model-00001-of-0000N.safetensors`` and so on, with
-    ``model.safetensors.index.json`` beside them. Tensors are dealt out in the order of ``layout`` as
-    huggingface_hub does: a shard is closed by the first tensor that it has no room for, and a tensor larger than
-    the limit is a shard by itself. Each file appears complete or not at all; for all of them to appear together,
-    write into a folder of :func:`~simomerge.core.files.atomic_folder`.
+    Tensors that fit go into ``model.safetensors``. More go into ``model-00001-of-0000N.safetensors`` and so on, with
+    ``model.safetensors.index.json`` next to them. huggingface_hub assigns the tensors in the order of ``layout``: the
+    first tensor that has no room in a shard closes it, and a tensor larger than the limit is a shard of its own. Each
+    file appears complete or not at all. To make all of them appear together, write into a folder of
+    :func:`~simomerge.core.files.atomic_folder`.
 
     Args:
-        folder: where to write; it is made if it is not there, and should hold no other weights.
-        tensors, dtypes, metadata, layout, threads, durable: see :func:`write_safetensors`.
+        folder: where to write; it is created if needed, and should hold no other weights.
+        tensors, dtypes, layout, threads, durable: see :func:`write_safetensors`.
         max_shard_size: bytes of tensors in one file; no limit by default. See :func:`parse_size`.
 
     Returns:
-        The weight files, first to last; the index is not among them.
+        The weight files, first to last, without the index.
 
     Raises:
         InputError: see :func:`write_safetensors`; a limit below 1.
@@ -104,62 +109,44 @@ def write_sharded(
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     folder = Path(folder)
-    layout = _layout(tensors, dtypes, layout)
-    shards = _partition(layout, max_shard_size)
-    if len(shards) < 2:
-        path = folder / "model.safetensors"
-        return [write_safetensors(path, tensors, dtypes, metadata, layout, threads, durable)]
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    layout = storage_layout(tensors, dtypes, layout)
+    split = None if max_shard_size is None else _split(layout, max_shard_size)
+    if split is None or not split.is_sharded:
+        return [write_safetensors(folder / "model.safetensors", tensors, None, layout, threads, durable)]
     folder.mkdir(parents=True, exist_ok=True)
-    check_room(folder, sum(info.nbytes for info in layout.values()))  # of all together, before the first
-    layouts = {file: {name: layout[name] for name in names} for file, names in zip(files, shards, strict=True)}
+    check_room(folder, split.metadata["total_size"])  # for all shards, before the first one is written
     with ExitStack() as opened:
-        held = _Shards(folder, layouts, lambda path, shard: _open(path, shard, metadata, durable), opened)
-
-        def write(name: str, value: Any) -> None:
-            if name not in file_of:
-                raise InputError(f"{folder}: got '{name}', expected no such tensor.")
-            held.write(file_of[name], name, value)
-
-        _write_all(folder, write, tensors, layout, threads)
-    index = {"metadata": {"total_size": sum(info.nbytes for info in layout.values())}, "weight_map": file_of}
+        files = split.filename_to_tensors.items()
+        layouts = {folder / file: {name: layout[name] for name in names} for file, names in files}
+        _write_all(folder, _Shards(folder, layouts, durable, opened).write, tensors, layout, threads)
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     content = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write_text(folder / "model.safetensors.index.json", content)
-    return [folder / file for file in files]
+    return list(layouts)
 
 
-class _Shards:
-    """The files of the shards, each open from its first tensor to its last: a process may not open any number."""
+def storage_layout(tensors: Tensors, dtypes: _Dtypes = None, layout: _Layout | None = None) -> dict[str, TensorInfo]:
+    """The shape and storage dtype of each tensor, in order, without reading a value.
 
-    def __init__(
-        self,
-        folder: Path,
-        layouts: Mapping[str, Mapping[str, TensorInfo]],
-        open_one: Callable[[Path, Mapping[str, TensorInfo]], AbstractContextManager[Callable[[str, Any], None]]],
-        opened: ExitStack,
-    ) -> None:
-        self.folder, self.layouts, self.open_one, self.opened = folder, layouts, open_one, opened
-        self.missing = {file: len(layout) for file, layout in layouts.items()}
-        self.live: dict[str, tuple[ExitStack, Callable[[str, Any], None]]] = {}
-        self.lock = Lock()
+    Args:
+        tensors, dtypes, layout: see :func:`write_safetensors`.
 
-    def write(self, file: str, name: str, value: Any) -> None:
-        with self.lock:
-            if file not in self.live:
-                stack = self.opened.enter_context(ExitStack())  # which an error elsewhere unwinds
-                self.live[file] = stack, stack.enter_context(self.open_one(self.folder / file, self.layouts[file]))
-        stack, write = self.live[file]
-        write(name, value)
-        with self.lock:
-            self.missing[file] -= 1
-            last = not self.missing[file]
-        if last:
-            stack.close()
+    Raises:
+        InputError: an unknown dtype, or a value that is not a tensor.
+
+    Example:
+        >>> storage_layout({"w": np.ones(3, np.float32)}, "BF16")
+        {'w': TensorInfo(shape=(3,), dtype='BF16')}
+    """
+    if layout is None:
+        if not isinstance(tensors, Mapping):
+            raise TypeError("an iterable of tensors needs a layout: its shapes are not known beforehand")
+        layout = {name: tensor_info(tensors, name) for name in tensors}
+    return {name: TensorInfo(info.shape, _dtype(name, info, dtypes)) for name, info in layout.items()}
 
 
 def parse_size(size: str | int) -> int:
-    """A size in bytes from text such as ``"5GB"``, ``"500 MB"`` or ``"1.5GiB"``; a plain number is bytes.
+    """A size in bytes from text such as ``"5GB"``, ``"500 MB"`` or ``"1.5GiB"``; a plain number means bytes.
 
     KB, MB, GB and TB are powers of 1000, KiB, MiB, GiB and TiB of 1024, in upper or lower case.
 
@@ -179,25 +166,43 @@ def parse_size(size: str | int) -> int:
     return parsed
 
 
-def _layout(
-    tensors: _Tensors, dtypes: str | Mapping[str, str] | None, layout: Mapping[str, TensorInfo] | None
-) -> dict[str, TensorInfo]:
-    """The shape and storage dtype of each tensor, in order, before any is read."""
-    if layout is None:
-        if not isinstance(tensors, Mapping):
-            raise TypeError("an iterable of tensors needs a layout: its shapes are not known beforehand")
-        layout = {name: tensor_info(tensors, name) for name in tensors}
-    return {name: TensorInfo(info.shape, _dtype(name, info, dtypes)) for name, info in layout.items()}
+class _Shards:
+    """The shard files. Each is open from its first tensor to its last, because a process may open only so many.
+
+    Args:
+        folder: the folder of the shards, for messages.
+        layouts: file -> the tensors in it.
+        durable: see :func:`write_safetensors`.
+        opened: closes the files that are still open when an error ends the writing.
+    """
+
+    def __init__(self, folder: Path, layouts: Mapping[Path, _Layout], durable: bool, opened: ExitStack) -> None:
+        self.folder, self.layouts, self.durable, self.opened = folder, layouts, durable, opened
+        self.file_of = {name: file for file, layout in layouts.items() for name in layout}
+        self.missing = {file: len(layout) for file, layout in layouts.items()}
+        self.writers: dict[Path, tuple[ExitStack, _Write]] = {}
+        self.lock = Lock()
+
+    def write(self, name: str, value: Any) -> None:
+        """Write one tensor to its shard; several threads may call it."""
+        file = self.file_of.get(name)
+        if file is None:
+            raise InputError(f"{self.folder}: got '{name}', expected no such tensor.")
+        with self.lock:
+            if file not in self.writers:
+                stack = self.opened.enter_context(ExitStack())
+                self.writers[file] = stack, stack.enter_context(_open(file, self.layouts[file], self.durable))
+        stack, write = self.writers[file]
+        write(name, value)
+        with self.lock:
+            self.missing[file] -= 1
+            last = not self.missing[file]
+        if last:
+            stack.close()
 
 
-def _write_all(
-    path: Path,
-    write: Callable[[str, Any], None],
-    tensors: _Tensors,
-    layout: Mapping[str, TensorInfo],
-    threads: int | None,
-) -> None:
-    """Every tensor to its place: of a mapping read and written by several threads, else one by one."""
+def _write_all(path: Path, write: _Write, tensors: Tensors, layout: _Layout, threads: int | None) -> None:
+    """Write every tensor: several threads read and write a mapping, one thread an iterable."""
 
     def put(pair: tuple[str, Any]) -> str:
         name, value = pair
@@ -206,22 +211,20 @@ def _write_all(
 
     pairs = ((name, None) for name in tensors) if isinstance(tensors, Mapping) else tensors
     began, missing = time.monotonic(), set(layout)
-    # Closing waits for the threads, whatever happens here: the file that they write to is open until then.
+    # Closing waits for the threads even after an error: the file that they write to stays open until then.
     with closing(ordered_map(put, pairs, threads if isinstance(tensors, Mapping) else 1)) as finished:
         for name in finished:
             missing.remove(name)
-            if time.monotonic() - began > 1:  # short work says nothing
+            if time.monotonic() - began > 1:  # short work reports no progress
                 progress("write", len(layout) - len(missing), len(layout), "")
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(layout)} tensors never came, the first is '{min(missing)}'.")
 
 
 @contextmanager
-def _open(
-    path: Path, layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, durable: bool = True
-) -> Iterator[Callable[[str, Any], None]]:
-    """Yield a function that writes one tensor to its place in the file, whichever thread calls it."""
-    header, offsets = _header(layout, metadata)
+def _open(path: Path, layout: _Layout, durable: bool) -> Iterator[_Write]:
+    """Yield a function that writes one tensor to its place in the file, from any thread."""
+    header, offsets = _header(layout)
     pending = set(layout)
     size = len(header) + sum(info.nbytes for info in layout.values())
     with atomic_file(path, size, durable) as handle:
@@ -232,7 +235,7 @@ def _open(
             if name not in pending or array.shape != layout[name].shape:
                 expected = f"{layout[name].shape} once" if name in layout else "no such tensor"
                 raise InputError(f"{path}: got '{name}' of shape {array.shape}, expected {expected}.")
-            # The memory of the array itself is handed over: a float32 array is written without a copy.
+            # This passes on the memory of the array itself: a float32 array is written without a copy.
             stored = encode(array, layout[name].dtype, name).reshape(-1).view(np.uint8)
             write_at(stored.data, len(header) + offsets[name])
             pending.remove(name)
@@ -242,7 +245,7 @@ def _open(
 
 
 def _positional(handle: BinaryIO) -> Callable[[memoryview, int], None]:
-    """A function that writes bytes to a place in an open file; threads do so side by side where the system can."""
+    """A function that writes bytes at a position of an open file, without waiting for other threads if possible."""
     lock, number = Lock(), handle.fileno()
 
     def write(content: memoryview, place: int) -> None:
@@ -257,29 +260,18 @@ def _positional(handle: BinaryIO) -> Callable[[memoryview, int], None]:
     return write
 
 
-def _partition(layout: Mapping[str, TensorInfo], limit: int | None) -> list[list[str]]:
-    """The names in each shard, exactly as huggingface_hub deals them out."""
-    if limit is None:
-        return [list(layout)]
+def _split(layout: _Layout, limit: int) -> StateDictSplit:
     if limit < 1:
         raise InputError(f"A shard of at most {limit} bytes holds nothing: give a size such as 5GB.")
-    shards: list[list[str]] = []
-    current: list[str] = []
-    size = 0
-    for name, info in layout.items():
-        if info.nbytes > limit:
-            # The shard that was being filled goes on after it.
-            shards.append([name])
-            continue
-        if size + info.nbytes > limit:
-            shards.append(current)
-            current, size = [], 0
-        current.append(name)
-        size += info.nbytes
-    return [*shards, current] if current else shards
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    pattern = "model{suffix}.safetensors"
+    return split_state_dict_into_shards_factory(
+        dict(layout), get_storage_size=lambda info: info.nbytes, filename_pattern=pattern, max_shard_size=limit
+    )
 
 
-def _dtype(name: str, info: TensorInfo, dtypes: str | Mapping[str, str] | None) -> str:
+def _dtype(name: str, info: TensorInfo, dtypes: _Dtypes) -> str:
     if not info.is_float or dtypes is None:
         return info.dtype
     dtype = dtypes if isinstance(dtypes, str) else dtypes.get(name, info.dtype)
@@ -288,23 +280,16 @@ def _dtype(name: str, info: TensorInfo, dtypes: str | Mapping[str, str] | None) 
     return dtype
 
 
-def _header(layout: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
+def _header(layout: _Layout) -> tuple[bytes, dict[str, int]]:
     """The length-prefixed JSON header, and where each tensor begins after it."""
-    # Wide dtypes first (as the safetensors library does), so that every tensor is aligned to its own width.
-    names = sorted(layout, key=lambda name: (-int(STORAGE[layout[name].dtype][2:]), name))
-    text = {"format": "pt"} | dict(metadata or {})
-    header: dict[str, Any] = {"__metadata__": {key: str(text[key]) for key in sorted(text)}}
-    offsets = {}
-    position = 0
-    for name in names:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this entry
+    offsets, position = {}, 0
+    # Wide dtypes come first, as in the safetensors library: then every tensor is aligned to its own width.
+    for name in sorted(layout, key=lambda name: (-int(STORAGE[layout[name].dtype][2:]), name)):
         info = layout[name]
-        offsets[name] = position
-        position += info.nbytes
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [offsets[name], position],
-        }
+        offsets[name], position = position, position + info.nbytes
+        span = [offsets[name], position]
+        header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
     return len(encoded).to_bytes(8, "little") + encoded, offsets

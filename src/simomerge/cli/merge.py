@@ -161,19 +161,12 @@ class _Wanted:
         """Merge from disk to disk, without torch."""
         from simomerge.checkpoints import parse_size
         from simomerge.merging.disk.merge import merge_on_disk
+        from simomerge.merging.disk.output import Output
 
+        limit = parse_size(self.max_shard_size) if self.max_shard_size else None
+        output = Output(self.output, self.dtype, limit, self.overwrite)
         with console():
-            result = merge_on_disk(
-                self.base,
-                self.experts,
-                self.output,
-                self.method,
-                schedule=self.schedule,
-                dtype=self.dtype,
-                max_shard_size=parse_size(self.max_shard_size) if self.max_shard_size else None,
-                overwrite=self.overwrite,
-                **self.given(),
-            )
+            result = merge_on_disk(self.base, self.experts, output, self.method, self.schedule, **self.given())
         return result.merge, result.tasks
 
     def merge_models(self) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simomerge.checkpoints import FORMAT, fingerprint, model_card, read_description
+from simomerge.checkpoints import FORMAT, read_description
+from simomerge.checkpoints.description import existing, head_file, model_folder
+from simomerge.checkpoints.experts import own_task, source_name
 from simomerge.core import images
 from simomerge.core.assets import resolve_source
 from simomerge.core.classes import make, settings_of
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import Encoder, Features, OwnEncoder, load_backbone, load_encoder, timm
+from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
 
 MAX_PATCHES = 4096
@@ -114,7 +117,11 @@ class SimoModel(nn.Module):
 
     def encoder_fingerprint(self) -> str:
         """sha256 of the encoder's weights, whatever their names, layout and storage width."""
-        return fingerprint(self.encoder.backbone.state_dict())
+        return fingerprint_of(self.encoder.backbone)
+
+    def origin(self) -> dict[str, str]:
+        """What the provenance of other models records about this one: ``source`` and ``fingerprint``."""
+        return {"source": source_name(self.source), "fingerprint": self.encoder_fingerprint()}
 
     def select(self, tasks: str | list[str]) -> SimoModel:
         """A model with some of the tasks; it shares the encoder and the heads with this one."""
@@ -133,16 +140,12 @@ class SimoModel(nn.Module):
         """
         from safetensors.torch import save_file
 
-        with atomic_folder(folder, overwrite=overwrite) as target:
+        with model_folder(folder, self.description(), overwrite) as target:
             _save_encoder(self.encoder, target / "encoder")
-            (target / "heads").mkdir()
             for name, head in self.heads.items():
-                save_file(_tensors(head), target / "heads" / f"{name}.safetensors")
+                save_file(_tensors(head), head_file(target, name))
             if self.encoder.adapters is not None:
                 save_file(_tensors(self.encoder.adapters), target / "adapters.safetensors")
-            description = self.description()
-            (target / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            (target / "README.md").write_text(model_card(description), encoding="utf-8")
         return Path(folder)
 
     def description(self) -> dict[str, Any]:
@@ -184,7 +187,7 @@ class SimoModel(nn.Module):
                 " take the model from its source again."
             ) from error
         for name, head in model.heads.items():
-            _load_tensors(head, folder / "heads" / f"{name}.safetensors")
+            _load_tensors(head, head_file(folder, name))
         if model.encoder.adapters is not None:
             _load_tensors(model.encoder.adapters, folder / "adapters.safetensors")
         return model.eval()
@@ -231,13 +234,10 @@ def load(source: str | Path) -> SimoModel:
 
 def as_expert(expert: SimoModel, task: str) -> SimoModel:
     """The expert with one task, which is called ``task``."""
-    if task in expert.tasks:
-        return expert.select([task])
-    if len(expert.tasks) != 1:
-        raise InputError(f"expert {task!r} has the tasks {', '.join(expert.tasks) or 'none'}; name one of them.")
-    (old,) = expert.tasks.values()
-    renamed = Task(task, old.kind, old.classes, old.colours)
-    result = SimoModel(expert.encoder, {task: renamed}, {task: expert.heads[old.name]}, expert.provenance)
+    own = expert.tasks[own_task(expert.tasks, task)]
+    result = SimoModel(
+        expert.encoder, {task: replace(own, name=task)}, {task: expert.heads[own.name]}, expert.provenance
+    )
     result.source = expert.source
     return result
 
@@ -289,10 +289,8 @@ def _load_tensors(module: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise InputError(f"{path}: missing; take the model from its source again.")
     try:
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(load_file(existing(path)))
     except (SafetensorError, RuntimeError, OSError) as error:
         first_line = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: does not fit simo.json or is damaged ({first_line}).") from error

@@ -1,4 +1,4 @@
-"""Compressed folders: the arithmetic, what is restored, and what is said of its error."""
+"""Compressed folders: the arithmetic, what is restored, and the reported errors."""
 
 import json
 import subprocess
@@ -13,8 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors
-from simomerge.cli.compress import command as compress_command
-from simomerge.cli.restore import command as restore_command
+from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
@@ -102,9 +101,7 @@ def test_masks_are_packed_and_back(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("threshold", ["auto", 0.5])
-def test_what_is_said_of_the_error_is_the_error(
-    files: dict[str, Path], tmp_path: Path, dtype: str, threshold: Any
-) -> None:
+def test_the_reported_errors_are_the_errors(files: dict[str, Path], tmp_path: Path, dtype: str, threshold: Any) -> None:
     done = compress(files["base"], experts(files), tmp_path / "out", threshold, dtype)
     assert list(done.tasks) == list(TASKS)
     for task, fit in done.tasks.items():
@@ -141,10 +138,13 @@ def test_what_lies_on_the_disk(files: dict[str, Path], tmp_path: Path) -> None:
             np.testing.assert_array_equal(masks[name], np.packbits(mask))
             best = least_squares_scale(tau, np.where(mask, merged[name], 0))
             assert masks["simomerge.scales"][sorted(merged).index(name)] == pytest.approx(best, rel=1e-6)
-    said = json.loads((tmp_path / "out" / "compressed.json").read_text())
-    assert said["format"] == 1 and said["base"] == {"source": "base.safetensors", "fingerprint": fingerprint(base)}
-    assert said["tasks"]["depth"]["fingerprint"] == fingerprint(open_checkpoint(files["depth"]))
-    assert str(tmp_path) not in json.dumps(said)
+    recorded = json.loads((tmp_path / "out" / "compressed.json").read_text())
+    assert recorded["format"] == 1 and recorded["base"] == {
+        "source": "base.safetensors",
+        "fingerprint": fingerprint(base),
+    }
+    assert recorded["tasks"]["depth"]["fingerprint"] == fingerprint(open_checkpoint(files["depth"]))
+    assert str(tmp_path) not in json.dumps(recorded)
 
 
 def test_auto_takes_the_best_threshold_and_the_scale_helps(files: dict[str, Path], tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_mistakes_in_what_is_restored(files: dict[str, Path], tmp_path: Path) ->
         restore(folder, "deth", tmp_path / "again")
     with pytest.raises(InputError, match=r"not a compressed folder \(no compressed\.json"):
         restore(tmp_path, "depth", tmp_path / "again")
-    said = json.loads((folder / "compressed.json").read_text())
+    recorded = json.loads((folder / "compressed.json").read_text())
     masks = folder / "masks" / "depth.safetensors"
     kept = masks.read_bytes()
     for name in ("scalar", "simomerge.scales"):
@@ -366,9 +366,9 @@ def test_mistakes_in_what_is_restored(files: dict[str, Path], tmp_path: Path) ->
     for changed, message in (
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        (json.dumps({**said, "format": 2}), "format 2 is newer"),
-        (json.dumps({**said, "tasks": {"depth": {}}}), "is damaged"),
-        (json.dumps({**said, "tasks": {"../depth": said["tasks"]["depth"]}}), "is damaged"),
+        (json.dumps({**recorded, "format": 2}), "format 2 is newer"),
+        (json.dumps({**recorded, "tasks": {"depth": {}}}), "is damaged"),
+        (json.dumps({**recorded, "tasks": {"../depth": recorded["tasks"]["depth"]}}), "is damaged"),
     ):
         (folder / "compressed.json").write_text(changed)
         with pytest.raises(InputError, match=message):
@@ -379,21 +379,21 @@ def test_mistakes_in_what_is_restored(files: dict[str, Path], tmp_path: Path) ->
 # Commands -----------------------------------------------------------------------------------------------
 
 
-def run(command: Any, *arguments: object) -> str:
-    done = CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 def test_commands(files: dict[str, Path], tmp_path: Path) -> None:
     named = [f"{task}={files[task]}" for task in TASKS]
-    text = run(compress_command, files["base"], *named, "-o", tmp_path / "out")
+    text = run("compress", files["base"], *named, "-o", tmp_path / "out")
     assert "Compressed depth, normals, edges: " in text and "times smaller" in text
     assert f"Next: simomerge restore {tmp_path / 'out'} depth" in text
     assert all(any(line.split()[:1] == [task] for line in text.splitlines()) for task in TASKS)
-    said = json.loads(
+    recorded = json.loads(
         run(
-            compress_command,
+            "compress",
             files["base"],
             *named,
             "-o",
@@ -404,18 +404,18 @@ def test_commands(files: dict[str, Path], tmp_path: Path) -> None:
             "0.4",
         )
     )
-    assert said["tasks"]["depth"]["threshold"] == 0.4 and said["ratio"] == said["bytes_before"] / said["bytes_after"]
-    assert "Restored depth: " in run(restore_command, tmp_path / "out", "depth", "-o", tmp_path / "again")
-    again = json.loads(run(restore_command, tmp_path / "out", "edges", "-o", tmp_path / "again2", "--json"))
-    assert again == {"output": str(tmp_path / "again2"), "task": "edges", **said["tasks"]["edges"]}
+    assert (
+        recorded["tasks"]["depth"]["threshold"] == 0.4
+        and recorded["ratio"] == recorded["bytes_before"] / recorded["bytes_after"]
+    )
+    assert "Restored depth: " in run("restore", tmp_path / "out", "depth", "-o", tmp_path / "again")
+    again = json.loads(run("restore", tmp_path / "out", "edges", "-o", tmp_path / "again2", "--json"))
+    assert again == {"output": str(tmp_path / "again2"), "task": "edges", **recorded["tasks"]["edges"]}
     for output, threshold, message in (
         ("out", "auto", "out exists"),
         ("new", "best", "--threshold best: give a number"),
     ):
-        arguments = [str(files["base"]), *named, "-o", str(tmp_path / output), "--threshold", threshold]
         with pytest.raises(InputError, match=message):
-            CliRunner().invoke(compress_command, arguments, catch_exceptions=False)
+            run("compress", files["base"], *named, "-o", tmp_path / output, "--threshold", threshold)
     with pytest.raises(InputError, match="again exists"):
-        CliRunner().invoke(
-            restore_command, [str(tmp_path / "out"), "depth", "-o", str(tmp_path / "again")], catch_exceptions=False
-        )
+        run("restore", tmp_path / "out", "depth", "-o", tmp_path / "again")

@@ -140,7 +140,7 @@ def test_large_and_small_values_neither_overflow_nor_vanish(tmp_path: Path) -> N
         assert_agree(diff_on_disk(*paths), expected(*tensors))
 
 
-def test_small_values_beside_large_ones_are_read_as_they_are(tmp_path: Path) -> None:
+def test_small_values_next_to_large_ones_are_exact(tmp_path: Path) -> None:
     tensors = [{"w": np.array(values, np.float32)} for values in ([1, -1, 1], [1e-12, -2e-12, 2e-12])]
     paths = [write_safetensors(tmp_path / f"{n}.safetensors", one) for n, one in enumerate(tensors)]
     assert_agree(diff_on_disk(*paths), expected(*tensors))

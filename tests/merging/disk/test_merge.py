@@ -23,6 +23,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.merging import Lines, MergeMethod, TaskArithmetic, available, merge_state_dicts
 from simomerge.merging.disk.merge import MergedOnDisk, merge_on_disk
+from simomerge.merging.disk.output import Output
 
 from .conftest import TASKS, assert_equal, content, tensors_of, weights
 
@@ -84,7 +85,7 @@ def test_the_same_input_gives_the_same_bytes(files: dict[str, Path], tmp_path: P
         given = {task: files[task] for task in names}
         for method in ("ties", "dare-ties", "iso-c"):
             outputs.append(tmp_path / f"{number}-{method}.safetensors")
-            merge_on_disk(files["base"], given, outputs[-1], method, threads=threads)
+            merge_on_disk(files["base"], given, Output(outputs[-1], threads=threads), method)
     for method in range(3):
         assert len({path.read_bytes() for path in outputs[method::3]}) == 1
     # Not even the name of the folder or the order of the tensors in the inputs is in them.
@@ -109,7 +110,7 @@ def test_storage_is_the_base_s_or_as_asked(storage: str, dtype: str | None, tmp_
     for seed, task in enumerate(TASKS, start=1):  # whatever the experts are stored as
         kind = ("F32", "F16", "BF16")[seed % 3]
         given[task] = write_safetensors(tmp_path / f"{task}.safetensors", weights(seed), kind)
-    done = merge_on_disk(base, given, tmp_path / "out.safetensors", "average", dtype=dtype)
+    done = merge_on_disk(base, given, Output(tmp_path / "out.safetensors", dtype=dtype), "average")
     merged = open_checkpoint(done.output)
     wanted = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", None: storage}.get(dtype, dtype)
     assert {merged.info(name).dtype for name in merged if name != "steps"} == {wanted}
@@ -209,7 +210,7 @@ def test_transformers_folders(folder_of: Callable[..., Path], tiny_base: Path, t
 def test_bare_files_into_a_folder(files: dict[str, Path], tmp_path: Path) -> None:
     done = merge_on_disk(files["base"], experts(files), tmp_path / "deep" / "out")
     assert set(content(done.output)) == {"model.safetensors"}
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')  # beside the base: it is the base's
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')  # next to the base, so it belongs to it
     done = merge_on_disk(files["base"], experts(files), tmp_path / "out")
     assert content(done.output)["config.json"] == b'{"model_type": "dinov2"}'
     assert_equal(tensors_of(done.output), expected())
@@ -223,20 +224,24 @@ def test_shards_in_and_out(files: dict[str, Path], tmp_path: Path) -> None:
     single = merge_on_disk(files["base"], experts(files), tmp_path / "single", "ties")
     done = merge_on_disk(sharded["base"], experts(sharded), tmp_path / "out", "ties")
     assert content(done.output) == content(single.output)
-    done = merge_on_disk(sharded["base"], experts(sharded), tmp_path / "shards", "ties", max_shard_size=300)
+    done = merge_on_disk(sharded["base"], experts(sharded), Output(tmp_path / "shards", max_shard_size=300), "ties")
     written = content(done.output)
     index = json.loads(written.pop(INDEX))
     assert len(written) > 1 and set(written) == set(index["weight_map"].values())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in weights().values())
     assert_equal(tensors_of(done.output), expected("ties"))
-    again = merge_on_disk(sharded["base"], experts(files), tmp_path / "again", "ties", max_shard_size=300, threads=1)
+    again = merge_on_disk(
+        sharded["base"], experts(files), Output(tmp_path / "again", max_shard_size=300, threads=1), "ties"
+    )
     assert content(again.output) == content(done.output)
 
 
 def test_shards_load_in_transformers(folder_of: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
     from transformers import Dinov2Model
 
-    done = merge_on_disk(tiny_base, {"a": folder_of("a", 1)}, tmp_path / "out", scale=1.0, max_shard_size=60_000)
+    done = merge_on_disk(
+        tiny_base, {"a": folder_of("a", 1)}, Output(tmp_path / "out", max_shard_size=60_000), scale=1.0
+    )
     assert len(list(done.output.glob("model-*.safetensors"))) > 2
     _, report = Dinov2Model.from_pretrained(done.output, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -280,8 +285,8 @@ def test_model_folders_become_a_model_folder(shared_models: dict[str, Path], tin
 def test_a_model_folder_s_storage_and_shards(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
     import simomerge
 
-    options: dict[str, Any] = {"dtype": "bfloat16", "max_shard_size": 30_000}
-    done = merge_on_disk(tiny_base, models, tmp_path / "scene", "average", **options)
+    target = Output(tmp_path / "scene", dtype="bfloat16", max_shard_size=30_000)
+    done = merge_on_disk(tiny_base, models, target, "average")
     encoder = open_checkpoint(done.output)
     assert {encoder.info(name).dtype for name in encoder} == {"BF16"}
     assert len(list((done.output / "encoder").glob("model-*.safetensors"))) > 2
@@ -298,8 +303,8 @@ def test_the_configuration_says_how_the_weights_are_stored(
     """transformers loads them in that dtype."""
     from transformers import Dinov2Model
 
-    scene = merge_on_disk(tiny_base, models, tmp_path / "scene", dtype=dtype).output / "encoder"
-    plain = merge_on_disk(tiny_base, {"a": folder_of("a", 1)}, tmp_path / "plain", dtype=dtype).output
+    scene = merge_on_disk(tiny_base, models, Output(tmp_path / "scene", dtype=dtype)).output / "encoder"
+    plain = merge_on_disk(tiny_base, {"a": folder_of("a", 1)}, Output(tmp_path / "plain", dtype=dtype)).output
     original = json.loads((tiny_base / "config.json").read_text())
     for folder in (scene, plain):
         assert json.loads((folder / "config.json").read_text()) == {**original, "dtype": dtype}
@@ -308,7 +313,7 @@ def test_the_configuration_says_how_the_weights_are_stored(
 
 
 def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
-    """As a pooler, which training drops; of weights alone it is a mistake that is told."""
+    """Such as a pooler, which training drops. When only weights are merged, it is an error."""
     import simomerge
 
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
@@ -317,8 +322,8 @@ def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny
     done = merge_on_disk(base, models, tmp_path / "scene", "ties")
     expected_scene = merge_on_disk(tiny_base, models, tmp_path / "expected", "ties").output
     assert_equal(tensors_of(done.output), tensors_of(expected_scene))
-    said = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
-    assert said["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
+    recorded = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
+    assert recorded["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
     assert list(simomerge.load(done.output).tasks) == list(models)
     with pytest.raises(InputError, match="is missing 2 tensors of the base: pooler"):
         merge_on_disk(base, models, tmp_path / "weights.safetensors")
@@ -333,7 +338,7 @@ def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny
     ("name", "options", "message"),
     [
         ("merged.pt", {}, r"merged\.pt: weights are written as safetensors; name it merged\.safetensors"),
-        ("merged.safetensors", {"max_shard_size": 100}, "is one file, and shards are several"),
+        ("merged.safetensors", {"max_shard_size": 100}, "is one file, not shards"),
         ("file/below", {}, r"Cannot write .*file.*: Not a directory"),
     ],
 )
@@ -343,7 +348,7 @@ def test_an_output_that_cannot_be_what_was_asked_for(
     (tmp_path / "file").write_text("a file")
     before = content(tmp_path)
     with pytest.raises(InputError, match=message):
-        merge_on_disk(tiny_base, models, tmp_path / name, **options)
+        merge_on_disk(tiny_base, models, Output(tmp_path / name, **options))
     assert content(tmp_path) == before
 
 
@@ -351,12 +356,12 @@ def test_an_output_must_not_hold_an_input(models: dict[str, Path], tiny_base: Pa
     before = content(tmp_path)
     for output in (tmp_path, models["depth"] / ".." / ".." / tmp_path.name):
         with pytest.raises(InputError, match=r"holds the input .* and would be replaced: choose another path"):
-            merge_on_disk(tiny_base, models, output, overwrite=True)
+            merge_on_disk(tiny_base, models, Output(output, overwrite=True))
     with pytest.raises(InputError, match="depth holds the input"):
-        merge_on_disk(models["depth"] / "encoder", {"x": models["normals"]}, models["depth"], overwrite=True)
+        merge_on_disk(models["depth"] / "encoder", {"x": models["normals"]}, Output(models["depth"], overwrite=True))
     assert content(tmp_path) == before
     # An input itself may be replaced: it has been read by then.
-    done = merge_on_disk(tiny_base, models, models["depth"], "average", overwrite=True)
+    done = merge_on_disk(tiny_base, models, Output(models["depth"], overwrite=True), "average")
     assert done.tasks == ("depth", "normals") and set(content(tmp_path)) > set(before)
 
 
@@ -410,10 +415,10 @@ def test_models_and_files_together_give_weights_only(
 def test_the_base_may_be_a_model_folder_or_go_by_name(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
     base = merge_on_disk(tiny_base, {"depth": models["depth"]}, tmp_path / "base-model", "zero-shot").output
     for given in (base, base / "encoder", base / "encoder" / "model.safetensors"):
-        done = merge_on_disk(given, models, tmp_path / "out", overwrite=True)
+        done = merge_on_disk(given, models, Output(tmp_path / "out", overwrite=True))
         assert done.tasks == ("depth", "normals")
-        said = json.loads((done.output / "simo.json").read_text())["provenance"]
-        assert said["base"] == {"source": Path(given).name, "fingerprint": fingerprint(open_checkpoint(tiny_base))}
+        recorded = json.loads((done.output / "simo.json").read_text())["provenance"]
+        assert recorded["base"] == {"source": Path(given).name, "fingerprint": fingerprint(open_checkpoint(tiny_base))}
     with pytest.warns(UserWarning, match="The task vector of same is zero"):
         done = merge_on_disk("rooms-base", {"same": resolve("rooms-base")}, tmp_path / "x.safetensors", "average")
     assert_equal(tensors_of(done.output), tensors_of(resolve("rooms-base")))
@@ -438,11 +443,11 @@ def test_an_output_that_exists_is_replaced_only_if_asked(
         with pytest.raises(InputError, match=f"{output.name} already exists: choose another path, or pass overwrite"):
             merge_on_disk(base, given, output, "average")
         assert content(tmp_path) == before
-        merge_on_disk(base, given, output, "average", overwrite=True)
+        merge_on_disk(base, given, Output(output, overwrite=True), "average")
         assert content(tmp_path) != before and content(tmp_path).keys() == before.keys()
     # In place: the base is read to the end before it is replaced.
     before_tensors = expected("average")
-    merge_on_disk(files["base"], experts(files), files["base"], "average", overwrite=True)
+    merge_on_disk(files["base"], experts(files), Output(files["base"], overwrite=True), "average")
     assert_equal(tensors_of(files["base"]), before_tensors)
 
 
@@ -460,12 +465,14 @@ def test_neither_torch_nor_transformers_nor_peft_is_imported(
     shutil.copytree(tiny_base, tmp_path / "tiny")
     code = """
 import sys
+from pathlib import Path
 from simomerge.merging.disk.merge import merge_on_disk
+from simomerge.merging.disk.output import Output
 from simomerge.merging.disk.edit import edit_on_disk
 from simomerge.merging.disk.diff import diff_on_disk
 merge_on_disk("base.safetensors", {"depth": "depth.safetensors", "lora": "adapter"}, "1.safetensors", "ties")
-merge_on_disk("base.safetensors", {"depth": "depth.safetensors"}, "2", "iso-c", schedule="lines", max_shard_size=300)
-merge_on_disk("tiny", {"depth": "depth"}, "3", dtype="float16")
+merge_on_disk("base.safetensors", {"depth": "depth.safetensors"}, Output(Path("2"), None, 300), "iso-c", "lines")
+merge_on_disk("tiny", {"depth": "depth"}, Output(Path("3"), "float16"))
 edit_on_disk("3", "tiny", "4", add={"normals": "normals"})
 diff_on_disk("tiny", "4")
 loaded = {"torch", "transformers", "peft", "accelerate", "matplotlib", "PIL"} & set(sys.modules)
@@ -486,8 +493,8 @@ def test_one_tensor_of_each_model_is_in_memory(tmp_path: Path) -> None:
     for method, options in (("ties", {}), ("dare-ties", {}), ("average", {"schedule": [0.5]})):
         tracemalloc.start()
         try:
-            given: dict[str, Any] = {"threads": 1, "overwrite": True, **options}
-            merge_on_disk(files["base"], experts(files), tmp_path / "out.safetensors", method, **given)
+            target = Output(tmp_path / "out.safetensors", threads=1, overwrite=True)
+            merge_on_disk(files["base"], experts(files), target, method, **options)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -495,28 +502,28 @@ def test_one_tensor_of_each_model_is_in_memory(tmp_path: Path) -> None:
 
 
 def test_progress_counts_the_tensors(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[str, int, int]] = []
+    recorded: list[tuple[str, int, int]] = []
 
     def progress(label: str, done: int, total: int, note: str) -> None:
-        said.append((label, done, total))
+        recorded.append((label, done, total))
 
     with show_progress(progress):
         merge_on_disk(files["base"], experts(files), tmp_path / "1.safetensors")
-    assert not said  # short work says nothing
+    assert not recorded  # short work reports nothing
     clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(writing.time, "monotonic", lambda: next(clock))
     with show_progress(progress):
         merge_on_disk(files["base"], experts(files), tmp_path / "2.safetensors")
     total = len(weights())
-    assert said == [("write", done, total) for done in range(1, total + 1)]
+    assert recorded == [("write", done, total) for done in range(1, total + 1)]
 
 
 # Another base -------------------------------------------------------------------------------------------
 
 
 def forget_the_base(model: Path) -> None:
-    said = json.loads((model / "simo.json").read_text())
-    (model / "simo.json").write_text(json.dumps({**said, "provenance": {}}))
+    recorded = json.loads((model / "simo.json").read_text())
+    (model / "simo.json").write_text(json.dumps({**recorded, "provenance": {}}))
 
 
 def test_experts_of_another_base_are_refused(
@@ -533,13 +540,13 @@ def test_experts_of_another_base_are_refused(
     assert content(tmp_path) == before
 
 
-def test_who_does_not_say_its_base_is_measured(
+def test_an_expert_without_a_recorded_base_is_measured(
     models: dict[str, Path], folder_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     forget_the_base(models["depth"])
-    with pytest.warns(UserWarning, match=r"expert 'depth' does not record its base.* by \d%.*plausible") as told:
+    with pytest.warns(UserWarning, match=r"expert 'depth' does not record its base.* by \d%.*plausible") as log:
         merge_on_disk(tiny_base, models, tmp_path / "scene")
-    assert len(told) == 1
+    assert len(log) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge_on_disk(tiny_base, {"plain": folder_of("plain", 1)}, tmp_path / "near")  # a bare file never says
@@ -549,7 +556,7 @@ def test_who_does_not_say_its_base_is_measured(
         merge_on_disk(tiny_base, {"far": far, "plain": tmp_path / "plain"}, tmp_path / "out")
 
 
-def test_an_expert_that_is_the_base_is_told(files: dict[str, Path], tmp_path: Path) -> None:
+def test_an_expert_that_is_the_base_is_reported(files: dict[str, Path], tmp_path: Path) -> None:
     copy = shutil.copyfile(files["base"], tmp_path / "copy.safetensors")
     with pytest.warns(UserWarning, match="The task vector of copy is zero"):
         merge_on_disk(files["base"], {"depth": files["depth"], "copy": copy}, tmp_path / "out.safetensors")
@@ -569,9 +576,10 @@ class Given:
 
     def __post_init__(self) -> None:
         self.options: dict[str, Any] = {}
+        self.storage: dict[str, Any] = {}
 
     def change(self, task: str, **tensors: Any) -> None:
-        """Write an expert anew with other tensors; None takes one away."""
+        """Write an expert again with other tensors; None removes one."""
         path = self.experts[task]
         changed = {**weights_of(path), **tensors}
         write_safetensors(path, {name: array for name, array in changed.items() if array is not None})
@@ -655,9 +663,13 @@ def option(**options: Any) -> Callable[[Given], None]:
     return lambda given: given.options.update(options)
 
 
+def storage(**settings: Any) -> Callable[[Given], None]:
+    return lambda given: given.storage.update(settings)
+
+
 def too_large(given: Given) -> None:
     given.change("depth", **{"layernorm.weight": np.full(6, 1e6, np.float32)})
-    given.options["dtype"] = "float16"
+    given.storage["dtype"] = "float16"
 
 
 def three_for_slerp(given: Given) -> None:
@@ -671,7 +683,7 @@ def below_a_file(given: Given) -> None:
 def file_in_the_way(given: Given) -> None:
     (given.folder / "out").write_text("precious")
     given.output = "out"
-    given.options["overwrite"] = True
+    given.storage["overwrite"] = True
 
 
 MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
@@ -681,7 +693,7 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
     "no weight file": (no_weight_file, r"notes\.txt is not a weight file: give a folder or a file that ends in"),
     "truncated file": (truncated, r"normals\.safetensors is not a complete safetensors file .*: copy or download it"),
     "truncated base": (truncated_base, r"base\.safetensors is not a complete safetensors file"),
-    "missing shard": (missing_shard, r"index\.json names the shard 'model-00002-.*', which is not beside it"),
+    "missing shard": (missing_shard, r"index\.json names the shard 'model-00002-.*', which is not next to it"),
     "truncated shard": (truncated_shard, r"model-0000\d-of-0000\d\.safetensors is not a complete safetensors file"),
     "broken index": (broken_index, r"index\.json is not an index of shards \(no 'weight_map'\)"),
     "NaN": (nan, r"'encoder\.layer\.1\.norm1\.bias' of the expert 'edges' \(.*/edges\.safetensors\) holds NaN or inf"),
@@ -701,8 +713,8 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
     "parameter": (option(densty=0.2), "'task-arithmetic' has no parameter 'densty'"),
     "value": (option(method="ties", density=20), "density must be a number above 0 and at most 1, got 20"),
     "scale of whom": (option(scale={"depth": 0.1}), "scale is given for depth, but the experts are depth, normals, ed"),
-    "dtype": (option(dtype="float8"), r"dtype 'float8': use float32, float16 or bfloat16\."),
-    "dtype of integers": (option(dtype="I64"), "dtype 'I64': use float32, float16 or bfloat16"),
+    "dtype": (storage(dtype="float8"), r"dtype 'float8': use float32, float16 or bfloat16\."),
+    "dtype of integers": (storage(dtype="I64"), "dtype 'I64': use float32, float16 or bfloat16"),
     "schedule": (option(schedule="cosine"), "schedule 'cosine': give numbers over the depth"),
     "too many factors": (option(schedule=[1, 2, 3]), "a schedule of 3 values for 2 blocks: give at most one per block"),
     "too large": (too_large, r"'layernorm\.weight' holds .*e\+05, too large for F16: store it as F32"),
@@ -715,17 +727,19 @@ MISTAKES: dict[str, tuple[Callable[[Given], None], str]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("kind", ["file", "folder", "shards"])
-def test_a_mistake_is_told_and_leaves_nothing(mistake: str, kind: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_mistake_is_reported_and_leaves_nothing(
+    mistake: str, kind: str, files: dict[str, Path], tmp_path: Path
+) -> None:
     given = Given(tmp_path, files["base"], experts(files), "out.safetensors" if kind == "file" else "out")
     make, message = MISTAKES[mistake]
     make(given)
     if kind == "shards":
-        given.options["max_shard_size"] = 250
+        given.storage["max_shard_size"] = 250
     before = content(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises((InputError, OSError) if mistake == "below a file" else InputError, match=message):
-            merge_on_disk(given.base, given.experts, tmp_path / given.output, **given.options)
+            merge_on_disk(given.base, given.experts, Output(tmp_path / given.output, **given.storage), **given.options)
     assert content(tmp_path) == before
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
 
@@ -737,7 +751,7 @@ def test_a_mistake_leaves_what_was_there(output: str, files: dict[str, Path], tm
     nan(given)
     before = content(tmp_path)
     with pytest.raises(InputError, match="holds NaN"):
-        merge_on_disk(files["base"], experts(files), tmp_path / output, overwrite=True)
+        merge_on_disk(files["base"], experts(files), Output(tmp_path / output, overwrite=True))
     assert content(tmp_path) == before
 
 
@@ -786,7 +800,7 @@ def test_an_interruption_leaves_nothing(
     Stopped.seen.clear()
     limit = None if output.endswith(".safetensors") else 200
     with pytest.raises(KeyboardInterrupt):
-        merge_on_disk(base, given, tmp_path / output, Stopped(), max_shard_size=limit, threads=1)
+        merge_on_disk(base, given, Output(tmp_path / output, max_shard_size=limit, threads=1), Stopped())
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -804,10 +818,10 @@ def lose_the_weights(model: Path) -> None:
 
 def say(**changed: Any) -> Callable[[Path], None]:
     def change(model: Path) -> None:
-        said = json.loads((model / "simo.json").read_text())
+        recorded = json.loads((model / "simo.json").read_text())
         for key, value in changed.items():
-            said[key] = {**said[key], **value} if isinstance(said[key], dict) else value
-        (model / "simo.json").write_text(json.dumps(said))
+            recorded[key] = {**recorded[key], **value} if isinstance(recorded[key], dict) else value
+        (model / "simo.json").write_text(json.dumps(recorded))
 
     return change
 
@@ -820,7 +834,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "head": (lose_the_head, r"depth/heads/depth\.safetensors: missing; take the model from its source again"),
     "configuration": (lose_the_configuration, r"depth/encoder/config\.json: missing; take the model from its source"),
     "weights": (lose_the_weights, r"depth/encoder holds no weights"),
-    "adapters": (say(adapters={"rank": 2}), "expert 'depth' has adapters beside its blocks: a weight merge would lose"),
+    "adapters": (
+        say(adapters={"rank": 2}),
+        "expert 'depth' has adapters in addition to its blocks, and merging weights would lose them: give",
+    ),
     "taps": (say(encoder={"taps": [0, 1]}), r"experts 'normals' and 'depth' differ in taps: \[.*\] and \[0, 1\]"),
     "norm": (say(encoder={"apply_layernorm": "other"}), "differ in final layer norm"),
     "normalisation": (say(encoder={"mean": [0, 0, 0]}), r"differ in image normalisation: .* and \[\[0, 0, 0\]"),
@@ -842,7 +859,7 @@ def test_a_damaged_model_is_named_and_nothing_is_left(
     assert content(tmp_path) == before and not (tmp_path / "scene").exists()
 
 
-def test_a_damaged_base_is_told_though_all_experts_are_adapters(
+def test_a_damaged_base_is_reported_though_all_experts_are_adapters(
     tmp_path: Path, adapter_of: Callable[..., tuple[Path, np.ndarray]]
 ) -> None:
     """Their task vectors are not made from the base, so only a look at the base itself can tell."""
@@ -856,7 +873,7 @@ def test_a_damaged_base_is_told_though_all_experts_are_adapters(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_another_base_is_told_before_the_long_work(
+def test_another_base_is_reported_before_the_long_work(
     tmp_path: Path, tiny_base: Path, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from simomerge.datasets.tasks import Task

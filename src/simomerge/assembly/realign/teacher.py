@@ -14,7 +14,8 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from simomerge.checkpoints import check_same_encoder
+from simomerge.assembly.experts import comparable
+from simomerge.checkpoints.experts import check_merged_from, check_same_encoder
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.images import resized
@@ -97,30 +98,19 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
     if unknown:
         raise InputError(f"expert {unknown[0]!r}: the model has no such task; it has {', '.join(model.tasks)}.")
     named = {task: as_expert(experts[task], task) for task in model.tasks}
+    # Adapters in the model are no obstacle: they are part of what makes its features.
+    merged = {**comparable(model), "adapters": None}
+    check_same_encoder({"the model": merged, **{task: comparable(expert) for task, expert in named.items()}})
     for task, expert in named.items():
-        if expert.encoder.multiple != model.encoder.multiple:
-            raise InputError(
-                f"expert {task!r} has patches of {expert.encoder.multiple} pixels, the model of"
-                f" {model.encoder.multiple}; give the expert that the model was merged from."
-            )
-        _check_origin(model, task, expert)
-    # Adapters of the model's are no obstacle: its features are what they are.
-    ours = {**model.encoder_description(), "adapters": None}
-    check_same_encoder({"the model": ours, **{task: expert.encoder_description() for task, expert in named.items()}})
+        _check_device_and_task(model, task, expert)
+    check_merged_from(model.provenance, named)
     return named
 
 
-def _check_origin(model: SimoModel, task: str, expert: SimoModel) -> None:
-    """An expert must be where the model is, and the one that it was merged from, where that is recorded."""
+def _check_device_and_task(model: SimoModel, task: str, expert: SimoModel) -> None:
     here, there = (next(module.parameters()).device for module in (model, expert))
     if here != there:
         raise InputError(f"expert {task!r} is on {there}, the model on {here}: move one with .to({str(here)!r}).")
-    recorded = model.provenance.get("experts", {}).get(task, {}).get("fingerprint")
-    if recorded and recorded != expert.encoder_fingerprint():
-        raise InputError(
-            f"expert {task!r} is not the one that the model was merged from (its encoder is"
-            f" {expert.encoder_fingerprint()[:12]}, recorded is {recorded[:12]})."
-        )
     ours, theirs = model.tasks[task], expert.tasks[task]
     if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
         raise InputError(

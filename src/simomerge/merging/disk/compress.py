@@ -1,9 +1,9 @@
 """Many experts in one folder: the base, the merged task vector, and one bit per parameter and task.
 
 The folder holds ``base.safetensors`` (as the base is stored), ``merged.safetensors`` (the sum of the task vectors),
-``masks/TASK.safetensors`` (per tensor the packed mask, and one scale per tensor), ``experts/TASK/`` (the small files
-around an expert's encoder: heads, configuration) and ``compressed.json``. An expert is restored as
-``base + scale * mask * merged``. It is an approximation: the folder says of each task how good.
+``masks/TASK.safetensors`` (per tensor the packed mask, and one scale per tensor), ``experts/TASK/`` (the other files
+of a model folder: description, heads, configurations) and ``compressed.json``. An expert is restored as
+``base + scale * mask * merged``. This is an approximation; compressed.json records its error for each task.
 """
 
 from __future__ import annotations
@@ -20,25 +20,20 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints import (
-    Checkpoint,
-    TensorInfo,
-    canonicalise,
-    is_lora_folder,
-    model_card,
-    open_checkpoint,
-    read_description,
-    tensor_info,
-    write_safetensors,
-)
-from simomerge.checkpoints.tensors import FLOATS, decode, encode
+from simomerge.checkpoints.description import FILE, existing, head_file, read_description, write_description
+from simomerge.checkpoints.experts import check_base
+from simomerge.checkpoints.lora import is_lora_folder
+from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
+from simomerge.checkpoints.tensors import FLOATS, TensorInfo, decode, encode
+from simomerge.checkpoints.writing import write_safetensors
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder
+from simomerge.core.files import atomic_folder, check_absent
 from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
-from simomerge.merging.disk.merge import CONFIGS, Source, open_source
+from simomerge.merging.disk.sources import CONFIGS, Source, open_source
 
 FORMAT = 1
 """Version of the compressed folder's format."""
@@ -55,7 +50,7 @@ class Fit:
         threshold: lambda of its mask.
         density: the fraction of the parameters in its mask.
         weights_error: ``||restored - expert|| / ||expert||`` over the encoder's weights.
-        task_vector_error: ``||s * m * tau_MTL - tau|| / ||tau||``; 0 is exact, 1 as good as the base.
+        task_vector_error: ``||s * m * tau_MTL - tau|| / ||tau||``; 0 is exact, 1 is no better than the base.
     """
 
     threshold: float
@@ -66,11 +61,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Compression:
-    """What a compressed folder takes and how well it restores.
+    """The sizes of a compressed folder and of its experts, and how well it restores them.
 
     Attributes:
-        bytes_before: the experts' weights, heads and configurations. The base is not counted: it was not needed.
-        bytes_after: the compressed folder, which has the base in it.
+        bytes_before: the experts' weights, heads and configurations, without the base, which they do not need.
+        bytes_after: the compressed folder, including the base.
         tasks: by task, how it is restored.
     """
 
@@ -80,7 +75,7 @@ class Compression:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller."""
+        """``bytes_before / bytes_after``."""
         return self.bytes_before / self.bytes_after
 
 
@@ -95,24 +90,24 @@ def compress(
     dtype: str = "F16",
     overwrite: bool = False,
 ) -> Compression:
-    """Store experts of one base in one folder, from which :func:`restore` makes each of them again, nearly.
+    """Store experts of one base in one folder, from which :func:`restore` makes each of them again, approximately.
 
-    The merged task vector is written in a first pass over all models, the masks in one pass per expert. One
-    tensor of each model is in memory, for each of a few threads.
+    A first pass over all models writes the merged task vector, then one pass per expert writes its masks. A few
+    threads each hold one tensor of each model in memory.
 
     Args:
         base: what the experts were fine-tuned from: a weight file, a transformers or a model folder.
-        experts: by task a model folder of simomerge (its heads and configurations are stored as well), a
-            transformers folder, a peft adapter, or a weight file.
-        output: the folder to make.
-        threshold: lambda of the masks, or ``"auto"``: for each task the one of 0.2, 0.4 ... 2 that restores its
-            task vector best. No data are needed.
+        experts: task -> a model folder (its heads and configurations are stored too), a transformers folder, a peft
+            adapter, or a weight file.
+        output: the folder to create.
+        threshold: lambda of the masks, or ``"auto"``: for each task the one of 0.2, 0.4 ... 2 that restores its task
+            vector best. No data are needed.
         dtype: storage of the merged task vector, ``"F16"``, ``"BF16"`` or ``"F32"``.
-        overwrite: replace ``output`` where it exists.
+        overwrite: replace ``output`` if it exists.
 
     Raises:
-        InputError: ``output`` exists, a threshold or a dtype that cannot be, models that do not fit the base or
-            were fine-tuned from another one, a missing file.
+        InputError: ``output`` exists, an invalid threshold or dtype, models that do not fit the base or were
+            fine-tuned from another one, a missing file.
 
     Example:
         >>> weights = np.ones((100, 100), np.float32)
@@ -126,25 +121,20 @@ def compress(
     if dtype not in FLOATS:
         raise InputError(f"The merged task vector cannot be stored as {dtype!r}: use one of F16, BF16, F32.")
     foundation = open_source(base)
-    weights = foundation.weights
-    assert isinstance(weights, Checkpoint), "only an expert can be an adapter"
-    opened = {_file_name(task): open_source(path, weights) for task, path in experts.items()}
-    check_models(TaskArithmetic(), weights, {task: expert.weights for task, expert in opened.items()})
-    origin = foundation.origin()
-    _check_base(opened, origin["fingerprint"])
-    beside = {task: _files(expert) for task, expert in opened.items()}
+    opened = {_file_name(task): open_source(path, foundation.weights) for task, path in experts.items()}
+    check_models(TaskArithmetic(), foundation.weights, {task: expert.weights for task, expert in opened.items()})
+    check_base(foundation, opened)
+    files = {task: _small_files(expert) for task, expert in opened.items()}
     with atomic_folder(output, overwrite) as folder:
-        write_safetensors(folder / _BASE, weights)
-        chosen = _write_merged(folder, weights, opened, thresholds, dtype)
-        fits = {task: _write_mask(folder, weights, task, expert, chosen[task]) for task, expert in opened.items()}
-        for task, files in beside.items():
-            _copy(files, folder / "experts" / task)
+        fits = _write_tensors(folder, foundation, opened, thresholds, dtype)
+        for task in opened:
+            _copy(files[task], folder / "experts" / task)
         description: dict[str, Any] = {
             "format": FORMAT,
-            "base": origin,
+            "base": foundation.origin(),
             "dtype": dtype,
             "tasks": {task: {**opened[task].origin(), **asdict(fit)} for task, fit in fits.items()},
-            "bytes_before": sum(_expert_size(expert, beside[task]) for task, expert in opened.items()),
+            "bytes_before": sum(_expert_size(expert, files[task]) for task, expert in opened.items()),
         }
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return Compression(description["bytes_before"], _size(Path(output)), fits)
@@ -164,58 +154,54 @@ def _file_name(task: str) -> str:
     return task
 
 
-def _check_base(experts: Mapping[str, Source], given: str) -> None:
-    for task, expert in experts.items():
-        recorded = (expert.description or {"provenance": {}})["provenance"].get("base", {})
-        if recorded.get("fingerprint", given) != given:
-            raise InputError(
-                f"expert {task!r} was fine-tuned from another base (its base {recorded['fingerprint'][:12]}, the given "
-                f"one {given[:12]}); give {recorded.get('source', 'that base')}."
-            )
-
-
-def _files(expert: Source) -> dict[str, Path]:
-    """What a restored folder needs besides weights, by its place in there."""
+def _small_files(expert: Source) -> dict[str, Path]:
+    """Everything but weights that a restored folder needs: place in that folder -> file of the expert."""
     files = {}
     if expert.description:
-        places = ["simo.json", *(f"heads/{_file_name(task)}.safetensors" for task in expert.description["tasks"])]
-        places += ["adapters.safetensors"] * bool(expert.description["adapters"])
-        files = {place: expert.path / place for place in places}
-        if missing := [file for file in files.values() if not file.is_file()]:
-            raise InputError(f"{missing[0]}: missing; take the model from its source again.")
+        required = [expert.path / FILE, *(head_file(expert.path, _file_name(t)) for t in expert.description["tasks"])]
+        required += [expert.path / "adapters.safetensors"] * bool(expert.description["adapters"])
+        files = {str(file.relative_to(expert.path)): existing(file) for file in required}
     if expert.path.is_dir():
-        configs = {name: expert.encoder_folder() / name for name in CONFIGS}
-        inside = "encoder/" if expert.description else ""
-        files |= {f"{inside}{name}": file for name, file in configs.items() if file.is_file()}
+        configs = [expert.encoder_folder() / name for name in CONFIGS]
+        files |= {str(file.relative_to(expert.path)): file for file in configs if file.is_file()}
     return files
 
 
 def _expert_size(expert: Source, files: Mapping[str, Path]) -> int:
     if is_lora_folder(expert.path):
         return sum(file.stat().st_size for file in expert.path.iterdir() if file.is_file())
-    weights = sum(tensor_info(expert.weights, name).nbytes for name in expert.weights)
+    weights = sum(expert.weights.info(name).nbytes for name in expert.weights)
     return weights + sum(file.stat().st_size for file in files.values())
 
 
-def _write_merged(
-    folder: Path,
-    base: Checkpoint,
-    experts: Mapping[str, Source],
-    thresholds: tuple[float, ...],
-    dtype: str,
-) -> dict[str, float]:
-    """Write the sum of the task vectors; by task the threshold whose mask restores the task vector best."""
-    stream = TaskVectorStream(base, {task: expert.weights for task, expert in experts.items()})
-    own = canonicalise(base)
-    errors = {task: np.zeros(len(thresholds)) for task in experts}
+def _write_tensors(
+    folder: Path, base: Source, experts: Mapping[str, Source], thresholds: tuple[float, ...], dtype: str
+) -> dict[str, Fit]:
+    """Write the base, the merged task vector and the masks; by task, how well they restore the expert."""
+    assert isinstance(base.weights, Checkpoint)  # only an expert can be an adapter
+    write_safetensors(folder / _BASE, base.weights)
+    weights = {task: expert.weights for task, expert in experts.items()}
+    best = _write_merged(folder, base.weights, TaskVectorStream(base.weights, weights), thresholds, dtype)
+    return {
+        task: _write_mask(folder, base.weights, task, TaskVectorStream(base.weights, {task: weights[task]}), best[task])
+        for task in experts
+    }
 
-    def look(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+
+def _write_merged(
+    folder: Path, base: Checkpoint, stream: TaskVectorStream, thresholds: tuple[float, ...], dtype: str
+) -> dict[str, float]:
+    """Write the sum of the task vectors; by task, the threshold whose mask restores its task vector best."""
+    own = canonicalise(base)
+    errors = {task: np.zeros(len(thresholds)) for task in stream.experts}
+
+    def merge(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         task_vectors = stream.read(name)[1]
         merged = _as_stored(reduce(np.add, task_vectors.values()), dtype, own[name])
         return merged, {task: squared_errors(tau, merged, thresholds) for task, tau in task_vectors.items()}
 
     def pairs() -> Iterator[tuple[str, np.ndarray]]:
-        for done, (name, (merged, found)) in enumerate(stream.map(look), start=1):
+        for done, (name, (merged, found)) in enumerate(stream.map(merge), start=1):
             for task, squared in found.items():
                 errors[task] += squared
             yield own[name], merged.reshape(stream.shapes[name])
@@ -226,34 +212,32 @@ def _write_merged(
     return {task: thresholds[int(np.argmin(squared))] for task, squared in errors.items()}
 
 
-def _write_mask(folder: Path, base: Checkpoint, task: str, expert: Source, threshold: float) -> Fit:
+def _write_mask(folder: Path, base: Checkpoint, task: str, stream: TaskVectorStream, threshold: float) -> Fit:
     """Write the masks and scales of one task; how well they restore it."""
-    stream = TaskVectorStream(base, {task: expert.weights})
     merged, own = open_checkpoint(folder / _MERGED), canonicalise(base)
     scales: dict[str, float] = {}
     sums = np.zeros(5)
 
-    def look(name: str) -> tuple[np.ndarray, float, np.ndarray]:
+    def fit(name: str) -> tuple[np.ndarray, float, np.ndarray]:
         values, task_vectors = stream.read(name)
         tau, shared = task_vectors[task], merged[own[name]].reshape(values.shape)
         mask = tall_mask(tau, shared, threshold)
         packed = pack_mask(mask)
         scale = least_squares_scale(tau, masked_by(packed, shared))
         restored = _as_stored(_restored(values, packed, scale, shared), base.info(own[name]).dtype, own[name])
-        whole, approximated = values + tau, masked_by(packed, shared) * np.float32(scale)
-        norms = [_square(array) for array in (restored - whole, whole, approximated - tau, tau)]
+        expert, approximated = values + tau, masked_by(packed, shared) * np.float32(scale)
+        norms = [_square(array) for array in (restored - expert, expert, approximated - tau, tau)]
         return packed, scale, np.array([*norms, np.count_nonzero(mask)])
 
     def pairs() -> Iterator[tuple[str, np.ndarray]]:
-        for done, (name, (packed, scale, found)) in enumerate(stream.map(look), start=1):
+        for done, (name, (packed, scale, found)) in enumerate(stream.map(fit), start=1):
             scales[own[name]] = scale
             sums[:] += found
             yield own[name], packed
             progress(f"mask of {task}", done, len(stream.names), "")
         yield _SCALES, np.array([scales[name] for name in sorted(scales)], np.float32)
 
-    layout = {own[name]: _mask_info(stream.sizes[name]) for name in stream.names}
-    layout[_SCALES] = TensorInfo((len(stream.names),), "F32")
+    layout = _mask_layout({own[name]: stream.sizes[name] for name in stream.names})
     write_safetensors(folder / "masks" / f"{task}.safetensors", pairs(), layout=layout)
     error, norm, tau_error, tau_norm, kept = sums
     density = kept / max(sum(stream.sizes.values()), 1)
@@ -268,13 +252,14 @@ def _restored(base: np.ndarray, packed: np.ndarray, scale: float, merged: np.nda
 
 
 def _as_stored(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The float32 values that are read back when the array is stored as ``dtype``."""
-    info = TensorInfo(array.shape, dtype)
-    return decode(encode(array, dtype, name), info).reshape(array.shape)
+    """The float32 values that reading gives after the array was stored as ``dtype``."""
+    return decode(encode(array, dtype, name), TensorInfo(array.shape, dtype)).reshape(array.shape)
 
 
-def _mask_info(size: int) -> TensorInfo:
-    return TensorInfo(((size + 7) // 8,), "U8")
+def _mask_layout(sizes: Mapping[str, int]) -> dict[str, TensorInfo]:
+    """The tensors of a mask file: name -> number of entries in, name -> packed mask out, and the scales."""
+    masks = {name: TensorInfo(((size + 7) // 8,), "U8") for name, size in sizes.items()}
+    return masks | {_SCALES: TensorInfo((len(sizes),), "F32")}
 
 
 def _square(array: np.ndarray) -> float:
@@ -282,7 +267,7 @@ def _square(array: np.ndarray) -> float:
 
 
 def _relative(squared_error: float, squared_norm: float) -> float:
-    # An expert equal to its base has no task vector, and nothing is lost of it.
+    # An expert that equals its base has no task vector, and its restoration is exact.
     return math.sqrt(squared_error / squared_norm) if squared_norm > 0 else 0.0
 
 
@@ -305,21 +290,21 @@ def restore(
     output: str | os.PathLike[str],
     overwrite: bool = False,
 ) -> Compression:
-    """Write one expert out of a compressed folder: ``base + scale * mask * merged``, in the base's dtypes.
+    """Write one expert from a compressed folder: ``base + scale * mask * merged``, in the base's dtypes.
 
     Args:
-        folder: what :func:`compress` made.
-        task: which expert.
-        output: a folder to make, a model folder or a transformers folder as the expert was; or a file that ends
+        folder: what :func:`compress` wrote.
+        task: the task of the expert.
+        output: a folder to create, a model folder or a transformers folder like the original; or a file that ends
             in ``.safetensors``, for the encoder's weights alone.
-        overwrite: replace ``output`` where it exists.
+        overwrite: replace ``output`` if it exists.
 
     Returns:
-        The sizes of the whole compressed folder, and the errors of this task.
+        The sizes of the complete compressed folder, and the errors of this task.
 
     Raises:
-        InputError: not a compressed folder, no such task (those it has are named), a missing or damaged file,
-            ``output`` exists.
+        InputError: not a compressed folder, no such task (the message names those it has), a missing or damaged
+            file, ``output`` exists.
 
     Example:
         >>> for name, value in (("base", 1), ("depth", 2)):
@@ -330,7 +315,7 @@ def restore(
         array([2., 2., 2.], dtype=float32)
     """
     folder, output = Path(folder), Path(output)
-    description = _read_description(folder)
+    description = _read_compressed(folder)
     if task not in description["tasks"]:
         raise InputError(f"{folder} holds no task {task!r}: choose from {', '.join(description['tasks'])}.")
     entry = description["tasks"][task]
@@ -339,28 +324,28 @@ def restore(
     tensors = _restored_tensors(folder, base, task)
     layout = {name: base.info(name) for name in base}
     if output.suffix == ".safetensors":
-        if output.exists() and not overwrite:
-            raise InputError(f"{output} already exists: choose another path, or pass overwrite to replace it.")
+        check_absent(output, overwrite)
         write_safetensors(output, tensors, layout=layout)
     else:
         with atomic_folder(output, overwrite) as target:
             stored = folder / "experts" / task
-            _copy({str(file.relative_to(stored)): file for file in stored.rglob("*") if file.is_file()}, target)
-            is_model = (target / "simo.json").is_file()
+            if stored.is_dir():
+                shutil.copytree(stored, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            is_model = (target / FILE).is_file()
             place = "encoder/model.safetensors" if is_model else "model.safetensors"
             write_safetensors(target / place, tensors, layout=layout)
-            if is_model:
-                _say_so(target, fit)
+            if is_model:  # its description and model card say that the encoder is an approximation
+                described = read_description(target)
+                described["provenance"]["compression"] = asdict(fit)
+                write_description(target, described)
     return Compression(int(description["bytes_before"]), _size(folder), {task: fit})
 
 
 def _restored_tensors(folder: Path, base: Checkpoint, task: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of one expert in the base's order; the files are checked against each other first."""
+    """The tensors of one expert in the base's order, after checking that the files fit together."""
     file = folder / "masks" / f"{task}.safetensors"
     merged, masks = open_checkpoint(folder / _MERGED), open_checkpoint(file)
-    expected = {name: _mask_info(merged.info(name).size) for name in merged}
-    expected[_SCALES] = TensorInfo((len(merged),), "F32")
-    if {name: masks.info(name) for name in masks} != expected:
+    if {name: masks.info(name) for name in masks} != _mask_layout({name: merged.info(name).size for name in merged}):
         raise InputError(f"{file} does not fit {folder / _MERGED}: copy the folder from its source again.")
     if any(name not in base or base.info(name).shape != merged.info(name).shape for name in merged):
         raise InputError(f"{folder / _MERGED} does not fit {folder / _BASE}: copy the folder from its source again.")
@@ -371,15 +356,7 @@ def _restored_tensors(folder: Path, base: Checkpoint, task: str) -> Iterator[tup
     )
 
 
-def _say_so(model: Path, fit: Fit) -> None:
-    """Write into the model's description and card that its encoder is an approximation."""
-    description = read_description(model)
-    description["provenance"]["compression"] = asdict(fit)
-    (model / "simo.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    (model / "README.md").write_text(model_card(description), encoding="utf-8")
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
+def _read_compressed(folder: Path) -> dict[str, Any]:
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise InputError(f"{folder} is not a compressed folder (no {_DESCRIPTION} in it): give one of compress.")
@@ -389,8 +366,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
         for task, entry in description["tasks"].items():
             if Path(task).name != task or not all(math.isfinite(entry[key]) for key in Fit.__dataclass_fields__):
-                raise ValueError(f"of task {task!r}")
+                raise ValueError(f"task {task!r}")
         int(description["bytes_before"])
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}): copy the folder from its source again.") from error
     return description

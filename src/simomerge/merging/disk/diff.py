@@ -1,29 +1,27 @@
-"""How two checkpoints differ, tensor by tensor, or how two experts' task vectors do."""
+"""Compare two checkpoints, or the task vectors of two experts, tensor by tensor."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints import Checkpoint
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
-from simomerge.merging.disk.merge import open_source
+from simomerge.merging.disk.sources import open_source
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two tensors a and b (with a base: two task vectors) compared; norms are Euclidean.
+    """The comparison of two tensors a and b (with a base: two task vectors); norms are Euclidean.
 
     Attributes:
-        name: canonical name; ``"all"`` for the whole encoder.
+        name: canonical name; ``"all"`` for the complete encoder.
         first, second: norms of a and b.
         distance: norm of b - a.
-        cosine: of the angle between them, NaN where one is zero.
-        sign_agreement: share of the entries, of those that are not zero in both, with the same sign; NaN where
+        cosine: cosine of the angle between them; NaN if one is zero.
+        sign_agreement: fraction of the entries with the same sign, among those where a or b is not zero; NaN if
             there are none.
     """
 
@@ -41,10 +39,10 @@ def diff_on_disk(
     """Compare two checkpoints, or with ``base`` the task vectors of two experts, one tensor at a time.
 
     Returns:
-        The whole encoder first, then every float tensor in the file's order.
+        The complete encoder first, then every float tensor in the file's order.
 
     Raises:
-        InputError: a missing or damaged file, or models with other tensors.
+        InputError: a missing or damaged file, or models with different tensors.
 
     Example:
         >>> from simomerge.checkpoints import write_safetensors
@@ -55,13 +53,13 @@ def diff_on_disk(
     """
     if base is None:
         reference = open_source(first)
-        other = open_source(second, _checkpoint(reference.weights))
+        other = open_source(second, reference.weights)
         check_models(TaskArithmetic(), reference.weights, {"second": other.weights})
         stream, others = (TaskVectorStream(source.weights, {}) for source in (reference, other))
     else:
         reference = open_source(base)
-        opened = {key: open_source(p, _checkpoint(reference.weights)) for key, p in (("a", first), ("b", second))}
-        weights: Mapping[str, Mapping[str, Any]] = {key: source.weights for key, source in opened.items()}
+        opened = {key: open_source(p, reference.weights) for key, p in (("a", first), ("b", second))}
+        weights = {key: source.weights for key, source in opened.items()}
         check_models(TaskArithmetic(), reference.weights, weights)
         stream = TaskVectorStream(reference.weights, weights)
 
@@ -75,19 +73,15 @@ def diff_on_disk(
 
 
 def as_dicts(differences: list[Difference]) -> list[dict[str, Any]]:
-    """The same as plain data, with None where a figure does not exist."""
+    """The differences as plain data, with None for a number that does not exist."""
     return [
         {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in asdict(one).items()}
         for one in differences
     ]
 
 
-def _checkpoint(weights: Mapping[str, Any]) -> Checkpoint | None:
-    return weights if isinstance(weights, Checkpoint) else None
-
-
 def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squares of a, b and b - a, their product, and the counts of equal signs and of entries with a sign."""
+    """Sums over the entries: a^2, b^2, (b - a)^2, a * b, equal signs, and entries where a or b is not zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     signed = int(np.count_nonzero((a != 0) | (b != 0)))
     equal = int(np.count_nonzero(np.sign(a) == np.sign(b))) - (a.size - signed)
@@ -97,12 +91,6 @@ def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _difference(name: str, sums: np.ndarray) -> Difference:
     first, second, distance = np.sqrt(sums[:3])
-    cosine = sums[3] / (first * second) if first * second > 0 else np.nan
-    return Difference(
-        name,
-        float(first),
-        float(second),
-        float(distance),
-        float(np.clip(cosine, -1, 1)),
-        float(sums[4] / sums[5]) if sums[5] else float("nan"),
-    )
+    cosine = np.clip(sums[3] / (first * second), -1, 1) if first * second > 0 else np.nan
+    agreement = sums[4] / sums[5] if sums[5] else np.nan
+    return Difference(name, *(float(value) for value in (first, second, distance, cosine, agreement)))

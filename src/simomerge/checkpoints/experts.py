@@ -1,0 +1,195 @@
+"""All checks on experts and their base, and what a merged model records about them.
+
+Models in memory (`simomerge.models.model.SimoModel`) and files on disk (`simomerge.merging.disk.sources.Source`) use
+the same functions. These work on plain data: the content of simo.json and fingerprints.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from simomerge.core.errors import InputError
+
+_SETTINGS = {
+    "architecture": ("architecture",),
+    "patch size": ("patch_size",),
+    "taps": ("taps",),
+    "final layer norm": ("apply_layernorm",),
+    "image normalisation": ("mean", "std"),
+}
+"""What experts of one encoder must agree in -> the keys of these values in the encoder's settings."""
+
+
+class Recorded(Protocol):
+    """A base, an expert or a merged model, in memory or on disk."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where its weights come from, as simo.json records it; empty if unknown."""
+
+    def origin(self) -> dict[str, str]:
+        """``source``, a name, and ``fingerprint`` of its encoder's weights."""
+
+
+# The task of an expert ----------------------------------------------------------------------------------
+
+
+def own_task(tasks: Collection[str], task: str) -> str:
+    """Choose the task of an expert that is given as ``task=EXPERT``.
+
+    An expert with one task accepts any name for it. One with several must have a task of that name.
+
+    Raises:
+        InputError: the expert has several tasks and none has this name, or the name is not an identifier.
+
+    Example:
+        >>> own_task(["depth"], "distance"), own_task(["depth", "normals"], "normals")
+        ('depth', 'normals')
+    """
+    if not task.isidentifier():  # it becomes the name of a file
+        raise InputError(f"{task!r} cannot be the name of a task: use letters, digits and underscores.")
+    if task in tasks:
+        return task
+    if len(tasks) != 1:
+        raise InputError(f"expert {task!r} has the tasks {', '.join(tasks) or 'none'}; name one of them.")
+    return next(iter(tasks))
+
+
+def only_task(description: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The description of a model reduced to one task, which is renamed to ``task``. Raises like :func:`own_task`."""
+    tasks = description["tasks"]
+    own = own_task(tasks, task)
+    renamed = tasks[own] if own == task else {"kind": own, **tasks[own], "name": task}
+    return {**description, "tasks": {task: renamed}, "heads": {task: description["heads"][own]}}
+
+
+# Experts of one encoder ---------------------------------------------------------------------------------
+
+
+def check_no_adapters(task: str, description: Mapping[str, Any]) -> None:
+    """Raise InputError if an expert has adapters in addition to its blocks."""
+    if description.get("adapters"):
+        raise InputError(
+            f"expert {task!r} has adapters in addition to its blocks, and merging weights would lose them: give an"
+            " expert without adapters."
+        )
+
+
+def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that experts can share one encoder: heads must read the same taps of equally normalised images.
+
+    Args:
+        descriptions: task -> ``encoder`` (its settings) and ``adapters``, as in simo.json. A model in memory may add
+            ``architecture`` and ``patch_size`` to the settings. A key that is not an identifier, such as "the model",
+            appears in messages as it is.
+
+    Raises:
+        InputError: an expert with adapters, or two that differ in a setting.
+    """
+    for task, description in descriptions.items():
+        check_no_adapters(task, description)
+    first = next(iter(descriptions))
+    reference = descriptions[first]["encoder"]
+    for task, description in descriptions.items():
+        for what, keys in _SETTINGS.items():
+            expected, given = ([settings.get(key) for key in keys] for settings in (reference, description["encoder"]))
+            if expected != given:
+                both = f"experts {first!r} and {task!r}" if first.isidentifier() else f"{first} and expert {task!r}"
+                shown = " and ".join(str(values if len(values) > 1 else values[0]) for values in (expected, given))
+                raise InputError(f"{both} differ in {what}: {shown}. Give experts that were trained alike.")
+
+
+# Where weights come from --------------------------------------------------------------------------------
+
+
+def source_name(source: str | Path) -> str:
+    """What provenance calls a source: the name of a file or folder without its path, or a hub id.
+
+    A shared model must not reveal where files were on the machine that made it.
+    """
+    return Path(source).name if Path(source).exists() else str(source)
+
+
+def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
+    """Check that the base is the one that every expert records.
+
+    Returns:
+        The experts that do not record the fingerprint of their base. The base is hashed only if one does.
+
+    Raises:
+        InputError: an expert was fine-tuned from another base.
+    """
+    recorded = {task: expert.provenance.get("base", {}) for task, expert in experts.items()}
+    for task, theirs in recorded.items():
+        expected = theirs.get("fingerprint")
+        if expected and expected != (given := base.origin()["fingerprint"]):
+            raise InputError(
+                f"expert {task!r} was fine-tuned from another base (its base {expected[:12]}, the given one"
+                f" {given[:12]}); give {theirs.get('source', 'that base')}."
+            )
+    return [task for task, theirs in recorded.items() if not theirs.get("fingerprint")]
+
+
+def warn_of_unrecorded_base(task: str, distance: float, stacklevel: int = 1) -> None:
+    """Warn that an expert does not record its base, with ``||expert - base|| / ||base||`` as evidence."""
+    verdict = "this looks like another base" if distance > 0.5 else "plausible for a fine-tuning"
+    warnings.warn(
+        f"expert {task!r} does not record its base. Its weights differ from the given one by {distance:.0%} of their"
+        f" norm: {verdict}.",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def check_merged_from(
+    provenance: Mapping[str, Any], experts: Mapping[str, Recorded], base: Recorded | None = None
+) -> None:
+    """Check that experts, and the base, are those that a merged model records. Those without a record pass.
+
+    Args:
+        provenance: of the merged model.
+
+    Raises:
+        InputError: other weights than recorded.
+    """
+    recorded = provenance.get("experts", {})
+    given = [(f"expert {task!r}", expert, recorded.get(task, {})) for task, expert in experts.items()]
+    if base is not None:
+        given.insert(0, ("the base", base, provenance.get("base", {})))
+    for what, model, expected in given:
+        fingerprint = expected.get("fingerprint")
+        if fingerprint and fingerprint != (origin := model.origin())["fingerprint"]:
+            raise InputError(
+                f"{origin['source'] or 'the given model'} (fingerprint {origin['fingerprint'][:12]}) is not what the"
+                f" model was merged from as {what}; give {expected.get('source', 'that one')} (fingerprint"
+                f" {fingerprint[:12]})."
+            )
+
+
+def merge_provenance(
+    base: Mapping[str, str], experts: Mapping[str, Mapping[str, str]], merge: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a merged model records.
+
+    Args:
+        base: the origin of the base, see `Recorded.origin`.
+        experts: task -> the origin of its expert.
+        merge: the method and its parameters, as `simomerge.merging.describe_method` gives them.
+    """
+    return {
+        "base": dict(base),
+        "experts": {task: dict(origin) for task, origin in experts.items()},
+        "merge": dict(merge),
+    }
+
+
+def changed_by(provenance: Mapping[str, Any]) -> str | None:
+    """The method of a re-alignment that changed a merged model's encoder, or None if the encoder is the merge."""
+    record = provenance.get("realign")
+    while record:
+        if record.get("changes_encoder"):
+            return str(record.get("method"))
+        record = record.get("after")
+    return None

@@ -1,0 +1,83 @@
+"""Bases and experts on disk, opened without reading values and without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from simomerge.checkpoints.description import FILE, existing, head_file, read_description
+from simomerge.checkpoints.experts import own_task
+from simomerge.checkpoints.fingerprint import fingerprint
+from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
+from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
+from simomerge.core.assets import resolve_source
+
+CONFIGS = ("config.json", "preprocessor_config.json")
+"""The files next to the weights of a transformers folder that belong to them."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base, an expert or a merged model on disk.
+
+    Attributes:
+        path: a weight file, a transformers folder, a model folder, or (experts only) a peft adapter folder.
+        weights: the weights of its encoder, read when needed.
+        description: the content of a model folder's simo.json; None for all others.
+    """
+
+    path: Path
+    weights: Checkpoint | LoraExpert
+    description: dict[str, Any] | None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What simo.json records about where the weights come from; empty if there is none."""
+        provenance: dict[str, Any] = (self.description or {}).get("provenance", {})
+        return provenance
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.weights)
+
+    def origin(self) -> dict[str, str]:
+        """Its name, without the path, and the fingerprint of its weights, which is computed only once."""
+        return {"source": self.path.name, "fingerprint": self._fingerprint}
+
+    def encoder_folder(self) -> Path:
+        """The folder where config.json is expected."""
+        if self.path.is_file():
+            return self.path.parent
+        return self.path / "encoder" if self.description else self.path
+
+    def head(self, task: str) -> Path:
+        """The file of the head that serves as ``task``. Raises InputError if it is missing or damaged."""
+        file = existing(head_file(self.path, own_task((self.description or {})["tasks"], task)))
+        open_checkpoint(file)  # reports a truncated file now, and not when the model is loaded
+        return file
+
+
+def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = None) -> Source:
+    """Open a base or, with ``base``, an expert of it, without reading a value.
+
+    Raises:
+        InputError: nothing there, or a damaged file.
+    """
+    path = Path(resolve_source(os.fspath(path)))
+    if base is not None and is_lora_folder(path):
+        return Source(path, open_lora(path, base), None)
+    description = read_description(path) if (path / FILE).is_file() else None
+    return Source(path, open_checkpoint(path), description)
+
+
+def without_extras(base: Source, experts: Mapping[str, Source]) -> Source:
+    """A base without the tensors that no expert has, such as a pooler or a head, which training drops."""
+    assert isinstance(base.weights, Checkpoint)
+    known = {name for expert in experts.values() for name in canonicalise(expert.weights)}
+    kept = [own for name, own in canonicalise(base.weights).items() if name in known]
+    return replace(base, weights=base.weights.only(kept))

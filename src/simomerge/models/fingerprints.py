@@ -1,0 +1,42 @@
+"""The fingerprint of a module's weights, computed only once while the weights stay the same."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.checkpoints import fingerprint
+
+_State = list[tuple[str, int, int, int]]
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[_State, str]] = WeakKeyDictionary()
+"""Module -> the state of its weights when they were last hashed, and their fingerprint."""
+
+
+def fingerprint_of(module: nn.Module) -> str:
+    """The sha256 of a module's weights, see `simomerge.checkpoints.fingerprint`.
+
+    Hashing takes seconds for a large encoder. It is repeated only after a weight changed: in place (an optimiser step,
+    ``load_state_dict``), by assignment, or by moving the module.
+    """
+    weights = module.state_dict()
+    if not all(isinstance(value, Tensor) for value in weights.values()):  # extra state of an encoder of one's own
+        return fingerprint(weights)
+    state = [(name, tensor.data_ptr(), *_change_marks(tensor)) for name, tensor in weights.items()]
+    known = _KNOWN.get(module)
+    if known is None or known[0] != state:
+        _KNOWN[module] = known = state, fingerprint(weights)
+    return known[1]
+
+
+def _change_marks(tensor: Tensor) -> tuple[int, int]:
+    """PyTorch's count of in-place changes, and the sum of the values as integers of the same bits.
+
+    Fused optimisers and writing to ``parameter.data`` leave the count as it is; the sum reveals them. It takes a
+    twentieth of the time of hashing, and wraps around where it overflows.
+    """
+    bits = tensor.view(_INTEGERS.get(tensor.itemsize, torch.int64))
+    return 0 if tensor.is_inference() else tensor._version, int(bits.sum(dtype=bits.dtype))

@@ -1,0 +1,131 @@
+"""A fingerprint is computed once, and again after any change of a weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from simomerge.checkpoints import fingerprint
+from simomerge.core.errors import InputError
+from simomerge.models.fingerprints import fingerprint_of
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one whenever weights are hashed."""
+    calls: list[Any] = []
+
+    def counted(weights: Any) -> str:
+        calls.append(weights)
+        return fingerprint(weights)
+
+    monkeypatch.setattr("simomerge.models.fingerprints.fingerprint", counted)
+    return calls
+
+
+@pytest.fixture
+def module() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, dtype=torch.float64).bfloat16().float())
+
+
+def test_it_is_computed_once(module: nn.Module, hashed: list[Any]) -> None:
+    assert fingerprint_of(module) == fingerprint_of(module) == fingerprint(module.state_dict())
+    assert len(hashed) == 1
+    twin = copy.deepcopy(module)
+    assert fingerprint_of(twin) == fingerprint_of(module) and len(hashed) == 2
+    module.eval()(torch.ones(2, 4)).sum().backward()  # reading the weights changes nothing
+    fingerprint_of(module)
+    assert len(hashed) == 2
+
+
+def step(optimiser: Any, **settings: Any) -> Callable[[nn.Module], None]:
+    def change(module: nn.Module) -> None:
+        module(torch.randn(8, 4)).square().sum().backward()
+        optimiser(module.parameters(), lr=0.01, **settings).step()
+
+    return change
+
+
+def load(module: Any) -> None:
+    module.load_state_dict({name: value + 1 for name, value in module.state_dict().items()})
+
+
+def add_in_place(module: Any) -> None:
+    with torch.no_grad():
+        module[0].weight[1, 2] += 1e-6
+
+
+def add_to_data(module: Any) -> None:
+    module[0].bias.data[0] += 1e-6
+
+
+def assign(module: Any) -> None:
+    module[0].weight = nn.Parameter(torch.zeros(4, 4))
+
+
+def swap(module: Any) -> None:
+    """The same values in other places."""
+    with torch.no_grad():
+        module[0].weight.copy_(module[0].weight.flip(0))
+
+
+def statistics(module: Any) -> None:
+    module.train()(torch.randn(8, 4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        step(torch.optim.SGD),
+        step(torch.optim.AdamW, foreach=True),
+        step(torch.optim.AdamW, fused=True),
+        load,
+        add_in_place,
+        add_to_data,
+        assign,
+        swap,
+        statistics,
+    ],
+)
+def test_a_changed_weight_changes_it(change: Callable[[nn.Module], None], module: nn.Module) -> None:
+    before = fingerprint_of(module)
+    change(module)
+    assert fingerprint_of(module) == fingerprint(module.state_dict()) != before
+
+
+def test_every_dtype_is_seen() -> None:
+    holder = nn.Module()
+    values = {
+        "float16": torch.ones(3).half(),
+        "flags": torch.ones(3) > 0,
+        "count": torch.tensor(7),
+        "none": torch.ones(0),
+    }
+    for name, value in values.items():
+        holder.register_buffer(name, value)
+    for name, value in values.items():
+        before = fingerprint_of(holder)
+        value.zero_()
+        assert (fingerprint_of(holder) == before) == (name == "none")
+
+
+def test_what_is_not_a_tensor_is_refused() -> None:
+    class Odd(nn.Module):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+    with pytest.raises(InputError, match="'_extra_state' is a dict, not a tensor"):
+        fingerprint_of(Odd())
+
+
+def test_weights_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        module = nn.Linear(3, 3)
+        before = fingerprint_of(module)
+        module.weight.zero_()
+        assert fingerprint_of(module) == fingerprint(module.state_dict()) != before
