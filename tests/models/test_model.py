@@ -16,7 +16,7 @@ from transformers import AutoModel, Dinov2Model
 import simomerge.models.model
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
-from simomerge.models.heads import LinearHead
+from simomerge.models.heads.linear import LinearHead
 from simomerge.models.model import SimoModel, load
 
 SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa"), colours=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
@@ -33,7 +33,7 @@ def model(make_model):
 def adapted(make_model):
     """With DPT heads, adapters that do something, and every further setting off its default."""
     model = make_model(TASKS, head="dpt", seed=1)
-    model.encoder.taps = (4, 1, 2, 3)
+    model.encoder.set_taps((4, 1, 2, 3))
     model.encoder.apply_layernorm = False
     generator = torch.Generator().manual_seed(2)
     for adapter in model.encoder.add_adapters(rank=2, activation="relu"):
@@ -140,11 +140,11 @@ def test_predict_refuses_what_is_no_image(model, tmp_path):
 # Building -----------------------------------------------------------------------------------------------
 
 
-def test_tasks_and_heads_must_pair_up(model):
+def test_tasks_and_heads_must_have_the_same_names(model):
     heads = {"seg": model.heads["seg"]}
-    with pytest.raises(InputError, match=r"\['depth', 'seg'\] and heads \['seg'\] do not pair up"):
+    with pytest.raises(InputError, match=r"\['depth', 'seg'\] and heads \['seg'\] must have the same names"):
         SimoModel(model.encoder, {"seg": SEG, "depth": TASKS["depth"]}, heads)
-    with pytest.raises(InputError, match="do not pair up"):
+    with pytest.raises(InputError, match="must have the same names"):
         SimoModel(model.encoder, {}, heads)
 
 

@@ -57,7 +57,7 @@ def make(path: str, settings: dict[str, Any], base: type) -> Any:
     except Exception as error:  # a module of the user's may raise anything
         hint = "run where it can be imported (its folder in PYTHONPATH)"
         if not isinstance(error, ModuleNotFoundError):
-            hint = "mend the module"
+            hint = "fix the module"
         said = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: the module {module!r} cannot be imported ({said}); {hint}.") from error
     try:

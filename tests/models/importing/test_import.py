@@ -1,4 +1,4 @@
-"""Experts from elsewhere predict what their sources predict, and misfits are told with their names."""
+"""Experts from elsewhere predict what their sources predict, and misfits are named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import simomerge as sm
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.models.importing import import_expert
-from simomerge.models.importing.predictions import largest_difference, source_model
+from simomerge.models.importing.transformers import largest_difference, source_model
 
 from . import models
 
@@ -112,7 +112,7 @@ def test_dpt_on_a_pyramid_and_hybrids_are_refused(tmp_path: Path) -> None:
 
 def test_an_import_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.depth_anything(tmp_path / "source")
-    monkeypatch.setattr("simomerge.models.importing.predictions.largest_difference", lambda *given: (0.1, 1.0))
+    monkeypatch.setattr("simomerge.models.importing.transformers.largest_difference", lambda *given: (0.1, 1.0))
     with pytest.raises(InputError, match=r"would differ from it by 1\.0e-01.*nothing was written"):
         cli.main(["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")], standalone_mode=False)
     assert not (tmp_path / "expert").exists()
@@ -121,7 +121,7 @@ def test_an_import_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
 def test_a_heads_own_mask_tokens_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
     state = {f"decode.{n}": v for n, v in Decoder(32, 3).state_dict().items() if n != "classifier.bias"}
     torch.save(state, tmp_path / "mine.pth")
-    with pytest.raises(InputError, match=r"1 tensors are lacking \(decode\.mask_tokens\.weight"):
+    with pytest.raises(InputError, match=r"1 tensors are missing \(decode\.mask_tokens\.weight"):
         import_expert(
             tmp_path / "mine.pth",
             "segmentation",
@@ -392,7 +392,7 @@ def test_dinov2s_dpt_depth_head(tmp_path: Path, base_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder_prefix": "model."}, r"tensors are used by nothing \(backbone\..*lacking \(model\."),
+        ({"encoder_prefix": "model."}, r"tensors are used by nothing \(backbone\..*missing \(model\."),
         ({"drop": ()}, r"2 tensors are used by nothing \(auxiliary\.weight, auxiliary\.bias\).*--drop"),
         ({"head": ""}, r"is a weight file: give --head \(module:Class"),
         ({"encoder": None}, "give --encoder"),
@@ -428,9 +428,9 @@ def test_mappings_that_do_not_fit_list_what_does_not(
 
 
 def test_other_architectures_are_named(tmp_path: Path, base_folder: Path) -> None:
-    with pytest.raises(InputError, match="Dinov2Model, and only DepthAnythingForDepthEstimation"):
+    with pytest.raises(InputError, match="Dinov2Model, but only DepthAnythingForDepthEstimation"):
         import_expert(base_folder, "depth")
-    with pytest.raises(InputError, match="no folder of a model, no weight file"):
+    with pytest.raises(InputError, match="not a model folder, not a weight file"):
         import_expert("someone/some-depth-model", "depth")
     with pytest.raises(InputError, match=r"nosuch\.pth: no such file"):
         import_expert(base_folder / "nosuch.pth", "depth", encoder=base_folder, head="linear")
@@ -458,7 +458,7 @@ def test_what_would_be_ignored_is_refused(
     file = tmp_path / "dinov2_vits14_nyu_linear_head.pth"
     state = {"decode_head.conv_depth.weight": torch.zeros(4, 64, 1, 1), "decode_head.conv_depth.bias": torch.zeros(4)}
     torch.save(state, file)
-    with pytest.raises(InputError, match="--head-prefix does nothing here, a head of DINOv2's own"):
+    with pytest.raises(InputError, match="--head-prefix does nothing here, the file is a head that DINOv2 publishes"):
         import_expert(file, "depth", encoder=base_folder, head_prefix="q.")
     with pytest.raises(InputError, match="give --encoder, the DINOv2"):
         import_expert(file, "depth")
@@ -466,7 +466,7 @@ def test_what_would_be_ignored_is_refused(
 
 def test_a_task_is_not_named_after_another_sort_of_prediction(tmp_path: Path) -> None:
     folder = models.dpt_segmentation(tmp_path / "source")
-    with pytest.raises(InputError, match="predicts segmentation: name the task otherwise than 'depth'"):
+    with pytest.raises(InputError, match="predicts segmentation: choose another task name than 'depth'"):
         import_expert(folder, "depth")
     assert import_expert(models.depth_anything(tmp_path / "d"), "depth").tasks["depth"].kind == "disparity"
 
