@@ -99,12 +99,7 @@ class SimoModel(nn.Module):
             logits = self(self.fit(tensor, max_patches))
         finally:
             self.train(training)
-        size = tensor.shape[-2:]
-        if next(iter(logits.values()), tensor).shape[-2:] != size:
-            logits = {
-                name: F.interpolate(value, size, mode="bilinear", align_corners=False) for name, value in logits.items()
-            }
-        maps = {name: self.tasks[name].activate(value)[0] for name, value in logits.items()}
+        maps = {name: self.tasks[name].activate(_upscaled(value, tensor))[0] for name, value in logits.items()}
         return {name: (m[0] if m.ndim == 3 and m.shape[0] == 1 else m).cpu().numpy() for name, m in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
@@ -114,8 +109,7 @@ class SimoModel(nn.Module):
         if patches <= max_patches:
             return image
         shrink = (max_patches / patches) ** 0.5
-        size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-        return images.resized(image, size)
+        return images.resized(image, (max(1, int(height * shrink)), max(1, int(width * shrink))))
 
     def encoder_fingerprint(self) -> str:
         """sha256 of the encoder's weights; it does not depend on their names, order or storage dtype."""
@@ -165,10 +159,7 @@ class SimoModel(nn.Module):
     def encoder_description(self) -> dict[str, Any]:
         """The entries ``encoder`` and ``adapters`` of simo.json."""
         adapters = self.encoder.adapters
-        return {
-            "encoder": self.encoder.describe(),
-            "adapters": adapters.settings if adapters is not None else None,
-        }
+        return {"encoder": self.encoder.describe(), "adapters": adapters.settings if adapters is not None else None}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SimoModel:
@@ -252,21 +243,21 @@ def _save_encoder(encoder: Encoder, folder: Path) -> None:
 
         folder.mkdir()
         save_file(_tensors(encoder.backbone), folder / "model.safetensors")
-        name, content = "config.json", encoder.describe()
+        file, content = folder / "config.json", encoder.describe()
     else:
         with quiet():
             encoder.backbone.save_pretrained(folder)
-        name, content = (
-            "preprocessor_config.json",
-            {
-                "image_processor_type": "BitImageProcessor",
-                "image_mean": encoder.preprocessing["mean"],
-                "image_std": encoder.preprocessing["std"],
-                "do_resize": False,
-                "do_center_crop": False,
-            },
-        )
-    (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        file = folder / "preprocessor_config.json"
+        mean, std = encoder.preprocessing["mean"], encoder.preprocessing["std"]
+        content = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std}
+        content |= {"do_resize": False, "do_center_crop": False}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
+    """Logits at the size of an image, which may have been downscaled for the encoder."""
+    size = image.shape[-2:]
+    return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

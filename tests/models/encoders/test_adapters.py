@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.models.encoders import Adapters, load_backbone, load_encoder
+from simomerge.models.encoders import load_backbone, load_encoder
+from simomerge.models.encoders.adapters import Adapters
 
 TAPS = (1, 2, 3, 4)
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from simomerge.checkpoints import canonical_name, canonicalise, fingerprint, open_checkpoint
 from simomerge.core.errors import InputError
-from simomerge.models.encoders import FAMILIES, Encoder, load_backbone, load_encoder
+from simomerge.models.encoders import Encoder, load_backbone, load_encoder
+from simomerge.models.encoders.families import FAMILIES
 
 from .contract import EncoderContract, padded_by_hand, random_images
 from .families import TINY, save_tiny

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from simomerge.core.classes import class_path, settings_of
 from simomerge.core.errors import InputError
-from simomerge.models.encoders.adapters import Adapters
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.features import Features
 from simomerge.models.encoders.layout import Layout
@@ -65,13 +64,6 @@ class CustomEncoder(Encoder):
     def describe(self) -> dict[str, Any]:
         """The entry ``encoder`` of simo.json: also the class and the arguments that create it again."""
         return {**super().describe(), "class": class_path(self.backbone), "settings": settings_of(self.backbone)}
-
-    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
-        """Not supported: the blocks of a custom encoder are unknown."""
-        raise InputError(
-            f"{type(self.backbone).__name__} is a custom encoder, whose blocks are unknown. Adapters need an encoder of"
-            " transformers; use fold, distill or heads."
-        )
 
     def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         given = self.backbone(images)

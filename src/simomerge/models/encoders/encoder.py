@@ -88,10 +88,6 @@ class Encoder(nn.Module):
         self.taps = tuple(int(tap) for tap in taps)
 
     @property
-    def config(self) -> Any:
-        return self.backbone.config
-
-    @property
     def channels(self) -> tuple[int, ...]:
         """Channels of each tapped map."""
         return tuple(self.layout.channels[tap - 1] for tap in self.taps)
@@ -123,7 +119,16 @@ class Encoder(nn.Module):
         return {"taps": list(self.taps), "apply_layernorm": self.apply_layernorm, **self.preprocessing}
 
     def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
-        """Add a fresh low-rank adapter to every block, or to the last blocks, and return them; see `Adapters`."""
+        """Add a fresh low-rank adapter to every block, or to the last blocks, and return them; see `Adapters`.
+
+        Raises:
+            InputError: Invalid settings, or an encoder whose blocks are unknown, as in a custom encoder.
+        """
+        if not self.layout.blocks:
+            raise InputError(
+                f"{type(self.backbone).__name__} is a custom encoder, whose blocks are unknown. Adapters need an"
+                " encoder of transformers; use fold, distill or heads."
+            )
         self.adapters = Adapters(list(self.layout.widths), rank, activation, last)
         return self.adapters
 

@@ -40,7 +40,7 @@ def load_encoder(
     known_mean, known_std = read_normalisation(source)
     backbone = load_backbone(source)
     encoder = Encoder(backbone, taps, mean or known_mean, std or known_std, apply_layernorm)
-    if family_of(encoder.config.model_type) is None:
+    if family_of(backbone.config.model_type) is None:
         _try_out(encoder, str(source))
     return encoder
 
@@ -63,6 +63,8 @@ def load_backbone(source: str | Path) -> Any:
     with quiet():
         try:
             backbone, loading = _read(source)
+        except InputError:
+            raise
         except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for the same cause
             raise _not_loaded(source, error) from error
     if getattr(backbone, "main_input_name", "") != "pixel_values":
@@ -137,6 +139,9 @@ def _read(source: str) -> tuple[Any, dict[str, Any]]:
     """The vision encoder, and what transformers reports about its tensors."""
     import transformers
 
+    model_type = transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type")
+    if model_type and model_type not in transformers.CONFIG_MAPPING:
+        raise unknown_encoder(source, model_type)
     config = transformers.AutoConfig.from_pretrained(source)
     config = getattr(config, "vision_config", None) or config
     if config.model_type == "vit_mae":  # its own class hides most of the image
@@ -157,23 +162,10 @@ def _not_loaded(source: str, error: Exception) -> InputError:
     """The error to raise instead of one by transformers."""
     if cause := broken_torchvision():
         return InputError(cause)
-    if model_type := _model_type(source):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        if model_type not in CONFIG_MAPPING:
-            return unknown_encoder(source, model_type)
     return InputError(
         f"{source}: {'' if Path(source).is_dir() else 'no such folder, and as a hub id: '}cannot load an encoder"
         f" ({first_line(error)}). Give a folder with config.json and model.safetensors, or a hub id while online."
     )
-
-
-def _model_type(folder: str) -> str:
-    """The ``model_type`` in a folder's config.json; empty if it cannot be read."""
-    try:
-        return str(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 @torch.no_grad()
@@ -184,7 +176,7 @@ def _try_out(encoder: Encoder, source: str) -> None:
     except InputError:
         raise
     except Exception as error:  # a foreign forward pass may raise anything
-        raise unknown_encoder(source, str(encoder.config.model_type)) from error
+        raise unknown_encoder(source, str(encoder.backbone.config.model_type)) from error
 
 
 def _image_processor(source: str) -> tuple[str, Mapping[str, Any]]:

@@ -70,7 +70,7 @@ class LinearHead(nn.Module):
         reads each tap directly: the taps are never concatenated, and each CLS token is multiplied once per image, not
         once per place.
         """
-        weight, bias = self._without_norm(*self._mean_and_variance(maps, cls))
+        weight, bias = self._without_norm(*self._input_moments(maps, cls))
         parts = weight.split([tap.shape[1] for tap in (*maps, *cls)], 1)
         logits = bias[:, None, None]
         for tap, part in zip((*maps, *cls), parts, strict=True):
@@ -115,14 +115,14 @@ class LinearHead(nn.Module):
         head.output.bias.copy_(projection.bias + weight @ mean)
         return head
 
-    def _mean_and_variance(self, maps: list[Tensor], cls: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _input_moments(self, maps: list[Tensor], cls: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean and variance of every input channel: those of the batch in training, otherwise the running ones."""
         norm = self.norm
         if not norm.training:
             return norm.running_mean, norm.running_var
         # The rows are the places, so sums over them are contiguous in memory for channels-last taps.
         rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps] + cls
-        mean, variance = (torch.cat(values) for values in zip(*map(_mean_variance, rows), strict=True))
+        mean, variance = (torch.cat(values) for values in zip(*map(_column_moments, rows), strict=True))
         count = torch.tensor(float(len(rows[0])), dtype=torch.float64)
         distributed.add_up(count)
         places = int(count)
@@ -135,7 +135,7 @@ class LinearHead(nn.Module):
         return mean, variance
 
 
-def _mean_variance(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each column of (N, C), over the rows of all processes that share a batch.
 
     The squares are summed a few rows at a time, which is ten times as fast as torch.var_mean.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,13 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
     check_not_hybrid(config, f"{source}: ")
     described = _task(config, architecture, task, options)
     weights = open_checkpoint(_weights_folder(source))
-    own_vit = config.model_type == "dpt" and getattr(config, "backbone_config", None) is None
-    normalisation = read_normalisation(source)
-    with quiet():
-        encoder = (_dpt_encoder if own_vit else _backbone_encoder)(config, *normalisation)
+    encoder = _encoder(config, source)
     settings = {name: getattr(config, name) for name in _HEAD_SETTINGS if hasattr(config, name)}
     if architecture == "DPTForSemanticSegmentation":
         settings["num_labels"] = described.channels
     settings = json.loads(json.dumps(settings))  # the same values as after loading simo.json
     head = TransformersHead(encoder.channels, described.channels, architecture, settings)
-    prefix = "dpt." if own_vit else "backbone."
+    prefix = "backbone." if getattr(config, "backbone_config", None) is not None else "dpt."
     fill(
         weights,
         {prefix: encoder.backbone, "neck.": head.neck, "head.": head.head},
@@ -72,13 +68,11 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
 
 
 def source_model(source: str) -> nn.Module | None:
-    """The model as transformers runs it, to compare predictions with; None if transformers has no class for it."""
+    """The source of an imported expert as transformers runs it; None if transformers has no class for it."""
     import transformers
 
     config = _config(source)
     architecture = _architecture(config)
-    if architecture not in ARCHITECTURES:
-        return None
     if architecture == "DPTForSemanticSegmentation" and getattr(config, "backbone_config", None) is not None:
         return None  # transformers would run it with an encoder of its own
     with quiet():
@@ -138,29 +132,27 @@ def _weights_folder(source: str) -> Path:
     raise InputError(f"{source}: has no weights (model.safetensors or pytorch_model.bin) in one file.")
 
 
-def _backbone_encoder(config: Any, mean: Sequence[float], std: Sequence[float]) -> Encoder:
-    from transformers import AutoModel
+def _encoder(config: Any, source: str) -> Encoder:
+    """The encoder, without weights: the model in ``backbone_config``, or DPT's own transformer."""
+    from transformers import AutoModel, DPTModel
 
-    backbone_config = config.backbone_config
-    backbone = without_pooler(AutoModel.from_config(backbone_config, dtype=torch.float32))
+    backbone_config = getattr(config, "backbone_config", None)
+    with quiet():
+        if backbone_config is None:
+            backbone = DPTModel(config, add_pooling_layer=False)
+            taps = [int(index) + 1 for index in config.backbone_out_indices]
+        else:
+            backbone = without_pooler(AutoModel.from_config(backbone_config, dtype=torch.float32))
+            taps = [int(index) for index in backbone_config.out_indices]
     layout = find_layout(backbone)
     if layout.is_pyramid:
         raise InputError(
-            f"its encoder is a {type(backbone).__name__}, a pyramid. Only Depth Anything and DPT on plain transformers"
-            " can be imported."
+            f"{source}: its encoder is a {type(backbone).__name__}, a pyramid. Only Depth Anything and DPT on plain"
+            " transformers can be imported."
         )
-    taps = [int(index) for index in backbone_config.out_indices]
-    # Backbone classes without this setting apply no layer norm.
+    # Without this setting, backbone classes apply no layer norm. DPT's own norm is only read by its pooler.
     normed = bool(getattr(backbone_config, "apply_layernorm", False))
-    return Encoder(backbone.eval(), taps, mean, std, normed, layout)
-
-
-def _dpt_encoder(config: Any, mean: Sequence[float], std: Sequence[float]) -> Encoder:
-    """DPT's own transformer. Only its pooler reads its layer norm."""
-    from transformers import DPTModel
-
-    taps = [int(index) + 1 for index in config.backbone_out_indices]
-    return Encoder(DPTModel(config, add_pooling_layer=False).float().eval(), taps, mean, std, apply_layernorm=False)
+    return Encoder(backbone.float().eval(), taps, *read_normalisation(source), normed, layout)
 
 
 def _task(config: Any, architecture: str, name: str, options: ImportOptions) -> Task:
