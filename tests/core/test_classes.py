@@ -28,10 +28,10 @@ def test_only_modules_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("torch.nn:Nothing", "no such class in the module"),
         ("broken:Thing", "'broken' cannot be imported.*RuntimeError: at import.*fix the module"),
         ("wrong:Thing", "'wrong' cannot be imported.*SyntaxError.*fix the module"),
-        ("raising:Thing", "cannot be made with.*ValueError: never"),
+        ("raising:Thing", "cannot be created with.*ValueError: never"),
         ("__main__:Gone", "script or notebook"),
     ):
         with pytest.raises(InputError, match=message):
             make(path, {}, nn.Module)
-    with pytest.raises(InputError, match=r"torch\.nn:Linear: cannot be made with"):
+    with pytest.raises(InputError, match=r"torch\.nn:Linear: cannot be created with"):
         make("torch.nn:Linear", {"width": 3}, nn.Module)

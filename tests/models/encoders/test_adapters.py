@@ -46,9 +46,9 @@ def test_every_block_gives_its_output_plus_b_a_x(tiny_base, activation):
             low = torch.einsum("rc,bnc->bnr", adapter.down.weight, x)
             if activation == "relu":
                 low = torch.where(low > 0, low, 0.0)
-            beside = torch.einsum("cr,bnr->bnc", adapter.up.weight, low)
-            assert beside.abs().mean() > 1e-3  # the test would see an adapter left out
-            x = block(x) + beside
+            low_rank = torch.einsum("cr,bnr->bnc", adapter.up.weight, low)
+            assert low_rank.abs().mean() > 1e-3  # the test would see an adapter left out
+            x = block(x) + low_rank
             torch.testing.assert_close(tapped, x, rtol=1e-4, atol=1e-4)
 
 

@@ -35,7 +35,7 @@ def random_images(*shape):
 
 
 def copy_with(tiny_base, folder, change=None, keep=None):
-    """A copy of the base whose config has ``change``, or of whose weights the first ``keep`` bytes are left."""
+    """A copy of the base with a ``change`` of its config, or with only the first ``keep`` bytes of its weights."""
     shutil.copytree(tiny_base, folder)
     if change is not None:
         config = json.loads((folder / "config.json").read_text())
@@ -204,11 +204,11 @@ def test_a_position_grid_of_another_size_still_loads_where_the_config_says_so(tm
 def test_normalisation_of_a_processor_that_transformers_5_wrote(tiny_base, tmp_path):
     folder = copy_with(tiny_base, tmp_path / "clip")
     (folder / "preprocessor_config.json").unlink()
-    said = {
+    content = {
         "processor_class": "CLIPProcessor",
         "image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]},
     }
-    (folder / "processor_config.json").write_text(json.dumps(said))
+    (folder / "processor_config.json").write_text(json.dumps(content))
     assert load_encoder(folder).preprocessing == {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
 
 
@@ -256,7 +256,7 @@ def test_a_broken_torchvision_is_reported_as_by_the_doctor(tiny_base, tmp_path):
 
 
 def test_a_path_below_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`runs/deth` where there is a runs/: the hub is not asked, which takes a minute where there is no network."""
+    """`runs/deth` next to a folder runs/ is not looked up on the hub, which takes a minute without network."""
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="runs/deth: no such folder"):

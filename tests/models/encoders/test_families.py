@@ -16,7 +16,7 @@ from .contract import EncoderContract, padded_by_hand, random_images
 from .families import TINY, save_tiny
 
 SIZES = [(64, 96), (60, 90), (9, 7)]
-"""Whole places, not whole places, and smaller than one place of the last stage."""
+"""Whole places, no whole places, and less than one place of the last stage."""
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_in_memory_and_on_disk_names_agree(folders, tmp_path, model_type):
     assert fingerprint(backbone.state_dict()) == fingerprint(open_checkpoint(tmp_path))
     again = load_backbone(tmp_path)
     assert fingerprint(again.state_dict()) == fingerprint(backbone.state_dict())
-    # What the family's own folder holds beside it (poolers, texts, decoders) is under other names.
+    # The family's own folder holds more (poolers, text encoders, decoders), under other names.
     assert set(canonicalise(on_disk)) <= set(canonicalise(open_checkpoint(folders(model_type))))
 
 

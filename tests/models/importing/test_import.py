@@ -104,8 +104,8 @@ def test_dpt_on_a_pyramid_and_hybrids_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "swin/pytorch_model.bin")
     with pytest.raises(InputError, match="SwinModel, a pyramid"):
         import_expert(tmp_path / "swin", "depth")
-    said = json.loads((tmp_path / "swin/config.json").read_text())
-    (tmp_path / "swin/config.json").write_text(json.dumps({**said, "is_hybrid": True}))
+    config = json.loads((tmp_path / "swin/config.json").read_text())
+    (tmp_path / "swin/config.json").write_text(json.dumps({**config, "is_hybrid": True}))
     with pytest.raises(InputError, match="DPT hybrids"):
         import_expert(tmp_path / "swin", "depth")
 
@@ -481,8 +481,8 @@ def test_the_command_says_how_far_it_is_from_its_source(tmp_path: Path, capsys: 
     folder = models.depth_anything(tmp_path / "source")
     arguments = ["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")]
     cli.main([*arguments, "--json"], standalone_mode=False)
-    said = json.loads(capsys.readouterr().out)
-    assert said["largest_difference"] < 1e-4 and said["taps"] == [1, 2, 3, 4]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["largest_difference"] < 1e-4 and printed["taps"] == [1, 2, 3, 4]
     cli.main([*arguments, "--overwrite"], standalone_mode=False)
     assert "differ from the source's by at most" in capsys.readouterr().out
     assert sm.load(tmp_path / "expert").tasks["depth"].kind == "disparity"

@@ -26,3 +26,8 @@ class Features:
 
     def __len__(self) -> int:
         return self.maps[0].shape[0]
+
+    def grid(self, tap: int) -> tuple[int, int]:
+        """(h, w) of the map of one tap."""
+        height, width = self.maps[tap].shape[-2:]
+        return height, width

@@ -113,7 +113,7 @@ class DPTHead(Foldable, nn.Module):
 
     def _project(self, features: Features, tap: int) -> Tensor:
         """The input of one stage: the projected patches, with the projected CLS tokens added."""
-        size = (features.maps[tap].shape[-2], features.maps[tap].shape[-1])
+        size = features.grid(tap)
         read = self._read_by(tap)
         maps = [resize(features.maps[index], size) for index in read]
         x = self.projects[tap](torch.cat(maps, 1) if len(maps) > 1 else maps[0])

@@ -54,7 +54,7 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
-        size = (features.maps[0].shape[-2], features.maps[0].shape[-1])
+        size = features.grid(0)
         maps = [resize(m, size) for m in features.maps]
         # Float32 is needed here: without a layer norm, means may be far larger than standard deviations.
         with torch.autocast(maps[0].device.type, enabled=False):

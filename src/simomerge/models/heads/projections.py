@@ -52,7 +52,7 @@ class Projection:
 
     def __call__(self, features: Features) -> Tensor:
         """Features -> u (B, O, h, w), computed in float32."""
-        size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
+        size = features.grid(self.grid)
         total = self.bias.float()[:, None, None]
         with torch.autocast(self.bias.device.type, enabled=False):
             for tap, weight in self.maps.items():

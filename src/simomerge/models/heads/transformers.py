@@ -65,7 +65,7 @@ class TransformersHead(Foldable, nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
-        height, width = features.maps[0].shape[-2:]
+        height, width = features.grid(0)
         hidden = self.neck(_tokens(features), height, width)
         if self.wants_grid:
             self.head.patch_size = features.padded_size[0] / height  # the head multiplies the grid by its patch size

@@ -16,7 +16,7 @@ from simomerge.models.model import SimoModel
 def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
     """An expert from a model that simomerge did not train.
 
-    There are three sorts of source:
+    There are three kinds of source:
 
     - A folder or hub id of transformers' Depth Anything or DPT, on any plain encoder. It needs no option.
     - A head that DINOv2 publishes (``dinov2_vitb14_nyu_linear4_head.pth``). ``encoder`` is the encoder that it reads.
@@ -30,7 +30,7 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
             ``head_settings``, ``drop``, ``taps``, ``apply_layernorm``, ``mean`` and ``std``; see `ImportOptions`.
 
     Raises:
-        InputError: An option that has no effect on this sort of source, an unknown source, or tensors of a weight file
+        InputError: An option that has no effect on this kind of source, an unknown source, or tensors of a weight file
             that are unused or missing. The message lists them.
 
     Example:

@@ -34,7 +34,7 @@ FOUR_TAPS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
 """Depth of the encoder -> the blocks, counted from 1, that depth heads of four taps read (dinov2/hub/depthers.py)."""
 
 _LAYERS = {"dpt": "project.conv", "depth": "conv_depth", "segmentation": "conv_seg"}
-"""Sort of head -> a layer that only this sort has, checked in this order."""
+"""Type of head -> a layer that only this type has, checked in this order."""
 
 _DPT_NAMES = (
     (r"^decode_head\.", ""),
@@ -67,44 +67,45 @@ def read_dinov2_head(file: Path, task: str, options: ImportOptions) -> SimoModel
     used = ("encoder", "taps", "apply_layernorm", "mean", "std")
     options.check_used(str(file), "the file is a head that DINOv2 publishes", *used)
     weights = open_checkpoint(file)
-    sort = next((sort for sort, layer in _LAYERS.items() if f"decode_head.{layer}.weight" in weights), None)
-    if sort is None:
+    found = [name for name, layer in _LAYERS.items() if f"decode_head.{layer}.weight" in weights]
+    if not found:
         raise InputError(
             f"{file}: not one of DINOv2's linear and DPT heads; name the class of the head by --head and --head-prefix."
         )
+    head_type = found[0]
     # In DINOv2's configurations, depth heads read blocks without the layer norm, segmentation heads with it.
-    encoder = replace(options, taps=None).load_encoder(apply_layernorm=sort == "segmentation")
-    found = _taps(sort, weights, encoder, file)
-    encoder.set_taps(options.taps or found)
-    kind = "segmentation" if sort == "segmentation" else "depth"
+    encoder = replace(options, taps=None).load_encoder(apply_layernorm=head_type == "segmentation")
+    taps = _taps(head_type, weights, encoder, file)
+    encoder.set_taps(options.taps or taps)
+    kind = "segmentation" if head_type == "segmentation" else "depth"
     described = Task(task, options.kind or kind, tuple(options.classes))
-    head = _build(sort, weights, encoder, described, file)
-    return as_imported(encoder, described, head, str(file), f"DINOv2 {sort} head")
+    head = _build(head_type, weights, encoder, described, file)
+    return as_imported(encoder, described, head, str(file), f"DINOv2 {head_type} head")
 
 
-def _taps(sort: str, weights: Checkpoint, encoder: Encoder, file: Path) -> tuple[int, ...]:
+def _taps(head_type: str, weights: Checkpoint, encoder: Encoder, file: Path) -> tuple[int, ...]:
     """The blocks that the head reads, from the number of its input channels."""
     width, depth = encoder.channels[0], len(encoder.layout.channels)
     four = FOUR_TAPS.get(depth, default_taps(depth))
-    if sort == "dpt":
+    if head_type == "dpt":
         return four
-    each = 2 * width if sort == "depth" else width
-    columns = weights.info(f"decode_head.{_LAYERS[sort]}.weight").shape[1]
+    each = 2 * width if head_type == "depth" else width
+    columns = weights.info(f"decode_head.{_LAYERS[head_type]}.weight").shape[1]
     if columns not in (each, 4 * each):
         raise InputError(f"{file} reads {columns} channels, but the encoder gives {width} per tap: another DINOv2.")
     if columns == each:
         return (depth,)
-    return tuple(range(depth - 3, depth + 1)) if sort == "segmentation" else four
+    return tuple(range(depth - 3, depth + 1)) if head_type == "segmentation" else four
 
 
-def _build(sort: str, weights: Checkpoint, encoder: Encoder, task: Task, file: Path) -> nn.Module:
+def _build(head_type: str, weights: Checkpoint, encoder: Encoder, task: Task, file: Path) -> nn.Module:
     """The head, with the weights of the file."""
     limit = next((depth for word, depth in MAX_DEPTH.items() if word in file.name.lower()), 10.0)
-    if sort == "segmentation":
+    if head_type == "segmentation":
         linear = LinearHead(encoder.channels, task.channels, cls=False)
         fill(weights, {"decode_head.bn.": linear.norm, "decode_head.conv_seg.": linear.output})
         return linear
-    if sort == "depth":
+    if head_type == "depth":
         bins = weights.info("decode_head.conv_depth.weight").shape[0]
         binned = BinnedDepthHead(encoder.channels, 1, True, bins, MIN_DEPTH, limit)
         fill(weights, {"decode_head.conv_depth.": binned.output})

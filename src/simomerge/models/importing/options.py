@@ -16,7 +16,7 @@ from simomerge.models.encoders import Encoder, load_encoder
 from simomerge.models.model import SimoModel
 
 _FLAGS = {"head_settings": "--head-arg", "apply_layernorm": "--layernorm"}
-"""Options whose name on the command line is not their own."""
+"""Option -> its flag on the command line, if the names differ."""
 
 
 @dataclass(frozen=True)
