@@ -31,7 +31,7 @@ def model(make_model):
 
 @pytest.fixture
 def adapted(make_model):
-    """With DPT heads, adapters that do something, and every further setting off its default."""
+    """A model with DPT heads, adapters with an effect, and no setting at its default."""
     model = make_model(TASKS, head="dpt", seed=1)
     model.encoder.set_taps((4, 1, 2, 3))
     model.encoder.apply_layernorm = False
@@ -251,7 +251,7 @@ def test_overwrite_replaces_the_whole_folder(make_model, folder):
 
 
 def break_at(monkeypatch, error, fatal_call):
-    """Let the n-th safetensors file of a head fail after half of it is written."""
+    """Make the writing of the n-th safetensors file of a head fail in the middle."""
     calls = []
 
     def failing(tensors, path):
@@ -370,7 +370,7 @@ def test_a_missing_truncated_or_foreign_file_is_named(adapted, tmp_path, name):
         SimoModel.from_pretrained(folder)
 
 
-def test_a_head_that_lacks_a_tensor_is_named(folder):
+def test_a_head_without_one_of_its_tensors_is_named(folder):
     path = folder / "heads" / "depth.safetensors"
     tensors = load_file(path)
     del tensors["output.bias"]

@@ -49,8 +49,12 @@ def _json(text: str) -> Any:
 @click.option("--kind", default="", help="Kind of the task, if its name does not say it.")
 @click.option("--classes", default="", callback=_names, metavar="A,B,...", help="Class names of a segmentation.")
 @click.option("--encoder", metavar="BASE", help="For weight files: the encoder they fine-tuned, a folder or hub id.")
-@click.option("--encoder-prefix", default="", metavar="PREFIX", help="Prefix of the encoder's tensors, as backbone.")
-@click.option("--head-prefix", default="", metavar="PREFIX", help="Prefix of the head's tensors, as decode_head.")
+@click.option(
+    "--encoder-prefix", default="", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'"
+)
+@click.option(
+    "--head-prefix", default="", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'"
+)
 @click.option("--head", default="", metavar="CLASS", help="module:Class, linear, dpt or transformers.")
 @click.option(
     "--head-arg", "head_settings", multiple=True, callback=_settings, metavar="KEY=JSON", help="Argument of the head."
@@ -58,7 +62,10 @@ def _json(text: str) -> Any:
 @click.option("--drop", multiple=True, metavar="PREFIX", help="Prefix of tensors that are not needed.")
 @click.option("--taps", default="", callback=_numbers(int), metavar="3,6,9,12", help="Blocks or stages the head reads.")
 @click.option(
-    "--layernorm/--no-layernorm", "apply_layernorm", default=None, help="Whether it reads them after the layer norm."
+    "--layernorm/--no-layernorm",
+    "apply_layernorm",
+    default=None,
+    help="Whether the head reads them after the layer norm.",
 )
 @click.option(
     "--mean", default="", callback=_numbers(float), metavar="0.5,0.5,0.5", help="RGB mean; the encoder's by default."

@@ -220,7 +220,7 @@ def test_a_strange_preprocessor_is_refused_by_name(tiny_base, tmp_path, text, me
         load_encoder(folder)
 
 
-def test_encoders_whose_tokens_are_otherwise_are_refused(tmp_path):
+def test_encoders_with_another_layout_of_tokens_are_refused(tmp_path):
     """YOLOS has detection tokens behind the patches, RegNet other strides than a pyramid's, Siglip2 another input."""
     from transformers import RegNetConfig, RegNetModel, Siglip2VisionConfig, Siglip2VisionModel, YolosConfig, YolosModel
 

@@ -163,7 +163,7 @@ def test_the_one_projection_of_a_linear_head_is_its_logits(cls: bool) -> None:
 
 
 def moments_of(features: Features) -> Moments:
-    """Of one batch, every CLS token counted once per place: what a batch norm would see."""
+    """The moments of one batch in a batch norm, which counts every CLS token once per place."""
 
     def each(tensors: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         rows = [t.double().flatten(2).transpose(1, 2).flatten(0, 1) if t.ndim == 4 else t.double() for t in tensors]
@@ -253,11 +253,11 @@ def test_a_head_that_became_cross_tap_survives_the_disk(make_model: Callable[...
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
-# A user's own -------------------------------------------------------------------------------------------
+# Custom heads -------------------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
-    """Reads the second tap's patches and the first tap's CLS token, then something that is not linear."""
+    """A linear map of the second tap's patches and the first tap's CLS token, then a nonlinear part."""
 
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class Declared(Own):
         return head
 
 
-def test_a_users_own_head_that_declares_its_projections_works() -> None:
+def test_a_custom_head_that_declares_its_projections_works() -> None:
     head, features = Declared(), random_features(grids=((3, 5), (4, 2), (3, 5), (3, 5)))
     (projection,) = input_projections(head, "mine")
     assert not projection.bias.requires_grad and projection.taps == (0, 1)
@@ -303,7 +303,7 @@ class HalfDeclared(Own):
 
 
 @pytest.mark.parametrize("head", [Own(), HalfDeclared()], ids=["neither", "half"])
-def test_a_head_without_a_declaration_is_told_how_to(head: nn.Module) -> None:
+def test_the_error_for_a_head_without_a_declaration_names_the_remedy(head: nn.Module) -> None:
     kind = type(head).__name__
     message = (
         rf"head 'gloss' \({kind}\).*projections\(\) and with_projections\(\).*"

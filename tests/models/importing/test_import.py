@@ -118,7 +118,7 @@ def test_an_import_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "expert").exists()
 
 
-def test_a_heads_own_mask_tokens_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
+def test_mask_tokens_of_a_head_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
     state = {f"decode.{n}": v for n, v in Decoder(32, 3).state_dict().items() if n != "classifier.bias"}
     torch.save(state, tmp_path / "mine.pth")
     with pytest.raises(InputError, match=r"1 tensors are missing \(decode\.mask_tokens\.weight"):
@@ -152,7 +152,7 @@ def test_classes_and_activation_are_the_sources(tmp_path: Path) -> None:
 
 
 class SegmentationNet(nn.Module):
-    """What a training code might have: DINOv2, DPT's neck and head, and something that helped in training."""
+    """The model of some training code: DINOv2, DPT's neck and head, and an auxiliary layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class SegmentationNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The head of a training code of one's own, with names of its own."""
+    """The head of some training code, with other names than ours."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def trained(base: nn.Module) -> SegmentationNet:
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
 def test_depth_anything_and_a_dpt_segmentation_of_one_base_become_one_model(tmp_path: Path, base_folder: Path) -> None:
-    """The story of the issue: two experts of two codes, one encoder, both predictions."""
+    """Two experts of two training codes become one encoder with both heads."""
     net = trained(models.base())
     state = {name: value for name, value in net.state_dict().items() if not name.startswith("auxiliary.")}
     torch.save(state, tmp_path / "segmentation.pth")
@@ -259,7 +259,7 @@ def on_disk(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_checkpoints_with_dinov2s_own_names_and_a_head_of_ones_own(tmp_path: Path, base_folder: Path) -> None:
+def test_checkpoints_with_dinov2s_names_and_a_custom_head(tmp_path: Path, base_folder: Path) -> None:
     net = trained(models.base())
     state = {f"encoder.{n}": v for n, v in original_names(on_disk(net.backbone, tmp_path / "net")).items()}
     decoder = Decoder(32, 3)

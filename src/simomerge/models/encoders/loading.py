@@ -66,7 +66,12 @@ def load_backbone(source: str | Path) -> Any:
         except InputError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, SafetensorError, ... for the same cause
-            raise _not_loaded(source, error) from error
+            place = "" if Path(source).is_dir() else "no such folder, and as a hub id: "
+            raise InputError(
+                broken_torchvision()
+                or f"{source}: {place}cannot load an encoder ({first_line(error)}). Give a folder with config.json and"
+                " model.safetensors, or a hub id while online."
+            ) from error
     if getattr(backbone, "main_input_name", "") != "pixel_values":
         raise unknown_encoder(source, str(backbone.config.model_type))
     # transformers fills missing tensors with random numbers and only warns; a merge of those would be worthless.
@@ -156,16 +161,6 @@ def _read(source: str) -> tuple[Any, dict[str, Any]]:
         source, config=config, dtype=torch.float32, output_loading_info=True, **attention
     )
     return found
-
-
-def _not_loaded(source: str, error: Exception) -> InputError:
-    """The error to raise instead of one by transformers."""
-    if cause := broken_torchvision():
-        return InputError(cause)
-    return InputError(
-        f"{source}: {'' if Path(source).is_dir() else 'no such folder, and as a hub id: '}cannot load an encoder"
-        f" ({first_line(error)}). Give a folder with config.json and model.safetensors, or a hub id while online."
-    )
 
 
 @torch.no_grad()

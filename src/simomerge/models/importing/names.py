@@ -1,4 +1,4 @@
-"""The names in transformers of tensors that DINOv2's own code names otherwise, or stores as one tensor."""
+"""DINOv2 names for tensors, and their names in transformers, which splits some tensors that DINOv2 stores as one."""
 
 from __future__ import annotations
 
