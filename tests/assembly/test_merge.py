@@ -233,7 +233,7 @@ def change_normalisation(expert: SimoModel) -> None:
 
 
 def change_patch_size(expert: SimoModel) -> None:
-    expert.encoder.anatomy = replace(expert.encoder.anatomy, strides=[4] * 4)
+    expert.encoder.layout = replace(expert.encoder.layout, strides=[4] * 4)
 
 
 def change_layer_norm(expert: SimoModel) -> None:

@@ -1,4 +1,4 @@
-"""From experts to one re-aligned model, with every family of encoders: the whole line, in one test each."""
+"""From experts to one re-aligned model, with every family of encoders."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from transformers import AutoModel, Dinov2Model
 from simomerge.checkpoints.description import model_card
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
-from simomerge.models.heads import LinearHead
+from simomerge.models.heads.linear import LinearHead
 from simomerge.models.model import SimoModel, load
 
 SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa"), colours=((1, 2, 3), (4, 5, 6), (7, 8, 9)))
@@ -31,9 +31,9 @@ def model(make_model):
 
 @pytest.fixture
 def adapted(make_model):
-    """With DPT heads, adapters that do something, and every further setting off its default."""
+    """A model with DPT heads, adapters with an effect, and no setting at its default."""
     model = make_model(TASKS, head="dpt", seed=1)
-    model.encoder.taps = (4, 1, 2, 3)
+    model.encoder.set_taps((4, 1, 2, 3))
     model.encoder.apply_layernorm = False
     generator = torch.Generator().manual_seed(2)
     for adapter in model.encoder.add_adapters(rank=2, activation="relu"):
@@ -140,11 +140,11 @@ def test_predict_refuses_what_is_no_image(model, tmp_path):
 # Building -----------------------------------------------------------------------------------------------
 
 
-def test_tasks_and_heads_must_pair_up(model):
+def test_tasks_and_heads_must_have_the_same_names(model):
     heads = {"seg": model.heads["seg"]}
-    with pytest.raises(InputError, match=r"\['depth', 'seg'\] and heads \['seg'\] do not pair up"):
+    with pytest.raises(InputError, match=r"\['depth', 'seg'\] and heads \['seg'\] must have the same names"):
         SimoModel(model.encoder, {"seg": SEG, "depth": TASKS["depth"]}, heads)
-    with pytest.raises(InputError, match="do not pair up"):
+    with pytest.raises(InputError, match="must have the same names"):
         SimoModel(model.encoder, {}, heads)
 
 
@@ -251,7 +251,7 @@ def test_overwrite_replaces_the_whole_folder(make_model, folder):
 
 
 def break_at(monkeypatch, error, fatal_call):
-    """Let the n-th safetensors file of a head fail after half of it is written."""
+    """Make the writing of the n-th safetensors file of a head fail in the middle."""
     calls = []
 
     def failing(tensors, path):
@@ -370,7 +370,7 @@ def test_a_missing_truncated_or_foreign_file_is_named(adapted, tmp_path, name):
         SimoModel.from_pretrained(folder)
 
 
-def test_a_head_that_lacks_a_tensor_is_named(folder):
+def test_a_head_without_one_of_its_tensors_is_named(folder):
     path = folder / "heads" / "depth.safetensors"
     tensors = load_file(path)
     del tensors["output.bias"]

@@ -1,4 +1,4 @@
-"""Classes of the user's own in a model folder: written as ``module:Class`` with the arguments that make them again."""
+"""Custom classes in a model folder, stored as ``module:Class`` with the arguments that create them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def class_path(thing: object) -> str:
     """``module:Class`` of an object's class.
 
     Raises:
-        InputError: a class defined inside a function, which cannot be found again.
+        InputError: The class is defined inside a function, where it cannot be found again.
 
     Example:
         >>> from collections import OrderedDict
@@ -23,17 +23,17 @@ def class_path(thing: object) -> str:
     cls = type(thing)
     if "<locals>" in cls.__qualname__:
         raise InputError(
-            f"{cls.__qualname__} is defined inside a function, so a saved model could not find it: move it to the top"
-            " of a module."
+            f"{cls.__qualname__} is defined inside a function, so a saved model could not find it. Move it to the top"
+            " level of a module."
         )
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def settings_of(thing: object) -> dict[str, Any]:
-    """The keyword arguments that make an object of the user's again: its ``settings``, none by default.
+    """The keyword arguments that create an object again: its attribute ``settings``, empty by default.
 
     Raises:
-        InputError: they are no plain data.
+        InputError: They are not plain data.
     """
     settings = dict(getattr(thing, "settings", {}))
     try:
@@ -44,22 +44,22 @@ def settings_of(thing: object) -> dict[str, Any]:
 
 
 def make(path: str, settings: dict[str, Any], base: type) -> Any:
-    """An object of the class ``module:Class``, which must be one of ``base``.
+    """Create an object of the class ``module:Class``, a subclass of ``base``.
 
-    The module is imported, as any import runs it: load folders of this kind only where you would run their code.
+    The module is imported, which runs its code: load such folders only if you would run their code.
 
     Raises:
-        InputError: no such module or class here, a class of another sort, or arguments that it does not take.
+        InputError: The module or class does not exist here, the class is no subclass, or it rejects the arguments.
     """
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
-    except Exception as error:  # a module of the user's may raise anything
-        hint = "run where it can be imported (its folder in PYTHONPATH)"
-        if not isinstance(error, ModuleNotFoundError):
-            hint = "mend the module"
-        said = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: the module {module!r} cannot be imported ({said}); {hint}.") from error
+    except Exception as error:  # a custom module may raise anything
+        missing = isinstance(error, ModuleNotFoundError)
+        remedy = "run where it can be imported (its folder in PYTHONPATH)" if missing else "fix the module"
+        raise InputError(
+            f"{path}: the module {module!r} cannot be imported ({type(error).__name__}: {error}); {remedy}."
+        ) from error
     try:
         for part in name.split("."):
             found = getattr(found, part)
@@ -71,4 +71,4 @@ def make(path: str, settings: dict[str, Any], base: type) -> Any:
     try:
         return found(**settings)
     except Exception as error:
-        raise InputError(f"{path}: cannot be made with {settings} ({type(error).__name__}: {error}).") from error
+        raise InputError(f"{path}: cannot be created with {settings} ({type(error).__name__}: {error}).") from error

@@ -1,4 +1,4 @@
-"""What may be wrong with an installation."""
+"""Checks of the installation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from importlib import import_module, metadata
 
 
 def torchvision_version() -> str:
-    """The version of torchvision, which need not be there; empty where it is not.
+    """The version of torchvision, which is optional; empty if it is not installed.
 
     Raises:
-        RuntimeError: it is there and does not import; the message says what to do.
+        RuntimeError: It is installed but cannot be imported; the message names the remedy.
     """
     try:
         version = metadata.version("torchvision")
@@ -26,7 +26,7 @@ def torchvision_version() -> str:
 
 
 def broken_torchvision() -> str:
-    """What to say of a torchvision that does not import, for errors that it causes elsewhere; empty where it does."""
+    """The message about a torchvision that cannot be imported, which causes errors elsewhere; empty if it can."""
     try:
         torchvision_version()
     except RuntimeError as error:

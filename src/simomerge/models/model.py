@@ -1,4 +1,4 @@
-"""SimoModel: one encoder with all the heads; an expert has one head, a joint or merged model has many."""
+"""SimoModel: one encoder with one head per task. An expert has one head, a joint or merged model has several."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from simomerge.core.assets import resolve_source
 from simomerge.core.classes import make, settings_of
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task, select_tasks
-from simomerge.models.encoders import Encoder, Features, OwnEncoder, load_backbone, load_encoder, timm
+from simomerge.models.encoders import CustomEncoder, Encoder, Features, load_backbone, load_encoder, timm
+from simomerge.models.encoders.loading import quiet
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
 
 MAX_PATCHES = 4096
-"""Images of more patches are made smaller for the encoder: attention takes memory with the square of the patches."""
+"""Images with more patches are downscaled for the encoder: attention needs memory quadratic in their number."""
 
 
 class SimoModel(nn.Module):
     """One encoder and one head per task.
 
     Args:
-        encoder: images -> Features; an `Encoder`, or a module of your own, see `ImageEncoder`.
-        tasks: the tasks by name, in order.
-        heads: one head per task, Features -> logits at the padded size; see `DenseHead` for one of your own.
-        provenance: where the weights come from; plain data that goes into simo.json.
+        encoder: Images -> Features: an `Encoder`, or a custom module, see `ImageEncoder`.
+        tasks: The tasks by name, in order.
+        heads: One head per task, Features -> logits at the padded size; see `DenseHead` for custom heads.
+        provenance: Where the weights come from, as plain data for simo.json.
 
     Raises:
-        InputError: heads and tasks do not pair up.
+        InputError: The names of heads and tasks differ.
 
     Example:
         >>> model = SimoModel.from_pretrained("runs/scene")        # doctest: +SKIP
@@ -56,19 +57,19 @@ class SimoModel(nn.Module):
     ) -> None:
         super().__init__()
         if set(tasks) != set(heads):
-            raise InputError(f"tasks {sorted(tasks)} and heads {sorted(heads)} do not pair up.")
-        self.encoder = encoder if isinstance(encoder, Encoder) else OwnEncoder(encoder)
+            raise InputError(f"tasks {sorted(tasks)} and heads {sorted(heads)} must have the same names.")
+        self.encoder = encoder if isinstance(encoder, Encoder) else CustomEncoder(encoder)
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
         self.provenance: dict[str, Any] = dict(provenance or {})
-        self.source = ""  # the folder or hub id it was loaded from
+        self.source = ""  # the folder or hub id from which it was loaded
 
     def encode(self, images: Tensor) -> Features:
-        """Float images (B, 3, H, W), RGB in [0, 1] -> Features. Once for all heads."""
+        """Float images (B, 3, H, W), RGB in [0, 1] -> Features, which all heads share."""
         return self.encoder(images)
 
     def decode(self, features: Features, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Features -> logits by task, each (B, C, H, W) at the size of the images that were encoded."""
+        """Features -> logits (B, C, H, W) by task, at the size of the encoded images."""
         height, width = features.image_size
         return {
             name: self.heads[name](features)[..., :height, :width] for name in (self.tasks if tasks is None else tasks)
@@ -83,16 +84,16 @@ class SimoModel(nn.Module):
         """Predict every task for one image.
 
         Args:
-            image: a path, a PIL image, an array or a tensor of any size; see `simomerge.core.images.to_tensor`.
-            max_patches: an image of more patches is made smaller for the encoder, and the predictions are
-                brought back to its size: attention takes memory with the square of the patches.
+            image: A path, a PIL image, an array or a tensor of any size; see `simomerge.core.images.to_tensor`.
+            max_patches: An image with more patches is downscaled for the encoder, and the predictions are upscaled to
+                its size.
 
         Returns:
-            By task, at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
+            Task -> prediction at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
             target's units; float32 (3, H, W) for normals and RGB.
 
         Raises:
-            InputError: not an image, or far too large.
+            InputError: Not an image, or too large.
         """
         tensor = images.to_tensor(image).to(next(self.parameters()).device)
         training = self.training
@@ -101,22 +102,20 @@ class SimoModel(nn.Module):
             logits = self(self.fit(tensor, max_patches))
         finally:
             self.train(training)
-        size = tensor.shape[-2:]
-        maps = {name: self.tasks[name].activate(_resized(value, size))[0] for name, value in logits.items()}
+        maps = {name: self.tasks[name].activate(_upscaled(value, tensor))[0] for name, value in logits.items()}
         return {name: (m[0] if m.ndim == 3 and m.shape[0] == 1 else m).cpu().numpy() for name, m in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
-        """The images (B, 3, H, W), smaller where they have more patches than allowed."""
+        """Images (B, 3, H, W), downscaled if they have more than ``max_patches`` patches."""
         height, width = image.shape[-2:]
         patches = height * width / self.encoder.multiple**2
         if patches <= max_patches:
             return image
         shrink = (max_patches / patches) ** 0.5
-        size = (max(1, int(height * shrink)), max(1, int(width * shrink)))
-        return images.resized(image, size)
+        return images.resized(image, (max(1, int(height * shrink)), max(1, int(width * shrink))))
 
     def encoder_fingerprint(self) -> str:
-        """sha256 of the encoder's weights, whatever their names, layout and storage width."""
+        """sha256 of the encoder's weights; it does not depend on their names, order or storage dtype."""
         return fingerprint_of(self.encoder.backbone)
 
     def origin(self) -> dict[str, str]:
@@ -124,7 +123,7 @@ class SimoModel(nn.Module):
         return {"source": source_name(self.source), "fingerprint": self.encoder_fingerprint()}
 
     def select(self, tasks: str | list[str]) -> SimoModel:
-        """A model with some of the tasks; it shares the encoder and the heads with this one."""
+        """A model with some of the tasks. It shares the encoder and the heads with this one."""
         chosen = select_tasks(self.tasks, tasks)
         model = SimoModel(self.encoder, chosen, {name: self.heads[name] for name in chosen}, self.provenance)
         model.source = self.source
@@ -133,10 +132,10 @@ class SimoModel(nn.Module):
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write the model folder: simo.json, encoder/, heads/, adapters.safetensors, README.md.
 
-        It is written to a temporary sibling and renamed, so a crash never leaves half a model.
+        The folder is written under a temporary name and renamed, so a crash never leaves an incomplete model.
 
         Raises:
-            InputError: the folder exists (and not ``overwrite``), or the disk is full.
+            InputError: The folder exists and ``overwrite`` is false, or the disk is full.
         """
         from safetensors.torch import save_file
 
@@ -149,7 +148,7 @@ class SimoModel(nn.Module):
         return Path(folder)
 
     def description(self) -> dict[str, Any]:
-        """What simo.json says of this model."""
+        """The content of simo.json."""
         return {
             "format": FORMAT,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
@@ -161,23 +160,20 @@ class SimoModel(nn.Module):
         }
 
     def encoder_description(self) -> dict[str, Any]:
-        """What simo.json says of the encoder: ``encoder`` and ``adapters``."""
+        """The entries ``encoder`` and ``adapters`` of simo.json."""
         adapters = self.encoder.adapters
-        return {
-            "encoder": self.encoder.describe(),
-            "adapters": adapters.settings if adapters is not None else None,
-        }
+        return {"encoder": self.encoder.describe(), "adapters": adapters.settings if adapters is not None else None}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SimoModel:
         """Read a model folder.
 
         Raises:
-            InputError: a file is missing, truncated or of another model; the message names it.
+            InputError: A file is missing, truncated or belongs to another model; the message names it.
         """
         folder = Path(folder)
         description = read_description(folder)
-        if not (folder / "encoder").is_dir():  # a relative path that is no folder would be taken for a hub id
+        if not (folder / "encoder").is_dir():  # a relative path that does not exist looks like a hub id
             raise InputError(f"{folder / 'encoder'}: missing; take the model from its source again.")
         try:
             model = cls._from_description(description, folder / "encoder")
@@ -194,11 +190,11 @@ class SimoModel(nn.Module):
 
     @classmethod
     def _from_description(cls, description: dict[str, Any], weights: Path) -> SimoModel:
-        """The model that simo.json describes, its heads and adapters not loaded yet."""
+        """The model that simo.json describes. The weights of heads and adapters are not loaded yet."""
         settings = description["encoder"]
         encoder: Encoder
         if "class" in settings:
-            encoder = OwnEncoder(make(settings["class"], settings["settings"], nn.Module))
+            encoder = CustomEncoder(make(settings["class"], settings["settings"], nn.Module))
             _load_tensors(encoder.backbone, weights / "model.safetensors")
         else:
             how = (settings[name] for name in ("taps", "mean", "std", "apply_layernorm"))
@@ -214,17 +210,15 @@ class SimoModel(nn.Module):
 
 
 def load(source: str | Path) -> SimoModel:
-    """A model folder, or a foundation encoder without heads: a hub id, a transformers folder, or ``timm:NAME``.
+    """Load a model folder, or a foundation encoder without heads: a hub id, a transformers folder, or ``timm:NAME``.
 
     Raises:
-        InputError: nothing there, no network for a hub id, or a file that cannot be read.
+        InputError: No such source, no network for a hub id, or a file that cannot be read.
     """
+    folder = resolve_source(source)
     if str(source).startswith(timm.PREFIX):
         model = SimoModel(timm.TimmEncoder(str(source).removeprefix(timm.PREFIX), pretrained=True), {}, {})
-        model.source = str(source)
-        return model
-    folder = resolve_source(source)
-    if (Path(folder) / "simo.json").exists():
+    elif (Path(folder) / "simo.json").exists():
         model = SimoModel.from_pretrained(folder)
     else:
         model = SimoModel(load_encoder(folder), {}, {})
@@ -243,42 +237,27 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
 
 
 def _save_encoder(encoder: Encoder, folder: Path) -> None:
-    from transformers.utils import logging
-
-    if isinstance(encoder, OwnEncoder):
+    """Write a transformers folder, or the tensors and the description of a custom encoder."""
+    if isinstance(encoder, CustomEncoder):
         from safetensors.torch import save_file
 
         folder.mkdir()
         save_file(_tensors(encoder.backbone), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(encoder.describe(), indent=2) + "\n")
-        return
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        encoder.backbone.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    preprocessing = encoder.preprocessing
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "BitImageProcessor",
-                "image_mean": preprocessing["mean"],
-                "image_std": preprocessing["std"],
-                "do_resize": False,
-                "do_center_crop": False,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+        file, content = folder / "config.json", encoder.describe()
+    else:
+        with quiet():
+            encoder.backbone.save_pretrained(folder)
+        file = folder / "preprocessor_config.json"
+        mean, std = encoder.preprocessing["mean"], encoder.preprocessing["std"]
+        content = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std}
+        content |= {"do_resize": False, "do_center_crop": False}
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _resized(logits: Tensor, size: torch.Size) -> Tensor:
-    if logits.shape[-2:] == size:
-        return logits
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
+    """Logits at the size of an image, which may have been downscaled for the encoder."""
+    size = image.shape[-2:]
+    return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

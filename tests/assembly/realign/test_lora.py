@@ -109,13 +109,13 @@ def test_folded_weights_are_the_weights_plus_the_scaled_product(
 
 
 def test_nothing_of_lora_is_left(merged: SimoModel) -> None:
-    backbone, blocks = merged.encoder.backbone, list(merged.encoder.anatomy.blocks)
+    backbone, blocks = merged.encoder.backbone, list(merged.encoder.layout.blocks)
     looks, names, attributes = str(merged), list(merged.state_dict()), set(vars(backbone))
     with lora_layers(merged.encoder, lora_config(merged.encoder, 2)):
         assert list(merged.state_dict()) != names
     assert (str(merged), list(merged.state_dict()), set(vars(backbone))) == (looks, names, attributes)
     assert merged.encoder.backbone is backbone
-    assert all(now is then for now, then in zip(merged.encoder.anatomy.blocks, blocks, strict=True))
+    assert all(now is then for now, then in zip(merged.encoder.layout.blocks, blocks, strict=True))
 
 
 @torch.no_grad()

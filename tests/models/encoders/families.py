@@ -73,7 +73,7 @@ TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def save_tiny(model_type: str, folder: Path) -> Path:
-    """The folder of a tiny random model; what starts as zeros or ones is random too, so that nothing hides."""
+    """The folder of a tiny random model; parameters that start as zeros or ones are random too, so that they count."""
     model_class, config_class, arguments = TINY[model_type]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(len(model_type))

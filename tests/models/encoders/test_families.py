@@ -1,6 +1,7 @@
-"""One tester for every family of encoders, against transformers' own hidden states."""
+"""Every family of encoders keeps the contract, and gives transformers' own hidden states."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ from safetensors import safe_open
 
 from simomerge.checkpoints import canonical_name, canonicalise, fingerprint, open_checkpoint
 from simomerge.core.errors import InputError
-from simomerge.models.encoders import FAMILIES, Encoder, load_backbone, load_encoder
+from simomerge.models.encoders import Encoder, load_backbone, load_encoder
+from simomerge.models.encoders.families import FAMILIES
 
+from .contract import EncoderContract, padded_by_hand, random_images
 from .families import TINY, save_tiny
 
 SIZES = [(64, 96), (60, 90), (9, 7)]
-"""Of whole places, not of whole places, and smaller than one place of the last stage."""
+"""Whole places, no whole places, and less than one place of the last stage."""
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +29,6 @@ def folders(tmp_path_factory):
         return made[model_type]
 
     return folder
-
-
-def random_images(*size):
-    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -54,6 +53,14 @@ def prefix_tokens(backbone, model_type):
     return {"deit": 2}.get(model_type, 1 + getattr(backbone.config, "num_register_tokens", 0))
 
 
+class TestFamilies(EncoderContract):
+    cases = tuple(TINY)
+
+    @pytest.fixture
+    def make(self, case, folders):
+        return partial(load_encoder, folders(case))
+
+
 def test_every_family_is_tested():
     assert {model_type for family in FAMILIES for model_type in family.model_types} == set(TINY)
 
@@ -67,9 +74,7 @@ def test_taps_are_the_hidden_states(folders, model_type, size):
     with torch.no_grad():
         features = encoder(images)
     height, width = features.padded_size
-    rows = torch.arange(height).clamp(max=size[0] - 1)
-    columns = torch.arange(width).clamp(max=size[1] - 1)
-    padded = images[..., rows[:, None], columns]
+    padded = padded_by_hand(images, features.padded_size)
     plain = load_backbone(folders(model_type))  # without hooks
     expected, cls = hidden_maps(plain, padded, encoder.taps, prefix_tokens(plain, model_type))
     assert encoder.has_cls == bool(cls) == bool(features.cls)
@@ -90,24 +95,13 @@ def test_taps_are_the_hidden_states(folders, model_type, size):
 
 
 @pytest.mark.parametrize("model_type", TINY)
-def test_what_came_before_does_not_matter(folders, model_type):
-    encoder = load_encoder(folders(model_type))
-    images = random_images(96, 64)
-    with torch.no_grad():
-        first = encoder(images)
-        encoder(random_images(20, 20))
-        again = encoder(images)
-    assert all(torch.equal(a, b) for a, b in zip(first.maps, again.maps, strict=True))
-
-
-@pytest.mark.parametrize("model_type", TINY)
 def test_layer_norm_is_the_models_last(folders, model_type):
     encoder = load_encoder(folders(model_type))
     plain = load_backbone(folders(model_type))
     images = random_images(64, 64)
     with torch.no_grad():
         features = encoder(images)
-        last = plain(pixel_values=(images - encoder.mean) / encoder.std, **encoder.anatomy.arguments).last_hidden_state
+        last = plain(pixel_values=(images - encoder.mean) / encoder.std, **encoder.layout.arguments).last_hidden_state
     if len(set(encoder.strides)) > 1:
         assert not encoder.apply_layernorm
         with pytest.raises(InputError, match="no final layer norm that fits"):
@@ -117,17 +111,19 @@ def test_layer_norm_is_the_models_last(folders, model_type):
     patches = features.maps[-1].flatten(2).transpose(1, 2)
     if "clip" in model_type and "siglip" not in model_type:  # CLIP normalises its pooled token only
         last = plain.post_layernorm(last)
+    if encoder.has_cls:
+        torch.testing.assert_close(features.cls[-1], last[:, 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(patches, last[:, -64:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", TINY)
-def test_an_adapter_stands_beside_every_block(folders, model_type):
+def test_every_block_gets_an_adapter(folders, model_type):
     encoder = load_encoder(folders(model_type))
     images = random_images(64, 64)
     with torch.no_grad():
         before = encoder(images)
         adapters = encoder.add_adapters(rank=2)
-        assert len(adapters) == len(encoder.anatomy.blocks)
+        assert len(adapters) == len(encoder.layout.blocks)
         fresh = encoder(images)
         assert all(torch.equal(a, b) for a, b in zip(before.maps, fresh.maps, strict=True))
         for adapter in adapters:
@@ -155,43 +151,12 @@ def test_in_memory_and_on_disk_names_agree(folders, tmp_path, model_type):
     assert fingerprint(backbone.state_dict()) == fingerprint(open_checkpoint(tmp_path))
     again = load_backbone(tmp_path)
     assert fingerprint(again.state_dict()) == fingerprint(backbone.state_dict())
-    # What the family's own folder holds beside it (poolers, texts, decoders) is under other names.
+    # The family's own folder holds more (poolers, text encoders, decoders), under other names.
     assert set(canonicalise(on_disk)) <= set(canonicalise(open_checkpoint(folders(model_type))))
 
 
-@pytest.mark.parametrize("model_type", ["dinov2", "swin", "pvt_v2"])
-def test_checkpointed_gradients_are_the_gradients(folders, model_type):
-    def gradients(checkpointed):
-        encoder = load_encoder(folders(model_type)).train()
-        encoder.checkpoint_gradients(checkpointed)
-        assert any(getattr(m, "gradient_checkpointing", False) for m in encoder.modules()) == checkpointed
-        torch.manual_seed(0)
-        sum(each.square().mean() for each in encoder(random_images(64, 64)).maps).backward()
-        encoder.checkpoint_gradients(False)
-        assert not any(getattr(m, "gradient_checkpointing", False) for m in encoder.modules())
-        return {name: p.grad for name, p in encoder.backbone.named_parameters() if p.grad is not None}
-
-    plain, again = gradients(False), gradients(True)
-    assert set(plain) == set(again)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_encoders_that_cannot_checkpoint_say_so(folders):
-    with pytest.raises(InputError, match="ResNetModel cannot checkpoint gradients"):
-        load_encoder(folders("resnet")).checkpoint_gradients()
-
-
-def test_batch_norms_keep_their_statistics(folders):
-    encoder = load_encoder(folders("resnet"))
-    before = {name: value.clone() for name, value in encoder.backbone.named_buffers()}
-    encoder.train()
-    encoder(random_images(64, 64))
-    assert encoder.training and all(torch.equal(value, before[n]) for n, value in encoder.backbone.named_buffers())
-
-
 @pytest.mark.parametrize("model_type", ["dinov2", "swin"])
-def test_adapters_beside_the_last_blocks_only(folders, model_type):
+def test_adapters_in_the_last_blocks_only(folders, model_type):
     encoder = load_encoder(folders(model_type), taps=[1, 2, 3, 4])
     images = random_images(64, 64)
     with torch.no_grad():

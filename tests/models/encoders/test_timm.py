@@ -1,7 +1,8 @@
-"""timm's models as encoders, with a timm of our own: the real one needs torchvision."""
+"""timm's models as encoders, with a fake timm, and with the real one if it can be imported."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -14,6 +15,15 @@ from torch import nn
 
 import simomerge as sm
 from simomerge.core.errors import InputError
+from simomerge.models.encoders.timm import TimmEncoder
+
+from .contract import EncoderContract, Make
+
+try:
+    importlib.import_module("timm")
+    REAL = ("resnet18",)
+except ImportError:
+    REAL = ()
 
 
 class FeatureInfo:
@@ -57,6 +67,25 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return create_model
 
 
+class TestTimm(EncoderContract):
+    cases = ("conv", "swin", *REAL)
+    can_choose_taps = False
+
+    @pytest.fixture
+    def make(self, case: str, request: pytest.FixtureRequest) -> Make:
+        if case not in REAL:
+            request.getfixturevalue("timm")
+        made = TimmEncoder(case)
+        weights = made.state_dict()
+
+        def again() -> sm.SimoModel:
+            encoder = TimmEncoder(case)
+            encoder.load_state_dict(weights)
+            return sm.SimoModel(encoder, {}, {})
+
+        return lambda: again().encoder
+
+
 @pytest.mark.parametrize("name", ["conv", "swin"])
 def test_the_last_four_maps_of_normalised_images(timm: Callable[..., Any], tmp_path: Path, name: str) -> None:
     model = sm.load(f"timm:{name}")
@@ -73,11 +102,11 @@ def test_the_last_four_maps_of_normalised_images(timm: Callable[..., Any], tmp_p
 
 
 def test_what_timm_does_not_have(timm: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match=r"timm:unknown: timm gives no feature maps of it \(Unknown model"):
+    with pytest.raises(InputError, match=r"timm:unknown: timm gives no feature maps of this model \(Unknown model"):
         sm.load("timm:unknown")
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"timm:conv: timm does not import here .* pip install timm torchvision"):
+    with pytest.raises(InputError, match=r"timm:conv: timm cannot be imported .* pip install timm torchvision"):
         sm.load("timm:conv")

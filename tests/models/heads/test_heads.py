@@ -1,101 +1,112 @@
-"""What every head must do, and the linear head against one written out here."""
+"""Every head keeps the contract, and predicts what its definition, written out here, says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import Features, load_encoder
-from simomerge.models.heads import HEADS, LinearHead, build_head, head_for, head_kind
+from simomerge.models.heads import HEADS, Foldable, build_head, head_for, head_kind
+from simomerge.models.heads.linear import LinearHead
 from simomerge.models.heads.resize import resize
 
-CHANNELS = [6, 6, 6, 6]
-SETTINGS = {  # every head that is trained here, with settings that are not its defaults
-    "linear": [{}, {"subpixels": 2}, {"cls": False, "subpixels": 4}],
-    "dpt": [{"fusion_channels": 8}, {"fusion_channels": 4, "cls": False}, {"fusion_channels": 4, "cross_tap": True}],
-}
-CASES = [(kind, settings) for kind in SETTINGS for settings in SETTINGS[kind]]
+from .contract import CHANNELS, HeadContract, TrainableHeadContract, random_features
+
+NECK = {"neck_hidden_sizes": [4, 6, 8, 10], "fusion_hidden_size": 8}
 
 
-def random_features(batch=2, grid=(3, 5), padded=(24, 40), image=(22, 37), channels=CHANNELS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Features(
-        tuple(torch.randn(batch, c, *grid, generator=generator) for c in channels),
-        tuple(torch.randn(batch, c, generator=generator) for c in channels),
-        image,
-        padded,
+class TestLinearHead(TrainableHeadContract):
+    kind = "linear"
+    cases = ({}, {"cls": False}, {"subpixels": 2}, {"cls": False, "subpixels": 4})
+
+
+class TestDPTHead(TrainableHeadContract):
+    kind = "dpt"
+    cases = (
+        {"fusion_channels": 8},
+        {"fusion_channels": 4},
+        {"fusion_channels": 4, "cls": False},
+        {"fusion_channels": 4, "cross_tap": True},
+        {"fusion_channels": 4, "cls": False, "cross_tap": True},
     )
 
 
-def parameters(head):
-    return sum(p.numel() for p in head.parameters())
+class ImportedHeadContract(HeadContract):
+    """Heads of one positive channel, which end with a ReLU or a clamp."""
 
+    out_channels = 1
+    channels = (12, 12, 12, 12)
 
-@pytest.mark.parametrize(("kind", "settings"), CASES)
-class TestEveryHead:
-    @pytest.fixture
-    def head(self, kind, settings):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(4)
-            return build_head(kind, CHANNELS, 3, settings)
-
-    @pytest.mark.parametrize(
-        ("batch", "grid", "padded"), [(2, (3, 5), (24, 40)), (1, (1, 1), (8, 8)), (3, (4, 1), (56, 14))]
-    )
-    def test_logits_have_the_padded_size(self, head, batch, grid, padded):
+    def train(self, settings: dict[str, Any], channels: Sequence[int] | None = None) -> nn.Module:
+        torch.manual_seed(1)
+        head = build_head(self.kind, channels or self.channels, self.out_channels, settings).eval()
         with torch.no_grad():
-            logits = head.eval()(random_features(batch, grid, padded, image=padded))
-        assert logits.shape == (batch, 3, *padded) and logits.dtype == torch.float32
+            for parameter in head.parameters():  # a large last bias keeps the output above the last ReLU
+                parameter.add_(0.2 * torch.randn_like(parameter) if parameter.numel() > 1 else 3)
+        return head
 
-    def test_gradients_reach_every_parameter(self, head):
-        features = random_features()
-        weights = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(5))
-        (head.train()(features) * weights).sum().backward()
-        without = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert without == []
 
-    def test_every_tap_and_cls_token_counts_where_it_is_asked_for(self, head, settings):
-        features = random_features()
-        inputs = [*features.maps, *features.cls]
-        for tensor in inputs:
+class TestBinnedDepthHead(ImportedHeadContract):
+    kind = "binned-depth"
+    cases = ({"bins": 9}, {"bins": 9, "cls": False})
+
+
+class TestTransformersHead(ImportedHeadContract):
+    kind = "transformers"
+    cases = (
+        {"architecture": "DepthAnythingForDepthEstimation", "config": {**NECK, "head_hidden_size": 4, "max_depth": 1}},
+        {"architecture": "DPTForDepthEstimation", "config": {**NECK, "readout_type": "project"}},
+        {"architecture": "DPTForDepthEstimation", "config": {**NECK, "readout_type": "ignore"}},
+    )
+    unused = ("fusion_stage.layers.0.residual_layer1",)  # the coarsest fusion has no skip connection
+
+    def reads_cls(self, settings: dict[str, Any]) -> bool:
+        return settings["config"].get("readout_type") == "project"
+
+
+class CustomHead(Foldable, nn.Module):
+    """A custom head on the second and fourth tap."""
+
+    reads = {"project": (1, 3)}  # noqa: RUF012
+    in_channels = CHANNELS
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.settings = {"width": width}
+        self.project, self.output = nn.Conv2d(12, width, 1), nn.Conv2d(width, 3, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        hidden = self.project(torch.cat([features.maps[1], features.maps[3]], 1)).tanh()
+        return F.interpolate(self.output(hidden), features.padded_size, mode="bilinear")
+
+
+class TestCustomHead(HeadContract):
+    kind = f"{__name__}:CustomHead"
+    cases = ({"width": 5},)
+
+    def test_every_tap_and_cls_token_counts_where_it_is_asked_for(
+        self, trained: nn.Module, settings: dict[str, Any]
+    ) -> None:
+        features = self.features()
+        for tensor in (*features.maps, *features.cls):
             tensor.requires_grad_()
-        weights = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(5))
-        (head.eval()(features) * weights).sum().backward()
-        assert all(m.grad.abs().sum() > 0 for m in features.maps)
-        assert all((c.grad is not None) == settings.get("cls", True) for c in features.cls)
-
-    def test_a_saved_head_comes_back_bit_for_bit(self, head, kind, settings, tmp_path):
-        head.train()(random_features(seed=6))  # moves the running statistics, where there are any
-        save_file(head.state_dict(), tmp_path / "head.safetensors")
-        again = build_head(kind, CHANNELS, 3, head.settings)
-        again.load_state_dict(load_file(tmp_path / "head.safetensors"))
-        with torch.no_grad():
-            assert torch.equal(head.eval()(random_features()), again.eval()(random_features()))
-
-    def test_its_settings_rebuild_it(self, head, kind, settings):
-        again = build_head(kind, CHANNELS, 3, head.settings)
-        assert again.settings == head.settings and settings.items() <= head.settings.items()
-        assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in head.named_parameters()}
-        assert head_kind(again) == kind
-
-    def test_it_starts_at_a_constant_when_the_last_layer_has_no_weights(self, head):
-        values = torch.tensor([1.5, -2.0, 0.25])
-        head.start_at(values)
-        with torch.no_grad():
-            head.output.weight.zero_()
-            logits = head.eval()(random_features())
-        torch.testing.assert_close(logits, values.view(1, 3, 1, 1).expand(2, 3, 24, 40), rtol=1e-6, atol=0)
-
-    def test_samples_of_a_batch_do_not_mix_when_it_predicts(self, head):
-        features = random_features()
-        first = Features(tuple(m[:1] for m in features.maps), tuple(c[:1] for c in features.cls), (22, 37), (24, 40))
-        with torch.no_grad():
-            torch.testing.assert_close(head.eval()(features)[:1], head(first), rtol=1e-4, atol=1e-5)
+        trained(features).sum().backward()
+        assert [m.grad is not None for m in (*features.maps, *features.cls)] == [False, True] * 2 + [False] * 4
 
 
-def test_every_registered_head_is_tested():
-    assert set(SETTINGS) | {"binned-depth", "transformers"} == set(HEADS)  # those two: test_imported_heads.py
+def test_every_registered_head_is_tested() -> None:
+    tested = (TestLinearHead, TestDPTHead, TestBinnedDepthHead, TestTransformersHead)
+    assert {each.kind for each in tested} == set(HEADS)
+
+
+def parameters(head: nn.Module) -> int:
+    return sum(p.numel() for p in head.parameters())
 
 
 # Linear -------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ def test_linear_head_is_cat_batch_norm_matmul_and_bilinear(subpixels, cls):
 
 
 def test_linear_head_brings_maps_of_other_sizes_to_the_first():
-    features = random_features(channels=[6, 6])
+    features = random_features(grids=((3, 5),) * 2, channels=[6, 6])
     coarse = Features((features.maps[0], features.maps[1][..., :1, :1]), features.cls, (24, 40), (24, 40))
     spread = Features(
         (features.maps[0], features.maps[1][..., :1, :1].expand(-1, -1, 3, 5)), features.cls, (24, 40), (24, 40)
@@ -150,7 +161,7 @@ def test_linear_head_brings_maps_of_other_sizes_to_the_first():
 @pytest.mark.parametrize("grid", [(3, 5), (4, 2)])
 def test_dpt_head_is_reassemble_and_fuse_written_out_from_its_tensors(grid):
     padded = (8 * grid[0], 8 * grid[1])
-    features = random_features(grid=grid, padded=padded, image=padded)
+    features = random_features(grids=(grid,) * 4, padded=padded, image=padded)
     head = build_head("dpt", CHANNELS, 3, {"fusion_channels": 8}).eval()
     p = head.state_dict()
 
@@ -206,15 +217,23 @@ def test_an_unknown_head_is_refused_with_the_choice():
         build_head("unet", CHANNELS, 3)
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_an_unknown_setting_is_refused_by_name(kind):
-    with pytest.raises(InputError, match=f"head '{kind}': .*'colour'"):
-        build_head(kind, CHANNELS, 3, {"colour": 1})
-
-
 def test_dpt_needs_four_taps():
     with pytest.raises(InputError, match="four taps, not 3"):
         build_head("dpt", [6] * 3, 3)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    config = {"architecture": "DPTForDepthEstimation", "config": NECK}
+    with pytest.raises(InputError, match="reads 4 taps, not 2"):
+        build_head("transformers", [12] * 2, 1, config)
+    with pytest.raises(InputError, match="gives 1 channels, but the task has 3"):
+        build_head("transformers", [12] * 4, 3, config)
+    with pytest.raises(InputError, match="'SegFormer': choose one of DepthAnything"):
+        build_head("transformers", [12] * 4, 1, {**config, "architecture": "SegFormer"})
+    with pytest.raises(InputError, match="DPT hybrids"):
+        build_head("transformers", [12] * 4, 1, {**config, "config": {**NECK, "is_hybrid": True}})
+    with pytest.raises(InputError, match="binned depth head gives one channel"):
+        build_head("binned-depth", [12], 2)
 
 
 def test_a_head_for_an_encoder_fits_it(tiny_base):

@@ -1,4 +1,4 @@
-"""Projections: what a head first computes from the taps, said as data, and a head made to compute other ones."""
+"""Projections, the first layers of a head as data, and heads that are made to compute other projections."""
 
 from __future__ import annotations
 
@@ -16,52 +16,12 @@ from torch import Tensor, nn
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Features
-from simomerge.models.heads import HEADS, DPTHead, LinearHead, build_head
-from simomerge.models.heads.projections import Moments, Projection, assign, input_projections, joined, layer_projection
+from simomerge.models.heads import build_head
+from simomerge.models.heads.dpt import DPTHead
+from simomerge.models.heads.projections import InputLayer, Moments, Projection, input_projections, joined
 from simomerge.models.model import SimoModel
 
-CHANNELS = [6, 6, 6, 6]
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("linear", {}),
-    ("linear", {"cls": False}),
-    ("linear", {"subpixels": 2}),
-    ("linear", {"cls": False, "subpixels": 4}),
-    ("dpt", {"fusion_channels": 4}),
-    ("dpt", {"fusion_channels": 4, "cls": False}),
-    ("dpt", {"fusion_channels": 4, "cross_tap": True}),
-    ("dpt", {"fusion_channels": 4, "cls": False, "cross_tap": True}),
-]
-EVERY = pytest.mark.parametrize(("kind", "settings"), CASES)
-
-
-def random_features(
-    batch: int = 2,
-    grids: Sequence[tuple[int, int]] = ((3, 5),) * 4,
-    channels: Sequence[int] = CHANNELS,
-    seed: int = 0,
-    cls: bool = True,
-) -> Features:
-    generator = torch.Generator().manual_seed(seed)
-    maps = tuple(
-        torch.randn(batch, c, *grid, generator=generator) * 1.5 + 0.4 for c, grid in zip(channels, grids, strict=True)
-    )
-    tokens = tuple(torch.randn(batch, c, generator=generator) - 0.3 for c in channels if cls)
-    return Features(maps, tokens, (24, 40), (24, 40))
-
-
-def lived_in(kind: str, settings: dict[str, Any], channels: Sequence[int] = CHANNELS, seed: int = 1) -> nn.Module:
-    """A head no number of which is a fresh one's."""
-    generator = torch.Generator().manual_seed(seed)
-    head = build_head(kind, channels, 3, settings).eval()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        if isinstance(head, LinearHead):
-            assert head.norm.running_mean is not None and head.norm.running_var is not None
-            head.norm.running_mean.normal_(generator=generator)
-            head.norm.running_var.uniform_(0.5, 2, generator=generator)
-            head.norm.weight.uniform_(0.5, 2, generator=generator)
-    return head
+from .contract import CHANNELS, assert_same, logits, random_features, random_moments, trained_head
 
 
 def random_projection(
@@ -76,27 +36,6 @@ def random_projection(
         torch.randn(rows, generator=generator),
         grid,
     )
-
-
-def random_moments(channels: Sequence[int] = CHANNELS, seed: int = 5) -> Moments:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> dict[int, tuple[Tensor, Tensor]]:
-        return {
-            tap: (
-                torch.randn(width, generator=generator, dtype=torch.float64),
-                torch.rand(width, generator=generator, dtype=torch.float64) + 0.2,
-            )
-            for tap, width in enumerate(channels)
-        }
-
-    return Moments(draw(), draw())
-
-
-def logits(head: nn.Module, features: Features) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = head(features)
-    return found
 
 
 # A projection -------------------------------------------------------------------------------------------
@@ -148,8 +87,8 @@ def test_the_parts_of_a_split_add_up_and_join_again() -> None:
     assert [part.taps for part in parts] == [(0,), (2,), (3,)] and {part.grid for part in parts} == {2}
     assert torch.equal(parts[0].bias, projection.bias) and not any(part.bias.any() for part in parts[1:])
     torch.testing.assert_close(sum(part(features) for part in parts), projection(features), rtol=1e-5, atol=1e-5)
-    same(joined(parts), projection)
-    same(joined([parts[2], parts[0], parts[1]]), projection)
+    assert_same(joined(parts), projection)
+    assert_same(joined([parts[2], parts[0], parts[1]]), projection)
 
 
 def test_a_split_keeps_what_only_the_cls_token_gives() -> None:
@@ -157,7 +96,7 @@ def test_a_split_keeps_what_only_the_cls_token_gives() -> None:
     parts = projection.split()
     assert [(sorted(part.maps), sorted(part.cls)) for part in parts] == [([0], [0]), ([], [2])]
     torch.testing.assert_close(sum(part(features) for part in parts), projection(features), rtol=1e-5, atol=1e-5)
-    same(joined(parts), projection)
+    assert_same(joined(parts), projection)
 
 
 def test_joined_adds_what_reads_the_same_tap() -> None:
@@ -177,96 +116,39 @@ def test_widened_is_the_same_function_of_all_taps(cls: bool) -> None:
     assert wide.taps == (0, 1, 2, 3) and wide.grid == 2 and sorted(wide.cls) == ([0, 1, 2, 3] if cls else [])
     assert {tap: w.shape for tap, w in wide.maps.items()} == {tap: (3, width) for tap, width in enumerate(channels)}
     torch.testing.assert_close(wide(features), projection(features), rtol=1e-6, atol=1e-6)
-    same(wide.widened(channels), wide)
+    assert_same(wide.widened(channels), wide)
     assert projection.taps == (2,)  # the given one is not written to
 
 
-def same(left: Projection, right: Projection) -> None:
-    assert left.grid == right.grid and left.maps.keys() == right.maps.keys() and left.cls.keys() == right.cls.keys()
-    for ours, theirs in ((left.maps, right.maps), (left.cls, right.cls)):
-        for tap in ours:
-            torch.testing.assert_close(ours[tap], theirs[tap])
-    torch.testing.assert_close(left.bias, right.bias)
-
-
+@pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("readout", [True, False])
-def test_a_layer_and_its_projection_are_one(readout: bool) -> None:
+def test_a_layer_and_its_projection_are_one(readout: bool, paired: bool) -> None:
     features = random_features()
-    layer = nn.Conv2d(12, 3, 1)
-    tokens = nn.Linear(12, 3, bias=False) if readout else None
-    projection = layer_projection(layer, [1, 3], tokens)
+    layer = nn.Conv2d(24 if paired else 12, 3, 1)
+    tokens = nn.Linear(12, 3, bias=False) if readout and not paired else None
+    first = InputLayer(layer, [1, 3], tokens, paired=paired)
+    pairs = [(features.maps[tap], features.cls[tap][..., None, None].expand(-1, -1, 3, 5)) for tap in (1, 3)]
+    inputs = [tensor for pair in pairs for tensor in (pair if paired else pair[:1])]
     with torch.no_grad():
-        expected = layer(torch.cat([features.maps[1], features.maps[3]], 1))
+        expected = layer(torch.cat(inputs, 1))
         if tokens is not None:
             expected = expected + tokens(torch.cat([features.cls[1], features.cls[3]], 1))[..., None, None]
-        torch.testing.assert_close(projection(features), expected, rtol=1e-5, atol=1e-5)
-    other = random_projection([1, 3], [1, 3] if readout else [])
-    assign(other, layer, tokens)
-    same(layer_projection(layer, [1, 3], tokens), other)
+        torch.testing.assert_close(first.projection()(features), expected, rtol=1e-5, atol=1e-5)
+    other = random_projection([1, 3], [1, 3] if readout or paired else [])
+    first.assign(other)
+    assert_same(first.projection(), other)
 
 
 def test_a_linear_layer_without_a_bias_has_one_of_zeros_and_cannot_be_given_one() -> None:
-    layer = nn.Linear(6, 3, bias=False)
-    assert not layer_projection(layer, [0]).bias.any()
+    layer = InputLayer(nn.Linear(6, 3, bias=False), [0])
+    assert not layer.projection().bias.any()
     with pytest.raises(InputError, match="give the head's input layer a bias"):
-        assign(random_projection([0]), layer)
+        layer.assign(random_projection([0]))
 
 
-# Every head ---------------------------------------------------------------------------------------------
-
-
-def test_every_registered_head_is_tested() -> None:
-    imported = {"binned-depth", "transformers"}  # in test_imported_heads.py
-    assert {kind for kind, _ in CASES} | imported == set(HEADS)
-
-
-@EVERY
-def test_a_head_given_its_own_projections_predicts_as_before(kind: str, settings: dict[str, Any]) -> None:
-    head, features = lived_in(kind, settings), random_features()
-    before = {name: value.clone() for name, value in head.state_dict().items()}
-    for seed in (5, 6):
-        again = head.with_projections(input_projections(head), random_moments(seed=seed))
-        torch.testing.assert_close(logits(again.eval(), features), logits(head, features), rtol=1e-5, atol=1e-5)
-        assert again is not head and type(again) is type(head) and again.settings == head.settings
-    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
-
-
-@EVERY
-def test_the_projections_of_a_head_are_those_it_was_given(kind: str, settings: dict[str, Any]) -> None:
-    head, features = lived_in(kind, settings), random_features()
-    declared = input_projections(head)
-    given = [
-        Projection(
-            {tap: torch.randn_like(weight) for tap, weight in one.maps.items()},
-            {tap: torch.randn_like(weight) for tap, weight in one.cls.items()},
-            torch.randn_like(one.bias),
-            one.grid,
-        )
-        for one in declared
-    ]
-    changed = head.with_projections(given, random_moments()).eval()
-    for found, wanted in zip(input_projections(changed), given, strict=True):
-        same(found, wanted)
-    assert (logits(changed, features) - logits(head, features)).abs().max() > 0.1
-    back = changed.with_projections(declared, random_moments(seed=9)).eval()
-    torch.testing.assert_close(logits(back, features), logits(head, features), rtol=1e-5, atol=2e-5)
-
-
-@EVERY
-def test_what_a_head_declares_has_no_gradient(kind: str, settings: dict[str, Any]) -> None:
-    for projection in input_projections(lived_in(kind, settings)):
-        assert not any(t.requires_grad for t in (projection.bias, *projection.maps.values(), *projection.cls.values()))
-
-
-@EVERY
-def test_a_head_with_given_projections_can_be_trained(kind: str, settings: dict[str, Any]) -> None:
-    head = lived_in(kind, settings)
-    again = head.with_projections(input_projections(head), random_moments()).train()
-    again(random_features()).square().mean().backward()
-    assert all(p.requires_grad and p.grad is not None and p.grad.abs().sum() > 0 for p in again.parameters())
-    assert not any(
-        p.data_ptr() == q.data_ptr() for p, q in itertools.product(again.parameters(), head.parameters()) if p.numel()
-    )
+def test_a_layer_cannot_hold_a_projection_of_other_taps() -> None:
+    with pytest.raises(InputError, match=r"weights \(3, 6\) cannot hold a projection of taps \[0, 1\].*widens = True"):
+        InputLayer(nn.Linear(6, 3), [0]).assign(random_projection([0, 1]))
 
 
 # Linear -------------------------------------------------------------------------------------------------
@@ -274,14 +156,14 @@ def test_a_head_with_given_projections_can_be_trained(kind: str, settings: dict[
 
 @pytest.mark.parametrize("cls", [True, False])
 def test_the_one_projection_of_a_linear_head_is_its_logits(cls: bool) -> None:
-    head, features = lived_in("linear", {"cls": cls}), random_features()
+    head, features = trained_head("linear", {"cls": cls}), random_features()
     (projection,) = input_projections(head)
     expected = F.interpolate(projection(features), (24, 40), mode="bilinear", align_corners=False)
     torch.testing.assert_close(logits(head, features), expected, rtol=1e-4, atol=1e-5)
 
 
 def moments_of(features: Features) -> Moments:
-    """Of one batch, every CLS token counted once per place: what a batch norm would see."""
+    """The moments of one batch in a batch norm, which counts every CLS token once per place."""
 
     def each(tensors: Sequence[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         rows = [t.double().flatten(2).transpose(1, 2).flatten(0, 1) if t.ndim == 4 else t.double() for t in tensors]
@@ -292,7 +174,7 @@ def moments_of(features: Features) -> Moments:
 
 @pytest.mark.parametrize("settings", [{}, {"cls": False}, {"subpixels": 2}])
 def test_with_the_moments_of_the_batch_training_computes_what_evaluation_does(settings: dict[str, Any]) -> None:
-    head, features = lived_in("linear", settings), random_features(batch=6)
+    head, features = trained_head("linear", settings), random_features(batch=6)
     again = head.with_projections(input_projections(head), moments_of(features))
     expected = logits(head, features)
     torch.testing.assert_close(logits(again.eval(), features), expected, rtol=1e-5, atol=1e-5)
@@ -302,7 +184,7 @@ def test_with_the_moments_of_the_batch_training_computes_what_evaluation_does(se
 
 
 def test_a_channel_that_never_varies_does_no_harm() -> None:
-    head, features = lived_in("linear", {}), random_features()
+    head, features = trained_head("linear", {}), random_features()
     still = Moments(
         {tap: (torch.full((6,), 7.0), torch.zeros(6)) for tap in range(4)},
         {tap: (torch.zeros(6), torch.zeros(6)) for tap in range(4)},
@@ -317,7 +199,7 @@ def test_a_channel_that_never_varies_does_no_harm() -> None:
 @pytest.mark.parametrize("cls", [True, False])
 def test_a_dpt_head_declares_the_input_of_every_stage(cls: bool) -> None:
     for cross_tap in (False, True):
-        head = lived_in("dpt", {"fusion_channels": 4, "cls": cls, "cross_tap": cross_tap})
+        head = trained_head("dpt", {"fusion_channels": 4, "cls": cls, "cross_tap": cross_tap})
         assert isinstance(head, DPTHead)
         features = random_features(grids=((3, 5), (3, 5), (2, 4), (3, 5)))
         projections = input_projections(head)
@@ -331,7 +213,7 @@ def test_a_dpt_head_declares_the_input_of_every_stage(cls: bool) -> None:
 
 @pytest.mark.parametrize("cls", [True, False])
 def test_a_dpt_head_becomes_cross_tap_where_it_must_and_only_there(cls: bool) -> None:
-    head, features = lived_in("dpt", {"fusion_channels": 4, "cls": cls}), random_features()
+    head, features = trained_head("dpt", {"fusion_channels": 4, "cls": cls}), random_features()
     own = input_projections(head)
     assert "cross_tap" not in head.with_projections(own, random_moments()).settings
     mixed = [own[0].widened(CHANNELS), *own[1:]]
@@ -346,18 +228,6 @@ def test_a_dpt_head_becomes_cross_tap_where_it_must_and_only_there(cls: bool) ->
     assert not torch.allclose(
         logits(crossed.with_projections(moved, random_moments()).eval(), features), logits(crossed, features)
     )
-
-
-@pytest.mark.parametrize("kind", ["linear", "dpt"])
-def test_taps_may_differ_in_width(kind: str) -> None:
-    channels = [6, 4, 6, 5]
-    settings = {"dpt": {"fusion_channels": 4}}.get(kind, {})
-    head, features = lived_in(kind, settings, channels), random_features(channels=channels)
-    wide = [projection.widened(channels) for projection in input_projections(head)]
-    again = head.with_projections(wide, random_moments(channels)).eval()
-    torch.testing.assert_close(logits(again, features), logits(head, features), rtol=1e-5, atol=1e-5)
-    for found, wanted in zip(input_projections(again), wide, strict=True):
-        same(found, wanted)
 
 
 def test_a_head_that_became_cross_tap_survives_the_disk(make_model: Callable[..., SimoModel], tmp_path: Path) -> None:
@@ -383,11 +253,11 @@ def test_a_head_that_became_cross_tap_survives_the_disk(make_model: Callable[...
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
-# A user's own -------------------------------------------------------------------------------------------
+# Custom heads -------------------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
-    """Reads the second tap's patches and the first tap's CLS token, then something that is not linear."""
+    """A linear map of the second tap's patches and the first tap's CLS token, then a nonlinear part."""
 
     def __init__(self, channels: int = 6) -> None:
         super().__init__()
@@ -415,7 +285,7 @@ class Declared(Own):
         return head
 
 
-def test_a_users_own_head_that_declares_its_projections_works() -> None:
+def test_a_custom_head_that_declares_its_projections_works() -> None:
     head, features = Declared(), random_features(grids=((3, 5), (4, 2), (3, 5), (3, 5)))
     (projection,) = input_projections(head, "mine")
     assert not projection.bias.requires_grad and projection.taps == (0, 1)
@@ -433,7 +303,7 @@ class HalfDeclared(Own):
 
 
 @pytest.mark.parametrize("head", [Own(), HalfDeclared()], ids=["neither", "half"])
-def test_a_head_without_a_declaration_is_told_how_to(head: nn.Module) -> None:
+def test_the_error_for_a_head_without_a_declaration_names_the_remedy(head: nn.Module) -> None:
     kind = type(head).__name__
     message = (
         rf"head 'gloss' \({kind}\).*projections\(\) and with_projections\(\).*"

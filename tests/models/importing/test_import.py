@@ -1,4 +1,4 @@
-"""Experts from elsewhere predict what their sources predict, and misfits are told with their names."""
+"""Experts from elsewhere predict what their sources predict, and misfits are named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import simomerge as sm
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.models.importing import import_expert
-from simomerge.models.importing.predictions import largest_difference, source_model
+from simomerge.models.importing.transformers import largest_difference, source_model
 
 from . import models
 
@@ -104,24 +104,24 @@ def test_dpt_on_a_pyramid_and_hybrids_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "swin/pytorch_model.bin")
     with pytest.raises(InputError, match="SwinModel, a pyramid"):
         import_expert(tmp_path / "swin", "depth")
-    said = json.loads((tmp_path / "swin/config.json").read_text())
-    (tmp_path / "swin/config.json").write_text(json.dumps({**said, "is_hybrid": True}))
+    config = json.loads((tmp_path / "swin/config.json").read_text())
+    (tmp_path / "swin/config.json").write_text(json.dumps({**config, "is_hybrid": True}))
     with pytest.raises(InputError, match="DPT hybrids"):
         import_expert(tmp_path / "swin", "depth")
 
 
 def test_an_import_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.depth_anything(tmp_path / "source")
-    monkeypatch.setattr("simomerge.models.importing.predictions.largest_difference", lambda *given: (0.1, 1.0))
+    monkeypatch.setattr("simomerge.models.importing.transformers.largest_difference", lambda *given: (0.1, 1.0))
     with pytest.raises(InputError, match=r"would differ from it by 1\.0e-01.*nothing was written"):
         cli.main(["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")], standalone_mode=False)
     assert not (tmp_path / "expert").exists()
 
 
-def test_a_heads_own_mask_tokens_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
+def test_mask_tokens_of_a_head_may_not_be_missing(tmp_path: Path, base_folder: Path) -> None:
     state = {f"decode.{n}": v for n, v in Decoder(32, 3).state_dict().items() if n != "classifier.bias"}
     torch.save(state, tmp_path / "mine.pth")
-    with pytest.raises(InputError, match=r"1 tensors are lacking \(decode\.mask_tokens\.weight"):
+    with pytest.raises(InputError, match=r"1 tensors are missing \(decode\.mask_tokens\.weight"):
         import_expert(
             tmp_path / "mine.pth",
             "segmentation",
@@ -152,7 +152,7 @@ def test_classes_and_activation_are_the_sources(tmp_path: Path) -> None:
 
 
 class SegmentationNet(nn.Module):
-    """What a training code might have: DINOv2, DPT's neck and head, and something that helped in training."""
+    """The model of some training code: DINOv2, DPT's neck and head, and an auxiliary layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class SegmentationNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The head of a training code of one's own, with names of its own."""
+    """The head of some training code, with other names than ours."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def trained(base: nn.Module) -> SegmentationNet:
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
 def test_depth_anything_and_a_dpt_segmentation_of_one_base_become_one_model(tmp_path: Path, base_folder: Path) -> None:
-    """The story of the issue: two experts of two codes, one encoder, both predictions."""
+    """Two experts of two training codes become one encoder with both heads."""
     net = trained(models.base())
     state = {name: value for name, value in net.state_dict().items() if not name.startswith("auxiliary.")}
     torch.save(state, tmp_path / "segmentation.pth")
@@ -259,7 +259,7 @@ def on_disk(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_checkpoints_with_dinov2s_own_names_and_a_head_of_ones_own(tmp_path: Path, base_folder: Path) -> None:
+def test_checkpoints_with_dinov2s_names_and_a_custom_head(tmp_path: Path, base_folder: Path) -> None:
     net = trained(models.base())
     state = {f"encoder.{n}": v for n, v in original_names(on_disk(net.backbone, tmp_path / "net")).items()}
     decoder = Decoder(32, 3)
@@ -392,7 +392,7 @@ def test_dinov2s_dpt_depth_head(tmp_path: Path, base_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder_prefix": "model."}, r"tensors are used by nothing \(backbone\..*lacking \(model\."),
+        ({"encoder_prefix": "model."}, r"tensors are used by nothing \(backbone\..*missing \(model\."),
         ({"drop": ()}, r"2 tensors are used by nothing \(auxiliary\.weight, auxiliary\.bias\).*--drop"),
         ({"head": ""}, r"is a weight file: give --head \(module:Class"),
         ({"encoder": None}, "give --encoder"),
@@ -428,9 +428,9 @@ def test_mappings_that_do_not_fit_list_what_does_not(
 
 
 def test_other_architectures_are_named(tmp_path: Path, base_folder: Path) -> None:
-    with pytest.raises(InputError, match="Dinov2Model, and only DepthAnythingForDepthEstimation"):
+    with pytest.raises(InputError, match="Dinov2Model, but only DepthAnythingForDepthEstimation"):
         import_expert(base_folder, "depth")
-    with pytest.raises(InputError, match="no folder of a model, no weight file"):
+    with pytest.raises(InputError, match="not a model folder, not a weight file"):
         import_expert("someone/some-depth-model", "depth")
     with pytest.raises(InputError, match=r"nosuch\.pth: no such file"):
         import_expert(base_folder / "nosuch.pth", "depth", encoder=base_folder, head="linear")
@@ -458,7 +458,7 @@ def test_what_would_be_ignored_is_refused(
     file = tmp_path / "dinov2_vits14_nyu_linear_head.pth"
     state = {"decode_head.conv_depth.weight": torch.zeros(4, 64, 1, 1), "decode_head.conv_depth.bias": torch.zeros(4)}
     torch.save(state, file)
-    with pytest.raises(InputError, match="--head-prefix does nothing here, a head of DINOv2's own"):
+    with pytest.raises(InputError, match="--head-prefix does nothing here, the file is a head that DINOv2 publishes"):
         import_expert(file, "depth", encoder=base_folder, head_prefix="q.")
     with pytest.raises(InputError, match="give --encoder, the DINOv2"):
         import_expert(file, "depth")
@@ -466,7 +466,7 @@ def test_what_would_be_ignored_is_refused(
 
 def test_a_task_is_not_named_after_another_sort_of_prediction(tmp_path: Path) -> None:
     folder = models.dpt_segmentation(tmp_path / "source")
-    with pytest.raises(InputError, match="predicts segmentation: name the task otherwise than 'depth'"):
+    with pytest.raises(InputError, match="predicts segmentation: choose another task name than 'depth'"):
         import_expert(folder, "depth")
     assert import_expert(models.depth_anything(tmp_path / "d"), "depth").tasks["depth"].kind == "disparity"
 
@@ -481,8 +481,8 @@ def test_the_command_says_how_far_it_is_from_its_source(tmp_path: Path, capsys: 
     folder = models.depth_anything(tmp_path / "source")
     arguments = ["import", str(folder), "--task", "depth", "-o", str(tmp_path / "expert")]
     cli.main([*arguments, "--json"], standalone_mode=False)
-    said = json.loads(capsys.readouterr().out)
-    assert said["largest_difference"] < 1e-4 and said["taps"] == [1, 2, 3, 4]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["largest_difference"] < 1e-4 and printed["taps"] == [1, 2, 3, 4]
     cli.main([*arguments, "--overwrite"], standalone_mode=False)
     assert "differ from the source's by at most" in capsys.readouterr().out
     assert sm.load(tmp_path / "expert").tasks["depth"].kind == "disparity"

@@ -1,15 +1,15 @@
-"""What ships inside the package: the embedded base encoder."""
+"""The files inside the package: the embedded base encoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 EMBEDDED_BASE = "rooms-base"
-"""Name that stands for the embedded base wherever a hub id or a folder can be given."""
+"""Name of the embedded base wherever a hub id or a folder can be given."""
 
 
 def resolve_source(source: str | Path) -> str:
-    """The folder of the embedded base for its name; everything else as it is, with ``~`` expanded.
+    """The folder of the embedded base if its name is given. Other sources are returned unchanged, with ``~`` expanded.
 
     Example:
         >>> Path(resolve_source("rooms-base")).name

@@ -1,8 +1,9 @@
-"""An encoder: images -> Features, with any vision encoder of transformers inside."""
+"""An encoder: images -> Features, around any vision encoder of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,27 +12,28 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.models.encoders.adapters import Adapters
-from simomerge.models.encoders.anatomy import Anatomy, dissect
 from simomerge.models.encoders.features import Features
+from simomerge.models.encoders.layout import Layout, find_layout
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Encoder(nn.Module):
-    """A foundation encoder that gives the maps (and CLS tokens) of some of its blocks or stages.
+    """A foundation encoder that returns the maps (and CLS tokens) of some of its blocks or stages.
 
     Args:
-        backbone: a vision encoder of transformers: a plain transformer (``Dinov2Model`` and its like), whose blocks
-            can be tapped, or a pyramid (``SwinModel``, ``ConvNextV2Model``), whose stages can.
-        taps: the blocks or stages to read, counted from 1; by default the four at the quarters of the depth (3, 6, 9,
-            12 of twelve, as in the paper), or every stage.
+        backbone: A vision encoder of transformers: a plain transformer such as ``Dinov2Model``, whose blocks can be
+            tapped, or a pyramid such as ``SwinModel`` or ``ConvNextV2Model``, whose stages can be tapped.
+        taps: The blocks or stages to read, counted from 1. The default is the four quarters of the depth (3, 6, 9, 12
+            of twelve blocks, as in the paper), or every stage.
         mean, std: RGB normalisation of images in [0, 1].
-        apply_layernorm: pass every tapped map through the encoder's final layer norm, as the ``*Backbone``
-            classes of transformers do by default; None where there is one that fits: pyramids have none.
+        apply_layernorm: Apply the encoder's final layer norm to every tapped map, as the ``*Backbone`` classes of
+            transformers do by default. None means: if there is a norm that fits. Pyramids have none.
+        layout: The parts of the backbone; found by `find_layout` by default.
 
     Raises:
-        InputError: a tap that the encoder lacks, or an architecture whose blocks are not found.
+        InputError: A tap that does not exist, or an architecture whose blocks cannot be found.
 
     Example:
         >>> from transformers import Dinov2Config, Dinov2Model
@@ -51,203 +53,182 @@ class Encoder(nn.Module):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         apply_layernorm: bool | None = None,
+        layout: Layout | None = None,
     ) -> None:
-        anatomy = dissect(backbone)
-        depth = len(anatomy.tapped)
-        what = "block" if anatomy.tapped is anatomy.blocks else "stage"
-        chosen = default_taps(depth) if taps is None else check_taps(taps, depth, what)
-        if apply_layernorm and anatomy.norm is None:
+        super().__init__()
+        self.layout = layout = layout or find_layout(backbone)
+        self.set_taps(default_taps(len(layout.channels)) if taps is None else taps)
+        if apply_layernorm and layout.norm is None:
             raise InputError(
                 f"{type(backbone).__name__} has no final layer norm that fits every tap; use apply_layernorm=False."
             )
-        normed = anatomy.norm is not None if apply_layernorm is None else apply_layernorm
-        self._set_up(backbone, anatomy, chosen, mean, std, normed)
-
-    def _set_up(
-        self,
-        backbone: nn.Module,
-        anatomy: Anatomy,
-        taps: tuple[int, ...],
-        mean: Sequence[float],
-        std: Sequence[float],
-        apply_layernorm: bool,
-    ) -> None:
-        super().__init__()
         self.backbone: Any = backbone
-        self.anatomy = anatomy
-        self.taps = taps
-        self.apply_layernorm = apply_layernorm
+        self.apply_layernorm = layout.norm is not None if apply_layernorm is None else apply_layernorm
         self.adapters: Adapters | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self._tapped: dict[int, Tensor] | None = None
+        self._outputs: dict[int, Tensor] | None = None
         self._checkpoints = False
-        # In this order: where a tap is the end of a block, it sees what the adapter added.
-        for index, block in enumerate(anatomy.blocks):
-            block.register_forward_hook(_AdapterHook(self, index), with_kwargs=True)
-        for index, module in enumerate(anatomy.tapped, start=1):
-            module.register_forward_hook(_TapHook(self, index))
+        # The hooks are partials of bound methods, not closures: a deep copy of the encoder then calls its own methods.
+        # Adapter hooks come first, so a tap at the end of a block includes the output of the adapter.
+        for index, block in enumerate(layout.blocks):
+            block.register_forward_hook(partial(self._add_adapter, index), with_kwargs=True)
+        for tap, module in enumerate(layout.tapped, start=1):
+            module.register_forward_hook(partial(self._keep_output, tap))
 
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
+    def set_taps(self, taps: Sequence[int]) -> None:
+        """Choose the blocks or stages to read, counted from 1. Raises InputError for one that does not exist."""
+        depth, unit = len(self.layout.channels), "stage" if self.layout.is_pyramid else "block"
+        wrong = [tap for tap in taps if not 1 <= tap <= depth]
+        if wrong or not taps or len(set(taps)) != len(taps):
+            raise InputError(
+                f"taps {list(taps)}: the encoder has {unit}s 1 to {depth}; name each {unit} to read once"
+                + (f" (there is no {unit} {wrong[0]})." if wrong else ".")
+            )
+        self.taps = tuple(int(tap) for tap in taps)
 
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of each tapped map."""
-        return tuple(self.anatomy.channels[tap - 1] for tap in self.taps)
+        return tuple(self.layout.channels[tap - 1] for tap in self.taps)
 
     @property
     def strides(self) -> tuple[int, ...]:
         """Pixels per place of each tapped map."""
-        return tuple(self.anatomy.strides[tap - 1] for tap in self.taps)
+        return tuple(self.layout.strides[tap - 1] for tap in self.taps)
 
     @property
     def multiple(self) -> int:
-        """Images are padded to a multiple of this on each side: the patch, or the stride of the last stage."""
-        return max(self.anatomy.strides)
+        """Images are padded to a multiple of this on each side: the patch size, or the stride of the last stage."""
+        return max(self.layout.strides)
 
     @property
     def has_cls(self) -> bool:
-        return self.anatomy.has_cls
+        return self.layout.has_cls
 
     @property
     def preprocessing(self) -> dict[str, list[float]]:
-        """RGB mean and standard deviation, as the shortest plain numbers that give the same float32."""
+        """RGB mean and standard deviation, as the shortest decimal numbers that give the same float32."""
         return {
             name: [float(str(value)) for value in buffer.flatten().float().cpu().numpy()]
             for name, buffer in (("mean", self.mean), ("std", self.std))
         }
 
     def describe(self) -> dict[str, Any]:
-        """What simo.json says of it."""
+        """The entry ``encoder`` of simo.json."""
         return {"taps": list(self.taps), "apply_layernorm": self.apply_layernorm, **self.preprocessing}
 
     def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
-        """Put a fresh low-rank adapter beside every block, or the last ones, and return them all; see `Adapters`."""
-        self.adapters = Adapters(list(self.anatomy.widths), rank, activation, last)
+        """Add a fresh low-rank adapter to every block, or to the last blocks, and return them; see `Adapters`.
+
+        Raises:
+            InputError: Invalid settings, or an encoder whose blocks are unknown, as in a custom encoder.
+        """
+        if not self.layout.blocks:
+            raise InputError(
+                f"{type(self.backbone).__name__} is a custom encoder, whose blocks are unknown. Adapters need an"
+                " encoder of transformers; use fold, distill or heads."
+            )
+        self.adapters = Adapters(list(self.layout.widths), rank, activation, last)
         return self.adapters
 
     def check_checkpointing(self) -> None:
-        """Refuse what `checkpoint_gradients` cannot do. Raises InputError."""
+        """Check that `checkpoint_gradients` works for this encoder. Raises InputError."""
         if not getattr(self.backbone, "supports_gradient_checkpointing", False):
-            raise InputError(f"{type(self.backbone).__name__} cannot checkpoint gradients; train without.")
+            raise InputError(
+                f"{type(self.backbone).__name__} cannot checkpoint gradients; train without gradient checkpointing."
+            )
 
     def checkpoint_gradients(self, on: bool = True) -> None:
-        """Compute every block again in the backward pass, instead of keeping what is inside: less memory, more time.
+        """Recompute every block in the backward pass instead of storing its activations: less memory, more time.
 
         Raises:
-            InputError: an encoder that cannot.
+            InputError: The encoder does not support it.
         """
         if on:
             self.check_checkpointing()
-            self._switch("enable")({"use_reentrant": False})
+            self._switch_checkpointing("enable")({"use_reentrant": False})
         elif self._checkpoints:
-            self._switch("disable")()
+            self._switch_checkpointing("disable")()
         self._checkpoints = on
 
+    def _switch_checkpointing(self, action: str) -> Any:
+        """The backbone's method; transformers 5 renamed it to activation checkpointing."""
+        renamed = getattr(self.backbone, f"activation_checkpointing_{action}", None)
+        return renamed or getattr(self.backbone, f"gradient_checkpointing_{action}")
+
     def train(self, mode: bool = True) -> Encoder:
-        """As of any module, but batch norms keep their statistics: those of small batches would ruin a merge."""
+        """Set the training mode. Batch norms keep their statistics: those of small batches would ruin a merge."""
         super().train(mode)
         for module in self.backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
-    def _switch(self, how: str) -> Any:
-        """transformers 5 calls it activation checkpointing."""
-        new = getattr(self.backbone, f"activation_checkpointing_{how}", None)
-        return new or getattr(self.backbone, f"gradient_checkpointing_{how}")
-
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size in pixels to which an image is padded: whole patches, or whole places of the last stage."""
-        step, least = self.multiple, self.anatomy.smallest
+        step, least = self.multiple, self.layout.smallest
         return max(-(-height // step) * step, least), max(-(-width // step) * step, least)
-
-    def _pad(self, images: Tensor) -> Tensor:
-        """Images with their last row and column repeated, up to the size that `padded` says."""
-        height, width = images.shape[-2:]
-        wanted = self.padded(height, width)
-        if wanted == (height, width):
-            return images
-        return F.pad(images, (0, wanted[1] - width, 0, wanted[0] - height), mode="replicate")
-
-    def _split(self, output: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of a tapped output its map (B, C, h, w) and the tokens (B, n, C) before it: CLS, registers and the like."""
-        skip = self.anatomy.prefix
-        found = tuple(output.shape[2:]) if output.ndim == 4 else output.shape[1] - skip
-        if found != (grid if output.ndim == 4 else grid[0] * grid[1]):
-            raise InputError(
-                f"{type(self.backbone).__name__} gives {found} places, not the {grid[0]} x {grid[1]} that its"
-                " configuration says: it cannot be read here; `simomerge encoders` lists those that can."
-            )
-        if output.ndim == 4:
-            return output, output.new_empty(len(output), 0, output.shape[1])
-        return output[:, skip:].transpose(1, 2).unflatten(2, grid), output[:, :skip]
 
     def forward(self, images: Tensor) -> Features:
         """Encode images.
 
         Args:
-            images: float (B, 3, H, W), RGB in [0, 1], any size; padded by repeating the last row and column.
+            images: Float (B, 3, H, W), RGB in [0, 1], of any size. They are padded on the right and bottom by
+                repeating the last column and row.
         """
         height, width = images.shape[-2:]
-        images = self._pad(images)
-        padded = (images.shape[-2], images.shape[-1])
-        for block, shift, window in self.anatomy.windows:
+        padded = self.padded(height, width)
+        if padded != (height, width):
+            images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
+        maps, cls = self._encode(images)
+        return Features(maps, cls, (height, width), padded)
+
+    def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Maps (B, C, h, w) and CLS tokens (B, C) of padded images, one per tap."""
+        for block, shift, window in self.layout.windows:
             block.shift_size, block.window_size = shift, window
-        self._tapped = {}
+        self._outputs = {}
         try:
-            self.backbone(pixel_values=(images - self.mean) / self.std, **self.anatomy.arguments)
-            outputs = [self._tapped[tap] for tap in self.taps]
+            self.backbone(pixel_values=(images - self.mean) / self.std, **self.layout.arguments)
+            outputs = [self._outputs[tap] for tap in self.taps]
         finally:
-            self._tapped = None
+            self._outputs = None
         if self.apply_layernorm:
-            assert self.anatomy.norm is not None
-            outputs = [self.anatomy.norm(output) for output in outputs]
-        pairs = [
-            self._split(output, (padded[0] // stride, padded[1] // stride))
-            for output, stride in zip(outputs, self.strides, strict=True)
-        ]
-        return Features(
-            maps=tuple(patches for patches, _ in pairs),
-            cls=tuple(prefix[:, 0] for _, prefix in pairs) if self.has_cls else (),
-            image_size=(height, width),
-            padded_size=padded,
-        )
+            assert self.layout.norm is not None
+            outputs = [self.layout.norm(output) for output in outputs]
+        height, width = images.shape[-2:]
+        grids = [(height // stride, width // stride) for stride in self.strides]
+        maps = tuple(self._to_map(output, grid) for output, grid in zip(outputs, grids, strict=True))
+        return maps, tuple(output[:, 0] for output in outputs) if self.has_cls else ()
 
+    def _to_map(self, output: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The map (B, C, h, w) of a tapped output, which is a map or tokens (B, N, C)."""
+        is_map, skip = output.ndim == 4, self.layout.prefix
+        found = tuple(output.shape[2:]) if is_map else output.shape[1] - skip
+        if found != (grid if is_map else grid[0] * grid[1]):
+            raise InputError(
+                f"{type(self.backbone).__name__} gives {found} places, but its configuration implies {grid[0]} x"
+                f" {grid[1]}. It cannot be read here; `simomerge encoders` lists the encoders that can."
+            )
+        return output if is_map else output[:, skip:].transpose(1, 2).unflatten(2, grid)
 
-class _AdapterHook:
-    """After a block: add its adapter's output, if there is one.
-
-    An object, not a closure: a deep copy of the encoder then points to the copy.
-    """
-
-    def __init__(self, encoder: Encoder, index: int) -> None:
-        self.encoder = encoder
-        self.index = index
-
-    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        adapter = self.encoder.adapters.beside(self.index) if self.encoder.adapters is not None else None
+    def _add_adapter(
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Forward hook of a block: add the output of its adapter, if it has one."""
+        adapter = self.adapters.of_block(index) if self.adapters is not None else None
         if adapter is None:
             return output
-        given = args[0] if args else kwargs["hidden_states"]
-        tokens = output[0] if isinstance(output, tuple) else output
-        tokens = tokens + adapter(given)
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+        tokens, *rest = output if isinstance(output, tuple) else (output,)
+        tokens = tokens + adapter(args[0] if args else kwargs["hidden_states"])
+        return (tokens, *rest) if isinstance(output, tuple) else tokens
 
-
-class _TapHook:
-    """Keep the output of a block or stage that is tapped, while the encoder encodes."""
-
-    def __init__(self, encoder: Encoder, index: int) -> None:
-        self.encoder = encoder
-        self.index = index
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        # Gradient checkpointing runs blocks again in the backward pass, when nobody asks.
-        if self.encoder._tapped is not None and self.index in self.encoder.taps:
-            self.encoder._tapped[self.index] = output[0] if isinstance(output, tuple) else output
+    def _keep_output(self, tap: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of a tapped module: keep its output while the encoder encodes."""
+        # Gradient checkpointing also runs blocks in the backward pass, when no outputs are collected.
+        if self._outputs is not None and tap in self.taps:
+            self._outputs[tap] = output[0] if isinstance(output, tuple) else output
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
@@ -258,14 +239,3 @@ def default_taps(depth: int) -> tuple[int, ...]:
         ((3, 6, 9, 12), (2, 4, 6, 8))
     """
     return tuple(dict.fromkeys(max(1, round(depth * quarter / 4)) for quarter in (1, 2, 3, 4)))
-
-
-def check_taps(taps: Sequence[int], depth: int, what: str = "block") -> tuple[int, ...]:
-    """The taps as a tuple, or an InputError that names the one the encoder lacks."""
-    wrong = [tap for tap in taps if not 1 <= tap <= depth]
-    if wrong or not taps or len(set(taps)) != len(taps):
-        raise InputError(
-            f"taps {list(taps)}: the encoder has {what}s 1 to {depth}; name each {what} to read once"
-            + (f" (there is no {what} {wrong[0]})." if wrong else ".")
-        )
-    return tuple(int(tap) for tap in taps)

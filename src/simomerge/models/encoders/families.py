@@ -1,4 +1,4 @@
-"""The families of vision encoders in transformers that are tested here; nothing of weight is imported."""
+"""The families of vision encoders in transformers that are tested here. No framework is imported."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from simomerge.core.errors import InputError
 
 @dataclass(frozen=True)
 class Family:
-    """One family.
+    """A family of encoders.
 
     Attributes:
-        title: as people call it.
-        model_types: what ``model_type`` in its config.json may be.
-        example: a hub id.
-        taps: "blocks" of a plain transformer, whose maps are all of one stride, or "stages" of a pyramid.
-        loads_as: the class of transformers to load, where AutoModel's would hold more than the vision encoder, or
-            would not encode the whole image.
+        title: Its usual name.
+        model_types: The values of ``model_type`` in config.json.
+        example: A hub id.
+        taps: "blocks" of a plain transformer, whose maps all have one stride, or "stages" of a pyramid.
+        loads_as: The class of transformers to load, if AutoModel would load more than the vision encoder or would not
+            encode the whole image.
     """
 
     title: str
@@ -46,7 +46,7 @@ FAMILIES = (
     Family("ResNet", ("resnet",), "microsoft/resnet-50", "stages"),
     Family("PVT v2", ("pvt_v2",), "OpenGVLab/pvt_v2_b0", "stages"),
 )
-"""What `simomerge encoders` lists. Another vision transformer of transformers works where its blocks are found."""
+"""What `simomerge encoders` lists. Other vision transformers work too if their blocks are found."""
 
 
 def family_of(model_type: str) -> Family | None:
@@ -60,11 +60,11 @@ def family_of(model_type: str) -> Family | None:
 
 
 def unknown_encoder(source: str, model_type: str) -> InputError:
-    """The error for a model that is none of these; it names those that are nearest in name."""
+    """The error for a model outside these families; it names the model types with similar names."""
     types = [name for family in FAMILIES for name in family.model_types]
     near = difflib.get_close_matches(model_type, types, 3, 0.5)
-    hint = f"near it are {', '.join(near)}; " if near else ""
+    hint = f" Similar names: {', '.join(near)}." if near else ""
     return InputError(
-        f"{source}: model type {model_type!r} is no vision encoder that can be read here; {hint}"
-        "`simomerge encoders` lists all."
+        f"{source}: model type {model_type!r} is no vision encoder that can be read here.{hint}"
+        " `simomerge encoders` lists all."
     )

@@ -1,4 +1,4 @@
-"""Features: what an encoder gives and a head takes."""
+"""Features: the output of an encoder and the input of a head."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Features:
-    """Tapped patch maps and CLS tokens of a batch of images.
+    """Feature maps and CLS tokens of a batch of images.
 
     Attributes:
-        maps: per tap a float tensor (B, C, h, w).
-        cls: per tap the CLS token, (B, C); empty where the encoder has none.
-        image_size: (H, W) in pixels of the images given.
-        padded_size: (H, W) in pixels the encoder saw: the image padded to whole patches on its right and
-            bottom. Heads predict at this size and the model crops back.
+        maps: One float tensor (B, C, h, w) per tap.
+        cls: One CLS token (B, C) per tap; empty if the encoder has no CLS token.
+        image_size: (H, W) of the images in pixels.
+        padded_size: (H, W) in pixels after padding the right and bottom sides to whole patches. Heads predict at
+            this size, and the model crops the predictions to the size of the images.
     """
 
     maps: tuple[Tensor, ...]
@@ -26,3 +26,8 @@ class Features:
 
     def __len__(self) -> int:
         return self.maps[0].shape[0]
+
+    def grid(self, tap: int) -> tuple[int, int]:
+        """(h, w) of the map of one tap."""
+        height, width = self.maps[tap].shape[-2:]
+        return height, width

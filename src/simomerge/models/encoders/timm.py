@@ -1,4 +1,4 @@
-"""Models of timm, where timm imports (it needs torchvision), as encoders."""
+"""Models of timm as encoders. timm is optional; it needs torchvision."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from simomerge.core.errors import InputError
 from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 PREFIX = "timm:"
-"""Before a name of timm's where a base is asked for, as ``timm:convnext_tiny``."""
+"""Prefix of a timm model wherever a base can be given, as in ``timm:convnext_tiny``."""
 
 
 class TimmEncoder(nn.Module):
     """An `ImageEncoder` around a model of timm: its last four feature maps.
 
     Args:
-        name: as ``timm.create_model`` takes it.
-        pretrained: with timm's weights, which it downloads.
+        name: The name for ``timm.create_model``.
+        pretrained: Download and use timm's weights.
 
     Raises:
-        InputError: timm is not installed or does not import, or has no feature maps of this model.
+        InputError: timm cannot be imported, or gives no feature maps of this model.
 
     Example:
         >>> from simomerge.models.model import SimoModel
@@ -35,7 +35,7 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, name: str, pretrained: bool = False) -> None:
         super().__init__()
-        self.settings = {"name": name}  # weights come from the model folder when it is made again
+        self.settings = {"name": name}  # a loaded model takes its weights from its folder
         self.model = _create(name, pretrained)
         info, config = self.model.feature_info, getattr(self.model, "pretrained_cfg", None) or {}
         self.channels: Sequence[int] = tuple(info.channels())[-4:]
@@ -47,7 +47,7 @@ class TimmEncoder(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Float images (B, 3, H, W), RGB in [0, 1] -> maps (B, C, h, w)."""
         maps = self.model((images - self.mean) / self.std)[-4:]
-        # Some of timm's models give (B, h, w, C).
+        # Some models of timm return (B, h, w, C).
         return [
             each if each.shape[1] == width else each.movedim(-1, 1)
             for each, width in zip(maps, self.channels, strict=True)
@@ -58,14 +58,12 @@ def _create(name: str, pretrained: bool) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise InputError(
-            f"{PREFIX}{name}: timm does not import here ({error}); pip install timm torchvision."
-        ) from error
+        raise InputError(f"{PREFIX}{name}: timm cannot be imported ({error}); pip install timm torchvision.") from error
     try:
         try:
-            # Transformers of timm take other sizes than their own only when asked to; other models know no such thing.
+            # Transformers of timm need this option for other image sizes than their own; other models reject it.
             return timm.create_model(name, pretrained=pretrained, features_only=True, dynamic_img_size=True)
         except TypeError:
             return timm.create_model(name, pretrained=pretrained, features_only=True)
     except (RuntimeError, OSError, AttributeError, AssertionError) as error:
-        raise InputError(f"{PREFIX}{name}: timm gives no feature maps of it ({error}).") from error
+        raise InputError(f"{PREFIX}{name}: timm gives no feature maps of this model ({error}).") from error

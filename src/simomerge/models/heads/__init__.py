@@ -23,7 +23,7 @@ HEADS: dict[str, type[nn.Module]] = {
     "binned-depth": BinnedDepthHead,
     "transformers": TransformersHead,
 }
-"""Every head that a recipe or a model folder can name. A new one is one line here."""
+"""Every head that a recipe or a model folder can name. To add a head, add a line here."""
 
 
 def build_head(
@@ -32,13 +32,13 @@ def build_head(
     """A freshly initialised head.
 
     Args:
-        kind: a key of `HEADS`, or ``module:Class`` of a head of your own, which takes its settings alone.
-        in_channels: channels of each tap.
-        out_channels: channels of the task.
-        settings: further keyword arguments of the head's class.
+        kind: A key of `HEADS`, or ``module:Class`` of a custom head, which gets its settings only.
+        in_channels: Channels of each tap.
+        out_channels: Channels of the task.
+        settings: Further keyword arguments of the head's class.
 
     Raises:
-        InputError: an unknown kind or setting.
+        InputError: An unknown kind or setting.
     """
     if ":" in kind:
         return make(kind, settings or {}, nn.Module)
@@ -47,42 +47,31 @@ def build_head(
     try:
         return HEADS[kind](in_channels, out_channels, **(settings or {}))
     except (TypeError, ValueError) as error:
-        raise InputError(f"head {kind!r}: {error}.") from error
+        raise InputError(f"head {kind!r}: {str(error).rstrip('.')}.") from error
 
 
 def head_for(encoder: Encoder, kind: str, out_channels: int, **settings: Any) -> nn.Module:
-    """A fresh head that fits an encoder's taps: their strides, and CLS tokens where the encoder has them."""
+    """A fresh head for an encoder: it fits the strides of the taps, and reads CLS tokens if the encoder has them."""
     known = inspect.signature(HEADS[kind]).parameters if kind in HEADS else {}
     fitting = {"cls": encoder.has_cls, "pyramid": len(set(encoder.strides)) > 1}
-    taken = {name: value for name, value in fitting.items() if name in known}
-    return build_head(kind, encoder.channels, out_channels, {**taken, **settings})
+    accepted = {name: value for name, value in fitting.items() if name in known}
+    return build_head(kind, encoder.channels, out_channels, {**accepted, **settings})
 
 
 def head_kind(head: nn.Module) -> str:
-    """The key of `HEADS` that a head was built from, or ``module:Class`` of one of the user's own."""
+    """The key of a head's class in `HEADS`, or ``module:Class`` of a custom head."""
     return next((kind for kind, cls in HEADS.items() if type(head) is cls), None) or class_path(head)
 
 
 class DenseHead(Protocol):
-    """What an ``nn.Module`` must have to be a head.
+    """What an ``nn.Module`` needs to be a head.
 
-    May have ``settings``, the keyword arguments that make it again: a model folder holds them beside its class's name.
-    To be folded, it declares its input projections, most simply as a `Foldable`.
+    It may also have ``settings``, the keyword arguments that create it again. A model folder stores them together with
+    the name of the class. A head that can be folded declares its projections; see `Foldable`.
     """
 
     def __call__(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
 
 
-__all__ = [
-    "HEADS",
-    "BinnedDepthHead",
-    "DPTHead",
-    "DenseHead",
-    "Foldable",
-    "LinearHead",
-    "TransformersHead",
-    "build_head",
-    "head_for",
-    "head_kind",
-]
+__all__ = ["HEADS", "DenseHead", "Foldable", "build_head", "head_for", "head_kind"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,22 +10,25 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import Features
-from simomerge.models.heads.projections import Moments, Projection
+from simomerge.models.heads.projections import Foldable, InputLayer
 from simomerge.models.heads.resize import resize
 
 
-class BinnedDepthHead(nn.Module):
-    """Tapped patch tokens, each concatenated with its CLS token, to the weights of depth bins; depth is their mean.
+class BinnedDepthHead(Foldable, nn.Module):
+    """Maps tapped patch tokens, each concatenated with its CLS token, to weights of depth bins. Depth is their mean.
 
-    Source: "DINOv2" (arXiv 2304.07193), depth estimation, the ``lin.`` and ``lin. 4`` heads: weights are
-    ``relu(logits) + 0.1``, normalised; the logits are made four times as large before.
+    Source: "DINOv2" (arXiv 2304.07193), depth estimation, the heads ``lin.`` and ``lin. 4``. The logits are upsampled
+    four times, and the weights are ``relu(logits) + 0.1``, normalised.
 
     Args:
-        in_channels: of each tap.
-        out_channels: 1.
-        cls: read the CLS tokens too.
-        bins: how many, evenly from ``min_depth`` to ``max_depth`` (metres).
-        upsample: places per side that one token gives.
+        in_channels: Channels of each tap.
+        out_channels: Must be 1.
+        cls: Also read the CLS tokens.
+        bins: Number of bins, spaced evenly from ``min_depth`` to ``max_depth`` (metres).
+        upsample: Factor by which the logits are upsampled.
+
+    Raises:
+        InputError: More than one output channel.
 
     Example:
         >>> features = Features((torch.rand(2, 32, 8, 10),), (torch.rand(2, 32),), (60, 80), (64, 80))
@@ -46,7 +48,7 @@ class BinnedDepthHead(nn.Module):
     ) -> None:
         super().__init__()
         if out_channels != 1:
-            raise InputError(f"a binned depth head gives one channel, the task has {out_channels}.")
+            raise InputError(f"a binned depth head gives one channel, but the task has {out_channels}.")
         self.settings: dict[str, Any] = {
             "cls": cls,
             "bins": bins,
@@ -57,39 +59,22 @@ class BinnedDepthHead(nn.Module):
         self.in_channels = tuple(in_channels)
         self.cls, self.upsample = cls, upsample
         self.limits = (min_depth, max_depth)
-        # As in DINOv2's files: per tap the patch's channels, then the CLS token's.
+        # The order of the columns is that of DINOv2's files: per tap the patch's channels, then the CLS token's.
         self.output = nn.Conv2d(sum(in_channels) * (2 if cls else 1), bins, 1)
 
-    def projections(self) -> list[Projection]:
-        """One, of all taps."""
-        assert self.output.bias is not None
-        parts = list(self.output.weight.flatten(1).split(self._widths(), 1))
-        step = 2 if self.cls else 1
-        maps, cls = parts[::step], parts[1::2] if self.cls else []
-        return [Projection(dict(enumerate(maps)), dict(enumerate(cls)), self.output.bias)]
-
-    @torch.no_grad()
-    def with_projections(self, projections: list[Projection], moments: Moments) -> BinnedDepthHead:
-        """A copy that computes this one."""
-        (projection,) = projections
-        head = copy.deepcopy(self)
+    def input_layers(self) -> list[InputLayer]:
+        """The one layer, which reads all taps."""
         taps = range(len(self.in_channels))
-        parts = [of[tap] for tap in taps for of in (projection.maps, projection.cls)[: 2 if self.cls else 1]]
-        assert head.output.bias is not None
-        head.output.weight.copy_(torch.cat(parts, 1)[..., None, None])
-        head.output.bias.copy_(projection.bias)
-        return head
+        return [InputLayer(self.output, taps, channels=self.in_channels, paired=self.cls)]
 
     def forward(self, features: Features) -> Tensor:
         """Features -> depth (B, 1, H, W) in metres at the padded size."""
-        logits = self.projections()[0](features)
+        (projection,) = self.projections()
+        logits = projection(features)
         height, width = logits.shape[-2:]
-        # The linear map and the enlargement commute; this order does not enlarge the features.
+        # The linear map and the upsampling commute; in this order the features are not upsampled.
         weights = resize(logits, (height * self.upsample, width * self.upsample)).relu() + 0.1
         low, high = self.limits
         bins = torch.linspace(low, high, weights.shape[1], device=weights.device)
         depth = torch.einsum("bkhw,k->bhw", weights, bins) / weights.sum(1)
         return resize(depth[:, None].clamp(low, high), features.padded_size)
-
-    def _widths(self) -> list[int]:
-        return [width for channels in self.in_channels for width in [channels] * (2 if self.cls else 1)]

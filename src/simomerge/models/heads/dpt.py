@@ -12,25 +12,28 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import Features
-from simomerge.models.heads.projections import Moments, Projection, assign, layer_projection
+from simomerge.models.heads.projections import Foldable, InputLayer, Moments, Projection
 from simomerge.models.heads.resize import resize
 
 
-class DPTHead(nn.Module):
-    """Four taps, reassembled at strides p/4, p/2, p and 2p (p: the patch), then fused from coarse to fine.
+class DPTHead(Foldable, nn.Module):
+    """Four taps, reassembled at strides p/4, p/2, p and 2p (p: patch size), then fused from coarse to fine.
 
-    Taps of a pyramid, each at half the resolution of the one before, are fused as they are.
+    Taps of a pyramid, each at half the resolution of the previous one, are fused without resizing.
 
     Source: "Vision Transformers for Dense Prediction" (arXiv 2103.13413); CLS readout 'add' and 128 fusion
     channels as in "Single-Input Multi-Output Model Merging" (arXiv 2504.11268).
 
     Args:
-        in_channels: channels of each of the four taps.
-        out_channels: channels of the task.
-        fusion_channels: width of the fusion path.
-        cls: add each tap's projected CLS token to its projected patches.
-        cross_tap: every projection reads all taps, as the cross-tap fold leaves it; by default its own.
-        pyramid: the taps are those of a pyramid.
+        in_channels: Channels of each of the four taps.
+        out_channels: Channels of the task.
+        fusion_channels: Width of the fusion path.
+        cls: Add each tap's projected CLS token to its projected patches.
+        cross_tap: Every projection reads all taps, as after a cross-tap fold, instead of one tap each.
+        pyramid: The taps are those of a pyramid.
+
+    Raises:
+        InputError: Not four taps.
 
     Example:
         >>> import torch
@@ -40,7 +43,7 @@ class DPTHead(nn.Module):
         torch.Size([2, 1, 64, 80])
     """
 
-    widens = True  # a cross-tap fold may make its projections read all taps
+    widens = True  # a cross-tap fold may replace its projections by projections of all taps
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class DPTHead(nn.Module):
     ) -> None:
         super().__init__()
         if len(in_channels) != 4:
-            raise InputError(f"a DPT head reads four taps, not {len(in_channels)}; use a linear head or four taps.")
+            raise InputError(f"a DPT head reads four taps, not {len(in_channels)}; use four taps or a linear head.")
         self.settings: dict[str, Any] = {"fusion_channels": fusion_channels, "cls": cls}
         self.settings |= {"cross_tap": True} if cross_tap else {}
         self.settings |= {"pyramid": True} if pyramid else {}
@@ -75,7 +78,7 @@ class DPTHead(nn.Module):
         self.fusions = nn.ModuleList(_Fusion(width, skip=stage < 3) for stage in range(4))
         self.smooth = nn.Conv2d(width, width // 2, 3, padding=1)
         self.refine = nn.Conv2d(width // 2, 32, 3, padding=1)
-        self.output = nn.Conv2d(32, out_channels, 1)
+        self.output: Any = nn.Conv2d(32, out_channels, 1)
 
     def _add_projections(self, width: int) -> None:
         """Fresh 1x1 projections of the patches and the CLS tokens."""
@@ -83,34 +86,34 @@ class DPTHead(nn.Module):
         self.projects = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in widths)
         self.readouts = nn.ModuleList(nn.Linear(channels, width, bias=False) for channels in widths if self.cls)
 
-    def projections(self) -> list[Projection]:
-        """One per tap."""
+    def input_layers(self) -> list[InputLayer]:
+        """One per stage."""
+        readouts = list(self.readouts) if self.cls else [None] * 4
         return [
-            layer_projection(
-                self.projects[tap], self._read_by(tap), self.readouts[tap] if self.cls else None, tap, self.in_channels
-            )
+            InputLayer(self.projects[tap], self._read_by(tap), readouts[tap], grid=tap, channels=self.in_channels)
             for tap in range(4)
         ]
 
     def with_projections(self, projections: list[Projection], moments: Moments) -> DPTHead:
-        """A copy that computes these; it becomes a cross-tap head where one of them reads all taps."""
+        """A copy that computes these projections. It becomes a cross-tap head if one of them reads several taps."""
+        if self.cross_tap or all(len(projection.taps) == 1 for projection in projections):
+            same: DPTHead = super().with_projections(projections, moments)
+            return same
+        wide = [projection.widened(self.in_channels) for projection in projections]
         head = copy.deepcopy(self)
-        if not self.cross_tap and any(len(projection.taps) > 1 for projection in projections):
-            projections = [projection.widened(self.in_channels) for projection in projections]
-            head.cross_tap = head.settings["cross_tap"] = True
-            head._add_projections(len(projections[0].bias))
-            head.projects.to(projections[0].bias)
-            head.readouts.to(projections[0].bias)
-        for tap, projection in enumerate(projections):
-            assign(projection, head.projects[tap], head.readouts[tap] if self.cls else None)
-        return head
+        head.cross_tap = head.settings["cross_tap"] = True
+        head._add_projections(len(wide[0].bias))
+        head.projects.to(wide[0].bias)
+        head.readouts.to(wide[0].bias)
+        return head.with_projections(wide, moments)
 
     def _read_by(self, tap: int) -> tuple[int, ...]:
+        """The taps that the projection of one stage reads."""
         return (0, 1, 2, 3) if self.cross_tap else (tap,)
 
     def _project(self, features: Features, tap: int) -> Tensor:
         """The input of one stage: the projected patches, with the projected CLS tokens added."""
-        size = (features.maps[tap].shape[-2], features.maps[tap].shape[-1])
+        size = features.grid(tap)
         read = self._read_by(tap)
         maps = [resize(features.maps[index], size) for index in read]
         x = self.projects[tap](torch.cat(maps, 1) if len(maps) > 1 else maps[0])
@@ -121,8 +124,7 @@ class DPTHead(nn.Module):
 
     @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
-        """Make these (C,) the output of a fresh head, by its bias."""
-        assert self.output.bias is not None
+        """Set the bias so that a fresh head predicts these values (C,)."""
         self.output.bias.copy_(values)
 
     def forward(self, features: Features) -> Tensor:
@@ -133,11 +135,12 @@ class DPTHead(nn.Module):
         fused = self.fusions[1](fused, stages[1], stages[0].shape[-2:])
         fused = self.fusions[0](fused, stages[0], stages[0].shape[-2:])
         fused = resize(self.smooth(fused), features.padded_size)
-        return self.output(F.relu(self.refine(fused)))
+        logits: Tensor = self.output(F.relu(self.refine(fused)))
+        return logits
 
 
 class _ResidualUnit(nn.Module):
-    """Two 3x3 convolutions before which a ReLU stands, beside the identity."""
+    """Two 3x3 convolutions, each after a ReLU, plus the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -149,7 +152,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _Fusion(nn.Module):
-    """Adds the finer stage to the path from the coarser ones, refines, resizes, projects."""
+    """Adds the finer stage to the path from the coarser stages, then refines, projects and resizes the sum."""
 
     def __init__(self, width: int, skip: bool) -> None:
         super().__init__()

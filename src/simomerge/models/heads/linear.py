@@ -17,17 +17,17 @@ from simomerge.models.heads.resize import resize
 
 
 class LinearHead(nn.Module):
-    """Tapped patch tokens, each concatenated with its CLS token, to logits by one linear map.
+    """Maps tapped patch tokens, each concatenated with its CLS token, to logits by one linear map.
 
     Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), NYUv2 protocol: batch norm, 1x1
     convolution, bilinear upsampling of the logits.
 
     Args:
-        in_channels: channels of each tap.
-        out_channels: channels of the task.
-        cls: read the CLS tokens too.
-        subpixels: logits per side that one token gives. 1 is the paper's head; with s > 1 each token gives
-            s x s logits (a pixel shuffle), which small images with large patches need.
+        in_channels: Channels of each tap.
+        out_channels: Channels of the task.
+        cls: Also read the CLS tokens.
+        subpixels: 1 is the paper's head. With s > 1 each token gives s x s logits (a pixel shuffle), which small images
+            with large patches need.
 
     Example:
         >>> features = Features((torch.rand(2, 32, 8, 10),), (torch.rand(2, 32),), (60, 80), (64, 80))
@@ -40,8 +40,8 @@ class LinearHead(nn.Module):
         self.settings: dict[str, Any] = {"cls": cls, "subpixels": subpixels}
         self.in_channels = tuple(in_channels)
         width = sum(in_channels) * (2 if cls else 1)
-        self.norm = nn.BatchNorm2d(width)
-        self.output = nn.Conv2d(width, out_channels * subpixels**2, 1)
+        self.norm: Any = nn.BatchNorm2d(width)
+        self.output: Any = nn.Conv2d(width, out_channels * subpixels**2, 1)
         self.cls = cls
         self.subpixels = subpixels
         nn.init.normal_(self.output.weight, std=0.01)
@@ -49,15 +49,14 @@ class LinearHead(nn.Module):
 
     @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
-        """Make these (C,) the output of a fresh head, by its bias."""
-        assert self.output.bias is not None
+        """Set the bias so that a fresh head predicts these values (C,)."""
         self.output.bias.copy_(values.repeat_interleave(self.subpixels**2))
 
     def forward(self, features: Features) -> Tensor:
         """Features -> logits (B, C, H, W) at the padded size."""
-        size = (features.maps[0].shape[-2], features.maps[0].shape[-1])
+        size = features.grid(0)
         maps = [resize(m, size) for m in features.maps]
-        # In float32: unlike normalised inputs, raw ones may have means far larger than their spread.
+        # Float32 is needed here: without a layer norm, means may be far larger than standard deviations.
         with torch.autocast(maps[0].device.type, enabled=False):
             logits = self._project([m.float() for m in maps], [c.float() for c in features.cls if self.cls])
         if self.subpixels > 1:
@@ -65,13 +64,13 @@ class LinearHead(nn.Module):
         return resize(logits, features.padded_size)
 
     def _project(self, maps: list[Tensor], cls: list[Tensor]) -> Tensor:
-        """The batch norm and the 1x1 convolution at once.
+        """The batch norm and the 1x1 convolution in one step.
 
-        The normalisation is an affine map per channel, so it goes into the convolution's weights. What is
-        then computed is the convolution of the taps as they are; nothing of the width of all taps is made, and
-        the CLS tokens, the same for all places of an image, are multiplied once per image.
+        The normalisation is an affine map per channel, so it goes into the convolution's weights. The convolution then
+        reads each tap directly: the taps are never concatenated, and each CLS token is multiplied once per image, not
+        once per place.
         """
-        weight, bias = self._without_norm(*self._moments(maps, cls))
+        weight, bias = self._without_norm(*self._input_moments(maps, cls))
         parts = weight.split([tap.shape[1] for tap in (*maps, *cls)], 1)
         logits = bias[:, None, None]
         for tap, part in zip((*maps, *cls), parts, strict=True):
@@ -81,15 +80,13 @@ class LinearHead(nn.Module):
         return logits
 
     def _without_norm(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (O, inputs) and bias of the one linear map that the batch norm and the convolution are."""
+        """Weights (O, inputs) and bias of the linear map that equals the batch norm and the convolution."""
         scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         weight = self.output.weight.flatten(1)
-        assert self.output.bias is not None
         return weight * scale, self.output.bias + weight @ (self.norm.bias - mean * scale)
 
     def projections(self) -> list[Projection]:
-        """One, of all taps, through the batch norm as it is in evaluation."""
-        assert self.norm.running_mean is not None and self.norm.running_var is not None
+        """One projection of all taps, which includes the batch norm in evaluation mode."""
         weight, bias = self._without_norm(self.norm.running_mean, self.norm.running_var)
         parts = weight.split(list(self.in_channels) * (2 if self.cls else 1), 1)
         taps = len(self.in_channels)
@@ -97,9 +94,10 @@ class LinearHead(nn.Module):
 
     @torch.no_grad()
     def with_projections(self, projections: list[Projection], moments: Moments) -> LinearHead:
-        """A copy that computes this projection; its batch norm holds the moments of what it will read.
+        """A copy that computes this projection. Its batch norm holds the moments of its future input.
 
-        So it computes the same in training, where a batch norm takes the moments of the batch, and can be trained on.
+        It therefore computes nearly the same in training mode, where the batch norm uses the moments of the batch, and
+        its training can continue.
         """
         (projection,) = projections
         head = copy.deepcopy(self)
@@ -109,8 +107,6 @@ class LinearHead(nn.Module):
         mean, variance = (
             torch.cat([of[tap][which] for _, of in sources for tap in taps]).to(weight) for which in (0, 1)
         )
-        assert head.norm.running_mean is not None and head.norm.running_var is not None
-        assert head.output.bias is not None
         head.norm.running_mean.copy_(mean)
         head.norm.running_var.copy_(variance)
         head.norm.weight.fill_(1.0)
@@ -119,32 +115,30 @@ class LinearHead(nn.Module):
         head.output.bias.copy_(projection.bias + weight @ mean)
         return head
 
-    def _moments(self, maps: list[Tensor], cls: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every input channel: of the batch in training, else the running ones."""
+    def _input_moments(self, maps: list[Tensor], cls: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every input channel: those of the batch in training, otherwise the running ones."""
         norm = self.norm
-        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
         if not norm.training:
             return norm.running_mean, norm.running_var
-        # The rows are the places: sums over them run along memory, for taps that lie channels last.
+        # The rows are the places, so sums over them are contiguous in memory for channels-last taps.
         rows = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps] + cls
-        mean, variance = (torch.cat(values) for values in zip(*map(_mean_variance, rows), strict=True))
+        mean, variance = (torch.cat(values) for values in zip(*map(_column_moments, rows), strict=True))
         count = torch.tensor(float(len(rows[0])), dtype=torch.float64)
         distributed.add_up(count)
         places = int(count)
         if places < 2:
-            raise ValueError("the batch norm of a linear head needs more than one place to train on; use more images.")
+            raise ValueError("the batch norm of a linear head needs more than one place to train; use more images.")
         with torch.no_grad():
-            assert norm.num_batches_tracked is not None
             norm.num_batches_tracked += 1
             norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(variance * (places / max(places - 1, 1)), norm.momentum)
+            norm.running_var.lerp_(variance * (places / (places - 1)), norm.momentum)
         return mean, variance
 
 
-def _mean_variance(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each column of (N, C), of the rows of all processes where several share a batch.
+def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each column of (N, C), over the rows of all processes that share a batch.
 
-    A few rows at a time, for torch.var_mean takes ten times as long.
+    The squares are summed a few rows at a time, which is ten times as fast as torch.var_mean.
     """
     if distributed.processes() < 2:
         count, mean = float(len(rows)), rows.mean(0)

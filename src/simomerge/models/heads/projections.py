@@ -1,14 +1,13 @@
-"""What a head first computes from the taps, said as data: this is where a fold (closed-form re-alignment) goes in.
+"""The first linear layers of a head as data, which is where a fold (closed-form re-alignment) changes the head.
 
 Any head whose first layers are linear in the tokens can be folded. It declares them with two methods::
 
     def projections(self) -> list[Projection]: ...
     def with_projections(self, projections: list[Projection], moments: Moments) -> nn.Module: ...
 
-The first says what they are, the second gives a copy of the head that computes the given ones instead. Where the
-projections are 1x1 convolutions or linear layers, `Foldable` writes both. A head that can
-also hold projections of taps it did not read so far says so with ``widens = True``; a cross-tap fold keeps to the taps
-of a projection otherwise.
+The first describes the layers, the second returns a copy of the head that computes other projections. `Foldable` writes
+both methods for heads whose first layers are 1x1 convolutions or linear layers. A cross-tap fold keeps to the taps that
+a projection reads, unless the head sets ``widens = True`` to say that its projections may read more taps.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ class Projection:
     """One linear map of the tapped tokens: ``u[n] = sum_l maps[l] z^l[n] + cls[l] cls^l + bias``.
 
     Attributes:
-        maps: tap (counted from 0, in the order of the Features) -> weights (O, C_l) of its patch tokens.
-        cls: tap -> weights (O, C_l) of its CLS token.
+        maps: Tap -> weights (O, C_l) of its patch tokens. Taps are counted from 0, in the order of the Features.
+        cls: Tap -> weights (O, C_l) of its CLS token.
         bias: (O,).
-        grid: the tap whose places u has; other taps are resized to it.
+        grid: The tap that sets the size of u; other taps are resized to it.
 
     Example:
         >>> projection = Projection({0: torch.eye(3, 8)}, {}, torch.zeros(3))
@@ -53,7 +52,7 @@ class Projection:
 
     def __call__(self, features: Features) -> Tensor:
         """Features -> u (B, O, h, w), computed in float32."""
-        size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
+        size = features.grid(self.grid)
         total = self.bias.float()[:, None, None]
         with torch.autocast(self.bias.device.type, enabled=False):
             for tap, weight in self.maps.items():
@@ -64,7 +63,7 @@ class Projection:
         return total.expand(len(features), -1, *size)
 
     def split(self) -> list[Projection]:
-        """One projection per tap, which add up to this one; the first carries the bias."""
+        """One projection per tap; they add up to this one. The first has the bias."""
         parts = []
         for position, tap in enumerate(self.taps):
             bias = self.bias if position == 0 else torch.zeros_like(self.bias)
@@ -73,10 +72,10 @@ class Projection:
         return parts
 
     def widened(self, channels: Sequence[int]) -> Projection:
-        """The same function, written as one of all taps: those it does not read get zeros.
+        """The same function as a projection of all taps. Taps that it does not read get weights of zero.
 
         Args:
-            channels: of every tap.
+            channels: Channels of every tap.
         """
         rows = len(self.bias)
         blank = {tap: self.bias.new_zeros(rows, width) for tap, width in enumerate(channels)}
@@ -84,7 +83,7 @@ class Projection:
 
 
 def joined(parts: Sequence[Projection]) -> Projection:
-    """The sum of projections, as one."""
+    """The sum of projections, as one projection."""
     maps: dict[int, Tensor] = {}
     cls: dict[int, Tensor] = {}
     for part in parts:
@@ -97,18 +96,80 @@ def joined(parts: Sequence[Projection]) -> Projection:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and variance (C_l,) of every channel a head will read, by tap: what its normalisation needs to know."""
+    """Tap -> mean and variance (C_l,) of every channel that a head will read, for heads that normalise their input."""
 
     maps: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cls: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class Foldable:
-    """For a head whose first layers are 1x1 convolutions (or linear layers) on taps: says so, and takes a fold.
+@dataclass(frozen=True)
+class InputLayer:
+    """A first layer of a head: a 1x1 convolution or linear layer on the concatenated channels of some taps.
 
     Attributes:
-        reads: name of such a layer -> the taps it reads (counted from 0), concatenated; their places are the first's.
-        in_channels: of every tap; needed where a layer reads taps of unequal width.
+        layer: ``nn.Conv2d`` of kernel 1, or ``nn.Linear``.
+        taps: The taps it reads, in the order of its input channels.
+        readout: A layer of the same kind for the CLS tokens of these taps, whose output is added. It has no bias.
+        grid: The tap that sets the size of the output.
+        channels: Channels of every tap of the encoder. Not needed if the taps it reads have equal width.
+        paired: Its input has the CLS token's channels after each tap's own.
+
+    Example:
+        >>> InputLayer(nn.Conv2d(8, 3, 1), [2]).projection().maps[2].shape
+        torch.Size([3, 8])
+    """
+
+    layer: Any
+    taps: Sequence[int]
+    readout: Any = None
+    grid: int = 0
+    channels: Sequence[int] = ()
+    paired: bool = False
+
+    def projection(self) -> Projection:
+        """The projection that the layer computes."""
+        weight, bias, repeats = self.layer.weight.flatten(1), self.layer.bias, 2 if self.paired else 1
+        equal = weight.shape[1] // (len(self.taps) * repeats)
+        widths = [self.channels[tap] if self.channels else equal for tap in self.taps]
+        pieces = weight.split([width for width in widths for _ in range(repeats)], 1)
+        maps = dict(zip(self.taps, pieces[::repeats], strict=True))
+        cls = dict(zip(self.taps, pieces[1::2], strict=True)) if self.paired else {}
+        if self.readout is not None:
+            cls = dict(zip(self.taps, self.readout.weight.flatten(1).split(widths, 1), strict=True))
+        return Projection(maps, cls, weight.new_zeros(len(weight)) if bias is None else bias, self.grid)
+
+    @torch.no_grad()
+    def assign(self, projection: Projection) -> None:
+        """Make the layer compute a projection.
+
+        Raises:
+            InputError: The layer has no bias, or it reads other taps.
+        """
+        sources = (projection.maps, projection.cls) if self.paired else (projection.maps,)
+        weight = torch.cat([source[tap] for tap in sorted(projection.maps) for source in sources], 1)
+        if weight.numel() != self.layer.weight.numel():
+            raise InputError(
+                f"a layer with weights {tuple(self.layer.weight.shape)} cannot hold a projection of taps"
+                f" {list(projection.maps)}. Only heads with widens = True may be given more taps than they read."
+            )
+        if self.layer.bias is None:
+            raise InputError("a fold changes the bias: give the head's input layer a bias.")
+        self.layer.weight.copy_(weight.view_as(self.layer.weight))
+        self.layer.bias.copy_(projection.bias)
+        if self.readout is not None:
+            readout = torch.cat([projection.cls[tap] for tap in sorted(projection.cls)], 1)
+            self.readout.weight.copy_(readout.view_as(self.readout.weight))
+
+
+class Foldable:
+    """Base class of heads whose first layers are 1x1 convolutions or linear layers on taps, so they can be folded.
+
+    Set ``reads``, or override `input_layers` for layers that also read CLS tokens.
+
+    Attributes:
+        reads: Name of a first layer -> the taps it reads (counted from 0), concatenated. The first sets the size of the
+            output.
+        in_channels: Channels of every tap. Needed if a layer reads taps of different width.
 
     Example:
         >>> class Head(Foldable, nn.Module):
@@ -121,40 +182,44 @@ class Foldable:
     """
 
     reads: Mapping[str, Sequence[int]]
-    in_channels: Sequence[int] | None = None
+    in_channels: Sequence[int] = ()
+
+    def input_layers(self) -> list[InputLayer]:
+        """The head's first layers; those in ``reads`` by default."""
+        assert isinstance(self, nn.Module)
+        layers = []
+        for name, taps in self.reads.items():
+            try:
+                layer = self.get_submodule(name)
+            except AttributeError as error:
+                raise InputError(
+                    f"{type(self).__name__}.reads names {name!r}, but the head has no such layer."
+                ) from error
+            layers.append(InputLayer(layer, taps, grid=taps[0], channels=self.in_channels))
+        return layers
 
     def projections(self) -> list[Projection]:
-        """One per layer in ``reads``."""
-        return [
-            layer_projection(self._layer(name), taps, grid=taps[0], channels=self.in_channels)
-            for name, taps in self.reads.items()
-        ]
+        """One projection per first layer."""
+        return [layer.projection() for layer in self.input_layers()]
 
     def with_projections(self, projections: list[Projection], moments: Moments) -> Any:
-        """A copy whose layers compute these."""
+        """A copy of the head whose first layers compute these projections."""
         head = copy.deepcopy(self)
-        for name, projection in zip(self.reads, projections, strict=True):
-            assign(projection, head._layer(name))
+        for layer, projection in zip(head.input_layers(), projections, strict=True):
+            layer.assign(projection)
         return head
-
-    def _layer(self, name: str) -> Any:
-        assert isinstance(self, nn.Module)
-        try:
-            return self.get_submodule(name)
-        except AttributeError as error:
-            raise InputError(f"{type(self).__name__}.reads names {name!r}, and it has no such layer.") from error
 
 
 def is_foldable(head: nn.Module) -> bool:
-    """Whether a head declares its input projections."""
+    """Whether a head declares its projections."""
     return all(callable(getattr(head, name, None)) for name in ("projections", "with_projections"))
 
 
 def input_projections(head: Any, name: str = "") -> list[Projection]:
-    """The projections that a head declares.
+    """The projections that a head declares, without gradients.
 
     Raises:
-        InputError: it declares none; the message says how to.
+        InputError: It declares none; the message says how to.
     """
     if not is_foldable(head):
         raise InputError(
@@ -162,61 +227,11 @@ def input_projections(head: Any, name: str = "") -> list[Projection]:
             " nothing can be folded into it. Give its class projections() and with_projections(), see"
             " simomerge.models.heads.projections, or re-align with method='distill'."
         )
-    found: list[Projection] = [_detached(projection) for projection in head.projections()]
-    return found
+    return [
+        Projection(_detached(each.maps), _detached(each.cls), each.bias.detach(), each.grid)
+        for each in head.projections()
+    ]
 
 
-def _detached(projection: Projection) -> Projection:
-    return Projection(
-        {tap: weight.detach() for tap, weight in projection.maps.items()},
-        {tap: weight.detach() for tap, weight in projection.cls.items()},
-        projection.bias.detach(),
-        projection.grid,
-    )
-
-
-def layer_projection(
-    layer: Any, taps: Sequence[int], readout: Any = None, grid: int = 0, channels: Sequence[int] | None = None
-) -> Projection:
-    """The projection of a 1x1 convolution or linear layer that reads some taps, concatenated.
-
-    Args:
-        layer: ``nn.Conv2d`` of kernel 1, or ``nn.Linear``, on the patch tokens.
-        taps: which it reads, in order.
-        readout: the same for the CLS tokens, without a bias of its own.
-        grid: the tap whose places the result has.
-        channels: of every tap of the encoder; not needed where those it reads are of equal width.
-
-    Example:
-        >>> layer_projection(nn.Conv2d(8, 3, 1), [2]).maps[2].shape
-        torch.Size([3, 8])
-    """
-    widths = [channels[tap] for tap in taps] if channels else [layer.weight.shape[1] // len(taps)] * len(taps)
-    maps = dict(zip(taps, layer.weight.flatten(1).split(widths, 1), strict=True))
-    cls = dict(zip(taps, readout.weight.flatten(1).split(widths, 1), strict=True)) if readout is not None else {}
-    bias = layer.bias if layer.bias is not None else layer.weight.new_zeros(len(layer.weight))
-    return Projection(maps, cls, bias, grid)
-
-
-@torch.no_grad()
-def assign(projection: Projection, layer: Any, readout: Any = None) -> None:
-    """Make a layer (and its readout), as in `layer_projection`, compute this projection.
-
-    Raises:
-        InputError: a layer without a bias, or one that reads other taps.
-    """
-    if _concatenated(projection.maps).numel() != layer.weight.numel():
-        raise InputError(
-            f"a layer of weights {tuple(layer.weight.shape)} cannot hold a projection of taps {list(projection.maps)}:"
-            " only heads that say widens = True may be given more taps than they read."
-        )
-    layer.weight.copy_(_concatenated(projection.maps).view_as(layer.weight))
-    if layer.bias is None:
-        raise InputError("a fold moves the bias: give the head's input layer a bias.")
-    layer.bias.copy_(projection.bias)
-    if readout is not None:
-        readout.weight.copy_(_concatenated(projection.cls).view_as(readout.weight))
-
-
-def _concatenated(weights: Mapping[int, Tensor]) -> Tensor:
-    return torch.cat([weights[tap] for tap in sorted(weights)], 1)
+def _detached(weights: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {tap: weight.detach() for tap, weight in weights.items()}

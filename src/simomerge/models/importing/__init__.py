@@ -1,77 +1,50 @@
-"""Experts from elsewhere: models of well-known families, and checkpoints of any training code."""
+"""Import experts that were trained elsewhere: models of well-known families, and weight files of any training code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
 from simomerge.models.importing.dinov2 import is_dinov2_head, read_dinov2_head
-from simomerge.models.importing.mapping import Reading, read_mapped
-from simomerge.models.importing.predictions import ARCHITECTURES, architecture_of, read_transformers
+from simomerge.models.importing.mapping import read_mapped
+from simomerge.models.importing.options import ImportOptions
+from simomerge.models.importing.transformers import read_transformers
 from simomerge.models.model import SimoModel
 
 
-def import_expert(
-    source: str | Path,
-    task: str,
-    kind: str = "",
-    classes: Sequence[str] = (),
-    encoder: str | Path | None = None,
-    encoder_prefix: str = "",
-    head_prefix: str = "",
-    head: str = "",
-    head_settings: Mapping[str, Any] | None = None,
-    drop: Sequence[str] = (),
-    taps: Sequence[int] | None = None,
-    apply_layernorm: bool | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> SimoModel:
+def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
     """An expert from a model that simomerge did not train.
 
-    Three sorts of source are known:
+    There are three kinds of source:
 
-    - a folder or hub id of transformers' Depth Anything or DPT, on any plain encoder: nothing else is needed;
-    - a head of DINOv2's own (``dinov2_vitb14_nyu_linear4_head.pth``): ``encoder`` is the encoder it was trained on;
-    - any other checkpoint, a weight file: ``encoder`` says which architecture it fine-tuned (usually the base), the
-      two prefixes which of its tensors are whose, ``head`` which class they make.
+    - A folder or hub id of transformers' Depth Anything or DPT, on any plain encoder. It needs no option.
+    - A head that DINOv2 publishes (``dinov2_vitb14_nyu_linear4_head.pth``). ``encoder`` is the encoder that it reads.
+    - Any other weight file. ``encoder`` is the architecture that it fine-tuned (usually the base), ``encoder_prefix``
+      and ``head_prefix`` say which tensors belong to the encoder and to the head, and ``head`` is the head's class.
 
     Args:
-        source: folder, hub id or weight file (safetensors, or pt, pth, bin of tensors alone).
-        task: what the expert's task is called.
-        kind: its kind, where the name does not say it (``"depth"`` of a model of relative depth is ``"disparity"``).
-        classes: of a segmentation, where the source does not name them.
-        encoder: folder or hub id.
-        encoder_prefix, head_prefix: of the tensors' names; without the first, the encoder's weights are those of
-            ``encoder``.
-        head: ``module:Class`` of a head of your own (see `simomerge.models.heads.DenseHead`), or a key of
-            `simomerge.models.heads.HEADS`.
-        head_settings: its keyword arguments.
-        drop: prefixes of tensors that neither needs, such as ``"auxiliary_head."``.
-        taps, apply_layernorm: what the head reads, see `Encoder`; known for the first two sorts.
-        mean, std: RGB normalisation of a weight file's images, where it is not that of ``encoder``.
+        source: A folder, a hub id or a weight file (safetensors, or pt, pth, bin with only tensors).
+        task: The name of the expert's task.
+        **options: ``kind``, ``classes``, ``encoder``, ``encoder_prefix``, ``head_prefix``, ``head``,
+            ``head_settings``, ``drop``, ``taps``, ``apply_layernorm``, ``mean`` and ``std``; see `ImportOptions`.
 
     Raises:
-        InputError: something given that this sort of source has no use for; an unknown source, or tensors of a mapping
-            that are unused or unfilled; the message lists them.
+        InputError: An option that has no effect on this kind of source, an unknown source, or tensors of a weight file
+            that are unused or missing. The message lists them.
 
     Example:
         >>> expert = import_expert("depth-anything/Depth-Anything-V2-Small-hf", "depth")      # doctest: +SKIP
         >>> expert.save_pretrained("experts/depth")                                           # doctest: +SKIP
     """
-    reading = Reading(
-        encoder, encoder_prefix, head_prefix, head, head_settings or {}, drop, taps, apply_layernorm, mean, std
-    )  # fmt: skip
+    chosen = ImportOptions(**options)
     path = Path(source)
     if path.is_file():
-        read = read_dinov2_head if is_dinov2_head(path) and not head else read_mapped
-        return read(path, task, kind, classes, reading)
+        read = read_dinov2_head if is_dinov2_head(path) and not chosen.head else read_mapped
+        return read(path, task, chosen)
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         raise InputError(f"{source}: no such file.")
-    reading.allow_only(str(source), "a folder or hub id says itself how it is read")
-    return read_transformers(str(source), task, kind, classes)
+    return read_transformers(str(source), task, chosen)
 
 
-__all__ = ["ARCHITECTURES", "architecture_of", "import_expert"]
+__all__ = ["ImportOptions", "import_expert"]

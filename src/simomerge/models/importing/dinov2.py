@@ -1,12 +1,11 @@
 """The heads that DINOv2 publishes: linear (one or four taps) for depth and segmentation, DPT for depth.
 
-Source: "DINOv2" (arXiv 2304.07193). The files hold the head alone, as ``decode_head.*``; the encoder is frozen DINOv2.
+Source: "DINOv2" (arXiv 2304.07193). A file holds the head only, as ``decode_head.*``; the encoder is frozen DINOv2.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,29 @@ from torch import nn
 from simomerge.checkpoints import Checkpoint, open_checkpoint
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
-from simomerge.models.encoders import Encoder, default_taps
-from simomerge.models.heads import BinnedDepthHead, LinearHead, TransformersHead
-from simomerge.models.importing.mapping import Reading, fill, source_of
+from simomerge.models.encoders import Encoder
+from simomerge.models.encoders.encoder import default_taps
+from simomerge.models.heads.binned import BinnedDepthHead
+from simomerge.models.heads.linear import LinearHead
+from simomerge.models.heads.transformers import TransformersHead
+from simomerge.models.importing.mapping import fill
+from simomerge.models.importing.options import ImportOptions, as_imported
 from simomerge.models.model import SimoModel
 
 MIN_DEPTH = 0.001
-"""Metres; the least depth that DINOv2's heads predict."""
+"""The minimum depth in metres that DINOv2's heads predict."""
 
 MAX_DEPTH = {"kitti": 80.0}
-"""Metres, by a word in the file's name; 10 (NYUv2, SUN RGB-D) else."""
+"""Word in the file's name -> maximum depth in metres; for other files (NYUv2, SUN RGB-D) it is 10."""
 
 FOUR_TAPS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
 """Depth of the encoder -> the blocks, counted from 1, that depth heads of four taps read (dinov2/hub/depthers.py)."""
 
+_LAYERS = {"dpt": "project.conv", "depth": "conv_depth", "segmentation": "conv_seg"}
+"""Type of head -> a layer that only this type has, checked in this order."""
+
 _DPT_NAMES = (
+    (r"^decode_head\.", ""),
     (r"^reassemble_blocks\.projects\.(\d)\.conv\.", r"neck.reassemble_stage.layers.\1.projection."),
     (r"^reassemble_blocks\.readout_projects\.(\d)\.0\.", r"neck.reassemble_stage.readout_projects.\1.0."),
     (r"^reassemble_blocks\.resize_layers\.(\d)\.", r"neck.reassemble_stage.layers.\1.resize."),
@@ -46,72 +53,68 @@ _DPT_NAMES = (
 
 
 def is_dinov2_head(file: Path) -> bool:
-    """Whether a weight file holds a head of DINOv2's own and nothing else."""
+    """Whether a weight file holds only a head that DINOv2 publishes."""
     if file.suffix not in (".pth", ".pt", ".safetensors"):
         return False
     names = list(open_checkpoint(file))
     return bool(names) and all(name.startswith("decode_head.") for name in names)
 
 
-def read_dinov2_head(file: Path, task: str, kind: str, classes: Sequence[str], reading: Reading) -> SimoModel:
-    """The expert; see `simomerge.models.importing.import_expert`."""
-    if not reading.encoder:
-        raise InputError(f"{file} holds a head of DINOv2 alone: give --encoder, the DINOv2 it reads.")
-    reading.allow_only(str(file), "a head of DINOv2's own", "encoder", "taps", "apply_layernorm", "mean", "std")
+def read_dinov2_head(file: Path, task: str, options: ImportOptions) -> SimoModel:
+    """The expert with a published head; see `simomerge.import_expert`."""
+    if not options.encoder:
+        raise InputError(f"{file} holds only a head of DINOv2: give --encoder, the DINOv2 that it reads.")
+    used = ("encoder", "taps", "apply_layernorm", "mean", "std")
+    options.check_used(str(file), "the file is a head that DINOv2 publishes", *used)
     weights = open_checkpoint(file)
-    sort = _sort(weights, file)
-    plain = replace(reading, taps=None).load_encoder()
-    # As DINOv2's configurations have it: depth heads read raw blocks, segmentation heads normalised ones.
-    encoder = reading.load_encoder(_taps(sort, weights, plain, file), sort == "segmentation")
-    described = Task(task, kind or ("segmentation" if sort == "segmentation" else "depth"), tuple(classes))
-    head = _build(sort, weights, encoder, described, file)
-    return SimoModel(encoder, {task: described}, {task: head}, source_of(str(file), f"DINOv2 {sort} head")).eval()
+    found = [name for name, layer in _LAYERS.items() if f"decode_head.{layer}.weight" in weights]
+    if not found:
+        raise InputError(
+            f"{file}: not one of DINOv2's linear and DPT heads; name the class of the head by --head and --head-prefix."
+        )
+    head_type = found[0]
+    # In DINOv2's configurations, depth heads read blocks without the layer norm, segmentation heads with it.
+    encoder = replace(options, taps=None).load_encoder(apply_layernorm=head_type == "segmentation")
+    taps = _taps(head_type, weights, encoder, file)
+    encoder.set_taps(options.taps or taps)
+    kind = "segmentation" if head_type == "segmentation" else "depth"
+    described = Task(task, options.kind or kind, tuple(options.classes))
+    head = _build(head_type, weights, encoder, described, file)
+    return as_imported(encoder, described, head, str(file), f"DINOv2 {head_type} head")
 
 
-def _taps(sort: str, weights: Checkpoint, encoder: Encoder, file: Path) -> tuple[int, ...]:
-    """The blocks that the head reads, by how many channels it reads."""
-    width, depth = encoder.channels[0], len(encoder.anatomy.tapped)
+def _taps(head_type: str, weights: Checkpoint, encoder: Encoder, file: Path) -> tuple[int, ...]:
+    """The blocks that the head reads, from the number of its input channels."""
+    width, depth = encoder.channels[0], len(encoder.layout.channels)
     four = FOUR_TAPS.get(depth, default_taps(depth))
-    if sort == "dpt":
+    if head_type == "dpt":
         return four
-    layer, each = ("conv_depth", 2 * width) if sort == "depth" else ("conv_seg", width)
-    columns = weights.info(f"decode_head.{layer}.weight").shape[1]
+    each = 2 * width if head_type == "depth" else width
+    columns = weights.info(f"decode_head.{_LAYERS[head_type]}.weight").shape[1]
     if columns not in (each, 4 * each):
-        raise InputError(f"{file} reads {columns} channels, and the encoder gives {width} a tap: another DINOv2.")
+        raise InputError(f"{file} reads {columns} channels, but the encoder gives {width} per tap: another DINOv2.")
     if columns == each:
         return (depth,)
-    return tuple(range(depth - 3, depth + 1)) if sort == "segmentation" else four
+    return tuple(range(depth - 3, depth + 1)) if head_type == "segmentation" else four
 
 
-def _sort(weights: Checkpoint, file: Path) -> str:
-    for sort, name in (
-        ("dpt", "project.conv.weight"),
-        ("depth", "conv_depth.weight"),
-        ("segmentation", "conv_seg.weight"),
-    ):
-        if f"decode_head.{name}" in weights:
-            return sort
-    raise InputError(
-        f"{file}: a head of another sort than DINOv2's linear and DPT ones; name its class by --head and --head-prefix."
-    )
-
-
-def _build(sort: str, weights: Checkpoint, encoder: Encoder, task: Task, file: Path) -> nn.Module:
+def _build(head_type: str, weights: Checkpoint, encoder: Encoder, task: Task, file: Path) -> nn.Module:
+    """The head, with the weights of the file."""
     limit = next((depth for word, depth in MAX_DEPTH.items() if word in file.name.lower()), 10.0)
-    if sort == "segmentation":
-        head: nn.Module = LinearHead(encoder.channels, task.channels, cls=False)
-        assert isinstance(head, LinearHead)
-        fill(weights, {"decode_head.bn.": head.norm, "decode_head.conv_seg.": head.output})
-    elif sort == "depth":
+    if head_type == "segmentation":
+        linear = LinearHead(encoder.channels, task.channels, cls=False)
+        fill(weights, {"decode_head.bn.": linear.norm, "decode_head.conv_seg.": linear.output})
+        return linear
+    if head_type == "depth":
         bins = weights.info("decode_head.conv_depth.weight").shape[0]
-        head = BinnedDepthHead(encoder.channels, 1, True, bins, MIN_DEPTH, limit)
-        fill(weights, {"decode_head.conv_depth.": head.output})
-    else:
-        head = TransformersHead(encoder.channels, 1, "DPTForDepthEstimation", _dpt_config(weights), MIN_DEPTH)
-        # Its coarsest fusion has nothing to add a skip to.
-        unused = ["neck.fusion_stage.layers.0.residual_layer1."]
-        fill(Renamed(weights), {"neck.": head.neck, "head.": head.head}, may_lack=unused)
-    return head
+        binned = BinnedDepthHead(encoder.channels, 1, True, bins, MIN_DEPTH, limit)
+        fill(weights, {"decode_head.conv_depth.": binned.output})
+        return binned
+    dpt = TransformersHead(encoder.channels, 1, "DPTForDepthEstimation", _dpt_config(weights), MIN_DEPTH)
+    # DINOv2's DPT never uses its layer conv_depth. Its coarsest fusion has no skip connection to refine.
+    optional = ["neck.fusion_stage.layers.0.residual_layer1."]
+    fill(weights, {"neck.": dpt.neck, "head.": dpt.head}, ["conv_depth."], optional, _dpt_name)
+    return dpt
 
 
 def _dpt_config(weights: Checkpoint) -> dict[str, Any]:
@@ -125,16 +128,8 @@ def _dpt_config(weights: Checkpoint) -> dict[str, Any]:
     }
 
 
-class Renamed(Checkpoint):
-    """A checkpoint of DINOv2's DPT head under the names of transformers' DPT."""
-
-    def __init__(self, weights: Checkpoint) -> None:
-        entries = {}
-        for name, entry in weights._entries.items():
-            new = name.removeprefix("decode_head.")
-            for pattern, target in _DPT_NAMES:
-                new = re.sub(pattern, target, new)
-            # conv_depth.conv_depth is a layer that DINOv2's DPT never uses.
-            if not new.startswith("conv_depth."):
-                entries[new] = entry
-        super().__init__(weights.path, entries)
+def _dpt_name(name: str) -> str:
+    """The name in transformers' DPT of a tensor of DINOv2's DPT head."""
+    for pattern, target in _DPT_NAMES:
+        name = re.sub(pattern, target, name)
+    return name

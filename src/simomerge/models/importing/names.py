@@ -1,11 +1,9 @@
-"""The names that DINOv2's own code gives its tensors, as transformers' names."""
+"""DINOv2 names for tensors, and their names in transformers, which splits some tensors that DINOv2 stores as one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
-
-import torch
+from collections.abc import Container
 
 from simomerge.checkpoints import canonical_name
 
@@ -24,57 +22,36 @@ _RULES = [
     )
 ]
 _QKV = re.compile(r"^blocks\.(?:\d+\.)?(\d+)\.attn\.qkv\.(weight|bias)$")
-
-
 _GATED = re.compile(r"^(encoder\.layer\.\d+\.mlp)\.weights_in\.(weight|bias)$")
 
 
-def split_gates(
-    tensors: Mapping[str, torch.Tensor], stored_as: Mapping[str, str], wanted: Container[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The input of a SwiGLU DINOv2 (giant), one tensor on disk, as the gate and the up projection it is in memory.
+def from_dinov2(name: str) -> list[str]:
+    """The names in transformers of a tensor of DINOv2's own code (``blocks.0.attn.qkv.weight``).
+
+    Queries, keys and values are one tensor in DINOv2 and three in transformers: equal parts of it along the first axis.
+    Other names stay as they are.
+
+    Example:
+        >>> from_dinov2("blocks.3.norm1.bias"), len(from_dinov2("blocks.3.attn.qkv.bias"))
+        (['encoder.layer.3.norm1.bias'], 3)
+    """
+    if found := _QKV.match(name):
+        return [f"encoder.layer.{found[1]}.attention.attention.{part}.{found[2]}" for part in ("query", "key", "value")]
+    for pattern, target in _RULES:
+        name = pattern.sub(target, name)
+    return [name]
+
+
+def split_gate(name: str, known: Container[str]) -> list[str]:
+    """The names in memory of a tensor on disk.
+
+    The gate and the up projection of a SwiGLU DINOv2 (giant) are one tensor on disk and two in memory: its halves.
 
     Args:
-        tensors, stored_as: see `from_dinov2`.
-        wanted: names that the module has; where it has the one tensor, nothing is changed.
+        name: The name on disk.
+        known: Canonical names of the module's tensors. If it has the one tensor, nothing is split.
     """
-    split: dict[str, torch.Tensor] = {}
-    stored: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        found = _GATED.match(canonical_name(name))
-        if not found or canonical_name(name) in wanted:
-            split[name], stored[name] = tensor, stored_as[name]
-            continue
-        for part, piece in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
-            new = f"{found[1]}.{part}.{found[2]}"
-            split[new], stored[new] = piece, stored_as[name]
-    return split, stored
-
-
-def from_dinov2(
-    tensors: Mapping[str, torch.Tensor], stored_as: Mapping[str, str]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors under DINOv2's names (``blocks.0.attn.qkv.weight``) under transformers'; others stay as they are.
-
-    Queries, keys and values, one tensor there, are three here.
-
-    Args:
-        tensors: by name.
-        stored_as: name -> what it is called in the file.
-
-    Returns:
-        Both, by their new names.
-    """
-    renamed: dict[str, torch.Tensor] = {}
-    stored: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if found := _QKV.match(name):
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                new = f"encoder.layer.{found[1]}.attention.attention.{part}.{found[2]}"
-                renamed[new], stored[new] = piece, stored_as[name]
-            continue
-        new = name
-        for pattern, target in _RULES:
-            new = pattern.sub(target, new)
-        renamed[new], stored[new] = tensor, stored_as[name]
-    return renamed, stored
+    found = _GATED.match(canonical_name(name))
+    if not found or canonical_name(name) in known:
+        return [name]
+    return [f"{found[1]}.{part}.{found[2]}" for part in ("gate_proj", "up_proj")]

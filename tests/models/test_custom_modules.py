@@ -1,4 +1,4 @@
-"""Encoders and heads of the user's own: the example of the README, and what is refused."""
+"""Custom encoders and heads: the contract, the example of the README, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from PIL import Image
 from torch import nn
 
 import simomerge as sm
-from simomerge.core.classes import class_path, make
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
 from simomerge.datasets import load_data
 from simomerge.merging.disk.merge import merge_on_disk
+
+from .encoders.contract import EncoderContract, Make
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -66,7 +67,7 @@ def test_the_readmes_example_runs_and_its_model_loads(example: Any, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
-def test_folders_of_own_encoders_merge_on_disk(example: Any, tmp_path: Path) -> None:
+def test_folders_of_custom_encoders_merge_on_disk(example: Any, tmp_path: Path) -> None:
     example.base.save_pretrained("base")
     folders = {task: expert.save_pretrained(task) for task, expert in example.experts.items()}
     merge_on_disk("base", folders, "merged", "average")
@@ -86,6 +87,48 @@ class Plain(nn.Module):
         return [self.stem(images)]
 
 
+class Pyramid(nn.Module):
+    """Two maps, the coarse one first, and a batch norm."""
+
+    channels, strides = (6, 4), (8, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.down = nn.Conv2d(3, 4, 4, 4), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 2, 2)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        fine = self.norm(self.stem(images))
+        return self.down(fine.relu()), fine
+
+
+class WithCls(Plain):
+    has_cls = True
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale, self.settings = scale, {"scale": scale}
+
+    def forward(self, images: torch.Tensor) -> sm.Features:  # type: ignore[override]
+        maps = self.scale * self.stem(images)
+        return sm.Features((maps,), (maps.mean((2, 3)),), (8, 8), (8, 8))
+
+
+MODULES = {"one map": Plain, "pyramid": Pyramid, "CLS tokens": lambda: WithCls(scale=2.0)}
+
+
+class TestCustomEncoder(EncoderContract):
+    cases = tuple(MODULES)
+    can_choose_taps = False  # all maps are tapped
+
+    @pytest.fixture
+    def make(self, case: str) -> Make:
+        def encoder() -> Any:
+            torch.manual_seed(0)
+            return sm.SimoModel(MODULES[case](), {}, {}).encoder
+
+        return encoder
+
+
 def test_an_encoder_without_channels_is_refused() -> None:
     with pytest.raises(InputError, match=r"Linear has channels \[\] and strides \[\]"):
         sm.SimoModel(nn.Linear(2, 2), {}, {})
@@ -94,20 +137,16 @@ def test_an_encoder_without_channels_is_refused() -> None:
 def test_maps_of_other_channels_than_declared_are_refused() -> None:
     encoder = Plain()
     encoder.channels = (5,)  # type: ignore[assignment]
-    with pytest.raises(InputError, match=r"Plain gave maps of \(4,\) channels and declares \(5,\)"):
+    with pytest.raises(InputError, match=r"Plain gave maps of \(4,\) channels, but it declares \(5,\)"):
         sm.SimoModel(encoder, {}, {}).encode(torch.rand(1, 3, 8, 8))
 
 
 def test_cls_tokens_are_declared() -> None:
-    class WithCls(Plain):
-        def forward(self, images: torch.Tensor) -> sm.Features:  # type: ignore[override]
-            maps = self.stem(images)
-            return sm.Features((maps,), (maps.mean((2, 3)),), (8, 8), (8, 8))
-
     encoder = WithCls()
-    with pytest.raises(InputError, match="WithCls gave CLS tokens and declares has_cls = False"):
+    encoder.has_cls = False
+    with pytest.raises(InputError, match="WithCls gave CLS tokens, but it declares has_cls = False"):
         sm.SimoModel(encoder, {}, {}).encode(torch.rand(1, 3, 8, 8))
-    encoder.has_cls = True  # type: ignore[assignment]
+    encoder.has_cls = True
     model = sm.SimoModel(encoder, {}, {})
     assert model.encoder.has_cls and model.encode(torch.rand(1, 3, 8, 8)).cls[0].shape == (1, 4)
 
@@ -123,8 +162,8 @@ def test_images_are_padded_to_the_largest_stride() -> None:
     assert [tuple(m.shape[-2:]) for m in features.maps] == [(2, 2), (4, 4)]
 
 
-def test_adapters_beside_unknown_blocks_are_refused() -> None:
-    with pytest.raises(InputError, match="Plain is an encoder of your own"):
+def test_adapters_of_unknown_blocks_are_refused() -> None:
+    with pytest.raises(InputError, match="Plain is a custom encoder"):
         sm.SimoModel(Plain(), {}, {}).encoder.add_adapters()
 
 
@@ -135,28 +174,6 @@ def test_a_class_inside_a_function_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Hidden is defined inside a function"):
         sm.SimoModel(Hidden(), {}, {}).save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
-
-
-def test_only_modules_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken.py").write_text("raise RuntimeError('at import')")
-    (tmp_path / "wrong.py").write_text("def (")
-    text = "import torch\nclass Thing(torch.nn.Module):\n    def __init__(self):\n        raise ValueError('never')\n"
-    (tmp_path / "raising.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert isinstance(make(class_path(Plain()), {}, nn.Module), Plain)
-    for path, message in (
-        ("subprocess:run", "not a torch Module"),
-        ("nowhere_at_all:Thing", "cannot be imported.*PYTHONPATH"),
-        ("torch.nn:Nothing", "no such class in the module"),
-        ("broken:Thing", "'broken' cannot be imported.*RuntimeError: at import.*mend the module"),
-        ("wrong:Thing", "'wrong' cannot be imported.*SyntaxError.*mend the module"),
-        ("raising:Thing", "cannot be made with.*ValueError: never"),
-        ("__main__:Gone", "script or notebook"),
-    ):
-        with pytest.raises(InputError, match=message):
-            make(path, {}, nn.Module)
-    with pytest.raises(InputError, match=r"torch\.nn:Linear: cannot be made with"):
-        make("torch.nn:Linear", {"width": 3}, nn.Module)
 
 
 def test_settings_that_are_no_plain_data_are_refused(tmp_path: Path) -> None:

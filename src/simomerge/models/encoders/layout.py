@@ -1,0 +1,144 @@
+"""Find the blocks of a transformers encoder, the outputs that can be tapped, and their strides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+from torch import nn
+
+from simomerge.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The modules and sizes of a backbone that an `Encoder` needs to know.
+
+    Attributes:
+        channels: Channels of each output that can be tapped.
+        strides: Pixels per place of each output that can be tapped.
+        tapped: The modules that give these outputs: the blocks of a plain transformer, or the last module of each
+            stage of a pyramid.
+        blocks: The residual blocks that keep the shape of their input. Each of them can get an adapter.
+        widths: Channels of each block.
+        norm: The final layer norm, if it fits every tapped output.
+        has_cls: Whether the first token is a CLS token.
+        prefix: Number of tokens before the patches: CLS, registers, and DeiT's distillation token.
+        arguments: Keyword arguments of every forward pass.
+        smallest: Minimum height and width of an image in pixels.
+        windows: Blocks with shifted windows, each with its shift and window size. Swin changes both on small images
+            and does not restore them.
+    """
+
+    channels: Sequence[int]
+    strides: Sequence[int]
+    tapped: Sequence[nn.Module] = ()
+    blocks: Sequence[nn.Module] = ()
+    widths: Sequence[int] = ()
+    norm: nn.Module | None = None
+    has_cls: bool = False
+    prefix: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
+    smallest: int = 1
+    windows: Sequence[tuple[Any, Any, Any]] = ()
+
+    @property
+    def is_pyramid(self) -> bool:
+        """Whether the maps differ in stride. Taps then count stages instead of blocks."""
+        return len(set(self.strides)) > 1
+
+
+def find_layout(backbone: Any) -> Layout:
+    """Find the layout of a backbone from its structure.
+
+    Raises:
+        InputError: It has neither a list of blocks nor stages of blocks.
+    """
+    # Models with learned position embeddings of one size resize them only on request.
+    known = inspect.signature(backbone.forward).parameters
+    arguments = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
+    stages = _stages(backbone)
+    return _pyramid(backbone.config, stages, arguments) if stages else _plain(backbone, arguments)
+
+
+def _plain(backbone: Any, arguments: dict[str, Any]) -> Layout:
+    config = backbone.config
+    blocks = _block_list(backbone)
+    core = getattr(backbone, "vision_model", backbone)  # a wrapper in transformers 4
+    norms = [getattr(core, name, None) for name in ("layernorm", "norm", "post_layernorm", "layer_norm")]
+    embeddings = getattr(core, "embeddings", core)
+    widths = [int(config.hidden_size)] * len(blocks)
+    has_cls = any(getattr(embeddings, name, None) is not None for name in ("cls_token", "class_embedding"))
+    has_distillation = getattr(embeddings, "distillation_token", None) is not None
+    return Layout(
+        channels=widths,
+        strides=[int(config.patch_size)] * len(blocks),
+        tapped=blocks,
+        blocks=blocks,
+        widths=widths,
+        norm=next((norm for norm in norms if norm is not None), None),
+        has_cls=has_cls,
+        prefix=has_cls + has_distillation + int(getattr(config, "num_register_tokens", 0)),
+        arguments=arguments,
+    )
+
+
+def _pyramid(config: Any, stages: Sequence[Any], arguments: dict[str, Any]) -> Layout:
+    channels = getattr(config, "hidden_sizes", None) or [config.embed_dim * 2**stage for stage in range(len(stages))]
+    pairs = [
+        (block, int(width))
+        for stage, width in zip(stages, channels, strict=True)
+        for block in _blocks_of(stage)
+        if isinstance(getattr(block, "shortcut", nn.Identity()), nn.Identity)  # other ResNet blocks change the shape
+    ]
+    strides = _pyramid_strides(config, len(stages))
+    windows = [(b, b.shift_size, b.window_size) for b, _ in pairs if hasattr(b, "set_shift_and_window_size")]
+    return Layout(
+        channels=[int(width) for width in channels],
+        strides=strides,
+        # A stage of PVT v2 ends with a layer norm, all others end with a block.
+        tapped=[getattr(stage, "layer_norm", None) or _blocks_of(stage)[-1] for stage in stages],
+        blocks=[block for block, _ in pairs],
+        widths=[width for _, width in pairs],
+        arguments=arguments,
+        smallest=strides[-1] * int(config.window_size) if windows else 1,
+        windows=windows,
+    )
+
+
+def _stages(backbone: nn.Module) -> list[nn.Module]:
+    """The stages of a pyramid: a module list whose items all hold a list of blocks."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and all(_blocks_of(stage) for stage in module):
+            return list(module)
+    return []
+
+
+def _blocks_of(stage: nn.Module) -> list[nn.Module]:
+    for name in ("blocks", "layers"):
+        inner = getattr(stage, name, None)
+        if isinstance(inner, (nn.ModuleList, nn.Sequential)):
+            return list(inner)
+    return []
+
+
+def _pyramid_strides(config: Any, stages: int) -> list[int]:
+    if hasattr(config, "strides"):  # PVT v2
+        return list(accumulate((int(stride) for stride in config.strides), mul))
+    first = int(getattr(config, "patch_size", 4))
+    return [first * 2 ** (stage + bool(getattr(config, "downsample_in_first_stage", False))) for stage in range(stages)]
+
+
+def _block_list(backbone: Any) -> list[nn.Module]:
+    depth = getattr(backbone.config, "num_hidden_layers", None)
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise InputError(
+        f"{type(backbone).__name__}: found no list of {depth} blocks, and no stages of blocks;"
+        " give a vision encoder that `simomerge encoders` lists."
+    )
