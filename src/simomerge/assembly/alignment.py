@@ -11,7 +11,7 @@ from simomerge.assembly.experts import check_experts, with_merged_encoder, with_
 from simomerge.assembly.realign import fold_heads, see
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
 
@@ -76,7 +76,7 @@ class Aligner:
     ) -> None:
         self.base = base
         self.experts = check_experts(base, experts)
-        self.images = readable(as_images(images, count))
+        self.images = as_images(images, count).readable()
         if len(self.images) < 4:
             raise InputError(
                 f"{len(self.images)} images: a choice without labels holds out every fourth; give at least 4."

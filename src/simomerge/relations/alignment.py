@@ -13,7 +13,7 @@ from simomerge.assembly.realign import HELD_OUT, RIDGES
 from simomerge.assembly.realign.teacher import evaluating, matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.models.model import SimoModel
 from simomerge.relations.sums import TokenSums, cka
 
@@ -62,7 +62,7 @@ def alignment(
         ...     print(row.task, row.tap, row.r2_before, row.r2_after)
     """
     experts = matching_experts(model, experts)
-    source = readable(as_images(images, count))
+    source = as_images(images, count).readable()
     if len(source) < HELD_OUT:
         raise InputError(f"{len(source)} images: every fourth is held out; give at least {HELD_OUT}.")
     taps = model.encoder.taps

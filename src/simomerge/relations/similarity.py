@@ -12,7 +12,7 @@ from simomerge.assembly.experts import with_merged_encoder
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.merging import ZeroShot
 from simomerge.models.model import SimoModel
 from simomerge.relations.sums import TokenSums, cka
@@ -60,7 +60,7 @@ def similarity(base: SimoModel, experts: Mapping[str, SimoModel], images: Any, c
     """
     if BASE in experts:
         raise InputError(f"a task called {BASE!r} cannot be told from the base: give it another name.")
-    source = readable(as_images(images, count))
+    source = as_images(images, count).readable()
     unmerged = with_merged_encoder(base, experts, ZeroShot())  # the base as the experts tap and normalise it
     first = next(iter(experts.values())).encoder
     names = [BASE, *experts]

@@ -29,7 +29,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.images import resized
 from simomerge.core.machine import autocast
 from simomerge.datasets import DenseDataset
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.settings import TrainSettings
@@ -157,7 +157,7 @@ def realign_distill(
         check_no_adapters(model, "distill its heads alone, or the model they were made from")
     config = _lora_config(model, rank, activation) if adapters == "lora" else None  # refuses before it computes
     experts = matching_experts(model, experts)
-    source = readable(as_images(images, count), one_size=True)
+    source = as_images(images, count).readable(one_size=True)
     start = model if model.provenance.get("realign") else _folded(model, experts, source, variant)
     result = copy.deepcopy(start)
     with distributed.temporary_folder() as temporary:
