@@ -18,7 +18,8 @@ from simomerge.core.progress import show_progress
 from simomerge.datasets import rooms
 from simomerge.datasets.rooms import cache
 from simomerge.datasets.rooms.render import render
-from simomerge.datasets.rooms.scenes import BALL, BOX, CONE, CYLINDER, PANEL, PANELS, RUG, SLOTS, sample_scenes
+from simomerge.datasets.rooms.scenes import sample_scenes
+from simomerge.datasets.rooms.slots import BALL, BOX, CONE, CYLINDER, PANEL, PANELS, RUG, SLOTS
 
 H, W = 24, 30
 FIRST_COUNTS = [607, 220, 65, 132, 61, 4, 8, 96, 41, 11, 35]
@@ -245,7 +246,7 @@ def test_the_array_namespace_is_the_one_given() -> None:
     assert same(rooms.render_rooms(0, "val", 0, 2, H, W, xp=xp), rooms.render_rooms(0, "val", 0, 2, H, W))
     assert {"where", "take", "sqrt", "floor", "pad", "stack", "concatenate", "argsort"} <= xp.names
     source = Path(rooms.__file__).parent
-    for module in ("render.py", "labels.py", "textures.py"):
+    for module in ("render.py", "view.py", "tracing.py", "shading.py", "labels.py", "textures.py"):
         assert "np." not in source.joinpath(module).read_text(encoding="utf-8").replace("xp.", "")
 
 
