@@ -28,7 +28,7 @@ _NOWHERE = (0.0, 0.0, -1000.0, 0.1, 0.1, 0.1, 1.0, 0.0)
 
 
 class SceneBuilder:
-    """One scene under construction. The order of the calls is part of the data set's definition."""
+    """One scene under construction. The order of the random draws is part of the data set's definition."""
 
     def __init__(self, dice: Dice) -> None:
         self.dice = dice
@@ -94,7 +94,7 @@ class SceneBuilder:
         self.taken.append((self.position[0], self.position[1], 0.35))
 
     def _light(self) -> None:
-        """One or two ceiling lamps, one of them the light; exposure, white balance and grain."""
+        """One or two ceiling lamps, the first of which is the light; exposure, white balance and grain."""
         d, (x, y, z) = self.dice, self.room
         for number in range(d.pick((1, 1, 2))):
             depth = d.uniform(1.2, 0.75 * max(x, y))
@@ -211,11 +211,7 @@ class SceneBuilder:
     def _cabinet(self) -> None:
         """A chest, shelf or wardrobe with its back to a wall."""
         d, (x, y, z) = self.dice, self.room
-        half = [
-            d.uniform(0.25, 0.75),
-            d.uniform(0.18, 0.32),
-            d.pick((0.3, 0.4, 0.5, 0.85, 1.0)) * d.uniform(0.85, 1.1),
-        ]
+        half = [d.uniform(0.25, 0.75), d.uniform(0.18, 0.32), d.pick((0.3, 0.4, 0.5, 0.85, 1.0)) * d.uniform(0.85, 1.1)]
         half[2] = min(half[2], z / 2 - 0.1)
         wall = d.below(4)
         span = y if wall < 2 else x
@@ -231,11 +227,8 @@ class SceneBuilder:
     def _table(self) -> None:
         """A top on a foot, or on two side boards."""
         d = self.dice
-        half, high, thick = (
-            [d.uniform(0.4, 0.75), d.uniform(0.3, 0.5)],
-            d.uniform(0.45, 0.8),
-            d.uniform(0.02, 0.05),
-        )
+        half = [d.uniform(0.4, 0.75), d.uniform(0.3, 0.5)]
+        high, thick = d.uniform(0.45, 0.8), d.uniform(0.02, 0.05)
         spot = self._spot(math.hypot(*half))
         if spot is None or self.counts[BOX] > BOXES - 3:
             return
@@ -256,11 +249,8 @@ class SceneBuilder:
     def _sofa(self) -> None:
         """A seat and a back."""
         d = self.dice
-        half, seat, back = (
-            [d.uniform(0.3, 0.9), d.uniform(0.28, 0.42)],
-            d.uniform(0.18, 0.25),
-            d.uniform(0.35, 0.5),
-        )
+        half = [d.uniform(0.3, 0.9), d.uniform(0.28, 0.42)]
+        seat, back = d.uniform(0.18, 0.25), d.uniform(0.35, 0.5)
         spot = self._spot(math.hypot(*half))
         if spot is None or self.counts[BOX] > BOXES - 2:
             return
@@ -305,7 +295,7 @@ class SceneBuilder:
             self._add(CYLINDER, "column", [x, y, z + half, radius, radius, half], "column")
 
     def _blocked(self, x: float, y: float, z: float, reach: float) -> bool:
-        """Whether something would swallow the camera or pass through the ceiling or the light."""
+        """Whether a thing would contain the camera, or intersect the ceiling or the light."""
         if z + reach > self.room[2] - 0.05:
             return True
         return any(math.dist((x, y, z), place) < reach + 0.3 for place in (self.position, self.light))

@@ -13,14 +13,14 @@ from simomerge.datasets.rooms.dice import Dice
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of B scenes; all arrays are NumPy, float32 unless said otherwise.
+    """A batch of B scenes; all arrays are NumPy, float32 unless a line below names another dtype.
 
     Attributes:
         position: (B, 3) camera position in metres.
         rotation: (B, 3, 3) rows: the camera's right, up and forward directions in the world.
         tangent: (B,) tangent of half the horizontal field of view.
         room: (B, 3) extent of the room in metres.
-        shape: (B, SLOTS, 8) geometry of each slot, see the module's text.
+        shape: (B, SLOTS, 8) geometry of each slot, as `simomerge.datasets.rooms.slots` describes it.
         material: (B, SLOTS, len(FIELDS)) texture of each slot.
         category: (B, SLOTS) uint8 index into ``CLASS_NAMES``.
         used: (B, 5) int64 number of panels, boxes, balls, cylinders and cones.
@@ -53,17 +53,17 @@ class Scenes:
         return len(self.position)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Scenes:
-        """The scenes at some places of the batch, in that order."""
+        """The scenes with these indices, in this order."""
         return Scenes(**{name: getattr(self, name)[indices] for name in self.__dataclass_fields__})
 
 
 def sample_scenes(seed: int, split: int, indices: Sequence[int]) -> Scenes:
-    """Draw scenes; each depends on its own ``(seed, split, index)`` only.
+    """Draw scenes; each depends only on its own ``(seed, split, index)``.
 
     Args:
         seed: Non-negative seed of the whole data set.
         split: Number of the split, see ``SPLITS``.
-        indices: Which scenes of the split.
+        indices: Numbers of the scenes in the split.
 
     Returns:
         The scenes in the order of ``indices``.

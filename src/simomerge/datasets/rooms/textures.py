@@ -46,7 +46,7 @@ def _colour(dice: Dice, saturation: tuple[float, float], value: tuple[float, flo
 
 
 def _companion(dice: Dice, colour: list[float]) -> list[float]:
-    """A second colour that goes with the first: another tone of it, or one of its own."""
+    """A second colour: another tone of the first, or an independent colour."""
     if dice.chance(0.4):
         return _colour(dice, (0.1, 0.7), (0.25, 1.0))
     hue, saturation, value = colorsys.rgb_to_hsv(*(math.sqrt(channel) for channel in colour))
@@ -59,7 +59,7 @@ def sample_material(dice: Dice, role: str, radius: float = 0.0) -> list[float]:
     """Draw a material for a surface.
 
     Args:
-        dice: Where the randomness comes from.
+        dice: Source of the randomness.
         role: A key of the pattern table: "wall", "floor", "box", "ball", ...
         radius: Radius in metres of a round surface, whose pattern must close around it; 0 for flat ones.
 
@@ -136,7 +136,7 @@ def _square(xp: Any, x: Any, soft: Any) -> Any:
 
 
 def _lines(xp: Any, x: Any, width: float, soft: Any) -> Any:
-    """How much of a pixel is covered by lines of ``width`` at the integers (0 to 1)."""
+    """The share of a pixel (0 to 1) that is covered by lines of ``width`` at the integers."""
     distance = 0.5 - abs(x - xp.floor(x) - 0.5)
     return xp.clip((width - distance) / (soft + 0.01) + 0.5, 0.0, 1.0) * xp.minimum(1.0, 2 * width / soft + 0.2)
 
