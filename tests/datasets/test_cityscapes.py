@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,18 @@ from simomerge.datasets.published.cityscapes import (
     COLOURS,
     LABEL_IDS,
     PARTS,
-    Cityscapes,
     decode_uids,
     read_disparity,
     read_parts,
 )
 
 H, W = 16, 32
+
+
+def load(root: Path, split: str = "test", **options: Any) -> Any:
+    return load_data(f"cityscapes:{root}", split, **options)
+
+
 CITIES = {"train": ("aachen", "zurich"), "val": ("frankfurt",)}
 UIDS = (3, 23, 26, 26002, 2401002, 2401000, 2500405, 2800105, 2600103, 32, 24001)
 """Unlabelled, sky, a car without and with an instance, a head, no part, the artefact, chassis, lights, a motorcycle."""
@@ -76,7 +82,7 @@ def test_samples_of_the_official_tree(official: Path) -> None:
 
 
 def test_samples_of_the_npy_layout(npy: Path) -> None:
-    data = Cityscapes(npy, "test", size=(H, W))
+    data = load(npy, "test", size=(H, W))
     sample = data[1]
     rng = np.random.default_rng(1)
     rng.random((H, W, 3))
@@ -84,7 +90,7 @@ def test_samples_of_the_npy_layout(npy: Path) -> None:
     np.testing.assert_array_equal(sample["parts"].numpy(), rng.integers(0, 10, (H, W)))
     np.testing.assert_allclose(sample["disparity"][0].numpy(), rng.uniform(0, 0.4, (H, W)), rtol=1e-6)
     assert list(data.tasks) == ["segmentation", "parts", "disparity"] and data.tasks["parts"].classes == PARTS
-    assert Cityscapes(npy, "train")[0]["image"].shape == (3, 128, 256)
+    assert load(npy, "train")[0]["image"].shape == (3, 128, 256)
 
 
 def test_auto_lambdas_pictures_are_the_official_ones_by_number(official: Path, tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_the_papers_splits_have_their_sizes(tmp_path: Path) -> None:
             touch(tmp_path / "npy" / part / "image" / f"{index}.npy")
             touch(tmp_path / "tree" / "leftImg8bit" / part / "bonn" / f"bonn_{index:06d}_000019_leftImg8bit.png")
     for layout in ("npy", "tree"):
-        splits = [{row.image for row in Cityscapes(tmp_path / layout, s).rows} for s in ("train", "val", "test")]
+        splits = [{row.image for row in load(tmp_path / layout, s).rows} for s in ("train", "val", "test")]
         assert [len(images) for images in splits] == [2380, 595, 500]
         assert len(set.union(*splits)) == 3475
 
@@ -172,18 +178,18 @@ def test_wrong_contents_are_named(task: str, name: str, array: np.ndarray, messa
     folder = official / name.split("_")[0].removesuffix(".png").removesuffix(".tif")
     save(folder / f"val/frankfurt/frankfurt_000001_000019_{name}", array)
     with pytest.raises(InputError, match=rf"frankfurt_000001_000019_{name}: .*{message}"):
-        Cityscapes(official, "test").targets(1, [task])
+        load(official, "test").targets(1, [task])
 
 
 def test_folders_that_are_not_there(official: Path, tmp_path: Path) -> None:
     (official / "disparity").rename(official / "elsewhere")
-    assert list(Cityscapes(official, "val").tasks) == ["segmentation", "parts"]
+    assert list(load(official, "val").tasks) == ["segmentation", "parts"]
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="neither train/image nor leftImg8bit is a folder"):
-        Cityscapes(empty)
+        load(empty)
     (empty / "leftImg8bit").mkdir()
     with pytest.raises(InputError, match="no image leftImg8bit/train/CITY"):
-        Cityscapes(empty)
+        load(empty)
     with pytest.raises(InputError, match="no split 'trainval'; it has train, val, test"):
-        Cityscapes(official, "trainval")
+        load(official, "trainval")

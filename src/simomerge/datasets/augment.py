@@ -13,7 +13,7 @@ from torch import Tensor
 from simomerge.core.errors import InputError
 from simomerge.core.images import resized
 from simomerge.datasets.base import random_flip
-from simomerge.datasets.rows import resize_target
+from simomerge.datasets.stored import resize_target
 from simomerge.datasets.tasks import LOG_DEPTH_RANGE, Task
 
 SCALES = (1.0, 1.2, 1.5)

@@ -114,11 +114,11 @@ class _Subset(DenseDataset):
         return self.source.fingerprint()
 
 
-def check_size(size: Any) -> None:
-    """Raises InputError unless ``size`` is a pair of positive integers: height and width in pixels."""
+def check_size(size: Any, place: str = "") -> None:
+    """Raises InputError unless ``size`` is a height and a width in pixels. The message starts with ``place``."""
     pair = isinstance(size, (tuple, list)) and len(size) == 2
     if not pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
-        raise InputError(f"size {size!r}; give [height, width] in pixels.")
+        raise InputError(f"{place}size {size!r}; give [height, width] in pixels.")
 
 
 def random_flip(tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
