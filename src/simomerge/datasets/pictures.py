@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -62,8 +63,8 @@ class Images(DenseDataset):
         """The same pictures in another size: (height, width) or "HEIGHTxWIDTH". Raises InputError."""
         if self.is_dataset:
             raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
-        chosen = Images(self.source, _parse_size(size))
-        chosen._positions, chosen._count = self._positions, self._count
+        chosen = copy.copy(self)
+        chosen.size, chosen._memory = _parse_size(size), _Memory()
         return chosen
 
     def readable(self, one_size: bool = False) -> Images:
@@ -95,20 +96,22 @@ class Images(DenseDataset):
                 )
         if len(sizes) == len(self):
             return self
-        self._warn([index for index in range(len(self)) if index not in sizes], len(self), every_image=True)
+        self.report([index for index in range(len(self)) if index not in sizes], len(self), every_image=True)
         return self._subset(list(sizes))
 
     def _check(self, index: int) -> tuple[int, int] | None:
         """(height, width) of an image, decoded for that only if it never was; None if it cannot be read."""
-        position = self._positions[index]
-        if position not in self._memory.sizes and position not in self._memory.errors:
-            image = self._try(index)
-            if image is not None:
-                self._memory.keep(position, image)
-        return self._memory.sizes.get(position)
+        position, known = self._positions[index], self._memory
+        if (
+            position not in known.sizes
+            and position not in known.errors
+            and (image := self.try_image(index)) is not None
+        ):
+            known.keep(position, image)
+        return known.sizes.get(position)
 
-    def _try(self, index: int) -> Tensor | None:
-        """An image; None if it is a picture that cannot be read."""
+    def try_image(self, index: int) -> Tensor | None:
+        """An image; None if it is a picture that cannot be read. Raises the error of a dataset."""
         try:
             return self.image(index)
         except InputError as error:
@@ -118,12 +121,12 @@ class Images(DenseDataset):
             return None
 
     def _read(self, position: int) -> Tensor:
-        own = self.source.image if self.is_dataset else None
-        image: Tensor = own(position) if own else to_tensor(self.source[position], self.size)[0]
+        read = self.source.image if self.is_dataset else lambda i: to_tensor(self.source[i], self.size)[0]
+        image: Tensor = read(position)
         self._memory.sizes[position] = (image.shape[-2], image.shape[-1])
         return image
 
-    def _warn(self, unreadable: Sequence[int], asked: int, every_image: bool) -> None:
+    def report(self, unreadable: Sequence[int], asked: int, every_image: bool) -> None:
         """Warn of the images that were left out of ``asked`` ones. Raises InputError if that is all of them."""
         if not unreadable:
             return
@@ -135,22 +138,13 @@ class Images(DenseDataset):
 
     def _picked(self, count: int) -> Sequence[int]:
         """Pictures evenly over the sequence: neighbouring frames of a video are nearly the same."""
-        if self.is_dataset:
-            return range(count)
-        return [int(index) for index in np.linspace(0, len(self) - 1, count).round()]
-
-    def take(self, count: int) -> Images:
-        """``count`` of the images: evenly over a folder or list, or as the dataset itself takes them."""
-        if self.is_dataset and hasattr(self.source, "take") and count < len(self) == len(self.source):
-            return Images(self.source.take(count))
-        chosen = super().take(count)
-        assert isinstance(chosen, Images)
-        return chosen
+        if isinstance(self.source, DenseDataset) and len(self) == len(self.source):
+            return self.source._picked(count)
+        return range(count) if self.is_dataset else np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
 
     def _subset(self, indices: Sequence[int]) -> Images:
-        chosen = Images(self.source, self.size)
+        chosen = copy.copy(self)
         chosen._positions, chosen._count = [self._positions[index] for index in indices], len(indices)
-        chosen._memory = self._memory
         return chosen
 
 
@@ -192,7 +186,7 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
     images = source if isinstance(source, Images) else Images(_sequence(source))
     if size is not None:
         images = images.resized(size)
-    return images if count is None or count >= len(images) else images.take(count)
+    return images if count is None or count >= len(images) else images._subset(images._picked(count))
 
 
 def _sequence(source: Any) -> Any:
@@ -249,7 +243,7 @@ def image_batches(
     kept: list[tuple[int, Tensor]] = []
     unreadable = []
     for index in range(start, len(images), step):
-        image = images._try(index)
+        image = images.try_image(index)
         if image is None:
             unreadable.append(index)
             continue
@@ -260,4 +254,4 @@ def image_batches(
         kept.append((index, image))
     if kept:
         yield [i for i, _ in kept], torch.stack([tensor for _, tensor in kept])
-    images._warn(unreadable, len(range(start, len(images), step)), every_image=step == 1)
+    images.report(unreadable, len(range(start, len(images), step)), every_image=step == 1)
