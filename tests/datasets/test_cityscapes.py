@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from layouts import bad_file_is_named, nothing_to_mend, save, touch
+from dataset_contract import FilePerTargetContract
+from layouts import nothing_to_fix, save, touch
 
 from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
@@ -66,6 +68,34 @@ def npy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class TestOfficialTree(FilePerTargetContract):
+    name, split, size = "cityscapes", "test", (H, W)
+    files: Mapping[str, str] = {
+        "image": "leftImg8bit/val/frankfurt/frankfurt_000000_000019_leftImg8bit.png",
+        "segmentation": "gtFine/val/frankfurt/frankfurt_000000_000019_gtFine_labelIds.png",
+        "parts": "gtFinePanopticParts/val/frankfurt/frankfurt_000000_000019_gtFinePanopticParts.tif",
+        "disparity": "disparity/val/frankfurt/frankfurt_000000_000019_disparity.png",
+    }
+
+    @pytest.fixture
+    def root(self, official: Path) -> Path:
+        return official
+
+
+class TestNumberedFiles(FilePerTargetContract):
+    name, size = "cityscapes", (H, W)
+    files: Mapping[str, str] = {
+        "image": "train/image/0.npy",
+        "segmentation": "train/label_19/0.npy",
+        "parts": "train/part_seg/0.npy",
+        "disparity": "train/depth/0.npy",
+    }
+
+    @pytest.fixture
+    def root(self, npy: Path) -> Path:
+        return npy
+
+
 def test_samples_of_the_official_tree(official: Path) -> None:
     sample = load_data(f"cityscapes:{official}", split="test", size=(H, W))[1]
     rng = np.random.default_rng(1)
@@ -106,7 +136,7 @@ def test_auto_lambdas_pictures_are_the_official_ones_by_number(official: Path, t
         assert len(ours) == len(theirs) and list(ours.tasks) == list(theirs.tasks)
         for one, other in zip(ours, theirs, strict=True):
             assert all(torch.equal(one[key], other[key]) for key in one)
-    nothing_to_mend(f"cityscapes:{tmp_path / 'mine'}")
+    nothing_to_fix(f"cityscapes:{tmp_path / 'mine'}")
 
 
 def test_the_papers_splits_have_their_sizes(tmp_path: Path) -> None:
@@ -141,26 +171,6 @@ def test_disparity_shrinks_with_the_image(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", np.array([[0, 1, 257, 257 + 128]], np.uint16))
     assert read_disparity(2048, path).tolist() == [[0, 0, 1, 1.5]]
     assert read_disparity(512, path).tolist() == [[0, 0, 0.25, 0.375]]  # as Auto-Lambda divides by 256 * 4
-
-
-def test_the_check_of_both_layouts(official: Path, npy: Path) -> None:
-    nothing_to_mend(f"cityscapes:{npy}")
-    for part in ("train", "val"):
-        (npy / part / "image").rename(npy / f"was-{part}")
-    nothing_to_mend(f"cityscapes:{official}")
-
-
-@pytest.mark.parametrize(
-    ("task", "name"),
-    [
-        ("image", "leftImg8bit/val/frankfurt/frankfurt_000000_000019_leftImg8bit.png"),
-        ("segmentation", "gtFine/val/frankfurt/frankfurt_000000_000019_gtFine_labelIds.png"),
-        ("parts", "gtFinePanopticParts/val/frankfurt/frankfurt_000000_000019_gtFinePanopticParts.tif"),
-        ("disparity", "disparity/val/frankfurt/frankfurt_000000_000019_disparity.png"),
-    ],
-)
-def test_broken_and_missing_files_are_named(task: str, name: str, official: Path) -> None:
-    bad_file_is_named(f"cityscapes:{official}", "test", task, official / name)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dataset_contract import FilePerTargetContract
 from layouts import save
 from PIL import Image
 
@@ -56,11 +57,27 @@ def make(tmp_path: Path) -> Callable[..., Path]:
             "depth": {"scale": 0.001},
             "normals": {},
         }
-        said = {"tasks": tasks, "images": rows} | changes
-        (tmp_path / name).write_text(yaml.safe_dump({key: value for key, value in said.items() if value is not None}))
+        content = {"tasks": tasks, "images": rows} | changes
+        (tmp_path / name).write_text(
+            yaml.safe_dump({key: value for key, value in content.items() if value is not None})
+        )
         return tmp_path / name
 
     return write
+
+
+class TestManifest(FilePerTargetContract):
+    size = (H, W)
+    files: Mapping[str, str] = {
+        "image": "images/0.png",
+        "parts": "parts/0.png",
+        "depth": "depth/0.png",
+        "normals": "normals/0.npy",
+    }
+
+    @pytest.fixture
+    def root(self, make: Callable[..., Path]) -> Path:
+        return make().parent
 
 
 def test_a_count_is_spread_over_the_split_and_the_rest_is_the_rest(tmp_path: Path) -> None:
@@ -80,9 +97,9 @@ def test_a_count_is_spread_over_the_split_and_the_rest_is_the_rest(tmp_path: Pat
     held = load(20, skip=40)
     assert len(held) == 20 and not set(held) & set(more) and sorted(load(skip=40) + more) == list(range(100))
     assert load(200) == load() == list(range(100))
-    whole = load_data(tmp_path / "data.yaml", "val")
-    assert images(whole.take(10)) == some and len(set(images(whole.take(10))) & set(images(whole.skip(10)))) == 0
-    parts = whole.take(16)
+    full = load_data(tmp_path / "data.yaml", "val")
+    assert images(full.take(10)) == some and len(set(images(full.take(10))) & set(images(full.skip(10)))) == 0
+    parts = full.take(16)
     assert sorted(images(parts.take(8)) + images(parts.skip(8))) == images(parts)
 
 
@@ -126,19 +143,15 @@ def test_images_without_labels_need_no_target(make: Callable[..., Path], tmp_pat
     assert list(load_data(tmp_path / "part.csv", "test", count=1).tasks) == ["depth"]
 
 
-def test_count_takes_the_first_or_all_there_are(make: Callable[..., Path]) -> None:
-    assert [len(load_data(str(make()), split="train", count=n)) for n in (1, 4, 99)] == [1, 4, 4]
-
-
 def test_size_makes_images_and_targets_alike(make: Callable[..., Path], tmp_path: Path) -> None:
     path = make(size=[3, 4])
     save(tmp_path / "images/1.png", np.zeros((30, 20, 3), np.uint8))
     data = load_data(path, "train")
     assert data[1]["image"].shape == (3, 3, 4)
-    sample, whole = data[0], load_data(make(), "train")[0]
+    sample, full = data[0], load_data(make(), "train")[0]
     assert sample["normals"].shape == (3, 3, 4) and sample["parts"].shape == (3, 4)
     for name in ("parts", "depth"):  # the nearest pixel, no mixture
-        assert set(sample[name].flatten().tolist()) <= set(whole[name].flatten().tolist())
+        assert set(sample[name].flatten().tolist()) <= set(full[name].flatten().tolist())
     assert sample["parts"].dtype == torch.int64 and sample["depth"].dtype == torch.float32
     torch.testing.assert_close(sample["normals"].square().sum(0), torch.ones(3, 4))
 
@@ -267,7 +280,7 @@ def test_a_model_is_evaluated_on_it(make: Callable[..., Path], make_model: Calla
         ({"size": [480]}, r"size \[480\]; give \[height, width\]"),
     ],
 )
-def test_a_manifest_that_is_wrong_is_told(changes: dict[str, Any], message: str, make: Callable[..., Path]) -> None:
+def test_a_wrong_manifest_is_refused(changes: dict[str, Any], message: str, make: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=message):
         read_manifest(make(**changes))
 
@@ -313,7 +326,7 @@ def test_wrong_files_name_themselves(make: Callable[..., Path], tmp_path: Path) 
 # The check ----------------------------------------------------------------------------------------------
 
 
-def test_a_good_dataset_has_nothing_to_mend(make: Callable[..., Path]) -> None:
+def test_a_good_dataset_has_nothing_to_fix(make: Callable[..., Path]) -> None:
     manifest = read_manifest(make())
     found = check(manifest)
     assert found.problems == [] and found.images == {"train": 4, "val": 2}
@@ -370,7 +383,7 @@ def picture(path: Path, height: int, width: int) -> None:
     Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(path)
 
 
-def test_portraits_among_landscapes_and_targets_of_another_size_are_told(tmp_path: Path) -> None:
+def test_portraits_among_landscapes_and_targets_of_another_size_are_reported(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 6, 8)
     picture(tmp_path / "b.png", 8, 6)
     np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
@@ -384,7 +397,7 @@ def test_portraits_among_landscapes_and_targets_of_another_size_are_told(tmp_pat
     assert load_data(path, "val", size=(6, 8))[0]["depth"].shape == (1, 6, 8)
 
 
-def test_a_hole_is_told_by_the_check_and_by_who_asks_for_the_task(tmp_path: Path) -> None:
+def test_a_hole_is_reported_by_the_check_and_to_who_asks_for_the_task(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 6, 8)
     picture(tmp_path / "b.png", 6, 8)
     np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
@@ -435,7 +448,7 @@ def test_an_ignored_value_that_the_files_cannot_hold_ignores_nothing(tmp_path: P
     assert Stored(parts, ignore=(255.0, float("nan"))).read(path).tolist() == [[1, 0]]
 
 
-def test_files_that_do_not_look_whole_but_are_pass(tmp_path: Path) -> None:
+def test_complete_files_that_seem_truncated_pass(tmp_path: Path) -> None:
     """A JPEG that is called a PNG, and a PNG with much behind its end, as some cameras' software writes."""
     noise = RNG.integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.jpg")
@@ -533,7 +546,7 @@ def test_one_bad_target_takes_nothing_else_from_the_contact_sheet(tmp_path: Path
     assert sheet.width == 2 * (16 + 4)  # the image and its depth
 
 
-def test_values_out_of_range_and_nothing_valid_are_told(tmp_path: Path) -> None:
+def test_values_out_of_range_and_nothing_valid_are_reported(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 2, 2)
     for name, values in (("low", [[-0.7, 0.5], [1, -1]]), ("high", [[0.5, 3], [1, 1]]), ("none", [[-1, -1], [-1, -1]])):
         np.save(tmp_path / f"{name}.npy", np.array(values, np.float32))

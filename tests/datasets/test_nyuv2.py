@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from layouts import bad_file_is_named, nothing_to_mend, save, touch, unit
+from dataset_contract import FilePerTargetContract, FilesContract
+from layouts import save, touch, unit
 from scipy.io import savemat
 
 from simomerge.core.errors import InputError
@@ -71,6 +73,28 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class TestNumberedFiles(FilePerTargetContract):
+    name, size = "nyuv2", (H, W)
+    files: Mapping[str, str] = {
+        "image": "train/image/0.npy",
+        "segmentation": "train/label/0.npy",
+        "depth": "train/depth/0.npy",
+        "normals": "train/normal/0.npy",
+    }
+
+    @pytest.fixture
+    def root(self, npy: Path) -> Path:
+        return npy
+
+
+class TestLabelledFile(FilesContract):
+    name, size, stored_size = "nyuv2", (24, 32), (480, 640)
+
+    @pytest.fixture
+    def root(self, labelled: Path) -> Path:
+        return labelled
+
+
 # The preprocessed layout --------------------------------------------------------------------------------
 
 
@@ -90,8 +114,8 @@ def test_the_papers_size_and_tasks_are_the_defaults(npy: Path) -> None:
     sample = data[0]
     assert sample["image"].shape == (3, 280, 378) and sample["depth"].shape == (1, 280, 378)
     assert list(data.tasks) == ["normals", "depth"]
-    whole = load(npy, "train", size=(H, W))[0]
-    assert set(sample["depth"].unique().tolist()) <= set(whole["depth"].unique().tolist())  # the nearest, no mixture
+    full = load(npy, "train", size=(H, W))[0]
+    assert set(sample["depth"].unique().tolist()) <= set(full["depth"].unique().tolist())  # the nearest, no mixture
     length = sample["normals"].square().sum(0)
     torch.testing.assert_close(length[length > 0], torch.ones(int((length > 0).sum())))
     assert load(npy, "train").tasks["segmentation"].classes == CLASSES and len(CLASSES) == 13
@@ -114,15 +138,6 @@ def test_the_papers_splits_have_their_sizes_and_share_no_image(tmp_path: Path) -
 @pytest.mark.parametrize("total", [*range(1, 90), 500, 653, 2975])
 def test_any_number_of_images_is_shared_out_in_proportion(total: int) -> None:
     assert held_out(total, 400, of=654).sum() == total - round(total * 400 / 654)
-
-
-def test_the_check_of_the_npy_layout(npy: Path) -> None:
-    nothing_to_mend(f"nyuv2:{npy}")
-
-
-@pytest.mark.parametrize(("task", "folder"), [("image", "image"), ("segmentation", "label"), ("normals", "normal")])
-def test_broken_and_missing_files_are_named(task: str, folder: str, npy: Path) -> None:
-    bad_file_is_named(f"nyuv2:{npy}", "train", task, npy / "train" / folder / "0.npy")
 
 
 def test_wrong_contents_are_named(npy: Path) -> None:
@@ -177,10 +192,6 @@ def test_the_40_classes_go_where_their_names_say() -> None:
     assert len(FROM_40) == 40 and set(FROM_40) == set(range(1, 14)) and named.items() <= to.items()
 
 
-def test_the_check_of_the_labelled_file(labelled: Path) -> None:
-    nothing_to_mend(f"nyuv2:{labelled}")
-
-
 def test_a_slice_is_read_without_the_rest_and_in_every_process(labelled: Path) -> None:
     data = load(labelled, "train", size=(24, 32)).select(["depth"])
     alone = [batch["depth"] for batch in ordered_batches(data, 1)]
@@ -192,7 +203,7 @@ def test_a_slice_is_read_without_the_rest_and_in_every_process(labelled: Path) -
         Frame(labelled / "nyu_depth_v2_labeled.mat", "depths", 9).read()
 
 
-def test_files_beside_the_labelled_file_are_named(labelled: Path, tmp_path: Path) -> None:
+def test_files_next_to_the_labelled_file_are_named(labelled: Path, tmp_path: Path) -> None:
     mat = tmp_path / "nyu_depth_v2_labeled.mat"
     mat.symlink_to(labelled / mat.name)
     for name, wrong in (("splits.mat", {"other": [1]}), ("classMapping40.mat", {"mapClass": [[41]]})):
@@ -218,9 +229,9 @@ def test_a_label_beyond_the_mapping_and_a_cut_file_are_named(labelled: Path, tmp
     savemat(tmp_path / "classMapping40.mat", {"mapClass": np.ones((1, 800))})
     with pytest.raises(InputError, match=r"labels 1: label 894; classMapping40\.mat in the same folder has 800"):
         load(tmp_path, "train").targets(0, ["segmentation"])
-    whole = (labelled / "nyu_depth_v2_labeled.mat").read_bytes()
+    content = (labelled / "nyu_depth_v2_labeled.mat").read_bytes()
     (tmp_path / "nyu_depth_v2_labeled.mat").unlink()
-    (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(whole[:5000])
+    (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(content[:5000])
     with pytest.raises(InputError, match=r"labeled\.mat: not a complete HDF5 file"):
         load(tmp_path, "train")
 

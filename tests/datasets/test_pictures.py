@@ -236,7 +236,7 @@ def test_no_images_are_refused(source: Any) -> None:
 @pytest.mark.parametrize(
     "source", [grey(1), torch.zeros(3, 6, 8), Image.fromarray(grey(1)), {"a": 1}, 7, None, iter([grey(1)])]
 )
-def test_what_is_no_set_of_images_is_told_what_is(source: Any) -> None:
+def test_other_objects_are_refused_with_what_to_give(source: Any) -> None:
     with pytest.raises(InputError, match="give a folder of pictures, a list of at least one image, or a dataset"):
         as_images(source)
 
@@ -253,7 +253,7 @@ def test_a_size_is_height_and_width(size: Any) -> None:
 @pytest.mark.parametrize(
     "size", ["12", "12x", "x20", "12x20x3", "axb", "0x5", "-3x4", "1.5x4", "", (12,), (12, 20, 3), (0, 4), (1.5, 4)]
 )
-def test_a_size_that_is_none_is_told_the_form(size: Any) -> None:
+def test_a_wrong_size_is_refused_with_the_form(size: Any) -> None:
     with pytest.raises(InputError, match="HEIGHTxWIDTH in pixels, such as 480x640"):
         as_images([grey(1)], size=size)
 

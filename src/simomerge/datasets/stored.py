@@ -60,7 +60,8 @@ def read_picture(path: Source) -> np.ndarray:
 def may_be_truncated(file: Path) -> bool:
     """Whether an NPY file or picture is or may be truncated, from its first and last bytes: quick for many files.
 
-    Some complete files may seem truncated, such as a PNG with many bytes after its end: read those to be sure.
+    Some complete files may seem truncated, such as a PNG with many bytes after its end: read those to be sure. A
+    truncated picture is found only if it is a PNG or JPEG file; of other pictures only the first bytes are checked.
 
     Raises:
         OSError: the file cannot be opened.

@@ -1,4 +1,4 @@
-"""Ray casting of whole batches of rooms in array arithmetic.
+"""Ray casting of batches of rooms in array arithmetic.
 
 One ray through the centre of every pixel gives all labels, exactly. In the image, pixels at an outline, a crease or
 a shadow's edge are averaged over further rays, which makes outlines smooth at a fraction of the cost of supersampling

@@ -61,7 +61,7 @@ def sample_scenes(seed: int, split: int, indices: Sequence[int]) -> Scenes:
     """Draw scenes; each depends only on its own ``(seed, split, index)``.
 
     Args:
-        seed: Non-negative seed of the whole data set.
+        seed: Non-negative seed of the data set.
         split: Number of the split, see ``SPLITS``.
         indices: Numbers of the scenes in the split.
 

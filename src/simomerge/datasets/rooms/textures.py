@@ -86,7 +86,7 @@ def sample_material(dice: Dice, role: str, radius: float = 0.0) -> list[float]:
     if kind == "planks":
         scale_v *= dice.uniform(1.5, 2.5)
         scale_u, noise_u, noise_v = 0.35 * scale_u, 1.5, dice.uniform(12.0, 22.0)
-    if radius:  # a whole number of periods around
+    if radius:  # an integer number of periods around it
         around = max(2.0, 2 * round(math.pi * radius * scale_u))
         scale_u = around / (2 * math.pi * radius)
     seed = float(dice.below(1 << 20))
