@@ -56,25 +56,6 @@ class Kind:
     colour_map: str = ""
 
 
-# Where targets are valid --------------------------------------------------------------------------------
-
-
-def _is_labelled(target: Tensor) -> Tensor:
-    return target != IGNORE_LABEL
-
-
-def _is_positive(target: Tensor) -> Tensor:
-    return target > 0
-
-
-def _is_not_negative(target: Tensor) -> Tensor:
-    return target >= 0
-
-
-def _is_vector(target: Tensor) -> Tensor:
-    return target.square().sum(1) > 0
-
-
 # Losses -------------------------------------------------------------------------------------------------
 
 
@@ -129,10 +110,10 @@ def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def _angle(logits: Tensor, teacher: Tensor) -> Tensor:
     wanted = unit_vectors(teacher.float())
-    return _masked_mean(_cosine(logits.float(), wanted), _is_vector(wanted))
+    return _masked_mean(_cosine(logits.float(), wanted), wanted.square().sum(1) > 0)
 
 
-# Activations --------------------------------------------------------------------------------------------
+# Activations and kinds --------------------------------------------------------------------------------
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
@@ -140,31 +121,46 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     return vectors * vectors.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
-def _most_likely(logits: Tensor) -> Tensor:
-    return logits.argmax(1)
-
-
 def _share(colour_map: str = "", channels: int = 1) -> Kind:
-    """A kind whose targets are in [0, 1], or NaN."""
+    """A kind whose targets are in [0, 1], or NaN where invalid."""
     clamp = partial(torch.clamp, min=0, max=1)
-    distance = _absolute_difference
-    return Kind(channels, _l1, torch.isfinite, clamp, distance, "abs_err", "% of range", colour_map=colour_map)
+    return Kind(
+        channels, _l1, torch.isfinite, clamp, _absolute_difference, "abs_err", "% of range", colour_map=colour_map
+    )
 
 
 def _distance_map(smallest: float, unit: str, colour_map: str) -> Kind:
-    """A kind whose targets are positive, or 0 for unknown."""
+    """A kind whose targets are positive, or 0 where invalid."""
     clamp = partial(torch.clamp, min=smallest)
-    distance = _absolute_difference
-    return Kind(1, _l1, _is_positive, clamp, distance, "abs_err", unit, colour_map=colour_map)
+    return Kind(1, _l1, lambda t: t > 0, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map)
 
 
 KINDS: dict[str, Kind] = {
-    "segmentation": Kind(None, _cross_entropy, _is_labelled, _most_likely, _class_divergence, "miou", "%", True),
+    "segmentation": Kind(
+        None,
+        _cross_entropy,
+        valid=lambda t: t != IGNORE_LABEL,
+        activate=lambda logits: logits.argmax(1),
+        distance=_class_divergence,
+        metric="miou",
+        unit="%",
+        higher_is_better=True,
+    ),
     "depth": _distance_map(1e-3, "m", "magma_r"),
     "disparity": _distance_map(0, "", "magma"),
     "log_depth": _share("magma_r"),
-    "normals": Kind(3, _cosine, _is_vector, unit_vectors, _angle, "mean_angle", "deg"),
-    "edges": Kind(1, _edge_cross_entropy, _is_not_negative, torch.sigmoid, _edge_divergence, "f1", "%", True, "gray"),
+    "normals": Kind(3, _cosine, lambda t: t.square().sum(1) > 0, unit_vectors, _angle, "mean_angle", "deg"),
+    "edges": Kind(
+        1,
+        _edge_cross_entropy,
+        valid=lambda t: t >= 0,
+        activate=torch.sigmoid,
+        distance=_edge_divergence,
+        metric="f1",
+        unit="%",
+        higher_is_better=True,
+        colour_map="gray",
+    ),
     "texture": _share("gray"),
     "keypoints": _share("inferno"),
     "autoencoder": _share(channels=3),
