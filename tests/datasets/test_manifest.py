@@ -510,8 +510,8 @@ def test_what_is_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
         tmp_path, "  depth: {scale: 1e-3, ignore: , classes: }\n", ["a.png,0,a.npy"], size="root:\nsize:\n"
     )
     read = read_manifest(path)
-    assert read.stored["depth"].scale == 1e-3 and read.rows[0].image == tmp_path / "a.png"
-    assert list(read.splits()) == ["0"]
+    assert read.stored["depth"].scale == 1e-3 and read.rows["0"][0].image == tmp_path / "a.png"
+    assert list(read.rows) == ["0"]
     with pytest.raises(InputError, match="0 images asked for; give 1 or more"):
         load_data(path, "0", 0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,9 @@ def check(manifest: Manifest, count: int = 100) -> Check:
         manifest: as `simomerge.datasets.load.find_manifest` returns.
         count: number of images to read of each split, evenly over it. All files are checked for existence.
     """
-    splits = manifest.splits()
-    result = Check({split: len(rows) for split, rows in splits.items()}, list(manifest.missing.values()))
+    splits = {split: rows for split, rows in manifest.rows.items() if rows}
+    missing = (manifest.missing(split) for split in manifest.rows)
+    result = Check({split: len(rows) for split, rows in splits.items()}, [message for message in missing if message])
     result.problems += [*_missing_files(manifest), *_images_in_two_splits(manifest), *_missing_targets(manifest)]
     for split, rows in splits.items():
         chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
@@ -126,7 +127,8 @@ def check(manifest: Manifest, count: int = 100) -> Check:
 
 
 def _missing_files(manifest: Manifest) -> Iterable[str]:
-    files = [path for row in manifest.rows for path in (row.image, *row.targets.values(), *row.others)]
+    rows = chain.from_iterable(manifest.rows.values())
+    files = [path for row in rows for path in (row.image, *row.targets.values(), *row.others)]
     if missing := [path for path in dict.fromkeys(files) if not path.is_file()]:
         shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         yield f"{len(missing)} of {len(files)} files are not there: {shown}"
@@ -135,20 +137,21 @@ def _missing_files(manifest: Manifest) -> Iterable[str]:
 def _images_in_two_splits(manifest: Manifest) -> Iterable[str]:
     first_split: dict[Source, str] = {}
     leaks = []
-    for row in manifest.rows:
-        split = first_split.setdefault(row.image.resolve(), row.split)
-        if split != row.split:
-            leaks.append(f"{row.image} ({split} and {row.split})")
+    for split, rows in manifest.rows.items():
+        for row in rows:
+            first = first_split.setdefault(row.image.resolve(), split)
+            if first != split:
+                leaks.append(f"{row.image} ({first} and {split})")
     if leaks:
         yield f"{len(leaks)} images are in two splits, first {leaks[0]}."
 
 
 def _missing_targets(manifest: Manifest) -> Iterable[str]:
     """Without a target for every image, a split cannot be used for a task."""
-    for split, rows in manifest.splits().items():
+    for split, rows in manifest.rows.items():
         for name in manifest.stored:
             without = [row for row in rows if name not in row.targets]
-            if len(without) == len(rows):
+            if without and len(without) == len(rows):
                 yield f"split {split} has no targets of {name}."
             elif without:
                 share = f"{len(without)} of {len(rows)} images of {split}"
@@ -202,7 +205,8 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
     """
     from PIL import Image
 
-    spread = ([rows[i * len(rows) // images % len(rows)] for i in range(images)] for rows in manifest.splits().values())
+    splits = [rows for rows in manifest.rows.values() if rows]
+    spread = ([rows[i * len(rows) // images % len(rows)] for i in range(images)] for rows in splits)
     in_turn = {row.image: row for turn in zip(*spread, strict=True) for row in turn}
     readable = (cells for row in in_turn.values() if (cells := _cells(manifest, row)))
     pictures = ([Image.fromarray(cell) for cell in cells] for cells in islice(readable, images))

@@ -51,7 +51,10 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
             f"{path}: column {unknown[0]!r} is not one of its tasks; name it under tasks{_near(unknown[0], names)}"
         )
     root = path.parent / str(keys.get("root", "."))
-    rows = [_row(row, root, names, f"{path}: image {number}") for number, row in enumerate(table, start=1)]
+    rows: dict[str, list[Row]] = {}
+    for number, row in enumerate(table, start=1):
+        split = "test" if row.get("split") in (None, "") else str(row["split"])
+        rows.setdefault(split, []).append(_row(row, root, names, f"{path}: image {number}"))
     if "size" in keys:
         check_size(keys["size"], f"{path}: ")
         size = size or tuple(keys["size"])
@@ -117,8 +120,7 @@ def _row(row: Mapping[str, Any], root: Path, tasks: Sequence[str], place: str) -
         raise InputError(f"{place} has no 'image' (its columns are {', '.join(map(str, row))}).")
     _check_keys(row, ("image", "split", *tasks), f"{place}: ")
     targets = {name: root / str(row[name]) for name in tasks if row.get(name)}
-    split = row.get("split")
-    return Row(root / str(row["image"]), "test" if split in (None, "") else str(split), targets)
+    return Row(root / str(row["image"]), targets)
 
 
 def _check_keys(keys: Iterable[Any], known: Iterable[str], place: str) -> None:

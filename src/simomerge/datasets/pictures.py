@@ -83,9 +83,10 @@ class Images(DenseDataset):
         """
         if self.is_dataset:
             return self
-        sizes = {}
+        sizes, unreadable = {}, []
         for index in range(len(self)):
-            if (size := self._check(index)) is None:
+            if (size := self._size(index)) is None:
+                unreadable.append(index)
                 continue
             sizes[index] = size
             height, width = next(iter(sizes.values()))
@@ -94,21 +95,15 @@ class Images(DenseDataset):
                     f"{self.name(index)} is {size[1]} x {size[0]} pixels, the first {width} x {height}; this needs"
                     " images of one size: give size=(height, width), or --size HEIGHTxWIDTH."
                 )
-        if len(sizes) == len(self):
-            return self
-        self.report([index for index in range(len(self)) if index not in sizes], len(self), every_image=True)
-        return self._subset(list(sizes))
+        self.report(unreadable, len(self), every_image=True)
+        return self._subset(list(sizes)) if unreadable else self
 
-    def _check(self, index: int) -> tuple[int, int] | None:
-        """(height, width) of an image, decoded for that only if it never was; None if it cannot be read."""
-        position, known = self._positions[index], self._memory
-        if (
-            position not in known.sizes
-            and position not in known.errors
-            and (image := self.try_image(index)) is not None
-        ):
-            known.keep(position, image)
-        return known.sizes.get(position)
+    def _size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of an image, which is decoded only if it never was; None if it cannot be read."""
+        position = self._positions[index]
+        if not self._memory.knows(position) and (image := self.try_image(index)) is not None:
+            self._memory.keep(position, image)
+        return self._memory.sizes.get(position)
 
     def try_image(self, index: int) -> Tensor | None:
         """An image; None if it is a picture that cannot be read. Raises the error of a dataset."""
@@ -121,8 +116,8 @@ class Images(DenseDataset):
             return None
 
     def _read(self, position: int) -> Tensor:
-        read = self.source.image if self.is_dataset else lambda i: to_tensor(self.source[i], self.size)[0]
-        image: Tensor = read(position)
+        image: Tensor
+        image = self.source.image(position) if self.is_dataset else to_tensor(self.source[position], self.size)[0]
         self._memory.sizes[position] = (image.shape[-2], image.shape[-1])
         return image
 
@@ -155,6 +150,9 @@ class _Memory:
         self.sizes: dict[int, tuple[int, int]] = {}
         self.errors: dict[int, str] = {}
         self.decoded: dict[int, Tensor] = {}
+
+    def knows(self, position: int) -> bool:
+        return position in self.sizes or position in self.errors
 
     def keep(self, position: int, image: Tensor) -> None:
         """Keep a decoded image for its next use, if there is room."""

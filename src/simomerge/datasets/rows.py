@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,9 @@ from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_arr
 
 @dataclass(frozen=True)
 class Row:
-    """One image: its source, its split, its targets by task, and files such as masks that are read with the targets."""
+    """One image: its source, its targets by task, and files such as masks that are read with the targets."""
 
     image: Source
-    split: str
     targets: Mapping[str, Source]
     others: tuple[Path, ...] = ()
 
@@ -41,29 +40,23 @@ class Manifest:
     Attributes:
         path: the manifest's file or the dataset's folder, for messages.
         tasks: how the targets of each task are stored.
-        rows: the images of all splits.
+        rows: the images by split.
         size: (height, width) to resize images and targets to; None for their own size.
         image: reads a source as RGB (H, W, 3), uint8 or floats in [0, 1].
-        missing: by split, what is known to be missing. Such a split cannot be used; `simomerge data check` reports it.
+        missing: split -> a message if something is known to be missing, else empty. Such a split cannot be used.
     """
 
     path: Path
     tasks: Sequence[Stored]
-    rows: Sequence[Row]
+    rows: Mapping[str, Sequence[Row]]
     size: tuple[int, int] | None
     image: Callable[[Any], np.ndarray] = read_image
-    missing: Mapping[str, str] = field(default_factory=dict)
+    missing: Callable[[str], str] = lambda split: ""
 
     @property
     def stored(self) -> dict[str, Stored]:
         """`tasks` by name."""
         return {stored.task.name: stored for stored in self.tasks}
-
-    def splits(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.split, []).append(row)
-        return found
 
 
 class Rows(DenseDataset):
@@ -81,22 +74,21 @@ class Rows(DenseDataset):
     """
 
     def __init__(self, manifest: Manifest, split: str, count: int | None = None) -> None:
-        if split in manifest.missing:
-            raise InputError(manifest.missing[split])
-        splits = manifest.splits()
-        if split not in splits:
-            raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
+        if split not in manifest.rows:
+            raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(manifest.rows)}.")
+        if missing := manifest.missing(split):
+            raise InputError(missing)
         if manifest.size is not None:
             check_size(manifest.size)
         if count is not None and count < 1:
             raise InputError(f"{count} images asked for; give 1 or more.")
-        self.manifest = manifest
-        self.rows = splits[split]
+        self.path = manifest.path
+        self.rows = list(manifest.rows[split])
         if count is not None and count < len(self.rows):
             self.rows = [self.rows[i] for i in _spread(len(self.rows), count)]
         self.size = manifest.size
         self._first_size: tuple[int, int] | None = None
-        self._stored = manifest.stored
+        self._stored, self._read_image = manifest.stored, manifest.image
         without = {name: [row for row in self.rows if name not in row.targets] for name in self._stored}
         self._incomplete = {name: rows for name, rows in without.items() if rows}
         tasks = {name: stored.task for name, stored in self._stored.items() if name not in self._incomplete}
@@ -108,7 +100,7 @@ class Rows(DenseDataset):
         for name in names:
             if rows := self._incomplete.get(name):
                 raise InputError(
-                    f"{self.manifest.path}: {len(rows)} of {len(self.rows)} images have no target of {name!r}, first"
+                    f"{self.path}: {len(rows)} of {len(self.rows)} images have no target of {name!r}, first"
                     f" {rows[0].image}: give it, or leave them out."
                 )
         return super().select(names if tasks != "all" else tasks)
@@ -124,7 +116,7 @@ class Rows(DenseDataset):
 
     def fingerprint(self) -> str:
         """sha256 of how images and chosen tasks are stored, and of the files' names, sizes and dates."""
-        folder = self.manifest.path if self.manifest.path.is_dir() else self.manifest.path.parent
+        folder = self.path if self.path.is_dir() else self.path.parent
         chosen = [(name, self._stored[name]) for name in sorted(self.tasks)]
         lines = [str(self.size), *(f"{name} {s.task} {s.scale} {s.ignore}" for name, s in chosen)]
         stat = lru_cache(maxsize=None)(_size_and_date)
@@ -165,14 +157,14 @@ class Rows(DenseDataset):
 
     def image(self, index: int) -> Tensor:
         source = self.rows[index].image
-        array = self.manifest.image(source)
+        array = self._read_image(source)
         try:
             image = to_tensor(array, self.size)[0]
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         if self.size is None:  # all images must have one size, because they are batched
             if self._first_size is None:
-                self._first_size = self.manifest.image(self.rows[0].image).shape[:2]
+                self._first_size = self._read_image(self.rows[0].image).shape[:2]
             if image.shape[-2:] != self._first_size:
                 raise self._other_size(source, image, "the first image", self._first_size)
         return image
@@ -181,7 +173,7 @@ class Rows(DenseDataset):
         height, width = size
         return InputError(
             f"{source} is {found.shape[-1]} x {found.shape[-2]} pixels, {other} {width} x {height}: add"
-            f" `size: [{height}, {width}]` to {self.manifest.path.name} to resize them."
+            f" `size: [{height}, {width}]` to {self.path.name} to resize them."
         )
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Sources: Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Underst
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from simomerge.datasets.published.numbered import (
     read_npy_image,
     read_npy_labels,
     share_out,
+    splits_of,
 )
 from simomerge.datasets.rows import Manifest, Row
 from simomerge.datasets.stored import Source, Stored, read_array
@@ -113,7 +113,7 @@ def cityscapes(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
         raise InputError(f"{root}: Cityscapes is not here: neither train/image nor leftImg8bit is a folder in it.")
     # The labels of the official test set are not public, so the official validation set is the test split.
     train, test = (find_rows(root, part) for part in ("train", "val"))
-    rows = [*share_out(train, TRAIN, NOT_TESTED, ("train", "val")), *(replace(row, split="test") for row in test)]
+    rows = splits_of(*share_out(train, TRAIN, NOT_TESTED), test)
     if not rows:
         raise InputError(f"{root}: no image leftImg8bit/train/CITY/*{_IMAGE} in it.")
     return Manifest(root, stored, rows, size, read)
@@ -125,7 +125,7 @@ def _official_rows(root: Path, part: str) -> list[Row]:
     for image in sorted((root / "leftImg8bit" / part).glob(f"*/*{_IMAGE}")):
         city, stem = image.parent.name, image.name.removesuffix(_IMAGE)
         targets: dict[str, Source] = {task: folder / city / f"{stem}{end}" for task, (folder, end) in existing.items()}
-        rows.append(Row(image, part, targets))
+        rows.append(Row(image, targets))
     return rows
 
 

@@ -8,7 +8,6 @@ Source: github.com/lorenmt/mtan and github.com/lorenmt/auto-lambda.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +42,16 @@ def held_out(total: int, first: int, of: int) -> np.ndarray:
     return held
 
 
-def share_out(rows: Sequence[Row], first: int, of: int, splits: tuple[str, str]) -> list[Row]:
-    """The rows with one of two splits each; arguments as in `held_out`."""
+def share_out(rows: Sequence[Row], first: int, of: int) -> tuple[list[Row], list[Row]]:
+    """Divide rows into two splits; arguments as in `held_out`."""
     second = held_out(len(rows), first, of)
-    return [replace(row, split=splits[int(is_second)]) for row, is_second in zip(rows, second, strict=True)]
+    pairs = list(zip(rows, second, strict=True))
+    return [row for row, is_second in pairs if not is_second], [row for row, is_second in pairs if is_second]
+
+
+def splits_of(train: list[Row], val: list[Row], test: list[Row]) -> dict[str, list[Row]]:
+    """The splits that have images."""
+    return {split: rows for split, rows in (("train", train), ("val", val), ("test", test)) if rows}
 
 
 def numbered_folder(root: Path) -> bool:
@@ -58,7 +63,7 @@ def numbered_rows(root: Path, part: str, folders: Mapping[str, str], image: str 
     """The images of ``train`` or ``val`` in the order of their numbers, with the targets whose folders exist.
 
     Args:
-        part: "train" or "val"; also the split of the rows.
+        part: "train" or "val".
         folders: by task, its files, such as ``depth/*.npy``, where * stands for the number.
         image: the image files.
 
@@ -75,7 +80,7 @@ def numbered_rows(root: Path, part: str, folders: Mapping[str, str], image: str 
     existing = {task: root / part / files for task, files in folders.items() if (root / part / files).parent.is_dir()}
     # A missing image between others keeps its number, so that the splits do not change. Reading it is an error.
     return [
-        Row(_numbered(images, n), part, {task: _numbered(files, n) for task, files in existing.items()})
+        Row(_numbered(images, n), {task: _numbered(files, n) for task, files in existing.items()})
         for n in range(max(map(int, found)) + 1)
     ]
 

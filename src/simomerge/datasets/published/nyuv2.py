@@ -20,6 +20,7 @@ from simomerge.datasets.published.numbered import (
     read_npy_image,
     read_npy_labels,
     share_out,
+    splits_of,
 )
 from simomerge.datasets.rows import Manifest, Row
 from simomerge.datasets.stored import Stored, read_array
@@ -80,7 +81,7 @@ def nyuv2(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
         raise InputError(f"{root}: no such file; give {LABELED}, or the folder that it is in.")
     else:
         raise InputError(f"{root}: NYUv2 is not here: neither the folder train/image nor the file {LABELED} is in it.")
-    return Manifest(path, stored, [*train, *share_out(held, VAL, HELD_OUT, ("val", "test"))], size, image)
+    return Manifest(path, stored, splits_of(train, *share_out(held, VAL, HELD_OUT)), size, image)
 
 
 def _labelled_rows(path: Path) -> tuple[list[Row], list[Row]]:
@@ -93,14 +94,14 @@ def _labelled_rows(path: Path) -> tuple[list[Row], list[Row]]:
     train, held = read_matlab(path.with_name(SPLITS), "trainNdxs", "testNdxs")
     if min(train.min(initial=1), held.min(initial=1)) < 1 or max(train.max(initial=1), held.max(initial=1)) > count:
         raise InputError(f"{path.with_name(SPLITS)}: its images are not from 1 to the {count} of {path.name}.")
-    return [_row(path, int(n) - 1, "train") for n in train], [_row(path, int(n) - 1, "val") for n in held]
+    return [_row(path, int(n) - 1) for n in train], [_row(path, int(n) - 1) for n in held]
 
 
-def _row(path: Path, index: int, split: str) -> Row:
+def _row(path: Path, index: int) -> Row:
     image = Frame(path, "images", index)
     # The file has no normals: they are computed from depth when they are read.
     targets = {"segmentation": image.of("labels"), "depth": image.of("depths"), "normals": image.of("depths")}
-    return Row(image, split, targets, (path.with_name(MAPPING),))
+    return Row(image, targets, (path.with_name(MAPPING),))
 
 
 def _table(path: Path) -> np.ndarray:

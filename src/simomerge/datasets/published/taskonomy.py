@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -69,19 +69,7 @@ def taskonomy(root: str | Path, size: tuple[int, int] = SIZE, buildings: Iterabl
     chosen = known if buildings is None else list(dict.fromkeys(buildings))
     if unknown := [name for name in chosen if name not in known]:
         raise InputError(f"no building {unknown[0]!r} among the paper's: {', '.join(known)}.")
-    rows: list[Row] = []
-    missing = {}
-    for split, names in BUILDINGS.items():
-        if not set(names) & set(chosen):
-            missing[split] = f"none of the chosen buildings is in split {split!r}; it has {', '.join(names)}."
-        found = {name: _building(root, name, split) for name in chosen if name in names}
-        rows += [row for views in found.values() for row in views]
-        if absent := [name for name, views in found.items() if not views]:
-            missing[split] = (
-                f"{root / 'rgb'}: no images of {', '.join(absent)} of the split {split}. Download them, or name the"
-                " buildings that you have: buildings=[...]."
-            )
-    if not rows:
+    if not any((root / "rgb" / name).is_dir() for name in chosen):
         raise InputError(f"{root / 'rgb'}: none of the paper's buildings is in it, such as {chosen[0]}.")
     masks = (root / _MASKS).is_dir()
     stored = [
@@ -91,7 +79,36 @@ def taskonomy(root: str | Path, size: tuple[int, int] = SIZE, buildings: Iterabl
         Stored(Task("texture"), array=partial(read_share, TEXTURE_RANGE)),
         Stored(Task("keypoints"), array=partial(read_share, KEYPOINTS_RANGE)),
     ]
-    return Manifest(root, stored, rows, size, missing=missing)
+    rows = _Splits(root, chosen)
+    return Manifest(root, stored, rows, size, missing=rows.missing)
+
+
+class _Splits(Mapping[str, Sequence[Row]]):
+    """The images by split, looked for when a split is used: there are more than ten thousand."""
+
+    def __init__(self, root: Path, chosen: Sequence[str]) -> None:
+        self.root = root
+        self.names = {split: [name for name in chosen if name in names] for split, names in BUILDINGS.items()}
+
+    def __getitem__(self, split: str) -> Sequence[Row]:
+        return [row for name in self.names[split] for row in _building(self.root, name, split)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def missing(self, split: str) -> str:
+        if not self.names[split]:
+            return f"none of the chosen buildings is in split {split!r}; it has {', '.join(BUILDINGS[split])}."
+        absent = [name for name in self.names[split] if not _building(self.root, name, split)]
+        if not absent:
+            return ""
+        return (
+            f"{self.root / 'rgb'}: no images of {', '.join(absent)} of the split {split}. Download them, or name the"
+            " buildings that you have: buildings=[...]."
+        )
 
 
 def _building(root: Path, name: str, split: str) -> tuple[Row, ...]:
@@ -116,7 +133,7 @@ def _views(root: Path, name: str, split: str, domains: tuple[str, ...], _changed
             task: Path(f"{root}/{d}/{start}{d}.png") for task, d in DOMAINS.items() if d in domains
         }
         masks = (Path(f"{root}/{_MASKS}/{start}{DOMAINS['depth']}.png"),) if _MASKS in domains else ()
-        rows.append(Row(Path(f"{root}/rgb/{start}rgb.png"), split, targets, masks))
+        rows.append(Row(Path(f"{root}/rgb/{start}rgb.png"), targets, masks))
     return tuple(rows)
 
 
