@@ -57,7 +57,7 @@ def test_mistakes_are_listed_with_exit_code_1_and_a_wrong_manifest_with_2(mine: 
     ):
         (mine / name).write_text(changed)
     wrong = simomerge("data", "check", mine / "mm.yaml", "-o", tmp_path / "sheet.png")
-    assert wrong.code == 1 and "To fix" in wrong.out and "say `scale: 0.001`" in wrong.out
+    assert wrong.code == 1 and "To fix" in wrong.out and "`scale: 0.001`" in wrong.out
     refused = simomerge("data", "check", mine / "key.yaml", "-o", tmp_path / "other.png")
     assert refused.code == 2 and "did you mean 'scale'?" in refused.err and "Traceback" not in refused.err
     assert not (tmp_path / "other.png").exists()

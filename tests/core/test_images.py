@@ -130,7 +130,7 @@ def test_tensors_of_other_shapes_are_refused(shape):
         to_tensor(torch.zeros(shape))
 
 
-def test_a_shape_error_gives_the_shape_and_the_mend():
+def test_a_shape_error_gives_the_shape_and_the_remedy():
     with pytest.raises(InputError, match=r"shape \(9, 14, 2\); give \(H, W\), \(H, W, 3\)"):
         to_tensor(np.zeros((9, 14, 2)))
     with pytest.raises(InputError, match=r"shape \(2, 3, 9, 14\); give \(3, H, W\)"):
@@ -159,7 +159,7 @@ def test_floats_out_of_range_are_refused(low, high):
 
 @pytest.mark.parametrize("thing", [None, 3, [[1, 2]], b"bytes"])
 def test_what_is_no_image_is_refused_by_type(thing):
-    with pytest.raises(InputError, match=f"{type(thing).__name__} is no image"):
+    with pytest.raises(InputError, match=f"{type(thing).__name__} is not an image"):
         to_tensor(thing)
 
 
@@ -179,9 +179,9 @@ def test_a_file_that_is_no_image_is_named(content, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_truncated_image_is_refused_wherever_it_was_cut(picture, tmp_path, suffix):
-    whole = tmp_path / f"whole.{suffix}"
-    Image.fromarray(np.tile(picture, (4, 4, 1))).save(whole)
-    content = whole.read_bytes()
+    complete = tmp_path / f"complete.{suffix}"
+    Image.fromarray(np.tile(picture, (4, 4, 1))).save(complete)
+    content = complete.read_bytes()
     for keep in (len(content) // 10, len(content) // 2, len(content) * 9 // 10):
         path = tmp_path / f"cut.{suffix}"
         path.write_bytes(content[:keep])

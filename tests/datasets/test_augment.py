@@ -49,14 +49,14 @@ def ball(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return depth, np.where(inside[..., None] > 0, outwards, 0)
 
 
-def seen(scene: Scene, camera: Camera, height: int = H, width: int = W) -> tuple[np.ndarray, np.ndarray]:
+def photographed(scene: Scene, camera: Camera, height: int = H, width: int = W) -> tuple[np.ndarray, np.ndarray]:
     u, v = np.meshgrid((np.arange(width) - camera.cx) / camera.fx, (np.arange(height) - camera.cy) / camera.fy)
     return scene(u, v)
 
 
 def sample_of(scene: Scene, camera: Camera = CAMERA) -> dict[str, Tensor]:
     """A scene with a target of every kind that knows geometry; depth in units of 1/1000 for the logarithm."""
-    depth, normals = seen(scene, camera)
+    depth, normals = photographed(scene, camera)
     disparity = np.divide(camera.fx * BASELINE, depth, out=np.zeros_like(depth), where=depth > 0)
     image = torch.from_numpy(np.nan_to_num(normals * 0.5 + 0.5)).permute(2, 0, 1).float()
     log = np.where(depth > 0, np.log1p(depth * 1000) / LOG_DEPTH_RANGE, np.nan)
@@ -89,7 +89,7 @@ def degrees(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def test_normals_of_a_plane_are_exact_up_to_its_border() -> None:
-    depth, expected = seen(tilted, CAMERA)
+    depth, expected = photographed(tilted, CAMERA)
     found = normals_from_depth(depth.astype(np.float32), CAMERA)
     assert found.dtype == np.float32 and degrees(found, expected).max() < 0.1
     assert degrees(normals_from_depth(depth.astype(np.float32), CAMERA, radius=1), expected).max() < 0.2
@@ -97,7 +97,7 @@ def test_normals_of_a_plane_are_exact_up_to_its_border() -> None:
 
 def test_normals_of_a_sphere() -> None:
     camera = Camera(350.0, 325.0, 185.0, 155.0)
-    depth, expected = seen(ball, camera, 300, 400)
+    depth, expected = photographed(ball, camera, 300, 400)
     found = normals_from_depth(depth.astype(np.float32), camera)
     facing = expected[..., 2] > 0.7  # towards its outline the sphere curves away within a few pixels
     assert degrees(found, expected)[facing].max() < 0.25
@@ -105,13 +105,13 @@ def test_normals_of_a_sphere() -> None:
 
 
 def test_the_wrong_camera_gives_other_normals() -> None:
-    depth, expected = seen(tilted, CAMERA)
+    depth, expected = photographed(tilted, CAMERA)
     other = Camera(CAMERA.fx * 2, CAMERA.fy * 2, CAMERA.cx, CAMERA.cy)
     assert degrees(normals_from_depth(depth.astype(np.float32), other), expected).min() > 5
 
 
 def test_two_surfaces_do_not_mix_and_holes_stay_holes() -> None:
-    depth, expected = (value.copy() for value in seen(tilted, CAMERA))
+    depth, expected = (value.copy() for value in photographed(tilted, CAMERA))
     depth[:, 40:], expected[:, 40:] = 9.0, [0, 0, 1]  # a wall behind the plane
     depth[10:13, 10:13] = 0
     depth[20, 20] = np.nan
@@ -124,7 +124,7 @@ def test_two_surfaces_do_not_mix_and_holes_stay_holes() -> None:
 
 
 def test_noise_is_averaged() -> None:
-    depth, expected = seen(tilted, CAMERA)
+    depth, expected = photographed(tilted, CAMERA)
     noisy = (depth * (1 + 0.002 * np.random.default_rng(0).standard_normal(depth.shape))).astype(np.float32)
     means = [degrees(normals_from_depth(noisy, CAMERA, radius=r), expected).mean() for r in (1, 3)]
     assert means[1] < 2 and means[1] < means[0] / 4

@@ -42,14 +42,14 @@ def indices(loader: Any) -> list[list[int]]:
     start=st.integers(0, 20),
     seed=st.integers(0, 2**31),
 )
-def test_a_run_that_starts_at_a_step_sees_the_tail_of_the_whole_run(
+def test_a_run_that_starts_at_a_step_sees_the_tail_of_the_full_run(
     count: int, batch_size: int, steps: int, start: int, seed: int
 ) -> None:
     start = min(start, steps)
-    whole = list(training_batches(Numbers(count), batch_size, steps, seed, transform=noisy))
+    full = list(training_batches(Numbers(count), batch_size, steps, seed, transform=noisy))
     tail = list(training_batches(Numbers(count), batch_size, steps, seed, start=start, transform=noisy))
-    assert len(whole) == steps and len(tail) == steps - start
-    for expected, got in zip(whole[start:], tail, strict=True):
+    assert len(full) == steps and len(tail) == steps - start
+    for expected, got in zip(full[start:], tail, strict=True):
         assert torch.equal(expected["index"], got["index"]) and torch.equal(expected["noise"], got["noise"])
 
 
@@ -63,8 +63,8 @@ def test_every_epoch_is_a_permutation_without_its_short_batch(
     batches = indices(training_batches(Numbers(count), batch_size, epochs * per_epoch, seed))
     assert all(len(batch) == size for batch in batches)
     for epoch in range(epochs):
-        seen = list(chain(*batches[epoch * per_epoch : (epoch + 1) * per_epoch]))
-        assert len(set(seen)) == len(seen) == per_epoch * size and set(seen) <= set(range(count))
+        found = list(chain(*batches[epoch * per_epoch : (epoch + 1) * per_epoch]))
+        assert len(set(found)) == len(found) == per_epoch * size and set(found) <= set(range(count))
 
 
 def test_epochs_and_seeds_differ_in_their_order() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from layouts import bad_file_is_named, nothing_to_mend, save, touch
+from dataset_contract import FilePerTargetContract
+from layouts import nothing_to_fix, save, touch
 
 from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
@@ -16,13 +19,18 @@ from simomerge.datasets.published.cityscapes import (
     COLOURS,
     LABEL_IDS,
     PARTS,
-    Cityscapes,
     decode_uids,
     read_disparity,
     read_parts,
 )
 
 H, W = 16, 32
+
+
+def load(root: Path, split: str = "test", **options: Any) -> Any:
+    return load_data(f"cityscapes:{root}", split, **options)
+
+
 CITIES = {"train": ("aachen", "zurich"), "val": ("frankfurt",)}
 UIDS = (3, 23, 26, 26002, 2401002, 2401000, 2500405, 2800105, 2600103, 32, 24001)
 """Unlabelled, sky, a car without and with an instance, a head, no part, the artefact, chassis, lights, a motorcycle."""
@@ -60,6 +68,34 @@ def npy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+class TestOfficialTree(FilePerTargetContract):
+    name, split, size = "cityscapes", "test", (H, W)
+    files: Mapping[str, str] = {
+        "image": "leftImg8bit/val/frankfurt/frankfurt_000000_000019_leftImg8bit.png",
+        "segmentation": "gtFine/val/frankfurt/frankfurt_000000_000019_gtFine_labelIds.png",
+        "parts": "gtFinePanopticParts/val/frankfurt/frankfurt_000000_000019_gtFinePanopticParts.tif",
+        "disparity": "disparity/val/frankfurt/frankfurt_000000_000019_disparity.png",
+    }
+
+    @pytest.fixture
+    def root(self, official: Path) -> Path:
+        return official
+
+
+class TestNumberedFiles(FilePerTargetContract):
+    name, size = "cityscapes", (H, W)
+    files: Mapping[str, str] = {
+        "image": "train/image/0.npy",
+        "segmentation": "train/label_19/0.npy",
+        "parts": "train/part_seg/0.npy",
+        "disparity": "train/depth/0.npy",
+    }
+
+    @pytest.fixture
+    def root(self, npy: Path) -> Path:
+        return npy
+
+
 def test_samples_of_the_official_tree(official: Path) -> None:
     sample = load_data(f"cityscapes:{official}", split="test", size=(H, W))[1]
     rng = np.random.default_rng(1)
@@ -76,7 +112,7 @@ def test_samples_of_the_official_tree(official: Path) -> None:
 
 
 def test_samples_of_the_npy_layout(npy: Path) -> None:
-    data = Cityscapes(npy, "test", size=(H, W))
+    data = load(npy, "test", size=(H, W))
     sample = data[1]
     rng = np.random.default_rng(1)
     rng.random((H, W, 3))
@@ -84,7 +120,7 @@ def test_samples_of_the_npy_layout(npy: Path) -> None:
     np.testing.assert_array_equal(sample["parts"].numpy(), rng.integers(0, 10, (H, W)))
     np.testing.assert_allclose(sample["disparity"][0].numpy(), rng.uniform(0, 0.4, (H, W)), rtol=1e-6)
     assert list(data.tasks) == ["segmentation", "parts", "disparity"] and data.tasks["parts"].classes == PARTS
-    assert Cityscapes(npy, "train")[0]["image"].shape == (3, 128, 256)
+    assert load(npy, "train")[0]["image"].shape == (3, 128, 256)
 
 
 def test_auto_lambdas_pictures_are_the_official_ones_by_number(official: Path, tmp_path: Path) -> None:
@@ -100,7 +136,7 @@ def test_auto_lambdas_pictures_are_the_official_ones_by_number(official: Path, t
         assert len(ours) == len(theirs) and list(ours.tasks) == list(theirs.tasks)
         for one, other in zip(ours, theirs, strict=True):
             assert all(torch.equal(one[key], other[key]) for key in one)
-    nothing_to_mend(f"cityscapes:{tmp_path / 'mine'}")
+    nothing_to_fix(f"cityscapes:{tmp_path / 'mine'}")
 
 
 def test_the_papers_splits_have_their_sizes(tmp_path: Path) -> None:
@@ -109,7 +145,7 @@ def test_the_papers_splits_have_their_sizes(tmp_path: Path) -> None:
             touch(tmp_path / "npy" / part / "image" / f"{index}.npy")
             touch(tmp_path / "tree" / "leftImg8bit" / part / "bonn" / f"bonn_{index:06d}_000019_leftImg8bit.png")
     for layout in ("npy", "tree"):
-        splits = [{row.image for row in Cityscapes(tmp_path / layout, s).rows} for s in ("train", "val", "test")]
+        splits = [{row.image for row in load(tmp_path / layout, s).rows} for s in ("train", "val", "test")]
         assert [len(images) for images in splits] == [2380, 595, 500]
         assert len(set.union(*splits)) == 3475
 
@@ -137,26 +173,6 @@ def test_disparity_shrinks_with_the_image(tmp_path: Path) -> None:
     assert read_disparity(512, path).tolist() == [[0, 0, 0.25, 0.375]]  # as Auto-Lambda divides by 256 * 4
 
 
-def test_the_check_of_both_layouts(official: Path, npy: Path) -> None:
-    nothing_to_mend(f"cityscapes:{npy}")
-    for part in ("train", "val"):
-        (npy / part / "image").rename(npy / f"was-{part}")
-    nothing_to_mend(f"cityscapes:{official}")
-
-
-@pytest.mark.parametrize(
-    ("task", "name"),
-    [
-        ("image", "leftImg8bit/val/frankfurt/frankfurt_000000_000019_leftImg8bit.png"),
-        ("segmentation", "gtFine/val/frankfurt/frankfurt_000000_000019_gtFine_labelIds.png"),
-        ("parts", "gtFinePanopticParts/val/frankfurt/frankfurt_000000_000019_gtFinePanopticParts.tif"),
-        ("disparity", "disparity/val/frankfurt/frankfurt_000000_000019_disparity.png"),
-    ],
-)
-def test_broken_and_missing_files_are_named(task: str, name: str, official: Path) -> None:
-    bad_file_is_named(f"cityscapes:{official}", "test", task, official / name)
-
-
 @pytest.mark.parametrize(
     ("task", "name", "array", "message"),
     [
@@ -172,18 +188,18 @@ def test_wrong_contents_are_named(task: str, name: str, array: np.ndarray, messa
     folder = official / name.split("_")[0].removesuffix(".png").removesuffix(".tif")
     save(folder / f"val/frankfurt/frankfurt_000001_000019_{name}", array)
     with pytest.raises(InputError, match=rf"frankfurt_000001_000019_{name}: .*{message}"):
-        Cityscapes(official, "test").targets(1, [task])
+        load(official, "test").targets(1, [task])
 
 
 def test_folders_that_are_not_there(official: Path, tmp_path: Path) -> None:
     (official / "disparity").rename(official / "elsewhere")
-    assert list(Cityscapes(official, "val").tasks) == ["segmentation", "parts"]
+    assert list(load(official, "val").tasks) == ["segmentation", "parts"]
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="neither train/image nor leftImg8bit is a folder"):
-        Cityscapes(empty)
+        load(empty)
     (empty / "leftImg8bit").mkdir()
     with pytest.raises(InputError, match="no image leftImg8bit/train/CITY"):
-        Cityscapes(empty)
+        load(empty)
     with pytest.raises(InputError, match="no split 'trainval'; it has train, val, test"):
-        Cityscapes(official, "trainval")
+        load(official, "trainval")

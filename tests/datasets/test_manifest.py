@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dataset_contract import FilePerTargetContract
 from layouts import save
 from PIL import Image
 
@@ -19,10 +20,9 @@ from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.check import check, contact_sheet
-from simomerge.datasets.manifest import Folder, read_manifest
-from simomerge.datasets.rows import Stored, read_array
+from simomerge.datasets.manifest import read_manifest
+from simomerge.datasets.stored import Stored, may_be_truncated, read_array
 from simomerge.datasets.tasks import Task
-from simomerge.datasets.whole import looks_whole
 from simomerge.training.evaluate import evaluate
 
 H, W = 6, 8
@@ -57,11 +57,27 @@ def make(tmp_path: Path) -> Callable[..., Path]:
             "depth": {"scale": 0.001},
             "normals": {},
         }
-        said = {"tasks": tasks, "images": rows} | changes
-        (tmp_path / name).write_text(yaml.safe_dump({key: value for key, value in said.items() if value is not None}))
+        content = {"tasks": tasks, "images": rows} | changes
+        (tmp_path / name).write_text(
+            yaml.safe_dump({key: value for key, value in content.items() if value is not None})
+        )
         return tmp_path / name
 
     return write
+
+
+class TestManifest(FilePerTargetContract):
+    size = (H, W)
+    files: Mapping[str, str] = {
+        "image": "images/0.png",
+        "parts": "parts/0.png",
+        "depth": "depth/0.png",
+        "normals": "normals/0.npy",
+    }
+
+    @pytest.fixture
+    def root(self, make: Callable[..., Path]) -> Path:
+        return make().parent
 
 
 def test_a_count_is_spread_over_the_split_and_the_rest_is_the_rest(tmp_path: Path) -> None:
@@ -81,9 +97,9 @@ def test_a_count_is_spread_over_the_split_and_the_rest_is_the_rest(tmp_path: Pat
     held = load(20, skip=40)
     assert len(held) == 20 and not set(held) & set(more) and sorted(load(skip=40) + more) == list(range(100))
     assert load(200) == load() == list(range(100))
-    whole = Folder(tmp_path / "data.yaml", "val")
-    assert images(whole.take(10)) == some and len(set(images(whole.take(10))) & set(images(whole.skip(10)))) == 0
-    parts = whole.take(16)
+    full = load_data(tmp_path / "data.yaml", "val")
+    assert images(full.take(10)) == some and len(set(images(full.take(10))) & set(images(full.skip(10)))) == 0
+    parts = full.take(16)
     assert sorted(images(parts.take(8)) + images(parts.skip(8))) == images(parts)
 
 
@@ -111,7 +127,7 @@ def test_a_csv_alone_or_named_by_the_yaml_or_its_folder(make: Callable[..., Path
         "image,split,depth\nimages/0.png,train,depth/0.png\nimages/1.png,,depth/1.png\n"
     )
     (tmp_path / "data.yaml").write_text("images: table.csv\ntasks: {depth: {scale: 0.001}}\n")
-    named, alone = load_data(str(tmp_path), split="train"), Folder(tmp_path / "table.csv", "train")
+    named, alone = load_data(str(tmp_path), split="train"), load_data(tmp_path / "table.csv", "train")
     assert len(named) == len(alone) == 1
     torch.testing.assert_close(1000 * named[0]["depth"], alone[0]["depth"])  # no scale: as stored
     assert len(load_data(str(tmp_path / "data.yaml"), split="test")) == 1  # without a split it is the test split
@@ -120,26 +136,22 @@ def test_a_csv_alone_or_named_by_the_yaml_or_its_folder(make: Callable[..., Path
 def test_images_without_labels_need_no_target(make: Callable[..., Path], tmp_path: Path) -> None:
     make()
     (tmp_path / "bare.csv").write_text("image\nimages/0.png\nimages/1.png\n")
-    bare = Folder(tmp_path / "bare.csv", "test")
+    bare = load_data(tmp_path / "bare.csv", "test")
     assert list(bare.tasks) == [] and list(bare[0]) == ["image"] and len(bare) == 2
     (tmp_path / "part.csv").write_text("image,depth\nimages/0.png,depth/0.png\nimages/1.png,\n")
-    assert list(Folder(tmp_path / "part.csv", "test").tasks) == []  # the second image has no depth
-    assert list(Folder(tmp_path / "part.csv", "test", count=1).tasks) == ["depth"]
-
-
-def test_count_takes_the_first_or_all_there_are(make: Callable[..., Path]) -> None:
-    assert [len(load_data(str(make()), split="train", count=n)) for n in (1, 4, 99)] == [1, 4, 4]
+    assert list(load_data(tmp_path / "part.csv", "test").tasks) == []  # the second image has no depth
+    assert list(load_data(tmp_path / "part.csv", "test", count=1).tasks) == ["depth"]
 
 
 def test_size_makes_images_and_targets_alike(make: Callable[..., Path], tmp_path: Path) -> None:
     path = make(size=[3, 4])
     save(tmp_path / "images/1.png", np.zeros((30, 20, 3), np.uint8))
-    data = Folder(path, "train")
+    data = load_data(path, "train")
     assert data[1]["image"].shape == (3, 3, 4)
-    sample, whole = data[0], Folder(make(), "train")[0]
+    sample, full = data[0], load_data(make(), "train")[0]
     assert sample["normals"].shape == (3, 3, 4) and sample["parts"].shape == (3, 4)
     for name in ("parts", "depth"):  # the nearest pixel, no mixture
-        assert set(sample[name].flatten().tolist()) <= set(whole[name].flatten().tolist())
+        assert set(sample[name].flatten().tolist()) <= set(full[name].flatten().tolist())
     assert sample["parts"].dtype == torch.int64 and sample["depth"].dtype == torch.float32
     torch.testing.assert_close(sample["normals"].square().sum(0), torch.ones(3, 4))
 
@@ -258,17 +270,17 @@ def test_a_model_is_evaluated_on_it(make: Callable[..., Path], make_model: Calla
         ({"tasks": {"deph": {}}}, r"task 'deph' is of unknown kind 'deph'; did you mean 'depth'\?"),
         ({"tasks": {"parts": {"kind": "segmentation"}}}, "needs the names of at least two classes"),
         ({"tasks": {"depth": {"scale": 0}}}, "scale 0; give a number above 0"),
-        ({"tasks": {"depth": {}, "normals": {}}}, "column 'parts' is no task"),
+        ({"tasks": {"depth": {}, "normals": {}}}, "column 'parts' is not one of its tasks"),
         ({"tasks": [1]}, "'tasks' is a list; give a mapping"),
         ({"tasks": {"depth": 3}}, "task 'depth' is a int; give kind"),
         ({"images": []}, "neither a CSV file nor a list"),
         ({"images": "no.csv"}, r"no\.csv: no such file; 'images' names a CSV"),
         ({"images": [{"imgae": "x.png"}], "tasks": None}, "unknown kind 'imgae'"),
-        ({"images": [{"imgae": "x.png", "depth": "y.png"}]}, "column 'imgae' is no task"),
+        ({"images": [{"imgae": "x.png", "depth": "y.png"}]}, "column 'imgae' is not one of its tasks"),
         ({"size": [480]}, r"size \[480\]; give \[height, width\]"),
     ],
 )
-def test_a_manifest_that_is_wrong_is_told(changes: dict[str, Any], message: str, make: Callable[..., Path]) -> None:
+def test_a_wrong_manifest_is_refused(changes: dict[str, Any], message: str, make: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=message):
         read_manifest(make(**changes))
 
@@ -289,7 +301,7 @@ def test_files_that_are_no_manifest(tmp_path: Path) -> None:
 
 
 def test_wrong_files_name_themselves(make: Callable[..., Path], tmp_path: Path) -> None:
-    data = Folder(make(), "train")
+    data = load_data(make(), "train")
     save(tmp_path / "parts/0.png", np.full((H, W), 7, np.uint8))
     with pytest.raises(
         InputError, match=r"parts.0\.png: label 7 of parts, which has classes 0 to 2; name it under ignore"
@@ -305,7 +317,7 @@ def test_wrong_files_name_themselves(make: Callable[..., Path], tmp_path: Path) 
     with pytest.raises(InputError, match=r"depth.2\.png: no such file"):
         data[2]
     save(tmp_path / "images/3.png", np.zeros((9, 5, 3), np.uint8))
-    with pytest.raises(InputError, match=r"is 5 x 9 pixels, the first image 8 x 6: say `size: \[6, 8\]`"):
+    with pytest.raises(InputError, match=r"is 5 x 9 pixels, the first image 8 x 6: add `size: \[6, 8\]`"):
         data[3]
     with pytest.raises(InputError, match="no split 'test'; it has train, val"):
         load_data(str(make()), split="test")
@@ -314,19 +326,19 @@ def test_wrong_files_name_themselves(make: Callable[..., Path], tmp_path: Path) 
 # The check ----------------------------------------------------------------------------------------------
 
 
-def test_a_good_dataset_has_nothing_to_mend(make: Callable[..., Path]) -> None:
+def test_a_good_dataset_has_nothing_to_fix(make: Callable[..., Path]) -> None:
     manifest = read_manifest(make())
     found = check(manifest)
     assert found.problems == [] and found.images == {"train": 4, "val": 2}
-    described = found.to_dict(manifest)["splits"]["train"]
+    described = found.to_dict()["splits"]["train"]
     assert described["sizes"] == {"8x6": 4} and described["tasks"]["depth"]["images"] == 4
-    labels = np.concatenate([Folder(manifest.path, "train")[i]["parts"].numpy().ravel() for i in range(4)])
+    labels = np.concatenate([load_data(manifest.path, "train")[i]["parts"].numpy().ravel() for i in range(4)])
     assert described["tasks"]["parts"]["classes"] == {
         name: pytest.approx(float((labels == i).mean()), abs=1e-4) for i, name in enumerate(CLASSES)
     }
-    depths = torch.stack([Folder(manifest.path, "train")[i]["depth"] for i in range(4)])
+    depths = torch.stack([load_data(manifest.path, "train")[i]["depth"] for i in range(4)])
     assert described["tasks"]["depth"]["mean"] == pytest.approx(float(depths.mean()))
-    json.dumps(found.to_dict(manifest))
+    json.dumps(found.to_dict())
     sheet = contact_sheet(manifest, images=3, height=30)
     assert sheet.size == (4 * (40 + 4), 3 * (30 + 4))
     assert sheet.getpixel((3, 3)) != (255, 255, 255)
@@ -347,7 +359,7 @@ def test_the_usual_mistakes_are_found(make: Callable[..., Path], tmp_path: Path)
         "1 of 29 files are not there",
         "1 images are in two splits, first",
         "depth (train): median depth 2,",
-        "say `scale: 0.001`",
+        "add `scale: 0.001`",
         "normals of length 0.35, not 1",
         "label 200 of parts",
         "is 8 x 6 pixels, its image 4 x 10",
@@ -371,27 +383,27 @@ def picture(path: Path, height: int, width: int) -> None:
     Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(path)
 
 
-def test_portraits_among_landscapes_and_targets_of_another_size_are_told(tmp_path: Path) -> None:
+def test_portraits_among_landscapes_and_targets_of_another_size_are_reported(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 6, 8)
     picture(tmp_path / "b.png", 8, 6)
     np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
     np.save(tmp_path / "b.npy", np.ones((8, 6), np.float32))
     np.save(tmp_path / "c.npy", np.ones((3, 4), np.float32))
     path = manifest_of(tmp_path, "  depth: {}\n", ["a.png,train,a.npy", "b.png,train,b.npy", "a.png,val,c.npy"])
-    with pytest.raises(InputError, match=r"b\.png is 6 x 8 pixels, the first image 8 x 6: say `size: \[6, 8\]`"):
-        Folder(path, "train")[1]
-    with pytest.raises(InputError, match=r"c\.npy is 4 x 3 pixels, its image 8 x 6: say `size:"):
-        Folder(path, "val")[0]
-    assert Folder(path, "val", size=(6, 8))[0]["depth"].shape == (1, 6, 8)
+    with pytest.raises(InputError, match=r"b\.png is 6 x 8 pixels, the first image 8 x 6: add `size: \[6, 8\]`"):
+        load_data(path, "train")[1]
+    with pytest.raises(InputError, match=r"c\.npy is 4 x 3 pixels, its image 8 x 6: add `size:"):
+        load_data(path, "val")[0]
+    assert load_data(path, "val", size=(6, 8))[0]["depth"].shape == (1, 6, 8)
 
 
-def test_a_hole_is_told_by_the_check_and_by_who_asks_for_the_task(tmp_path: Path) -> None:
+def test_a_hole_is_reported_by_the_check_and_to_who_asks_for_the_task(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 6, 8)
     picture(tmp_path / "b.png", 6, 8)
     np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
     path = manifest_of(tmp_path, "  depth: {}\n", ["a.png,train,a.npy", "b.png,train,"])
     with pytest.raises(InputError, match=r"1 of 2 images have no target of 'depth', first .*b\.png"):
-        Folder(path, "train").select(["depth"])
+        load_data(path, "train").select(["depth"])
     problems = check(read_manifest(path)).problems
     assert any("1 of 2 images of train have no target of depth, first" in problem for problem in problems)
 
@@ -401,13 +413,16 @@ def test_a_fingerprint_changes_with_the_files_and_with_what_is_said_of_them(tmp_
     np.save(tmp_path / "a.npy", np.ones((6, 8), np.float32))
     rows = ["a.png,train,a.npy"]
     path = manifest_of(tmp_path, "  depth: {}\n", rows)
-    first = Folder(path, "train").fingerprint()
-    assert Folder(path, "train").fingerprint() == first
+    first = load_data(path, "train").fingerprint()
+    assert load_data(path, "train").fingerprint() == first
     manifest_of(tmp_path, "  depth: {scale: 0.001}\n", rows)
-    scaled = Folder(path, "train").fingerprint()
+    scaled = load_data(path, "train").fingerprint()
     np.save(tmp_path / "a.npy", np.ones((7, 9), np.float32))
     assert (
-        len({first, scaled, Folder(path, "train").fingerprint(), Folder(path, "train", size=(3, 4)).fingerprint()}) == 4
+        len(
+            {first, scaled, load_data(path, "train").fingerprint(), load_data(path, "train", size=(3, 4)).fingerprint()}
+        )
+        == 4
     )
 
 
@@ -433,25 +448,25 @@ def test_an_ignored_value_that_the_files_cannot_hold_ignores_nothing(tmp_path: P
     assert Stored(parts, ignore=(255.0, float("nan"))).read(path).tolist() == [[1, 0]]
 
 
-def test_files_that_do_not_look_whole_but_are_pass(tmp_path: Path) -> None:
+def test_complete_files_that_seem_truncated_pass(tmp_path: Path) -> None:
     """A JPEG that is called a PNG, and a PNG with much behind its end, as some cameras' software writes."""
     noise = RNG.integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").rename(tmp_path / "a.png")
     longer = save(tmp_path / "b.png", noise)
     longer.write_bytes(longer.read_bytes() + bytes(500))
-    assert looks_whole(tmp_path / "a.png") and not looks_whole(longer)
+    assert not may_be_truncated(tmp_path / "a.png") and may_be_truncated(longer)
     half = tmp_path / "half.jpg"
     half.write_bytes((tmp_path / "a.png").read_bytes()[:200])
-    assert not looks_whole(half)
+    assert may_be_truncated(half)
     for kind in ("npy", "tif", "bmp", "webp", "ppm", "gif"):
-        assert looks_whole(save(tmp_path / f"c.{kind}", noise)), kind
+        assert not may_be_truncated(save(tmp_path / f"c.{kind}", noise)), kind
     rows = [{"image": name, "split": "val", "autoencoder": name} for name in ("a.png", "b.png")]
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"tasks": {"autoencoder": {}}, "images": rows}))
-    Folder(tmp_path / "data.yaml", "val").check_files(deeply=True)
+    load_data(tmp_path / "data.yaml", "val").check_files(deeply=True)
     longer.write_bytes(longer.read_bytes()[:300])
     with pytest.raises(InputError, match=r"b\.png: cannot be read"):
-        Folder(tmp_path / "data.yaml", "val").check_files(deeply=True)
+        load_data(tmp_path / "data.yaml", "val").check_files(deeply=True)
 
 
 def test_a_tiff_of_32_bits_with_small_numbers_stays_one(tmp_path: Path) -> None:
@@ -495,10 +510,10 @@ def test_what_is_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
         tmp_path, "  depth: {scale: 1e-3, ignore: , classes: }\n", ["a.png,0,a.npy"], size="root:\nsize:\n"
     )
     read = read_manifest(path)
-    assert read.stored["depth"].scale == 1e-3 and read.rows[0].image == tmp_path / "a.png"
-    assert list(read.splits()) == ["0"]
+    assert read.stored["depth"].scale == 1e-3 and read.rows["0"][0].image == tmp_path / "a.png"
+    assert list(read.rows) == ["0"]
     with pytest.raises(InputError, match="0 images asked for; give 1 or more"):
-        Folder(path, "0", 0)
+        load_data(path, "0", 0)
 
 
 def test_several_arrays_are_no_target(tmp_path: Path) -> None:
@@ -517,7 +532,7 @@ def test_transparency_and_scaled_integers_are_no_long_normals(tmp_path: Path) ->
     for target, of in (("n.png", "{}"), ("n.npy", "{scale: 3.0518509e-5}")):
         path = manifest_of(tmp_path, f"  normals: {of}\n", [f"a.png,train,{target}"], "image,split,normals")
         assert check(read_manifest(path)).problems == []
-        read = Folder(path, "train")[0]["normals"]
+        read = load_data(path, "train")[0]["normals"]
         assert torch.allclose(read[:, 0, 0], torch.tensor([0.0, 0, 1]), atol=0.02)
 
 
@@ -531,7 +546,7 @@ def test_one_bad_target_takes_nothing_else_from_the_contact_sheet(tmp_path: Path
     assert sheet.width == 2 * (16 + 4)  # the image and its depth
 
 
-def test_values_out_of_range_and_nothing_valid_are_told(tmp_path: Path) -> None:
+def test_values_out_of_range_and_nothing_valid_are_reported(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 2, 2)
     for name, values in (("low", [[-0.7, 0.5], [1, -1]]), ("high", [[0.5, 3], [1, 1]]), ("none", [[-1, -1], [-1, -1]])):
         np.save(tmp_path / f"{name}.npy", np.array(values, np.float32))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from layouts import bad_file_is_named, nothing_to_mend, save, touch, unit
+from dataset_contract import FilePerTargetContract, FilesContract
+from layouts import save, touch, unit
 from scipy.io import savemat
 
 from simomerge.core.errors import InputError
@@ -17,10 +20,14 @@ from simomerge.datasets import load_data
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.published.numbered import held_out
-from simomerge.datasets.published.nyuv2 import CAMERA, CLASSES, FROM_40, NYUv2
+from simomerge.datasets.published.nyuv2 import CAMERA, CLASSES, FROM_40
 
 H, W = 20, 28
 IMAGES = {"train": 3, "val": 5}
+
+
+def load(root: Path, split: str = "test", **options: Any) -> Any:
+    return load_data(f"nyuv2:{root}", split, **options)
 
 
 @pytest.fixture
@@ -66,11 +73,33 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class TestNumberedFiles(FilePerTargetContract):
+    name, size = "nyuv2", (H, W)
+    files: Mapping[str, str] = {
+        "image": "train/image/0.npy",
+        "segmentation": "train/label/0.npy",
+        "depth": "train/depth/0.npy",
+        "normals": "train/normal/0.npy",
+    }
+
+    @pytest.fixture
+    def root(self, npy: Path) -> Path:
+        return npy
+
+
+class TestLabelledFile(FilesContract):
+    name, size, stored_size = "nyuv2", (24, 32), (480, 640)
+
+    @pytest.fixture
+    def root(self, labelled: Path) -> Path:
+        return labelled
+
+
 # The preprocessed layout --------------------------------------------------------------------------------
 
 
 def test_samples_of_the_npy_layout_are_as_stored(npy: Path) -> None:
-    sample = NYUv2(npy, "train", size=(H, W))[1]
+    sample = load(npy, "train", size=(H, W))[1]
     rng = np.random.default_rng(1)
     labels, depth = rng.integers(-1, 13, (H, W)), rng.uniform(1, 5, (H, W))
     assert (sample["segmentation"].numpy() == labels).all() and sample["segmentation"].dtype == torch.int64
@@ -85,11 +114,11 @@ def test_the_papers_size_and_tasks_are_the_defaults(npy: Path) -> None:
     sample = data[0]
     assert sample["image"].shape == (3, 280, 378) and sample["depth"].shape == (1, 280, 378)
     assert list(data.tasks) == ["normals", "depth"]
-    whole = NYUv2(npy, "train", size=(H, W))[0]
-    assert set(sample["depth"].unique().tolist()) <= set(whole["depth"].unique().tolist())  # the nearest, no mixture
+    full = load(npy, "train", size=(H, W))[0]
+    assert set(sample["depth"].unique().tolist()) <= set(full["depth"].unique().tolist())  # the nearest, no mixture
     length = sample["normals"].square().sum(0)
     torch.testing.assert_close(length[length > 0], torch.ones(int((length > 0).sum())))
-    assert NYUv2(npy, "train").tasks["segmentation"].classes == CLASSES and len(CLASSES) == 13
+    assert load(npy, "train").tasks["segmentation"].classes == CLASSES and len(CLASSES) == 13
     assert load_data(f"nyuv2:{npy}", split="train", size=(10, 14))[0]["image"].shape == (3, 10, 14)
 
 
@@ -97,7 +126,7 @@ def test_the_papers_splits_have_their_sizes_and_share_no_image(tmp_path: Path) -
     for part, count in (("train", 795), ("val", 654)):
         for index in range(count):
             touch(tmp_path / part / "image" / f"{index}.npy")
-    splits = {split: NYUv2(tmp_path, split).rows for split in ("train", "val", "test")}
+    splits = {split: load(tmp_path, split).rows for split in ("train", "val", "test")}
     assert [len(rows) for rows in splits.values()] == [795, 400, 254]
     held = [{row.image for row in splits[split]} for split in ("val", "test")]
     assert not held[0] & held[1] and len(held[0] | held[1]) == 654
@@ -111,20 +140,11 @@ def test_any_number_of_images_is_shared_out_in_proportion(total: int) -> None:
     assert held_out(total, 400, of=654).sum() == total - round(total * 400 / 654)
 
 
-def test_the_check_of_the_npy_layout(npy: Path) -> None:
-    nothing_to_mend(f"nyuv2:{npy}")
-
-
-@pytest.mark.parametrize(("task", "folder"), [("image", "image"), ("segmentation", "label"), ("normals", "normal")])
-def test_broken_and_missing_files_are_named(task: str, folder: str, npy: Path) -> None:
-    bad_file_is_named(f"nyuv2:{npy}", "train", task, npy / "train" / folder / "0.npy")
-
-
 def test_wrong_contents_are_named(npy: Path) -> None:
-    data = NYUv2(npy, "train")
+    data = load(npy, "train")
     for folder, array, task, message in (
         ("label", np.full((H, W), 13.0), "segmentation", r"label.0\.npy: label 13 of segmentation, which has classes"),
-        ("label", np.full((H, W), 0.5), "segmentation", r"label.0\.npy: labels that are no whole numbers"),
+        ("label", np.full((H, W), 0.5), "segmentation", r"label.0\.npy: labels that are not integers"),
         ("normal", np.zeros((H, W)), "normals", r"normal.0\.npy: normals of shape \(20, 28\); give"),
     ):
         save(npy / "train" / folder / "0.npy", array)
@@ -138,14 +158,14 @@ def test_wrong_contents_are_named(npy: Path) -> None:
 
 def test_a_modality_that_is_not_there_is_no_task(npy: Path) -> None:
     (npy / "train/normal").rename(npy / "elsewhere")
-    assert list(NYUv2(npy, "train").tasks) == ["segmentation", "depth"]
+    assert list(load(npy, "train").tasks) == ["segmentation", "depth"]
 
 
 # The labelled file --------------------------------------------------------------------------------------
 
 
 def test_samples_of_the_labelled_file_are_upright_and_of_the_official_split(labelled: Path) -> None:
-    data = NYUv2(labelled, "train", size=(480, 640))
+    data = load(labelled, "train", size=(480, 640))
     assert [row.image.index for row in data.rows] == [1, 3, 4]
     with h5py.File(labelled / "nyu_depth_v2_labeled.mat") as file:
         image, labels = file["images"][3], file["labels"][3].T.astype(int)
@@ -154,11 +174,11 @@ def test_samples_of_the_labelled_file_are_upright_and_of_the_official_split(labe
     np.testing.assert_array_equal(sample["depth"][0].numpy(), plane(3)[0])
     expected = np.where(labels == 0, -1, np.array(FROM_40)[(labels - 1) % 40] - 1)
     np.testing.assert_array_equal(sample["segmentation"].numpy(), expected)
-    assert NYUv2(labelled / "nyu_depth_v2_labeled.mat", "train")[0]["image"].shape == (3, 280, 378)
+    assert load(labelled / "nyu_depth_v2_labeled.mat", "train")[0]["image"].shape == (3, 280, 378)
 
 
 def test_normals_of_the_labelled_file_are_those_of_its_surfaces(labelled: Path) -> None:
-    data = NYUv2(labelled, "train")
+    data = load(labelled, "train")
     for position, index in enumerate((1, 3, 4)):
         found = data.targets(position, ["normals"])["normals"].numpy()
         cosine = np.einsum("chw,c->hw", found, plane(index)[1])
@@ -172,12 +192,8 @@ def test_the_40_classes_go_where_their_names_say() -> None:
     assert len(FROM_40) == 40 and set(FROM_40) == set(range(1, 14)) and named.items() <= to.items()
 
 
-def test_the_check_of_the_labelled_file(labelled: Path) -> None:
-    nothing_to_mend(f"nyuv2:{labelled}")
-
-
 def test_a_slice_is_read_without_the_rest_and_in_every_process(labelled: Path) -> None:
-    data = NYUv2(labelled, "train", size=(24, 32)).select(["depth"])
+    data = load(labelled, "train", size=(24, 32)).select(["depth"])
     alone = [batch["depth"] for batch in ordered_batches(data, 1)]
     workers = [batch["depth"] for batch in ordered_batches(data, 1, loader_workers=2)]
     assert all(torch.equal(a, b) for a, b in zip(alone, workers, strict=True))
@@ -187,7 +203,7 @@ def test_a_slice_is_read_without_the_rest_and_in_every_process(labelled: Path) -
         Frame(labelled / "nyu_depth_v2_labeled.mat", "depths", 9).read()
 
 
-def test_files_beside_the_labelled_file_are_named(labelled: Path, tmp_path: Path) -> None:
+def test_files_next_to_the_labelled_file_are_named(labelled: Path, tmp_path: Path) -> None:
     mat = tmp_path / "nyu_depth_v2_labeled.mat"
     mat.symlink_to(labelled / mat.name)
     for name, wrong in (("splits.mat", {"other": [1]}), ("classMapping40.mat", {"mapClass": [[41]]})):
@@ -197,27 +213,27 @@ def test_files_beside_the_labelled_file_are_named(labelled: Path, tmp_path: Path
             elif content:
                 (tmp_path / name).write_bytes(content)
             with pytest.raises(InputError, match=rf"{name}: .*({message})"):
-                NYUv2(tmp_path, "train")
+                load(tmp_path, "train")
         (tmp_path / name).unlink()
         (tmp_path / name).symlink_to(labelled / name)
     savemat(tmp_path / "other.mat", {"trainNdxs": [1, 6], "testNdxs": [2]})
     (tmp_path / "splits.mat").unlink()
     (tmp_path / "other.mat").rename(tmp_path / "splits.mat")
     with pytest.raises(InputError, match=r"splits\.mat: its images are not from 1 to the 5"):
-        NYUv2(tmp_path, "train")
+        load(tmp_path, "train")
 
 
 def test_a_label_beyond_the_mapping_and_a_cut_file_are_named(labelled: Path, tmp_path: Path) -> None:
     for name in ("splits.mat", "nyu_depth_v2_labeled.mat"):
         (tmp_path / name).symlink_to(labelled / name)
     savemat(tmp_path / "classMapping40.mat", {"mapClass": np.ones((1, 800))})
-    with pytest.raises(InputError, match=r"labels 1: label 894; classMapping40\.mat beside it has 800"):
-        NYUv2(tmp_path, "train").targets(0, ["segmentation"])
-    whole = (labelled / "nyu_depth_v2_labeled.mat").read_bytes()
+    with pytest.raises(InputError, match=r"labels 1: label 894; classMapping40\.mat in the same folder has 800"):
+        load(tmp_path, "train").targets(0, ["segmentation"])
+    content = (labelled / "nyu_depth_v2_labeled.mat").read_bytes()
     (tmp_path / "nyu_depth_v2_labeled.mat").unlink()
-    (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(whole[:5000])
-    with pytest.raises(InputError, match=r"labeled\.mat: not a whole HDF5 file"):
-        NYUv2(tmp_path, "train")
+    (tmp_path / "nyu_depth_v2_labeled.mat").write_bytes(content[:5000])
+    with pytest.raises(InputError, match=r"labeled\.mat: not a complete HDF5 file"):
+        load(tmp_path, "train")
 
 
 # Asking for it ------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from simomerge.core.errors import InputError
+from simomerge.core.images import to_tensor
 from simomerge.datasets import DenseDataset
-from simomerge.datasets.pictures import SUFFIXES, Pictures, as_images, image_batches
+from simomerge.datasets.pictures import SUFFIXES, Images, as_images, image_batches
 from simomerge.datasets.tasks import Task
 
 
@@ -75,7 +76,7 @@ def test_a_folder_gives_its_pictures_and_those_of_its_subfolders_in_order(tmp_pa
     (tmp_path / "depth.npy").write_bytes(b"0")
     for source in (tmp_path, str(tmp_path)):
         images = as_images(source)
-        assert isinstance(images, Pictures) and values(images) == [10, 20, 30]
+        assert isinstance(images, Images) and values(images) == [10, 20, 30]
     assert [Path(images.name(i)).name for i in range(3)] == ["1.jpg", "2.png", "c.PNG"]
 
 
@@ -142,13 +143,77 @@ def test_four_dimensions_are_a_batch(kind: str) -> None:
 @pytest.mark.parametrize("dataset", [Labelled(5), Duck(5)], ids=["dataset", "duck"])
 def test_a_dataset_is_taken_as_it_is(dataset: Any) -> None:
     for count in (None, 5, 9):
-        assert as_images(dataset, count) is dataset
+        images = as_images(dataset, count)
+        assert images.source is dataset and len(images) == 5 and images.readable(one_size=True) is images
+        assert as_images(images, count) is images
     assert values(as_images(dataset, 2)) == [0, 1] and len(dataset) == 5
 
 
-def test_pictures_cross_processes(tmp_path: Path) -> None:
-    save(tmp_path, "1.png", 10)
-    assert values(pickle.loads(pickle.dumps(as_images(tmp_path)))) == [10]
+def test_pictures_cross_processes_without_what_was_decoded(tmp_path: Path) -> None:
+    save(tmp_path, "1.png", 10, height=200, width=200)
+    images = as_images(tmp_path).readable()
+    data = pickle.dumps(images)
+    assert len(data) < 10_000 and values(pickle.loads(data)) == values(images) == [10]
+
+
+# Decoding only what is used -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were decoded so far."""
+    names: list[str] = []
+
+    def noted(source: Any, size: Any = None) -> Tensor:
+        names.append(Path(source).name)
+        return to_tensor(source, size)
+
+    monkeypatch.setattr("simomerge.datasets.pictures.to_tensor", noted)
+    return names
+
+
+def test_a_check_decodes_an_image_once_and_its_first_use_not_again(tmp_path: Path, decoded: list[str]) -> None:
+    for i in range(4):
+        save(tmp_path, f"{i}.png", i)
+    spoil(tmp_path, "1.png")
+    with pytest.warns(UserWarning, match=r"1 of 4 images .*1\.png"):
+        images = as_images(tmp_path).readable(one_size=True)
+    assert decoded == ["0.png", "1.png", "2.png", "3.png"]
+    few = as_images(images, 2).readable(one_size=True)
+    assert as_images(images).readable() is images and [few.name(i)[-5:] for i in range(2)] == ["0.png", "3.png"]
+    assert values(few) == [0, 3] and values(images.take(3)) == [0, 2, 3] and len(decoded) == 6  # 0 and 3 once more
+    with pytest.warns(UserWarning, match=r"1 of 4 images .*1\.png"):
+        assert len(as_images(as_images(tmp_path)).readable()) == 3
+
+
+def test_what_batches_have_read_is_not_checked_again(tmp_path: Path, decoded: list[str]) -> None:
+    for i in range(3):
+        save(tmp_path, f"{i}.png", i)
+    images = as_images(tmp_path)
+    assert [indices for indices, _ in image_batches(images)] == [[0, 1, 2]]
+    assert images.readable(one_size=True) is images and len(decoded) == 3
+
+
+def test_no_more_is_kept_than_allowed(tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        save(tmp_path, f"{i}.png", i)
+    monkeypatch.setattr("simomerge.datasets.pictures.KEPT_BYTES", 2 * 3 * 6 * 8 * 4)
+    images = as_images(tmp_path).readable()
+    assert values(images) == [0, 1, 2] and decoded == ["0.png", "1.png", "2.png", "2.png"]
+
+
+def test_another_size_is_read_again_and_checked_again() -> None:
+    images = as_images([grey(1), grey(2, 9, 4)])
+    with pytest.raises(InputError, match=r"image 1 is 4 x 9 pixels, the first 8 x 6; this needs images of one size"):
+        images.readable(one_size=True)
+    alike = as_images(images, size="5x7").readable(one_size=True)
+    assert len(alike) == 2 and alike.image(1).shape == (3, 5, 7) and images.image(1).shape == (3, 9, 4)
+
+
+def test_skip_is_what_take_leaves() -> None:
+    images = as_images([grey(i) for i in range(10)])
+    assert values(images.take(4)) == [0, 3, 6, 9] and values(images.skip(4)) == [1, 2, 4, 5, 7, 8]
+    assert values(as_images(Labelled(5)).skip(2)) == [2, 3, 4] == values(as_images(Duck(5)).skip(2))
 
 
 # What is refused ----------------------------------------------------------------------------------------
@@ -171,7 +236,7 @@ def test_no_images_are_refused(source: Any) -> None:
 @pytest.mark.parametrize(
     "source", [grey(1), torch.zeros(3, 6, 8), Image.fromarray(grey(1)), {"a": 1}, 7, None, iter([grey(1)])]
 )
-def test_what_is_no_set_of_images_is_told_what_is(source: Any) -> None:
+def test_other_objects_are_refused_with_what_to_give(source: Any) -> None:
     with pytest.raises(InputError, match="give a folder of pictures, a list of at least one image, or a dataset"):
         as_images(source)
 
@@ -188,7 +253,7 @@ def test_a_size_is_height_and_width(size: Any) -> None:
 @pytest.mark.parametrize(
     "size", ["12", "12x", "x20", "12x20x3", "axb", "0x5", "-3x4", "1.5x4", "", (12,), (12, 20, 3), (0, 4), (1.5, 4)]
 )
-def test_a_size_that_is_none_is_told_the_form(size: Any) -> None:
+def test_a_wrong_size_is_refused_with_the_form(size: Any) -> None:
     with pytest.raises(InputError, match="HEIGHTxWIDTH in pixels, such as 480x640"):
         as_images([grey(1)], size=size)
 
@@ -215,7 +280,7 @@ def batches(images: Any, **options: Any) -> list[tuple[list[int], tuple[int, ...
 
 
 def test_batches_hold_neighbours_of_one_size() -> None:
-    images = Pictures([grey(0), grey(1), grey(2, 9, 4), grey(3, 9, 4), grey(4, 9, 4), grey(5), grey(6, 9, 5)])
+    images = Images([grey(0), grey(1), grey(2, 9, 4), grey(3, 9, 4), grey(4, 9, 4), grey(5), grey(6, 9, 5)])
     assert batches(images) == [
         ([0, 1], (2, 3, 6, 8)),
         ([2, 3, 4], (3, 3, 9, 4)),

@@ -18,7 +18,8 @@ from simomerge.core.progress import show_progress
 from simomerge.datasets import rooms
 from simomerge.datasets.rooms import cache
 from simomerge.datasets.rooms.render import render
-from simomerge.datasets.rooms.scenes import BALL, BOX, CONE, CYLINDER, PANEL, PANELS, RUG, SLOTS, sample_scenes
+from simomerge.datasets.rooms.scenes import sample_scenes
+from simomerge.datasets.rooms.slots import BALL, BOX, CONE, CYLINDER, PANEL, PANELS, RUG, SLOTS
 
 H, W = 24, 30
 FIRST_COUNTS = [607, 220, 65, 132, 61, 4, 8, 96, 41, 11, 35]
@@ -77,12 +78,12 @@ def test_first_room_is_the_one_it_always_was() -> None:
 def test_every_class_is_common_enough_and_no_class_rules() -> None:
     segmentation = rooms.render_rooms(0, "train", 0, 150, H, W)["segmentation"]
     share = np.bincount(segmentation.ravel(), minlength=len(rooms.CLASS_NAMES)) / segmentation.size
-    seen = [(segmentation == number).any((1, 2)).mean() for number in range(len(rooms.CLASS_NAMES))]
+    frequency = [(segmentation == number).any((1, 2)).mean() for number in range(len(rooms.CLASS_NAMES))]
     assert share.min() > 0.008 and share.max() < 0.55
-    assert min(seen) > 0.3
+    assert min(frequency) > 0.3
 
 
-def test_no_class_is_told_by_its_colour() -> None:
+def test_no_class_has_a_colour_of_its_own() -> None:
     out = rooms.render_rooms(0, "train", 0, 100, H, W)
     for number in range(len(rooms.CLASS_NAMES)):
         means = [
@@ -245,7 +246,7 @@ def test_the_array_namespace_is_the_one_given() -> None:
     assert same(rooms.render_rooms(0, "val", 0, 2, H, W, xp=xp), rooms.render_rooms(0, "val", 0, 2, H, W))
     assert {"where", "take", "sqrt", "floor", "pad", "stack", "concatenate", "argsort"} <= xp.names
     source = Path(rooms.__file__).parent
-    for module in ("render.py", "labels.py", "textures.py"):
+    for module in ("render.py", "view.py", "tracing.py", "shading.py", "labels.py", "textures.py"):
         assert "np." not in source.joinpath(module).read_text(encoding="utf-8").replace("xp.", "")
 
 
@@ -262,7 +263,7 @@ def test_the_array_namespace_is_the_one_given() -> None:
         (("val", 4, 24, 30, -1), "seed"),
     ],
 )
-def test_mistakes_are_named_with_their_mend(tmp_path: Path, arguments: Any, words: str) -> None:
+def test_mistakes_are_named_with_their_remedy(tmp_path: Path, arguments: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         rooms.load_rooms(*arguments, cache_dir=tmp_path)
 
@@ -284,19 +285,19 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def test_cached_rooms_are_those_rendered_and_read_only(tmp_path: Path) -> None:
-    seen: list[Any] = []
-    with show_progress(lambda *report: seen.append(report)):
+    reports: list[Any] = []
+    with show_progress(lambda *report: reports.append(report)):
         out = load(tmp_path)
-    assert seen[-1] == ("render val", 6, 6, "") and same(out, rooms.render_rooms(0, "val", 0, 6, 16, 20))
+    assert reports[-1] == ("render val", 6, 6, "") and same(out, rooms.render_rooms(0, "val", 0, 6, 16, 20))
     assert all(isinstance(array, np.memmap) and not array.flags.writeable for array in out.values())
     assert leftovers(tmp_path) == []
 
 
 def test_a_second_request_and_a_smaller_one_render_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = load(tmp_path)
+    complete = load(tmp_path)
     monkeypatch.setattr(cache, "render_rooms", lambda *a, **k: pytest.fail("rendered again"))
-    assert same(load(tmp_path), whole)
-    assert same(load(tmp_path, 4), {name: array[:4] for name, array in whole.items()})
+    assert same(load(tmp_path), complete)
+    assert same(load(tmp_path, 4), {name: array[:4] for name, array in complete.items()})
 
 
 def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +308,7 @@ def test_the_environment_names_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "other shape"])
 def test_a_damaged_set_is_made_again(tmp_path: Path, damage: str) -> None:
-    whole = {name: array.copy() for name, array in load(tmp_path).items()}
+    complete = {name: array.copy() for name, array in load(tmp_path).items()}
     file = next(tmp_path.glob("rooms/*/6/normals.npy"))
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-100])
@@ -317,7 +318,7 @@ def test_a_damaged_set_is_made_again(tmp_path: Path, damage: str) -> None:
         file.write_bytes(b"")
     else:
         np.save(file, np.zeros((6, 16, 19, 3), np.int8))
-    assert same(load(tmp_path), whole) and leftovers(tmp_path) == []
+    assert same(load(tmp_path), complete) and leftovers(tmp_path) == []
 
 
 def test_remains_of_killed_processes_are_ignored_then_removed(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_a_task_takes_its_kind_from_its_name_and_channels_from_its_classes():
         ),
     ],
 )
-def test_task_refuses_with_the_mend(arguments, message):
+def test_task_refuses_with_the_remedy(arguments, message):
     with pytest.raises(InputError, match=message):
         Task(**arguments)
 

@@ -14,7 +14,7 @@ from simomerge.assembly.experts import check_experts, with_merged_encoder, with_
 from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
 
@@ -79,7 +79,7 @@ class Aligner:
     ) -> None:
         self.base = base
         self.experts = check_experts(base, experts)
-        self.images = readable(as_images(images, count))
+        self.images = as_images(images, count).readable()
         if len(self.images) < 4:
             raise InputError(
                 f"{len(self.images)} images: a choice without labels holds out every fourth image; give at least 4."

@@ -22,7 +22,7 @@ from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.assembly.realign.teacher import TeacherPredictions
 from simomerge.core import distributed
 from simomerge.datasets import random_flip
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.merging import TaskArithmetic
 from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
@@ -66,7 +66,7 @@ def learn_coefficients(
         >>> model = merge(base, experts, method)                               # doctest: +SKIP
     """
     experts = check_experts(base, experts)
-    source = readable(as_images(images, count), one_size=True)
+    source = as_images(images, count).readable(one_size=True)
     method = TaskArithmetic(scale=dict(start) if isinstance(start, Mapping) else start)
     model = with_merged_encoder(base, experts, method)
     targets = list(head_targets(model, experts, source))

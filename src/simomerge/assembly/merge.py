@@ -11,7 +11,7 @@ from simomerge.assembly.experts import assemble, check_experts, merge_models, wi
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.core.errors import InputError
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.models.model import SimoModel
 
@@ -130,7 +130,7 @@ def _auto(
     if wrong := [name for name, value in given.items() if value is not None]:
         raise InputError(f"method='auto' chooses {wrong[0]!r} itself; leave it out, or name a method.")
     experts, count = check_experts(base, experts), count or 256
-    images = readable(as_images(images, count), one_size=True)
+    images = as_images(images, count).readable(one_size=True)
     aligner = Aligner(base, experts, images, min(count, 64))
     for name, schedule in AUTO_METHODS:
         aligner.best_scale(get_method(name), schedule)

@@ -45,7 +45,7 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     manifest = find_manifest(data)
     with console():
         found = check(manifest, count)
-    result = found.to_dict(manifest)
+    result = found.to_dict()
     lines = [line for split, what in result["splits"].items() for line in _split_lines(split, what)]
     try:
         sheet = contact_sheet(manifest)

@@ -1,4 +1,4 @@
-"""Images in whatever form a user has them -> float tensors (1, 3, H, W), RGB in [0, 1]."""
+"""Conversion of images in all common forms to float tensors (1, 3, H, W), RGB in [0, 1]."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from simomerge.core.errors import InputError
 
 MAX_PIXELS = 64_000_000
-"""Images above this many pixels are refused: the maps of a few tasks at that size would not fit in memory."""
+"""Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
 
     Raises:
-        InputError: no such file, not an image, truncated, or more than `MAX_PIXELS` pixels.
+        InputError: the file is missing, not an image, truncated, or has more than `MAX_PIXELS` pixels.
     """
     from PIL import Image, ImageOps
 
@@ -33,7 +33,7 @@ def read_image(path: str | Path) -> np.ndarray:
             return _as_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
-    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles over
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
 
 
@@ -43,16 +43,16 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
     Args:
         image: a path; a PIL image; a uint8 (0..255) or float (0..1) array of (H, W), (H, W, 3) or (H, W, 4);
             or a tensor of (3, H, W) or (1, 3, H, W), uint8 or float in [0, 1].
-        size: (height, width) to make it; as it is by default.
+        size: (height, width) to resize it to; its own size by default.
 
     Raises:
-        InputError: another shape, dtype or range, or far too many pixels.
+        InputError: the image has another shape, dtype or range, or more than `MAX_PIXELS` pixels.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image)
     elif not isinstance(image, (np.ndarray, Tensor)):
         if not hasattr(image, "convert"):
-            raise InputError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor.")
+            raise InputError(f"{type(image).__name__} is not an image; give a path, a PIL image, an array or a tensor.")
         image = _as_rgb(image)
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
@@ -61,7 +61,7 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
             raise InputError(f"image array of shape {image.shape}; give (H, W), (H, W, 3) or (H, W, 4).")
         if image.dtype != np.uint8 and image.dtype.kind != "f":
             raise InputError(f"image of dtype {image.dtype}; give uint8 in 0..255 or floats in [0, 1].")
-        # A copy: torch takes no read-only array, no negative strides and no foreign byte order.
+        # A copy, because torch accepts neither read-only arrays nor negative strides nor another byte order.
         native = image[..., :3].astype(image.dtype.newbyteorder("="), order="C")
         tensor = torch.from_numpy(native).permute(2, 0, 1)[None]
     else:
@@ -70,7 +70,7 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
             raise InputError(f"image tensor of shape {tuple(image.shape)}; give (3, H, W) or (1, 3, H, W).")
     _check_size("image", *tensor.shape[-2:])
     if tensor.dtype == torch.uint8:
-        return resized(tensor, size).float() / 255  # of bytes that takes a thirtieth of the time
+        return resized(tensor, size).float() / 255  # resizing bytes is thirty times faster than floats
     if not tensor.is_floating_point():
         raise InputError(f"image of dtype {tensor.dtype}; give uint8 in 0..255 or floats in [0, 1].")
     tensor = tensor.float()
@@ -81,14 +81,14 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Images (B, 3, H, W) of this (height, width), bilinearly with antialiasing; in their dtype."""
+    """Images (B, 3, H, W) resized to (height, width), bilinearly with antialiasing; the dtype stays."""
     if size is None or images.shape[-2:] == size:
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _as_rgb(image: Any) -> np.ndarray:
-    """A PIL image as uint8 RGB; 16-bit grey is scaled, which Pillow itself would clip at 255."""
+    """A PIL image as uint8 RGB. 16-bit grey is scaled, because Pillow would clip it at 255."""
     if image.mode.startswith("I"):
         grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
@@ -98,6 +98,6 @@ def _as_rgb(image: Any) -> np.ndarray:
 def _check_size(name: str, height: int, width: int) -> None:
     if height * width > MAX_PIXELS or height < 1 or width < 1:
         raise InputError(
-            f"{name}: {width} x {height} pixels; images from 1 to {MAX_PIXELS // 1_000_000} million pixels can be"
-            " predicted: resize it first."
+            f"{name}: {width} x {height} pixels; images may have 1 to {MAX_PIXELS // 1_000_000} million pixels:"
+            " resize it first."
         )

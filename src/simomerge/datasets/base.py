@@ -1,10 +1,10 @@
-"""The one interface of all datasets: map-style, samples are dicts of tensors."""
+"""The interface of all datasets: map-style, samples are dicts of tensors."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
     """Images with dense targets of one or more tasks.
 
     A sample is ``{"image": float (3, H, W) RGB in [0, 1], TASK: target, ...}`` with targets as in
-    `simomerge.datasets.tasks.KINDS`. A new dataset gives `image`, `targets` and a length.
+    `simomerge.datasets.tasks.KINDS`. A new dataset implements `image` and `targets`, and passes its length on.
 
     Attributes:
         tasks: the tasks whose targets a sample holds.
@@ -40,11 +40,11 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         """The named targets of image ``index``, without decoding the image."""
 
     def check_files(self, deeply: bool = False) -> None:
-        """See to it that what the samples are read from is there, where that is files. Raises InputError."""
+        """Check that all sample files exist and, if ``deeply``, that none is truncated. Raises InputError."""
         return
 
     def fingerprint(self) -> str:
-        """What tells this data from other data by the same name; empty where the name says it all."""
+        """Changes when the data behind the same name changes; empty if the name always means the same data."""
         return ""
 
     def __len__(self) -> int:
@@ -56,68 +56,73 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         return {"image": self.image(index), **self.targets(index, self.tasks)}
 
     def select(self, tasks: str | Iterable[str]) -> DenseDataset:
-        """The same images with some of the tasks.
-
-        Raises:
-            InputError: a task the dataset lacks.
-        """
+        """The same images with some of the tasks. Raises InputError if the dataset does not have one of them."""
         chosen = copy.copy(self)
         chosen.tasks = select_tasks(self.tasks, tasks)
         return chosen
 
     def take(self, count: int) -> DenseDataset:
-        """``count`` of the images: the first, where the dataset knows nothing better.
+        """``count`` of the images: the first ones, or those that the dataset's kind spreads over all of them.
 
         Raises:
-            InputError: fewer are there.
+            InputError: there are fewer.
         """
-        if not 1 <= count <= self._count:
-            raise InputError(f"{count} images asked for; the split has {self._count}.")
-        chosen = copy.copy(self)
-        chosen._count = count
-        return chosen
+        if not 1 <= count <= len(self):
+            raise InputError(f"{count} images asked for; the split has {len(self)}.")
+        return self._subset(self._picked(count))
 
     def skip(self, count: int) -> DenseDataset:
-        """All images but those that `take` takes.
+        """All images except those that ``take(count)`` returns.
 
         Raises:
-            InputError: none is left.
+            InputError: no image is left.
         """
-        if not 0 <= count < self._count:
-            raise InputError(f"all but {count} images asked for; the split has {self._count}.")
-        return _Rest(self, count) if count else self
+        if not 0 <= count < len(self):
+            raise InputError(f"all but {count} images asked for; the split has {len(self)}.")
+        if not count:
+            return self
+        picked = set(self._picked(count))
+        return self._subset([index for index in range(len(self)) if index not in picked])
+
+    def _picked(self, count: int) -> Sequence[int]:
+        """The indices of the images that ``take(count)`` returns, in ascending order."""
+        return range(count)
+
+    def _subset(self, indices: Sequence[int]) -> DenseDataset:
+        """Some of the images, in this order."""
+        return _Subset(self, indices)
 
 
-class _Rest(DenseDataset):
-    """A dataset without its first images."""
+class _Subset(DenseDataset):
+    """Some images of a dataset."""
 
-    def __init__(self, whole: DenseDataset, start: int) -> None:
-        super().__init__(whole.tasks, len(whole) - start)
-        self.whole = whole
-        self.start = start
+    def __init__(self, source: DenseDataset, indices: Sequence[int]) -> None:
+        super().__init__(source.tasks, len(indices))
+        self.source = source
+        self.indices = indices
 
     def image(self, index: int) -> Tensor:
-        return self.whole.image(self.start + index)
+        return self.source.image(self.indices[index])
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        return self.whole.targets(self.start + index, tasks)
+        return self.source.targets(self.indices[index], tasks)
 
     def check_files(self, deeply: bool = False) -> None:
-        self.whole.check_files(deeply)
+        self.source.check_files(deeply)
 
     def fingerprint(self) -> str:
-        return self.whole.fingerprint()
+        return self.source.fingerprint()
 
 
-def check_size(size: Any) -> None:
-    """Raises InputError unless ``size`` is a height and a width in pixels."""
+def check_size(size: Any, place: str = "") -> None:
+    """Raises InputError unless ``size`` is a height and a width in pixels. The message starts with ``place``."""
     pair = isinstance(size, (tuple, list)) and len(size) == 2
     if not pair or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size):
-        raise InputError(f"size {size!r}; give [height, width] in pixels.")
+        raise InputError(f"{place}size {size!r}; give [height, width] in pixels.")
 
 
 def random_flip(tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-    """Mirror a sample left to right with probability one half; the x of normals changes its sign."""
+    """Mirror a sample left to right with probability one half. The x component of normals changes its sign."""
     if generator.random() < 0.5:
         return sample
     flipped = {key: value.flip(-1) for key, value in sample.items()}

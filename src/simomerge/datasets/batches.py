@@ -1,4 +1,4 @@
-"""Batches that depend on nothing but (seed, step): a run that was killed goes on with the very next one."""
+"""Batches that depend only on (seed, step): a run that was killed continues with the next batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Transform = Callable[[Sample, np.random.Generator], Sample]
 
 
 class _Seeded(Dataset[Sample]):
-    """A dataset whose items are asked for as (index, seed), so that augmentation is reproducible."""
+    """A dataset indexed by (index, seed), so that augmentation is reproducible."""
 
     def __init__(self, dataset: Any, transform: Transform | None) -> None:
         self.dataset = dataset
@@ -32,7 +32,7 @@ class _Seeded(Dataset[Sample]):
 
 
 class _Steps:
-    """Batch sampler: for each step from ``start``, a batch of (index, seed); every epoch a new order."""
+    """Batch sampler: a batch of (index, seed) for each step from ``start``, in a new order every epoch."""
 
     def __init__(self, count: int, batch_size: int, start: int, steps: int, seed: int) -> None:
         self.count = count
@@ -65,15 +65,18 @@ def training_batches(
     transform: Transform | None = None,
     loader_workers: int = 0,
 ) -> DataLoader[Sample]:
-    """``steps - start`` shuffled batches; step k is the same whether the run began at 0 or at k.
+    """``steps - start`` shuffled batches; the batch of a step does not depend on ``start``.
 
     Under torchrun each process gets its share of every batch.
 
     Args:
-        dataset: map-style, of samples (dicts of tensors or of lists of tensors).
-        batch_size: samples per batch, at most the dataset's size; a last short batch is left out.
+        dataset: map-style; samples are dicts of tensors or of lists of tensors.
+        batch_size: samples per batch, at most the dataset's size. A last short batch of an epoch is left out.
+        steps: the number of steps of the full run.
+        seed: seed of the order and of the augmentation.
+        start: the first step.
         transform: augmentation ``(sample, generator) -> sample``.
-        loader_workers: processes that read and augment; 0 reads in this one.
+        loader_workers: processes that read and augment; with 0, this process does.
     """
     return DataLoader(
         _Seeded(dataset, transform),
@@ -88,7 +91,7 @@ def ordered_batches(dataset: Any, batch_size: int, loader_workers: int = 0, shar
     """Every sample once, in order; the last batch may be short.
 
     Args:
-        shared: under torchrun, this process's share of the batches only.
+        shared: under torchrun, only this process's share of the batches.
     """
     places = list(range(len(dataset)))
     batches = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]

@@ -1,7 +1,8 @@
-"""Images without labels: a folder of pictures, a list of images, or a dataset whose labels nobody reads."""
+"""Images without labels: a folder of pictures, a list of images, or a dataset whose labels are not read."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,48 +17,163 @@ from simomerge.core.images import to_tensor
 from simomerge.datasets.base import DenseDataset
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+KEPT_BYTES = 128 << 20
+"""Images that a check has decoded stay in memory until they are used, up to this size of all of them together."""
 
 
-class Pictures(DenseDataset):
-    """Pictures without targets, read when they are asked for.
+class Images(DenseDataset):
+    """Images without labels, each read when it is asked for. `as_images` makes one from what a user gives.
+
+    It remembers which images were read and how that went, and shares this with what `take`, `skip` and `readable`
+    return: a check decodes only images that were never decoded, and the next use of such an image costs nothing.
 
     Args:
-        sources: paths, PIL images, arrays or tensors; see `simomerge.core.images.to_tensor`.
-        size: (height, width) in pixels to make them; as they are by default.
+        source: a sequence of paths, PIL images, arrays or tensors (see `simomerge.core.images.to_tensor`); or a
+            dataset, that is anything with ``image(i)`` and a length.
+        size: (height, width) in pixels to resize pictures to; their own size by default.
 
     Example:
-        >>> Pictures([np.zeros((48, 64, 3), np.uint8)], size=(24, 32)).image(0).shape
+        >>> Images([np.zeros((48, 64, 3), np.uint8)], size=(24, 32)).image(0).shape
         torch.Size([3, 24, 32])
     """
 
-    def __init__(self, sources: Sequence[Any], size: tuple[int, int] | None = None) -> None:
-        super().__init__({}, len(sources))
-        self.sources = list(sources)
+    def __init__(self, source: Any, size: tuple[int, int] | None = None) -> None:
+        super().__init__({}, len(source))
+        self.source = source
         self.size = size
+        self.is_dataset = hasattr(source, "image")
+        self._positions: Sequence[int] = range(len(source))
+        self._memory = _Memory()
 
     def image(self, index: int) -> Tensor:
-        return to_tensor(self.sources[index], self.size)[0]
+        position = self._positions[index]
+        kept = self._memory.decoded.pop(position, None)
+        return self._read(position) if kept is None else kept
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return {}
 
     def name(self, index: int) -> str:
-        """What to call a picture in a message."""
-        source = self.sources[index]
-        return str(source) if isinstance(source, (str, Path)) else f"image {index}"
+        """How messages refer to an image: its path, or its number in the source."""
+        position = self._positions[index]
+        source = None if self.is_dataset else self.source[position]
+        return str(source) if isinstance(source, (str, Path)) else f"image {position}"
+
+    def resized(self, size: str | tuple[int, int]) -> Images:
+        """The same pictures in another size: (height, width) or "HEIGHTxWIDTH". Raises InputError."""
+        if self.is_dataset:
+            raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
+        chosen = copy.copy(self)
+        chosen.size, chosen._memory = _parse_size(size), _Memory()
+        return chosen
+
+    def readable(self, one_size: bool = False) -> Images:
+        """The images without those that cannot be read. Use it before work that reads images repeatedly.
+
+        A dataset's images are not checked.
+
+        Args:
+            one_size: require images of one size.
+
+        Raises:
+            InputError: no image can be read, or ``one_size`` is set and two images differ in size.
+
+        Warns:
+            UserWarning: some images were left out; names the first three.
+        """
+        if self.is_dataset:
+            return self
+        sizes, unreadable = {}, []
+        for index in range(len(self)):
+            if (size := self._size(index)) is None:
+                unreadable.append(index)
+                continue
+            sizes[index] = size
+            height, width = next(iter(sizes.values()))
+            if one_size and size != (height, width):
+                raise InputError(
+                    f"{self.name(index)} is {size[1]} x {size[0]} pixels, the first {width} x {height}; this needs"
+                    " images of one size: give size=(height, width), or --size HEIGHTxWIDTH."
+                )
+        self.report(unreadable, len(self), every_image=True)
+        return self._subset(list(sizes)) if unreadable else self
+
+    def _size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of an image, which is decoded only if it never was; None if it cannot be read."""
+        position = self._positions[index]
+        if not self._memory.knows(position) and (image := self.try_image(index)) is not None:
+            self._memory.keep(position, image)
+        return self._memory.sizes.get(position)
+
+    def try_image(self, index: int) -> Tensor | None:
+        """An image; None if it is a picture that cannot be read. Raises the error of a dataset."""
+        try:
+            return self.image(index)
+        except InputError as error:
+            if self.is_dataset:
+                raise
+            self._memory.errors[self._positions[index]] = str(error)
+            return None
+
+    def _read(self, position: int) -> Tensor:
+        image: Tensor
+        image = self.source.image(position) if self.is_dataset else to_tensor(self.source[position], self.size)[0]
+        self._memory.sizes[position] = (image.shape[-2], image.shape[-1])
+        return image
+
+    def report(self, unreadable: Sequence[int], asked: int, every_image: bool) -> None:
+        """Warn of the images that were left out of ``asked`` ones. Raises InputError if that is all of them."""
+        if not unreadable:
+            return
+        if every_image and len(unreadable) == asked:
+            reason = self._memory.errors[self._positions[unreadable[0]]]
+            raise InputError(f"none of the {asked} images can be read, first {self.name(unreadable[0])} ({reason}).")
+        shown = ", ".join(map(self.name, unreadable[:3])) + (", ..." if len(unreadable) > 3 else "")
+        warnings.warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}", stacklevel=3)
+
+    def _picked(self, count: int) -> Sequence[int]:
+        """Pictures evenly over the sequence: neighbouring frames of a video are nearly the same."""
+        if isinstance(self.source, DenseDataset) and len(self) == len(self.source):
+            return self.source._picked(count)
+        return range(count) if self.is_dataset else np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
+
+    def _subset(self, indices: Sequence[int]) -> Images:
+        chosen = copy.copy(self)
+        chosen._positions, chosen._count = [self._positions[index] for index in indices], len(indices)
+        return chosen
 
 
-def as_images(source: Any, count: int | None = None, size: str | tuple[int, int] | None = None) -> Any:
-    """What a user calls images, as something with ``image(i)`` and a length.
+class _Memory:
+    """What reading images has shown, by their position in the source."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, tuple[int, int]] = {}
+        self.errors: dict[int, str] = {}
+        self.decoded: dict[int, Tensor] = {}
+
+    def knows(self, position: int) -> bool:
+        return position in self.sizes or position in self.errors
+
+    def keep(self, position: int, image: Tensor) -> None:
+        """Keep a decoded image for its next use, if there is room."""
+        if sum(kept.nbytes for kept in (*self.decoded.values(), image)) <= KEPT_BYTES:
+            self.decoded[position] = image
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the decoded images: reading them again is faster than sending them to another process."""
+        return {**self.__dict__, "decoded": {}}
+
+
+def as_images(source: Any, count: int | None = None, size: str | tuple[int, int] | None = None) -> Images:
+    """What a user gives as images, as one type. `Images` are returned as they are, or ``count`` of them.
 
     Args:
-        source: a folder (searched with its subfolders), a picture's path, a sequence of images, or a dataset.
-        count: how many to take, evenly over the folder or sequence (neighbouring frames of a video are nearly the
-            same); all where fewer are there, and by default.
-        size: (height, width) or "HEIGHTxWIDTH" to make pictures; as they are by default.
+        source: a folder (searched with its subfolders), a picture's path, a sequence of images, a dataset, or `Images`.
+        count: images to take, evenly over a folder or sequence. All are taken if there are fewer, and by default.
+        size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to; their own size by default.
 
     Raises:
-        InputError: no such folder, no picture in it, a count below 1, or a size that is none.
+        InputError: the folder is missing or has no picture, the count is below 1, or the size is not a size.
 
     Example:
         >>> len(as_images([np.zeros((8, 8, 3), np.uint8)] * 10, count=4))
@@ -65,30 +181,28 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
     """
     if count is not None and count < 1:
         raise InputError(f"{count} images asked for; use at least 1.")
+    images = source if isinstance(source, Images) else Images(_sequence(source))
+    if size is not None:
+        images = images.resized(size)
+    return images if count is None or count >= len(images) else images._subset(images._picked(count))
+
+
+def _sequence(source: Any) -> Any:
+    """A dataset as it is, and everything else as a list of at least one image."""
     if isinstance(source, (str, Path)):
-        source = _files(Path(source))
-    if isinstance(source, Pictures):
-        source, size = source.sources, size or source.size
+        return _files(Path(source))
     if hasattr(source, "image") and hasattr(source, "__len__"):
         if not len(source):
             raise InputError("the dataset has no images; give at least one.")
-        if size is not None:
-            raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
-        if count is None or count >= len(source):
-            return source
-        return source.take(count) if hasattr(source, "take") else _First(source, count)
+        return source
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 4:
         source = list(source)
     if not isinstance(source, Sequence) or not len(source):
         raise InputError("images: give a folder of pictures, a list of at least one image, or a dataset.")
-    if count is not None and count < len(source):
-        source = [source[i] for i in np.linspace(0, len(source) - 1, count).round().astype(int)]
-    return Pictures(source, _parse_size(size))
+    return list(source)
 
 
-def _parse_size(size: str | tuple[int, int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
+def _parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
     parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
@@ -115,22 +229,21 @@ def image_batches(
     end.
 
     Args:
-        images: as `as_images` gives.
-        batch_size, max_pixels: the most images, and pixels of all of them together, in a batch of more than one.
-        start, step: take images start, start + step, ...: one process's share.
+        images: as in `as_images`.
+        batch_size: the largest number of images in a batch.
+        max_pixels: the largest number of pixels in a batch, unless it holds a single image.
+        start, step: read images start, start + step, ... only: one process's share.
 
     Raises:
-        InputError: none of the images can be read.
+        InputError: no image can be read.
     """
+    images = as_images(images)
     kept: list[tuple[int, Tensor]] = []
-    unreadable: list[tuple[str, str]] = []
+    unreadable = []
     for index in range(start, len(images), step):
-        try:
-            image = images.image(index)
-        except InputError as error:
-            if not isinstance(images, Pictures):
-                raise
-            unreadable.append((images.name(index), str(error)))
+        image = images.try_image(index)
+        if image is None:
+            unreadable.append(index)
             continue
         full = len(kept) >= min(batch_size, max(1, max_pixels // image[0].numel()))
         if kept and (full or kept[0][1].shape != image.shape):
@@ -139,60 +252,4 @@ def image_batches(
         kept.append((index, image))
     if kept:
         yield [i for i, _ in kept], torch.stack([tensor for _, tensor in kept])
-    if unreadable:
-        _report(unreadable, len(range(start, len(images), step)), alone=step == 1)
-
-
-def readable(images: Any, one_size: bool = False) -> Any:
-    """The images without those that cannot be read, which a warning names: for work that looks at them repeatedly.
-
-    Args:
-        images: as `as_images` gives; not so many that each may not be opened once more.
-        one_size: they must be of one size.
-
-    Raises:
-        InputError: none can be read, or two differ in size where they must not.
-    """
-    if not isinstance(images, Pictures):
-        return images
-    kept, unreadable = [], []
-    first: tuple[int, int] | None = None
-    for index, source in enumerate(images.sources):
-        try:
-            height, width = images.image(index).shape[-2:]
-        except InputError as error:
-            unreadable.append((images.name(index), str(error)))
-            continue
-        first = first or (height, width)
-        if one_size and (height, width) != first:
-            raise InputError(
-                f"{images.name(index)} is {width} x {height} pixels, the first {first[1]} x {first[0]}; this needs"
-                " images of one size: give size=(height, width), or --size HEIGHTxWIDTH."
-            )
-        kept.append(source)
-    if unreadable:
-        _report(unreadable, len(images), alone=True)
-    return Pictures(kept, images.size)
-
-
-def _report(unreadable: Sequence[tuple[str, str]], asked: int, alone: bool) -> None:
-    """Say which images were left out; ``alone``: no other process has any."""
-    if alone and len(unreadable) == asked:
-        raise InputError(f"none of the {asked} images can be read, first {unreadable[0][0]} ({unreadable[0][1]}).")
-    shown = ", ".join(name for name, _ in unreadable[:3]) + (", ..." if len(unreadable) > 3 else "")
-    warnings.warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}", stacklevel=3)
-
-
-class _First:
-    """The first images of whatever has ``image(i)``."""
-
-    def __init__(self, source: Any, count: int) -> None:
-        self.source = source
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def image(self, index: int) -> Tensor:
-        found: Tensor = self.source.image(index)
-        return found
+    images.report(unreadable, len(range(start, len(images), step)), every_image=step == 1)

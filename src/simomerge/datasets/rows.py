@@ -1,7 +1,7 @@
-"""Images and targets row by row: what every dataset on disk is, whatever its layout.
+"""Datasets on disk, whatever their layout: rows of images and targets, read one at a time.
 
-A layout is a `Manifest`: rows that say where an image and its targets are, and for each task how they are stored.
-Reading, decoding, resizing and checking are the same for all of them.
+A layout is described by a `Manifest`: rows that name the files of an image and its targets, and per task how they are
+stored. Reading, decoding, resizing and checking are the same for all layouts.
 """
 
 from __future__ import annotations
@@ -15,146 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from simomerge.core.errors import InputError
-from simomerge.core.images import read_image, resized, to_tensor
+from simomerge.core.images import read_image, to_tensor
 from simomerge.datasets.base import DenseDataset, check_size
 from simomerge.datasets.published.hdf5 import Frame
-from simomerge.datasets.tasks import IGNORE_LABEL, Task
-from simomerge.datasets.whole import looks_whole
-
-Source = Path | Frame
-"""Where an image or a target is: a file, or one image's slice of an HDF5 file."""
-
-
-def read_array(path: Source) -> np.ndarray:
-    """The numbers in an NPY file, a picture or a slice, as stored: palette indices, 16 and 32 bits are kept.
-
-    Raises:
-        InputError: no such file, or not readable as any of them.
-    """
-    from PIL import Image
-
-    if isinstance(path, Frame):
-        return path.read()
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
-    try:
-        if path.suffix.lower() == ".npy":
-            loaded = np.load(path, allow_pickle=False)
-            if not isinstance(loaded, np.ndarray):
-                raise ValueError("it holds several arrays")
-            return loaded
-        with Image.open(path) as picture:
-            array = np.asarray(picture)
-            # Older Pillows open 16-bit PNGs as 32 bits, which PNGs never have.
-            return array.astype(np.uint16) if picture.format == "PNG" and array.dtype == np.int32 else array
-    except Exception as error:  # of a damaged file Pillow raises whatever it stumbles over
-        raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, JPEG or NPY file.") from error
-
-
-def read_picture(path: Source) -> np.ndarray:
-    """An image as encoders are shown it, upright and in three colours, or an NPY file's numbers. Raises InputError."""
-    if isinstance(path, Frame) or path.suffix.lower() == ".npy":
-        return read_array(path)
-    return read_image(path)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How the targets of a task are stored.
-
-    Attributes:
-        task: what they are targets of.
-        scale: stored value -> the task's unit, such as 0.001 for a depth in millimetres; None for the usual one of the
-            file's dtype.
-        ignore: stored values of pixels that do not count.
-        array: source -> its numbers (H, W) or (H, W, 3); a dataset's own code is undone here, and NaN stands for no
-            value.
-    """
-
-    task: Task
-    scale: float | None = None
-    ignore: tuple[float, ...] = ()
-    array: Callable[[Any], np.ndarray] = read_array
-
-    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
-        """The target in a file, as `tasks.KINDS` says, in its own or another size. Raises InputError."""
-        stored = self.array(path)
-        channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
-        if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:
-            stored = stored.transpose(1, 2, 0)
-        if stored.ndim == 3 and stored.shape[2] == 1:
-            stored = stored[..., 0]
-        if stored.ndim != (3 if channels == 3 else 2) or (channels == 3 and stored.shape[2] < 3):
-            expected = "(H, W, 3)" if channels == 3 else "(H, W)"
-            raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
-        if size is not None and self.task.kind != "autoencoder":  # before decoding: there are fewer pixels to decode
-            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
-        stored = stored[..., :3] if channels == 3 else stored  # without a picture's transparency
-        ignored = np.isin(stored, self._ignored(stored.dtype))
-        return torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
-
-    def _ignored(self, dtype: np.dtype[Any]) -> np.ndarray:
-        """What to ignore in the numbers of a file: 65.535 of float64 is none of float32, and -1 no byte."""
-        if dtype.kind not in "uib":
-            return np.array(self.ignore).astype(dtype)
-        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        return np.array([v for v in self.ignore if low <= v <= high and v == int(v)]).astype(dtype)
-
-    def _decoded(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
-        kind = self.task.kind
-        if kind == "segmentation":
-            return self._labels(stored, ignored, path)
-        values = stored.astype(np.float32) * np.float32(self._unit(stored))
-        if kind == "normals":
-            return _unit_normals(stored, values, np.asarray(ignored.all(-1))).transpose(2, 0, 1)
-        if kind in ("depth", "disparity"):
-            return np.where(ignored | ~(values > 0) | ~np.isfinite(values), np.float32(0), values)[None]
-        invalid = np.float32(-1 if kind == "edges" else np.nan)
-        if kind == "autoencoder":
-            return np.where(ignored.all(-1, keepdims=True), invalid, values).transpose(2, 0, 1)
-        return np.where(ignored | np.isnan(values), invalid, values)[None]
-
-    def _unit(self, stored: np.ndarray) -> float:
-        if self.scale is not None:
-            return self.scale
-        if stored.dtype.kind == "u" and self.task.kind not in ("depth", "disparity"):
-            return 1 / float(np.iinfo(stored.dtype).max)
-        return 1.0
-
-    def _labels(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
-        if stored.dtype.kind not in "uib":
-            raise InputError(f"{path}: {self.task.name} of dtype {stored.dtype}; labels are whole numbers.")
-        labels = stored.astype(np.int64)
-        ignored = ignored | (labels == IGNORE_LABEL)
-        strange = labels[~ignored & ((labels < 0) | (labels >= len(self.task.classes)))]
-        if strange.size:
-            raise InputError(
-                f"{path}: label {int(strange[0])} of {self.task.name}, which has classes 0 to"
-                f" {len(self.task.classes) - 1}; name it under ignore, or give its class."
-            )
-        return np.where(ignored, IGNORE_LABEL, labels)
-
-
-def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """Unit vectors; integers stand for -1..1, and black for no normal."""
-    if stored.dtype.kind == "u":
-        values = 2 * values[..., :3] - 1
-        ignored = ignored | ~stored[..., :3].any(-1)
-    values = np.where(np.isfinite(values[..., :3]), values[..., :3], np.float32(0))
-    length = np.linalg.norm(values, axis=-1, keepdims=True)
-    return np.where(ignored[..., None] | (length < 0.1), np.float32(0), values / np.maximum(length, 1e-6))
+from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: where it is, its split, where its targets are, and what else is read with them, such as masks."""
+    """One image: its source, its targets by task, and files such as masks that are read with the targets."""
 
     image: Source
-    split: str
     targets: Mapping[str, Source]
     others: tuple[Path, ...] = ()
 
@@ -164,125 +38,111 @@ class Manifest:
     """A dataset on disk.
 
     Attributes:
-        path: what its messages name: the manifest's file, or the dataset's folder.
-        stored: by task, how its targets are stored.
-        rows: the images of all splits.
-        size: (height, width) to make images and targets; None for as they are.
-        image: source -> RGB (H, W, 3), uint8 or floats in [0, 1].
-        lacking: what is known to be missing, in plain words; `simomerge data check` reports it.
+        path: the manifest's file or the dataset's folder, for messages.
+        tasks: how the targets of each task are stored.
+        rows: the images by split.
+        size: (height, width) to resize images and targets to; None for their own size.
+        image: reads a source as RGB (H, W, 3), uint8 or floats in [0, 1].
+        missing: split -> a message if something is known to be missing, else empty. Such a split cannot be used.
     """
 
     path: Path
-    stored: Mapping[str, Stored]
-    rows: tuple[Row, ...]
+    tasks: Sequence[Stored]
+    rows: Mapping[str, Sequence[Row]]
     size: tuple[int, int] | None
     image: Callable[[Any], np.ndarray] = read_image
-    lacking: tuple[str, ...] = ()
+    missing: Callable[[str], str] = lambda split: ""
 
-    def splits(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.split, []).append(row)
-        return found
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """`tasks` by name."""
+        return {stored.task.name: stored for stored in self.tasks}
 
 
 class Rows(DenseDataset):
     """One split of a manifest's images, read when they are asked for.
 
+    A task has targets for every image of the split, or is left out.
+
     Args:
         manifest: the dataset.
         split: one of its splits.
-        count: so many images, evenly over the split, or all where fewer are there.
-        size: (height, width) to make images and targets; the manifest's by default.
+        count: number of images, evenly over the split; all by default, and if there are fewer.
 
     Raises:
-        InputError: no such split.
+        InputError: the split is unknown, or known to be incomplete.
     """
 
-    def __init__(
-        self, manifest: Manifest, split: str, count: int | None = None, size: tuple[int, int] | None = None
-    ) -> None:
-        splits = manifest.splits()
-        if split not in splits:
-            raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(splits)}.")
-        for given in (size, manifest.size):
-            if given is not None:
-                check_size(given)
+    def __init__(self, manifest: Manifest, split: str, count: int | None = None) -> None:
+        if split not in manifest.rows:
+            raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(manifest.rows)}.")
+        if missing := manifest.missing(split):
+            raise InputError(missing)
+        if manifest.size is not None:
+            check_size(manifest.size)
         if count is not None and count < 1:
             raise InputError(f"{count} images asked for; give 1 or more.")
-        self.manifest = manifest
-        self.rows = splits[split]
+        self.path = manifest.path
+        self.rows = list(manifest.rows[split])
         if count is not None and count < len(self.rows):
-            self.rows = _chosen(self.rows, slice(count))
-        self.size = size or manifest.size
+            self.rows = [self.rows[i] for i in _spread(len(self.rows), count)]
+        self.size = manifest.size
         self._first_size: tuple[int, int] | None = None
-        # A task of which one image has no target is none of the split's; which image that is, for the message.
-        without = {name: [row for row in self.rows if name not in row.targets] for name in manifest.stored}
-        self._lacking = {name: rows for name, rows in without.items() if rows}
-        have = [name for name in manifest.stored if name not in self._lacking]
-        super().__init__({name: manifest.stored[name].task for name in have}, len(self.rows))
+        self._stored, self._read_image = manifest.stored, manifest.image
+        without = {name: [row for row in self.rows if name not in row.targets] for name in self._stored}
+        self._incomplete = {name: rows for name, rows in without.items() if rows}
+        tasks = {name: stored.task for name, stored in self._stored.items() if name not in self._incomplete}
+        super().__init__(tasks, len(self.rows))
 
     def select(self, tasks: str | Iterable[str]) -> DenseDataset:
-        """The same images with some of the tasks. Raises InputError."""
+        """The same images with some of the tasks. Raises InputError if one is unknown, or an image has no target."""
         names = tasks.split(",") if isinstance(tasks, str) else list(tasks)
         for name in names:
-            if rows := self._lacking.get(name):
+            if rows := self._incomplete.get(name):
                 raise InputError(
-                    f"{self.manifest.path}: {len(rows)} of {len(self.rows)} images have no target of {name!r}, first"
+                    f"{self.path}: {len(rows)} of {len(self.rows)} images have no target of {name!r}, first"
                     f" {rows[0].image}: give it, or leave them out."
                 )
         return super().select(names if tasks != "all" else tasks)
 
-    def take(self, count: int) -> DenseDataset:
-        """``count`` of the images, evenly over the split: neighbours show one scene."""
-        super().take(count)  # which checks the count
-        return self._with(_chosen(self.rows, slice(count)))
+    def _picked(self, count: int) -> Sequence[int]:
+        """Indices evenly over the split, because neighbours show one scene."""
+        return _spread(len(self), count)
 
-    def skip(self, count: int) -> DenseDataset:
-        """All images but those that `take` takes."""
-        super().skip(count)
-        return self._with(_chosen(self.rows, slice(count, None)))
-
-    def _with(self, rows: list[Row]) -> DenseDataset:
+    def _subset(self, indices: Sequence[int]) -> DenseDataset:
         chosen = copy.copy(self)
-        chosen.rows, chosen._count, chosen._first_size = rows, len(rows), None
+        chosen.rows, chosen._count, chosen._first_size = [self.rows[i] for i in indices], len(indices), None
         return chosen
 
     def fingerprint(self) -> str:
-        """sha256 of what the images and the chosen tasks are made of: how they are stored, and the files' names in the
-        dataset's folder, sizes and dates."""
-        folder = self.manifest.path if self.manifest.path.is_dir() else self.manifest.path.parent
-        said = [str(self.size)]
-        said += [f"{name} {s.task} {s.scale} {s.ignore}" for name, s in self._stored()]
-        stat = lru_cache(maxsize=None)(_stat)
+        """sha256 of how images and chosen tasks are stored, and of the files' names, sizes and dates."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        chosen = [(name, self._stored[name]) for name in sorted(self.tasks)]
+        lines = [str(self.size), *(f"{name} {s.task} {s.scale} {s.ignore}" for name, s in chosen)]
+        stat = lru_cache(maxsize=None)(_size_and_date)
         for row in self.rows:
-            targets = [row.targets[name] for name, _ in self._stored()]
+            targets = [row.targets[name] for name, _ in chosen]
             for source in (row.image, *targets, *(row.others if targets else ())):
-                file = source.file if isinstance(source, Frame) else source
-                place = str(source).replace(str(folder), "", 1)
-                said.append(f"{place} {stat(file)}")
-        return hashlib.sha256("\n".join(said).encode()).hexdigest()
+                lines.append(f"{str(source).replace(str(folder), '', 1)} {stat(_file(source))}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def check_files(self, deeply: bool = False) -> None:
-        """See to it that the files of images and chosen tasks are there, and, ``deeply``, that none was cut off.
+        """Check that the files of images and chosen tasks exist and, if ``deeply``, that none is truncated.
 
         Raises:
-            InputError: some are not, or are damaged (the message names the first).
+            InputError: files are missing or damaged; names the first ones.
         """
         files = dict.fromkeys(file for row in self.rows for file in self._files(row))
         if missing := [file for file in files if not file.is_file()]:
             raise InputError(f"{len(missing)} of {len(files)} files are not there: {', '.join(map(str, missing[:3]))}.")
         for file in files if deeply else ():
-            if file.suffix != ".mat" and not looks_whole(file):
+            if file.suffix != ".mat" and may_be_truncated(file):
                 read_array(file)
 
     def _files(self, row: Row) -> Iterator[Path]:
-        sources = [row.image, *(row.targets[name] for name in self.tasks if name in row.targets)]
-        yield from (source.file if isinstance(source, Frame) else source for source in sources)
+        yield _file(row.image)
+        yield from (_file(row.targets[name]) for name in self.tasks if name in row.targets)
         yield from row.others if self.tasks else ()
-
-    def _stored(self) -> list[tuple[str, Stored]]:
-        return [(name, self.manifest.stored[name]) for name in sorted(self.tasks)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
@@ -291,83 +151,60 @@ class Rows(DenseDataset):
         sample = {"image": image}
         for name in self.tasks:  # a target that is the image itself is not read again
             sample[name] = image.clone() if self._is_image(name, index) else self._target(name, index)
-        size = tuple(image.shape[-2:])
-        for name in self.tasks:
-            height, width = sample[name].shape[-2:]
-            if (height, width) != size:
-                raise InputError(
-                    f"{self.rows[index].targets[name]} is {width} x {height} pixels, its image {size[1]} x {size[0]}:"
-                    f" say `size: [height, width]` in {self.manifest.path.name} to make them alike."
-                )
+            if sample[name].shape[-2:] != image.shape[-2:]:
+                raise self._other_size(self.rows[index].targets[name], sample[name], "its image", image.shape[-2:])
         return sample
 
     def image(self, index: int) -> Tensor:
         source = self.rows[index].image
-        array = self.manifest.image(source)
+        array = self._read_image(source)
         try:
             image = to_tensor(array, self.size)[0]
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
-        if self.size is None:
-            self._check_size(index, image)
+        if self.size is None:  # all images must have one size, because they are batched
+            if self._first_size is None:
+                self._first_size = self._read_image(self.rows[0].image).shape[:2]
+            if image.shape[-2:] != self._first_size:
+                raise self._other_size(source, image, "the first image", self._first_size)
         return image
 
-    def _check_size(self, index: int, image: Tensor) -> None:
-        """Batches are of one size."""
-        if self._first_size is None:
-            height, width = self.manifest.image(self.rows[0].image).shape[:2]
-            self._first_size = int(height), int(width)
-        height, width = self._first_size
-        if tuple(image.shape[1:]) != (height, width):
-            raise InputError(
-                f"{self.rows[index].image} is {image.shape[2]} x {image.shape[1]} pixels, the first image {width} x"
-                f" {height}: say `size: [{height}, {width}]` in {self.manifest.path.name} to make them alike."
-            )
+    def _other_size(self, source: Source, found: Tensor, other: str, size: Sequence[int]) -> InputError:
+        height, width = size
+        return InputError(
+            f"{source} is {found.shape[-1]} x {found.shape[-2]} pixels, {other} {width} x {height}: add"
+            f" `size: [{height}, {width}]` to {self.path.name} to resize them."
+        )
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return {name: self._target(name, index) for name in tasks}
 
     def _is_image(self, name: str, index: int) -> bool:
-        """Whether a target is the very image: an autoencoder is to give what the encoder was given."""
-        stored, row = self.manifest.stored[name], self.rows[index]
-        plain = stored.scale is None and not stored.ignore
-        return stored.task.kind == "autoencoder" and plain and row.targets[name] == row.image
+        """Whether a target is the image itself, as for most autoencoders."""
+        stored, row = self._stored[name], self.rows[index]
+        unchanged = stored.scale is None and not stored.ignore
+        return stored.task.kind == "autoencoder" and unchanged and row.targets[name] == row.image
 
     def _target(self, name: str, index: int) -> Tensor:
         if self._is_image(name, index):
             return self.image(index)
-        target = self.manifest.stored[name].read(self.rows[index].targets[name], self.size)
-        return target if self.size is None else resize_target(self.tasks[name], target, self.size)
+        return self._stored[name].read(self.rows[index].targets[name], self.size)
 
 
-def _chosen(rows: Sequence[Row], which: slice) -> list[Row]:
-    """Some of the rows, in their order. Multiples of the golden ratio lie evenly: so does every beginning of the order
-    of their fractions, and what one such beginning has, a longer one has too."""
-    order = np.argsort(np.arange(len(rows)) * ((5**0.5 - 1) / 2) % 1)
-    return [rows[i] for i in sorted(order[which])]
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` of the numbers below ``total``, spread evenly; a larger count includes those of a smaller one.
+
+    They are the first ones in the order of the fractions of multiples of the golden ratio.
+    """
+    order = np.argsort(np.arange(total) * ((5**0.5 - 1) / 2) % 1)
+    return sorted(order[:count].tolist())
 
 
-def _stat(file: Path) -> tuple[int, int] | None:
-    """Size and date of a file, where it is."""
+def _file(source: Source) -> Path:
+    return source.file if isinstance(source, Frame) else source
+
+
+def _size_and_date(file: Path) -> tuple[int, int] | None:
+    """Size and modification date of a file; None if it does not exist."""
     found = file.stat() if file.is_file() else None
     return found and (found.st_size, found.st_mtime_ns)
-
-
-def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
-    """A target (..., H, W) in another size: the nearest pixel, for between two labels, depths or normals lies none that
-    is true; but pictures, such as an autoencoder's, as images are."""
-    if target.shape[-2:] == size:
-        return target
-    if task.kind == "autoencoder":
-        return resized(target[None], size)[0]
-    rows, columns = map(torch.from_numpy, _nearest(target.shape[-2:], size))
-    return target[..., rows[:, None], columns]
-
-
-def _nearest(old: Sequence[int], new: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and the columns of the old size whose centres are nearest to those of the new one."""
-    rows, columns = (
-        ((np.arange(wanted) + 0.5) * (there / wanted)).astype(np.int64).clip(max=there - 1)
-        for there, wanted in zip(old, new, strict=True)
-    )
-    return rows, columns

@@ -1,8 +1,8 @@
-"""What a task is: its output channels, loss, metric, sign of better, units and colours.
+"""Tasks: their output channels, losses, metrics, units and colours.
 
-A `Task` is data (a name, a kind, class names) and goes into ``simo.json``; a `Kind` is behaviour, one per
-sort of dense prediction, and lives in the table `KINDS`. Everything that must know how a task differs from
-another asks here: training for the loss, evaluation for the metric, the report for the colours.
+A `Task` is data (a name, a kind, class names) and goes into ``simo.json``. A `Kind` is the behaviour that all tasks of
+one sort share; the table `KINDS` holds them. Code that depends on the kind of a task asks here: training for the loss,
+evaluation for the metric, the report for the colours.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,58 +22,86 @@ from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
 
 IGNORE_LABEL = -1
-"""Label of pixels that no segmentation loss or metric counts (the paper's convention)."""
+"""Label of pixels that segmentation losses and metrics leave out (the paper's convention)."""
 LOG_DEPTH_RANGE = math.log(2**16)
-"""A log_depth is log(1 + d) divided by this, of a depth d in 16 bits (the paper's convention for Taskonomy)."""
+"""A log_depth is log(1 + d) divided by this, for a depth d of 16 bits (the paper's convention for Taskonomy)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Behaviour of all tasks of one sort.
+
+    Attributes:
+        channels: output channels of a head; None means one per class.
+        losses: ``(logits (B, C, H, W), target)`` -> a loss for each element of ``valid``; a task's loss is their mean
+            where ``valid`` is true.
+        valid: target -> bool, where it counts in losses and metrics.
+        activate: logits -> prediction, in the units of the target.
+        distance: ``(logits, teacher's logits) -> scalar``: how much predictions differ from another model's, 0 if they
+            agree. It needs no labels.
+        metric: the main metric, a key of what the metrics of the task compute.
+        unit: unit of that metric, for tables.
+        higher_is_better: whether a higher value of that metric is better.
+        colour_map: name of a matplotlib colour map for one-channel maps; empty for kinds with other colours.
+    """
+
+    channels: int | None
+    losses: Callable[[Tensor, Tensor], Tensor]
+    valid: Callable[[Tensor], Tensor]
+    activate: Callable[[Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], Tensor]
+    metric: str
+    unit: str
+    higher_is_better: bool = False
+    colour_map: str = ""
+
+
+# Losses -------------------------------------------------------------------------------------------------
 
 
 def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``values`` where ``valid``; zero, with a gradient of zero, where nothing is valid."""
+    """Mean of ``values`` where ``valid``; zero, with a gradient of zero, if nothing is valid."""
     weight = valid.to(values.dtype)
     return (torch.where(valid, values, values.new_zeros(())) * weight).sum() / weight.sum().clamp(min=1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.float(), target, ignore_index=IGNORE_LABEL, reduction="none")
-    return _masked_mean(losses, target != IGNORE_LABEL)
+    return F.cross_entropy(logits, target, ignore_index=IGNORE_LABEL, reduction="none")
 
 
 def _l1(logits: Tensor, target: Tensor) -> Tensor:
-    valid = torch.isfinite(target)
-    return _masked_mean((logits.float() - torch.where(valid, target, 0.0)).abs(), valid)
-
-
-def _depth_l1(logits: Tensor, target: Tensor) -> Tensor:
-    return _masked_mean((logits.float() - target).abs(), target > 0)
+    return (logits - torch.where(torch.isfinite(target), target, 0.0)).abs()
 
 
 def _cosine(logits: Tensor, target: Tensor) -> Tensor:
     """1 - dot product of unit vectors (paper, Appendix: losses)."""
-    logits = logits.float()
-    # By hand: normalising first, as F.normalize does, takes eight times as long on a CPU.
-    dot = (logits * target).sum(1) * logits.square().sum(1).clamp(min=1e-24).rsqrt()
-    return _masked_mean(1 - dot, target.square().sum(1) > 0)
+    # Normalising the logits with F.normalize first takes eight times as long on a CPU.
+    return 1 - (logits * target).sum(1) * logits.square().sum(1).clamp(min=1e-24).rsqrt()
 
 
 def _edge_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy, edge pixels weighted twofold.
+    """Binary cross-entropy in which edge pixels have twice the weight.
 
-    Edges are a tenth of the pixels: L1 (the paper's loss for everything else) is least at "no edge anywhere".
+    A tenth of the pixels are edges: L1, the paper's loss for all other tasks, is lowest for "no edge anywhere".
     """
-    valid = target >= 0
-    losses = F.binary_cross_entropy_with_logits(
-        logits.float(),
-        target.clamp(min=0),
-        pos_weight=torch.tensor(2.0, device=logits.device),
-        reduction="none",
-    )
-    return _masked_mean(losses, valid)
+    weight = torch.tensor(2.0, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), pos_weight=weight, reduction="none")
 
 
-def _soft_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the classes' probabilities from the teacher's, mean over the pixels."""
+# Distances from a teacher's predictions -----------------------------------------------------------------
+
+
+def _class_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the class probabilities from the teacher's, mean over the pixels."""
     own, wanted = F.log_softmax(logits.float(), 1), F.log_softmax(teacher.float(), 1)
     return (wanted.exp() * (wanted - own)).sum(1).mean()
+
+
+def _edge_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the edge probability from the teacher's, mean over the pixels."""
+    wanted = torch.sigmoid(teacher.float())
+    entropy = F.binary_cross_entropy_with_logits(teacher.float(), wanted)
+    return F.binary_cross_entropy_with_logits(logits.float(), wanted) - entropy
 
 
 def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -80,81 +109,64 @@ def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _angle(logits: Tensor, teacher: Tensor) -> Tensor:
-    return _cosine(logits, unit_vectors(teacher.float()))
+    wanted = unit_vectors(teacher.float())
+    return _masked_mean(_cosine(logits.float(), wanted), wanted.square().sum(1) > 0)
 
 
-def _edge_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the edge probability from the teacher's, mean over the pixels."""
-    wanted = torch.sigmoid(teacher.float())
-    return F.binary_cross_entropy_with_logits(logits.float(), wanted) - F.binary_cross_entropy_with_logits(
-        teacher.float(), wanted
-    )
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Behaviour shared by all tasks of one sort.
-
-    Attributes:
-        channels: output channels of a head; None means one per class.
-        loss: ``(logits (B, C, H, W), target) -> scalar``; invalid pixels never count.
-        activate: logits -> prediction, in the units of the target.
-        metric: the metric that speaks for the task (a key of what its metrics compute).
-        higher_is_better: the sign of better of that metric.
-        unit: unit of that metric, for tables.
-        distance: ``(logits, teacher's logits) -> scalar``: how far predictions are from another model's, 0 where they
-            agree; needs no label.
-        colour_map: name of a matplotlib colour map for one-channel maps; empty where colours are special.
-    """
-
-    channels: int | None
-    loss: Callable[[Tensor, Tensor], Tensor]
-    activate: Callable[[Tensor], Tensor]
-    metric: str
-    higher_is_better: bool
-    unit: str
-    distance: Callable[[Tensor, Tensor], Tensor]
-    colour_map: str = ""
-
-
-def _identity(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _unit_interval(logits: Tensor) -> Tensor:
-    return logits.clamp(0, 1)
-
-
-def _labels(logits: Tensor) -> Tensor:
-    return logits.argmax(1)
+# Activations and kinds --------------------------------------------------------------------------------
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Vectors (B, 3, H, W) of length one; on a CPU many times as fast as F.normalize, which gives the same."""
+    """Vectors (B, 3, H, W) scaled to length one; on a CPU much faster than F.normalize, with the same result."""
     return vectors * vectors.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
 
 
-def _positive(logits: Tensor) -> Tensor:
-    return logits.clamp(min=1e-3)
+def _share(colour_map: str = "", channels: int = 1) -> Kind:
+    """A kind whose targets are in [0, 1], or NaN where invalid."""
+    clamp = partial(torch.clamp, min=0, max=1)
+    return Kind(
+        channels, _l1, torch.isfinite, clamp, _absolute_difference, "abs_err", "% of range", colour_map=colour_map
+    )
 
 
-def _not_negative(logits: Tensor) -> Tensor:
-    return logits.clamp(min=0)
+def _distance_map(smallest: float, unit: str, colour_map: str) -> Kind:
+    """A kind whose targets are positive, or 0 where invalid."""
+    clamp = partial(torch.clamp, min=smallest)
+    return Kind(1, _l1, lambda t: t > 0, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map)
 
 
 KINDS: dict[str, Kind] = {
-    "segmentation": Kind(None, _cross_entropy, _labels, "miou", True, "%", _soft_cross_entropy),
-    "depth": Kind(1, _depth_l1, _positive, "abs_err", False, "m", _absolute_difference, "magma_r"),
-    "disparity": Kind(1, _depth_l1, _not_negative, "abs_err", False, "", _absolute_difference, "magma"),
-    "log_depth": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "magma_r"),
-    "normals": Kind(3, _cosine, unit_vectors, "mean_angle", False, "deg", _angle),
-    "edges": Kind(1, _edge_cross_entropy, torch.sigmoid, "f1", True, "%", _edge_divergence, "gray"),
-    "texture": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "gray"),
-    "keypoints": Kind(1, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference, "inferno"),
-    "autoencoder": Kind(3, _l1, _unit_interval, "abs_err", False, "% of range", _absolute_difference),
+    "segmentation": Kind(
+        None,
+        _cross_entropy,
+        valid=lambda t: t != IGNORE_LABEL,
+        activate=lambda logits: logits.argmax(1),
+        distance=_class_divergence,
+        metric="miou",
+        unit="%",
+        higher_is_better=True,
+    ),
+    "depth": _distance_map(1e-3, "m", "magma_r"),
+    "disparity": _distance_map(0, "", "magma"),
+    "log_depth": _share("magma_r"),
+    "normals": Kind(3, _cosine, lambda t: t.square().sum(1) > 0, unit_vectors, _angle, "mean_angle", "deg"),
+    "edges": Kind(
+        1,
+        _edge_cross_entropy,
+        valid=lambda t: t >= 0,
+        activate=torch.sigmoid,
+        distance=_edge_divergence,
+        metric="f1",
+        unit="%",
+        higher_is_better=True,
+        colour_map="gray",
+    ),
+    "texture": _share("gray"),
+    "keypoints": _share("inferno"),
+    "autoencoder": _share(channels=3),
 }
-"""Every kind of task. Targets are float (B, C, H, W), but labels int64 (B, H, W). Invalid pixels are: label
--1, depth or disparity 0, normal (0, 0, 0), edge -1, NaN elsewhere."""
+"""All kinds of tasks. Targets are float (B, C, H, W), except labels, which are int64 (B, H, W). Invalid pixels have the
+label -1, depth or disparity 0, normal (0, 0, 0), edge -1, and NaN for all other kinds."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +175,13 @@ class Task:
 
     Args:
         name: the key of its head, targets and predictions.
-        kind: a key of `KINDS`; defaults to the name.
+        kind: a key of `KINDS`; the name by default.
         classes: class names, for segmentation.
-        colours: one RGB triple (0..255) per class; generated where empty.
+        colours: one RGB triple (0..255) per class; generated if empty.
 
     Raises:
-        InputError: unknown kind, or a segmentation task with fewer than two classes.
+        InputError: the name is not an identifier, the kind is unknown, a segmentation task has fewer than two classes,
+            or there are not as many colours as classes.
 
     Example:
         >>> Task("parts", "segmentation", classes=("head", "arm", "rest")).channels
@@ -197,6 +210,7 @@ class Task:
 
     @property
     def behaviour(self) -> Kind:
+        """The entry of `KINDS`."""
         return KINDS[self.kind]
 
     @property
@@ -218,20 +232,14 @@ class Task:
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Training loss: a float32 scalar. Shapes as in `KINDS`."""
-        return self.behaviour.loss(logits, target)
+        return _masked_mean(self.behaviour.losses(logits.float(), target), self.valid(target))
 
     def valid(self, target: Tensor) -> Tensor:
-        """Where a target counts, in losses and metrics: bool, of its shape, but (B, H, W) for normals."""
-        if self.kind == "segmentation":
-            return target != IGNORE_LABEL
-        if self.kind == "normals":
-            return target.square().sum(1) > 0
-        if self.kind == "edges":
-            return target >= 0
-        return target > 0 if self.kind in ("depth", "disparity") else torch.isfinite(target)
+        """Where a target counts in losses and metrics: bool, of the target's shape, but (B, H, W) for normals."""
+        return self.behaviour.valid(target)
 
     def distance(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """How far predictions are from another model's: a float32 scalar, 0 where they agree. Both (B, C, H, W)."""
+        """How much predictions differ from another model's: a float32 scalar, 0 if they agree. Both (B, C, H, W)."""
         return self.behaviour.distance(logits, teacher)
 
     def activate(self, logits: Tensor) -> Tensor:
@@ -239,14 +247,15 @@ class Task:
         return self.behaviour.activate(logits)
 
     def mean_target(self, targets: Iterable[Tensor]) -> Tensor:
-        """Mean of the valid pixels, (C,), where logits are in the target's units; zeros for all other kinds.
+        """Mean of the valid pixels, (C,), for kinds whose logits are in the target's units; else zeros.
 
-        A head that starts there need not learn a constant first: with L1 and small steps that takes hundreds.
+        A head that starts with this bias does not have to learn a constant first, which takes hundreds of small steps
+        with an L1 loss.
         """
-        if self.behaviour.loss not in (_l1, _depth_l1):
+        if self.metric != "abs_err":
             return torch.zeros(self.channels)
         stacked = torch.stack(list(targets)).transpose(0, 1).flatten(1)
-        valid = torch.isfinite(stacked) & ((stacked > 0) if self.behaviour.loss is _depth_l1 else True)
+        valid = torch.isfinite(stacked) & self.valid(stacked)
         return torch.where(valid, stacked, 0.0).sum(1) / valid.sum(1).clamp(min=1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,10 +267,10 @@ class Task:
 
 
 def select_tasks(available: Mapping[str, Task], names: str | Iterable[str]) -> dict[str, Task]:
-    """The named tasks in the order asked; ``"all"`` takes every one.
+    """The named tasks in the given order; ``"all"`` selects all of them.
 
     Raises:
-        InputError: a name that is not there (with the nearest one), or one given twice.
+        InputError: a name is unknown (the message suggests the nearest one), or given twice.
     """
     if isinstance(names, str):
         names = list(available) if names == "all" else names.split(",")
@@ -278,7 +287,7 @@ def select_tasks(available: Mapping[str, Task], names: str | Iterable[str]) -> d
 
 
 def class_colours(count: int) -> np.ndarray:
-    """``count`` well separated colours, uint8 (count, 3)."""
+    """``count`` colours, well separated up to 20, uint8 (count, 3)."""
     from matplotlib import colormaps
 
     table = colormaps["tab20"](np.arange(count) % 20)[:, :3]
@@ -289,10 +298,10 @@ def colourise(task: Task, values: np.ndarray, limits: Sequence[float] | None = N
     """Colours for a prediction or target of one image.
 
     Args:
-        task: whose values these are.
+        task: the task of the values.
         values: labels (H, W), a one-channel map (H, W) or (1, H, W), or vectors (3, H, W).
-        limits: (low, high) of the colour range of one-channel maps; the map's own range by default. Pass
-            the ground truth's, so that a prediction's colours can be compared with it.
+        limits: (low, high) of the colour range of one-channel maps; the map's own range by default. Pass the range of
+            the ground truth to make the colours of a prediction comparable with it.
 
     Returns:
         uint8 RGB (H, W, 3); invalid pixels are black.

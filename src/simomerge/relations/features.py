@@ -17,7 +17,7 @@ from simomerge.assembly.realign.sums import HELD_OUT, RIDGES
 from simomerge.assembly.realign.teacher import evaluating, matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.merging import ZeroShot
 from simomerge.models.model import SimoModel
 
@@ -117,7 +117,7 @@ def similarity(base: SimoModel, experts: Mapping[str, SimoModel], images: Any, c
         [[1.0, 0.61, 0.58], [0.61, 1.0, 0.44], [0.58, 0.44, 1.0]]
     """
     check_names(experts)
-    source = readable(as_images(images, count))
+    source = as_images(images, count).readable()
     unmerged = with_merged_encoder(base, experts, ZeroShot())  # the base with the experts' taps and normalisation
     first = next(iter(experts.values())).encoder
     names = [BASE, *experts]
@@ -192,7 +192,7 @@ def alignment(
         ...     print(row.task, row.tap, row.r2_before, row.r2_after)
     """
     experts = matching_experts(model, experts)
-    source = readable(as_images(images, count))
+    source = as_images(images, count).readable()
     if len(source) < HELD_OUT:
         raise InputError(f"{len(source)} images: every fourth is held out; give at least {HELD_OUT}.")
     taps = model.encoder.taps

@@ -16,7 +16,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import Scores, normalised_performance
@@ -64,7 +64,7 @@ class Judge:
         self.experts = experts
         self.tasks: dict[str, Task] = {name: expert.tasks[name] for name, expert in experts.items()}
         self.labelled = labelled
-        self.source = source if labelled else readable(as_images(source))
+        self.source = source if labelled else as_images(source).readable()
         self.batch_size = batch_size
         self.device = next(next(iter(experts.values())).parameters()).device
         if len(self.source) < 2:

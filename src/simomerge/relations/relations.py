@@ -13,7 +13,7 @@ from simomerge.assembly.realign.teacher import matching_experts
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
 from simomerge.datasets import DenseDataset
-from simomerge.datasets.pictures import as_images, readable
+from simomerge.datasets.pictures import as_images
 from simomerge.models.model import SimoModel
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
 from simomerge.relations.geometry import Geometry, geometry
@@ -206,7 +206,7 @@ def _images(
     if images is not None and data is not None:
         raise InputError("images and labelled data were given: give one of them.")
     if data is None:
-        source = readable(as_images(images, count, size))
+        source: Any = as_images(images, count, size).readable()
     elif isinstance(data, (str, Path)):
         raise InputError(f"data {data}: give a dataset, such as simomerge.data({str(data)!r}, split='val').")
     else:

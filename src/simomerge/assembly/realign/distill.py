@@ -72,12 +72,11 @@ class Distill(TrainedRealignment):
         from simomerge.assembly.realign.teacher import TeacherPredictions
         from simomerge.assembly.realign.training import check_no_adapters, finished, train_heads
         from simomerge.core import distributed
-        from simomerge.datasets.pictures import readable
 
         if self.trains != "heads":
             check_no_adapters(model, "distill its heads alone, or the model they were made from")
         config = lora_config(model.encoder, self.rank) if self.trains == "lora" else None  # refuses before any work
-        images = readable(inputs.images, one_size=True)
+        images = inputs.images.readable(one_size=True)
         start = model if model.provenance.get("realign") else self._folded(model, replace(inputs, images=images))
         result = copy.deepcopy(start)
         with distributed.temporary_folder() as temporary:

@@ -6,10 +6,10 @@ Sources: Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Underst
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,20 +17,22 @@ from simomerge.core.errors import InputError
 from simomerge.core.images import read_image
 from simomerge.datasets.base import check_size
 from simomerge.datasets.published.numbered import (
-    held_out,
     numbered_folder,
     numbered_rows,
     read_npy_image,
     read_npy_labels,
+    share_out,
+    splits_of,
 )
-from simomerge.datasets.rows import Manifest, Row, Rows, Source, Stored, read_array
+from simomerge.datasets.rows import Manifest, Row
+from simomerge.datasets.stored import Source, Stored, read_array
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
 
 SIZE = (128, 256)
 """Height and width in the paper."""
 TRAIN, NOT_TESTED = 2380, 2975
-"""Of the 2975 images of the official training set the paper trains on 2380 and validates on 595; it tests on the 500 of
-the official validation set, for the labels of the official test set are secret."""
+"""The paper trains on 2380 of the 2975 images of the official training set and validates on the other 595. It tests on
+the 500 images of the official validation set."""
 COLOURS = {
     "road": (128, 64, 128),
     "sidewalk": (244, 35, 232),
@@ -54,15 +56,15 @@ COLOURS = {
 }
 """The 19 classes with their colours. Source: helpers/labels.py of github.com/mcordts/cityscapesScripts."""
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""The id of each class in ``*_labelIds.png``, of 0 to 33; all others do not count. Source: as `COLOURS`."""
+"""The id of each class in ``*_labelIds.png``; other ids up to 33 do not count. Source: as `COLOURS`."""
 PARTS = ("background", "torso", "head", "arms", "legs", "windows", "wheels", "lights", "license plate", "chassis")
 PARTS_OF = {24: range(1, 5), 25: range(1, 5), 26: range(5, 10), 27: range(5, 10), 28: range(5, 10)}
-"""Where in `PARTS` the parts 1, 2, ... of a semantic id are: person, rider; car, truck, bus. All else is background.
-Source: create_dataset.py of github.com/lorenmt/auto-lambda; what the parts are, cityscapes_panoptic_parts/README.md of
-github.com/pmeletis/panoptic_parts."""
+"""The indices in `PARTS` of the parts 1, 2, ... of a semantic id: person, rider; car, truck, bus. Everything else is
+background. Sources: create_dataset.py of github.com/lorenmt/auto-lambda; for the meaning of the parts,
+cityscapes_panoptic_parts/README.md of github.com/pmeletis/panoptic_parts."""
 
 CAMERA_WIDTH = 2048
-"""Of the images for which disparities are stored, in pixels."""
+"""Width in pixels of the images for which disparities are stored."""
 
 _MTAN = {"segmentation": "label_19/*.npy", "parts": "part_seg/*.npy", "disparity": "depth/*.npy"}
 _AUTO_LAMBDA = {"segmentation": "seg/*.png", "parts": "part_seg/*.tif", "disparity": "depth/*.png"}
@@ -74,71 +76,56 @@ _OFFICIAL = {
 _IMAGE = "_leftImg8bit.png"
 
 
-class Cityscapes(Rows):
-    """One split of Cityscapes, of the preprocessed NPY files or of the official tree.
+def cityscapes(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
+    """Cityscapes, as the preprocessed NPY files, Auto-Lambda's pictures or the official tree.
+
+    The splits are "train" (2380 images), "val" (595) and "test" (500). A task whose folder is missing is left out.
 
     Args:
         root: the folder of ``train/`` and ``val/``, or of ``leftImg8bit/``, ``gtFine/``, ``gtFinePanopticParts/`` and
-            ``disparity/``. A task whose folder is not there is left out.
-        split: "train" (2380 images), "val" (595) or "test" (500).
-        count: so many images, evenly over the split, or all where fewer are there.
-        size: (height, width) to make images and targets. Disparities of the official tree are in pixels of this width.
+            ``disparity/``.
+        size: (height, width) to resize images and targets to. Disparities of pictures are in pixels of this width.
 
     Raises:
-        InputError: another folder, a file that is missing or cannot be read, or no such split.
-
-    Example:
-        >>> Cityscapes("/data/cityscapes", "train")[0]["parts"].shape                                # doctest: +SKIP
-        torch.Size([128, 256])
+        InputError: the folder holds none of them.
     """
-
-    def __init__(
-        self, root: str | Path, split: str = "test", count: int | None = None, size: tuple[int, int] = SIZE
-    ) -> None:
-        super().__init__(cityscapes_manifest(root, size), split, count)
-
-
-def cityscapes_manifest(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
-    """All of the dataset in either layout, as `Cityscapes` says."""
     check_size(size)
     root = Path(root)
     segmentation = Task("segmentation", classes=tuple(COLOURS), colours=tuple(COLOURS.values()))
     parts, disparity = Task("parts", "segmentation", PARTS), Task("disparity")
+    find_rows: Callable[[Path, str], list[Row]]
+    read: Callable[[Any], np.ndarray]
     pictures = next(root.glob("*/image/*.png"), None) is not None
     if numbered_folder(root) and not pictures:
-        rows = _shared({part: numbered_rows(root, part, _MTAN) for part in ("train", "val")})
+        find_rows = partial(numbered_rows, folders=_MTAN)
         ignore, labels = (255.0,), read_npy_labels
         stored = [Stored(segmentation, None, ignore, labels), Stored(parts, None, ignore, labels), Stored(disparity)]
-        return Manifest(root, {of.task.name: of for of in stored}, rows, size, read_npy_image)
-    if numbered_folder(root) or (root / "leftImg8bit").is_dir():
-        found = partial(numbered_rows, folders=_AUTO_LAMBDA, image="image/*.png") if pictures else _official_rows
-        rows = _shared({part: found(root, part) for part in ("train", "val")})
+        read = read_npy_image
+    elif numbered_folder(root) or (root / "leftImg8bit").is_dir():
+        find_rows = partial(numbered_rows, folders=_AUTO_LAMBDA, image="image/*.png") if pictures else _official_rows
         stored = [
             Stored(segmentation, array=read_label_ids),
             Stored(parts, array=read_parts),
             Stored(disparity, array=partial(read_disparity, size[1])),
         ]
-        if rows:
-            return Manifest(root, {of.task.name: of for of in stored}, rows, size, read_image)
+        read = read_image
+    else:
+        raise InputError(f"{root}: Cityscapes is not here: neither train/image nor leftImg8bit is a folder in it.")
+    # The labels of the official test set are not public, so the official validation set is the test split.
+    train, test = (find_rows(root, part) for part in ("train", "val"))
+    rows = splits_of(*share_out(train, TRAIN, NOT_TESTED), test)
+    if not rows:
         raise InputError(f"{root}: no image leftImg8bit/train/CITY/*{_IMAGE} in it.")
-    raise InputError(f"{root}: Cityscapes is not here: neither train/image nor leftImg8bit is a folder in it.")
-
-
-def _shared(rows: Mapping[str, list[Row]]) -> tuple[Row, ...]:
-    """The official training set shared out to training and validation; the official validation set is the test."""
-    held = held_out(len(rows["train"]), TRAIN, of=NOT_TESTED)
-    train = [row for row, out in zip(rows["train"], held, strict=True) if not out]
-    val = [replace(row, split="val") for row, out in zip(rows["train"], held, strict=True) if out]
-    return *train, *val, *(replace(row, split="test") for row in rows["val"])
+    return Manifest(root, stored, rows, size, read)
 
 
 def _official_rows(root: Path, part: str) -> list[Row]:
     rows = []
-    there = {task: (root / folder / part, end) for task, (folder, end) in _OFFICIAL.items() if (root / folder).is_dir()}
+    existing = {t: (root / folder / part, end) for t, (folder, end) in _OFFICIAL.items() if (root / folder).is_dir()}
     for image in sorted((root / "leftImg8bit" / part).glob(f"*/*{_IMAGE}")):
         city, stem = image.parent.name, image.name.removesuffix(_IMAGE)
-        targets: dict[str, Source] = {task: folder / city / f"{stem}{end}" for task, (folder, end) in there.items()}
-        rows.append(Row(image, part, targets))
+        targets: dict[str, Source] = {task: folder / city / f"{stem}{end}" for task, (folder, end) in existing.items()}
+        rows.append(Row(image, targets))
     return rows
 
 
@@ -157,9 +144,9 @@ def read_label_ids(path: Path) -> np.ndarray:
 def read_disparity(width: int, path: Path) -> np.ndarray:
     """Disparities in pixels of an image ``width`` pixels wide, float32 (H, W); 0 where none was measured.
 
-    Stored are 16-bit values p: 0 for none, else the disparity is (p - 1) / 256 in pixels of the camera's images, which
-    are `CAMERA_WIDTH` wide; also in Auto-Lambda's files, which are smaller. An image of half the width shows half of
-    it. A measured 0, infinitely far away, cannot be told from none.
+    A stored 16-bit value p > 0 is a disparity of (p - 1) / 256 pixels in the camera's images, which are `CAMERA_WIDTH`
+    wide; also in Auto-Lambda's smaller files. Disparities are proportional to the width of the image. A measured
+    disparity of 0, infinitely far away, also becomes 0.
 
     Source: README.md of github.com/mcordts/cityscapesScripts; the scale as in create_dataset.py of
     github.com/lorenmt/auto-lambda.
@@ -171,7 +158,8 @@ def read_disparity(width: int, path: Path) -> np.ndarray:
     return np.where(stored > 0, pixels * np.float32(width / CAMERA_WIDTH), np.float32(0))
 
 
-# By semantic id and part. Part 0 is unlabelled, and a few files have a part 5 of humans, an artefact: all background.
+# Indexed by semantic id and part. Part 0 is unlabelled, and part 5 of humans in a few files is an artefact: both are
+# background.
 _PART = np.zeros((len(_CLASS_OF), 100), np.uint8)
 for _sid, _own in PARTS_OF.items():
     _PART[_sid, 1 : len(_own) + 1] = _own
@@ -183,8 +171,8 @@ def read_parts(path: Path) -> np.ndarray:
     if uids.ndim != 2 or uids.dtype.kind not in "ui":
         raise InputError(f"{path}: {uids.dtype} of shape {uids.shape}; give *_gtFinePanopticParts.tif.")
     table = _part_of_uid()
-    known = int(uids.min(initial=0)) >= 0 and int(uids.max(initial=0)) < len(table)
-    classes = table[uids] if known else np.full(1, _NO_UID)
+    in_range = int(uids.min(initial=0)) >= 0 and int(uids.max(initial=0)) < len(table)
+    classes = table[uids] if in_range else np.full(1, _NO_UID)
     if (classes == _NO_UID).any():
         top = len(_CLASS_OF) - 1
         raise InputError(f"{path}: labels up to {uids.max()} are not all sid_iid_pid with a sid from 0 to {top}.")
@@ -196,7 +184,7 @@ _NO_UID = 255
 
 @cache
 def _part_of_uid() -> np.ndarray:
-    """Class of `PARTS` of every label of Panoptic Parts, `_NO_UID` for what is none."""
+    """The class in `PARTS` of every label of Panoptic Parts; `_NO_UID` for numbers that are not labels."""
     top = len(_CLASS_OF)
     sids, _, pids = decode_uids(np.arange(top * 100_000))
     table = np.where(pids >= 0, _PART[sids.clip(max=top - 1), pids], np.uint8(0))
@@ -207,7 +195,7 @@ def _part_of_uid() -> np.ndarray:
 def decode_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Semantic, instance and part id of the labels of Panoptic Parts; -1 where a label has none.
 
-    A label of 1 or 2 digits is a semantic id; 3 digits more are the instance's, 2 more the part's.
+    A label has 1 or 2 digits of the semantic id, then possibly 3 of the instance, then possibly 2 of the part.
 
     Source: docs/source/label_format.md of github.com/pmeletis/panoptic_parts.
 
@@ -216,6 +204,6 @@ def decode_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         [[23, 26, 24], [-1, 2, 10], [-1, -1, 2]]
     """
     uids = uids.astype(np.int64)
-    whole = np.where(uids <= 99, uids * 100_000, np.where(uids <= 99_999, uids * 100, uids))
-    sids, iids, pids = whole // 100_000, whole // 100 % 1000, whole % 100
+    full = np.where(uids <= 99, uids * 100_000, np.where(uids <= 99_999, uids * 100, uids))
+    sids, iids, pids = full // 100_000, full // 100 % 1000, full % 100
     return sids, np.where(uids <= 99, -1, iids), np.where(uids <= 99_999, -1, pids)

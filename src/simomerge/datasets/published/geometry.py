@@ -31,19 +31,19 @@ class Camera:
 def normals_from_depth(depth: np.ndarray, camera: Camera, radius: int = 3, tolerance: float = 0.05) -> np.ndarray:
     """Normals of the planes that fit a depth map best around each pixel.
 
-    The plane a X + b Y + c Z = 1 has in the image the inverse depth a u + b v + c: a linear function of the pixel. So
-    least squares over a window need no point cloud, and are exact on planes. Neighbours whose inverse depth differs by
-    more than ``tolerance`` are on another surface and left out.
+    In the image, the plane a X + b Y + c Z = 1 has the inverse depth a u + b v + c, a linear function of the pixel. So
+    least squares over a window needs no point cloud and is exact on planes. Neighbours whose inverse depth differs by
+    more than ``tolerance`` are on another surface and are left out.
 
     Args:
         depth: along the optical axis, in any unit, (H, W); 0 or NaN where unknown.
-        camera: that saw it.
+        camera: the camera that saw it.
         radius: the window is 2 radius + 1 pixels wide: 7 by default, against the noise of depth cameras.
         tolerance: relative difference of inverse depth.
 
     Returns:
-        Unit vectors float32 (H, W, 3), x right, y up, z towards the camera; (0, 0, 0) where depth is unknown or too few
-        neighbours are known.
+        Unit vectors, float32 (H, W, 3), x right, y up, z towards the camera; (0, 0, 0) where the depth is unknown or
+        too few neighbours are known.
     """
     known = np.isfinite(depth) & (depth > 0)
     inverse = np.divide(1, depth, out=np.zeros(depth.shape, np.float32), where=known)
@@ -57,21 +57,25 @@ def normals_from_depth(depth: np.ndarray, camera: Camera, radius: int = 3, toler
 
 
 def _fit_in_bands(inverse: np.ndarray, radius: int, tolerance: float, rows: int = 32) -> list[np.ndarray]:
-    """`_fit`, so many rows at a time: what it computes with stays in a core's cache."""
-    padded = np.pad(inverse, ((radius, radius), (0, 0)))  # with depth nobody knows
+    """`_fit` on bands of ``rows`` rows, whose arrays stay in a core's cache."""
+    padded = np.pad(inverse, ((radius, radius), (0, 0)))  # zero means unknown depth
     bands = [
-        [part[radius : len(part) - radius] for part in _fit(padded[top : top + rows + 2 * radius], radius, tolerance)]
+        [
+            found[radius : len(found) - radius]
+            for found in _fit(padded[top : top + rows + 2 * radius], radius, tolerance)
+        ]
         for top in range(0, len(inverse), rows)
     ]
-    return [np.concatenate(parts) for parts in zip(*bands, strict=True)]
+    return [np.concatenate(found) for found in zip(*bands, strict=True)]
 
 
 def _fit(inverse: np.ndarray, radius: int, tolerance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Level and slopes per pixel of the best linear function around every pixel, and where there is one."""
+    """Level and slopes of the best linear function around every pixel, and where there are enough neighbours for it."""
     height, width = inverse.shape
     padded = np.pad(inverse, radius)
     near = np.float32(tolerance) * inverse
-    sums = np.zeros((9, height, width), np.float32)  # of 1, x, y, xx, xy, yy, q, xq, yq over the neighbours
+    # Sums over the neighbours of 1, x, y, xx, xy, yy, q, xq and yq, where q is the difference of inverse depth.
+    sums = np.zeros((9, height, width), np.float32)
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
             shifted = padded[radius + dy : radius + dy + height, radius + dx : radius + dx + width]
@@ -85,12 +89,12 @@ def _fit(inverse: np.ndarray, radius: int, tolerance: float) -> tuple[np.ndarray
                 if factor:
                     total += np.float32(factor) * difference
     count, x, y, xx, xy, yy, q, xq, yq = sums
-    many = np.maximum(count, 1)
-    var_x, cov_xy, var_y = xx - x * x / many, xy - x * y / many, yy - y * y / many
-    cov_xq, cov_yq = xq - x * q / many, yq - y * q / many
+    divisor = np.maximum(count, 1)
+    var_x, cov_xy, var_y = xx - x * x / divisor, xy - x * y / divisor, yy - y * y / divisor
+    cov_xq, cov_yq = xq - x * q / divisor, yq - y * q / divisor
     determinant = var_x * var_y - cov_xy * cov_xy
-    fitted = (count >= 4) & (determinant > 0.5)  # fewer, or all in one line, make no plane
+    fitted = (count >= 4) & (determinant > 0.5)  # fewer points, or points on one line, define no plane
     safe = np.where(fitted, determinant, 1)
     slope_x = (cov_xq * var_y - cov_yq * cov_xy) / safe
     slope_y = (cov_yq * var_x - cov_xq * cov_xy) / safe
-    return inverse + (q - slope_x * x - slope_y * y) / many, slope_x, slope_y, fitted
+    return inverse + (q - slope_x * x - slope_y * y) / divisor, slope_x, slope_y, fitted

@@ -12,17 +12,17 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 
-_MEND = "pip install 'simomerge[hdf5]'"
+_INSTALL = "pip install 'simomerge[hdf5]'"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One image's slice of an HDF5 file; stands where the path of a file does.
+    """One image's slice of an HDF5 file; used like the path of a file.
 
     Args:
         file: the HDF5 file.
-        key: its array, the images along the first axis.
-        index: which of them.
+        key: an array in it, with the images along the first axis.
+        index: the image.
     """
 
     file: Path
@@ -34,7 +34,7 @@ class Frame:
         return replace(self, key=key)
 
     def read(self) -> np.ndarray:
-        """The slice as MATLAB shows it: MATLAB's axes are HDF5's in reverse.
+        """The slice as MATLAB shows it; MATLAB's order of the axes is the reverse of HDF5's.
 
         Raises:
             InputError: the file cannot be read, or has no such array or image.
@@ -43,7 +43,7 @@ class Frame:
         try:
             return np.ascontiguousarray(arrays[self.key][self.index].T)
         except (KeyError, IndexError, ValueError, OSError) as error:
-            raise InputError(f"{self}: cannot be read ({error}); download the file anew.") from error
+            raise InputError(f"{self}: cannot be read ({error}); download the file again.") from error
 
     def is_file(self) -> bool:
         return self.file.is_file()
@@ -56,7 +56,7 @@ class Frame:
 
 
 def open_hdf5(path: Path) -> Any:
-    """The file, opened once per process: an HDF5 handle does not survive a fork. Raises InputError."""
+    """The file, opened once per process, because an HDF5 handle does not survive a fork. Raises InputError."""
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     return _opened(path, path.stat().st_mtime_ns, os.getpid())
@@ -67,29 +67,29 @@ def _opened(path: Path, _changed: int, _process: int) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise InputError(f"{path}: reading HDF5 needs h5py: {_MEND}.") from error
+        raise InputError(f"{path}: reading HDF5 needs h5py: {_INSTALL}.") from error
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise InputError(f"{path}: not a whole HDF5 file ({error}); download it anew.") from error
+        raise InputError(f"{path}: not a complete HDF5 file ({error}); download it again.") from error
 
 
 def read_matlab(path: Path, *keys: str) -> list[np.ndarray]:
-    """Flat integer arrays of a small file of MATLAB's older format.
+    """Variables of a small file in MATLAB's older format, as flat integer arrays.
 
     Raises:
-        InputError: no such file, another format, or no such variable.
+        InputError: the file is missing, has another format, or does not have a variable.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise InputError(f"{path}: reading MATLAB files needs scipy: {_MEND}.") from error
+        raise InputError(f"{path}: reading MATLAB files needs scipy: {_INSTALL}.") from error
     try:
-        said = loadmat(path)
-    except Exception as error:  # of a broken file scipy raises whatever it stumbles over
-        raise InputError(f"{path}: not a MATLAB file ({error}); download it anew.") from error
-    if lacking := [key for key in keys if key not in said]:
-        raise InputError(f"{path}: no variable {lacking[0]!r} in it; another file of this name?")
-    return [np.asarray(said[key]).ravel().astype(np.int64) for key in keys]
+        variables = loadmat(path)
+    except Exception as error:  # scipy raises many kinds of errors for damaged files
+        raise InputError(f"{path}: not a MATLAB file ({error}); download it again.") from error
+    if missing := [key for key in keys if key not in variables]:
+        raise InputError(f"{path}: no variable {missing[0]!r} in it; another file of this name?")
+    return [np.asarray(variables[key]).ravel().astype(np.int64) for key in keys]

@@ -1,33 +1,34 @@
-"""The layout of MTAN and Auto-Lambda, of NYUv2 and Cityscapes: a folder per modality, a file per image.
+"""The layout in which MTAN and Auto-Lambda publish NYUv2 and Cityscapes: a folder per modality, a file per image.
 
     {train,val}/{image,MODALITY,...}/{0,1,2,...}.npy        or, in Auto-Lambda's Cityscapes, .png and .tif
 
-Source: github.com/lorenmt/mtan and github.com/lorenmt/auto-lambda, which publish the datasets in it.
+Source: github.com/lorenmt/mtan and github.com/lorenmt/auto-lambda.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.datasets.rows import Row, Source, read_array
+from simomerge.datasets.rows import Row
+from simomerge.datasets.stored import Source, read_array
 
 STRETCHES = 20
 
 
 def held_out(total: int, first: int, of: int) -> np.ndarray:
-    """Which images of an ordered list are the second of two splits: bool (total,).
+    """Which images of an ordered list belong to the second of two splits: bool (total,).
 
-    The list is cut into twenty stretches of equal length, and of each the first part, ``first`` of ``of``, is one split
-    and the rest the other. Neighbours in the list show one scene, so few scenes are in both splits, and both splits
-    have scenes from everywhere in the list. No random numbers: the same anywhere, for ever.
+    The list is cut into twenty stretches of equal length. The first part of each stretch, ``first`` images out of every
+    ``of``, belongs to the first split. Neighbours in the list show one scene, so few scenes are in both splits, and
+    both splits have scenes from everywhere in the list. There are no random numbers: the result is always the same.
 
     Args:
-        total: images in the list. Where it is ``of``, exactly ``first`` are in the first split.
-        first, of: the sizes of the paper.
+        total: number of images in the list. If it is ``of``, exactly ``first`` are in the first split.
+        first, of: the size of the first split and of both splits together in the paper.
 
     Example:
         >>> int(held_out(654, 400, of=654).sum())
@@ -41,33 +42,45 @@ def held_out(total: int, first: int, of: int) -> np.ndarray:
     return held
 
 
+def share_out(rows: Sequence[Row], first: int, of: int) -> tuple[list[Row], list[Row]]:
+    """Divide rows into two splits; arguments as in `held_out`."""
+    second = held_out(len(rows), first, of)
+    pairs = list(zip(rows, second, strict=True))
+    return [row for row, is_second in pairs if not is_second], [row for row, is_second in pairs if is_second]
+
+
+def splits_of(train: list[Row], val: list[Row], test: list[Row]) -> dict[str, list[Row]]:
+    """The splits that have images."""
+    return {split: rows for split, rows in (("train", train), ("val", val), ("test", test)) if rows}
+
+
 def numbered_folder(root: Path) -> bool:
     """Whether a folder has this layout."""
     return (root / "train" / "image").is_dir() or (root / "val" / "image").is_dir()
 
 
 def numbered_rows(root: Path, part: str, folders: Mapping[str, str], image: str = "image/*.npy") -> list[Row]:
-    """The images of ``train`` or ``val`` in the order of their numbers, with the targets whose folders are there.
+    """The images of ``train`` or ``val`` in the order of their numbers, with the targets whose folders exist.
 
     Args:
-        folders: task -> its files, such as ``depth/*.npy``, where * stands for the number. The split of the rows is
-            ``part``.
-        image: the images' files.
+        part: "train" or "val".
+        folders: by task, its files, such as ``depth/*.npy``, where * stands for the number.
+        image: the image files.
 
     Raises:
-        InputError: a folder without images.
+        InputError: the folder has no images.
     """
     images = root / part / image
     found = [path.stem for path in images.parent.glob(images.name) if path.stem.isdecimal()]
     if not found or str(int(found[0])) != found[0]:
         if images.parent.is_dir():
-            seen = f" (but {found[0]}{images.suffix})" if found else ""
-            raise InputError(f"{images.parent}: no 0{images.suffix} in it{seen}; images are numbered 0, 1, 2, ...")
+            other = f" (but {found[0]}{images.suffix})" if found else ""
+            raise InputError(f"{images.parent}: no 0{images.suffix} in it{other}; images are numbered 0, 1, 2, ...")
         return []
-    there = {task: root / part / files for task, files in folders.items() if (root / part / files).parent.is_dir()}
-    # One that is missing in between is an image all the same: reading it says so, and the splits stay as they are.
+    existing = {task: root / part / files for task, files in folders.items() if (root / part / files).parent.is_dir()}
+    # A missing image between others keeps its number, so that the splits do not change. Reading it is an error.
     return [
-        Row(_numbered(images, n), part, {task: _numbered(files, n) for task, files in there.items()})
+        Row(_numbered(images, n), {task: _numbered(files, n) for task, files in existing.items()})
         for n in range(max(map(int, found)) + 1)
     ]
 
@@ -87,9 +100,9 @@ def read_npy_image(path: Source) -> np.ndarray:
 def read_npy_labels(path: Source) -> np.ndarray:
     """Labels (H, W), which this layout may store as floats. Raises InputError."""
     labels = read_array(path)
-    if labels.dtype.kind == "f":
-        whole = np.rint(labels)
-        if not (whole == labels).all():
-            raise InputError(f"{path}: labels that are no whole numbers; another file of this name?")
-        return whole.astype(np.int64)
-    return labels
+    if labels.dtype.kind != "f":
+        return labels
+    rounded = np.rint(labels)
+    if not (rounded == labels).all():
+        raise InputError(f"{path}: labels that are not integers; another file of this name?")
+    return rounded.astype(np.int64)

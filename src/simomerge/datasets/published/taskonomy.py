@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.datasets.rows import Manifest, Row, Rows, Source, Stored, read_array, read_picture
+from simomerge.datasets.rows import Manifest, Row
+from simomerge.datasets.stored import Source, Stored, read_array, read_picture
 from simomerge.datasets.tasks import LOG_DEPTH_RANGE, Task
 
 SIZE = (256, 256)
@@ -25,8 +26,9 @@ BUILDINGS = {
     "val": ("beechwood", "corozal", "klickitat", "shelbyville"),
     "test": ("ihlen", "mcdade", "onaga", "tolstoy"),
 }
+"""Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268)."""
 LIMITS = {"train": 2000, "val": 1000, "test": 1000}
-"""Images of a building at most. Source of both: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268)."""
+"""The largest number of images per building. Source: as `BUILDINGS`."""
 DOMAINS = {
     "autoencoder": "rgb",
     "depth": "depth_zbuffer",
@@ -35,78 +37,40 @@ DOMAINS = {
     "keypoints": "keypoints2d",
 }
 TEXTURE_RANGE, KEYPOINTS_RANGE = 11041, 3129
-"""What stored values are divided by; what is above becomes 1. Source: the reference code of arXiv 2504.11268."""
+"""Stored values are divided by these and clipped at 1. Source: the reference code of arXiv 2504.11268."""
 NO_DEPTH = 65535
-"""The largest value, 128 m in units of 1/512 m: where a ray met no surface."""
+"""The largest value, 128 m in units of 1/512 m, marks rays that met no surface."""
 
 _MASKS = "mask_valid"
 _NAME = re.compile(r"point_(\d+)_view_(\d+)_domain_rgb\.png")
 
 
-class Taskonomy(Rows):
-    """One split of the paper's subset of Taskonomy.
+def taskonomy(root: str | Path, size: tuple[int, int] = SIZE, buildings: Iterable[str] | None = None) -> Manifest:
+    """The paper's subset of Taskonomy.
+
+    The splits are "train" (16,000 images of 8 buildings), "val" and "test" (4,000 images of 4 buildings each).
 
     Args:
-        root: the folder of ``rgb/BUILDING/point_P_view_V_domain_rgb.png`` and, beside ``rgb``, of ``depth_zbuffer``,
-            ``normal``, ``edge_texture``, ``keypoints2d`` and ``mask_valid``. A task whose folder is not there is left
-            out; without ``mask_valid`` all pixels with a depth count.
-        split: "train" (16,000 images of 8 buildings), "val" or "test" (4,000 of 4).
-        count: so many images, evenly over the split, or all where fewer are there.
-        size: (height, width) to make images and targets.
-        buildings: those to take, where not all are wanted; those of other splits do not matter here.
+        root: the folder that holds ``rgb/BUILDING/point_P_view_V_domain_rgb.png``, and the same in the folders
+            ``depth_zbuffer``, ``normal``, ``edge_texture``, ``keypoints2d`` and ``mask_valid``. A task whose folder is
+            missing is left out. Without ``mask_valid`` all pixels with a depth count.
+        size: (height, width) to resize images and targets to.
+        buildings: take only these buildings; each counts for its own split.
 
     Raises:
-        InputError: another folder, a building or file that is missing or cannot be read, or no such split.
-
-    Example:
-        >>> list(Taskonomy("/data/taskonomy", "val").tasks)                                          # doctest: +SKIP
-        ['autoencoder', 'depth', 'normals', 'texture', 'keypoints']
+        InputError: the folder does not hold Taskonomy, or a building is not one of the paper's.
     """
-
-    def __init__(
-        self,
-        root: str | Path,
-        split: str = "test",
-        count: int | None = None,
-        size: tuple[int, int] = SIZE,
-        buildings: Iterable[str] | None = None,
-    ) -> None:
-        if split not in BUILDINGS:
-            raise InputError(f"{root}: no split {split!r}; Taskonomy has {', '.join(BUILDINGS)}.")
-        wanted = BUILDINGS[split] if buildings is None else tuple(dict.fromkeys(buildings))
-        if strange := [name for name in wanted if not any(name in names for names in BUILDINGS.values())]:
-            known = ", ".join(name for names in BUILDINGS.values() for name in names)
-            raise InputError(f"no building {strange[0]!r} among the paper's: {known}.")
-        wanted = tuple(name for name in wanted if name in BUILDINGS[split])
-        if not wanted:
-            raise InputError(
-                f"none of the buildings named is of split {split!r}; it has {', '.join(BUILDINGS[split])}."
-            )
-        manifest = taskonomy_manifest(root, size, {split: wanted})
-        if manifest.lacking:
-            raise InputError(f"{manifest.lacking[0]} Download it, or name those you have: buildings=[...].")
-        super().__init__(manifest, split, count)
-
-
-def taskonomy_manifest(
-    root: str | Path, size: tuple[int, int] = SIZE, buildings: dict[str, tuple[str, ...]] = BUILDINGS
-) -> Manifest:
-    """The paper's buildings of all splits that are there, as `Taskonomy` says."""
     root = Path(root)
     if not (root / "rgb").is_dir():
         raise InputError(
             f"{root}: Taskonomy is not here: no folder rgb, of rgb/BUILDING/point_0_view_0_domain_rgb.png."
         )
-    rows: list[Row] = []
-    lacking = []
-    for split, names in buildings.items():
-        for name in names:
-            found = _building(root, name, split)
-            rows += found
-            if not found:
-                lacking.append(f"{root / 'rgb' / name}: no images of this building of the split {split}.")
-    if not rows:
-        raise InputError(f"{root / 'rgb'}: none of the paper's buildings is in it, such as {lacking[0]}")
+    known = [name for names in BUILDINGS.values() for name in names]
+    chosen = known if buildings is None else list(dict.fromkeys(buildings))
+    if unknown := [name for name in chosen if name not in known]:
+        raise InputError(f"no building {unknown[0]!r} among the paper's: {', '.join(known)}.")
+    if not any((root / "rgb" / name).is_dir() for name in chosen):
+        raise InputError(f"{root / 'rgb'}: none of the paper's buildings is in it, such as {chosen[0]}.")
     masks = (root / _MASKS).is_dir()
     stored = [
         Stored(Task("autoencoder"), array=read_picture),
@@ -115,19 +79,48 @@ def taskonomy_manifest(
         Stored(Task("texture"), array=partial(read_share, TEXTURE_RANGE)),
         Stored(Task("keypoints"), array=partial(read_share, KEYPOINTS_RANGE)),
     ]
-    return Manifest(root, {of.task.name: of for of in stored}, tuple(rows), size, lacking=tuple(lacking))
+    rows = _Splits(root, chosen)
+    return Manifest(root, stored, rows, size, missing=rows.missing)
+
+
+class _Splits(Mapping[str, Sequence[Row]]):
+    """The images by split, looked for when a split is used: there are more than ten thousand."""
+
+    def __init__(self, root: Path, chosen: Sequence[str]) -> None:
+        self.root = root
+        self.names = {split: [name for name in chosen if name in names] for split, names in BUILDINGS.items()}
+
+    def __getitem__(self, split: str) -> Sequence[Row]:
+        return [row for name in self.names[split] for row in _building(self.root, name, split)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def missing(self, split: str) -> str:
+        if not self.names[split]:
+            return f"none of the chosen buildings is in split {split!r}; it has {', '.join(BUILDINGS[split])}."
+        absent = [name for name in self.names[split] if not _building(self.root, name, split)]
+        if not absent:
+            return ""
+        return (
+            f"{self.root / 'rgb'}: no images of {', '.join(absent)} of the split {split}. Download them, or name the"
+            " buildings that you have: buildings=[...]."
+        )
 
 
 def _building(root: Path, name: str, split: str) -> tuple[Row, ...]:
-    """A building's images by point and view; of too many as many as allowed, evenly over the building."""
+    """A building's images by point and view; if there are too many, as many as allowed, evenly over the building."""
     folder = root / "rgb" / name
-    there = tuple(domain for domain in (*DOMAINS.values(), _MASKS) if (root / domain).is_dir())
-    return _views(root, name, split, there, folder.stat().st_mtime_ns) if folder.is_dir() else ()
+    domains = tuple(domain for domain in (*DOMAINS.values(), _MASKS) if (root / domain).is_dir())
+    return _views(root, name, split, domains, folder.stat().st_mtime_ns) if folder.is_dir() else ()
 
 
 @lru_cache(maxsize=64)
-def _views(root: Path, name: str, split: str, there: tuple[str, ...], _changed: int) -> tuple[Row, ...]:
-    """The rows of `_building`, kept while no file comes or goes: a run opens its data many times."""
+def _views(root: Path, name: str, split: str, domains: tuple[str, ...], _changed: int) -> tuple[Row, ...]:
+    """The rows of `_building`, cached until files are added or removed: a run opens its data many times."""
     found = [_NAME.fullmatch(file.name) for file in os.scandir(root / "rgb" / name)]
     views = sorted((int(m[1]), int(m[2])) for m in found if m)
     if len(views) > LIMITS[split]:
@@ -135,24 +128,24 @@ def _views(root: Path, name: str, split: str, there: tuple[str, ...], _changed: 
     rows = []
     for point, view in views:
         start = f"{name}/point_{point}_view_{view}_domain_"
-        # Paths from whole texts: of a hundred thousand, joined ones take seconds.
+        # Joining a hundred thousand paths with / takes seconds, making them from strings does not.
         targets: dict[str, Source] = {
-            task: Path(f"{root}/{d}/{start}{d}.png") for task, d in DOMAINS.items() if d in there
+            task: Path(f"{root}/{d}/{start}{d}.png") for task, d in DOMAINS.items() if d in domains
         }
-        masks = (Path(f"{root}/{_MASKS}/{start}{DOMAINS['depth']}.png"),) if _MASKS in there else ()
-        rows.append(Row(Path(f"{root}/rgb/{start}rgb.png"), split, targets, masks))
+        masks = (Path(f"{root}/{_MASKS}/{start}{DOMAINS['depth']}.png"),) if _MASKS in domains else ()
+        rows.append(Row(Path(f"{root}/rgb/{start}rgb.png"), targets, masks))
     return tuple(rows)
 
 
 def read_log_depth(masks: bool, path: Path) -> np.ndarray:
-    """log(1 + d) / log(2^16) of the stored depth d in 1/512 m, float32 (H, W) in [0, 1]; NaN where there is none."""
+    """log(1 + d) / log(2^16) for stored depths d in 1/512 m, float32 (H, W) in [0, 1]; NaN where there is no depth."""
     stored = _plane(path)
     valid = (stored > 0) & (stored < NO_DEPTH) & _valid(masks, path, stored.shape)
     return np.where(valid, np.log1p(stored.astype(np.float32)) / np.float32(LOG_DEPTH_RANGE), np.float32(np.nan))
 
 
 def read_normals(masks: bool, path: Path) -> np.ndarray:
-    """Normals -1 to 1, float32 (H, W, 3), of 8 bits centred at 127.5; NaN where there is no surface."""
+    """Normals -1 to 1, float32 (H, W, 3), from 8 bits centred at 127.5; NaN where there is no surface."""
     stored = read_array(path)
     if stored.ndim != 3 or stored.dtype != np.uint8:
         raise InputError(f"{path}: {stored.dtype} of shape {stored.shape}; normals are RGB pictures of 8 bits.")
@@ -163,7 +156,7 @@ def read_normals(masks: bool, path: Path) -> np.ndarray:
 def read_share(largest: int, path: Path) -> np.ndarray:
     """Stored values as a share of ``largest``, float32 (H, W) in [0, 1].
 
-    The paper's code goes on to [-1, 1], where errors are twice as large.
+    The paper's code rescales them to [-1, 1], which doubles all errors.
     """
     return np.minimum(_plane(path).astype(np.float32) / np.float32(largest), 1)
 
@@ -176,7 +169,7 @@ def _plane(path: Path) -> np.ndarray:
 
 
 def _valid(masks: bool, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Where the mesh was seen: the mask that goes with a target."""
+    """Where the mesh of the building has a surface: the mask of a target."""
     if not masks:
         return np.ones(shape, bool)
     domain = path.parents[1].name

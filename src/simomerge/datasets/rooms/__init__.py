@@ -12,7 +12,7 @@ from __future__ import annotations
 from simomerge.datasets.rooms.cache import RENDER_VERSION, load_rooms
 from simomerge.datasets.rooms.generate import CLASS_COLOURS, SPLITS, render_rooms
 from simomerge.datasets.rooms.labels import MODALITIES
-from simomerge.datasets.rooms.scenes import CLASS_NAMES
+from simomerge.datasets.rooms.slots import CLASS_NAMES
 
 __all__ = [
     "CLASS_COLOURS",

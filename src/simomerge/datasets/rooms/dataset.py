@@ -26,7 +26,7 @@ TASKS: dict[str, Task] = {
     "keypoints": Task("keypoints"),
     "autoencoder": Task("autoencoder"),
 }
-"""What rooms have labels for. `edges`, `texture`, `keypoints` and `autoencoder` mirror Taskonomy's."""
+"""The tasks that rooms have labels for. `edges`, `texture`, `keypoints` and `autoencoder` mirror Taskonomy's."""
 
 
 class Rooms(DenseDataset):
@@ -34,10 +34,13 @@ class Rooms(DenseDataset):
 
     Args:
         split: "train", "val", "test" or "pool" (for pretraining only).
-        count: images.
+        count: number of images.
         size: (H, W) in pixels.
-        seed: of the scenes.
-        workers: processes that render.
+        seed: seed of the scenes.
+        workers: processes that render; one per core by default.
+
+    Raises:
+        InputError: the split is unknown, or a number is out of range.
 
     Example:
         >>> rooms = Rooms("val", 8).select(["depth", "normals"])
@@ -46,31 +49,20 @@ class Rooms(DenseDataset):
     """
 
     def __init__(
-        self,
-        split: str,
-        count: int,
-        size: tuple[int, int] = (64, 80),
-        seed: int = 0,
-        workers: int | None = None,
+        self, split: str, count: int, size: tuple[int, int] = (64, 80), seed: int = 0, workers: int | None = None
     ) -> None:
         super().__init__(TASKS, count)
         check_size(size)
-        self._source: dict[str, Any] = {
-            "split": split,
-            "count": count,
-            "height": size[0],
-            "width": size[1],
-            "seed": seed,
-        }
-        self.arrays = load_rooms(**self._source, workers=workers)
+        self._request = (split, count, *size, seed)
+        self.arrays = load_rooms(*self._request, workers=workers)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the arrays: another process maps the same files instead of receiving a copy of them."""
+        """Leave out the arrays: another process maps the same files instead of receiving a copy of them."""
         return {key: value for key, value in self.__dict__.items() if key != "arrays"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.arrays = load_rooms(**self._source)
+        self.arrays = load_rooms(*self._request)
 
     def image(self, index: int) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.arrays["image"][index].transpose(2, 0, 1))).float() / 255

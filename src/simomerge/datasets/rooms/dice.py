@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Dice:
-    """A stream of random choices that depends on its key only.
+    """A stream of random choices that depends only on its key.
 
-    Numbers are drawn in blocks and handed out as Python floats: a call per number to a NumPy generator
-    would cost more than everything else in the sampling of a scene.
+    Numbers are drawn in blocks and returned as Python floats: one call to a NumPy generator per number would take
+    longer than the rest of the sampling of a scene.
 
     Args:
         key: Non-negative integers naming the stream, such as ``(seed, split, index)``.

@@ -1,4 +1,4 @@
-"""From the name of a split to finished arrays."""
+"""Rendering a range of scenes of a split with all labels."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CLASS_COLOURS = np.array(
      (150, 100, 190), (200, 50, 45), (120, 215, 235), (250, 240, 90), (40, 160, 140)],
     dtype=np.uint8,
 )  # fmt: skip
-# Rays per batch: the arrays of one batch should stay in a core's second-level cache.
 _BATCH_RAYS = 20_000
+"""Rays per batch: the arrays of one batch should stay in a core's second-level cache."""
 
 
 def check_request(split: str, height: int, width: int, seed: int) -> None:
@@ -37,14 +37,13 @@ def render_rooms(
 ) -> dict[str, Any]:
     """Render scenes ``start`` to ``stop - 1`` of a split with all their labels.
 
-    A scene depends on ``(seed, split, its number)`` only: not on the range asked for, and its layout not on
-    the size of the picture.
+    A scene depends only on ``(seed, split, its number)``, and its layout does not depend on the size of the image.
 
     Args:
         seed: Seed of the data set, 0 or more.
         split: One of ``SPLITS``.
         start, stop: The range of scene numbers.
-        height, width: Size of the pictures in pixels.
+        height, width: Size of the images in pixels.
         xp: The array namespace to compute with, NumPy or CuPy.
 
     Returns:
@@ -59,14 +58,15 @@ def render_rooms(
     """
     check_request(split, height, width, seed)
     if not 0 <= start < stop:
-        raise InputError(f"Rooms {start} to {stop} are no range: give 0 <= start < stop.")
+        raise InputError(f"Rooms {start} to {stop} are not a range: give 0 <= start < stop.")
     scenes = sample_scenes(seed, SPLITS.index(split), range(start, stop))
-    # A batch casts as many things as its fullest scene has, so scenes alike in that are rendered together.
+    # The cost of a batch depends on the largest number of things in any of its scenes, so scenes with similar numbers
+    # of things are rendered together.
     order = np.lexsort((scenes.used[:, 3], scenes.used[:, 1]))
     step = max(1, _BATCH_RAYS // (height * width))
-    parts = []
+    batches = []
     for first in range(0, len(order), step):
         buffers = render(scenes.select(order[first : first + step]), height, width, xp)
-        parts.append(dense_labels(buffers, xp))
-    back = xp.asarray(np.argsort(order))
-    return {name: xp.concatenate([part[name] for part in parts])[back] for name in MODALITIES}
+        batches.append(dense_labels(buffers, xp))
+    original_order = xp.asarray(np.argsort(order))
+    return {name: xp.concatenate([batch[name] for batch in batches])[original_order] for name in MODALITIES}

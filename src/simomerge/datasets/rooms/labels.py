@@ -1,4 +1,4 @@
-"""Dense labels from what the rays have hit."""
+"""Dense labels from the renderer's buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def dense_labels(buffers: dict[str, Any], xp: Any) -> dict[str, Any]:
     """Quantise the renderer's buffers and derive the labels.
 
     Args:
-        buffers: What ``render`` returned, B pictures of H by W.
+        buffers: The result of ``render``, B images of H by W.
         xp: The array namespace of the buffers.
 
     Returns:
@@ -23,8 +23,8 @@ def dense_labels(buffers: dict[str, Any], xp: Any) -> dict[str, Any]:
         - segmentation: (B, H, W) uint8, index into ``CLASS_NAMES``.
         - depth: (B, H, W) float16, metres along the optical axis, above 0.
         - normals: (B, H, W, 3) int8, unit vector times 127; x right, y up, z towards the camera.
-        - edges: (B, H, W) uint8, 255 on both sides of every outline and crease. All things are convex and
-          tell their faces apart, so a change of thing or face is exactly an occlusion, contact or crease.
+        - edges: (B, H, W) uint8, 255 on both sides of every outline and crease. All things are convex and their faces
+          are numbered, so a change of thing or face is exactly an occlusion, contact or crease.
         - texture: (B, H, W) uint8, Sobel magnitude of the luminance of the noise-free image.
         - keypoints: (B, H, W) uint8, corner strength (Shi and Tomasi) of the same luminance.
 
@@ -42,7 +42,7 @@ def dense_labels(buffers: dict[str, Any], xp: Any) -> dict[str, Any]:
         "depth": buffers["depth"].astype(xp.float16),
         "normals": xp.rint(buffers["normals"] * 127.0).astype(xp.int8),
         "edges": changes(xp, kind).astype(xp.uint8) * xp.uint8(255),
-        # The magnitude reaches about 0.5 at strong outlines; the root lifts fine texture above the steps.
+        # The magnitude reaches about 0.5 at strong outlines. The root keeps fine texture from being quantised to zero.
         "texture": _bytes(xp, xp.sqrt(xp.sqrt(gx * gx + gy * gy) * 2.2)),
         "keypoints": _bytes(xp, xp.sqrt(_corner_strength(xp, gx, gy)) * 2.8),
     }
@@ -74,7 +74,7 @@ def _blur(xp: Any, array: Any) -> Any:
 
 
 def _corner_strength(xp: Any, gx: Any, gy: Any) -> Any:
-    """The root of the smaller eigenvalue of the structure tensor: the weakest slope in any direction."""
+    """The root of the smaller eigenvalue of the structure tensor: the smallest slope over all directions."""
     xx, yy, xy = _blur(xp, gx * gx), _blur(xp, gy * gy), _blur(xp, gx * gy)
     half, difference = 0.5 * (xx + yy), 0.5 * (xx - yy)
     smaller = half - xp.sqrt(difference * difference + xy * xy)

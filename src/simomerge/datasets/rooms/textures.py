@@ -1,8 +1,8 @@
-"""Procedural surface textures: how a material is drawn at random, and how it is evaluated at a hit.
+"""Procedural surface textures: drawing a material at random, and evaluating it at a hit.
 
-A material is a row of numbers (``FIELDS``). Patterns live on two surface coordinates in metres; every edge
-in a pattern is as soft as the pixel's footprint there, which keeps distant bricks from turning into moire.
-Only ``+ - * /``, ``floor`` and integer hashing are used: those give the same bits on every machine.
+A material is a row of numbers (``FIELDS``). Patterns are functions of two surface coordinates in metres. Every edge in
+a pattern is as soft as the pixel's footprint there, which prevents moire in distant patterns. Only ``+ - * /``,
+``floor`` and integer hashing are used, because they give the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from simomerge.datasets.rooms.dice import Dice
@@ -45,7 +46,7 @@ def _colour(dice: Dice, saturation: tuple[float, float], value: tuple[float, flo
 
 
 def _companion(dice: Dice, colour: list[float]) -> list[float]:
-    """A second colour that goes with the first: another tone of it, or one of its own."""
+    """A second colour: another tone of the first, or an independent colour."""
     if dice.chance(0.4):
         return _colour(dice, (0.1, 0.7), (0.25, 1.0))
     hue, saturation, value = colorsys.rgb_to_hsv(*(math.sqrt(channel) for channel in colour))
@@ -58,7 +59,7 @@ def sample_material(dice: Dice, role: str, radius: float = 0.0) -> list[float]:
     """Draw a material for a surface.
 
     Args:
-        dice: Where the randomness comes from.
+        dice: Source of the randomness.
         role: A key of the pattern table: "wall", "floor", "box", "ball", ...
         radius: Radius in metres of a round surface, whose pattern must close around it; 0 for flat ones.
 
@@ -67,7 +68,7 @@ def sample_material(dice: Dice, role: str, radius: float = 0.0) -> list[float]:
     """
     kind = dice.pick(_PATTERNS[role])
     pale = role == "ceiling" and dice.chance(0.6)
-    # Large surfaces are a little calmer than things, as in real rooms, but of any hue all the same.
+    # Large surfaces have paler colours than things, as in real rooms, but any hue.
     vivid = 0.5 if role in ("wall", "floor", "ceiling") else 0.75
     base = _colour(dice, (0.0, 0.25) if pale else (0.08, vivid), (0.65, 1.0) if pale else (0.35, 1.0))
     second = _companion(dice, base)
@@ -85,7 +86,7 @@ def sample_material(dice: Dice, role: str, radius: float = 0.0) -> list[float]:
     if kind == "planks":
         scale_v *= dice.uniform(1.5, 2.5)
         scale_u, noise_u, noise_v = 0.35 * scale_u, 1.5, dice.uniform(12.0, 22.0)
-    if radius:  # a whole number of periods around
+    if radius:  # an integer number of periods around it
         around = max(2.0, 2 * round(math.pi * radius * scale_u))
         scale_u = around / (2 * math.pi * radius)
     seed = float(dice.below(1 << 20))
@@ -135,31 +136,45 @@ def _square(xp: Any, x: Any, soft: Any) -> Any:
 
 
 def _lines(xp: Any, x: Any, width: float, soft: Any) -> Any:
-    """How much of a pixel is covered by lines of ``width`` at the integers (0 to 1)."""
+    """The share of a pixel (0 to 1) that is covered by lines of ``width`` at the integers."""
     distance = 0.5 - abs(x - xp.floor(x) - 0.5)
     return xp.clip((width - distance) / (soft + 0.01) + 0.5, 0.0, 1.0) * xp.minimum(1.0, 2 * width / soft + 0.2)
 
 
-def surface_colour(
-    xp: Any, field: Callable[[int], Any], u: Any, v: Any, half_u: Any, half_v: Any, footprint: Any
-) -> tuple[list[Any], Any, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Where on a surface hits are, in metres, float32 arrays of one shape.
+
+    Attributes:
+        u, v: surface coordinates.
+        half_u, half_v: half the extent of the surface, if it has a frame or border.
+        footprint: the size of a pixel on the surface.
+    """
+
+    u: Any
+    v: Any
+    half_u: Any
+    half_v: Any
+    footprint: Any
+
+
+def surface_colour(xp: Any, field: Callable[[int], Any], place: Place) -> tuple[list[Any], Any, Any]:
     """Evaluate materials at hits.
 
     Args:
         xp: Array namespace.
         field: Gives the per-hit value of a material field by its number in ``FIELDS``.
-        u, v: Surface coordinates in metres, float32, all of one shape.
-        half_u, half_v: Half the extent of the surface in metres where it has a frame or border.
-        footprint: Size in metres of a pixel on the surface.
+        place: Where on their surfaces the hits are.
 
     Returns:
-        The linear RGB albedo (three arrays), gloss and glow, all of the shape of ``u``.
+        The linear RGB albedo (three arrays), gloss and glow, all of the shape of ``place.u``.
     """
     get = {name: field(number) for name, number in _FIELD.items()}
     kind = get["kind"]
     seed = get["seed"].astype(xp.uint32) * 0x27D4EB2F
-    ru = get["cos"] * u + get["sin"] * v
-    rv = get["cos"] * v - get["sin"] * u
+    footprint = place.footprint
+    ru = get["cos"] * place.u + get["sin"] * place.v
+    rv = get["cos"] * place.v - get["sin"] * place.u
     a = ru * get["scale_u"] + get["offset_u"]
     b = rv * get["scale_v"] + get["offset_v"]
     noise_u, noise_v = ru * get["noise_u"], rv * get["noise_v"]
@@ -167,12 +182,12 @@ def surface_colour(
     noise = noise + value_noise(xp, noise_u * 2.7, noise_v * 2.7, seed + 77) * 0.4
     soft_u, soft_v = footprint * get["scale_u"] + 1e-4, footprint * get["scale_v"] + 1e-4
     mix, tone = _pattern(xp, kind, a, b, soft_u, soft_v, noise, seed)
-    mix, tone, glow = _panel_detail(xp, kind, u, v, half_u, half_v, footprint, noise, mix, tone, get["glow"])
-    border = xp.minimum(half_u - abs(u), half_v - abs(v))
+    mix, tone, glow = _panel_detail(xp, kind, place, noise, mix, tone, get["glow"])
+    border = xp.minimum(place.half_u - abs(place.u), place.half_v - abs(place.v))
     frame = xp.clip((get["frame"] - border) / footprint + 0.5, 0.0, 1.0)
     framed = (get["frame"] > 0).astype(xp.float32)
     frame = frame * framed
-    # A framed thing gets a thin dark rim where frame and inside meet: it reads as depth.
+    # A thin dark rim between the frame and the inside makes the frame look raised.
     rim = xp.clip(1.0 - abs(border - get["frame"]) / (footprint + 0.008), 0.0, 1.0) * (frame + 0.3)
     shade = (tone + get["noise"] * (noise - 0.5)) * (1.0 - 0.6 * framed * rim)
     colours = []
@@ -220,11 +235,9 @@ def _pattern(xp: Any, kind: Any, a: Any, b: Any, soft_u: Any, soft_v: Any, noise
     return mix, tone
 
 
-def _panel_detail(
-    xp: Any, kind: Any, u: Any, v: Any, half_u: Any, half_v: Any, footprint: Any, noise: Any,
-    mix: Any, tone: Any, glow: Any,
-) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Add what doors and windows carry: two inset panels and a knob; a horizon and glazing bars."""
+def _panel_detail(xp: Any, kind: Any, place: Place, noise: Any, mix: Any, tone: Any, glow: Any) -> tuple[Any, Any, Any]:
+    """Add the details of doors (two inset panels and a knob) and of windows (a horizon and glazing bars)."""
+    u, v, half_u, half_v, footprint = place.u, place.v, place.half_u, place.half_v, place.footprint
     door, window = kind == _KIND["door"], kind == _KIND["window"]
     nu, nv = u / half_u, v / half_v
     inset = xp.maximum(abs(nu) * 1.6, abs(abs(nv) - 0.47) * 2.75)

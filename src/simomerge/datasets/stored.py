@@ -1,0 +1,204 @@
+"""Reading images and targets from files: NPY arrays, pictures and slices of HDF5 files, decoded and resized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simomerge.core.errors import InputError
+from simomerge.core.images import read_image, resized
+from simomerge.datasets.published.hdf5 import Frame
+from simomerge.datasets.tasks import IGNORE_LABEL, Task
+
+Source = Path | Frame
+"""Where an image or a target is: a file, or one image's slice of an HDF5 file."""
+
+_PICTURE_ENDS = {b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}
+"""The first and last bytes of PNG and JPEG files."""
+_PICTURE_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
+
+
+def read_array(path: Source) -> np.ndarray:
+    """The numbers in an NPY file, a picture or a slice, as stored: palette indices, 16 and 32 bits are kept.
+
+    Raises:
+        InputError: the file is missing or cannot be read as any of them.
+    """
+    from PIL import Image
+
+    if isinstance(path, Frame):
+        return path.read()
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    try:
+        if path.suffix.lower() == ".npy":
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                raise ValueError("it holds several arrays")
+            return loaded
+        with Image.open(path) as picture:
+            array = np.asarray(picture)
+            # Older versions of Pillow open 16-bit PNG files as 32 bits, which PNG files never have.
+            return array.astype(np.uint16) if picture.format == "PNG" and array.dtype == np.int32 else array
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, JPEG or NPY file.") from error
+
+
+def read_picture(path: Source) -> np.ndarray:
+    """An image as encoders get it, upright and in three colours, or an NPY file's numbers. Raises InputError."""
+    if isinstance(path, Frame) or path.suffix.lower() == ".npy":
+        return read_array(path)
+    return read_image(path)
+
+
+def may_be_truncated(file: Path) -> bool:
+    """Whether an NPY file or picture is or may be truncated, from its first and last bytes: quick for many files.
+
+    Some complete files may seem truncated, such as a PNG with many bytes after its end: read those to be sure. A
+    truncated picture is found only if it is a PNG or JPEG file; of other pictures only the first bytes are checked.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        if file.suffix.lower() == ".npy":
+            return _npy_size(handle) > size
+        start = handle.read(8)
+        handle.seek(max(0, size - 64))
+        for kind, end in _PICTURE_ENDS.items():
+            if start.startswith(kind):
+                return end not in handle.read()
+        return not start.startswith(_PICTURE_STARTS)
+
+
+def _npy_size(handle: Any) -> float:
+    """The size in bytes that the header of an NPY file implies; infinite if there is no valid header."""
+    try:
+        version = np.lib.format.read_magic(handle)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(handle)
+        return float(handle.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+    except (ValueError, EOFError):
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the targets of a task are stored.
+
+    Attributes:
+        task: the task.
+        scale: factor from stored values to the task's unit, such as 0.001 for a depth in millimetres; None for the
+            usual factor of the file's dtype.
+        ignore: stored values of pixels that do not count.
+        array: reads the numbers (H, W) or (H, W, 3) of a source. It decodes what is special to a dataset; NaN marks
+            pixels without a value.
+    """
+
+    task: Task
+    scale: float | None = None
+    ignore: tuple[float, ...] = ()
+    array: Callable[[Any], np.ndarray] = read_array
+
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
+        """The target in a file, as `simomerge.datasets.tasks.KINDS` describes it, resized to ``size`` if given.
+
+        Raises:
+            InputError: the file cannot be read, or does not hold a target of this task.
+        """
+        stored = self.array(path)
+        channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
+        if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:
+            stored = stored.transpose(1, 2, 0)
+        if stored.ndim == 3 and stored.shape[2] == 1:
+            stored = stored[..., 0]
+        if stored.ndim != (3 if channels == 3 else 2) or (channels == 3 and stored.shape[2] < 3):
+            expected = "(H, W, 3)" if channels == 3 else "(H, W)"
+            raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
+        if size is not None and self.task.kind != "autoencoder":  # before decoding, which is then of fewer pixels
+            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
+        stored = stored[..., :3] if channels == 3 else stored  # drops the transparency of a picture
+        ignored = np.isin(stored, self._ignored(stored.dtype))
+        target = torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
+        return target if size is None else resize_target(self.task, target, size)
+
+    def _ignored(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """`ignore` in the dtype of a file, without the values that the dtype cannot hold."""
+        if dtype.kind not in "uib":
+            return np.array(self.ignore).astype(dtype)
+        low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        return np.array([v for v in self.ignore if low <= v <= high and v == int(v)]).astype(dtype)
+
+    def _decoded(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
+        kind = self.task.kind
+        if kind == "segmentation":
+            return self._labels(stored, ignored, path)
+        values = stored.astype(np.float32) * np.float32(self._unit(stored))
+        if kind == "normals":
+            return _unit_normals(stored, values, np.asarray(ignored.all(-1))).transpose(2, 0, 1)
+        if kind in ("depth", "disparity"):
+            return np.where(ignored | ~(values > 0) | ~np.isfinite(values), np.float32(0), values)[None]
+        invalid = np.float32(-1 if kind == "edges" else np.nan)
+        if kind == "autoencoder":
+            return np.where(ignored.all(-1, keepdims=True), invalid, values).transpose(2, 0, 1)
+        return np.where(ignored | np.isnan(values), invalid, values)[None]
+
+    def _unit(self, stored: np.ndarray) -> float:
+        if self.scale is not None:
+            return self.scale
+        if stored.dtype.kind == "u" and self.task.kind not in ("depth", "disparity"):
+            return 1 / float(np.iinfo(stored.dtype).max)
+        return 1.0
+
+    def _labels(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
+        if stored.dtype.kind not in "uib":
+            raise InputError(f"{path}: {self.task.name} of dtype {stored.dtype}; labels are integers.")
+        labels = stored.astype(np.int64)
+        ignored = ignored | (labels == IGNORE_LABEL)
+        unknown = labels[~ignored & ((labels < 0) | (labels >= len(self.task.classes)))]
+        if unknown.size:
+            raise InputError(
+                f"{path}: label {int(unknown[0])} of {self.task.name}, which has classes 0 to"
+                f" {len(self.task.classes) - 1}; name it under ignore, or add its class."
+            )
+        return np.where(ignored, IGNORE_LABEL, labels)
+
+
+def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Unit vectors. Unsigned integers encode -1 to 1, and black means that there is no normal."""
+    if stored.dtype.kind == "u":
+        values = 2 * values - 1
+        ignored = ignored | ~stored.any(-1)
+    values = np.where(np.isfinite(values), values, np.float32(0))
+    length = np.linalg.norm(values, axis=-1, keepdims=True)
+    return np.where(ignored[..., None] | (length < 0.1), np.float32(0), values / np.maximum(length, 1e-6))
+
+
+def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
+    """A target (..., H, W) in another size.
+
+    Each pixel takes the value of the nearest one, because a mixture of labels, depths or normals is wrong. The images
+    of an autoencoder are resized as images are.
+    """
+    if target.shape[-2:] == size:
+        return target
+    if task.kind == "autoencoder":
+        return resized(target[None], size)[0]
+    rows, columns = map(torch.from_numpy, _nearest(target.shape[-2:], size))
+    return target[..., rows[:, None], columns]
+
+
+def _nearest(old: Sequence[int], new: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of the old size whose centres are nearest to those of the new size."""
+    rows, columns = (
+        ((np.arange(wanted) + 0.5) * (available / wanted)).astype(np.int64).clip(max=available - 1)
+        for available, wanted in zip(old, new, strict=True)
+    )
+    return rows, columns
