@@ -15,5 +15,5 @@ def test_images_are_read_beside_a_gpu_and_on_a_cpu_by_who_trains(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert devices.loader_workers("cuda:1") == workers and devices.loader_workers("cpu") == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setattr(devices, "_SIDE_BY_SIDE", processes)  # workers of a pool share them too
+    monkeypatch.setattr(devices, "_pool_workers", processes)  # workers of a pool share the cores too
     assert devices.loader_workers("cuda:1") == workers

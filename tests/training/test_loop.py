@@ -17,6 +17,7 @@ from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
 from simomerge.training.loop import TrainLog, _State, fit, validation_loss
 from simomerge.training.settings import TrainSettings
+from simomerge.training.weighting.losses import Weighting
 
 
 class Points:
@@ -292,7 +293,7 @@ def test_the_state_holds_no_frozen_weights_and_no_code(tmp_path: Path) -> None:
 
 def test_the_best_weights_are_a_copy() -> None:
     module = WithEncoder()
-    state = _State(module, None, None, None)
+    state = _State(module, Weighting(1), None, None, None)
     state.keep_best()
     kept = copy.deepcopy(state.best)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.datasets import DenseDataset
-from simomerge.datasets.augment import augmentation
+from simomerge.datasets import DenseDataset, random_flip
+from simomerge.datasets.augment import augment
 from simomerge.datasets.batches import training_batches
 from simomerge.models.encoders import load_encoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel
 from simomerge.training.lpft import finetune, fresh_head, lpft, trainable_parameters
 from simomerge.training.lpft import lpft as lpft_function
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 PROBE = TrainSettings(steps=4, batch_size=4, lr=1e-2)
 TUNE = TrainSettings(steps=3, batch_size=4, lr=1e-2, encoder_lr=1e-3)
@@ -121,8 +122,10 @@ def test_training_sees_images_augmented_as_it_was_told(
         seen.append(batch)
         return {"depth": model(batch["image"])["depth"].square().mean()}
 
-    finetune(model, data, TUNE, losses=losses, augmentation=name)
-    transform = augmentation(name, data.tasks)
+    finetune(model, data, TUNE, losses=losses, options=TuneOptions(augmentation=name))
+    functions = {"none": None, "flip": random_flip, "scale-crop-flip": augment}
+    function = functions[name]
+    transform = partial(function, data.tasks) if function else None
     expected = list(training_batches(data, TUNE.batch_size, TUNE.steps, TUNE.seed, transform=transform))
     assert len(seen) == len(expected) == 3
     for ours, theirs in zip(seen, expected, strict=True):
@@ -134,4 +137,4 @@ def test_training_sees_images_augmented_as_it_was_told(
 def test_an_unknown_augmentation_is_told(make_model: Callable[..., SimoModel], rooms: DenseDataset) -> None:
     data = rooms.select(["depth"])
     with pytest.raises(InputError, match="unknown augmentation 'paper'; choose one of: none, flip, scale-crop-flip"):
-        finetune(make_model(data.tasks), data, TUNE, augmentation="paper")
+        finetune(make_model(data.tasks), data, TUNE, options=TuneOptions(augmentation="paper"))

@@ -14,21 +14,17 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
-from simomerge.training.loop import _gradient_products, fit
+from simomerge.training.choices import WEIGHTINGS, find
+from simomerge.training.loop import Objective, _gradient_products, fit
 from simomerge.training.settings import TrainSettings
-from simomerge.training.weighting import (
-    WEIGHTINGS,
-    CAGrad,
-    DynamicAverage,
-    GradientWeighting,
-    GradNorm,
-    NashMTL,
-    RandomWeights,
-    Uncertainty,
-    weighting,
-)
+from simomerge.training.weighting.gradients import CAGrad, GradientWeighting, GradNorm, NashMTL
+from simomerge.training.weighting.losses import DynamicAverage, RandomWeights, Uncertainty, Weighting
 
 LOSSES = torch.tensor([0.5, 2.0, 4.0])
+
+
+def weighting(name: str, *settings: int, **more: int) -> Weighting:
+    return find("loss weighting", WEIGHTINGS, name)(*settings, **more)
 
 
 def test_equal_is_the_mean() -> None:
@@ -108,7 +104,7 @@ def shown(name: str, vectors: np.ndarray, seed: int = 0) -> np.ndarray:
     return module.current.double().numpy()
 
 
-BY_GRADIENT = [name for name, each in WEIGHTINGS.items() if each.looks_at_gradients]
+BY_GRADIENT = [name for name in WEIGHTINGS if isinstance(weighting(name, 1), GradientWeighting)]
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
@@ -246,7 +242,8 @@ def test_a_killed_training_goes_on_with_the_same_weights(
 
         settings = TrainSettings(steps=40, batch_size=4, lr=0.05, seed=3)
         with show_progress(progress):
-            fit(model, losses, Twins(), settings, state_file=state, weighting=weighting(name, 2, 3, 3))
+            objective = Objective(losses, weighting=weighting(name, 2, 3, 3))
+            fit(model, objective, Twins(), settings, state_file=state)
         assert not any("loss_weighting" in key for key in model.state_dict())
         return dict(model.state_dict())
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simomerge.core.errors import InputError
 from simomerge.core.images import resized
 from simomerge.datasets.base import random_flip
 from simomerge.datasets.rows import resize_target
@@ -76,27 +74,3 @@ def _scaled(kind: str, target: Tensor, scale: float) -> Tensor:
     if kind == "log_depth":
         return torch.log1p(torch.expm1(target * LOG_DEPTH_RANGE) / scale) / LOG_DEPTH_RANGE
     return target
-
-
-AUGMENTATIONS: dict[str, Callable[..., dict[str, Any]] | None] = {
-    "none": None,
-    "flip": random_flip,
-    "scale-crop-flip": augment,
-}
-"""What may be done to training images and their targets, by name; the last is the paper's."""
-
-
-def augmentation(name: str, tasks: Mapping[str, Task]) -> Any:
-    """The augmentation of that name as a transform of `simomerge.datasets.batches.training_batches`; None for none.
-
-    Raises:
-        InputError: an unknown name.
-
-    Example:
-        >>> augmentation("none", {}) is None
-        True
-    """
-    if name not in AUGMENTATIONS:
-        raise InputError(f"unknown augmentation {name!r}; choose one of: {', '.join(AUGMENTATIONS)}.")
-    function = AUGMENTATIONS[name]
-    return partial(function, tasks) if function else None

@@ -56,7 +56,7 @@ class Run:
         Of those that can start, the one that the longest chain of others waits for starts first.
         """
         found = self.in_order(wanted)
-        absent = distributed.said_by_first([str(path) for path in found if not path.exists()])
+        absent = distributed.from_first([str(path) for path in found if not path.exists()])
         missing = {path: stage for path, stage in found.items() if str(path) in set(absent)}
         for path in found.keys() - missing.keys():
             _lock(path).unlink(missing_ok=True)  # of a run that was killed when all but this was done
@@ -124,7 +124,7 @@ def _do_once(stage: Stage, output: Path) -> None:
     with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if distributed.is_first():
             remove_leftovers(output)
-        if not distributed.said_by_first(output.exists()):
+        if not distributed.from_first(output.exists()):
             with labelled_progress(stage.name):
                 stage.function(output=output, label=stage.name, **stage.arguments)
     if distributed.is_first():

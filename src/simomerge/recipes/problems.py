@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
-from simomerge.datasets.augment import AUGMENTATIONS
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
-from simomerge.training.weighting import WEIGHTINGS
+from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 
 if TYPE_CHECKING:
     from simomerge.recipes.recipe import Recipe

@@ -28,7 +28,7 @@ from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.lpft import finetune, fresh_head, train_head, trainable_parameters
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 Data = Mapping[str, Any]
 """A dataset as plain data: the keyword arguments of `load_data`."""
@@ -120,8 +120,7 @@ def tune(
         load_data(**validation).select(list(tasks)),
         work_folder(output) / "state.pt",
         label,
-        weighting=weighting,
-        augmentation=augmentation,
+        options=TuneOptions(weighting, augmentation),
     )
     how = {"weighting": weighting, "augmentation": augmentation}
     model.provenance = {

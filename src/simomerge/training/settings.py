@@ -1,4 +1,4 @@
-"""How to train one thing: plain data, read by recipes and by the command line without torch."""
+"""How to train: plain data that recipes and the command line read without torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from simomerge.core.errors import InputError
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train one thing.
+    """Settings of one training.
 
     Args:
-        steps: optimiser steps at most.
-        batch_size: images per step.
-        lr: peak learning rate of the one-cycle schedule.
-        encoder_lr: peak learning rate of the encoder, where it is trained; ``lr`` by default.
-        weight_decay: AdamW's, on weights of two or more dimensions.
-        warmup: fraction of the steps in which the learning rate rises (paper: 5 %).
-        clip: largest gradient norm (paper: 25).
-        validate_every: steps between looks at the validation loss; 0 never looks.
-        patience: looks without a better loss after which training stops; the best weights are kept.
-        seed: of initialisation, order and augmentation.
+        steps: Maximum number of optimiser steps.
+        batch_size: Images per step.
+        lr: Peak learning rate of the one-cycle schedule.
+        encoder_lr: Peak learning rate of the encoder. The default is ``lr``.
+        weight_decay: Weight decay of AdamW, on weights of two or more dimensions.
+        warmup: Fraction of the steps in which the learning rate rises (paper: 5 %).
+        clip: Maximum gradient norm (paper: 25).
+        validate_every: Steps between two validations; 0 never validates.
+        patience: Validations without a lower loss after which training stops. The best weights are kept.
+        seed: Seed of initialisation, order and augmentation.
 
     Raises:
-        InputError: a number out of its range.
+        InputError: A number is out of its range.
     """
 
     steps: int = 400
@@ -39,15 +39,36 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("validate_every", 0), ("patience", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"training: {name}={getattr(self, name)}; use at least {low}.")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"training: {name}={getattr(self, name)}; use a number above 0.")
-        if self.encoder_lr is not None and not self.encoder_lr > 0:
-            raise InputError(f"training: encoder_lr={self.encoder_lr}; use a number above 0.")
-        if not self.weight_decay >= 0:
-            raise InputError(f"training: weight_decay={self.weight_decay}; use a number of at least 0.")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"training: warmup={self.warmup}; use a fraction from 0 to below 1.")
+        ranges = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "lr": (self.lr > 0, "a number above 0"),
+            "encoder_lr": (self.encoder_lr is None or self.encoder_lr > 0, "a number above 0"),
+            "weight_decay": (self.weight_decay >= 0, "a number of at least 0"),
+            "warmup": (0 <= self.warmup < 1, "a fraction from 0 to below 1"),
+            "clip": (self.clip > 0, "a number above 0"),
+            "validate_every": (self.validate_every >= 0, "at least 0"),
+            "patience": (self.patience >= 1, "at least 1"),
+        }
+        for name, (is_valid, hint) in ranges.items():
+            if not is_valid:
+                raise InputError(f"training: {name}={getattr(self, name)}; use {hint}.")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of training the encoder together with the heads.
+
+    Args:
+        weighting: How the losses of several tasks are combined, a key of `simomerge.training.choices.WEIGHTINGS`.
+        augmentation: A key of `simomerge.training.choices.AUGMENTATIONS`.
+        checkpointing: Store only the input of each block for the backward pass. This gives the same gradients with
+            less memory, in more time.
+    """
+
+    weighting: str = "equal"
+    augmentation: str = "flip"
+    checkpointing: bool = False
+
+
+DEFAULT_OPTIONS = TuneOptions()

@@ -21,7 +21,7 @@ from simomerge.training import loop
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import cache_features
 from simomerge.training.lpft import finetune, fresh_head, image_losses, lpft
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
 HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}
@@ -52,7 +52,8 @@ def train(base: Path, output: Path) -> None:
     validation = load_data("rooms", "val", 9, tuple(data.tasks))
     for weighting in ("uncertainty", "nash"):
         model = model_of(base, data, kinds).requires_grad_(True)
-        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", weighting=weighting)
+        options = TuneOptions(weighting=weighting, checkpointing=weighting == "nash")
+        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", options=options)
         save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
 
 

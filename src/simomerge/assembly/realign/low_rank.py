@@ -10,7 +10,7 @@ import torch
 from simomerge.core.errors import InputError
 from simomerge.models.model import SimoModel
 from simomerge.training.lpft import ModelLosses, finetune, image_losses, trainable_parameters
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 
 def check_no_adapters(model: SimoModel, mend: str = "re-align the merged model they were made from") -> None:
@@ -37,5 +37,5 @@ def train_with_heads(
 ) -> dict[str, Any]:
     """Train on all tasks at once what of a model learns, in place; what it cost."""
     trained = trainable_parameters(model)
-    log = finetune(model, data, settings, None, state_file, label, losses, checkpointing)
+    log = finetune(model, data, settings, None, state_file, label, losses, TuneOptions(checkpointing=checkpointing))
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}

@@ -1,8 +1,8 @@
-"""Weightings by the tasks' gradients on the encoder, which all tasks share.
+"""Weightings that look at the gradients of the task losses on the encoder, which all tasks share.
 
-Each needs the gradients' inner products only, a small matrix: what these methods do to gradients in the papers is a
-weighted sum of them, and here a weighted sum of the losses. The weights' mean is 1, so that the step is no method's
-choice. A step costs one backward pass per task more.
+The papers combine gradients; a weighted sum of gradients is the gradient of the weighted sum of the losses. So each
+method here only needs the inner products of the gradients, a (T, T) matrix, and returns one weight per task. The mean
+weight is 1, so that no method changes the step size. Each step costs one more backward pass per task.
 """
 
 from __future__ import annotations
@@ -21,23 +21,21 @@ _Slope = Callable[[np.ndarray], np.ndarray]
 
 
 class GradientWeighting(Weighting):
-    """A weighting that is shown the gradients' inner products before every step."""
+    """A weighting that gets the inner products of the gradients before every step."""
 
-    looks_at_gradients = True
+    step: Tensor
 
     def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
         super().__init__(tasks, seed, epoch)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.current = torch.ones(tasks)
 
-    step: Tensor
-
     @abstractmethod
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        """Inner products of the tasks' gradients (T, T) and losses (T,) -> weights (T,), none below 0; float64."""
+        """Inner products of the gradients (T, T) and losses (T,) -> weights (T,) of at least 0; all float64."""
 
     def look(self, gram: Tensor, losses: Tensor) -> None:
-        """Choose the weights of this step."""
+        """Choose the weights of this step from the inner products (T, T) and the losses (T,)."""
         products = gram.double().cpu().numpy()
         scale = float(np.trace(products)) / self.tasks
         if np.isfinite(scale) and scale > 0:
@@ -46,65 +44,63 @@ class GradientWeighting(Weighting):
         self.step += 1
 
     def forward(self, losses: Tensor) -> Tensor:
-        return (self.current.to(losses) * losses).mean() if self.training else losses.mean()
+        return (self.current.to(losses) * losses).mean()
 
 
 class GradNorm(GradientWeighting):
-    """Gradients of like length, but longer for tasks that learn more slowly.
+    """Gradients of equal norm, but larger for tasks that learn more slowly.
 
-    The weights move, by at most ``rate`` a step, until the length of task t's weighted gradient is the mean length
-    times ``r_t^1.5``, with r_t its loss over its first loss, over the tasks' mean of that. In the paper Adam moves
-    them, and the gradients are those of the last shared layer.
+    The weights move by at most ``rate`` per step, until the norm of task t's weighted gradient is the mean norm times
+    ``r_t^1.5``. ``r_t`` is the ratio of the task's loss to its first loss, divided by the mean ratio of all tasks. In
+    the paper the weights are trained by Adam, with gradients on the last shared layer.
 
     Source: "GradNorm: Gradient Normalization for Adaptive Loss Balancing" (arXiv 1711.02257).
     """
 
     rate, power = 0.025, 1.5
+    first: Tensor
+    kept: Tensor
 
     def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
         super().__init__(tasks, seed, epoch)
         self.register_buffer("first", torch.zeros(tasks, dtype=torch.float64))
         self.register_buffer("kept", torch.ones(tasks, dtype=torch.float64))
 
-    first: Tensor
-    kept: Tensor
-
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         if not int(self.step):
             self.first.copy_(torch.from_numpy(losses))
-        kept, lengths = self.kept.cpu().numpy(), np.sqrt(np.diag(gram).clip(min=0))
+        kept, norms = self.kept.cpu().numpy(), np.sqrt(np.diag(gram).clip(min=0))
         rates = losses / self.first.cpu().numpy().clip(min=1e-12)
-        wanted = (kept * lengths).mean() * (rates / max(rates.mean(), 1e-12)) ** self.power
-        moved = kept - self.rate * np.sign(kept * lengths - wanted) * lengths / max(lengths.max(), 1e-12)
+        wanted = (kept * norms).mean() * (rates / max(rates.mean(), 1e-12)) ** self.power
+        moved = kept - self.rate * np.sign(kept * norms - wanted) * norms / max(norms.max(), 1e-12)
         moved = moved.clip(min=1e-3)
         self.kept.copy_(torch.from_numpy(self.tasks * moved / moved.sum()))
         return self.kept.cpu().numpy()
 
 
 class PCGrad(GradientWeighting):
-    """From every gradient what opposes another's is taken away: its projection on the others, one after the other in
-    random order.
+    """Each gradient loses its component against every gradient that it conflicts with, in random order.
 
     Source: "Gradient Surgery for Multi-Task Learning" (arXiv 2001.06782), algorithm 1.
     """
 
     def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        # Of the step, not of a generator's state: a run that was killed goes on with the same order.
+        # The seed contains the step, so that a resumed run uses the same order.
         rng = np.random.default_rng([self.seed, int(self.step)])
-        parts = np.eye(self.tasks)  # what each gradient has become, in terms of those there were
-        for part in parts:
-            own = int(part.argmax())
+        projected = np.eye(self.tasks)  # row t: the projected gradient of task t as a sum of the original ones
+        for row in projected:
+            own = int(row.argmax())
             for other in rng.permutation(self.tasks):
-                if other != own and (product := part @ gram[other]) < 0:
-                    part[other] -= product / gram[other, other]
-        return parts.sum(0)
+                if other != own and (product := row @ gram[other]) < 0:
+                    row[other] -= product / gram[other, other]
+        return projected.sum(0)
 
 
 class CAGrad(GradientWeighting):
-    """The direction near the mean gradient in which the task that gains least gains most.
+    """The direction near the mean gradient that gives the most to the task that gains least.
 
-    ``g_0 + c |g_0| g_w / |g_w|``, with g_w the sum of the gradients by the weights w on the simplex at which
-    ``g_w . g_0 + c |g_0| |g_w|`` is least; c = 0.4.
+    The direction is ``g_0 + c |g_0| g_w / |g_w|`` with c = 0.4. ``g_0`` is the mean gradient, ``g_w`` the sum weighted
+    by the w on the simplex that minimises ``g_w . g_0 + c |g_0| |g_w|``.
 
     Source: "Conflict-Averse Gradient Descent for Multi-task Learning" (arXiv 2110.14048), algorithm 1.
     """
@@ -118,15 +114,15 @@ class CAGrad(GradientWeighting):
         def worst(w: np.ndarray) -> float:
             return float(w @ gram @ mean + reach * np.sqrt(max(w @ gram @ w, 0.0)))
 
-        w = _least_on_simplex(worst, lambda w: gram @ mean + reach * gram @ w / _length(gram, w), mean)
-        return mean + reach * w / _length(gram, w)
+        w = _minimise_on_simplex(worst, lambda w: gram @ mean + reach * gram @ w / _norm(gram, w), mean)
+        return mean + reach * w / _norm(gram, w)
 
 
 class NashMTL(GradientWeighting):
-    """The bargain in which the tasks' gains, ``g_t . sum_s a_s g_s``, have the greatest product.
+    """The Nash bargaining solution: the product of the tasks' gains, ``g_t . sum_s a_s g_s``, is maximal.
 
-    Its weights solve ``G a = 1 / a``, and so make ``a' G a / 2 - sum log a`` least. That is convex, and Newton's steps
-    find it (the paper solves a sequence of programs instead, and only every few steps of the training).
+    The weights solve ``G a = 1 / a``, so they minimise ``a' G a / 2 - sum log a``. This function is convex, and
+    Newton's method finds its minimum. The paper solves a sequence of programs instead, every few training steps.
 
     Source: "Multi-Task Learning as a Bargaining Game" (arXiv 2202.01017), claim 3.1.
     """
@@ -138,18 +134,18 @@ class NashMTL(GradientWeighting):
             slope = gram @ a - 1 / a
             newton: np.ndarray = np.linalg.solve(gram + np.diag(1 / a**2), slope)
             decrement = max(float(slope @ newton), 0.0) ** 0.5
-            a = a - newton / (1 + decrement)  # of that length a step cannot leave the positive numbers
+            a = a - newton / (1 + decrement)  # the damping keeps all weights positive
             if decrement < 1e-10:
                 break
         return a
 
 
-def _length(gram: np.ndarray, w: np.ndarray) -> float:
+def _norm(gram: np.ndarray, w: np.ndarray) -> float:
     return max(float(np.sqrt(max(w @ gram @ w, 0.0))), 1e-12)
 
 
-def _least_on_simplex(value: _Value, slope: _Slope, start: np.ndarray) -> np.ndarray:
-    """Where a convex function of weights that sum to 1 is least, by projected gradients with backtracking."""
+def _minimise_on_simplex(value: _Value, slope: _Slope, start: np.ndarray) -> np.ndarray:
+    """Minimum of a convex function on the simplex, by projected gradient descent with backtracking."""
     w, step = start, 1.0
     for _ in range(200):
         here, down = value(w), slope(w)
@@ -166,7 +162,7 @@ def _least_on_simplex(value: _Value, slope: _Slope, start: np.ndarray) -> np.nda
 
 
 def _onto_simplex(v: np.ndarray) -> np.ndarray:
-    """The nearest weights that sum to 1, none below 0."""
-    sorted_ = np.sort(v)[::-1]
-    over = (np.cumsum(sorted_) - 1) / np.arange(1, len(v) + 1)
-    return np.maximum(v - over[np.nonzero(sorted_ > over)[0][-1]], 0)
+    """Projection onto the simplex: the nearest weights that are at least 0 and sum to 1."""
+    descending = np.sort(v)[::-1]
+    over = (np.cumsum(descending) - 1) / np.arange(1, len(v) + 1)
+    return np.maximum(v - over[np.nonzero(descending > over)[0][-1]], 0)
