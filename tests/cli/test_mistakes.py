@@ -69,8 +69,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         (*TRAIN, "--task", "depth", "--data", "room"),
         r"unknown dataset 'room'; did you mean 'rooms'\? give rooms,",
     ),
-    "learning rate": ((*TRAIN, "--task", "depth", "--lr", "0"), "lr=0.0; use a number above 0"),
-    "encoder's rate": ((*TRAIN, "--task", "depth", "--encoder-lr", "-1"), "encoder_lr=-1.0; use a number above 0"),
+    "learning rate": ((*TRAIN, "--task", "depth", "--lr", "0"), "lr must be a number above 0, got 0.0"),
+    "encoder's rate": (
+        (*TRAIN, "--task", "depth", "--encoder-lr", "-1"),
+        "encoder_lr must be a number above 0, got -1.0",
+    ),
     "steps": ((*TRAIN, "--task", "depth", "--steps", "0"), "0 is not in the range"),
     "head": ((*TRAIN, "--task", "depth", "--head", "liner"), "'liner' is not one of"),
     "re-alignment": (("realign", "SCENE", "--method", "head", "-o", "OUT"), "'head' is not one of"),
@@ -78,7 +81,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "re-aligned base": (("realign", "BASE", "--method", "heads", "--count", "4", "-o", "OUT"), "no heads to re-align"),
     "rate of re-alignment": (
         ("realign", "SCENE", "--method", "heads", "--lr", "-1", "--count", "4", "-o", "OUT"),
-        "lr=-1.0",
+        "lr must be a number above 0, got -1.0",
     ),
     "images to fold on": (("realign", "SCENE", "depth=DEPTH", "-o", "OUT"), "give --images FOLDER"),
     "teachers": (("realign", "SCENE", "--images", "./nowhere", "-o", "OUT"), "give each as TASK=EXPERT"),

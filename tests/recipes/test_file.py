@@ -118,7 +118,7 @@ adapters: {steps: 0}
         "tune.lr is 'fast'; give a number",
         "probe is 7; give a mapping",
         "train_images is 2.5; give a whole number",
-        "adapters: training: steps=0; use at least 1",
+        "adapters: training: steps must be a number at least 1, got 0",
     ):
         assert part in str(caught.value)
 
@@ -157,7 +157,7 @@ adapters: {steps: 0}
         ("tune: {steps: 3, epochs: 2}\n", [], "tune: give steps or epochs, not both"),
         ("tune: {epoch: 3}\n", [], "tune: unknown key 'epoch' \\(did you mean 'epochs'"),
         ("tune: {epochs: some}\n", [], "tune.epochs is 'some'; give a number above 0"),
-        ("gallery: {}\ntune: {epochs: 1, batch_size: 0}\n", [], "batch_size=0"),
+        ("gallery: {}\ntune: {epochs: 1, batch_size: 0}\n", [], "batch_size must be a number at least 1, got 0"),
         ("a: [\n", [], "not YAML"),
         ("- a\n", [], "holds no mapping"),
         ("tune: {}\n", ["tune"], "--set tune: give KEY=VALUE"),

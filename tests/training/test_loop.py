@@ -17,7 +17,7 @@ from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
 from simomerge.training.loop import TrainLog, _State, fit, validation_loss
 from simomerge.training.settings import TrainSettings
-from simomerge.training.weighting.losses import Weighting
+from simomerge.training.weighting import Weighting
 
 
 class Points:
@@ -324,7 +324,7 @@ def test_the_best_weights_are_a_copy() -> None:
     ],
 )
 def test_a_setting_out_of_its_range_is_named(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"training: {name}={value}; use"):
+    with pytest.raises(InputError, match=f"training: {name} must be .*, got {value}"):
         TrainSettings(**{name: value})
 
 

@@ -17,8 +17,16 @@ from simomerge.core.progress import show_progress
 from simomerge.training.choices import WEIGHTINGS, find
 from simomerge.training.loop import Objective, _gradient_products, fit
 from simomerge.training.settings import TrainSettings
-from simomerge.training.weighting.gradients import CAGrad, GradientWeighting, GradNorm, NashMTL
-from simomerge.training.weighting.losses import DynamicAverage, RandomWeights, Uncertainty, Weighting
+from simomerge.training.weighting import (
+    CAGrad,
+    DynamicAverage,
+    GradientWeighting,
+    GradNorm,
+    NashMTL,
+    RandomWeights,
+    Uncertainty,
+    Weighting,
+)
 
 LOSSES = torch.tensor([0.5, 2.0, 4.0])
 
@@ -151,7 +159,7 @@ def test_cagrad_is_the_best_of_the_worst_near_the_mean() -> None:
     for seed in range(10):
         vectors = gradients(seed) / 10
         mean = vectors.mean(0)
-        ours = CAGrad(4).weights(vectors @ vectors.T, np.ones(4)) @ vectors
+        ours = CAGrad(4).solve(vectors @ vectors.T, np.ones(4)) @ vectors
         assert np.linalg.norm(ours - mean) <= 0.4 * np.linalg.norm(mean) * (1 + 1e-6)
         assert (vectors @ ours).min() == pytest.approx(greatest_least_gain(vectors, mean), rel=2e-3, abs=1e-6)
 
@@ -174,10 +182,10 @@ def greatest_least_gain(vectors: np.ndarray, mean: np.ndarray) -> float:
 def test_nash_mtl_is_its_bargain() -> None:
     for seed in range(20):
         vectors = gradients(seed)
-        weights = NashMTL(4).weights(vectors @ vectors.T, np.ones(4))
+        weights = NashMTL(4).solve(vectors @ vectors.T, np.ones(4))
         np.testing.assert_allclose(vectors @ (weights @ vectors) * weights, 1, rtol=1e-4)  # G a = 1 / a
         assert weights.min() > 0
-    np.testing.assert_allclose(NashMTL(2).weights(np.diag([4.0, 0.25]), np.ones(2)), [0.5, 2], rtol=1e-6)
+    np.testing.assert_allclose(NashMTL(2).solve(np.diag([4.0, 0.25]), np.ones(2)), [0.5, 2], rtol=1e-6)
 
 
 def test_gradnorm_moves_to_gradients_of_like_length_and_on_for_the_slow() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 from simomerge.core.errors import InputError
 
 WEIGHTINGS = {
-    "equal": "training.weighting.losses:Weighting",
-    "uncertainty": "training.weighting.losses:Uncertainty",
-    "dwa": "training.weighting.losses:DynamicAverage",
-    "random": "training.weighting.losses:RandomWeights",
-    "gradnorm": "training.weighting.gradients:GradNorm",
-    "pcgrad": "training.weighting.gradients:PCGrad",
-    "cagrad": "training.weighting.gradients:CAGrad",
-    "nash": "training.weighting.gradients:NashMTL",
+    "equal": "training.weighting:Weighting",
+    "uncertainty": "training.weighting:Uncertainty",
+    "dwa": "training.weighting:DynamicAverage",
+    "random": "training.weighting:RandomWeights",
+    "gradnorm": "training.weighting:GradNorm",
+    "pcgrad": "training.weighting:PCGrad",
+    "cagrad": "training.weighting:CAGrad",
+    "nash": "training.weighting:NashMTL",
 }
 """Loss weightings of joint training. To add one, add a line here."""
 

@@ -21,10 +21,10 @@ from simomerge.core.files import atomic_write_bytes
 from simomerge.core.machine import autocast, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
+from simomerge.training.evaluate import evaluating
 from simomerge.training.settings import TrainSettings
 from simomerge.training.tracking import tracked_accelerator
-from simomerge.training.weighting.gradients import GradientWeighting
-from simomerge.training.weighting.losses import Weighting
+from simomerge.training.weighting import GradientWeighting, Weighting
 
 Losses = Callable[[Mapping[str, Any]], dict[str, Tensor]]
 """batch -> loss of each task."""
@@ -95,20 +95,14 @@ def fit(
         raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {settings.batch_size}.")
     objective = losses if isinstance(losses, Objective) else Objective(losses)
     home = next(module.parameters()).device
-    options = {"mixed_precision": mixed_precision(), "kwargs_handlers": [_DDP]}
+    # Under torchrun: encoders have parameters that no loss depends on, such as the mask token.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    options = {"mixed_precision": mixed_precision(), "kwargs_handlers": [ddp]}
     with tracked_accelerator(label, vars(settings), **options) as accelerator:
         trainer = _Trainer(accelerator, module, objective, settings, label, state_file)
         log = trainer.run(train, validation, transform)
     module.to(home).eval()
     return log
-
-
-_DDP = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-"""Settings of DistributedDataParallel, which accelerate uses under torchrun.
-
-Encoders have parameters that no loss depends on, such as the mask token. The running statistics of a linear head are
-computed over all processes, so no buffer is broadcast.
-"""
 
 
 class _TaskLosses(nn.Module):
@@ -142,10 +136,11 @@ class _Trainer:
         self.settings, self.label = settings, label
         self.weighting = objective.weighting.to(accelerator.device)
         module.to(accelerator.device)
-        self.optimizer = _optimizer(module, self.weighting, settings)
+        named = (*module.named_parameters(), *self.weighting.named_parameters())
+        trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self.trainable = list(trainable.values())
+        self.optimizer = _optimizer(trainable, settings)
         self.task_losses = accelerator.prepare(_TaskLosses(module, objective.losses))
-        parameters = (*module.parameters(), *self.weighting.parameters())
-        self.trainable = [parameter for parameter in parameters if parameter.requires_grad]
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             [group["lr"] for group in self.optimizer.param_groups],
@@ -245,16 +240,15 @@ class _Trainer:
 @torch.no_grad()
 def validation_loss(module: nn.Module, losses: Losses, dataset: Any, batch_size: int = 32) -> float:
     """Mean over the dataset of the mean task loss, in evaluation mode."""
-    device, training = next(module.parameters()).device, module.training
-    module.eval()
+    device = next(module.parameters()).device
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in ordered_batches(dataset, batch_size, shared=True):
-        with autocast(device):
-            found = losses(send_to_device(batch, device))
-        size = _batch_size(batch)
-        sums += torch.tensor([float(torch.stack(list(found.values())).mean()) * size, size], dtype=torch.float64)
+    with evaluating(module):
+        for batch in ordered_batches(dataset, batch_size, shared=True):
+            with autocast(device):
+                found = losses(send_to_device(batch, device))
+            size = _batch_size(batch)
+            sums += torch.tensor([float(torch.stack(list(found.values())).mean()) * size, size], dtype=torch.float64)
     distributed.add_up(sums)
-    module.train(training)
     return float(sums[0] / sums[1])
 
 
@@ -303,19 +297,17 @@ def _gradient_products(module: nn.Module, losses: Mapping[str, Tensor]) -> Tenso
 _WEIGHTING = "loss_weighting."
 
 
+@dataclass
 class _State:
     """The state of a run, from which it resumes: weights, optimiser, schedule, log, and the best weights so far."""
 
-    def __init__(
-        self, module: nn.Module, weighting: Weighting, optimizer: Any, schedule: Any, path: Path | None
-    ) -> None:
-        self.module = module
-        self.weighting = weighting
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.path = path
-        self.best: dict[str, Tensor] | None = None
-        self.saved_at = time.monotonic()
+    module: nn.Module
+    weighting: Weighting
+    optimizer: Any
+    schedule: Any
+    path: Path | None
+    best: dict[str, Tensor] | None = None
+    saved_at: float = field(default_factory=time.monotonic)
 
     def _weights(self) -> dict[str, Tensor]:
         frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
@@ -334,7 +326,7 @@ class _State:
         self.optimizer.load_state_dict(data["optimizer"])
         self.schedule.load_state_dict(data["schedule"])
         self.best = data["best"]
-        return TrainLog(**{**data["log"], "validation": [tuple(pair) for pair in data["log"]["validation"]]})
+        return TrainLog(**data["log"])
 
     def save_once_in_a_while(self, log: TrainLog, seconds: float = 20.0) -> None:
         if time.monotonic() - self.saved_at >= seconds:
@@ -348,7 +340,7 @@ class _State:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "best": self.best,
-            "log": vars(log) | {"validation": [list(pair) for pair in log.validation]},
+            "log": vars(log),
         }
         buffer = io.BytesIO()
         torch.save(data, buffer)
@@ -364,22 +356,19 @@ class _State:
             self.module.load_state_dict(self.best, strict=False)
 
 
-def _optimizer(module: nn.Module, weighting: Weighting, settings: TrainSettings) -> torch.optim.AdamW:
+def _optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW without weight decay on biases and norms; the encoder may have its own learning rate."""
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for name, parameter in (*module.named_parameters(), *weighting.named_parameters()):
-        if parameter.requires_grad:
-            part, lr = "heads", settings.lr
-            if name.startswith("encoder.backbone") and settings.encoder_lr is not None:
-                part, lr = "encoder", settings.encoder_lr
-            decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((part, lr, decay), []).append(parameter)
-    if not groups:
+    if not parameters:
         raise InputError("nothing to train: no parameter requires a gradient.")
-    parameters = [
-        {"params": group, "part": part, "lr": lr, "weight_decay": decay} for (part, lr, decay), group in groups.items()
-    ]
-    return torch.optim.AdamW(parameters, fused=True)
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        part, lr = "heads", settings.lr
+        if name.startswith("encoder.backbone") and settings.encoder_lr is not None:
+            part, lr = "encoder", settings.encoder_lr
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((part, decay), {"params": [], "part": part, "lr": lr, "weight_decay": decay})
+        group["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), fused=True)
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:

@@ -5,54 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simomerge.core.errors import InputError
+from simomerge.core.registry import check_parameters, parameter
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of one training.
 
-    Args:
-        steps: Maximum number of optimiser steps.
-        batch_size: Images per step.
-        lr: Peak learning rate of the one-cycle schedule.
-        encoder_lr: Peak learning rate of the encoder. The default is ``lr``.
-        weight_decay: Weight decay of AdamW, on weights of two or more dimensions.
-        warmup: Fraction of the steps in which the learning rate rises (paper: 5 %).
-        clip: Maximum gradient norm (paper: 25).
-        validate_every: Steps between two validations; 0 never validates.
-        patience: Validations without a lower loss after which training stops. The best weights are kept.
-        seed: Seed of initialisation, order and augmentation.
-
     Raises:
-        InputError: A number is out of its range.
+        InputError: A setting is out of its range.
     """
 
-    steps: int = 400
-    batch_size: int = 32
-    lr: float = 1e-3
-    encoder_lr: float | None = None
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    clip: float = 25.0
-    validate_every: int = 0
-    patience: int = 5
-    seed: int = 0
+    steps: int = parameter(400, low=1, help="Maximum number of optimiser steps.")
+    batch_size: int = parameter(32, low=1, help="Images per step.")
+    lr: float = parameter(1e-3, above=0, help="Peak learning rate of the one-cycle schedule.")
+    encoder_lr: float | None = parameter(
+        None, kind=float, above=0, help="Peak learning rate of the encoder. The default is lr."
+    )
+    weight_decay: float = parameter(0.01, low=0, help="Weight decay of AdamW, on weights of two or more dimensions.")
+    warmup: float = parameter(0.05, low=0, help="Fraction of the steps in which the learning rate rises (paper: 5 %).")
+    clip: float = parameter(25.0, above=0, help="Maximum gradient norm (paper: 25).")
+    validate_every: int = parameter(0, low=0, help="Steps between two validations; 0 never validates.")
+    patience: int = parameter(
+        5, low=1, help="Validations without a lower loss after which training stops. The best weights are kept."
+    )
+    seed: int = parameter(0, help="Seed of initialisation, order and augmentation.")
 
     def __post_init__(self) -> None:
-        ranges = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "lr": (self.lr > 0, "a number above 0"),
-            "encoder_lr": (self.encoder_lr is None or self.encoder_lr > 0, "a number above 0"),
-            "weight_decay": (self.weight_decay >= 0, "a number of at least 0"),
-            "warmup": (0 <= self.warmup < 1, "a fraction from 0 to below 1"),
-            "clip": (self.clip > 0, "a number above 0"),
-            "validate_every": (self.validate_every >= 0, "at least 0"),
-            "patience": (self.patience >= 1, "at least 1"),
-        }
-        for name, (is_valid, hint) in ranges.items():
-            if not is_valid:
-                raise InputError(f"training: {name}={getattr(self, name)}; use {hint}.")
+        check_parameters("training", self)
+        if not self.warmup < 1:
+            raise InputError(f"training: warmup must be below 1, got {self.warmup}.")
 
 
 @dataclass(frozen=True)

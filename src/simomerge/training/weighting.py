@@ -1,8 +1,9 @@
-"""Weightings that look at the gradients of the task losses on the encoder, which all tasks share.
+"""Loss weightings of joint training, the baselines of merging; their names are in `simomerge.training.choices`.
 
-The papers combine gradients; a weighted sum of gradients is the gradient of the weighted sum of the losses. So each
-method here only needs the inner products of the gradients, a (T, T) matrix, and returns one weight per task. The mean
-weight is 1, so that no method changes the step size. Each step costs one more backward pass per task.
+Some look at the gradients of the task losses on the encoder, which all tasks share. Their papers combine gradients; a
+weighted sum of gradients is the gradient of the weighted sum of the losses. So each method here only needs the inner
+products of the gradients, a (T, T) matrix, and returns one weight per task. The mean weight is 1, so that no method
+changes the step size. Each step costs one more backward pass per task.
 """
 
 from __future__ import annotations
@@ -12,26 +13,108 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from simomerge.training.weighting.losses import Weighting
+from torch import Tensor, nn
 
 _Value = Callable[[np.ndarray], float]
 _Slope = Callable[[np.ndarray], np.ndarray]
 
 
-class GradientWeighting(Weighting):
-    """A weighting that gets the inner products of the gradients before every step."""
+class Weighting(nn.Module):
+    """The unweighted mean of the task losses (the paper's joint MTL), and the base class of all weightings.
+
+    The parameters and buffers of a weighting are saved in the state of its training.
+
+    Args:
+        tasks: Number of tasks.
+        seed: Seed of random weights.
+        epoch: Steps of one epoch.
+
+    Example:
+        >>> float(Weighting(2)(torch.tensor([1.0, 3.0])))
+        2.0
+    """
 
     step: Tensor
 
     def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
-        super().__init__(tasks, seed, epoch)
+        super().__init__()
+        self.tasks, self.seed, self.epoch = tasks, seed, epoch
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.current = torch.ones(tasks)
+
+    def weights(self) -> Tensor:
+        """Weights (T,) of this step; their mean is 1."""
+        return torch.ones(self.tasks)
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Task losses (T,) -> one loss."""
+        total = (self.weights().to(losses) * losses).mean()
+        self.step += 1
+        return total
+
+
+class Uncertainty(Weighting):
+    """Homoscedastic uncertainty: ``mean exp(-s_t) L_t + s_t`` with one learned ``s_t`` per task.
+
+    Source: "Multi-Task Learning Using Uncertainty to Weigh Losses" (arXiv 1705.07115), with ``s = log sigma^2`` and
+    without the constant factor 1/2.
+    """
+
+    def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
+        super().__init__(tasks, seed, epoch)
+        self.log_variance = nn.Parameter(torch.zeros(tasks))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return (torch.exp(-self.log_variance) * losses + self.log_variance).mean()
+
+
+class RandomWeights(Weighting):
+    """Random loss weighting: the weights of each step are the softmax of standard normal numbers.
+
+    Source: "Reasonable Effectiveness of Random Weighting" (arXiv 2111.10603).
+    """
+
+    def weights(self) -> Tensor:
+        # The seed depends on the step, so that a resumed run draws the same weights.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.step))
+        return self.tasks * torch.softmax(torch.randn(self.tasks, generator=generator), 0)
+
+
+class DynamicAverage(Weighting):
+    """Dynamic weight average: a task whose loss falls more slowly than the others' gets more weight.
+
+    ``w_t = T softmax_t(r_t / 2)``, where ``r_t`` is the ratio of the task's mean losses in the last two epochs; 1 in
+    the first two epochs.
+
+    Source: "End-to-End Multi-Task Learning with Attention" (arXiv 1803.10704).
+    """
+
+    sums: Tensor
+
+    def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
+        super().__init__(tasks, seed, epoch)
+        self.register_buffer("sums", torch.zeros(3, tasks))  # loss sums of this epoch and the two before
+
+    def weights(self) -> Tensor:
+        if int(self.step) < 2 * self.epoch:
+            return super().weights()
+        return self.tasks * torch.softmax(self.sums[1] / self.sums[2].clamp(min=1e-12) / 2, 0)
+
+    def forward(self, losses: Tensor) -> Tensor:
+        if int(self.step) and int(self.step) % self.epoch == 0:
+            self.sums = torch.stack([torch.zeros_like(self.sums[0]), self.sums[0], self.sums[1]])
+        self.sums[0] += losses.detach().to(self.sums)
+        return super().forward(losses)
+
+
+class GradientWeighting(Weighting):
+    """A weighting that gets the inner products of the gradients before every step."""
+
+    def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
+        super().__init__(tasks, seed, epoch)
+        self.current = super().weights()
 
     @abstractmethod
-    def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         """Inner products of the gradients (T, T) and losses (T,) -> weights (T,) of at least 0; all float64."""
 
     def look(self, gram: Tensor, losses: Tensor) -> None:
@@ -39,12 +122,11 @@ class GradientWeighting(Weighting):
         products = gram.double().cpu().numpy()
         scale = float(np.trace(products)) / self.tasks
         if np.isfinite(scale) and scale > 0:
-            found = self.weights(products / scale, losses.detach().double().cpu().numpy())
+            found = self.solve(products / scale, losses.detach().double().cpu().numpy())
             self.current = torch.from_numpy(self.tasks * found / found.sum()).float()
-        self.step += 1
 
-    def forward(self, losses: Tensor) -> Tensor:
-        return (self.current.to(losses) * losses).mean()
+    def weights(self) -> Tensor:
+        return self.current
 
 
 class GradNorm(GradientWeighting):
@@ -66,8 +148,8 @@ class GradNorm(GradientWeighting):
         self.register_buffer("first", torch.zeros(tasks, dtype=torch.float64))
         self.register_buffer("kept", torch.ones(tasks, dtype=torch.float64))
 
-    def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        if not int(self.step):
+    def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        if not self.first.any():
             self.first.copy_(torch.from_numpy(losses))
         kept, norms = self.kept.cpu().numpy(), np.sqrt(np.diag(gram).clip(min=0))
         rates = losses / self.first.cpu().numpy().clip(min=1e-12)
@@ -84,7 +166,7 @@ class PCGrad(GradientWeighting):
     Source: "Gradient Surgery for Multi-Task Learning" (arXiv 2001.06782), algorithm 1.
     """
 
-    def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         # The seed contains the step, so that a resumed run uses the same order.
         rng = np.random.default_rng([self.seed, int(self.step)])
         projected = np.eye(self.tasks)  # row t: the projected gradient of task t as a sum of the original ones
@@ -107,7 +189,7 @@ class CAGrad(GradientWeighting):
 
     c = 0.4
 
-    def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         mean = np.full(self.tasks, 1 / self.tasks)
         reach = self.c * np.sqrt(max(mean @ gram @ mean, 0.0))
 
@@ -127,7 +209,7 @@ class NashMTL(GradientWeighting):
     Source: "Multi-Task Learning as a Bargaining Game" (arXiv 2202.01017), claim 3.1.
     """
 
-    def weights(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         gram = gram + 1e-9 * np.eye(self.tasks)
         a = 1 / np.sqrt(np.diag(gram))
         for _ in range(100):
