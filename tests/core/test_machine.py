@@ -1,4 +1,4 @@
-"""What the machine computes with."""
+"""Hardware: processes that read images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from simomerge.core import machine as devices
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(16, 1, 8), (16, 4, 4), (2, 1, 2), (2, 4, 0)])
-def test_images_are_read_beside_a_gpu_and_on_a_cpu_by_who_trains(
+def test_worker_processes_read_images_for_a_gpu_only(
     cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "available_cores", lambda: cores)
