@@ -43,7 +43,7 @@ class Weighting(nn.Module):
 
     def weights(self) -> Tensor:
         """Weights (T,) of this step; their mean is 1."""
-        return torch.ones(self.tasks)
+        return torch.ones(self.tasks, device=self.step.device)
 
     def forward(self, losses: Tensor) -> Tensor:
         """Task losses (T,) -> one loss."""
