@@ -1,4 +1,4 @@
-"""Small rooms, and float32: comparisons to the last bit must not depend on what the machine computes with."""
+"""Small rooms, in float32, because bit-identical results must not depend on the hardware."""
 
 from __future__ import annotations
 

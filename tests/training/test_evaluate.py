@@ -1,4 +1,4 @@
-"""evaluate, normalised performance and Delta_MTL, the latter against the paper's tables."""
+"""Evaluation, normalised performance, and Delta_MTL, which is checked against the paper's tables."""
 
 import math
 
@@ -29,11 +29,11 @@ PAPER = {  # method: its scores, its Delta_MTL in the paper's table
 }
 
 
-# Comparing ----------------------------------------------------------------------------------------------
+# Comparison ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", PAPER)
-def test_the_papers_table_is_its_mean_normalised_performance_less_one(method):
+def test_the_papers_table_is_its_mean_normalised_performance_minus_one(method):
     scores, table = PAPER[method]
     ratios = normalised_performance(scores, EXPERTS, NYU)
     assert round(100 * (sum(ratios.values()) / 3 - 1), 1) == table
@@ -69,7 +69,7 @@ def test_better_is_above_and_worse_below_whatever_the_sign_of_the_metric(name, m
     assert normalised_performance({name: {metric: worse}}, baseline, NYU)[name] < 1
 
 
-def test_only_the_metric_that_speaks_for_the_task_counts():
+def test_only_the_main_metric_of_a_task_counts():
     scores = {"depth": {"rel_err": 99.0, "abs_err": 0.2314}}
     assert delta_mtl(scores, {"depth": {"abs_err": 0.2314, "rel_err": 1.0}}, NYU) == 0
 
@@ -86,7 +86,7 @@ def test_an_error_of_zero_is_infinitely_better_not_a_crash():
 
 @pytest.mark.parametrize("compare", [delta_mtl, normalised_performance])
 class TestErrors:
-    def test_a_task_the_baseline_lacks_is_named(self, compare):
+    def test_a_task_without_a_baseline_is_named(self, compare):
         with pytest.raises(InputError, match="no score for task 'depth'"):
             compare(EXPERTS, {"seg": EXPERTS["seg"]}, NYU)
 
@@ -95,16 +95,16 @@ class TestErrors:
             compare({}, EXPERTS, NYU)
 
     @pytest.mark.parametrize("value", [0.0, math.nan, -1.0])
-    def test_a_baseline_that_nothing_can_be_relative_to_is_refused(self, compare, value):
+    def test_a_baseline_that_is_not_positive_is_refused(self, compare, value):
         with pytest.raises(InputError, match="'depth': the baseline's abs_err"):
             compare(EXPERTS, EXPERTS | {"depth": {"abs_err": value}}, NYU)
 
 
-# Evaluating ---------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------------
 
 
 class Random(DenseDataset):
-    """Seven random images with targets, some invalid; it says which targets it was asked for."""
+    """Seven random images with partly invalid targets. The dataset records which targets were read."""
 
     def __init__(self, tasks):
         super().__init__(tasks, 7)
@@ -127,7 +127,7 @@ class Random(DenseDataset):
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    """Some processors evaluate in bfloat16, where batches of different sizes differ in the third digit."""
+    """Use float32: in bfloat16, batches of different sizes differ in the third digit."""
     monkeypatch.setattr("simomerge.core.machine.mixed_precision", lambda device=None: "no")
 
 
@@ -147,7 +147,7 @@ def test_evaluate_equals_predicting_one_image_at_a_time(make_model):
             assert scores[name] == pytest.approx(values, rel=1e-3)
 
 
-def test_evaluate_reads_only_the_tasks_both_have(make_model):
+def test_evaluate_reads_only_the_shared_tasks(make_model):
     model, dataset = make_model({"depth": NYU["depth"], "edges": Task("edges")}), Random(NYU)
     assert list(evaluate(model, dataset)) == ["depth"]
     assert dataset.asked == {"depth"}
@@ -170,7 +170,7 @@ def test_evaluate_changes_neither_mode_nor_weights(make_model, training):
 
 
 def test_evaluate_reports_progress_by_image(make_model):
-    seen = []
-    with show_progress(lambda *a: seen.append(a[:3])):
+    lines = []
+    with show_progress(lambda *a: lines.append(a[:3])):
         evaluate(make_model([NYU["depth"]]), Random(NYU), batch_size=3, label="test")
-    assert seen == [("test", 3, 7), ("test", 6, 7), ("test", 7, 7)]
+    assert lines == [("test", 3, 7), ("test", 6, 7), ("test", 7, 7)]

@@ -1,4 +1,4 @@
-"""Features on disk: what the encoder gives, memory-mapped, whole or not at all."""
+"""Features on disk: equal to the encoder's output, memory-mapped, complete or absent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cache(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> Path:
     return cache_features(encoder, rooms, tmp_path / "features", batch_size=5)
 
 
-def test_they_equal_the_encoder_s_output_within_half_precision(
+def test_cached_features_equal_the_encoders_output_in_half_precision(
     encoder: Encoder, rooms: DenseDataset, cache: Path
 ) -> None:
     cached = CachedFeatures(cache, rooms, ["depth", "segmentation"])
@@ -64,7 +64,7 @@ def test_an_image_of_odd_size_is_cropped_back(encoder: Encoder, tmp_path: Path) 
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=0)
 
 
-def test_they_are_memory_mapped_and_in_half_precision(rooms: DenseDataset, cache: Path) -> None:
+def test_cached_features_are_memory_mapped_in_half_precision(rooms: DenseDataset, cache: Path) -> None:
     cached = CachedFeatures(cache, rooms, [])
     for array in (*cached.maps, *cached.cls):
         assert isinstance(array, np.memmap) and array.dtype == np.float16 and not array.flags.writeable
@@ -89,11 +89,11 @@ def test_progress_counts_images(encoder: Encoder, rooms: DenseDataset, tmp_path:
     lines: list[Any] = []
     with show_progress(lambda *line: lines.append(line[:3])):
         cache_features(encoder, rooms, tmp_path / "f", 5, label="base")
-    # The first says how much they will take on disk.
+    # The first line gives the size on disk.
     assert lines == [("base", 0, 12), ("base", 5, 12), ("base", 10, 12), ("base", 12, 12)]
 
 
-def test_a_full_disk_is_told_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     encoder: Encoder, rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -103,7 +103,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_more_than_the_budget_is_told_before_anything_is_written(
+def test_exceeding_the_budget_is_reported_before_anything_is_written(
     encoder: Encoder, rooms: DenseDataset, tmp_path: Path
 ) -> None:
     notes: list[str] = []
@@ -117,7 +117,7 @@ def test_more_than_the_budget_is_told_before_anything_is_written(
     assert not (tmp_path / "h").exists()
 
 
-def test_nothing_is_left_of_a_cache_that_was_interrupted(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:
+def test_an_interrupted_cache_leaves_nothing(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:
     def stop(label: str, done: int, total: int, note: str = "") -> None:
         raise KeyboardInterrupt
 
@@ -127,7 +127,7 @@ def test_nothing_is_left_of_a_cache_that_was_interrupted(encoder: Encoder, rooms
 
 
 @pytest.mark.parametrize("task_name", ["depth", "segmentation"])
-def test_a_head_trained_on_them_is_the_head_trained_through_the_frozen_encoder(
+def test_training_on_cached_features_equals_training_through_the_frozen_encoder(
     encoder: Encoder, rooms: DenseDataset, cache: Path, task_name: str
 ) -> None:
     task: Task = rooms.tasks[task_name]

@@ -1,4 +1,4 @@
-"""The one training loop: what it minimises, when it stops, what it keeps, how it goes on after a kill."""
+"""The training loop: optimisation, early stopping, the saved state, and resuming."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
 from simomerge.training.loop import TrainLog, _State, fit, validation_loss
 from simomerge.training.settings import TrainSettings
+from simomerge.training.weighting import Weighting
 
 
 class Points:
-    """A little regression problem; ``role`` tells training from validation samples."""
+    """A small regression problem; ``role`` distinguishes training from validation samples."""
 
     def __init__(self, count: int = 24, role: int = 0) -> None:
         generator = torch.Generator().manual_seed(role)
@@ -42,7 +43,7 @@ class Scalar(nn.Module):
 
 
 class WithEncoder(nn.Module):
-    """Named as a SimoModel is, so that the encoder may have its own learning rate."""
+    """A module with the names of a SimoModel, so that the encoder can have its own learning rate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,10 +77,10 @@ def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
         assert torch.equal(value, right[name]), name
 
 
-# What it does -------------------------------------------------------------------------------------------
+# Optimisation -------------------------------------------------------------------------------------------
 
 
-def test_it_finds_the_minimum_of_a_quadratic() -> None:
+def test_training_finds_the_minimum_of_a_quadratic() -> None:
     module, target = Scalar(), 3.0
     log = fit(module, lambda batch: {"q": (module.w - target).square().sum()}, Points(), TrainSettings(150, 4, lr=0.2))
     assert abs(float(module.w.detach()) - target) < 0.02
@@ -88,8 +89,8 @@ def test_it_finds_the_minimum_of_a_quadratic() -> None:
     assert not module.training
 
 
-def test_it_is_adamw_with_one_cycle_and_clipping_to_the_last_digits() -> None:
-    """Compared with a loop written out in plain torch: groups, warm-up, clipping, mean of the task losses."""
+def test_training_equals_adamw_with_one_cycle_and_clipping() -> None:
+    """Compare with a loop in plain torch: parameter groups, warm-up, clipping, mean of the task losses."""
     steps, clip = 30, 0.5
     settings = TrainSettings(steps, 8, lr=2e-2, encoder_lr=5e-3, weight_decay=0.1, warmup=0.3, clip=clip, seed=4)
     trained, reference = WithEncoder(), WithEncoder()
@@ -115,8 +116,8 @@ def test_it_is_adamw_with_one_cycle_and_clipping_to_the_last_digits() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    assert min(norms) < clip < max(norms) or min(norms) > clip  # clipping had something to do
-    assert rates[0] < 2e-2 / 20 and np.argmax(rates) in (8, 9) and rates[-1] < 1e-3  # and so had the warm-up
+    assert min(norms) < clip < max(norms) or min(norms) > clip  # clipping has an effect
+    assert rates[0] < 2e-2 / 20 and np.argmax(rates) in (8, 9) and rates[-1] < 1e-3  # and so has the warm-up
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(trained.state_dict()[name], value, atol=2e-6, rtol=1e-5, msg=name)
 
@@ -160,7 +161,7 @@ def test_progress_shows_steps_and_losses() -> None:
 
 
 def climbing(module: Scalar) -> Callable[[Mapping[str, Any]], dict[str, Tensor]]:
-    """Training pushes w up for ever; validation would have it at 1."""
+    """The training loss increases w without end; the validation loss has its minimum at 1."""
 
     def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {"w": (module.w - 1).square().sum() if batch["role"].float().mean() > 0 else -module.w.sum()}
@@ -168,21 +169,23 @@ def climbing(module: Scalar) -> Callable[[Mapping[str, Any]], dict[str, Tensor]]
     return losses
 
 
-def test_it_stops_when_validation_is_flat_and_keeps_the_best_weights() -> None:
+def test_training_stops_when_validation_is_flat_and_keeps_the_best_weights() -> None:
     module = Scalar()
     settings = TrainSettings(400, 4, lr=0.05, validate_every=5, patience=3)
     lines: list[Any] = []
     with show_progress(lambda *a: lines.append(a)):
         log = fit(module, climbing(module), Points(), settings, Points(6, role=1))
-    looks = dict(log.validation)
-    assert list(looks) == list(range(5, log.steps + 1, 5))
-    assert log.best_step == min(looks, key=looks.get) and looks[log.best_step] < 0.05
+    losses = dict(log.validation)
+    assert list(losses) == list(range(5, log.steps + 1, 5))
+    assert log.best_step == min(losses, key=losses.get) and losses[log.best_step] < 0.05
     assert log.steps == log.best_step + 15 < 400
-    assert validation_loss(module, climbing(module), Points(6, role=1)) == pytest.approx(looks[log.best_step], abs=1e-7)
+    assert validation_loss(module, climbing(module), Points(6, role=1)) == pytest.approx(
+        losses[log.best_step], abs=1e-7
+    )
     assert lines[-1][1:3] == (400, 400) and f"stopped at step {log.steps}" in lines[-1][3]
 
 
-def test_the_last_step_is_looked_at_too_and_can_win() -> None:
+def test_the_last_step_is_validated_and_can_be_the_best() -> None:
     module = Scalar()
     settings = TrainSettings(13, 4, lr=0.01, validate_every=5, patience=3)
     log = fit(module, climbing(module), Points(), settings, Points(6, role=1))
@@ -192,13 +195,13 @@ def test_the_last_step_is_looked_at_too_and_can_win() -> None:
 def test_validation_is_the_mean_over_samples_whatever_the_batches() -> None:
     module = WithEncoder().eval()
     data, losses = Points(10), regression(module)
-    whole = validation_loss(module, losses, data, batch_size=10)
-    assert validation_loss(module, losses, data, batch_size=4) == pytest.approx(whole, rel=1e-5)
+    expected = validation_loss(module, losses, data, batch_size=10)
+    assert validation_loss(module, losses, data, batch_size=4) == pytest.approx(expected, rel=1e-5)
     module.train()
     before = weights(module)
     validation_loss(module, losses, data)
     assert module.training
-    assert_same(before, module.state_dict())  # running statistics are not those of validation images
+    assert_same(before, module.state_dict())  # validation does not change running statistics
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -214,7 +217,7 @@ def test_a_loss_that_is_not_finite_names_task_and_step(value: float) -> None:
         fit(module, losses, Points(), TrainSettings(40, 8), label="expert")
 
 
-# Going on after a kill ----------------------------------------------------------------------------------
+# Resuming ----------------------------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -247,7 +250,7 @@ def train(state_file: Path | None, progress: Callable[..., None] | None = None) 
 
 @pytest.mark.usefixtures("eager_state")
 @pytest.mark.parametrize("step", [10, 20, 30, 40])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(step: int, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(step: int, tmp_path: Path) -> None:
     expected, straight = train(None)
     with pytest.raises(Killed):
         train(tmp_path / "deep" / "state.pt", killed_at(step))
@@ -258,19 +261,19 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(step: int, tmp_p
 
 
 @pytest.mark.usefixtures("eager_state")
-def test_a_run_killed_twice_goes_on_both_times(tmp_path: Path) -> None:
+def test_a_run_killed_twice_resumes_twice(tmp_path: Path) -> None:
     expected, _ = train(None)
-    seen: list[int] = []
+    steps: list[int] = []
     for step in (10, 30):
         with pytest.raises(Killed):
             train(tmp_path / "state.pt", killed_at(step))
-    got, _ = train(tmp_path / "state.pt", lambda label, done, total, note="": seen.append(done))
+    got, _ = train(tmp_path / "state.pt", lambda label, done, total, note="": steps.append(done))
     assert_same(expected, got)
-    assert min(seen) >= 30  # what was done is not done again
+    assert min(steps) >= 30  # finished steps are not repeated
 
 
 @pytest.mark.usefixtures("eager_state")
-def test_a_run_that_had_stopped_early_stays_stopped(tmp_path: Path) -> None:
+def test_a_run_that_stopped_early_does_not_resume(tmp_path: Path) -> None:
     settings = TrainSettings(400, 4, lr=0.05, validate_every=5, patience=3)
     ends = []
     for _ in range(2):
@@ -292,7 +295,7 @@ def test_the_state_holds_no_frozen_weights_and_no_code(tmp_path: Path) -> None:
 
 def test_the_best_weights_are_a_copy() -> None:
     module = WithEncoder()
-    state = _State(module, None, None, None)
+    state = _State(module, Weighting(1), None, None, None)
     state.keep_best()
     kept = copy.deepcopy(state.best)
     with torch.no_grad():
@@ -323,7 +326,7 @@ def test_the_best_weights_are_a_copy() -> None:
     ],
 )
 def test_a_setting_out_of_its_range_is_named(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"training: {name}={value}; use"):
+    with pytest.raises(InputError, match=f"training: {name} must be .*, got {value}"):
         TrainSettings(**{name: value})
 
 

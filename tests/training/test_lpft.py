@@ -1,9 +1,10 @@
-"""LP-FT: heads first, on a base that does not move; then everything."""
+"""LP-FT: heads first, on a frozen base; then heads and encoder."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.datasets import DenseDataset
-from simomerge.datasets.augment import augmentation
+from simomerge.datasets import DenseDataset, random_flip
+from simomerge.datasets.augment import augment
 from simomerge.datasets.batches import training_batches
 from simomerge.models.encoders import load_encoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel
 from simomerge.training.lpft import finetune, fresh_head, lpft, trainable_parameters
 from simomerge.training.lpft import lpft as lpft_function
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 PROBE = TrainSettings(steps=4, batch_size=4, lr=1e-2)
 TUNE = TrainSettings(steps=3, batch_size=4, lr=1e-2, encoder_lr=1e-3)
@@ -34,7 +35,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-def test_the_first_phase_leaves_the_base_and_the_second_moves_it(
+def test_the_first_phase_keeps_the_encoder_and_the_second_trains_it(
     make_model: Callable[..., SimoModel], rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = rooms.select(["depth", "edges"])
@@ -61,7 +62,7 @@ def test_the_first_phase_leaves_the_base_and_the_second_moves_it(
     assert all(any(f".layer.{block}." in name for name in moved) for block in range(4))
 
 
-def test_what_was_cached_is_not_computed_again(
+def test_cached_features_are_not_computed_again(
     make_model: Callable[..., SimoModel], rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = rooms.select(["depth"])
@@ -71,11 +72,11 @@ def test_what_was_cached_is_not_computed_again(
 
 
 @pytest.mark.parametrize("kind", ["linear", "dpt"])
-def test_a_fresh_head_depends_on_its_seed_alone(tiny_base: Path, rooms: DenseDataset, kind: str) -> None:
+def test_a_fresh_head_depends_on_its_seed_only(tiny_base: Path, rooms: DenseDataset, kind: str) -> None:
     encoder = load_encoder(tiny_base)
     heads = []
     for seed in (3, 3, 4):
-        torch.rand(5)  # whatever was drawn before
+        torch.rand(5)  # changes the global generator
         heads.append(weights(fresh_head(encoder, rooms.tasks["normals"], rooms, kind, seed)))
     assert same(heads[0], heads[1]) and not same(heads[0], heads[2])
 
@@ -96,13 +97,13 @@ def test_a_fresh_head_starts_at_the_mean_of_the_targets(
     torch.testing.assert_close(logits, mean.expand_as(logits))
 
 
-def test_where_logits_are_no_units_a_fresh_head_starts_at_zero(tiny_base: Path, rooms: DenseDataset) -> None:
+def test_a_fresh_head_starts_at_zero_if_logits_have_no_unit(tiny_base: Path, rooms: DenseDataset) -> None:
     encoder = load_encoder(tiny_base)
     for name in ("segmentation", "normals", "edges"):
         assert not fresh_head(encoder, rooms.tasks[name], rooms).output.bias.any(), name
 
 
-def test_trainable_parameters_counts_what_an_optimiser_changes() -> None:
+def test_trainable_parameters_counts_those_that_require_a_gradient() -> None:
     head = build_head("linear", [4], 2, {"cls": False})
     assert trainable_parameters(head) == 2 * 4 + (4 * 2 + 2)
     head.norm.requires_grad_(False)
@@ -110,28 +111,30 @@ def test_trainable_parameters_counts_what_an_optimiser_changes() -> None:
 
 
 @pytest.mark.parametrize("name", ["none", "flip", "scale-crop-flip"])
-def test_training_sees_images_augmented_as_it_was_told(
+def test_training_uses_the_chosen_augmentation(
     name: str, make_model: Callable[..., SimoModel], rooms: DenseDataset
 ) -> None:
     data = rooms.select(["depth"])
     model = make_model(data.tasks)
-    seen: list[dict[str, Any]] = []
+    batches: list[dict[str, Any]] = []
 
     def losses(model: SimoModel, batch: Any) -> dict[str, torch.Tensor]:
-        seen.append(batch)
+        batches.append(batch)
         return {"depth": model(batch["image"])["depth"].square().mean()}
 
-    finetune(model, data, TUNE, losses=losses, augmentation=name)
-    transform = augmentation(name, data.tasks)
+    finetune(model, data, TUNE, losses=losses, options=TuneOptions(augmentation=name))
+    functions = {"none": None, "flip": random_flip, "scale-crop-flip": augment}
+    function = functions[name]
+    transform = partial(function, data.tasks) if function else None
     expected = list(training_batches(data, TUNE.batch_size, TUNE.steps, TUNE.seed, transform=transform))
-    assert len(seen) == len(expected) == 3
-    for ours, theirs in zip(seen, expected, strict=True):
+    assert len(batches) == len(expected) == 3
+    for ours, theirs in zip(batches, expected, strict=True):
         assert torch.equal(ours["image"], theirs["image"]) and torch.equal(ours["depth"], theirs["depth"])
     plain = next(iter(training_batches(data, TUNE.batch_size, 1, TUNE.seed)))
-    assert torch.equal(seen[0]["image"], plain["image"]) == (name == "none")
+    assert torch.equal(batches[0]["image"], plain["image"]) == (name == "none")
 
 
-def test_an_unknown_augmentation_is_told(make_model: Callable[..., SimoModel], rooms: DenseDataset) -> None:
+def test_an_unknown_augmentation_is_refused(make_model: Callable[..., SimoModel], rooms: DenseDataset) -> None:
     data = rooms.select(["depth"])
     with pytest.raises(InputError, match="unknown augmentation 'paper'; choose one of: none, flip, scale-crop-flip"):
-        finetune(make_model(data.tasks), data, TUNE, augmentation="paper")
+        finetune(make_model(data.tasks), data, TUNE, options=TuneOptions(augmentation="paper"))

@@ -1,4 +1,4 @@
-"""Every metric against numpy, streaming, invalid pixels, and the conventions inherited from torchmetrics."""
+"""Metrics compared with numpy: streaming, invalid pixels, and the conventions of torchmetrics."""
 
 import math
 import warnings
@@ -81,8 +81,8 @@ def stream(task, prediction, target, sizes):
     metrics = TaskMetrics(task)
     start = 0
     for size in sizes:
-        part = slice(start, start + size)
-        metrics.update(torch.from_numpy(prediction[part]), torch.from_numpy(target[part]))
+        rows = slice(start, start + size)
+        metrics.update(torch.from_numpy(prediction[rows]), torch.from_numpy(target[rows]))
         start += size
     assert start == len(prediction)
     return metrics.compute()
@@ -99,15 +99,15 @@ def test_metrics_over_uneven_batches_equal_numpy_over_all_valid_pixels(task):
 @EVERY
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(cuts=st.sets(st.integers(1, 7)), seed=st.integers(0, 3))
-def test_streaming_equals_one_batch_however_it_is_cut(task, cuts, seed):
+def test_streaming_equals_one_batch_for_all_batch_sizes(task, cuts, seed):
     prediction, target = sample(task, 8, seed)
     edges = [0, *sorted(cuts), 8]
-    parts = stream(task, prediction, target, np.diff(edges).tolist())
-    assert parts == pytest.approx(stream(task, prediction, target, [8]), rel=1e-4)
+    streamed = stream(task, prediction, target, np.diff(edges).tolist())
+    assert streamed == pytest.approx(stream(task, prediction, target, [8]), rel=1e-4)
 
 
 @EVERY
-def test_what_stands_in_invalid_pixels_never_counts(task):
+def test_predictions_in_invalid_pixels_do_not_count(task):
     prediction, target = sample(task)
     if task.kind == "segmentation":
         invalid = target == -1
@@ -129,7 +129,7 @@ def nothing_valid(task, target):
 
 
 @EVERY
-def test_nothing_valid_is_nan_not_a_score_and_no_warning(task):
+def test_without_valid_pixels_metrics_are_nan_without_a_warning(task):
     prediction, target = sample(task)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -140,7 +140,7 @@ def test_nothing_valid_is_nan_not_a_score_and_no_warning(task):
 
 
 @EVERY
-def test_a_batch_with_nothing_valid_changes_nothing(task):
+def test_a_batch_without_valid_pixels_changes_nothing(task):
     prediction, target = sample(task)
     gap = np.concatenate([target[:3], nothing_valid(task, target[:2]), target[3:]])
     filled = np.concatenate([prediction[:3], prediction[:2], prediction[3:]])

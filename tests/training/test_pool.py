@@ -1,4 +1,4 @@
-"""Jobs side by side: results in order, errors as they were raised, nothing left running."""
+"""Jobs in worker processes: results in order, original errors, no process left behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import jobs
 
 
 class Lines(list):
-    """Progress that remembers, and can be waited for."""
+    """A progress sink that keeps its lines and can be waited for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_one_worker_is_this_process() -> None:
     assert lines == [("square 3", 1, 1, "done"), ("square 2", 1, 1, "done")]
 
 
-def test_results_come_in_the_order_of_the_jobs_and_progress_on_the_way(pool: WorkerPool) -> None:
+def test_results_are_in_the_order_of_the_jobs_and_progress_is_forwarded(pool: WorkerPool) -> None:
     waits = [0.2, 0.0, 0.1, 0.0]  # the first to finish is not the first asked for
     results = pool.run([(jobs.square, {"number": n, "seconds": wait}) for n, wait in enumerate(waits)])
     assert results == [0, 1, 4, 9]
@@ -64,7 +64,7 @@ def test_workers_are_other_processes_of_one_thread(pool: WorkerPool) -> None:
     assert {threads for _, threads in found} == {1}
 
 
-def test_errors_cross_processes_as_they_are_and_the_pool_lives_on(pool: WorkerPool) -> None:
+def test_errors_keep_their_type_and_the_pool_continues(pool: WorkerPool) -> None:
     with pytest.raises(InputError, match=r"^the loss is nan; lower the learning rate\.$"):
         pool.run([(jobs.square, {"number": 1}), (jobs.refuse, {})])
     with pytest.raises(KeyError, match="no such thing"):

@@ -1,4 +1,4 @@
-"""Gram matrices and Fisher information of a tiny model, against hooks and gradients written out."""
+"""Gram matrices and Fisher information of a tiny model, compared with explicit hooks and gradients."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def encoder(tiny_base: object) -> Encoder:
 
 def all_inputs(encoder: Encoder, images: torch.Tensor) -> dict[str, np.ndarray]:
     """Name of each linear weight on disk -> all its inputs (tokens, C), float64."""
-    seen: dict[str, list[np.ndarray]] = {}
+    inputs_of: dict[str, list[np.ndarray]] = {}
     handles = []
     linear = {n: m for n, m in encoder.backbone.named_modules() if isinstance(m, nn.Linear)}
     on_disk = {own: name for name, own in canonicalise(f"{n}.weight" for n in linear).items()}
     for name, module in linear.items():
-        rows = seen.setdefault(on_disk[f"{name}.weight"], [])
+        rows = inputs_of.setdefault(on_disk[f"{name}.weight"], [])
         handles.append(
             module.register_forward_hook(
                 lambda m, inputs, output, rows=rows: rows.append(inputs[0].detach().flatten(0, -2).double().numpy())
@@ -45,7 +45,7 @@ def all_inputs(encoder: Encoder, images: torch.Tensor) -> dict[str, np.ndarray]:
             encoder.eval()(image[None])
     for handle in handles:
         handle.remove()
-    return {name: np.concatenate(rows) for name, rows in seen.items()}
+    return {name: np.concatenate(rows) for name, rows in inputs_of.items()}
 
 
 def hooks(encoder: Encoder) -> int:
@@ -74,7 +74,7 @@ def test_the_batch_size_and_the_targets_do_not_matter(
         np.testing.assert_allclose(all_at_once[name], gram, rtol=0, atol=1e-5 * np.abs(gram).max())
 
 
-def test_the_encoder_is_left_as_it_was(encoder: Encoder, rooms: DenseDataset) -> None:
+def test_input_grams_do_not_change_the_encoder(encoder: Encoder, rooms: DenseDataset) -> None:
     encoder.train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     input_grams(encoder, rooms.take(2))
@@ -124,7 +124,7 @@ def test_fisher_is_the_mean_squared_gradient_of_each_image(make_model: MakeModel
     assert len(moved) > 0.9 * len(fishers) and all((fisher >= 0).all() for fisher in fishers.values())
 
 
-def test_fisher_leaves_the_model_as_it_was(make_model: MakeModel, rooms: DenseDataset) -> None:
+def test_fisher_does_not_change_the_model(make_model: MakeModel, rooms: DenseDataset) -> None:
     data = rooms.select("depth")
     model = make_model(data.tasks).train()
     model.encoder.requires_grad_(False)
@@ -180,5 +180,5 @@ def test_the_merge_methods_take_them(make_model: MakeModel, rooms: DenseDataset)
         return {n for n, own in canonicalise(base).items() if (merged[own] - mean[own]).abs().max() > 1e-5}
 
     assert changed(get_method("regmean", grams=grams)) == set(grams["depth"])
-    # The others: the mask token, which no loss depends on, and biases of keys, which softmax takes away.
+    # Not changed: the mask token, which no loss depends on, and the biases of keys, which cancel in the softmax.
     assert changed(get_method("fisher", fishers=fishers)) >= {n for n in fishers["depth"] if n.endswith("weight")}

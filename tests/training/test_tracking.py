@@ -1,4 +1,4 @@
-"""Trackers: what they are told, and that nobody is told anything by default."""
+"""Trackers: what they receive, and that nothing is tracked by default."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from . import jobs
 SETTINGS = TrainSettings(steps=20, batch_size=4, lr=1e-2, encoder_lr=1e-3, validate_every=10)
 
 
-class Remembers(accelerates.GeneralTracker):
-    """Stands for TensorBoard in accelerate's table."""
+class Recorder(accelerates.GeneralTracker):
+    """Replaces TensorBoard in accelerate's table of trackers."""
 
     name = "tensorboard"
     requires_logging_directory = True
-    runs: list[Remembers]
+    runs: list[Recorder]
 
     def __init__(self, run_name: str, logging_dir: str, **kwargs: Any) -> None:
         super().__init__()
-        self.run_name, self.folder, self.told, self.config, self.ended = run_name, Path(logging_dir), [], {}, False
+        self.run_name, self.folder, self.records, self.config, self.ended = run_name, Path(logging_dir), [], {}, False
         self.runs.append(self)
 
     @property
@@ -46,20 +46,20 @@ class Remembers(accelerates.GeneralTracker):
         self.config = values
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self.told.append((step, values))
+        self.records.append((step, values))
 
     def finish(self) -> None:
         self.ended = True
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Remembers]:
-    """The runs that a tracker has seen; it is installed."""
-    Remembers.runs = []
-    monkeypatch.setitem(accelerates.LOGGER_TYPE_TO_CLASS, "tensorboard", Remembers)
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """The runs that a tracker received; the tracker counts as installed."""
+    Recorder.runs = []
+    monkeypatch.setitem(accelerates.LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
     monkeypatch.setattr(accelerates, "get_available_trackers", lambda: [LoggerType("tensorboard")])
     monkeypatch.setattr(tracking, "find_spec", lambda name: name == "tensorboard" or None)
-    return Remembers.runs
+    return Recorder.runs
 
 
 def trained(make_model: Callable[..., SimoModel], rooms: DenseDataset, label: str = "expert depth seed 0") -> SimoModel:
@@ -69,8 +69,8 @@ def trained(make_model: Callable[..., SimoModel], rooms: DenseDataset, label: st
     return model
 
 
-def test_a_tracker_is_told_losses_and_rates_and_changes_nothing(
-    runs: list[Remembers], make_model: Callable[..., SimoModel], rooms: DenseDataset, tmp_path: Path
+def test_a_tracker_receives_losses_and_rates_and_changes_nothing(
+    runs: list[Recorder], make_model: Callable[..., SimoModel], rooms: DenseDataset, tmp_path: Path
 ) -> None:
     with track(["tensorboard"], tmp_path / "logs"):
         tracked = trained(make_model, rooms)
@@ -78,8 +78,8 @@ def test_a_tracker_is_told_losses_and_rates_and_changes_nothing(
     (run,) = runs  # none for the second
     assert run.ended and run.folder == tmp_path / "logs" / "expert-depth-seed-0"
     assert run.config["lr"] == 1e-2 and None not in run.config.values()
-    assert [step for step, _ in run.told] == [10, 10, 20, 20]
-    first, validation = run.told[0][1], run.told[1][1]
+    assert [step for step, _ in run.records] == [10, 10, 20, 20]
+    first, validation = run.records[0][1], run.records[1][1]
     assert set(first) == {"loss", "loss/depth", "lr/encoder", "lr/heads", "images_per_second"}
     assert first["lr/heads"] == pytest.approx(10 * first["lr/encoder"]) and first["loss"] == first["loss/depth"]
     assert set(validation) == {"validation/loss"} and validation["validation/loss"] > 0
@@ -88,7 +88,7 @@ def test_a_tracker_is_told_losses_and_rates_and_changes_nothing(
 
 
 def test_a_run_ends_when_its_training_fails(
-    runs: list[Remembers],
+    runs: list[Recorder],
     make_model: Callable[..., SimoModel],
     rooms: DenseDataset,
     tmp_path: Path,
@@ -103,14 +103,14 @@ def test_a_run_ends_when_its_training_fails(
     assert [run.ended for run in runs] == [True] and tracking.current() is None
 
 
-def test_worker_processes_report_as_their_parent_does(runs: list[Remembers], tmp_path: Path) -> None:
+def test_worker_processes_use_the_trackers_of_their_parent(runs: list[Recorder], tmp_path: Path) -> None:
     with track(["tensorboard"], tmp_path), WorkerPool(2) as pool:
         assert pool.run([(jobs.reports_to, {})] * 2) == [tracking.Tracking(("tensorboard",), tmp_path)] * 2
     with WorkerPool(2) as pool:
         assert pool.run([(jobs.reports_to, {})]) == [None]
 
 
-def test_what_cannot_be_tracked_is_told_before_any_work(runs: list[Remembers], tmp_path: Path) -> None:
+def test_unknown_and_missing_trackers_are_refused_before_any_work(runs: list[Recorder], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wandb is not installed: pip install wandb"), track(["wandb"], tmp_path):
         raise AssertionError
     with (
@@ -124,7 +124,7 @@ def test_what_cannot_be_tracked_is_told_before_any_work(runs: list[Remembers], t
 
 
 def test_nothing_is_tracked_by_default(
-    runs: list[Remembers], make_model: Callable[..., SimoModel], rooms: DenseDataset, tmp_path: Path
+    runs: list[Recorder], make_model: Callable[..., SimoModel], rooms: DenseDataset, tmp_path: Path
 ) -> None:
     with track([], tmp_path / "logs"):
         trained(make_model, rooms)

@@ -1,4 +1,4 @@
-"""Weightings of a joint model's losses against their formulas, and through a training that is killed."""
+"""Loss weightings, compared with their formulas, and in a training that is killed and resumed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
-from simomerge.training.loop import _gradient_products, fit
+from simomerge.training.choices import WEIGHTINGS, find
+from simomerge.training.loop import Objective, _gradient_products, fit
 from simomerge.training.settings import TrainSettings
 from simomerge.training.weighting import (
-    WEIGHTINGS,
     CAGrad,
     DynamicAverage,
     GradientWeighting,
@@ -25,10 +25,14 @@ from simomerge.training.weighting import (
     NashMTL,
     RandomWeights,
     Uncertainty,
-    weighting,
+    Weighting,
 )
 
 LOSSES = torch.tensor([0.5, 2.0, 4.0])
+
+
+def weighting(name: str, *settings: int, **more: int) -> Weighting:
+    return find("loss weighting", WEIGHTINGS, name)(*settings, **more)
 
 
 def test_equal_is_the_mean() -> None:
@@ -68,7 +72,7 @@ def test_dynamic_average_compares_the_last_two_epochs() -> None:
     assert torch.equal(again(LOSSES), module(LOSSES))
 
 
-def test_random_weights_depend_on_the_step_alone() -> None:
+def test_random_weights_depend_on_the_step_only() -> None:
     module, other = weighting("random", 3, seed=5), weighting("random", 3, seed=6)
     assert isinstance(module, RandomWeights) and isinstance(other, RandomWeights)
     first = module.weights()
@@ -77,11 +81,11 @@ def test_random_weights_depend_on_the_step_alone() -> None:
     assert float(module(LOSSES)) == pytest.approx(float((first * LOSSES).mean()))
     assert not torch.allclose(first, module.weights())
     drawn = torch.stack([module.weights() for _ in range(400) if module(LOSSES) is not None])
-    assert (drawn.mean(0) - 1).abs().max() < 0.15  # in expectation all count alike
+    assert (drawn.mean(0) - 1).abs().max() < 0.15  # in expectation all tasks have equal weight
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_one_task_alone_is_its_own_loss_at_first(name: str) -> None:
+def test_the_first_loss_of_a_single_task_is_not_changed(name: str) -> None:
     assert float(weighting(name, 1)(torch.tensor([0.7]))) == pytest.approx(0.7)
 
 
@@ -90,25 +94,25 @@ def test_an_unknown_name_is_refused() -> None:
         weighting("gradnrom", 2)
 
 
-# By gradients -------------------------------------------------------------------------------------------
+# Gradients ----------------------------------------------------------------------------------------------
 
 
 def gradients(seed: int, tasks: int = 4, conflict: bool = True) -> np.ndarray:
-    """Of so many tasks on 6 parameters, of quite unlike lengths; in conflict some point against each other."""
+    """Gradients (tasks, 6) of very different norms; with ``conflict`` some point against each other."""
     rng = np.random.default_rng(seed)
     found = rng.standard_normal((tasks, 6)) * rng.uniform(0.1, 10, (tasks, 1))
     return found if conflict else np.abs(found)
 
 
 def shown(name: str, vectors: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The weights that a weighting takes for gradients."""
+    """The weights that a weighting chooses for these gradients."""
     module = weighting(name, len(vectors), seed)
     assert isinstance(module, GradientWeighting)
     module.look(torch.from_numpy(vectors @ vectors.T), torch.ones(len(vectors)))
     return module.current.double().numpy()
 
 
-BY_GRADIENT = [name for name, each in WEIGHTINGS.items() if each.looks_at_gradients]
+BY_GRADIENT = [name for name in WEIGHTINGS if isinstance(weighting(name, 1), GradientWeighting)]
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
@@ -119,23 +123,23 @@ def test_weights_by_gradients_have_mean_one_and_do_not_depend_on_the_unit(name: 
         weights = shown(name, vectors)
         assert weights.mean() == pytest.approx(1, abs=1e-6) and weights.min() >= 0
         np.testing.assert_allclose(shown(name, 1e-4 * vectors), weights, rtol=1e-3, atol=1e-5)
-        if name != "pcgrad":  # which takes the others in random order
+        if name != "pcgrad":  # its order is random
             order = np.array([2, 0, 3, 1])
             np.testing.assert_allclose(shown(name, vectors[order]), weights[order], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
-def test_gradients_of_one_length_at_right_angles_count_alike(name: str) -> None:
+def test_orthogonal_gradients_of_one_norm_get_equal_weights(name: str) -> None:
     np.testing.assert_allclose(shown(name, np.eye(3)), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
 @pytest.mark.parametrize("vectors", [np.zeros((2, 3)), np.array([[np.nan, 1], [1, 1]]), np.array([[1.0, 0], [-1, 0]])])
-def test_gradients_that_say_nothing_leave_finite_weights(name: str, vectors: np.ndarray) -> None:
+def test_degenerate_gradients_give_finite_weights(name: str, vectors: np.ndarray) -> None:
     np.testing.assert_allclose(shown(name, vectors), 1, atol=1e-4)
 
 
-def test_pcgrad_is_its_algorithm_on_the_gradients_themselves() -> None:
+def test_pcgrad_equals_its_algorithm_on_the_gradients() -> None:
     for seed in range(20):
         vectors = gradients(seed)
         rng = np.random.default_rng([seed, 0])
@@ -150,18 +154,18 @@ def test_pcgrad_is_its_algorithm_on_the_gradients_themselves() -> None:
     np.testing.assert_allclose(shown("pcgrad", gradients(0, conflict=False)), 1, atol=1e-6)
 
 
-def test_cagrad_is_the_best_of_the_worst_near_the_mean() -> None:
-    """Against the primal problem, which the dual solves."""
+def test_cagrad_maximises_the_least_gain_near_the_mean() -> None:
+    """Compare with the primal problem; CAGrad solves the dual."""
     for seed in range(10):
         vectors = gradients(seed) / 10
         mean = vectors.mean(0)
-        ours = CAGrad(4).weights(vectors @ vectors.T, np.ones(4)) @ vectors
+        ours = CAGrad(4).solve(vectors @ vectors.T, np.ones(4)) @ vectors
         assert np.linalg.norm(ours - mean) <= 0.4 * np.linalg.norm(mean) * (1 + 1e-6)
         assert (vectors @ ours).min() == pytest.approx(greatest_least_gain(vectors, mean), rel=2e-3, abs=1e-6)
 
 
 def greatest_least_gain(vectors: np.ndarray, mean: np.ndarray) -> float:
-    """The most that the task which gains least can gain within 0.4 |g_0| of g_0."""
+    """The maximum of the smallest gain of a task, within 0.4 |g_0| of g_0."""
     found = minimize(
         lambda x: -x[-1],
         np.append(mean, (vectors @ mean).min()),
@@ -175,16 +179,16 @@ def greatest_least_gain(vectors: np.ndarray, mean: np.ndarray) -> float:
     return float(found.x[-1])
 
 
-def test_nash_mtl_is_its_bargain() -> None:
+def test_nash_mtl_solves_its_equation() -> None:
     for seed in range(20):
         vectors = gradients(seed)
-        weights = NashMTL(4).weights(vectors @ vectors.T, np.ones(4))
+        weights = NashMTL(4).solve(vectors @ vectors.T, np.ones(4))
         np.testing.assert_allclose(vectors @ (weights @ vectors) * weights, 1, rtol=1e-4)  # G a = 1 / a
         assert weights.min() > 0
-    np.testing.assert_allclose(NashMTL(2).weights(np.diag([4.0, 0.25]), np.ones(2)), [0.5, 2], rtol=1e-6)
+    np.testing.assert_allclose(NashMTL(2).solve(np.diag([4.0, 0.25]), np.ones(2)), [0.5, 2], rtol=1e-6)
 
 
-def test_gradnorm_moves_to_gradients_of_like_length_and_on_for_the_slow() -> None:
+def test_gradnorm_equalises_the_norms_and_favours_the_slow_task() -> None:
     module = weighting("gradnorm", 2)
     assert isinstance(module, GradNorm)
     gram = torch.diag(torch.tensor([9.0, 1.0]))
@@ -195,27 +199,29 @@ def test_gradnorm_moves_to_gradients_of_like_length_and_on_for_the_slow() -> Non
         module.look(gram, torch.tensor([1.0, 1.0]))
     lengths = module.current * torch.tensor([3.0, 1.0])
     assert float(lengths[0] / lengths[1]) == pytest.approx(1, abs=0.2)
-    for _ in range(500):  # the first task has half its first loss, the second a quarter: the first is the slow one
+    for _ in range(
+        500
+    ):  # half of the first loss remains for the first task, a quarter for the second: the first is the slow one
         module.look(gram, torch.tensor([0.5, 0.25]))
     lengths = module.current * torch.tensor([3.0, 1.0])
     assert float(lengths[0] / lengths[1]) == pytest.approx((0.5 / 0.25) ** 1.5, rel=0.2)
 
 
-def test_the_products_are_those_of_the_encoders_gradients() -> None:
+def test_the_gradient_products_are_those_of_the_encoder() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"encoder": nn.Linear(4, 3), "a": nn.Linear(3, 1), "b": nn.Linear(3, 2)})
     x = torch.randn(5, 4)
-    parts = {task: model[task](model["encoder"](x)).square().mean() for task in ("a", "b")}
-    found = _gradient_products(model, parts)
+    losses = {task: model[task](model["encoder"](x)).square().mean() for task in ("a", "b")}
+    found = _gradient_products(model, losses)
     rows = []
     for task in ("a", "b"):
         model.zero_grad()
-        parts[task].backward(retain_graph=True)
+        losses[task].backward(retain_graph=True)
         rows.append(torch.cat([p.grad.flatten() for p in model["encoder"].parameters() if p.grad is not None]))
     torch.testing.assert_close(found, torch.stack(rows) @ torch.stack(rows).T)
     model.requires_grad_(False)
     with pytest.raises(InputError, match="the encoder is frozen"):
-        _gradient_products(model, parts)
+        _gradient_products(model, losses)
 
 
 class Twins(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -228,7 +234,7 @@ class Twins(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_a_killed_training_goes_on_with_the_same_weights(
+def test_a_resumed_training_uses_the_same_weights(
     float32: None, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(state: Path | None, stop: int = 0) -> dict[str, Tensor]:
@@ -246,15 +252,16 @@ def test_a_killed_training_goes_on_with_the_same_weights(
 
         settings = TrainSettings(steps=40, batch_size=4, lr=0.05, seed=3)
         with show_progress(progress):
-            fit(model, losses, Twins(), settings, state_file=state, weighting=weighting(name, 2, 3, 3))
+            objective = Objective(losses, weighting=weighting(name, 2, 3, 3))
+            fit(model, objective, Twins(), settings, state_file=state)
         assert not any("loss_weighting" in key for key in model.state_dict())
         return dict(model.state_dict())
 
-    whole = train(None)
+    uninterrupted = train(None)
     always: Callable[..., None] = lambda self, log, seconds=20.0: self.save(log)  # noqa: E731
     monkeypatch.setattr("simomerge.training.loop._State.save_once_in_a_while", always)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "state.pt", stop=20)
     resumed = train(tmp_path / "state.pt")
-    for key, value in whole.items():
+    for key, value in uninterrupted.items():
         torch.testing.assert_close(resumed[key], value, rtol=1e-6, atol=1e-7)

@@ -13,6 +13,7 @@ import click
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import Console, show_progress
+from simomerge.training.choices import TRACKERS
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
@@ -42,7 +43,7 @@ track_option = click.option(
     "--track",
     "trackers",
     multiple=True,
-    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    type=click.Choice(TRACKERS),
     help="Report losses and learning rates there too; may be repeated.",
 )
 

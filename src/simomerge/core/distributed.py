@@ -1,7 +1,7 @@
-"""Several processes on one piece of work, as torchrun starts them. In a process that is alone, all this does nothing.
+"""Several processes that work on one task, as torchrun starts them. In a single process these functions do nothing.
 
-Every process runs the same program. What it reads is divided by `share`, what it finds is added up by `add_up`, and the
-first writes what is written.
+Every process runs the same program. `share` divides the input, `add_up` sums the results, and only the first process
+writes files.
 """
 
 from __future__ import annotations
@@ -9,25 +9,26 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
 
 
 def join_processes() -> int:
-    """Under torchrun, meet the other processes; this one's rank, 0 where there is but one.
+    """Connect to the other processes that torchrun started, and return the rank; 0 in a single process.
 
     Raises:
-        InputError: the processes that met are not as many as were started.
+        InputError: The number of connected processes differs from the number that was started.
     """
     started = started_processes()
     if started < 2:
@@ -35,8 +36,8 @@ def join_processes() -> int:
     from accelerate import PartialState
 
     gpu = torch.cuda.is_available()
-    # Tensors of either kind are sent as they are: gradients from GPUs, counts and metrics from the CPU. One process may
-    # work for hours on what the others wait for; where one ends, torchrun ends all.
+    # Gradients are reduced on the GPU by NCCL, counts and metrics on the CPU by gloo. The timeout is long because one
+    # process may work for hours while the others wait. If one fails, torchrun ends all.
     backend = "cuda:nccl,cpu:gloo" if gpu else None
     state = PartialState(cpu=not gpu, backend=backend, timeout=timedelta(days=7))
     if state.num_processes != started:
@@ -49,7 +50,7 @@ def join_processes() -> int:
 
 
 def started_processes() -> int:
-    """How many torchrun started, whether they have met or not."""
+    """Number of processes that torchrun started, whether or not they are connected yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -59,34 +60,34 @@ def _leave() -> None:
 
 
 def processes() -> int:
-    """How many work together."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
+    """Number of connected processes (the world size)."""
+    connected = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if connected else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     return torch.distributed.get_rank() if processes() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this is the one that writes and speaks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes call this (a barrier)."""
     if processes() > 1:
         torch.distributed.barrier()
 
 
 def share(items: list[Any]) -> list[Any]:
-    """This process's share of a list that all have: every so-manieth. Together the shares are the list."""
+    """Every world_size-th item, starting at this rank. The shares of all processes make up the list."""
     return items[rank() :: processes()]
 
 
 def add_up(*tensors: Tensor) -> None:
-    """Replace tensors by their sums over all processes, in place; all then have the same numbers."""
+    """Replace tensors by their sums over all processes, in place. The result is identical in all processes."""
     for tensor in tensors if processes() > 1 else ():
         packed = tensor.contiguous()
         torch.distributed.all_reduce(packed)
@@ -95,7 +96,7 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over all processes, through which gradients go back to each."""
+    """The sum over all processes, differentiable: gradients flow back to every process."""
     if processes() < 2:
         return values
     from torch.distributed.nn.functional import all_reduce
@@ -104,28 +105,17 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
-def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their sums over all processes."""
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if processes() < 2 or not found:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in found])  # one message, not one a layer
-    add_up(flat)
-    for gradient, part in zip(found, flat.split([each.numel() for each in found]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def start_alike(module: nn.Module) -> None:
-    """Give all processes the first one's parameters and buffers."""
-    for tensor in (*module.parameters(), *module.buffers()) if processes() > 1 else ():
-        packed = tensor.detach().contiguous()
-        torch.distributed.broadcast(packed, 0)
-        tensor.detach().copy_(packed)
+def from_first(value: Any) -> Any:
+    """The first process's value, in all processes. Use it for what may change between two looks at a disk."""
+    values = [value]
+    if processes() > 1:
+        torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
 
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first process does the block while the others wait; then they do it, and find what it has left."""
+    """Run the block in the first process, then in the others, which find what the first one wrote."""
     if not is_first():
         wait()
     yield
@@ -134,24 +124,34 @@ def first_before_others() -> Iterator[None]:
     wait()
 
 
+def folder_together(path: str | Path) -> AbstractContextManager[Path]:
+    """`atomic_folder` for all processes: a temporary folder on a shared disk, moved to ``path`` when all are done."""
+    return _made_by_first(partial(atomic_folder, path))
+
+
+def temporary_folder() -> AbstractContextManager[Path]:
+    """A temporary folder that all processes see."""
+    return _made_by_first(tempfile.TemporaryDirectory)
+
+
 @contextmanager
-def folder_together(path: str | Path) -> Iterator[Path]:
-    """`atomic_folder` of all processes: one temporary folder on a disk that all share, in place when all are done."""
-    if is_first():
-        with atomic_folder(path) as folder:
-            yield _of_first(folder)
-            wait()
-    else:
-        yield _of_first(None)
+def _made_by_first(make: Callable[[], AbstractContextManager[str | Path]]) -> Iterator[Path]:
+    """A folder that the first process makes and closes, by its path in all processes."""
+    with make() if is_first() else nullcontext("") as folder:
+        yield Path(from_first(str(folder)))
         wait()
     wait()
 
 
 @contextmanager
-def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """The block for one program at a time, of all on machines that share the disk; the lock of one that ended is free.
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Run the block in one program at a time, on all machines that share the disk.
 
-    All processes of a program are in it together. ``waits`` is called where another program is in it.
+    All processes of a program enter the block together. The lock of a program that died is free.
+
+    Args:
+        path: The lock file.
+        on_wait: Called if another program is in the block.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -159,7 +159,7 @@ def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            waits()
+            on_wait()
             lock.acquire()
     try:
         wait()
@@ -167,29 +167,3 @@ def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
         wait()
     finally:
         lock.release()
-
-
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A temporary folder that all processes see."""
-    if is_first():
-        with tempfile.TemporaryDirectory() as folder:
-            yield _of_first(Path(folder))
-            wait()
-    else:
-        yield _of_first(None)
-        wait()
-
-
-def _of_first(path: Path | None) -> Path:
-    """The first process's path."""
-    return Path(said_by_first(str(path)))
-
-
-def said_by_first(value: Any) -> Any:
-    """What the first process says, in all: what each would see on a disk for itself may change in between."""
-    if processes() < 2:
-        return value
-    said = [value]
-    torch.distributed.broadcast_object_list(said, 0)
-    return said[0]

@@ -1,4 +1,4 @@
-"""What this machine computes with: cores, threads, mixed precision."""
+"""Hardware that computations use: cores, threads, device, mixed precision."""
 
 from __future__ import annotations
 
@@ -8,45 +8,43 @@ import torch
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compute_device() -> torch.device:
-    """What this process computes with where it may choose: its GPU where there is one."""
+    """The GPU of this process if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
-_SIDE_BY_SIDE = 1
+_pool_workers = 1
 
 
-def share_cores(processes: int) -> None:
-    """Say that so many processes on this machine do what this one does."""
-    global _SIDE_BY_SIDE
-    _SIDE_BY_SIDE = processes
+def share_cores(workers: int) -> None:
+    """Declare that this process is one of ``workers`` on this machine that run at the same time."""
+    global _pool_workers
+    _pool_workers = workers
 
 
 def loader_workers(device: torch.device | str) -> int:
-    """Processes that read and decode images while a GPU computes; 0 on a CPU, which has no core to spare."""
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * _SIDE_BY_SIDE  # the former are torchrun's
-    return 0 if torch.device(device).type == "cpu" else min(8, available_cores() // together)
+    """Number of processes that read and decode images while a GPU computes; 0 on a CPU, which has no spare core."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * _pool_workers  # the variable is set by torchrun
+    return 0 if torch.device(device).type == "cpu" else min(8, available_cores() // processes)
 
 
 def limit_threads(count: int) -> None:
-    """Use ``count`` threads, and treat denormal numbers as zero: on a CPU they take a slow path."""
+    """Use ``count`` threads, and flush denormal numbers to zero, because they are slow on a CPU."""
     torch.set_num_threads(count)
     torch.set_flush_denormal(True)
 
 
 def mixed_precision(device: torch.device | str | None = None) -> str:
-    """ "bf16" where the device computes in it (a GPU, or a CPU with its matrix instructions), else "no".
+    """ "bf16" if the device has matrix instructions for it (a GPU, or a CPU with AMX), else "no".
 
     Args:
-        device: which; by default the one that training uses, a GPU where there is one.
+        device: The default is the device that training uses.
     """
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
@@ -56,5 +54,5 @@ def mixed_precision(device: torch.device | str | None = None) -> str:
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
-    """The mixed precision that training uses on a device, for inference."""
+    """The mixed precision of training on this device, for inference."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")

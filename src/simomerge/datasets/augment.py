@@ -1,16 +1,14 @@
-"""Augmentation of an image together with its targets, whose values change where the geometry requires it."""
+"""Augmentation: what is done to an image is done to its targets, and to those of their values that change with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simomerge.core.errors import InputError
 from simomerge.core.images import resized
 from simomerge.datasets.base import random_flip
 from simomerge.datasets.stored import resize_target
@@ -26,10 +24,10 @@ def augment(
     """A random scale with a random crop, then a mirror image with probability one half: the paper's augmentation.
 
     Args:
-        tasks: tasks of the sample.
+        tasks: of the sample.
         sample: image and targets.
-        generator: source of the randomness.
-        scales: factors of 1 or more, one of which is drawn.
+        generator: decides.
+        scales: one is drawn; 1 or more.
 
     Returns:
         A sample of the same size.
@@ -40,11 +38,11 @@ def augment(
 def random_scale_crop(
     tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator, scales: Sequence[float] = SCALES
 ) -> dict[str, Any]:
-    """Enlarge a sample by one of the scales and crop a window of its former size. Arguments as in `augment`.
+    """Enlarge a sample by one of the scales and cut a window of its former size out of it. Arguments as `augment`.
 
-    The result is the image of a camera with ``scale`` times the focal length. Depth is divided by the scale, so that
-    size in the image and depth keep the relation that a model learns from other images. Disparity is proportional to
-    the focal length, so it is multiplied by the scale. Normals do not change.
+    It is what a camera of ``scale`` times the focal length sees. Depth is divided by the scale, as if it were seen by
+    the camera of all other images: so size in the image and depth keep the relation that a model learns. Disparity is
+    proportional to the focal length: it is multiplied. Normals are the scene's own and stay.
     """
     scale = float(generator.choice(np.asarray(scales)))
     height, width = sample["image"].shape[-2:]
@@ -56,19 +54,19 @@ def random_scale_crop(
 def scale_crop(
     tasks: Mapping[str, Task], sample: dict[str, Any], size: tuple[int, int], corner: tuple[int, int]
 ) -> dict[str, Any]:
-    """Resize a sample to ``size`` and crop a window of its former size, with ``corner`` as its upper left pixel."""
+    """Resize a sample to ``size`` and cut a window of its former size out, whose upper left pixel is ``corner``."""
     height, width = sample["image"].shape[-2:]
     (top, left), scale = corner, size[1] / width
     changed = {}
     for name, value in sample.items():
-        enlarged = resize_target(tasks[name], value, size) if name in tasks else resized(value[None], size)[0]
-        crop = enlarged[..., top : top + height, left : left + width].clone()
-        changed[name] = _scaled(tasks[name].kind, crop, scale) if name in tasks else crop
+        whole = resize_target(tasks[name], value, size) if name in tasks else resized(value[None], size)[0]
+        cut = whole[..., top : top + height, left : left + width].clone()
+        changed[name] = _scaled(tasks[name].kind, cut, scale) if name in tasks else cut
     return changed
 
 
 def _scaled(kind: str, target: Tensor, scale: float) -> Tensor:
-    """The values of a target in an enlarged image; invalid values stay invalid."""
+    """The values of a target in an image that was enlarged; those that do not count stay so."""
     if kind == "depth":
         return target / scale
     if kind == "disparity":
@@ -76,27 +74,3 @@ def _scaled(kind: str, target: Tensor, scale: float) -> Tensor:
     if kind == "log_depth":
         return torch.log1p(torch.expm1(target * LOG_DEPTH_RANGE) / scale) / LOG_DEPTH_RANGE
     return target
-
-
-AUGMENTATIONS: dict[str, Callable[..., dict[str, Any]] | None] = {
-    "none": None,
-    "flip": random_flip,
-    "scale-crop-flip": augment,
-}
-"""Augmentations by name; the last one is the paper's."""
-
-
-def augmentation(name: str, tasks: Mapping[str, Task]) -> Any:
-    """An augmentation by name, as a transform for `simomerge.datasets.batches.training_batches`; None for "none".
-
-    Raises:
-        InputError: the name is unknown.
-
-    Example:
-        >>> augmentation("none", {}) is None
-        True
-    """
-    if name not in AUGMENTATIONS:
-        raise InputError(f"unknown augmentation {name!r}; choose one of: {', '.join(AUGMENTATIONS)}.")
-    function = AUGMENTATIONS[name]
-    return partial(function, tasks) if function else None

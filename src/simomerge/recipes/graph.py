@@ -74,7 +74,7 @@ class Graph:
         Among the stages that can start, the one with the longest chain of waiting stages starts first.
         """
         found = self.in_order(wanted)
-        absent = set(distributed.said_by_first([str(path) for path in found if not path.exists()]))
+        absent = set(distributed.from_first([str(path) for path in found if not path.exists()]))
         missing = {path: stage for path, stage in found.items() if str(path) in absent}
         for path in found.keys() - missing.keys():
             _lock(path).unlink(missing_ok=True)  # left by a run that was killed after the stage was done
@@ -154,7 +154,7 @@ def _do_once(stage: Stage, output: Path) -> None:
     with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if distributed.is_first():
             remove_leftovers(output)
-        if not distributed.said_by_first(output.exists()):
+        if not distributed.from_first(output.exists()):
             with labelled_progress(stage.name, keep=stage.keeps_labels):
                 stage.run(output)
     if distributed.is_first():

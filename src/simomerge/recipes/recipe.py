@@ -14,13 +14,12 @@ from simomerge.assembly.realign import Realignment, get_realignment, realignment
 from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest, validation_problems
-from simomerge.datasets.augment import AUGMENTATIONS
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
 from simomerge.recipes.row import AUTO, Row
 from simomerge.recipes.space import SearchSettings
+from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 from simomerge.training.settings import TrainSettings
-from simomerge.training.weighting import WEIGHTINGS
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
 """The tasks of NYUv2 in the paper."""

@@ -29,7 +29,7 @@ from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.lpft import finetune, fresh_head, train_head, trainable_parameters
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 _LOGGED = ("steps", "trained_parameters", "labelled_images", "unlabelled_images", "r2")
 
@@ -128,8 +128,7 @@ class Tune(Stage):
             self.settings,
             validation,
             state_file=state,
-            weighting=self.weighting,
-            augmentation=self.augmentation,
+            options=TuneOptions(self.weighting, self.augmentation),
         )
         model.provenance = {
             "base": {"source": self.base_name, "fingerprint": fingerprint},

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from simomerge.assembly.experts import with_merged_encoder
 from simomerge.assembly.realign.sums import HELD_OUT, RIDGES
-from simomerge.assembly.realign.teacher import evaluating, matching_experts, observe
+from simomerge.assembly.realign.teacher import matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import ZeroShot
 from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import evaluating
 
 BASE = "base"
 """Name of the base encoder among the tasks."""

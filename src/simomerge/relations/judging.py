@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simomerge.assembly.realign.teacher import evaluating, observe
+from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
@@ -19,7 +19,7 @@ from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import Scores, normalised_performance
+from simomerge.training.evaluate import Scores, evaluating, normalised_performance
 from simomerge.training.metrics import TaskMetrics
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from simomerge.assembly.realign.teacher import evaluating
 from simomerge.checkpoints import canonicalise
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
@@ -22,6 +21,7 @@ from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, check_models
 from simomerge.models.model import SimoModel
 from simomerge.relations.judging import Judge, JudgedBatch
+from simomerge.training.evaluate import evaluating
 from simomerge.training.metrics import TaskMetrics
 
 LAMBDAS: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(16))

@@ -1,4 +1,4 @@
-"""Evaluate a model, and compare it with its experts: normalised performance and Delta_MTL.
+"""Evaluation of a model, and its comparison with experts: normalised performance and Delta_MTL.
 
 Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), metrics.
 """
@@ -6,10 +6,12 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
@@ -24,60 +26,75 @@ Scores = dict[str, dict[str, float]]
 """task -> metric -> value."""
 
 
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode inside the block, and restore the mode of every submodule after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def evaluate(model: SimoModel, dataset: Any, batch_size: int = 64, label: str = "evaluate") -> Scores:
-    """Metrics of every task that both the model and the dataset have.
+    """Metrics of all tasks that both the model and the dataset have.
 
-    Under torchrun each process takes its share of the batches, and all return the same scores.
+    Under torchrun each process evaluates its share of the batches, and all return the same scores.
 
     Args:
-        model: any model, an expert or one with many heads.
-        dataset: samples with ``image`` and targets, one size per batch.
-        batch_size: images encoded at once.
+        model: An expert or a model with several heads.
+        dataset: Samples with ``image`` and targets; the images of a batch have one size.
+        batch_size: Images per batch.
 
     Raises:
-        InputError: model and dataset have no task in common, or one of another kind by the same name.
+        InputError: Model and dataset have no task in common, or tasks of one name but different kinds.
 
     Example:
         >>> scores = evaluate(model, load_data("rooms", split="test"))       # doctest: +SKIP
         >>> scores["depth"]["abs_err"]                                       # doctest: +SKIP
         0.41
     """
-    shared = [name for name in model.tasks if name in dataset.tasks]
-    if not shared:
-        raise InputError(
-            f"the model predicts {', '.join(model.tasks) or 'nothing'}, the dataset has {', '.join(dataset.tasks)}:"
-            " no task in common."
-        )
-    for name in shared:
-        ours, theirs = model.tasks[name], dataset.tasks[name]
-        if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
-            raise InputError(
-                f"task {name!r} is {ours.kind} of {ours.channels} channels in the model, {theirs.kind} of"
-                f" {theirs.channels} in the data; give a model or an expert of that task."
-            )
+    shared = _shared_tasks(model.tasks, dataset.tasks)
     device = next(model.parameters()).device
     metrics = {name: TaskMetrics(model.tasks[name]).to(device) for name in shared}
-    dataset = dataset.select(shared)
-    training = model.training
-    model.eval()
     done = 0
-    for batch in ordered_batches(dataset, batch_size, shared=True):
-        with autocast(device):
-            logits = model.decode(model.encode(batch["image"].to(device)), shared)
-        for name in shared:
-            metrics[name].update(model.tasks[name].activate(logits[name].float()), batch[name].to(device))
-        done += len(batch["image"]) * distributed.processes()
-        progress(label, min(done, len(dataset)), len(dataset), "")
-    model.train(training)
+    with evaluating(model):
+        for batch in ordered_batches(dataset.select(shared), batch_size, shared=True):
+            with autocast(device):
+                logits = model.decode(model.encode(batch["image"].to(device)), shared)
+            for name in shared:
+                metrics[name].update(model.tasks[name].activate(logits[name].float()), batch[name].to(device))
+            done += len(batch["image"]) * distributed.processes()
+            progress(label, min(done, len(dataset)), len(dataset))
     return {name: metric.compute() for name, metric in metrics.items()}
 
 
+def _shared_tasks(predicted: Mapping[str, Task], labelled: Mapping[str, Task]) -> list[str]:
+    shared = [name for name in predicted if name in labelled]
+    if not shared:
+        raise InputError(
+            f"the model predicts {', '.join(predicted) or 'nothing'}, the dataset has {', '.join(labelled)}:"
+            " no task in common."
+        )
+    for name in shared:
+        model, data = predicted[name], labelled[name]
+        if (model.kind, model.channels) != (data.kind, data.channels):
+            raise InputError(
+                f"task {name!r} is {model.kind} of {model.channels} channels in the model, but {data.kind} of"
+                f" {data.channels} in the data; use a model or an expert of that task."
+            )
+    return shared
+
+
 def normalised_performance(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> dict[str, float]:
-    """Per task M / b, or b / M where lower is better: 1 equals the baseline, higher is better.
+    """M / b by task, or b / M for metrics where lower is better: 1 equals the baseline, higher is better.
 
     Raises:
-        InputError: the baseline lacks a task.
+        InputError: The baseline has no score for a task.
 
     Example:
         >>> depth = {"depth": Task("depth")}
@@ -96,15 +113,15 @@ def normalised_performance(scores: Scores, baseline: Scores, tasks: Mapping[str,
 def delta_mtl(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> float:
     """Mean relative gain over the baseline in percent: 0 equals the experts, higher is better.
 
-    ``Delta_MTL = 100 / T * sum_t (-1)^{l_t} (M_t - b_t) / b_t``, l_t = 1 where lower is better.
+    ``Delta_MTL = 100 / T * sum_t (-1)^{l_t} (M_t - b_t) / b_t``, with l_t = 1 if lower is better.
 
     Args:
-        scores: of the model.
-        baseline: of its experts.
-        tasks: what says which metric speaks and which sign is better.
+        scores: Scores of the model.
+        baseline: Scores of its experts.
+        tasks: The tasks, which define the main metric and its direction.
 
     Raises:
-        InputError: the baseline lacks a task.
+        InputError: The baseline has no score for a task.
 
     Example:
         >>> depth = {"depth": Task("depth")}
@@ -119,11 +136,13 @@ def delta_mtl(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> fl
 
 
 def _pairs(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> dict[str, tuple[float, float]]:
-    missing = [name for name in scores if name not in baseline]
-    if missing or not scores:
-        raise InputError(f"the baseline has no score for task {missing[0]!r}." if missing else "no scores to compare.")
+    """Main metric of the model and of the baseline, by task."""
+    if not scores:
+        raise InputError("no scores to compare.")
     pairs = {}
     for name, values in scores.items():
+        if name not in baseline:
+            raise InputError(f"the baseline has no score for task {name!r}.")
         metric = tasks[name].metric
         pairs[name] = (values[metric], baseline[name][metric])
         if not pairs[name][1] > 0:

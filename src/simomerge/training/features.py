@@ -1,7 +1,7 @@
-"""Features computed once and kept on disk: training a head then costs nothing of the encoder.
+"""Encoder features that are computed once and kept on disk, so that training a head does not run the encoder.
 
-Memory-mapped and in half precision, so that their size is bounded by the disk and several heads can train on
-them at the same time, each in a process of its own.
+The arrays are memory-mapped and in half precision. Their size is limited by the disk only, and several processes can
+train heads on them at the same time.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from simomerge.models.encoders import Encoder, Features
 
 
 class CachedFeatures(Dataset[dict[str, Any]]):
-    """Features of a dataset's images from a folder that `cache_features` wrote, with the dataset's targets.
+    """Features of a dataset's images, from a folder that `cache_features` wrote, with the dataset's targets.
 
     Args:
-        folder: the cache.
-        dataset: the dataset it was made from; its targets are read along.
-        tasks: whose targets to read.
+        folder: The cache.
+        dataset: The dataset that the features were computed from.
+        tasks: The tasks whose targets to read.
 
     Raises:
-        InputError: the cache belongs to a dataset of another length.
+        InputError: The cache has another number of images than the dataset.
     """
 
     def __init__(self, folder: str | Path, dataset: Any, tasks: Iterable[str]) -> None:
@@ -50,8 +50,8 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         self.padded_size = tuple(meta["padded_size"])
         self.maps = [np.load(self.folder / f"map{i}.npy", mmap_mode="r") for i in range(meta["taps"])]
         self.cls = [np.load(self.folder / f"cls{i}.npy", mmap_mode="r") for i in range(meta["taps"] * meta["cls"])]
-        if len(self.maps[0]) != len(dataset):
-            raise InputError(f"{folder}: features of {len(self.maps[0])} images, but the dataset has {len(dataset)}.")
+        if len(self) != len(dataset):
+            raise InputError(f"{folder}: features of {len(self)} images, but the dataset has {len(dataset)}.")
 
     def __len__(self) -> int:
         return len(self.maps[0])
@@ -65,7 +65,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def features(self, batch: Mapping[str, Any]) -> Features:
         """The Features of a batch of samples, in float32."""
-        # Channels last, as an encoder's tokens lie: convolutions on them take half the time on a CPU.
+        # Channels last is the memory layout of an encoder's tokens. Convolutions take half the time with it on a CPU.
         return Features(
             maps=tuple(m.float().contiguous(memory_format=torch.channels_last) for m in batch["maps"]),
             cls=tuple(c.float() for c in batch["cls"]),
@@ -91,46 +91,48 @@ def cache_features(
     label: str = "features",
     budget: int | None = None,
 ) -> Path:
-    """Encode every image of a dataset once and write the Features, float16, as memory-mappable arrays.
+    """Encode every image of a dataset once, and write the Features as memory-mappable float16 arrays.
 
-    Under torchrun each process encodes its share of the batches, into the same files.
+    Under torchrun each process encodes its share of the batches and writes to the same files.
 
     Args:
-        encoder: frozen; run in evaluation mode.
-        dataset: of samples with ``image`` (3, H, W) in [0, 1], all of one size.
-        folder: where to; written to a temporary sibling and renamed.
-        budget: bytes that the features may take at most; by default what is free on the disk.
+        encoder: The encoder; it is put into evaluation mode.
+        dataset: Samples with ``image`` (3, H, W) in [0, 1], all of one size.
+        folder: The folder to write. It appears when it is complete.
+        budget: Maximum size of the features in bytes. The default is the free space of the disk.
 
     Raises:
-        InputError: they would take more (the message says how much); that is known after the first image.
+        InputError: The features would be larger; the message gives their size. This is known after the first image.
     """
     encoder.eval()
-    source = _ImagesOnly(dataset)
+    images, count = _ImagesOnly(dataset), len(dataset)
     with distributed.folder_together(folder) as target:
-        first = _encoded(encoder, source[0]["image"][None])
+        first = _encoded(encoder, images[0]["image"][None])
         if distributed.is_first():
-            needed = sum(2 * len(dataset) * tensor[0].numel() for tensor in _named(first).values())
-            _check_room(target, needed, len(dataset), budget)
-            progress(label, 0, len(dataset), f"{needed / 1e9:.2g} GB on disk")
-            for name, tensor in _named(first).items():
-                shape = (len(dataset), *tensor.shape[1:])
-                open_memmap(target / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
-            _write_meta(target, first)
+            needed = sum(2 * count * tensor[0].numel() for tensor in _by_file(first).values())
+            _check_space(target, needed, count, budget)
+            progress(label, 0, count, f"{needed / 1e9:.2g} GB on disk")
+            for name, tensor in _by_file(first).items():
+                open_memmap(target / name, mode="w+", dtype=np.float16, shape=(count, *tensor.shape[1:])).flush()
+            sizes = {"image_size": first.image_size, "padded_size": first.padded_size}
+            meta = {"taps": len(first.maps), "cls": int(bool(first.cls)), **sizes}
+            (target / "features.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
         distributed.wait()
-        every, places = distributed.processes(), range(0, len(dataset), batch_size)
-        mine = zip(distributed.share(list(places)), ordered_batches(source, batch_size, shared=True), strict=True)
+        starts = distributed.share(list(range(0, count, batch_size)))
         with ExitStack() as stack:
-            files = {name: stack.enter_context((target / f"{name}.npy").open("r+b")) for name in _named(first)}
-            for start, batch in mine:
-                for name, tensor in _named(_encoded(encoder, batch["image"])).items():
-                    _write_rows(files[name], start, len(dataset), tensor.half().cpu().numpy())
-                progress(label, min(start + every * batch_size, len(dataset)), len(dataset), "")
+            files = {name: stack.enter_context((target / name).open("r+b")) for name in _by_file(first)}
+            for start, batch in zip(starts, ordered_batches(images, batch_size, shared=True), strict=True):
+                for name, tensor in _by_file(_encoded(encoder, batch["image"])).items():
+                    _write_rows(files[name], start, count, tensor.half().cpu().numpy())
+                progress(label, min(start + distributed.processes() * batch_size, count), count)
     return Path(folder)
 
 
 def _write_rows(file: BinaryIO, start: int, total: int, rows: np.ndarray) -> None:
-    """Rows of an NPY file, from the row ``start`` of ``total``. By bytes: of a memory map machines that share a disk
-    would write whole pages, and each other's rows back."""
+    """Write rows of an NPY file, from row ``start`` of ``total``.
+
+    A memory map would write whole pages. Machines that share a disk would overwrite each other's rows with old ones.
+    """
     end = file.seek(0, os.SEEK_END)
     file.seek(end - (total - start) * rows[0].nbytes)
     file.write(rows.tobytes())
@@ -142,14 +144,14 @@ def _encoded(encoder: Encoder, images: Tensor) -> Features:
         return encoder(images.to(device))
 
 
-def _named(features: Features) -> dict[str, Tensor]:
-    """Map and CLS token of every tap, by the names of their files."""
-    maps = {f"map{i}": each for i, each in enumerate(features.maps)}
-    return maps | {f"cls{i}": each for i, each in enumerate(features.cls)}
+def _by_file(features: Features) -> dict[str, Tensor]:
+    """Map and CLS token of every tap, by file name."""
+    maps = {f"map{i}.npy": each for i, each in enumerate(features.maps)}
+    return maps | {f"cls{i}.npy": each for i, each in enumerate(features.cls)}
 
 
 class _ImagesOnly(Dataset[dict[str, Tensor]]):
-    """A dataset without its targets: nobody decodes what nobody reads."""
+    """A dataset without its targets, so that none is decoded."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -161,21 +163,11 @@ class _ImagesOnly(Dataset[dict[str, Tensor]]):
         return {"image": self.dataset.image(index)}
 
 
-def _check_room(folder: Path, needed: int, count: int, budget: int | None) -> None:
+def _check_space(folder: Path, needed: int, count: int, budget: int | None) -> None:
     limits = {"are free; use fewer images or another disk": shutil.disk_usage(folder).free}
     if budget is not None:
         limits["may be used; use fewer images or raise that limit"] = budget
-    for what, limit in limits.items():
+    for rest, limit in limits.items():
         if needed > limit:
-            said = f"need {needed / 1e9:.2g} GB, {limit / 1e9:.2g} GB {what}"
-            raise InputError(f"{folder.parent}: the features of {count} images {said}.")
-
-
-def _write_meta(folder: Path, features: Features) -> None:
-    meta = {
-        "taps": len(features.maps),
-        "cls": int(bool(features.cls)),
-        "image_size": features.image_size,
-        "padded_size": features.padded_size,
-    }
-    (folder / "features.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+            sizes = f"need {needed / 1e9:.2g} GB, {limit / 1e9:.2g} GB {rest}"
+            raise InputError(f"{folder.parent}: the features of {count} images {sizes}.")

@@ -1,8 +1,7 @@
-"""LP-FT: probe the heads on the frozen encoder, then fine-tune encoder and heads together.
+"""LP-FT: train the heads on the frozen encoder (linear probing), then encoder and heads together (fine-tuning).
 
-Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), experts and joint MTL. One task makes an
-expert, several make the joint-MTL baseline: the two-phase training is the same, its loss the unweighted mean
-of the task losses.
+Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), experts and joint MTL. A model with one task
+becomes an expert, one with several tasks the joint-MTL baseline.
 """
 
 from __future__ import annotations
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.core import distributed
-from simomerge.datasets.augment import augmentation as make_augmentation
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.heads import head_for
 from simomerge.models.model import SimoModel
+from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS, find
 from simomerge.training.features import CachedFeatures, cache_features
-from simomerge.training.loop import TrainLog, fit
-from simomerge.training.settings import TrainSettings
-from simomerge.training.weighting import weighting as make_weighting
+from simomerge.training.loop import Objective, TrainLog, fit
+from simomerge.training.settings import DEFAULT_OPTIONS, TrainSettings, TuneOptions
 
 ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
 """(model, batch) -> loss of each task."""
@@ -33,12 +31,12 @@ ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
 def fresh_head(
     encoder: Encoder, task: Task, train: Any, kind: str = "linear", seed: int = 0, **settings: Any
 ) -> nn.Module:
-    """A head for one task, initialised from a seed, that starts at the mean of the task's targets.
+    """A new head for one task, initialised from a seed, that predicts the mean of the task's targets.
 
     Args:
-        encoder: whose taps it reads.
-        train: a dataset with the task; its first 64 targets give the mean.
-        kind, settings: see `simomerge.models.heads.build_head`.
+        encoder: The encoder whose taps the head reads.
+        train: A dataset with the task. The mean is that of its first 64 targets.
+        kind, settings: See `simomerge.models.heads.build_head`.
     """
     torch.manual_seed(seed)
     head = head_for(encoder, kind, task.channels, **settings)
@@ -49,7 +47,7 @@ def fresh_head(
 
 
 def label_counts(tasks: Mapping[str, Task], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of how many values `Task.loss` is the mean, by task."""
+    """Number of valid labels by task; `Task.loss` is the mean over them."""
     return {name: task.valid(batch[name]).sum() for name, task in tasks.items()}
 
 
@@ -65,22 +63,24 @@ def train_head(
 ) -> TrainLog:
     """Train one head on cached features, in place: linear probing, and the paper's head re-alignment.
 
-    With the criterion "distance" the targets are another model's logits, not labels.
+    Args:
+        criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (another model's logits).
     """
+    losses = partial(train.head_losses, task, head, criterion)
+    counts = partial(label_counts, {task.name: task}) if criterion == "loss" else None
     return fit(
         head,
-        partial(train.head_losses, task, head, criterion),
+        Objective(losses, counts),
         train,
         settings,
         validation,
         state_file=state_file,
         label=label or task.name,
-        counts=partial(label_counts, {task.name: task}) if criterion == "loss" else None,
     )
 
 
 def image_losses(model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Losses of every task of a model on a batch with images and targets."""
+    """Losses of all tasks of a model on a batch with images and targets."""
     logits = model(batch["image"])
     return {name: task.loss(logits[name], batch[name]) for name, task in model.tasks.items()}
 
@@ -93,36 +93,33 @@ def finetune(
     state_file: Path | None = None,
     label: str = "",
     losses: ModelLosses = image_losses,
-    checkpointing: bool = False,
-    weighting: str = "equal",
-    augmentation: str = "flip",
+    options: TuneOptions = DEFAULT_OPTIONS,
 ) -> TrainLog:
-    """Train whatever of a model requires a gradient, on augmented images, in place.
-
-    Args:
-        checkpointing: keep of every block its input alone for the backward pass; the same gradients in less memory.
-        weighting: of the tasks' losses, a key of `simomerge.training.weighting.WEIGHTINGS`.
-        augmentation: a key of `simomerge.datasets.augment.AUGMENTATIONS`.
+    """Train the parameters of a model that require a gradient, on augmented images, in place. See `fit`.
 
     Raises:
-        InputError: an unknown weighting or augmentation, or what `fit` raises.
+        InputError: The weighting or augmentation is unknown.
+        DivergedError: The loss became NaN or infinite.
     """
-    transform = make_augmentation(augmentation, model.tasks)
+    augment = find("augmentation", AUGMENTATIONS, options.augmentation)
+    weighting = find("loss weighting", WEIGHTINGS, options.weighting)
     epoch = max(1, len(train) // settings.batch_size)
-    weighs = None if weighting == "equal" else make_weighting(weighting, len(model.tasks), settings.seed, epoch)
-    model.encoder.checkpoint_gradients(checkpointing)
+    objective = Objective(
+        partial(losses, model),
+        partial(label_counts, model.tasks) if losses is image_losses else None,
+        weighting(len(model.tasks), settings.seed, epoch),
+    )
+    model.encoder.checkpoint_gradients(options.checkpointing)
     try:
         return fit(
             model,
-            partial(losses, model),
+            objective,
             train,
             settings,
             validation,
-            transform=transform,
+            transform=partial(augment, model.tasks) if augment else None,
             state_file=state_file,
             label=label or "+".join(model.tasks),
-            weighting=weighs,
-            counts=partial(label_counts, model.tasks) if losses is image_losses else None,
         )
     finally:
         model.encoder.checkpoint_gradients(False)
@@ -136,52 +133,40 @@ def lpft(
     validation: Any = None,
     work_folder: str | Path | None = None,
     cache_budget: int | None = None,
-    checkpointing: bool = False,
-    weighting: str = "equal",
-    augmentation: str = "flip",
+    options: TuneOptions = DEFAULT_OPTIONS,
 ) -> dict[str, TrainLog]:
-    """Both phases, in place.
+    """Both phases of LP-FT, in place.
 
     Args:
-        model: a foundation encoder with fresh heads.
-        train: a dataset with the targets of all the model's tasks.
-        probe, tune: settings of the two phases.
-        validation: the dataset whose loss stops the second phase and chooses the weights to keep.
-        work_folder: where features and the state of a killed run are kept, of this very training and no other;
-            a temporary folder by default.
-        cache_budget: bytes that the features of the first phase may take; see `cache_features`.
-        checkpointing, weighting, augmentation: of the second phase; see `finetune`.
+        model: A foundation encoder with new heads.
+        train: A dataset with the targets of all tasks of the model.
+        probe, tune: Settings of the two phases.
+        validation: Its loss stops the second phase early and selects the weights to keep.
+        work_folder: Folder for features and the state of a killed run. Do not share it between trainings. The default
+            is a temporary folder.
+        cache_budget: Maximum size in bytes of the features of the first phase; see `cache_features`.
+        options: Options of the second phase.
 
     Returns:
-        The log of every head's probing (``probe/TASK``) and of the fine-tuning (``tune``).
+        The logs of the probing of each head (``probe/TASK``) and of the fine-tuning (``tune``).
     """
-    if checkpointing:
-        model.encoder.check_checkpointing()  # not only after the first phase
+    if options.checkpointing:
+        model.encoder.check_checkpointing()  # fails before the first phase, not after it
     with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         if not (work / "features").exists():
             cache_features(model.encoder, train, work / "features", budget=cache_budget)
         logs = {}
         for name, task in model.tasks.items():
-            cached = CachedFeatures(work / "features", train, [name])
+            cached, state_file = CachedFeatures(work / "features", train, [name]), work / f"probe-{name}.pt"
             logs[f"probe/{name}"] = train_head(
-                model.heads[name], task, cached, probe, None, work / f"probe-{name}.pt", f"probe {name}"
+                model.heads[name], task, cached, probe, state_file=state_file, label=f"probe {name}"
             )
         model.requires_grad_(True)
-        state_file = work / "tune.pt"
-        logs["tune"] = finetune(
-            model,
-            train,
-            tune,
-            validation,
-            state_file,
-            checkpointing=checkpointing,
-            weighting=weighting,
-            augmentation=augmentation,
-        )
+        logs["tune"] = finetune(model, train, tune, validation, work / "tune.pt", options=options)
         return logs
 
 
 def trainable_parameters(module: nn.Module) -> int:
-    """How many numbers an optimiser would change."""
+    """Number of parameters that require a gradient."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

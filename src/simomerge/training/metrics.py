@@ -1,7 +1,7 @@
-"""Streaming metrics of dense tasks; invalid pixels never count. torchmetrics does the counting.
+"""Streaming metrics of dense tasks, computed by torchmetrics. Invalid pixels do not count.
 
-Metrics and their conventions: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268): mIoU for
-segmentation, mean angular distance in degrees for normals, absolute error for all else.
+Metrics and conventions are those of "Single-Input Multi-Output Model Merging" (arXiv 2504.11268): mIoU for
+segmentation, mean angular distance in degrees for normals, absolute error for all others.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from simomerge.core import distributed
 from simomerge.datasets.tasks import IGNORE_LABEL, Task, unit_vectors
 
+_FRACTIONS = ("pixel_accuracy", "precision", "recall", "within_11", "rel_err", "delta_1")
+"""Secondary metrics that are fractions. They are shown in percent, whatever the unit of the main metric is."""
+
 
 class TaskMetrics(nn.Module):
-    """All metrics of one task over a stream of batches.
-
-    Args:
-        task: whose metrics; the one that speaks for it is ``task.metric``.
+    """All metrics of one task over a stream of batches; ``task.metric`` is the main one.
 
     Example:
         >>> metrics = TaskMetrics(Task("depth"))
@@ -30,19 +30,19 @@ class TaskMetrics(nn.Module):
     """
 
     def __init__(self, task: Task) -> None:
-        from torchmetrics import MetricCollection  # with its own imports two seconds: only for who evaluates
+        from torchmetrics import MetricCollection  # slow to import, so only for evaluation
 
         super().__init__()
         self.task = task
         self.metrics = MetricCollection(_metrics(task), compute_groups=False)
-        self._counted = False
+        self._has_values = False
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count a batch: activated predictions and targets as in `simomerge.datasets.tasks.KINDS`."""
+        """Add a batch of activated predictions and targets; see `simomerge.datasets.tasks.KINDS`."""
         valid = self.task.valid(target)
         if not valid.any():
             return
-        self._counted = True
+        self._has_values = True
         if self.task.kind == "segmentation":
             self.metrics.update(prediction, target)
         elif self.task.kind == "edges":
@@ -52,48 +52,34 @@ class TaskMetrics(nn.Module):
                 self.metrics[name].update(values)
 
     def compute(self) -> dict[str, float]:
-        """Metrics of everything counted so far, by all processes where there are several (torchmetrics adds them up).
-
-        Percent where the unit says so, NaN where nothing was valid.
-        """
-        counted = torch.tensor(float(self._counted))
-        distributed.add_up(counted)  # a process that saw nothing takes part all the same
+        """Metrics of everything added so far, by all processes together; NaN if no pixel was valid."""
+        counted = torch.tensor(float(self._has_values))
+        distributed.add_up(counted)  # a process without valid pixels takes part too
         if not counted:
             return dict.fromkeys(self.metrics.keys(), math.nan)
-        percent = set(_FRACTIONS)
-        if self.task.unit.startswith("%"):
-            percent.add(self.task.metric)
+        main = (self.task.metric,) if self.task.unit.startswith("%") else ()
         values: dict[str, Any] = self.metrics.compute()
-        return {name: float(value) * (100.0 if name in percent else 1.0) for name, value in values.items()}
-
-
-_FRACTIONS = ("pixel_accuracy", "precision", "recall", "within_11", "rel_err", "delta_1")
-"""Further metrics that are fractions, whatever the unit of the main one; shown in percent."""
+        return {name: float(value) * (100.0 if name in _FRACTIONS + main else 1.0) for name, value in values.items()}
 
 
 def _metrics(task: Task) -> dict[str, Any]:
-    from torchmetrics import MeanMetric
-    from torchmetrics.classification import (
-        BinaryF1Score,
-        BinaryPrecision,
-        BinaryRecall,
-        MulticlassAccuracy,
-        MulticlassJaccardIndex,
-    )
+    from torchmetrics import MeanMetric, classification
 
     if task.kind == "segmentation":
-        classes = len(task.classes)
+        # The checks of torchmetrics sort the labels of every batch, which takes a tenth of an evaluation.
+        options = {"num_classes": len(task.classes), "ignore_index": IGNORE_LABEL, "validate_args": False}
         return {
-            # Without its own checks, which sort every batch's labels and take a tenth of an evaluation.
-            "miou": MulticlassJaccardIndex(classes, ignore_index=IGNORE_LABEL, validate_args=False),
-            "pixel_accuracy": MulticlassAccuracy(
-                classes, average="micro", ignore_index=IGNORE_LABEL, validate_args=False
-            ),
+            "miou": classification.MulticlassJaccardIndex(**options),
+            "pixel_accuracy": classification.MulticlassAccuracy(average="micro", **options),
         }
     if task.kind == "edges":
-        return {"f1": BinaryF1Score(), "precision": BinaryPrecision(), "recall": BinaryRecall()}
+        return {
+            "f1": classification.BinaryF1Score(),
+            "precision": classification.BinaryPrecision(),
+            "recall": classification.BinaryRecall(),
+        }
     names = {"normals": ("mean_angle", "within_11"), "depth": ("abs_err", "rel_err", "delta_1")}
-    # Its default drops NaN values: a model that predicts NaN would be scored on the rest of its pixels.
+    # By default NaN values are dropped, and a model that predicts NaN would be scored on its other pixels only.
     return {name: MeanMetric(nan_strategy=math.nan) for name in names.get(task.kind, ("abs_err",))}
 
 
@@ -104,9 +90,10 @@ def _errors(task: Task, prediction: Tensor, target: Tensor, valid: Tensor) -> di
         dot = (unit_vectors(prediction) * target).sum(1)[valid]
         angle = torch.rad2deg(torch.acos(dot.clamp(-1, 1)))
         return {"mean_angle": angle, "within_11": (angle < 11.25).float()}
-    error = (prediction[valid] - target[valid]).abs()
+    prediction, target = prediction[valid], target[valid]
+    error = (prediction - target).abs()
     if task.kind != "depth":
         return {"abs_err": error}
-    truth, guess = target[valid], prediction[valid].clamp(min=1e-6)
-    ratio = torch.maximum(truth / guess, guess / truth)
-    return {"abs_err": error, "rel_err": error / truth, "delta_1": (ratio < 1.25).float()}
+    positive = prediction.clamp(min=1e-6)
+    ratio = torch.maximum(target / positive, positive / target)
+    return {"abs_err": error, "rel_err": error / target, "delta_1": (ratio < 1.25).float()}

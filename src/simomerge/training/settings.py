@@ -1,40 +1,56 @@
-"""How to train one thing: plain data, read by recipes and by the command line without torch."""
+"""How to train: plain data that recipes and the command line read without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from simomerge.core.errors import InputError
 from simomerge.core.registry import check_parameters, parameter
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train one thing with AdamW and a one-cycle schedule.
+    """Settings of one training.
 
     Raises:
-        InputError: A number out of its range.
-
-    Example:
-        >>> TrainSettings(steps=100, lr=3e-3).batch_size
-        32
+        InputError: A setting is out of its range.
     """
 
-    steps: int = parameter(400, low=1, help="Optimiser steps (of each head).")
+    steps: int = parameter(400, low=1, help="Maximum number of optimiser steps.")
     batch_size: int = parameter(32, low=1, help="Images per step.")
     lr: float = parameter(1e-3, above=0, help="Peak learning rate of the one-cycle schedule.")
     encoder_lr: float | None = parameter(
-        None, kind=float, above=0, help="Peak learning rate of the encoder, where it is trained; lr by default."
+        None, kind=float, above=0, help="Peak learning rate of the encoder. The default is lr."
     )
     weight_decay: float = parameter(0.01, low=0, help="Weight decay of AdamW, on weights of two or more dimensions.")
-    warmup: float = parameter(
-        0.05, low=0, high=0.99, help="Fraction of the steps in which the rate rises (paper: 0.05)."
-    )
-    clip: float = parameter(25.0, above=0, help="Largest norm of the gradient (paper: 25).")
-    validate_every: int = parameter(0, low=0, help="Steps between two looks at the validation loss; 0 never looks.")
+    warmup: float = parameter(0.05, low=0, help="Fraction of the steps in which the learning rate rises (paper: 5 %).")
+    clip: float = parameter(25.0, above=0, help="Maximum gradient norm (paper: 25).")
+    validate_every: int = parameter(0, low=0, help="Steps between two validations; 0 never validates.")
     patience: int = parameter(
-        5, low=1, help="Looks without a better validation loss after which training stops; the best weights are kept."
+        5, low=1, help="Validations without a lower loss after which training stops. The best weights are kept."
     )
     seed: int = parameter(0, help="Seed of initialisation, order and augmentation.")
 
     def __post_init__(self) -> None:
         check_parameters("training", self)
+        if not self.warmup < 1:
+            raise InputError(f"training: warmup must be below 1, got {self.warmup}.")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Options of training the encoder together with the heads.
+
+    Args:
+        weighting: How the losses of several tasks are combined, a key of `simomerge.training.choices.WEIGHTINGS`.
+        augmentation: A key of `simomerge.training.choices.AUGMENTATIONS`.
+        checkpointing: Store only the input of each block for the backward pass. This gives the same gradients with
+            less memory, in more time.
+    """
+
+    weighting: str = "equal"
+    augmentation: str = "flip"
+    checkpointing: bool = False
+
+
+DEFAULT_OPTIONS = TuneOptions()

@@ -1,7 +1,7 @@
-"""Where trainings report to besides the terminal, nowhere by default: TensorBoard, Weights & Biases, trackio.
+"""Experiment trackers that trainings report to: TensorBoard, Weights & Biases, trackio; none by default.
 
-It is not handed from function to function: it changes no result, and so is no argument of anything that is keyed by its
-arguments.
+The choice is global and not an argument of the training functions: it changes no result, so it must not become part of
+a cache key.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from simomerge.core.errors import InputError
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
+from simomerge.core.errors import InputError
+from simomerge.training.choices import TRACKERS
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Which trackers, and the folder for what they write on this machine."""
+    """The trackers, and the folder for what they write on this machine."""
 
     trackers: tuple[str, ...]
     folder: Path
@@ -31,26 +33,26 @@ _current: Tracking | None = None
 
 
 def current() -> Tracking | None:
-    """What trainings of this process report to."""
+    """The tracking of this process."""
     return _current
 
 
 def use(tracking: Tracking | None) -> None:
-    """Report to these from here on: for the processes of a `WorkerPool`."""
+    """Set the tracking of this process; `WorkerPool` calls this in its workers."""
     global _current
     _current = tracking
 
 
 @contextmanager
 def track(trackers: Sequence[str], folder: str | Path) -> Iterator[None]:
-    """Let every training in the block report its losses and learning rates; each is a run of the project "simomerge".
+    """Report losses and learning rates of all trainings in the block; each is a run of the project "simomerge".
 
     Args:
-        trackers: of `TRACKERS`; none does nothing.
-        folder: for what they write on this machine; TensorBoard's files of a training are in ``folder/LABEL``.
+        trackers: Names from `simomerge.training.choices.TRACKERS`; may be empty.
+        folder: Folder for what they write on this machine. TensorBoard writes to ``folder/LABEL``.
 
     Raises:
-        InputError: an unknown tracker, or one that is not installed.
+        InputError: A tracker is unknown or not installed.
 
     Example:
         >>> with track(["tensorboard"], "runs/logs"):                                # doctest: +SKIP
@@ -69,30 +71,26 @@ def track(trackers: Sequence[str], folder: str | Path) -> Iterator[None]:
         use(before)
 
 
-def tracked_accelerator(label: str, **settings: Any) -> Any:
-    """An accelerator whose `log` reports to the current trackers."""
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+@contextmanager
+def tracked_accelerator(label: str, config: Mapping[str, Any], **settings: Any) -> Iterator[Any]:
+    """An `accelerate.Accelerator` whose ``log`` reports to the current trackers, as one run named ``label``.
 
+    Args:
+        config: Settings to show with the run.
+        settings: Arguments of the Accelerator.
+    """
     if _current is None:
-        return Accelerator(**settings)
+        yield Accelerator(**settings)
+        return
     folder = _current.folder / re.sub(r"[^\w.+-]+", "-", label)
     folder.mkdir(parents=True, exist_ok=True)
-    places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
-    return Accelerator(log_with=list(_current.trackers), project_config=places, **settings)
-
-
-@contextmanager
-def tracked_run(accelerator: Any, label: str, config: Mapping[str, Any]) -> Iterator[None]:
-    """A training's run: begun with its settings, ended however the training ends."""
-    if _current is None:
-        yield
-        return
-    plain = {name: value for name, value in config.items() if value is not None}
-    kwargs = {name: {"name": label} for name in _current.trackers if name != "tensorboard"}
-    accelerator.init_trackers("simomerge", plain, kwargs)
+    folders = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder))
+    accelerator = Accelerator(log_with=list(_current.trackers), project_config=folders, **settings)
+    shown = {name: value for name, value in config.items() if value is not None}
+    names = {name: {"name": label} for name in _current.trackers if name != "tensorboard"}
+    accelerator.init_trackers("simomerge", shown, names)
     try:
-        yield
+        yield accelerator
     finally:
-        for tracker in accelerator.trackers:  # not end_training, which would also part the processes
+        for tracker in accelerator.trackers:  # end_training would also disconnect the processes
             tracker.finish()

@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does: training, caches, folds, metrics, whole recipes."""
+"""Two processes under torchrun give the results of one: training, caches, folds, metrics, recipes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def start(command: list[str], processes: int) -> str:
 
 @pytest.fixture(scope="session")
 def together(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[int, Path]]:
-    """``together(jobs...)``: processes -> the folder in which so many left what they found."""
+    """``together(jobs...)``: number of processes -> the folder of their results."""
 
     def run(*jobs: str) -> dict[int, Path]:
         folders = {}
@@ -50,7 +50,7 @@ def left(together: Callable[..., dict[int, Path]]) -> dict[int, Path]:
 
 
 def found(folders: dict[int, Path], name: str) -> tuple[Any, Any]:
-    """What one process found, and what each of two did, which must be the same to the last bit."""
+    """Results of one process, and of two processes, which must be bit-identical to each other."""
     alone = torch.load(folders[1] / f"{name}-0.pt", weights_only=False)
     first, second = (torch.load(folders[2] / f"{name}-{rank}.pt", weights_only=False) for rank in (0, 1))
     for one, two in zip(leaves(first), leaves(second), strict=True):
@@ -76,7 +76,7 @@ def close(alone: Any, shared: Any, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["uncertainty", "nash"])
-def test_training_on_shares_of_a_batch_is_training_on_the_batch(left: dict[int, Path], weighting: str) -> None:
+def test_training_on_shares_of_a_batch_equals_training_on_the_batch(left: dict[int, Path], weighting: str) -> None:
     alone, shared = found(left, f"train-{weighting}")
     close(alone["log"]["validation"], shared["log"]["validation"], 1e-6)
     assert alone["log"]["best_step"] == shared["log"]["best_step"] and shared["log"]["samples"] == 35
@@ -84,15 +84,15 @@ def test_training_on_shares_of_a_batch_is_training_on_the_batch(left: dict[int, 
 
 
 def same_weights(alone: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Five steps of 1e-3 from where they began; AdamW makes whole steps also of gradients that are rounding alone."""
+    """Equal after five steps of 1e-3. AdamW makes full steps even if a gradient is rounding only."""
     for name, value in alone.items():
         difference = (shared[name].double() - value.double()).abs()
         assert float(difference.max()) < 1e-4, name
-        if not name.endswith("k_proj.bias"):  # does nothing in attention, and has no gradient but rounding
+        if not name.endswith("k_proj.bias"):  # has no effect in attention: its gradient is rounding only
             assert float(difference.median()) < 1e-6, name
 
 
-def test_features_are_the_same_bytes(left: dict[int, Path]) -> None:
+def test_features_are_byte_identical(left: dict[int, Path]) -> None:
     files = sorted(path.name for path in (left[1] / "features").iterdir())
     assert files == sorted(path.name for path in (left[2] / "features").iterdir()) and "map3.npy" in files
     for name in files:
@@ -105,7 +105,7 @@ def test_realignments_are_those_of_one_process(left: dict[int, Path]) -> None:
     close(alone, shared, 1e-6)
 
 
-def test_metrics_are_those_of_one_process(left: dict[int, Path]) -> None:
+def test_metrics_equal_those_of_one_process(left: dict[int, Path]) -> None:
     alone, shared = found(left, "judge")
     assert set(shared["scores"]) == {
         *("segmentation", "depth", "normals", "edges", "texture", "keypoints", "autoencoder"),
@@ -113,21 +113,21 @@ def test_metrics_are_those_of_one_process(left: dict[int, Path]) -> None:
     close(alone, shared, 1e-6)
 
 
-def test_a_temporary_folder_is_the_same_one_for_all(left: dict[int, Path]) -> None:
+def test_all_processes_use_one_temporary_folder(left: dict[int, Path]) -> None:
     alone, shared = found(left, "lpft")
     same_weights(alone, shared)
 
 
 @pytest.mark.slow
-def test_a_recipe_by_two_processes_has_the_metrics_of_one(together: Callable[..., dict[int, Path]]) -> None:
+def test_a_recipe_in_two_processes_has_the_metrics_of_one(together: Callable[..., dict[int, Path]]) -> None:
     alone, shared = found(together("recipe"), "recipe")
-    for row, metrics in alone.items():  # every row is a chain of trainings: rounding grows
+    for row, metrics in alone.items():  # each row is a chain of trainings, in which rounding grows
         for task, metric in (("depth", "abs_err"), ("normals", "mean_angle")):
             close(metrics[task][0][metric], shared[row][task][0][metric], 1e-5 if row == "experts" else 1e-3)
 
 
 @pytest.mark.slow
-def test_an_encoder_in_shards_trains_as_a_whole_one(together: Callable[..., dict[int, Path]]) -> None:
+def test_a_sharded_encoder_trains_like_an_unsharded_one(together: Callable[..., dict[int, Path]]) -> None:
     folders = together("sharded")
     alone, shared = (torch.load(folder / "sharded-0.pt", weights_only=False) for folder in folders.values())
     assert alone.keys() == shared.keys()
@@ -135,7 +135,7 @@ def test_an_encoder_in_shards_trains_as_a_whole_one(together: Callable[..., dict
 
 
 @pytest.mark.slow
-def test_commands_write_and_speak_once(tiny_base: Path, tmp_path: Path) -> None:
+def test_commands_write_and_print_once(tiny_base: Path, tmp_path: Path) -> None:
     model, again = tmp_path / "model", tmp_path / "again"
     train = ["-m", "simomerge", "train", "--task", "depth", "--base", str(tiny_base), "--images", "16"]
     train += ["--val-images", "8", "--steps", "2", "--probe-steps", "2", "--batch-size", "4", "-o", str(model)]
@@ -146,11 +146,11 @@ def test_commands_write_and_speak_once(tiny_base: Path, tmp_path: Path) -> None:
     assert (model / "simo.json").is_file() and (again / "simo.json").is_file()
 
 
-def test_shares_make_up_the_whole_alone() -> None:
+def test_the_share_of_a_single_process_is_the_list() -> None:
     assert share([1, 2, 3]) == [1, 2, 3]
 
 
-def test_a_search_is_not_for_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_search_refuses_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="on each machine with the same --storage, not by torchrun"):
         search_recipe("any.yaml", tmp_path)

@@ -1,4 +1,4 @@
-"""What one process or several do together; started by torchrun, or alone. The tests compare what they leave behind."""
+"""Jobs for one process or for several that torchrun starts. The tests compare the files that the jobs write."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from simomerge.training import loop
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import cache_features
 from simomerge.training.lpft import finetune, fresh_head, image_losses, lpft
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
 HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}
 
 
 def in_float32() -> None:
-    """bfloat16 rounds a share of a batch in another way than the whole of it."""
+    """Use float32: in bfloat16 a share of a batch is rounded differently from the full batch."""
     devices.mixed_precision = lambda device=None: "no"
     loop.mixed_precision = devices.mixed_precision
 
 
 def model_of(base: Path, data: Any, kinds: dict[str, str]) -> SimoModel:
-    """With heads that start at the mean target: under a batch norm, an L1 loss whose predictions are all too low has no
-    gradient but rounding, and AdamW makes steps of that."""
+    """A model whose heads start at the mean target.
+
+    If all predictions are too low, an L1 loss under a batch norm has a gradient of rounding only, and AdamW makes full
+    steps of it.
+    """
     encoder = load_encoder(base)
     heads = {name: fresh_head(encoder, data.tasks[name], data, kind, **HEADS[kind]) for name, kind in kinds.items()}
     return SimoModel(encoder, {name: data.tasks[name] for name in kinds}, heads)
 
 
 def save(output: Path, name: str, value: Any) -> None:
-    """What every process has at the end: the test sees whether they agree."""
+    """Save the result of this process, so that the test can compare the processes."""
     torch.save(value, output / f"{name}-{distributed.rank()}.pt")
 
 
@@ -52,7 +55,8 @@ def train(base: Path, output: Path) -> None:
     validation = load_data("rooms", "val", 9, tuple(data.tasks))
     for weighting in ("uncertainty", "nash"):
         model = model_of(base, data, kinds).requires_grad_(True)
-        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", weighting=weighting)
+        options = TuneOptions(weighting=weighting, checkpointing=weighting == "nash")
+        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", options=options)
         save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
 
 
@@ -80,7 +84,7 @@ def judge(base: Path, output: Path) -> None:
 
 
 def probe_and_tune(base: Path, output: Path) -> None:
-    """In a temporary folder, which all have to find."""
+    """LP-FT in a temporary folder, which all processes must find."""
     data = load_data("rooms", "train", 8, ("depth",))
     model = model_of(base, data, {"depth": "dpt"})
     lpft(model, data, SETTINGS, SETTINGS)
@@ -110,7 +114,7 @@ def recipe(base: Path, output: Path) -> None:
 
 
 def sharded(base: Path, output: Path) -> None:
-    """docs/scale.md: a loop of one's own over an encoder that no process holds whole."""
+    """The loop of docs/scale.md, in which no process holds the full encoder."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
@@ -126,9 +130,9 @@ def sharded(base: Path, output: Path) -> None:
         torch.stack(list(image_losses(model, batch).values())).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if distributed.is_first():
-        save(output, "sharded", whole)
+        save(output, "sharded", full)
 
 
 if __name__ == "__main__":

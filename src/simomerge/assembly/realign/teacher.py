@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from torch import Tensor, nn
+from torch import Tensor
 
 from simomerge.assembly.experts import comparable
 from simomerge.checkpoints.experts import check_merged_from, check_same_encoder
@@ -25,6 +24,7 @@ from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel, as_expert
+from simomerge.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,6 @@ class Observation:
     indices: list[int]
     images: Tensor
     features: dict[str, Features]
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """In evaluation mode; each module's own mode is back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()

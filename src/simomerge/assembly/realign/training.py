@@ -18,7 +18,7 @@ from simomerge.models.model import SimoModel
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.lpft import ModelLosses, finetune, image_losses, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
-from simomerge.training.settings import TrainSettings
+from simomerge.training.settings import TrainSettings, TuneOptions
 
 
 def finished(result: SimoModel, start: SimoModel, record: dict[str, Any]) -> SimoModel:
@@ -52,9 +52,8 @@ def train_with_heads(
 ) -> dict[str, Any]:
     """Train everything in a model that requires a gradient on all tasks at once, in place; return what it cost."""
     trained = trainable_parameters(model)
-    log = finetune(
-        model, data, settings, state_file=state_file, label=label, losses=losses, checkpointing=checkpointing
-    )
+    options = TuneOptions(checkpointing=checkpointing)
+    log = finetune(model, data, settings, state_file=state_file, label=label, losses=losses, options=options)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
 
 
