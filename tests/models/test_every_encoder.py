@@ -94,7 +94,7 @@ def test_labels_re_align_other_families_too(tmp_path: Path, rooms: DenseDataset,
     merged = simomerge.merge(base, experts, "average")
     settings = TrainSettings(steps=2, batch_size=3, lr=1e-3)
     for method in ("heads", "adapters"):
-        model = simomerge.realign(merged, data=rooms, method=method, settings=settings)
+        model = simomerge.realign(merged, data=rooms, method=method, training=settings)
         model.save_pretrained(tmp_path / method)
         again = load(tmp_path / method)
         for name, value in model.predict(rooms[0]["image"]).items():
