@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simomerge.core.assets import resolve_source
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.tasks import colourise
-from simomerge.recipes import Recipe, run_recipe
+from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.run import run_recipe
 
 PICTURES = Path("docs/pictures")
 LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]
@@ -53,8 +53,8 @@ def rooms_picture() -> None:
 
 
 def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
-    recipe = Recipe.from_dict(json.loads((folder / "results.json").read_text())["recipe"])
-    gallery = run_recipe(recipe, resolve_source("rooms-base"), folder)["gallery"]  # every stage is there already
+    recipe = Recipe(**json.loads((folder / "results.json").read_text())["recipe"])
+    gallery = run_recipe(recipe, folder)["gallery"]  # every stage is there already
     columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+fold-cross"]
     blocks = []
     for shown in gallery[:2]:

@@ -33,7 +33,8 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(changes: dict[str, Any],
 
 def test_a_recipe_is_plain_data() -> None:
     recipe = Recipe(seeds=(0, 1))
-    assert json.loads(json.dumps(recipe.to_dict()))["probe"]["steps"] == recipe.probe.steps
+    plain = json.loads(json.dumps(recipe.to_dict()))
+    assert plain["probe"]["steps"] == recipe.probe.steps and Recipe(**plain) == recipe
 
 
 def test_the_demo_is_small_and_the_benchmark_larger() -> None:

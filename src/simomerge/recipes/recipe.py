@@ -52,7 +52,7 @@ def _complete_training(default: TrainSettings) -> BeforeValidator:
     def complete(given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        if "seed" in given:
+        if given.get("seed"):  # the default, 0, is in every training that was written by `to_dict`
             raise InputError("a recipe's seeds are those of `seeds`; leave seed out")
         if wrong := [key for key, value in given.items() if isinstance(value, bool)]:
             raise InputError(f"{wrong[0]} is {given[wrong[0]]}; give a number")
