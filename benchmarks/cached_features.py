@@ -2,10 +2,11 @@
 
     python benchmarks/cached_features.py [--images 256] [--large-images 16] [--repeats 5]
 
-One epoch trains the heads of three tasks on rooms, in this process with one thread: once through the frozen
-encoder, once on features computed before (the paper's head re-alignment). The encoders are the embedded base and ones
-of ViT-B and ViT-L size with random weights; those also on images of 280 x 378 with patches of 14 and the paper's linear
-head (one logit per patch), as the paper's models read NYUv2. Prints the median and the range of the repeats.
+One epoch trains the heads of three tasks on rooms, in this process with one thread (the paper's re-alignment of heads).
+It runs once through the frozen encoder and once on features that were computed before. The encoders are the embedded
+base, and encoders of ViT-B and ViT-L size with random weights. The large ones also process images of 280 x 378 with
+patches of 14 and the paper's linear head (one logit per patch), as the paper's models do on NYUv2. Prints the median
+and the range of the repeats.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def vit(size: str, patch: int = 8, image: int = 80) -> Encoder:
 
 
 def timed(work: Callable[[], object], repeats: int) -> tuple[float, str]:
-    """Median seconds, and the same in words with the range."""
+    """Median seconds, and a text of median and range."""
     work()  # the first run pays for lazy set-up
     times = []
     for _ in range(repeats):
@@ -91,8 +92,8 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--large-images", type=int, default=16, help="of 280 x 378; 0 leaves these out")
-    parser.add_argument("--large", nargs="*", default=["B", "L"], help="encoder sizes for these")
+    parser.add_argument("--large-images", type=int, default=16, help="images of 280 x 378; 0 skips these rows")
+    parser.add_argument("--large", nargs="*", default=["B", "L"], help="encoder sizes for the images of 280 x 378")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     tasks = ["segmentation", "depth", "normals"]

@@ -1,20 +1,20 @@
-"""What the fold does with more images, another ridge, another scale, and how well its proxy chooses; and what it costs.
+"""How the fold depends on images, ridge and scale, how well the alignment chooses merges, and what the fold costs.
 
     python benchmarks/fold.py --run runs/rooms-dpt [--sections curves proxy] [--seeds 0 1 2] -o runs/fold-dpt.json
     python benchmarks/fold.py --sections speed
 
-Takes the experts of a finished `simomerge demo --full` run. Every figure is Delta_MTL on the run's test split against
-the experts; the images of the folds are from the validation split's generator, without labels. Nothing is chosen on
-the test split: the curves are shown, not searched.
+Uses the experts of a finished run of recipes/rooms-full.yaml. Every figure is Delta_MTL on the run's test split,
+against the experts. The folds use images of the validation split, without labels. No setting is chosen on the test
+split.
 
-- curves: number of images (4 to 1,024) and ridge, each per tap and cross tap, at the scale that `scale="auto"` takes on
-  64 images without labels.
-- proxy: scales of several merge methods; rank correlation of the held-out alignment with Delta_MTL after the fold, and
-  the regret of taking the best by it.
-- labelled: the paper's two re-alignments on 64 and 256 labelled images, rate and steps (three settings, two of
-  adapters) chosen on validation rooms of another seed.
-- speed: accumulating and solving from random features, at the embedded base's width (one thread) and at ViT-B's (768
-  channels, 4 taps, CLS, 540 tokens; two threads).
+- curves: number of images (4 to 1,024) and ridge, each per tap and cross tap, at the scale that `scale="auto"` chooses
+  on 64 images without labels.
+- proxy: scales of several merge methods; the rank correlation of the held-out alignment with Delta_MTL after the fold,
+  and the points that are lost by taking the merge of the best alignment.
+- labelled: the paper's two re-alignments on 64 and 256 labelled images. Rate and steps (three settings, two for
+  adapters) are chosen on validation rooms of another seed.
+- speed: time to accumulate the sums and to solve, from random features, at the width of the embedded base (one thread)
+  and of ViT-B (768 channels, 4 taps, CLS, 540 tokens; two threads).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ WITH_LABELS = [name for name, method in methods().items() if method.teacher == "
 
 
 class Bench:
-    """The experts of one seed, their scores on the test split, and what they make of the unlabelled images."""
+    """The experts of one seed, their scores on the test split, and the unlabelled images."""
 
     def __init__(self, run: Path, seed: int, test_images: int) -> None:
         recipe = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
@@ -99,7 +99,7 @@ def _expert(run: Path, task: str, seed: int) -> Path:
 
 
 def images_curve(bench: Bench, scale: float) -> dict[str, dict[str, float]]:
-    """Delta_MTL by number of images; the sums of the larger sets go on from those of the smaller."""
+    """Delta_MTL by number of images. The sums of a larger set continue those of the smaller one."""
     found: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         model = bench.merged("task-arithmetic", scale)
@@ -131,7 +131,7 @@ def ridge_curve(bench: Bench, scale: float, count: int) -> dict[str, dict[str, f
 
 
 def proxy_points(bench: Bench, count: int) -> list[dict[str, Any]]:
-    """Every merge and scale: Delta_MTL as it is and after either fold, and the alignment that may choose."""
+    """For every merge and scale, Delta_MTL before the fold and after each variant of it, and the alignments."""
     points = []
     targets = {variant: bench.targets(variant, count) for variant in VARIANTS}
     for name, scales in MERGES.items():
@@ -150,7 +150,7 @@ def proxy_points(bench: Bench, count: int) -> list[dict[str, Any]]:
 
 
 def judge(points: Sequence[Mapping[str, Any]], by: str, truth: str) -> dict[str, float]:
-    """Spearman's rank correlation of the proxy with the truth, and what taking its best one costs in points."""
+    """Spearman's rank correlation of the proxy with the truth, and the points lost by taking the proxy's best merge."""
     ranks = [_ranks([point[key] for point in points]) for key in (by, truth)]
     best = max(points, key=lambda point: point[by])
     return {
@@ -165,7 +165,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def labelled(bench: Bench, scale: float, how: str, count: int) -> dict[str, Any]:
-    """One of the paper's re-alignments on ``count`` labelled images; steps and rate by other validation rooms."""
+    """One of the paper's re-alignments on ``count`` labelled images, with steps and rate chosen on other rooms."""
     tasks = list(bench.experts)
     data = load_data("rooms", split="val", count=count, tasks=tasks)
     other = load_data("rooms", split="val", count=256, seed=1, tasks=tasks)
@@ -182,7 +182,7 @@ def labelled(bench: Bench, scale: float, how: str, count: int) -> dict[str, Any]
 
 
 def speed(width: int, grid: tuple[int, int], fusion: int, threads: int, images: int = 64) -> dict[str, Any]:
-    """Seconds to accumulate and to solve: four taps with CLS, five DPT heads, random features."""
+    """Seconds to accumulate the sums and to solve, for four taps with CLS, five DPT heads and random features."""
     from transformers import Dinov2Config, Dinov2Model
 
     from simomerge.datasets.tasks import Task
@@ -221,7 +221,7 @@ def speed(width: int, grid: tuple[int, int], fusion: int, threads: int, images: 
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Delta_MTL against images, ridge and scale; the mean over the seeds, a band of one standard deviation."""
+    """Plot Delta_MTL against images, ridge and scale: mean over the seeds, and a band of one standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--add", type=Path, nargs="*", default=[], help="Results of other seeds, to be joined.")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="Results of other seeds to add.")
     parser.add_argument("--picture", type=Path, help="Draw the curves and the proxy's scales into this file.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,14 +1,16 @@
-"""Which tasks to merge: the answer of `simomerge relate` beside the true Delta_MTL of every group.
+"""Which tasks to merge: compare the answer of `simomerge relate` with the true Delta_MTL of every group.
 
     python benchmarks/grouping.py --run runs/rooms-dpt [--seeds 0 1 2] -o runs/grouping-dpt.json
 
-Takes the experts of a finished `simomerge demo --full` run. Truth: every group of 2 to T tasks is merged (task
-arithmetic, the scale by alignment on 64 images without labels), folded cross tap on 256, and scored on the run's test
-split. The truth of a partition is the mean over the tasks of what each gains over its expert; a task alone gains 0.
-The answer: the same scale, the fold on the same 64 images, judged on 64 other images of the validation split, without
-labels (the experts' predictions) and with. No image of the test split takes part in it.
+Uses the experts of a finished run of recipes/rooms-full.yaml.
 
-What is measured is written at once; a second call goes on where the first was. `--show` prints and measures nothing.
+- The truth: every group of 2 to T tasks is merged (task arithmetic, the scale by alignment on 64 images without
+  labels), folded cross tap on 256 images, and evaluated on the run's test split. The true value of a partition is the
+  mean over the tasks of their gains over the experts. A task that keeps its expert gains 0.
+- The answer: the same scale, and the fold on the same 64 images. It is judged on 64 other images of the validation
+  split, once without labels (by the experts' predictions) and once with labels. It uses no image of the test split.
+
+Results are written after every group, and a second call resumes. `--show` prints the results and measures nothing.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ KINDS = {"unlabelled": "without labels", "labelled": "with 64 labelled images"}
 
 
 class Bench:
-    """The experts of one seed, the images, and who judges."""
+    """The experts of one seed, the images, and the judges."""
 
     def __init__(self, run: Path, seed: int) -> None:
         recipe = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
         self.tasks = list(recipe["tasks"])
         self.base = load(resolve_source("rooms-base"))
         self.experts = check_experts(self.base, {task: load(_expert(run, task, seed)) for task in self.tasks})
-        # The first 256 images of the run's validation split are the users'; the answer looks at the first 128 only.
+        # The folds of the truth use the first 256 images of the validation split, the answer only the first 128.
         self.pool = load_data("rooms", split="val", count=256, tasks=self.tasks)
         few = self.pool.take(128)
         self.few = EverySecond(few, 0)
@@ -61,7 +63,7 @@ class Bench:
         self.test = Judge(self.experts, test, True)
 
     def measure(self, group: Group) -> dict[str, Any]:
-        """The group's gains by the truth and by either judge of the answer."""
+        """The gains of a group: the true ones, and those by each judge of the answer."""
         some = {task: self.experts[task] for task in group}
         method: Any = Aligner(self.base, some, self.few, None).best_scale(TaskArithmetic()).method
         merged = with_merged_encoder(self.base, some, method)
@@ -70,7 +72,7 @@ class Bench:
         return {"group": group, "scale": method.scale, "test": self.test.gains(self.test.scores(large)), **found}
 
     def _folded(self, merged: SimoModel, images: Any) -> SimoModel:
-        """The cross-tap fold, from what the experts saw once for all groups."""
+        """The cross-tap fold, from expert features that were computed once for all groups."""
         layout = FoldLayout(merged, "cross-tap")
         with torch.no_grad():
             observed = self.observed[id(images)]
@@ -85,7 +87,7 @@ def _expert(run: Path, task: str, seed: int) -> Path:
 
 
 def measure(run: Path, seed: int, results: dict[str, Any], output: Path) -> None:
-    """Measure the groups of one seed that are not in the results yet, and write them."""
+    """Measure the groups of one seed that are not in the results yet, and write them to the file."""
     rows = results["seeds"].setdefault(str(seed), [])
     tasks = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]["tasks"]
     done = {tuple(row["group"]) for row in rows}
@@ -103,7 +105,7 @@ def measure(run: Path, seed: int, results: dict[str, Any], output: Path) -> None
 
 
 def judged(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], kind: str) -> Iterator[dict[str, Any]]:
-    """Per budget: the best partition by truth, the answer's, and what either is worth on the test split."""
+    """For each budget, the truly best partition and that of the answer, with their values on the test split."""
     table = {tuple(row["group"]): row for row in rows}
 
     def true(group: Group) -> float:
@@ -131,7 +133,7 @@ def judged(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], kind: str) -
 def other_ways(
     rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], cosines: Sequence[Sequence[float]]
 ) -> dict[str, list[float]]:
-    """What choosing by other rules costs against the best by truth, in points, for budgets of 2 to T - 1."""
+    """Points that other rules lose against the truly best partition, for budgets of 2 to T - 1 encoders."""
     table = {tuple(row["group"]): row for row in rows}
 
     def measured(kind: str) -> Callable[[Group], float]:
@@ -162,7 +164,7 @@ def other_ways(
 
 
 def partitions(tasks: list[str]) -> Iterator[tuple[Group, ...]]:
-    """Every partition of the tasks, each group in their order."""
+    """Every partition of the tasks. The tasks of a group keep their order."""
     if not tasks:
         yield ()
         return
@@ -174,10 +176,10 @@ def partitions(tasks: list[str]) -> Iterator[tuple[Group, ...]]:
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Print the truth of every pair and the table of budgets, over the seeds."""
+    """Print the true gains of every pair and the table of budgets, over the seeds."""
     tasks = results["tasks"]
     groups = 2 ** len(tasks) - len(tasks) - 1
-    seeds = {seed: rows for seed, rows in results["seeds"].items() if len(rows) == groups}  # of the others no partition
+    seeds = {seed: rows for seed, rows in results["seeds"].items() if len(rows) == groups}  # only finished seeds
     print(f"{results['run']}, {len(seeds)} seeds, {groups} groups each\n")
     print("| merged with | " + " | ".join(tasks) + " |\n| :-- |" + " --: |" * len(tasks))
     for task in tasks:
@@ -231,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--show", action="store_true", help="Print what OUTPUT holds; measure nothing.")
+    parser.add_argument("--show", action="store_true", help="Print the content of OUTPUT; measure nothing.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)

@@ -1,11 +1,11 @@
-"""How fast are images and targets read and decoded, against what one training step consumes?
+"""How fast are images and targets read and decoded, compared with the speed of training?
 
     python benchmarks/loaders.py [--images 12] [--repeats 3]
 
-One thread in one process, as an expert's training has it. Writes a few images of each published dataset in the formats
-and sizes in which they are stored (rooms enlarged, with a camera's noise), reads them at the size of the paper's
-protocol, with all tasks and with the slowest single one, and trains DINOv2-base (random weights, linear head) on
-images of that size; on rooms the embedded base. Prints medians and ranges.
+Everything runs in one thread of one process, as in the training of an expert. For each published dataset, the script
+writes a few files in its formats and sizes; their content are enlarged rooms with the noise of a camera. It reads them
+at the size of the paper's protocol, with all tasks and with the slowest task alone. It trains DINOv2-base (random
+weights, linear head) on images of that size; for rooms, it trains the embedded base. Prints medians and ranges.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Scene = dict[str, np.ndarray]
 
 
 def scenes(count: int, height: int, width: int) -> list[Scene]:
-    """Rooms at another size: image with noise (8 bits), labels, depth, normals."""
+    """Rooms resized to another size: image with noise (8 bits), labels, depth, normals."""
     rooms = load_data("rooms", "val", count)
     return [_enlarged(rooms[i], height, width, np.random.default_rng(i)) for i in range(count)]
 
@@ -141,7 +141,7 @@ FORMATS: dict[str, tuple[Callable[[Path, int], str], str]] = {
 
 
 def read_speed(data: Any, repeats: int) -> list[float]:
-    """Images per second, each time all of them in batches of four; the first time is a warm-up."""
+    """Images per second of each repeat, which reads all images in batches of four. A first repeat is a warm-up."""
     speeds = []
     for seed in range(repeats + 1):
         steps = max(1, len(data) // 4)
@@ -153,7 +153,7 @@ def read_speed(data: Any, repeats: int) -> list[float]:
 
 
 class InMemory(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """A few samples that cost nothing to read: what is timed with them is training alone."""
+    """A few samples in memory, so that only training is timed."""
 
     def __init__(self, data: Any) -> None:
         self.samples = [data[i] for i in range(min(4, len(data)))]
@@ -166,7 +166,7 @@ class InMemory(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 def train_speed(data: Any, rooms: bool, repeats: int) -> list[float]:
-    """Images per second of tuning encoder and head on one task."""
+    """Images per second of fine-tuning encoder and head on one task."""
     (task,) = data.tasks.values()
     encoder = load(resolve_source("rooms-base")).encoder if rooms else model("B", "linear").encoder
     head = fresh_head(encoder, task, data, "linear")

@@ -1,17 +1,18 @@
-"""Time and memory of merging from disk to disk: ours, a floor, and mergekit where it is installed.
+"""Time and memory of merging from disk to disk: simomerge, a lower bound, and other libraries if they are installed.
 
     python benchmarks/merge_speed.py --work /tmp/merge_speed [--sections vitb svd growth vitg] [--mergekit PATH]
         [--fusion-bench PYTHON]
 
-Makes the checkpoints (random weights, task vectors a tenth of their size), then runs every command as a process of
-its own, in turn, `--repeats` times. Prints medians with ranges: seconds of wall time, and the peak of anonymous
-memory (pages of mapped files do not count), read from /proc every few milliseconds. Linux only.
+Creates the checkpoints (random weights, and task vectors a tenth of their size). Then it runs every command in a
+process of its own; the commands take turns, `--repeats` times. Prints medians with ranges: seconds of wall time, and
+the peak of anonymous memory (pages of mapped files do not count), read from /proc every few milliseconds. Linux only.
 
-The floor reads the four files and writes one with the safetensors library and does no arithmetic. mergekit is run
-through its command `mergekit-yaml`, given with --mergekit, on the same files as folders with a config of the
-architecture it asks for. fusion_bench has no command that reads such files: a script of ours loads them, calls its
-functions and saves, with the Python given by --fusion-bench; the seconds after its imports are printed too. (Its
-task_arithmetic_merge fails on parameters in 0.2.33, so task arithmetic is done with the functions beneath it.)
+- The lower bound ("floor") reads the four files and writes one with the safetensors library, without arithmetic.
+- mergekit runs through its command `mergekit-yaml`, given by --mergekit, on folders with the same files and a config
+  of the architecture that it expects.
+- fusion_bench has no command that reads such files. A script of ours loads them, calls its functions and saves the
+  result, with the Python given by --fusion-bench. The seconds after its imports are printed too. Its
+  task_arithmetic_merge fails on parameters in 0.2.33, so the script calls the functions that it is made of.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def make(folder: Path, size: str, experts: int, dtype: str = "F32") -> list[Path]:
-    """base.safetensors and the experts', written once: the tensors of one file at a time, one tensor in memory."""
+    """Write base.safetensors and the experts' files if they do not exist, with one tensor in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     layout = {name: TensorInfo(shape, "F32") for name, shape in shapes(size).items()}
     paths = [folder / f"{name}.safetensors" for name in ("base", *(f"expert{i}" for i in range(experts)))]
@@ -170,14 +171,14 @@ def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, 
 
 
 def ours(paths: Sequence[Path], output: Path, method: str, *more: str) -> list[str]:
-    """The command that merges these files."""
+    """The command of simomerge that merges these files."""
     experts = [f"{path.stem}={path}" for path in paths[1:]]
     command = [sys.executable, "-m", "simomerge", "merge", str(paths[0]), *experts, "--method", method]
     return [*command, "-o", str(output), *more]
 
 
 def in_turn(commands: Mapping[str, Sequence[str]], repeats: int, output: Path) -> dict[str, list[tuple[float, float]]]:
-    """Each command in turn, `repeats` rounds, so that a drift of the machine's speed meets all alike."""
+    """Run the commands in turn, `repeats` times, so that a drift of the machine's speed affects all of them equally."""
     for command in commands.values():  # once unmeasured: the files are in the page cache then
         measure(command, output)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
@@ -232,7 +233,7 @@ def vit_b(work: Path, repeats: int, mergekit: str | None, fusion: str | None) ->
 
 
 def mergekit_command(program: str, paths: Sequence[Path], folder: Path, method: str) -> list[str]:
-    """mergekit-yaml on the same weights as folders; its ViT support guesses the architecture from the tensors."""
+    """Run mergekit-yaml on folders with the same weights; it guesses the ViT architecture from the tensors."""
     config = {"architectures": ["Dinov2Model"], "model_type": "dinov2", "torch_dtype": "float32"}
     for path in paths:
         target = folder / path.stem
@@ -283,7 +284,7 @@ def svd(work: Path, repeats: int) -> None:
 
 
 def growth(work: Path, repeats: int, picture: Path) -> None:
-    """Time and memory against parameters, experts and cores, printed and drawn."""
+    """Print and plot time and memory against parameters, experts and cores."""
     import os
 
     output, cores = work / "out.safetensors", sorted(os.sched_getaffinity(0))
@@ -347,9 +348,9 @@ def main() -> None:
     sections = ("vitb", "svd", "growth", "vitg")
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--methods", nargs="+", help="of the section vitg; all without images or SVD by default")
+    parser.add_argument("--methods", nargs="+", help="for the section vitg; default: all without images and SVD")
     parser.add_argument("--mergekit", help="path of the command mergekit-yaml")
-    parser.add_argument("--fusion-bench", help="a Python that has fusion_bench")
+    parser.add_argument("--fusion-bench", help="a Python interpreter with fusion_bench")
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/merge_speed.png"))
     args = parser.parse_args()
     print(f"Machine: {machine()}")

@@ -2,10 +2,11 @@
 
     python benchmarks/model_speed.py [--sizes S B] [--heads linear dpt] [--tasks 5] [--repeats 3] [--bf16] [-o FILE]
 
-Encoders have the sizes of DINOv2 and random weights, heads are the paper's (a DPT of 128 fusion channels), images
-280 x 378 as in its NYUv2, one at a time. The one model and the T models run in processes of their own, in turn, which
-grow by a task at a time: two images to warm up, then `--images`. A time is that of the median image, memory the peak of
-anonymous pages above what torch and transformers take when imported. Printed: medians and ranges over the processes.
+The encoders have the sizes of DINOv2 and random weights. The heads are the paper's (linear, or DPT with 128 fusion
+channels). Images are 280 x 378, as in the paper's NYUv2, and are processed one at a time. The one model and the T
+models run in separate processes, which take turns. Each process adds one task at a time and measures after every
+addition: two images to warm up, then `--images`. The time is that of the median image. Memory is the peak of anonymous
+pages, minus what torch and transformers take when imported. Prints medians and ranges over the processes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def anonymous() -> int:
 
 
 def measure(size: str, head: str, shared: bool, most: int, images: int, bf16: bool) -> list[dict[str, float]]:
-    """In this process, for 1 to ``most`` tasks: median seconds per image, and peak bytes of models and activations."""
+    """Measure 1 to ``most`` tasks in this process: median seconds per image, peak bytes of models and activations."""
     import torch
     import transformers  # noqa: F401
 
@@ -88,7 +89,7 @@ def measure(size: str, head: str, shared: bool, most: int, images: int, bf16: bo
 
 
 class Watch:
-    """The peak of this process's anonymous pages so far, looked at every two milliseconds."""
+    """The peak of this process's anonymous pages so far, read every two milliseconds."""
 
     def __enter__(self) -> Watch:
         self.peak, self.running = anonymous(), True
@@ -107,7 +108,7 @@ class Watch:
 
 
 def run(*arguments: Any) -> list[dict[str, float]]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a new process."""
     call = [sys.executable, __file__, "--measure", json.dumps(arguments)]
     done = subprocess.run(call, capture_output=True, text=True, check=True)
     result: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
@@ -119,7 +120,7 @@ def spread(values: list[float], scale: float = 1.0) -> str:
 
 
 def row(tasks: int, found: dict[bool, list[list[dict[str, float]]]]) -> dict[str, Any]:
-    """All figures of one number of tasks; of each pair first the one model's."""
+    """All figures for one number of tasks. In each pair, the one model comes first."""
     seconds, taken = (
         [[run[tasks - 1][what] for run in found[shared]] for shared in (True, False)] for what in ("seconds", "bytes")
     )
@@ -140,10 +141,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["S", "B"], choices=list(SIZES))
     parser.add_argument("--heads", nargs="+", default=["linear", "dpt"], choices=["linear", "dpt"])
-    parser.add_argument("--tasks", type=int, default=5, help="1 to so many")
+    parser.add_argument("--tasks", type=int, default=5, help="largest number of tasks")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bf16", action="store_true", help="mixed precision, as evaluation uses where there is one")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, as in evaluation on devices that support it")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""The pictures of README and docs:
+"""Draw the pictures of README and docs:
 
     simomerge demo --tasks all --head dpt --full -o runs/rooms-dpt
     python benchmarks/pictures.py runs/rooms-dpt
 
-docs/pictures/rooms.png shows test images with their labels; docs/pictures/story.png shows, for two of them, the
-truth, the experts, the merged and the folded model.
+docs/pictures/rooms.png shows test images with their labels. docs/pictures/story.png shows two of them with the ground
+truth and the predictions of the experts, the merged model and the folded model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]
 
 
 def beside(tiles: list[np.ndarray], gap: int) -> np.ndarray:
-    """Tiles (H, W, 3) of one height in a row, white between them."""
+    """Put tiles (H, W, 3) of one height into a row, with white gaps between them."""
     white = np.full((tiles[0].shape[0], gap, 3), 255, np.uint8)
     return np.concatenate([part for tile in tiles for part in (tile, white)][:-1], axis=1)
 
@@ -54,7 +54,7 @@ def rooms_picture() -> None:
 
 def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
     recipe = Recipe(**json.loads((folder / "results.json").read_text())["recipe"])
-    gallery = run_recipe(recipe, folder)["gallery"]  # every stage is there already
+    gallery = run_recipe(recipe, folder)["gallery"]  # all stages are finished
     columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+fold-cross"]
     blocks = []
     for shown in gallery[:2]:

@@ -1,14 +1,15 @@
-"""Pretrain the embedded base encoder (src/simomerge/core/assets/rooms-base) on rooms, from nothing.
+"""Pretrain the embedded base encoder (src/simomerge/core/assets/rooms-base) on rooms, from scratch.
 
     torchrun --nproc-per-node 2 benchmarks/pretrain_base.py --output src/simomerge/core/assets/rooms-base
 
-A small DINOv2-architecture transformer sees rooms of the split "pool", which no task ever trains or tests on,
-with 40 % of the patches masked. From its last block one linear layer predicts, per patch: the RGB values
-(counted on masked patches only), the luminance gradient's magnitude, and the inverse depth standardised per
-image. The last two overlap the tasks 'texture' and 'depth'; no semantic label and no normal is used.
+The encoder is a small transformer with DINOv2's architecture. Its images are rooms of the split "pool", which no task
+uses for training or testing, with 40 % of the patches masked. From the last block, one linear layer predicts three
+things for each patch: the RGB values (the loss counts masked patches only), the magnitude of the luminance gradient,
+and the inverse depth, standardised per image. The last two overlap the tasks 'texture' and 'depth'. No semantic label
+and no normal is used.
 
-One process per core and one thread each: at this size that is nearly twice as fast as two threads.
-The state is saved every 500 steps, and a run that was killed goes on from there.
+Use one process per core with one thread each: at this size it is nearly twice as fast as one process with two threads.
+The state is saved every 500 steps, and a run that was killed resumes from it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Pretrainer(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor, texture: Tensor, depth: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Losses; images (B, 3, H, W), texture and depth (B, 1, H, W), mask (B, tokens), True where hidden."""
+        """Losses. Images (B, 3, H, W); texture and depth (B, 1, H, W); mask (B, tokens), True for hidden patches."""
         pixels = (images - self.mean) / self.std
         tokens = self.encoder(pixel_values=pixels, bool_masked_pos=mask).last_hidden_state[:, 1:]
         predicted = self.decoder(tokens).float()
@@ -148,7 +149,7 @@ def main() -> None:
 
 
 def save(encoder: Dinov2Model, folder: Path) -> None:
-    """Write an ordinary transformers folder, float16, with its preprocessing beside it."""
+    """Write a transformers folder in float16, including the preprocessing of its images."""
     import copy
 
     folder.mkdir(parents=True, exist_ok=True)

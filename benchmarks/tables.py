@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, from runs that are there (recipes/rooms-full.yaml says which):
+"""Print the tables of docs/benchmarks.md from finished runs; recipes/rooms-full.yaml lists the commands of these runs.
 
 python benchmarks/tables.py runs/rooms-full runs/rooms-linear
 """
