@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=5, help="largest number of tasks")
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bf16", action="store_true", help="mixed precision, as in evaluation on devices that support it")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, as in evaluation on such devices")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
