@@ -125,8 +125,8 @@ def taskonomy_tree(root: Path, count: int) -> str:
                 "keypoints2d": grey * 4,
             }.items():
                 write(root / domain / building / f"point_{i}_view_0_domain_{domain}.png", array)
-            seen = np.full(grey.shape, 255, np.uint8)
-            write(root / "mask_valid" / building / f"point_{i}_view_0_domain_depth_zbuffer.png", seen)
+            mask = np.full(grey.shape, 255, np.uint8)
+            write(root / "mask_valid" / building / f"point_{i}_view_0_domain_depth_zbuffer.png", mask)
     return f"taskonomy:{root}"
 
 

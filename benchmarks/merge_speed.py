@@ -148,8 +148,8 @@ def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, 
         shutil.rmtree(output) if output.is_dir() else output.unlink()
     began, peak = time.perf_counter(), 0
     with (
-        tempfile.TemporaryFile() as told,  # a pipe that nobody reads would block a command that says much
-        subprocess.Popen(list(command), stdout=told, stderr=told) as process,
+        tempfile.TemporaryFile() as printed,  # a pipe that nobody reads would block a command with long output
+        subprocess.Popen(list(command), stdout=printed, stderr=printed) as process,
     ):
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
@@ -161,12 +161,12 @@ def measure(command: Sequence[str], output: Path | None = None) -> tuple[float, 
             time.sleep(0.003)
         process.wait()
         seconds = time.perf_counter() - began
-        told.seek(0)
-        if (spoken := told.read()) and b"after imports" in spoken:
-            print(spoken.decode().strip().splitlines()[-1])
-        told.seek(0)
+        printed.seek(0)
+        if (text := printed.read()) and b"after imports" in text:
+            print(text.decode().strip().splitlines()[-1])
+        printed.seek(0)
         if process.returncode:
-            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{told.read().decode()[-3000:]}")
+            raise SystemExit(f"{' '.join(map(str, command))} failed:\n{printed.read().decode()[-3000:]}")
     return seconds, peak * 1024 / 1e9
 
 
@@ -219,7 +219,7 @@ def vit_b(work: Path, repeats: int, mergekit: str | None, fusion: str | None) ->
         commands = {"floor: read four, write one": floor, "ties, trim global": commands["ties, trim global"], **peers}
         outputs = {name: work / "mergekit" / "out" if name in peers else output for name in commands}
         found = {name: [measure(command, outputs[name])] for name, command in commands.items()}
-        show("The same beside mergekit, one run each", found, "floor: read four, write one")
+        show("The same next to mergekit, one run each", found, "floor: read four, write one")
     if fusion:
         once = {
             f"fusion_bench {m}": measure([fusion, "-c", FUSION, m, str(output), *map(str, paths)], output)

@@ -25,14 +25,14 @@ PICTURES = Path("docs/pictures")
 LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]
 
 
-def beside(tiles: list[np.ndarray], gap: int) -> np.ndarray:
+def in_row(tiles: list[np.ndarray], gap: int) -> np.ndarray:
     """Put tiles (H, W, 3) of one height into a row, with white gaps between them."""
     white = np.full((tiles[0].shape[0], gap, 3), 255, np.uint8)
     return np.concatenate([part for tile in tiles for part in (tile, white)][:-1], axis=1)
 
 
-def below(rows: list[np.ndarray], gap: int) -> np.ndarray:
-    return beside([row.transpose(1, 0, 2) for row in rows], gap).transpose(1, 0, 2)
+def in_column(rows: list[np.ndarray], gap: int) -> np.ndarray:
+    return in_row([row.transpose(1, 0, 2) for row in rows], gap).transpose(1, 0, 2)
 
 
 def labels(data: DenseDataset, index: int) -> np.ndarray:
@@ -43,13 +43,13 @@ def labels(data: DenseDataset, index: int) -> np.ndarray:
         values = sample[name].numpy()
         limits = (float(values.min()), float(values.max())) if task.kind == "depth" else (0.0, 1.0)
         tiles.append(colourise(task, values, limits))
-    return beside(tiles, 2)
+    return in_row(tiles, 2)
 
 
 def rooms_picture() -> None:
     data = load_data("rooms", split="test", count=256, tasks=LABELS)
-    rows = [beside([labels(data, 2 * row), labels(data, 2 * row + 1)], 6) for row in range(7)]
-    Image.fromarray(below(rows, 3)).save(PICTURES / "rooms.png", optimize=True)
+    rows = [in_row([labels(data, 2 * row), labels(data, 2 * row + 1)], 6) for row in range(7)]
+    Image.fromarray(in_column(rows, 3)).save(PICTURES / "rooms.png", optimize=True)
 
 
 def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
@@ -62,9 +62,9 @@ def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth
         rows = []
         for index, task in enumerate(tasks):
             maps = shown["predictions"][task]
-            rows.append(beside([shown["image"] if index == 0 else blank, *(maps[column] for column in columns)], 3))
-        blocks.append(below(rows, 3))
-    picture = Image.fromarray(beside(blocks, 10))
+            rows.append(in_row([shown["image"] if index == 0 else blank, *(maps[column] for column in columns)], 3))
+        blocks.append(in_column(rows, 3))
+    picture = Image.fromarray(in_row(blocks, 10))
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(
         PICTURES / "story.png", optimize=True
     )

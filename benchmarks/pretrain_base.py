@@ -102,7 +102,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision())
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise SystemExit(f"accelerate sees {accelerator.num_processes} process(es), torchrun started more.")
+        raise SystemExit(f"accelerate sees {accelerator.num_processes} process(es), but torchrun started more.")
     set_seed(args.seed)
     with accelerator.main_process_first(), show_progress(Console()):
         rooms = load_rooms("pool", args.images)
@@ -125,7 +125,7 @@ def main() -> None:
     generator = np.random.default_rng([args.seed, accelerator.process_index, done])
     stream = batches(rooms, args.batch, generator)
     grid = (rooms["image"].shape[1] // PATCH) * (rooms["image"].shape[2] // PATCH)
-    began, seen = time.time(), 0
+    began, processed = time.time(), 0
     for step in range(done, args.steps):
         batch = next(stream).to(accelerator.device)
         mask = torch.from_numpy(generator.random((args.batch, grid)) < 0.4).to(accelerator.device)
@@ -136,10 +136,10 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        seen += args.batch * accelerator.num_processes
+        processed += args.batch * accelerator.num_processes
         if (step + 1) % 50 == 0 and accelerator.is_main_process:
             shown = "  ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
-            print(f"step {step + 1}/{args.steps}  {shown}  {seen / (time.time() - began):.0f} img/s", flush=True)
+            print(f"step {step + 1}/{args.steps}  {shown}  {processed / (time.time() - began):.0f} img/s", flush=True)
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             accelerator.save_state(str(args.state / "state"))
             if accelerator.is_main_process:
