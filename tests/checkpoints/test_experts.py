@@ -23,6 +23,10 @@ class Recorded:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     hashed: int = 0
 
+    @property
+    def place(self) -> str:
+        return self.source
+
     def origin(self) -> dict[str, str]:
         self.hashed += 1
         return {"source": self.source, "fingerprint": self.fingerprint}
@@ -78,7 +82,8 @@ def test_the_base_of_experts() -> None:
     base, given = Recorded("b" * 64), {"depth": fine_tuned_from("b" * 64), "silent": fine_tuned_from(None)}
     assert experts.check_base(base, given) == ["silent"] and base.hashed == 1
     with pytest.raises(
-        InputError, match=r"'depth' was fine-tuned from another base \(its base b{12}, the given one c{12}\); give the-"
+        InputError,
+        match=r"'depth' \(runs\) was fine-tuned from another base \(its base b{12}, the given one c{12}\); give the-",
     ):
         experts.check_base(Recorded("c" * 64), given)
     unasked = Recorded("b" * 64)

@@ -64,6 +64,18 @@ def add_to_data(module: Any) -> None:
     module[0].bias.data[0] += 1e-6
 
 
+def halve_data(module: Any) -> None:
+    module[0].weight.data.mul_(0.5)
+
+
+def negate_data(module: Any) -> None:
+    module[0].weight.data.neg_()
+
+
+def permute_data(module: Any) -> None:
+    module[0].weight.data.copy_(module[0].weight.data.flip(0).clone())
+
+
 def assign(module: Any) -> None:
     module[0].weight = nn.Parameter(torch.zeros(4, 4))
 
@@ -87,6 +99,9 @@ def statistics(module: Any) -> None:
         load,
         add_in_place,
         add_to_data,
+        halve_data,
+        negate_data,
+        permute_data,
         assign,
         swap,
         statistics,

@@ -30,8 +30,12 @@ class Recorded(Protocol):
     def provenance(self) -> Mapping[str, Any]:
         """Where its weights come from, as simo.json records it; empty if unknown."""
 
+    @property
+    def place(self) -> str:
+        """Where it was read from, for messages; "the given model" if it was not read."""
+
     def origin(self) -> dict[str, str]:
-        """``source``, a name, and ``fingerprint`` of its encoder's weights."""
+        """``source``, a name without its folder, and ``fingerprint`` of its encoder's weights."""
 
 
 # The task of an expert ----------------------------------------------------------------------------------
@@ -127,8 +131,8 @@ def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
         expected = theirs.get("fingerprint")
         if expected and expected != (given := base.origin()["fingerprint"]):
             raise InputError(
-                f"expert {task!r} was fine-tuned from another base (its base {expected[:12]}, the given one"
-                f" {given[:12]}); give {theirs.get('source', 'that base')}."
+                f"expert {task!r} ({experts[task].place}) was fine-tuned from another base (its base {expected[:12]},"
+                f" the given one {given[:12]}); give {theirs.get('source', 'that base')}."
             )
     return [task for task, theirs in recorded.items() if not theirs.get("fingerprint")]
 
@@ -160,11 +164,10 @@ def check_merged_from(
         given.insert(0, ("the base", base, provenance.get("base", {})))
     for what, model, expected in given:
         fingerprint = expected.get("fingerprint")
-        if fingerprint and fingerprint != (origin := model.origin())["fingerprint"]:
+        if fingerprint and fingerprint != (given_one := model.origin()["fingerprint"]):
             raise InputError(
-                f"{origin['source'] or 'the given model'} (fingerprint {origin['fingerprint'][:12]}) is not what the"
-                f" model was merged from as {what}; give {expected.get('source', 'that one')} (fingerprint"
-                f" {fingerprint[:12]})."
+                f"{model.place} (fingerprint {given_one[:12]}) is not what the model was merged from as {what}; give"
+                f" {expected.get('source', 'that one')} (fingerprint {fingerprint[:12]})."
             )
 
 
@@ -189,7 +192,8 @@ def changed_by(provenance: Mapping[str, Any]) -> str | None:
     """The method of a re-alignment that changed a merged model's encoder, or None if the encoder is the merge."""
     record = provenance.get("realign")
     while record:
-        if record.get("changes_encoder"):
+        # Records that were written before `changes_encoder` existed name LoRA in one of two places.
+        if record.get("changes_encoder", "lora" in (record.get("method"), record.get("adapters"))):
             return str(record.get("method"))
         record = record.get("after")
     return None

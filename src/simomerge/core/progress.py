@@ -86,8 +86,11 @@ class Console:
         self._last_line: dict[str, float] = {}
         self._bars: Any = None  # rich.progress.Progress, on a terminal
         self._tasks: dict[str, Any] = {}
+        self._closed = False
 
     def __call__(self, label: str, done: int, total: int, note: str = "") -> None:
+        if self._closed:
+            return
         if sys.stderr.isatty():
             self._bar(label, done, total, note)
         else:
@@ -111,7 +114,8 @@ class Console:
             print(_text(label, done, total, note), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Remove the bars that are still drawn."""
+        """Remove the bars that are still drawn; later reports are ignored."""
+        self._closed = True
         if self._bars is not None:
             for task in self._tasks.values():
                 self._bars.remove_task(task)

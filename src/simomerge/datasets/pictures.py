@@ -150,18 +150,20 @@ class _Memory:
         self.sizes: dict[int, tuple[int, int]] = {}
         self.errors: dict[int, str] = {}
         self.decoded: dict[int, Tensor] = {}
+        self._bytes = 0
 
     def knows(self, position: int) -> bool:
         return position in self.sizes or position in self.errors
 
     def keep(self, position: int, image: Tensor) -> None:
         """Keep a decoded image for its next use, if there is room."""
-        if sum(kept.nbytes for kept in (*self.decoded.values(), image)) <= KEPT_BYTES:
+        if position not in self.decoded and self._bytes + image.nbytes <= KEPT_BYTES:
+            self._bytes += image.nbytes
             self.decoded[position] = image
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the decoded images: reading them again is faster than sending them to another process."""
-        return {**self.__dict__, "decoded": {}}
+        return {**self.__dict__, "decoded": {}, "_bytes": 0}
 
 
 def as_images(source: Any, count: int | None = None, size: str | tuple[int, int] | None = None) -> Images:

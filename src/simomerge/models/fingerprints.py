@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints import fingerprint
 
-_State = list[tuple[str, int, int, int]]
+_State = list[tuple[str, int, int, int, int]]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[_State, str]] = WeakKeyDictionary()
@@ -32,11 +32,14 @@ def fingerprint_of(module: nn.Module) -> str:
     return known[1]
 
 
-def _change_marks(tensor: Tensor) -> tuple[int, int]:
-    """PyTorch's count of in-place changes, and the sum of the values as integers of the same bits.
+def _change_marks(tensor: Tensor) -> tuple[int, int, int]:
+    """PyTorch's count of in-place changes, and two sums of the values as integers of the same bits.
 
-    Fused optimisers and writing to ``parameter.data`` leave the count as it is; the sum reveals them. It takes a
-    twentieth of the time of hashing, and wraps around where it overflows.
+    Fused optimisers and writing to ``parameter.data`` leave the count as it is; the sums reveal them. The first one
+    reveals changed values; the second one weights every value by its place, and reveals values that changed places.
     """
-    bits = tensor.view(_INTEGERS.get(tensor.itemsize, torch.int64))
-    return 0 if tensor.is_inference() else tensor._version, int(bits.sum(dtype=bits.dtype))
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(_INTEGERS.get(tensor.itemsize, torch.int64))
+    places = torch.arange(1, len(bits) + 1, device=bits.device) if len(bits) else bits.long()
+    weighted = int((bits.long() * places).sum())  # wraps around modulo 2^64
+    return 0 if tensor.is_inference() else tensor._version, int(bits.sum(dtype=torch.int64)), weighted

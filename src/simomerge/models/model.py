@@ -118,6 +118,11 @@ class SimoModel(nn.Module):
         """sha256 of the encoder's weights; it does not depend on their names, order or storage dtype."""
         return fingerprint_of(self.encoder.backbone)
 
+    @property
+    def place(self) -> str:
+        """Where it was loaded from, for messages."""
+        return self.source or "the given model"
+
     def origin(self) -> dict[str, str]:
         """What the provenance of other models records about this one: ``source`` and ``fingerprint``."""
         return {"source": source_name(self.source), "fingerprint": self.encoder_fingerprint()}

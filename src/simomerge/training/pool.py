@@ -52,6 +52,7 @@ class WorkerPool:
         self.workers = 1 if processes() > 1 else workers or default
         self._pool: Any = None  # loky.ProcessPoolExecutor
         self._messages: Any = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> WorkerPool:
         if self.workers > 1:
@@ -67,7 +68,8 @@ class WorkerPool:
                 initializer=_start_worker,
                 initargs=(self._messages, tracking.current(), self.workers),
             )
-            threading.Thread(target=self._forward_progress, args=(current_sink(),), daemon=True).start()
+            self._thread = threading.Thread(target=self._forward_progress, args=(current_sink(),), daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
@@ -78,6 +80,8 @@ class WorkerPool:
         # After Ctrl-C or an error, the jobs that are running now would run on for minutes.
         self._pool.shutdown(wait=True, kill_workers=kind is not None)
         self._messages.put(None)
+        assert self._thread is not None
+        self._thread.join(timeout=5)  # the last reports arrive before the sink is closed
 
     def run(self, jobs: Sequence[Job], after: Sequence[Collection[int]] = ()) -> list[Any]:
         """Results in the order of the jobs; the first error ends the run.

@@ -333,7 +333,7 @@ def test_mistakes_in_what_is_compressed(
         with pytest.raises(InputError, match=message):
             compress(files["base"], given, tmp_path / "out", **settings)
     assert set(tmp_path.rglob("*")) == before
-    with pytest.raises(InputError, match="expert 'depth' was fine-tuned from another base"):
+    with pytest.raises(InputError, match=r"expert 'depth' .* was fine-tuned from another base"):
         compress(models["normals"] / "encoder", {"depth": models["depth"]}, tmp_path / "out")
     (models["depth"] / "heads" / "depth.safetensors").unlink()
     with pytest.raises(InputError, match=r"depth\.safetensors: missing"):

@@ -45,6 +45,11 @@ class Source:
     def _fingerprint(self) -> str:
         return fingerprint(self.weights)
 
+    @property
+    def place(self) -> str:
+        """Its path, for messages."""
+        return str(self.path)
+
     def origin(self) -> dict[str, str]:
         """Its name, without the path, and the fingerprint of its weights, which is computed only once."""
         return {"source": self.path.name, "fingerprint": self._fingerprint}
