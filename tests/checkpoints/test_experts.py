@@ -25,7 +25,7 @@ class Recorded:
 
     @property
     def place(self) -> str:
-        return self.source
+        return self.source or "the given model"
 
     def origin(self) -> dict[str, str]:
         self.hashed += 1
