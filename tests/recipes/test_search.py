@@ -123,7 +123,7 @@ def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(
     found = search_recipe(recipe, tmp_path / "a", changes, seed=0, workers=1)
     assert {trial["state"] for trial in found["trials"]} == {"complete", "pruned"}
     assert found["trials"][0]["delta_mtl"] == -1.0 and found["trials"][-1]["delta_mtl"] is None
-    with pytest.raises(InputError, match="none of 2 trials came to an end"):
+    with pytest.raises(InputError, match="none of 2 trials was completed"):
         search_recipe(
             recipe, tmp_path / "b", ["search.trials=2", "search.space.realign.heads.steps={choices: [2]}"], workers=1
         )
@@ -206,10 +206,10 @@ def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["search.row=ties+heads"], "'ties\\+heads' is no row of the recipe; it has joint-mtl, average, ties"),
+        (["search.row=ties+heads"], "'ties\\+heads' is not a row of the recipe; it has joint-mtl, average, ties"),
         (["search.space.val_images={low: 2, high: 9}"], "'val_images' cannot be searched"),
         (["search.space.data={choices: [rooms, mine.csv]}"], "'data' cannot be searched"),
-        (["search.images=10"], "search.images is 10; give how many of the 10 val_images judge"),
+        (["search.images=10"], "search.images is 10; give how many of the 10 val_images evaluate"),
         (["search.space={}"], "nothing to search"),
         (["search.space.head.lr={low: 1, high: 2}"], "'head' is no mapping|head is \\{"),
         (["search.space.realign.heads.lrr={low: 1, high: 2}"], "no parameter 'lrr': did you mean 'lr'"),

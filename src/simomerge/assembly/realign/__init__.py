@@ -68,6 +68,8 @@ def realign(
         >>> model = realign(model, experts, images="photos/")                                      # doctest: +SKIP
         >>> model = realign(model, data=load_data("rooms", split="val"), method="heads", steps=60)  # doctest: +SKIP
     """
+    from simomerge.core import distributed
+
     chosen = get_realignment(method, **parameters) if isinstance(method, str) else method
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
@@ -75,8 +77,8 @@ def realign(
         inputs = {"data": _labelled(chosen, model, data)}
     else:
         inputs = _unlabelled(chosen, model, experts, images)
-    folder = Path(work_folder) if work_folder else None
-    return chosen.apply(model, Inputs(**inputs, work_folder=folder, workers=workers))
+    with distributed.temporary_folder() as temporary:
+        return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
 
 
 def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:

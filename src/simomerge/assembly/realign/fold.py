@@ -13,9 +13,7 @@ W' - W penalised. That is what is done here: O outputs instead of C channels. do
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 VARIANTS = ("per-tap", "cross-tap")
 
 
-@register
+@register("fold", "simomerge, docs/fold.md; relatives: ReACT (2025)", "https://arxiv.org/abs/2511.10943")
 @dataclass(frozen=True)
 class Fold(Realignment):
     """Fold the linear part of the mismatch between merged features and heads into the heads, in closed form.
@@ -39,10 +37,7 @@ class Fold(Realignment):
     be the experts'; adapters may be in its encoder.
     """
 
-    name: ClassVar[str] = "fold"
     teacher: ClassVar[str] = "experts"
-    paper: ClassVar[str] = "simomerge, docs/fold.md; relatives: ReACT (2025)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2511.10943"
     default_count: ClassVar[int] = 64
     needs_plain_heads: ClassVar[bool] = True
 
@@ -62,32 +57,22 @@ class Fold(Realignment):
     def phrase(self) -> str:
         return "folding its heads" + (" cross tap" if self.variant == "cross-tap" else "")
 
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.sums import fold_heads, head_targets
         from simomerge.assembly.realign.teacher import check_heads
-        from simomerge.assembly.realign.training import finished
-        from simomerge.models.model import SimoModel
 
-        began = time.monotonic()
         check_heads(model, inputs.experts)
         targets = head_targets(model, inputs.experts, inputs.images, self.variant, self.images_at_once)
         folded = fold_heads(model, targets, self.variant, math.inf if self.ridge == "none" else self.ridge)
         if message := folded.sums.shortcoming():
-            warnings.warn(message, stacklevel=3)
-        heads = dict(folded.model.heads.items())
-        result = SimoModel(copy.deepcopy(model.encoder), model.tasks, heads)
-        fits = folded.fits
-        measured: dict[str, Any] = {
-            "unlabelled_images": folded.sums.images,
-            "labelled_images": 0,
-            "steps": 0,
-            "trained_parameters": 0,
-            "seconds": round(time.monotonic() - began, 2),
-            "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in fits.items()},
-            "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
-            "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
+            warnings.warn(message, stacklevel=4)
+        model.heads = folded.model.heads
+        return {
+            "unlabelled_images": folded.sums.images,  # those that could be read
+            "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in folded.fits.items()},
+            "r2_before": {task: _rounded(fit.r2_before) for task, fit in folded.fits.items()},
+            "r2": {task: _rounded(fit.r2) for task, fit in folded.fits.items()},
         }
-        return finished(result, model, self.record(measured))
 
 
 def _rounded(value: float) -> float | None:

@@ -10,7 +10,6 @@ of peft.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,11 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-@register
+@register(
+    "lora",
+    "LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021)",
+    "https://arxiv.org/abs/2106.09685",
+)
 @dataclass(frozen=True)
 class Lora(TrainedRealignment):
     """Train LoRA in the encoder and all heads on the labels of all tasks, then fold it into the encoder's weights.
@@ -37,10 +40,7 @@ class Lora(TrainedRealignment):
     ``training.encoder_lr`` is LoRA's own peak learning rate, where it is given.
     """
 
-    name: ClassVar[str] = "lora"
     teacher: ClassVar[str] = "labels"
-    paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
 
     rank: int = parameter(16, low=1, help="Rank of each change.")
     alpha: float | None = parameter(
@@ -61,20 +61,15 @@ class Lora(TrainedRealignment):
     def changes_encoder(self) -> bool:
         return True
 
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        from simomerge.assembly.realign.training import check_no_adapters, finished, freeze_encoder, train_with_heads
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads
 
         check_no_adapters(model)
         config = lora_config(model.encoder, self.rank, self.alpha, self.targets)
-        result = copy.deepcopy(model)
-        state_file = inputs.work_folder / "lora.pt" if inputs.work_folder else None
-        freeze_encoder(result, self.training.seed)
-        with lora_layers(result.encoder, config):
-            cost = train_with_heads(
-                result, inputs.data, self.training, state_file, "lora", checkpointing=self.checkpointing
-            )
-        measured = {"alpha": config.lora_alpha, "labelled_images": len(inputs.data), **cost}
-        return finished(result, model, self.record(measured))
+        freeze_encoder(model, self.training.seed)
+        with lora_layers(model.encoder, config):
+            cost = train_with_heads(model, inputs, self.training, self.name, checkpointing=self.checkpointing)
+        return {"alpha": config.lora_alpha, **cost}
 
 
 def lora_config(

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from simomerge.assembly.experts import comparable
 from simomerge.checkpoints.experts import check_merged_from, check_same_encoder
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
-from simomerge.core.images import resized
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
-from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel, as_expert
@@ -135,73 +129,3 @@ def _difference(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tens
     if shape(ours) != shape(theirs):
         return f"{name}: {shape(ours)} in the model, {shape(theirs)} in the expert"
     return f"{name} has other values"
-
-
-class TeacherPredictions(DenseDataset):
-    """Images with the experts' logits as targets, kept memory-mapped in half precision.
-
-    Args:
-        images: as `simomerge.datasets.pictures.as_images` gives, all of one size.
-        experts: by task.
-        folder: where the logits are kept.
-
-    Raises:
-        InputError: images of different sizes, or one that cannot be read.
-    """
-
-    def __init__(self, images: Any, experts: Mapping[str, SimoModel], folder: Path) -> None:
-        super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
-        self.images = images
-        self.folder = folder
-        self._logits: dict[str, np.ndarray] = {}
-        height, width = next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:]
-        self.size = (int(height), int(width))
-        with distributed.first_before_others():
-            if not (folder / "done").exists():
-                _write_predictions(images, self.size, experts, folder)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_logits": {}}  # a memory map would cross to a worker with all its content
-
-    def image(self, index: int) -> Tensor:
-        image: Tensor = self.images.image(index)
-        return resized(image[None], self.size)[0]  # an image of very many patches was made smaller for the experts
-
-    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        found = {}
-        for task in tasks:
-            if task not in self._logits:
-                self._logits[task] = np.load(self.folder / f"{task}.npy", mmap_mode="r")
-            found[task] = torch.from_numpy(self._logits[task][index].astype(np.float32))
-        return found
-
-
-@torch.no_grad()
-def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        task: open_memmap(
-            folder / f"{task}.npy", mode="w+", dtype=np.float16, shape=(len(images), expert.tasks[task].channels, *size)
-        )
-        for task, expert in experts.items()
-    }
-    needed = sum(array.nbytes for array in arrays.values())
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"{folder}: the experts' predictions on {len(images)} images need {needed / 1e9:.1f} GB, and"
-            f" {free / 1e9:.1f} GB are free; use fewer images or another disk."
-        )
-    for batch in observe(experts, images, label="experts' predictions"):
-        if batch.images.shape[-2:] != size:
-            raise InputError(
-                f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
-                f" {batch.indices[0]} {batch.images.shape[-1]} x {batch.images.shape[-2]}: resize them"
-                " (--size HEIGHTxWIDTH)."
-            )
-        for task, expert in experts.items():
-            with evaluating(expert), autocast(batch.images.device):
-                logits = expert.decode(batch.features[task])[task]
-            arrays[task][batch.indices] = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
-    for array in arrays.values():
-        array.flush()
-    (folder / "done").touch()
