@@ -184,7 +184,7 @@ def test_where_fewer_images_are_there_the_judges_are_others_all_the_same(tiny_ba
     recipe = Recipe(tasks=("depth",), **trainings, merges=("average",), realigned=(), base=str(tiny_base), data=data)
     with WorkerPool(1) as pool:
         assert len(search.held_out_delta(recipe, "average", 2, tmp_path / "run", pool)) == 1
-        with pytest.raises(InputError, match=r"6 images are to judge, and the validation split has 6"):
+        with pytest.raises(InputError, match=r"search.images is 6, but the validation split has 6 images"):
             search.held_out_delta(recipe, "average", 6, tmp_path / "run", pool)
     (score,) = (tmp_path / "run" / "stages").glob("score-average-seed-0-*")
     model = load(next((tmp_path / "run" / "stages").glob("average-seed-0-*")) / "model")
@@ -211,7 +211,7 @@ def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path:
         (["search.space.data={choices: [rooms, mine.csv]}"], "'data' cannot be searched"),
         (["search.images=10"], "search.images is 10; give how many of the 10 val_images evaluate"),
         (["search.space={}"], "nothing to search"),
-        (["search.space.head.lr={low: 1, high: 2}"], "'head' is no mapping|head is \\{"),
+        (["search.space.head.lr={low: 1, high: 2}"], "'head' is not a mapping|head is \\{"),
         (["search.space.realign.heads.lrr={low: 1, high: 2}"], "no parameter 'lrr': did you mean 'lr'"),
         (["search.space.merge_settings.ties.density={low: 0.5, high: 1.5}"], "density"),
         (

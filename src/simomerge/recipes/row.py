@@ -13,14 +13,14 @@ AUTO = "auto"
 """The merge that `simomerge.merge` chooses and folds by itself."""
 
 CONTROL = "zero-shot"
-"""The merge that is none: the base itself, re-aligned like the others for comparison."""
+"""The base without a merge, re-aligned like the others for comparison."""
 
 _STEP = re.compile(r"(?P<name>[\w.-]+)(?:\((?P<parameters>[^()]*)\))?")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One re-alignment of a row, by its name, with the parameters that are special to this row."""
+    """One re-alignment of a row, by its name, with the parameters that only this row gives it."""
 
     name: str
     parameters: tuple[tuple[str, Any], ...] = ()

@@ -252,7 +252,7 @@ class Realign(LoggedStage):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Relate(LoggedStage):
-    """How the experts relate to each other, judged by labels."""
+    """How the experts relate to each other, measured by labels."""
 
     keeps_labels: ClassVar[bool] = True
 

@@ -43,8 +43,8 @@ class Adapters(TrainedRealignment):
         return "re-aligning it with adapters"
 
     @property
-    def adds_adapters(self) -> bool:
-        return True
+    def encoder_change(self) -> str:
+        return "adapters"
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads

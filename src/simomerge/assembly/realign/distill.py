@@ -1,7 +1,7 @@
 """Distillation: heads, or adapters or LoRA with the heads, trained to predict what the experts predict.
 
-It starts from the fold, which does most of the work in closed form; gradient descent repairs what is not linear. No
-label is used, only images.
+Training starts from the fold, which corrects the linear part of the mismatch in closed form; gradient descent then
+corrects the rest. It uses images without labels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Distill(TrainedRealignment):
     """Train the heads, and adapters or LoRA with them, to match the experts' predictions on unlabelled images.
 
-    The heads are folded first where they can be, unless the model was re-aligned before. Images must be of one size.
+    Heads that can be folded are folded first, unless the model was re-aligned before. All images must have one size.
     """
 
     teacher: ClassVar[str] = "experts"
@@ -55,16 +55,8 @@ class Distill(TrainedRealignment):
         return f"distilling its heads{inside} from the experts"
 
     @property
-    def trains_heads_apart(self) -> bool:
-        return self.trains == "heads"
-
-    @property
-    def adds_adapters(self) -> bool:
-        return self.trains == "adapters"
-
-    @property
-    def changes_encoder(self) -> bool:
-        return self.trains != "heads"
+    def encoder_change(self) -> str:
+        return "" if self.trains == "heads" else self.trains
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.predictions import TeacherPredictions

@@ -1,14 +1,13 @@
 """Fold: re-alignment in closed form, from unlabelled images, without adding a parameter.
 
-What the merged encoder gives a head differs from what its own expert's encoder gave it, mostly by a linear map. A
-ridge regression from merged to expert features, shrunk towards the identity, finds the map. Because it is linear, it
-disappears into the head's first layer. With W the weights of that layer, x a token's merged features and z those of
-the expert::
+The features of the merged encoder differ from those of an expert's encoder mostly by a linear map. A ridge regression
+from merged to expert features, shrunk towards the identity, finds the map. Because it is linear, it can be folded into
+the head's first layer. Let W be the weights of that layer, x a token's merged features and z the expert's features::
 
     argmin_A  sum_n || z[n] - A x[n] - b ||^2 + ridge || A - I ||^2,   then  W <- W A,  c <- c + W b
 
-Ridge regression is linear in its targets, so the same W A comes from regressing what the layer itself computes, with
-W' - W penalised. That is what is done here: O outputs instead of C channels. docs/fold.md has the derivation.
+Ridge regression is linear in its targets, so a regression of the layer's own output, which penalises W' - W, gives the
+same W A. The code solves this smaller problem: O outputs instead of C channels. docs/fold.md has the derivation.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ VARIANTS = ("per-tap", "cross-tap")
 class Fold(Realignment):
     """Fold the linear part of the mismatch between merged features and heads into the heads, in closed form.
 
-    One pass: every image goes through the merged encoder and each expert's. Only sums are kept, whose size depends on
-    the encoder's width alone. Under torchrun each process takes its share of the images. The model's heads must still
-    be the experts'; adapters may be in its encoder.
+    Each image passes once through the merged encoder and every expert's encoder. Only sums are kept, and their size
+    depends on the encoder's width alone. Under torchrun each process takes its share of the images. The model's heads
+    must still be the experts' heads; its encoder may have adapters.
     """
 
     teacher: ClassVar[str] = "experts"
@@ -42,7 +41,7 @@ class Fold(Realignment):
     needs_plain_heads: ClassVar[bool] = True
 
     variant: str = parameter(
-        "per-tap", choices=VARIANTS, help="Repair each tap from itself (shapes stay), or every tap from all taps."
+        "per-tap", choices=VARIANTS, help="Map each tap from itself (shapes stay), or every tap from all taps."
     )
     ridge: float | str = parameter(
         "auto",
@@ -51,7 +50,7 @@ class Fold(Realignment):
         words=("auto", "none"),
         help="Shrinkage towards the identity, in units of the mean variance; auto chooses it for each head.",
     )
-    images_at_once: int = parameter(32, low=1, help="Images that are encoded at once.")
+    images_at_once: int = parameter(32, low=1, help="Images per batch.")
 
     @property
     def phrase(self) -> str:

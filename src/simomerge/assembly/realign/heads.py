@@ -31,16 +31,12 @@ class Heads(TrainedRealignment):
     teacher: ClassVar[str] = "labels"
 
     cache_budget: str | None = parameter(
-        None, kind=str, help="Space that the features may take on disk, such as 20GB; what is free by default."
+        None, kind=str, help="Disk space for the features, such as 20GB; the free space by default."
     )
 
     @property
     def phrase(self) -> str:
         return "re-aligning its heads"
-
-    @property
-    def trains_heads_apart(self) -> bool:
-        return True
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import train_heads

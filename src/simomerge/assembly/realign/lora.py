@@ -1,8 +1,8 @@
 """LoRA re-alignment: low-rank changes of the encoder's linear layers, trained with the heads, then folded.
 
-A layer with weight ``W`` computes ``W x + (alpha / rank) B A x`` while it is trained. Afterwards its weight is
-``W + (alpha / rank) B A``, which gives the same up to the rounding of float32. The paper's adapters work on whole
-blocks, and no weight of a block can absorb them; LoRA leaves a plain encoder.
+A layer with weight ``W`` computes ``W x + (alpha / rank) B A x`` during training. Afterwards its weight is
+``W + (alpha / rank) B A``, which gives the same output up to rounding in float32. The paper's adapters work on whole
+blocks and cannot be folded into weights, whereas LoRA leaves a plain encoder.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). The layers and their folding are those
 of peft.
@@ -37,7 +37,7 @@ ALL_LINEAR = "all-linear"
 class Lora(TrainedRealignment):
     """Train LoRA in the encoder and all heads on the labels of all tasks, then fold it into the encoder's weights.
 
-    ``training.encoder_lr`` is LoRA's own peak learning rate, where it is given.
+    ``training.encoder_lr`` sets LoRA's own peak learning rate.
     """
 
     teacher: ClassVar[str] = "labels"
@@ -58,8 +58,8 @@ class Lora(TrainedRealignment):
         return "re-aligning it with LoRA"
 
     @property
-    def changes_encoder(self) -> bool:
-        return True
+    def encoder_change(self) -> str:
+        return "lora"
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads
@@ -77,10 +77,8 @@ def lora_config(
 ) -> Any:
     """peft's LoraConfig for an encoder, with the full names of the target layers.
 
-    Everything that can be wrong is found here, before any training.
-
     Raises:
-        InputError: peft is not installed, a target that is no linear layer, or an encoder without linear layers.
+        InputError: peft is not installed, a target is not a linear layer, or the encoder has no linear layers.
     """
     names = _target_names(encoder.backbone, targets)
     try:
@@ -92,10 +90,10 @@ def lora_config(
 
 @contextmanager
 def lora_layers(encoder: Encoder, config: Any) -> Iterator[None]:
-    """Put LoRA into an encoder's linear layers, in place; at the end of the block it is folded into their weights.
+    """Put LoRA into an encoder's linear layers, in place, and fold it into their weights when the context ends.
 
-    Only the layers are replaced and later put back. The blocks and their hooks stay the same objects, and all tensors
-    keep their names. If the block raises, the encoder is left with its LoRA layers.
+    Only the linear layers are replaced and later restored. Blocks and hooks stay the same objects, and all tensors keep
+    their names. After an exception the LoRA layers remain.
     """
     from peft import LoraModel
 

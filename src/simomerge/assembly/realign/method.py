@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a re-alignment may use besides the model.
+    """What a re-alignment may use in addition to the model.
 
     Attributes:
-        work_folder: Where features, predictions and the state of a killed run are kept, for this very re-alignment and
-            no other.
+        work_folder: Folder for features, predictions and the state of a killed run, used by this re-alignment only.
         experts: By task, checked against the model; empty for a method that learns from labels.
         images: Unlabelled images for a method that learns from the experts, as `as_images` gives them.
         data: A dataset with labels of every task for a method that learns from labels.
@@ -74,19 +73,24 @@ class Realignment(ABC):
         """What it does, for sentences such as "Merging cost 10 points; folding its heads recovered 60 % of that."."""
 
     @property
-    def trains_heads_apart(self) -> bool:
-        """Whether heads are trained independently of each other, so that several workers help."""
-        return False
+    def encoder_change(self) -> str:
+        """What happens to the encoder: "adapters" are added, "lora" is folded into its weights, or "" (nothing)."""
+        return ""
 
     @property
     def adds_adapters(self) -> bool:
         """Whether the result has adapters next to its blocks."""
-        return False
+        return self.encoder_change == "adapters"
 
     @property
     def changes_encoder(self) -> bool:
         """Whether the result's encoder is no longer the plain merge of its experts."""
-        return self.adds_adapters
+        return bool(self.encoder_change)
+
+    @property
+    def trains_heads_apart(self) -> bool:
+        """Whether heads are trained independently of each other, so that several workers help."""
+        return False
 
     @abstractmethod
     def change(self, model: SimoModel, inputs: Inputs) -> Mapping[str, Any]:
@@ -96,11 +100,11 @@ class Realignment(ABC):
             What was measured, for the provenance. It may replace the entries that `apply` writes.
 
         Raises:
-            InputError: What the method cannot work with; the message says what.
+            InputError: The model or the inputs do not fit the method; the message says why.
         """
 
     def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        """Re-align a copy of a model; the given model stays as it is. The copy's provenance records the method."""
+        """Re-align a copy of a model, and record the method in the copy's provenance."""
         began = time.monotonic()
         result = copy.deepcopy(model)
         measured = self.change(result, inputs)
@@ -138,6 +142,10 @@ class TrainedRealignment(Realignment):
 
     training: TrainSettings = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 
+    @property
+    def trains_heads_apart(self) -> bool:
+        return not self.changes_encoder
+
 
 _REGISTRY: Registry[Realignment] = Registry("re-alignment")
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -145,7 +153,7 @@ register = _REGISTRY.register
 
 
 def preset(name: str, method: str, **parameters: Any) -> None:
-    """Make a re-alignment with some parameters available under a name of its own."""
+    """Make a re-alignment with some parameters available under a second name."""
     _PRESETS[name] = (method, parameters)
 
 
@@ -155,7 +163,7 @@ def methods() -> dict[str, type[Realignment]]:
 
 
 def realignments() -> dict[str, Realignment]:
-    """Everything that can be named: the methods with their defaults, then the presets.
+    """The methods with their default parameters, then the presets, by name.
 
     Example:
         >>> realignments()["fold-cross"].variant
@@ -168,12 +176,12 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
     """The re-alignment or preset ``name`` with its parameters checked.
 
     Args:
-        **parameters: Those of the method; the fields of `TrainSettings` may be given one by one, next to or instead of
-            ``training``.
+        **parameters: Parameters of the method. The fields of `TrainSettings` may be given one by one, in addition to or
+            instead of ``training``.
 
     Raises:
-        InputError: An unknown method or parameter (the nearest name is suggested), a value out of range, or a parameter
-            that has no effect with the others.
+        InputError: The method or a parameter is unknown (the nearest name is suggested), a value is out of range, or a
+            parameter has no effect together with the others.
 
     Example:
         >>> get_realignment("heads", steps=60).training.steps
@@ -203,11 +211,11 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
 
 
 TRAINING = tuple(spec.name for spec in fields(TrainSettings))
-"""The names of the training's settings, which may be given as parameters of a re-alignment that trains."""
+"""The fields of `TrainSettings`, which a re-alignment that trains also takes as parameters."""
 
 
 def is_used(method: Realignment, spec: Any) -> bool:
-    """Whether a parameter has an effect with the other parameters of a method."""
+    """Whether a parameter has an effect, given the other parameters of a method."""
     conditions = spec.metadata.get("when", {})
     return all(getattr(method, name) in values for name, values in conditions.items())
 

@@ -23,15 +23,15 @@ from simomerge.training.evaluate import evaluating
 
 
 class TeacherPredictions(DenseDataset):
-    """Images with the experts' logits as targets, kept memory-mapped in half precision.
+    """Images with the experts' logits as targets, memory-mapped in half precision.
 
     Args:
-        images: as `simomerge.datasets.pictures.as_images` gives, all of one size.
-        experts: by task.
-        folder: where the logits are kept.
+        images: As `simomerge.datasets.pictures.as_images` returns them, all of one size.
+        experts: By task.
+        folder: Folder of the logits. They are computed if the folder does not have them.
 
     Raises:
-        InputError: images of different sizes, or one that cannot be read.
+        InputError: The images have different sizes, one cannot be read, or the disk is too small.
     """
 
     def __init__(self, images: Any, experts: Mapping[str, SimoModel], folder: Path) -> None:
@@ -46,11 +46,11 @@ class TeacherPredictions(DenseDataset):
                 _write_predictions(images, self.size, experts, folder)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_logits": {}}  # a memory map would cross to a worker with all its content
+        return {**self.__dict__, "_logits": {}}  # pickling a memory map would copy its content to each worker
 
     def image(self, index: int) -> Tensor:
         image: Tensor = self.images.image(index)
-        return resized(image[None], self.size)[0]  # an image of very many patches was made smaller for the experts
+        return resized(image[None], self.size)[0]  # the experts saw very large images downscaled
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         found = {}

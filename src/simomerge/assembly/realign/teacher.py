@@ -1,4 +1,4 @@
-"""What the experts say of unlabelled images: the only teacher that label-free re-alignment has."""
+"""The experts as teachers: checks that they fit a merged model, and their features of unlabelled images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Observation:
     """A batch of images and the experts' features of them.
 
     Attributes:
-        indices: of the images.
-        images: float (B, 3, H, W), as the encoders get them.
-        features: by task.
+        indices: Indices of the images.
+        images: Float (B, 3, H, W), as the encoders receive them.
+        features: By task.
     """
 
     indices: list[int]
@@ -47,9 +47,9 @@ def observe(
     """Encode images with every expert, a batch at a time.
 
     Args:
-        experts: by task.
-        images: as `simomerge.datasets.pictures.as_images` gives.
-        shared: under torchrun, see this process's share of the images only.
+        experts: By task.
+        images: As `simomerge.datasets.pictures.as_images` returns them.
+        shared: Under torchrun, encode only this process's share of the images.
     """
     rank, world = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     first = next(iter(experts.values()))
@@ -65,10 +65,11 @@ def observe(
 
 
 def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) -> dict[str, SimoModel]:
-    """The model's experts, by task in the model's order, after checking that their encoders are of one kind.
+    """The model's experts by task, in the model's order, after a check that their encoders fit the model's.
 
     Raises:
-        InputError: none given, one missing or too many, or one with other taps or another normalisation than the model.
+        InputError: There are no experts, one is missing or has no task in the model, or one differs from the model in
+            its taps, normalisation, device or task.
     """
     if not experts:
         raise InputError("re-alignment without labels needs the experts: give each as TASK=EXPERT.")
@@ -79,7 +80,7 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
     if unknown:
         raise InputError(f"expert {unknown[0]!r}: the model has no such task; it has {', '.join(model.tasks)}.")
     named = {task: as_expert(experts[task], task) for task in model.tasks}
-    # Adapters in the model are no obstacle: they are part of what makes its features.
+    # The model may have adapters: they are a part of the encoder whose features the heads read.
     merged = {**comparable(model), "adapters": None}
     check_same_encoder({"the model": merged, **{task: comparable(expert) for task, expert in named.items()}})
     for task, expert in named.items():
@@ -101,10 +102,10 @@ def _check_device_and_task(model: SimoModel, task: str, expert: SimoModel) -> No
 
 
 def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
-    """Make sure that the model's heads are the experts', as a merge leaves them.
+    """Check that the model's heads are still the experts' heads.
 
     Raises:
-        InputError: another architecture or other weights; the message names the first tensor that differs.
+        InputError: A head has another architecture or other weights; the message names the first tensor that differs.
     """
     for task, expert in experts.items():
         ours, theirs = model.heads[task].state_dict(), expert.heads[task].state_dict()
