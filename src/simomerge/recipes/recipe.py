@@ -93,8 +93,11 @@ class RecipeError(InputError):
     """All problems of a recipe, each a sentence without its full stop."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(f"recipe: {'; '.join(problems)}.")
+        super().__init__(problems)
         self.problems = problems
+
+    def __str__(self) -> str:
+        return f"recipe: {'; '.join(self.problems)}."
 
 
 def _checked(kind: type[_Class]) -> type[_Class]:

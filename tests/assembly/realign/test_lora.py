@@ -203,7 +203,7 @@ def test_the_state_of_a_killed_run_holds_only_what_learns(
     monkeypatch.setattr(loop._State, "save_once_in_a_while", save_and_die)
     with pytest.raises(Killed):
         realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3, work_folder=tmp_path)
-    state = torch.load(tmp_path / "lora.pt", weights_only=True)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert not any(name.endswith("base_layer.weight") for name in state["module"])
 
 

@@ -69,10 +69,11 @@ class Distill(TrainedRealignment):
         if not model.provenance.get("realign"):
             self._fold(model, inputs)
         predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
+        inputs = replace(inputs, data=predictions)
         if self.trains == "heads":
-            measured = train_heads(model, predictions, self.training, inputs, "distance")
+            measured = train_heads(model, inputs, self.training, "distance")
         else:
-            measured = self._train_encoder(model, replace(inputs, data=predictions), config)
+            measured = self._train_encoder(model, inputs, config)
         return {"unlabelled_images": len(inputs.images), **measured}
 
     def _fold(self, model: SimoModel, inputs: Inputs) -> None:
@@ -95,5 +96,5 @@ class Distill(TrainedRealignment):
         if config is None:
             model.encoder.add_adapters(self.rank, self.activation)
         with lora_layers(model.encoder, config) if config else nullcontext():
-            cost = train_with_heads(model, inputs, self.training, self.trains, prediction_distances, label=self.name)
+            cost = train_with_heads(model, inputs, self.training, self.name, prediction_distances)
         return {"alpha": config.lora_alpha, "targets": ALL_LINEAR, **cost} if config else cost

@@ -43,4 +43,4 @@ class Heads(TrainedRealignment):
         from simomerge.checkpoints import parse_size
 
         budget = parse_size(self.cache_budget) if self.cache_budget else None
-        return train_heads(model, inputs.data, self.training, inputs, "loss", budget)
+        return train_heads(model, inputs, self.training, "loss", budget)

@@ -21,13 +21,13 @@ from simomerge.training.settings import TrainSettings, TuneOptions
 
 
 def check_no_adapters(model: SimoModel, remedy: str = "re-align the merged model they were made from") -> None:
-    """Refuse a model that has adapters: it cannot get a second set, and LoRA would not give a plain encoder."""
+    """Refuse a model with adapters: it cannot have a second set, and LoRA would not give a plain encoder."""
     if model.encoder.adapters is not None:
         raise InputError(f"the model has adapters already; {remedy}.")
 
 
 def freeze_encoder(model: SimoModel, seed: int) -> None:
-    """Let only the heads learn; what is put into the encoder next is initialised from the seed, and learns too."""
+    """Train only the heads, and adapters or LoRA that are added later; these are initialised from the seed."""
     torch.manual_seed(seed)
     model.requires_grad_(False)
     model.heads.requires_grad_(True)
@@ -37,21 +37,14 @@ def train_with_heads(
     model: SimoModel,
     inputs: Inputs,
     settings: TrainSettings,
-    name: str,
+    label: str,
     losses: ModelLosses = image_losses,
     checkpointing: bool = False,
-    label: str = "",
 ) -> dict[str, Any]:
-    """Train everything in a model that requires a gradient on all tasks at once, in place; return what it cost.
-
-    Args:
-        inputs: The data, and the work folder, where the state of a killed run is called after ``name``.
-    """
+    """Train all parameters of a model that require a gradient, on all tasks at once, in place; return the cost."""
     trained = trainable_parameters(model)
-    state_file, options = inputs.work_folder / f"{name}.pt", TuneOptions(checkpointing=checkpointing)
-    log = finetune(
-        model, inputs.data, settings, state_file=state_file, label=label or name, losses=losses, options=options
-    )
+    state_file, options = inputs.work_folder / "state.pt", TuneOptions(checkpointing=checkpointing)
+    log = finetune(model, inputs.data, settings, None, state_file, label, losses, options)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
 
 
@@ -67,22 +60,15 @@ def prediction_distances(model: Any, batch: Mapping[str, Any]) -> dict[str, Tens
 
 
 def train_heads(
-    model: SimoModel,
-    data: Any,
-    settings: TrainSettings,
-    inputs: Inputs,
-    criterion: str,
-    cache_budget: int | None = None,
+    model: SimoModel, inputs: Inputs, settings: TrainSettings, criterion: str, cache_budget: int | None = None
 ) -> dict[str, Any]:
-    """Train each head of a model on features that are computed once, in place; return what it cost.
+    """Train each head of a model on features that are computed once, in place; return the cost.
 
     Args:
-        data: Images with what the criterion compares with: targets, or another model's logits.
-        inputs: The work folder, and how many heads are trained at the same time.
         criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (a teacher's logits).
         cache_budget: Bytes that the features may take on disk.
     """
-    work = inputs.work_folder
+    work, data = inputs.work_folder, inputs.data
     if not (work / "features").exists():
         cache_features(model.encoder, data, work / "features", budget=cache_budget)
     common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
