@@ -164,7 +164,7 @@ def test_classes_are_found_by_name() -> None:
     assert PETS.find("cat") is Cat and PETS.make("ant") == Ant()
     assert PETS.make("cat", legs=3) == Cat(legs=3)
     with pytest.raises(ValueError, match="A pet named 'cat' is already registered"):
-        PETS.register("cat", "", "")(Ant)
+        PETS.register("cat", "", "")(type("Tiger", (), {}))
 
 
 def test_unknown_names_come_with_a_suggestion() -> None:

@@ -164,10 +164,10 @@ class Registry(Generic[_T]):
         """
 
         def add(method: _Class) -> _Class:
-            if name in self._classes:
-                raise ValueError(f"A {self.what} named '{name}' is already registered.")
             for attribute, value in {"name": name, "paper": paper, "link": link}.items():
                 setattr(method, attribute, value)
+            if name in self._classes:
+                raise ValueError(f"A {self.what} named '{name}' is already registered.")
             self._classes[name] = method
             return method
 
