@@ -28,6 +28,8 @@ class Cat:
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str]
+    link: ClassVar[str]
 
     share: float = parameter(0.5, above=0.0, high=1.0, help="a fraction")
     size: float = parameter(1.0, low=0.0, help="a size")
@@ -163,6 +165,7 @@ def test_classes_are_found_by_name() -> None:
     assert list(PETS.available().items()) == [("ant", Ant), ("cat", Cat)]
     assert PETS.find("cat") is Cat and PETS.make("ant") == Ant()
     assert PETS.make("cat", legs=3) == Cat(legs=3)
+    assert (Cat.name, Cat.paper, Cat.link) == ("cat", "A book about cats", "https://example.org/cats")
     with pytest.raises(ValueError, match="A pet named 'cat' is already registered"):
         PETS.register("cat", "", "")(type("Tiger", (), {}))
 
