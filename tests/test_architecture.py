@@ -169,6 +169,103 @@ def test_the_import_finder_sees_every_form(tmp_path: Path, monkeypatch: pytest.M
     ]
 
 
+# Size and shape -----------------------------------------------------------------------------------------
+
+
+def module_of(path: Path) -> str:
+    dotted = ".".join(("simomerge", *path.relative_to(PACKAGE).with_suffix("").parts))
+    return dotted.removesuffix(".__init__")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def imported_files(path: Path, known: set[str]) -> set[str]:
+    """The modules of the package that a file imports when it runs, inside functions too, without those for types."""
+    for_types = {
+        line.lineno
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if is_type_checking(node)
+        for line in ast.walk(node)
+        if hasattr(line, "lineno")
+    }
+    found = set()
+    for line, name in imports(path):
+        if line not in for_types:
+            found |= {name if name in known else name.rpartition(".")[0]} & known
+    return found - {module_of(path)}
+
+
+def circles(needs: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that need each other, each circle once: the strongly connected components with several members."""
+    reach: dict[str, set[str]] = {}
+    for start in needs:
+        waiting, reached = [start], set()
+        while waiting:
+            for name in needs[waiting.pop()] - reached:
+                reached.add(name)
+                waiting.append(name)
+        reach[start] = reached
+    groups = {frozenset({one, *(other for other in reach[one] if one in reach[other])}) for one in needs}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
+
+
+def test_no_files_import_each_other() -> None:
+    """Packages may import the registry of their methods; the root's `__init__` is lazy and stands above all."""
+    files = {module_of(path): path for path in sources() if unit_of(path) not in ("__init__", "__main__")}
+    needs = {name: imported_files(path, set(files)) for name, path in files.items()}
+    assert "simomerge.models.model" not in needs["simomerge.assembly.realign.heads"]  # imported for types only
+    assert "simomerge.assembly.realign.training" in needs["simomerge.assembly.realign.heads"]  # inside a function
+    assert circles(needs) == []
+
+
+def test_rooms_are_few_and_loosely_joined() -> None:
+    joined = {
+        (unit_of(path), name.split(".")[1])
+        for path in sources()
+        for _, name in imports(path)
+        if unit_of(path) in HEIGHT and starts_with(name, "simomerge") and name.count(".") > 0
+    }
+    arrows = {(unit, target) for unit, target in joined if unit != target and target in HEIGHT}
+    assert len(arrows) <= 55 and len(LAYERS) <= 9, sorted(arrows)
+
+
+LINES, PARAMETERS, FILE_LINES = 60, 8, 400
+ALLOWED = {
+    "simomerge.assembly.merge.merge": "simomerge.merge: each parameter is an option that a user sets by name.",
+    "simomerge.relations.relations.relate": "simomerge.relate: each parameter is an option that a user sets by name.",
+    "simomerge.core.registry.parameter": "Declares one parameter of a method; each keyword is one property of it.",
+    "simomerge.cli.relate.command": "click passes every option of the command as an argument.",
+}
+"""Functions that may exceed a limit, with the reason."""
+
+
+def functions(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(dotted name, lines, number of parameters) of every function of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            parameters = len([name for name in given if name not in ("self", "cls")])
+            yield f"{module_of(path)}.{node.name}", (node.end_lineno or 0) - node.lineno + 1, parameters
+
+
+def test_functions_fit_a_screen() -> None:
+    found = [each for path in sources() for each in functions(path)]
+    large = {name: sizes for name, *sizes in found if sizes[0] > LINES or sizes[1] > PARAMETERS}
+    assert {name: sizes for name, sizes in large.items() if name not in ALLOWED} == {}
+    assert set(ALLOWED) <= set(large), "an exception is no longer needed"
+
+
+def test_files_stay_small() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    assert {module_of(path): count for path, count in lengths.items() if count > FILE_LINES} == {}
+
+
 # Starting -----------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import doctest
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from simomerge.core.registry import Registry, check_parameters, parameter, range
 PETS: Registry[Any] = Registry("pet")
 
 
-@PETS.register
+@PETS.register("cat", "A book about cats", "https://example.org/cats")
 @dataclass(frozen=True)
 class Cat:
     """A pet with every kind of parameter,
@@ -27,7 +27,9 @@ class Cat:
     This paragraph is no summary.
     """
 
-    name = "cat"
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    link: ClassVar[str]
 
     share: float = parameter(0.5, above=0.0, high=1.0, help="a fraction")
     size: float = parameter(1.0, low=0.0, help="a size")
@@ -45,12 +47,10 @@ class Cat:
         check_parameters(self.name, self)
 
 
-@PETS.register
+@PETS.register("ant", "A book about ants", "https://example.org/ants")
 @dataclass(frozen=True)
 class Ant:
     """No parameters."""
-
-    name = "ant"
 
 
 VALID: list[tuple[str, Any]] = [
@@ -165,8 +165,9 @@ def test_classes_are_found_by_name() -> None:
     assert list(PETS.available().items()) == [("ant", Ant), ("cat", Cat)]
     assert PETS.find("cat") is Cat and PETS.make("ant") == Ant()
     assert PETS.make("cat", legs=3) == Cat(legs=3)
+    assert (Cat.name, Cat.paper, Cat.link) == ("cat", "A book about cats", "https://example.org/cats")
     with pytest.raises(ValueError, match="A pet named 'cat' is already registered"):
-        PETS.register(Cat)
+        PETS.register("cat", "", "")(type("Tiger", (), {}))
 
 
 def test_unknown_names_come_with_a_suggestion() -> None:

@@ -123,7 +123,7 @@ def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(
     found = search_recipe(recipe, tmp_path / "a", changes, seed=0, workers=1)
     assert {trial["state"] for trial in found["trials"]} == {"complete", "pruned"}
     assert found["trials"][0]["delta_mtl"] == -1.0 and found["trials"][-1]["delta_mtl"] is None
-    with pytest.raises(InputError, match="none of 2 trials came to an end"):
+    with pytest.raises(InputError, match="none of 2 trials was completed"):
         search_recipe(
             recipe, tmp_path / "b", ["search.trials=2", "search.space.realign.heads.steps={choices: [2]}"], workers=1
         )
@@ -184,7 +184,7 @@ def test_where_fewer_images_are_there_the_judges_are_others_all_the_same(tiny_ba
     recipe = Recipe(tasks=("depth",), **trainings, merges=("average",), realigned=(), base=str(tiny_base), data=data)
     with WorkerPool(1) as pool:
         assert len(search.held_out_delta(recipe, "average", 2, tmp_path / "run", pool)) == 1
-        with pytest.raises(InputError, match=r"6 images are to judge, and the validation split has 6"):
+        with pytest.raises(InputError, match=r"search.images is 6, but the validation split has 6 images"):
             search.held_out_delta(recipe, "average", 6, tmp_path / "run", pool)
     (score,) = (tmp_path / "run" / "stages").glob("score-average-seed-0-*")
     model = load(next((tmp_path / "run" / "stages").glob("average-seed-0-*")) / "model")
@@ -206,12 +206,12 @@ def test_a_search_by_method_parameters_reaches_the_merge(recipe: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["search.row=ties+heads"], "'ties\\+heads' is no row of the recipe; it has joint-mtl, average, ties"),
+        (["search.row=ties+heads"], "'ties\\+heads' is not a row of the recipe; it has joint-mtl, average, ties"),
         (["search.space.val_images={low: 2, high: 9}"], "'val_images' cannot be searched"),
         (["search.space.data={choices: [rooms, mine.csv]}"], "'data' cannot be searched"),
-        (["search.images=10"], "search.images is 10; give how many of the 10 val_images judge"),
+        (["search.images=10"], "search.images is 10; give how many of the 10 val_images evaluate"),
         (["search.space={}"], "nothing to search"),
-        (["search.space.head.lr={low: 1, high: 2}"], "'head' is no mapping|head is \\{"),
+        (["search.space.head.lr={low: 1, high: 2}"], "'head' is not a mapping|head is \\{"),
         (["search.space.realign.heads.lrr={low: 1, high: 2}"], "no parameter 'lrr': did you mean 'lr'"),
         (["search.space.merge_settings.ties.density={low: 0.5, high: 1.5}"], "density"),
         (

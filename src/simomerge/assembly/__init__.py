@@ -1,1 +1,1 @@
-"""Experts in, one model out: check that they belong together, merge, choose what is not given, re-align."""
+"""Experts in, one model out: check that the experts fit together, merge them, choose scales, re-align the heads."""

@@ -1,6 +1,6 @@
-"""Judge merges without labels.
+"""Evaluate merges without labels.
 
-Each merge is folded; on held-out images, what its heads' first layers compute is then compared with the experts'.
+Each merge is folded. On held-out images, the outputs of its heads' first layers are then compared with the experts'.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
 
 START_SCALE = 0.3
-"""Where the search for a scale begins; the best scale of several merged experts is seldom far from it."""
+"""The first scale of a search; the best scale of several merged experts is usually near it."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Trial:
     """One merge that was tried.
 
     Attributes:
-        method, schedule: What was tried.
-        r2: By task, R^2 of what the folded head's first layer computes against the expert's, on held-out images.
-        alignment: The proxy for Delta_MTL: 1 minus the geometric mean over the tasks of 1 - R^2. With a plain mean of
-            R^2, a task that is nearly right would hardly count next to one that is far off.
+        method, schedule: The merge.
+        r2: By task, R^2 of the output of the folded head's first layer as a prediction of the expert's, on held-out
+            images.
+        alignment: A proxy for Delta_MTL: 1 minus the geometric mean over the tasks of 1 - R^2. In a plain mean of R^2,
+            a task with a good fit would hardly count if another task has a poor fit.
     """
 
     method: MergeMethod
@@ -50,7 +51,7 @@ class Trial:
 class Aligner:
     """Tries merges of the same experts on the same unlabelled images.
 
-    The experts process the images once; each trial costs a merge, a pass of its encoder and a solution in closed form.
+    The experts process the images once. Each trial then costs a merge, a pass of its encoder and a fold.
 
     Args:
         base: The foundation encoder.
@@ -62,7 +63,7 @@ class Aligner:
         trials: All trials so far, in order.
 
     Raises:
-        InputError: Experts that do not fit, fewer than four images, or a head that cannot be folded.
+        InputError: The experts do not fit, there are fewer than four images, or a head cannot be folded.
 
     Example:
         >>> aligner = Aligner(base, experts, "photos/")                               # doctest: +SKIP
@@ -89,7 +90,7 @@ class Aligner:
         self._targets = list(head_targets(unmerged, self.experts, self.images))
 
     def try_out(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
-        """Merge, fold per tap, and measure; the result of a merge that was tried before is reused."""
+        """Merge, fold per tap, and measure. A merge that was tried before is not repeated."""
         for trial in self.trials:
             if (trial.method, trial.schedule) == (method, schedule):
                 return trial
@@ -106,7 +107,7 @@ class Aligner:
         """The trial of the method with the best scale: hill climbing from `START_SCALE` in steps of 0.1, then of 0.05.
 
         Raises:
-            InputError: A method without a scale.
+            InputError: The method has no scale.
         """
 
         def at(scale: float) -> Trial:
@@ -121,5 +122,5 @@ class Aligner:
 
     @property
     def best(self) -> Trial:
-        """The trial of the best alignment."""
+        """The trial with the best alignment."""
         return max(self.trials, key=lambda trial: trial.alignment)

@@ -1,8 +1,8 @@
 """One coefficient per expert and block, learned by matching the experts' predictions on unlabelled images.
 
 AdaMerging (arXiv 2310.02575) learns such coefficients by minimising the entropy of a classifier's predictions. Dense
-regression has no such entropy, but it has its experts. Predictions are matched, because matching the features of
-several experts pulls towards their mean.
+regression has no such entropy, so the experts are the teachers. Their predictions are matched rather than their
+features, because matching the features of several experts pulls towards their mean.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from simomerge.assembly.experts import check_experts, with_merged_encoder
+from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.assembly.realign.sums import fold_heads, head_targets
-from simomerge.assembly.realign.teacher import TeacherPredictions
+from simomerge.assembly.realign.training import prediction_distances
 from simomerge.core import distributed
 from simomerge.datasets import random_flip
 from simomerge.datasets.pictures import as_images
@@ -59,7 +60,7 @@ def learn_coefficients(
         The merge method with the learned coefficients as its ``scale``.
 
     Raises:
-        InputError: Experts or heads that do not fit, or images of several sizes.
+        InputError: The experts or their heads do not fit, or the images have several sizes.
 
     Example:
         >>> method = learn_coefficients(base, experts, "photos/")              # doctest: +SKIP
@@ -77,7 +78,7 @@ def learn_coefficients(
             blend = _Blend(folded, base, experts, method)
             fit(
                 blend,
-                partial(_distances, blend, blend.initial_distances(predictions)),
+                partial(_relative_distances, blend, blend.initial_distances(predictions)),
                 predictions,
                 replace(settings, seed=settings.seed + turn),
                 transform=partial(random_flip, model.tasks),
@@ -96,6 +97,7 @@ class _Blend(nn.Module):
     ) -> None:
         super().__init__()
         self.model = folded.requires_grad_(False)
+        self.tasks = folded.tasks
         self.names = [name for name, value in base.encoder.backbone.named_parameters() if value.is_floating_point()]
         self.experts = sorted(experts)
         theta = dict(base.encoder.backbone.named_parameters())
@@ -111,7 +113,7 @@ class _Blend(nn.Module):
         self.coefficients = nn.Parameter(initial)
 
     def train(self, mode: bool = True) -> _Blend:
-        """Keep the model in evaluation mode: the frozen heads' batch norms must not drift."""
+        """Keep the model in evaluation mode, so that the batch norms of the frozen heads do not change."""
         super().train(mode)
         self.model.eval()
         return self
@@ -130,15 +132,10 @@ class _Blend(nn.Module):
 
     @torch.no_grad()
     def initial_distances(self, predictions: TeacherPredictions) -> dict[str, float]:
-        """Each task's distance from its teacher at the start: the unit of its later distances."""
-        count = min(16, len(predictions))
-        images = torch.stack([predictions.image(i) for i in range(count)]).to(self.coefficients.device)
-        logits = self(images)
-        found = {}
-        for name, task in self.model.tasks.items():
-            wanted = torch.stack([predictions.targets(i, [name])[name] for i in range(count)]).to(images.device)
-            found[name] = max(float(task.distance(logits[name], wanted)), 1e-6)
-        return found
+        """The distance of each task from its teacher at the start. Later distances are divided by it."""
+        samples = [predictions[index] for index in range(min(16, len(predictions)))]
+        batch = {key: torch.stack([each[key] for each in samples]).to(self.coefficients.device) for key in samples[0]}
+        return {name: max(float(value), 1e-6) for name, value in prediction_distances(self, batch).items()}
 
     def method(self) -> TaskArithmetic:
         learned = self.coefficients.detach().clamp(min=0).cpu()
@@ -154,6 +151,5 @@ def _per_block(method: TaskArithmetic, task: str, blocks: int) -> list[float]:
     return [float(scale)] * blocks if isinstance(scale, (int, float)) else [float(value) for value in scale]
 
 
-def _distances(blend: _Blend, units: Mapping[str, float], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    logits = blend(batch["image"])
-    return {name: task.distance(logits[name], batch[name]) / units[name] for name, task in blend.model.tasks.items()}
+def _relative_distances(blend: _Blend, units: Mapping[str, float], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: distance / units[name] for name, distance in prediction_distances(blend, batch).items()}

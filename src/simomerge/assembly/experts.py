@@ -32,27 +32,15 @@ def load_experts(**folders: str | Path) -> dict[str, SimoModel]:
     return {task: load(folder) for task, folder in folders.items()}
 
 
-def merge_models(
-    base: SimoModel,
-    experts: Mapping[str, SimoModel],
-    method: MergeMethod,
-    schedule: Schedule | None = None,
-    validation: Any = None,
-) -> SimoModel:
-    """Merge the experts' encoders by a method whose parameters are all numbers; see `simomerge.merge`."""
-    experts = check_experts(base, experts)
-    return assemble(base, experts, with_statistics(method, experts, validation), schedule)
-
-
 def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str, SimoModel]:
-    """Check that experts can be merged, and reduce each to the task it is named for.
+    """Check that experts can be merged, and reduce each to the task that it is given for.
 
     Raises:
-        InputError: no experts, an expert without the task, one with adapters, experts with different taps, patch size
-            or normalisation, or one made from another base.
+        InputError: There are no experts, an expert does not have its task, has adapters or was made from another base,
+            or experts differ in taps, patch size or normalisation.
 
     Warns:
-        UserWarning: an expert records no base, with how far its weights are from the given one.
+        UserWarning: An expert records no base; the warning says how far its weights are from the given base.
     """
     if not experts:
         raise InputError("no experts given; name at least one, as TASK=EXPERT.")
@@ -65,14 +53,14 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
 
 
 def comparable(model: SimoModel) -> dict[str, Any]:
-    """What `simomerge.checkpoints.experts.check_same_encoder` compares of a model in memory."""
+    """The description of a model in memory that `check_same_encoder` compares with others."""
     description, kind = model.encoder_description(), type(model.encoder.backbone)
     more = {"architecture": f"{kind.__module__}.{kind.__qualname__}", "patch_size": model.encoder.multiple}
     return {**description, "encoder": {**description["encoder"], **more}}
 
 
 def with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) -> MergeMethod:
-    """The method of this name, or the given method, with these parameters."""
+    """The method with this name, or the given method, with these parameters."""
     if isinstance(method, str):
         return get_method(method, **parameters)
     unknown = [name for name in parameters if name not in {spec.name for spec in fields(method)}]
@@ -82,7 +70,7 @@ def with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) ->
 
 
 def with_statistics(method: MergeMethod, experts: Mapping[str, SimoModel], data: Any) -> MergeMethod:
-    """The method with the statistics that it needs, computed by the experts on images (RegMean) or labels (Fisher)."""
+    """The method with the statistics that it needs, on images (RegMean: Gram matrices) or labels (Fisher)."""
     if data is None:
         return method
     if isinstance(method, RegMean) and not method.grams:
@@ -110,14 +98,14 @@ def assemble(
 def with_merged_encoder(
     base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod, schedule: Schedule | None = None
 ) -> SimoModel:
-    """Like `assemble`, but without provenance, whose fingerprints take time: for trials."""
+    """Like `assemble`, but without provenance, because its fingerprints take time. Use it for trials."""
     weights = merge_state_dicts(
         base.encoder.backbone.state_dict(),
         {task: expert.encoder.backbone.state_dict() for task, expert in experts.items()},
         method,
         schedule,
     )
-    # Taps and normalisation are those of the experts, which may differ from the base folder's.
+    # The experts may have other taps and another normalisation than the base; the heads need the experts'.
     encoder = copy.deepcopy(next(iter(experts.values())).encoder)
     encoder.backbone.load_state_dict(weights)
     heads = {task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()}
@@ -125,7 +113,7 @@ def with_merged_encoder(
 
 
 def _relative_distance(base: nn.Module, expert: nn.Module) -> float:
-    """``||expert - base|| / ||base||`` over the tensors that both have."""
+    """``||expert - base|| / ||base||`` over the tensors that both models have."""
     ours, theirs = base.state_dict(), expert.state_dict()
     shared = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
     if not shared:

@@ -1,13 +1,13 @@
-"""`merge`: the experts' encoders in one; what is not given is chosen on images."""
+"""`merge`: one encoder from the experts' encoders. A method or scale that is not given is chosen on images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simomerge.assembly.alignment import Aligner
+from simomerge.assembly.alignment import Aligner, Trial
 from simomerge.assembly.coefficients import learn_coefficients
-from simomerge.assembly.experts import assemble, check_experts, merge_models, with_parameters, with_statistics
+from simomerge.assembly.experts import assemble, check_experts, with_parameters, with_statistics
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.core.errors import InputError
@@ -20,7 +20,7 @@ AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
     ("task-arithmetic", Lines()),
     ("ties", None),
 )
-"""What ``method="auto"`` tries, each with its best scale; then coefficients are learned from plain task arithmetic."""
+"""What ``method="auto"`` tries, each with its best scale. Coefficients are then learned from the first one."""
 
 
 def merge(
@@ -35,30 +35,29 @@ def merge(
     size: tuple[int, int] | None = None,
     **parameters: Any,
 ) -> SimoModel:
-    """Merge the experts' encoders into one model that has all their heads, unmerged.
+    """Merge the experts' encoders into one model that has the head of every expert.
 
     Args:
         base: The foundation encoder that all experts were fine-tuned from.
         experts: One model per task; the key names the task.
         method: A name of `simomerge.merging.available()`, a method, or ``"auto"``, which tries several on ``images``,
             folds each, and returns the best one, folded.
-        scale: The factor of the merged task vector. ``"auto"`` chooses it: after a fold on the labels of ``validation``
-            where that is given, else on ``images`` by how well the merge can be folded. ``"learned"`` learns one factor
-            per expert and block on ``images`` (task arithmetic only).
-        validation: A dataset with labels of every task, for ``scale="auto"``, and for ``"fisher"`` where its statistics
-            are not given as a parameter.
+        scale: The factor of the merged task vector. ``"auto"`` chooses it on the labels of ``validation``, after a
+            fold; or without ``validation`` on ``images``, by how well the merge can be folded. ``"learned"`` learns one
+            factor per expert and block on ``images`` (task arithmetic only).
+        validation: A dataset with labels of every task, for ``scale="auto"`` and for ``"fisher"`` without statistics.
         images: Images without labels: a folder of pictures, a sequence of images, or a dataset; also for ``"regmean"``.
         schedule: Factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
-        count: Number of images to use; by default 64 for the choice of a scale, 256 for everything else.
+        count: Number of images to use: by default 64 to choose a scale, 256 for everything else.
         size: (height, width) to which pictures of a folder or list are resized; learning needs images of one size.
         **parameters: Further parameters of the method.
 
     Returns:
-        A new model; base and experts stay as they are. Its provenance records what it was made of and what was tried.
+        A new model, whose provenance records its origin and what was tried. Base and experts stay as they are.
 
     Raises:
         InputError: Experts that do not fit the base or each other (the message says how), a base that is not the
-            experts' base, or a choice without the data to choose on.
+            experts' base, or no data for a choice.
 
     Warns:
         UserWarning: An expert records no base; the warning says how far its weights are from the given base.
@@ -74,23 +73,35 @@ def merge(
         return _auto(base, experts, pictures, count, given)
     if not isinstance(scale, str):
         chosen = with_parameters(method, {**parameters, "scale": scale} if scale is not None else parameters)
+        experts = check_experts(base, experts)
         data = as_images(pictures, count or 256) if validation is None and pictures is not None else validation
-        return merge_models(base, experts, chosen, plan, data)
+        return assemble(base, experts, with_statistics(chosen, experts, data), plan)
     if scale == "learned":
         with_parameters(method, parameters)  # raises for a misspelt parameter
         return _learned(base, experts, method, pictures, count, plan)
     if scale != "auto":
         raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
-    if validation is not None or pictures is None:
-        if schedule is not None:
-            raise InputError("scale='auto' on labels and a schedule do not go together: give a number as scale.")
-        return search_scale(base, experts, method, validation, **parameters).model
-    aligner = Aligner(base, experts, pictures, count or 64)
     searched = with_parameters(method, {**parameters, "scale": 1.0})
-    searched = with_statistics(searched, aligner.experts, aligner.images)
-    model = assemble(base, aligner.experts, aligner.best_scale(searched, plan).method, plan)
-    _record_choice(model, aligner)
-    return model
+    return _with_best_scale(base, experts, searched, validation, pictures, count, plan)
+
+
+def _with_best_scale(
+    base: SimoModel,
+    experts: Mapping[str, SimoModel],
+    method: MergeMethod,
+    validation: Any,
+    images: Any,
+    count: int | None,
+    schedule: Schedule | None,
+) -> SimoModel:
+    """Choose the scale on labels, or without them on images."""
+    if validation is None and images is not None:
+        aligner = Aligner(base, experts, images, count or 64)
+        method = with_statistics(method, aligner.experts, aligner.images)
+        return _assembled(aligner, aligner.best_scale(method, schedule))
+    if schedule is not None:
+        raise InputError("scale='auto' on labels and a schedule do not go together: give a number as scale.")
+    return search_scale(base, experts, method, validation).model
 
 
 def _learned(
@@ -109,8 +120,7 @@ def _learned(
     if images is None:
         raise InputError("scale='learned' needs images without labels: give images=, such as a folder.")
     aligner = Aligner(base, experts, images, 64)
-    start = aligner.best_scale(TaskArithmetic()).method
-    assert isinstance(start, TaskArithmetic) and isinstance(start.scale, float)
+    start: Any = aligner.best_scale(TaskArithmetic()).method
     learned = learn_coefficients(base, experts, images, start.scale, count=count or 256)
     model = assemble(base, aligner.experts, learned)
     model.provenance["merge"]["scale_chosen_on"] = "unlabelled images, by matching the experts' predictions"
@@ -132,20 +142,15 @@ def _auto(
     experts, count = check_experts(base, experts), count or 256
     images = as_images(images, count).readable(one_size=True)
     aligner = Aligner(base, experts, images, min(count, 64))
-    for name, schedule in AUTO_METHODS:
-        aligner.best_scale(get_method(name), schedule)
-    plain = max(
-        (trial for trial in aligner.trials if trial.method.name == "task-arithmetic" and trial.schedule is None),
-        key=lambda trial: trial.alignment,
-    )
-    assert isinstance(plain.method, TaskArithmetic) and isinstance(plain.method.scale, float)
-    aligner.try_out(learn_coefficients(base, experts, images, plain.method.scale, rounds=1))
-    best = aligner.best
-    model = assemble(base, experts, best.method, best.schedule)
-    _record_choice(model, aligner)
-    return realign(model, experts, images, variant="cross-tap")
+    tried = [aligner.best_scale(get_method(name), schedule) for name, schedule in AUTO_METHODS]
+    plain: Any = tried[0].method
+    aligner.try_out(learn_coefficients(base, experts, images, plain.scale, rounds=1))
+    return realign(_assembled(aligner, aligner.best), experts, images, variant="cross-tap")
 
 
-def _record_choice(model: SimoModel, aligner: Aligner) -> None:
+def _assembled(aligner: Aligner, chosen: Trial) -> SimoModel:
+    """The merge of a trial, with all trials in its provenance."""
+    model = assemble(aligner.base, aligner.experts, chosen.method, chosen.schedule)
     model.provenance["merge"]["scale_chosen_on"] = f"{len(aligner.images)} unlabelled images, by alignment"
     model.provenance["merge"]["tried"] = [trial.describe() for trial in aligner.trials]
+    return model

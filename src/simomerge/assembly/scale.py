@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from simomerge.assembly.experts import assemble, check_experts, with_merged_encoder, with_parameters, with_statistics
@@ -21,23 +21,23 @@ SCALE_GRID: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(11)
 """The scales that ``scale="auto"`` tries: 0 to 1 in eleven values, as the paper's reference code does."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScaleSearch:
-    """What a search for the scale tried, and the model that it chose.
+    """The result of a search for the scale.
 
     Attributes:
         scales: The scales that were tried.
         delta_mtl: Delta_MTL in percent against the experts, per scale, on the validation data.
         normalised: Normalised performance per task and scale.
-        scale: The scale of the greatest Delta_MTL.
+        scale: The scale with the greatest Delta_MTL.
         model: The model merged with that scale.
     """
 
     scales: list[float]
     delta_mtl: list[float]
-    normalised: dict[str, list[float]] = field(default_factory=dict)
-    scale: float = 0.0
-    model: Any = None
+    normalised: dict[str, list[float]]
+    scale: float
+    model: SimoModel
 
 
 def search_scale(
@@ -54,14 +54,14 @@ def search_scale(
 
     Args:
         validation: A dataset with labels of every task; never the test split.
-        align: Fold the heads on 64 of the images before each evaluation. Heads that do not fit the merged features
-            prefer a scale that is far too small. False judges the merge as it is, as the paper does. By default, heads
-            are folded where all of them can be.
-        baseline: The experts' scores on the validation data, where they are known already.
+        baseline: The experts' scores on the validation data; computed by default.
+        align: Fold the heads on 64 of the images before each evaluation. Without a fold, heads that do not fit the
+            merged features prefer a scale that is far too small. False evaluates the merge as it is, as the paper does.
+            The default folds the heads if all of them can be folded.
 
     Raises:
-        InputError: No validation data, or data without a task; no scales, or a method without a scale; with ``align``,
-            a head that cannot be folded.
+        InputError: There is no validation data, the data has no labels of a task, there are no scales, the method has
+            no scale, or a head cannot be folded although ``align`` is true.
     """
     if not scales:
         raise InputError("scale='auto': give at least one scale to try.")
@@ -76,24 +76,23 @@ def search_scale(
         raise InputError(f"scale='auto': the validation data has no labels of {', '.join(missing)}.")
     if baseline is None:
         baseline = {name: evaluate(expert, validation)[name] for name, expert in experts.items()}
-    search = ScaleSearch(list(scales), [])
-    search.normalised = {name: [] for name in experts}
-    best = -math.inf
     method = with_statistics(with_parameters(method, {**parameters, "scale": scales[0]}), experts, validation)
     unmerged = with_merged_encoder(base, experts, ZeroShot())
     if align is None:
         align = all(is_foldable(head) for head in unmerged.heads.values())
     targets = list(head_targets(unmerged, experts, as_images(validation, 64))) if align else []
+    deltas: list[float] = []
+    normalised: dict[str, list[float]] = {name: [] for name in experts}
     for done, scale in enumerate(scales, start=1):
         model = with_merged_encoder(base, experts, with_parameters(method, {"scale": scale}))
         scores = evaluate(fold_heads(model, targets).model if align else model, validation)
-        search.delta_mtl.append(delta_mtl(scores, baseline, model.tasks))
+        deltas.append(delta_mtl(scores, baseline, model.tasks))
         for name, value in normalised_performance(scores, baseline, model.tasks).items():
-            search.normalised[name].append(value)
-        if search.delta_mtl[-1] > best:
-            best, search.scale = search.delta_mtl[-1], scale
-        progress("scale", done, len(scales), f"scale {scale:.1f}: Delta_MTL {search.delta_mtl[-1]:+.1f} %")
-    search.model = assemble(base, experts, with_parameters(method, {"scale": search.scale}))
+            normalised[name].append(value)
+        progress("scale", done, len(scales), f"scale {scale:.1f}: Delta_MTL {deltas[-1]:+.1f} %")
+    comparable = [-math.inf if math.isnan(value) else value for value in deltas]
+    best = scales[comparable.index(max(comparable))]
+    model = assemble(base, experts, with_parameters(method, {"scale": best}))
     aligned = ", after a fold" if align else ", unaligned"
-    search.model.provenance["merge"]["scale_chosen_on"] = f"{len(validation)} labelled images{aligned}"
-    return search
+    model.provenance["merge"]["scale_chosen_on"] = f"{len(validation)} labelled images{aligned}"
+    return ScaleSearch(list(scales), deltas, normalised, best, model)

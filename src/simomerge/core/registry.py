@@ -7,7 +7,7 @@ are generated from the dataclasses, so each method is described in one place.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
@@ -130,19 +130,19 @@ def summary(method: type) -> str:
 
 
 _T = TypeVar("_T")
+_Class = TypeVar("_Class", bound="type[Any]")
 
 
 class Registry(Generic[_T]):
-    """Classes, found by their attribute ``name``.
+    """Classes, found by name.
 
     Args:
         what: What the classes are, for messages, such as "merge method".
 
     Example:
         >>> registry = Registry("animal")
-        >>> @registry.register
-        ... class Cat:
-        ...     name = "cat"
+        >>> @registry.register("cat", "A book about cats", "https://example.org")
+        ... class Cat: ...
         >>> registry.available()
         {'cat': <class 'simomerge.core.registry.Cat'>}
     """
@@ -151,12 +151,27 @@ class Registry(Generic[_T]):
         self.what = what
         self._classes: dict[str, type[_T]] = {}
 
-    def register(self, method: Any) -> Any:
-        """Class decorator that adds a class under its ``name``. Raises ValueError if the name is taken."""
-        if method.name in self._classes:
-            raise ValueError(f"A {self.what} named '{method.name}' is already registered.")
-        self._classes[method.name] = method
-        return method
+    def register(self, name: str, paper: str, link: str) -> Callable[[_Class], _Class]:
+        """Class decorator that makes a class available by name; it sets the class attributes of these names.
+
+        Args:
+            name: What the user types.
+            paper: The source: its title or short name, authors and year.
+            link: Where to find the source.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+
+        def add(method: _Class) -> _Class:
+            for attribute, value in {"name": name, "paper": paper, "link": link}.items():
+                setattr(method, attribute, value)
+            if name in self._classes:
+                raise ValueError(f"A {self.what} named '{name}' is already registered.")
+            self._classes[name] = method
+            return method
+
+        return add
 
     def available(self) -> dict[str, type[_T]]:
         """All classes by name, sorted by name."""

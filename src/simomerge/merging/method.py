@@ -7,7 +7,7 @@ are generated from it, so that a new method is one class with ``@register`` in f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -21,7 +21,6 @@ PerExpert: TypeAlias = float | Sequence[float] | Mapping[str, float]
 """One value for all experts, or one per expert: in the order of the experts, or by expert name."""
 
 _Method = TypeVar("_Method", bound="MergeMethod")
-_MethodClass = TypeVar("_MethodClass", bound="type[MergeMethod]")
 
 
 @dataclass(frozen=True)
@@ -120,26 +119,7 @@ def _by_expert(name: str, value: Mapping[str, Any] | Sequence[Any], experts: Seq
 
 
 _REGISTRY: Registry[MergeMethod] = Registry("merge method")
-
-
-def register(name: str, paper: str, link: str) -> Callable[[_MethodClass], _MethodClass]:
-    """Class decorator that makes a merge method available by name.
-
-    Args:
-        name: What the user types.
-        paper: The source: its title or short name, authors and year.
-        link: Where to find the source.
-
-    Raises:
-        ValueError: The name is taken.
-    """
-
-    def add(method: _MethodClass) -> _MethodClass:
-        method.name, method.paper, method.link = name, paper, link
-        registered: _MethodClass = _REGISTRY.register(method)
-        return registered
-
-    return add
+register = _REGISTRY.register
 
 
 def available() -> dict[str, type[MergeMethod]]:

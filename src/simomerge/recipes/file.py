@@ -14,7 +14,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 from simomerge.core.schema import plain_value, read_yaml
 from simomerge.merging import available
-from simomerge.recipes.recipe import REALIGN, REFINE, Recipe, steps_of
+from simomerge.recipes.recipe import REALIGN, REFINE, Recipe, RecipeError, steps_of
 
 _DATA_KEYS = ("spec", "split", "count", "skip", "tasks", "workers")
 """Arguments of `load_data` that the recipe itself decides."""
@@ -42,13 +42,12 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
         _set(content, key, value)
     given: dict[str, Any] = {"output": f"runs/{path.stem}", "title": path.stem, **plain_value(content)}
     errors = [*_epochs(given), *_misplaced(given)]
-    recipe = None
     try:
         recipe = Recipe(**given)
-    except InputError as error:
-        errors.append(str(error).removeprefix("recipe: "))
-    if errors or recipe is None:
-        raise InputError(f"{path}: {'; '.join(error.rstrip('.') for error in errors)}.")
+    except RecipeError as error:
+        errors += error.problems
+    if errors:
+        raise InputError(f"{path}: {'; '.join(errors)}.")
     return recipe
 
 
@@ -61,7 +60,7 @@ def _parsed(change: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"--set {change}: {text!r} is no YAML value.") from error
+        raise InputError(f"--set {change}: {text!r} is not a YAML value.") from error
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -71,13 +70,13 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     for step in way:
         place = place.setdefault(step, {})
         if not isinstance(place, dict):
-            raise InputError(f"{key}={value}: {step!r} is no mapping.")
+            raise InputError(f"{key}={value}: {step!r} is not a mapping.")
     place.pop({"steps": "epochs", "epochs": "steps"}.get(last, last), None)  # one replaces the other
     place[last] = value
 
 
 def _epochs(given: dict[str, Any]) -> Iterator[str]:
-    """Replace epochs by steps in every training: as many full batches as the images make, that many times."""
+    """Replace the epochs of every training by steps, counting full batches; yield problems."""
     images = {name: given.get(name, getattr(Recipe, name)) for name in ("train_images", "val_images")}
     for name in ("probe", "tune", "joint"):
         yield from _epochs_of(name, given.get(name), images["train_images"], getattr(Recipe, name).batch_size)
@@ -108,7 +107,7 @@ def _epochs_of(place: str, training: Any, images: Any, batch_size: int) -> Itera
 
 
 def _misplaced(given: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that mean something elsewhere, but have no effect where they are."""
+    """Keys of `load_data` among the data options that the recipe itself sets."""
     for key in _DATA_KEYS:
         if key in _mapping(given.get("data_options")):
             yield f"data_options.{key}: the recipe itself decides that (train_images, tasks, ...)"
@@ -126,22 +125,20 @@ def recipe_schema() -> dict[str, Any]:
     training = schema["$defs"]["TrainSettings"]["properties"]
     training["epochs"] = {"type": "number", "exclusiveMinimum": 0}
     training.pop("seed")
-    steps = {}
-    for name, method in realignments().items():
-        known = {spec.name: {"description": spec.metadata["help"]} for spec in settings(method)}
-        trained = training if isinstance(method, TrainedRealignment) else {}
-        steps[name] = {"type": "object", "properties": {**known, **trained}, "additionalProperties": False}
-    for key in ("realign", "refine"):
-        properties[key] = {"type": "object", "properties": steps, "additionalProperties": False}
-    merges = {
-        name: {
-            "type": "object",
-            "properties": {spec.name: {"description": spec.metadata["help"]} for spec in settings(method)},
-            "additionalProperties": False,
-        }
-        for name, method in available().items()
+    steps = {
+        name: _mapping_of({**_described(method), **(training if isinstance(method, TrainedRealignment) else {})})
+        for name, method in realignments().items()
     }
-    properties["merge_settings"] = {"type": "object", "properties": merges, "additionalProperties": False}
+    merges = {name: _mapping_of(_described(method)) for name, method in available().items()}
+    properties |= {"realign": _mapping_of(steps), "refine": _mapping_of(steps), "merge_settings": _mapping_of(merges)}
     properties["merges"] = {"type": "array", "items": {"enum": list(merges)}}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+def _mapping_of(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _described(method: Any) -> dict[str, Any]:
+    return {spec.name: {"description": spec.metadata["help"]} for spec in settings(method)}

@@ -1,6 +1,6 @@
-"""Stages that wait for each other, done in a folder: a stage that is done already is not done again.
+"""Stages that depend on each other, run in a folder. A finished stage is not run again.
 
-The graph resumes inside a training: a stage keeps its state in a work folder next to its output until it is done.
+A killed run resumes inside a training: a stage keeps its state in a work folder next to its output until it is done.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Data = Mapping[str, Any]
 class Stage(ABC):
     """One piece of work that fills a folder.
 
-    The fields are its inputs, plain data. Another stage among them, also inside a mapping, is done before; when `run`
-    is called, that stage's folder stands in its place. The class attribute ``keeps_labels`` says whether progress
-    inside the stage shows its own labels behind the stage's name.
+    The fields are its inputs, as plain data. Other stages among them, also inside a mapping, are run first; for `run`
+    they are replaced by their folders. If the class attribute ``keeps_labels`` is true, progress inside the stage shows
+    its own labels after the stage's name.
     """
 
     keeps_labels: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, output: Path) -> None:
-        """Do the work and write the folder ``output``, all at once."""
+        """Do the work and write the folder ``output`` in one step."""
 
     def needs(self) -> Iterator[Stage]:
         """The stages among the inputs."""
@@ -69,7 +69,7 @@ class Graph:
         self._outputs: dict[Stage, Path] = {}
 
     def build(self, wanted: Iterable[Stage], pool: WorkerPool) -> None:
-        """Do the stages that are not done yet, and those that they need, in parallel where possible.
+        """Run the stages that are not done yet, and those that they need, in parallel where possible.
 
         Among the stages that can start, the one with the longest chain of waiting stages starts first.
         """
@@ -113,7 +113,7 @@ class Graph:
         return found
 
     def _resolved(self, stage: Stage) -> Stage:
-        """The stage with folders in the place of the stages among its inputs."""
+        """The stage, with the stages among its inputs replaced by their folders."""
 
         def resolve(value: Any) -> Any:
             if isinstance(value, Stage):
@@ -125,8 +125,8 @@ class Graph:
     def _key_of(self, value: Any) -> Any:
         """An input as it enters the stage's key.
 
-        A stage stands for its folder's name, which contains its own key, so keys chain. A dataset counts by its content
-        and the base by its weights (in the salt), so that the place of neither matters.
+        A stage enters by the name of its folder, which contains its own key, so keys depend on all earlier stages. A
+        dataset enters by its content and the base by its weights (in the salt), so both may be moved.
         """
         if isinstance(value, Stage):
             return self.output(value).name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from simomerge.recipes.stages import (
 from simomerge.training.settings import TrainSettings
 
 RELATE_IMAGES = 256
-"""Images of the validation split that relate uses: it merges on half of them, and judges by the labels of the rest."""
+"""Images of the validation split that relate uses: it merges on half of them, and evaluates on the rest."""
 
 
 class Plan:
@@ -37,8 +37,8 @@ class Plan:
 
     Attributes:
         probes, experts: seed -> task -> stage.
-        models: (seed, row as text) -> stage, also for merges that are no row themselves.
-        relations: seed -> stage, where the recipe asks for it.
+        models: (seed, row as text) -> stage, also for merges that are not a row of the table.
+        relations: seed -> stage, if the recipe asks for it.
         scores: (seed, row as text) -> stage, on the test split.
         expert_scores: seed -> task -> stage, on the test split.
     """
@@ -49,17 +49,23 @@ class Plan:
         self.splits = splits
         features = Features(name="features of the base", model=self.base, data=splits["train"])
         self.probes = {s: {t: self._probe(s, t, features) for t in recipe.tasks} for s in recipe.seeds}
-        self.experts = {s: {t: self._expert(s, t) for t in recipe.tasks} for s in recipe.seeds}
+        self.experts = {
+            s: {t: self._tune(s, f"expert {t}", [t], recipe.tune) for t in recipe.tasks} for s in recipe.seeds
+        }
         self.models: dict[tuple[int, str], Stage] = {}
         for seed in recipe.seeds:
             for weighting in recipe.joint_weightings:
-                self.models[seed, joint_row(weighting)] = self._joint(seed, weighting)
+                row = joint_row(weighting)
+                self.models[seed, row] = self._tune(seed, row, recipe.tasks, recipe.joint, weighting)
             self._merge(seed)
-            for row in recipe.rows:
-                for prefix in row.prefixes():
-                    if (seed, str(prefix)) not in self.models:
-                        self.models[seed, str(prefix)] = self._realigned(seed, prefix)
-        self.relations = {s: self._related(s) for s in recipe.seeds if recipe.relate}
+            for prefix in (prefix for row in recipe.rows for prefix in row.prefixes()):
+                if (seed, str(prefix)) not in self.models:
+                    self.models[seed, str(prefix)] = self._realigned(seed, prefix)
+        related = {**splits["val"], "count": min(RELATE_IMAGES, recipe.val_images)}
+        self.relations = {
+            s: Relate(name=f"relations seed {s}", base=self.base, experts=self.experts[s], data=related)
+            for s in (recipe.seeds if recipe.relate else ())
+        }
         test = splits["test"]
         self.expert_scores = {s: self._scores_of_experts(s, test) for s in recipe.seeds}
         self.scores = {
@@ -73,8 +79,13 @@ class Plan:
         """The rows that have one model per seed, in the order of the table."""
         return [*map(joint_row, self.recipe.joint_weightings), *self.recipe.merges, *self.recipe.realigned]
 
+    @property
+    def references(self) -> list[str]:
+        """The rows that a merge is compared with: the experts and joint MTL."""
+        return ["experts", *map(joint_row, self.recipe.joint_weightings)]
+
     def wanted(self) -> list[Stage]:
-        """What has to be done; all other stages are needed for it."""
+        """The final stages; they need all others."""
         experts = [stage for scores in self.expert_scores.values() for stage in scores.values()]
         return [*self.scores.values(), *experts, *self.relations.values()]
 
@@ -101,23 +112,17 @@ class Plan:
             settings=replace(recipe.probe, seed=seed),
         )
 
-    def _expert(self, seed: int, task: str) -> Stage:
-        probes = {task: self.probes[seed][task]}
-        return self._tune(f"expert {task} seed {seed}", probes, replace(self.recipe.tune, seed=seed))
-
-    def _joint(self, seed: int, weighting: str) -> Stage:
-        settings = replace(self.recipe.joint, seed=seed)
-        return self._tune(f"{joint_row(weighting)} seed {seed}", self.probes[seed], settings, weighting)
-
-    def _tune(self, name: str, probes: Mapping[str, Stage], settings: TrainSettings, weighting: str = "equal") -> Stage:
+    def _tune(
+        self, seed: int, name: str, tasks: Iterable[str], settings: TrainSettings, weighting: str = "equal"
+    ) -> Stage:
         return Tune(
-            name=name,
+            name=f"{name} seed {seed}",
             base=self.base,
             base_name=Path(self.base).name,
-            probes=probes,
+            probes={task: self.probes[seed][task] for task in tasks},
             train=self.splits["train"],
             validation=self.splits["val"],
-            settings=settings,
+            settings=replace(settings, seed=seed),
             weighting=weighting,
             augmentation=self.recipe.augmentation,
         )
@@ -128,22 +133,21 @@ class Plan:
         recipe = self.recipe
         choosing = {**self.splits["val"], "count": min(recipe.scale_images, recipe.val_images)}
         baseline = self._scores_of_experts(seed, choosing)
+        common: dict[str, Any] = {"base": self.base, "experts": self.experts[seed]}
         for method in recipe.merges:
             self.models[seed, method] = Merge(
+                **common,
                 name=f"{method} seed {seed}",
-                base=self.base,
-                experts=self.experts[seed],
                 method=method,
                 parameters=recipe.merge_settings.get(method, {}),
                 validation=choosing,
                 baseline=baseline,
             )
         for method, count in self._merges_without_labels().items():
-            key = method if method == AUTO else f"{method} without labels"
-            self.models[seed, key] = MergeWithoutLabels(
-                name=f"{method} without labels seed {seed}",
-                base=self.base,
-                experts=self.experts[seed],
+            name = f"{method} without labels"
+            self.models[seed, method if method == AUTO else name] = MergeWithoutLabels(
+                **common,
+                name=f"{name} seed {seed}",
                 method=method,
                 parameters=recipe.merge_settings.get(method, {}),
                 images=self._unlabelled(count),
@@ -154,14 +158,12 @@ class Plan:
         recipe = self.recipe
         found = {}
         for row in recipe.rows:
+            parameters = recipe.merge_settings.get(row.merge, {})
             if row.merge == AUTO:
                 found[AUTO] = recipe.auto_images
-            elif recipe.method(row.prefixes()[0]).teacher == "experts" and self._searches_scale(row.merge):
+            elif recipe.method(row.prefixes()[0]).teacher == "experts" and searches_scale(row.merge, parameters):
                 found[row.merge] = recipe.choose_images
         return dict(sorted(found.items()))
-
-    def _searches_scale(self, method: str) -> bool:
-        return searches_scale(method, self.recipe.merge_settings.get(method, {}))
 
     def _unlabelled(self, count: int | None) -> dict[str, Any]:
         count = self.recipe.val_images if count is None else min(count, self.recipe.val_images)
@@ -190,10 +192,6 @@ class Plan:
             data=self._unlabelled(method.count) if without_labels else data,
             experts=self.experts[seed] if without_labels else {},
         )
-
-    def _related(self, seed: int) -> Stage:
-        data = {**self.splits["val"], "count": min(RELATE_IMAGES, self.recipe.val_images)}
-        return Relate(name=f"relations seed {seed}", base=self.base, experts=self.experts[seed], data=data)
 
     def _scores_of_experts(self, seed: int, data: Data) -> dict[str, Stage]:
         return {

@@ -89,22 +89,34 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
     return [*TRAINING, "epochs"]
 
 
-def _raises_input_errors(kind: type[_Class]) -> type[_Class]:
-    """Class decorator: report what pydantic finds as one InputError."""
+class RecipeError(InputError):
+    """All problems of a recipe, each a sentence without its full stop."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return f"recipe: {'; '.join(self.problems)}."
+
+
+def _checked(kind: type[_Class]) -> type[_Class]:
+    """Class decorator: what pydantic or `_problems` finds is raised as one RecipeError, before any training."""
     validate = kind.__init__
 
     def __init__(self: Any, **values: Any) -> None:
         try:
             validate(self, **values)
         except ValidationError as error:
-            found = validation_problems(error, _known_keys)
-            raise InputError(f"recipe: {'; '.join(each.removeprefix('recipe: ') for each in found)}.") from None
+            raise RecipeError(validation_problems(error, _known_keys)) from None
+        if problems := list(_problems(self)):
+            raise RecipeError(problems)
 
     kind.__init__ = __init__  # type: ignore[method-assign]
     return kind
 
 
-@_raises_input_errors
+@_checked
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Recipe:
     """Experts, joint MTL, merges, re-alignments and their evaluation on one dataset.
@@ -143,7 +155,7 @@ class Recipe:
         relate: Also measure how the experts relate to each other, per seed, on the validation split's labels.
 
     Raises:
-        InputError: Everything that is wrong with the recipe, in one message.
+        RecipeError: All problems of the recipe, in one message.
     """
 
     title: StrictStr = "simomerge run"
@@ -185,10 +197,6 @@ class Recipe:
     refine: _Refine = field(default_factory=lambda: dict(REFINE))
     gallery: Names = ("experts", "task-arithmetic", "task-arithmetic+fold-cross", "task-arithmetic+heads")
     relate: StrictBool = False
-
-    def __post_init__(self) -> None:
-        if found := list(_problems(self)):  # before any training, not after it
-            raise InputError(f"recipe: {'; '.join(found)}.")
 
     @property
     def rows(self) -> tuple[Row, ...]:

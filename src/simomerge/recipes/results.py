@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> dict[str, 
             {"name": t.name, "metric": t.metric, "unit": t.unit, "higher_is_better": t.higher_is_better}
             for t in tasks.values()
         ],
-        "rows": [_row(plan, graph, tasks, row) for row in ["experts", *plan.rows]],
+        "rows": [_row(plan, graph, tasks, row) for row in ("experts", *plan.rows)],
         "realignments": _realignments(plan),
         "scale_curves": _curves(plan, graph),
         **({"relations": _relations(plan, graph)} if plan.relations else {}),
@@ -62,13 +63,9 @@ def _row(plan: Plan, graph: Graph, tasks: Mapping[str, Task], row: str) -> dict[
     }
 
 
-def _is_reference(row: str) -> bool:
-    return row == "experts" or row.startswith("joint-mtl")
-
-
 def _kind(plan: Plan, row: str) -> dict[str, Any]:
     """What a row is, for the report: its family, its merge, and its steps in words."""
-    if _is_reference(row):
+    if row in plan.references:
         return {"family": "reference", "merge": None, "realignment": []}
     parsed = Row.parse(row)
     made = [(prefix.steps[-1].name, plan.recipe.method(prefix)) for prefix in parsed.prefixes()]
@@ -89,7 +86,7 @@ def _realignments(plan: Plan) -> list[dict[str, Any]]:
 
 def _cost(plan: Plan, graph: Graph, seed: int, row: str) -> dict[str, Any]:
     """What a row costs in addition to the experts: seconds, steps, trained parameters, images."""
-    if _is_reference(row):
+    if row in plan.references:
         tuned = plan.experts[seed].values() if row == "experts" else [plan.models[seed, row]]
         logs = [graph.log(stage) for stage in (*tuned, *plan.probes[seed].values())]
     else:
@@ -152,7 +149,7 @@ def gallery(plan: Plan, graph: Graph, data: Any, images: int = 4) -> list[dict[s
 
 def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
     own = task.kind in ("depth", "log_depth", "texture", "keypoints")
-    known = truth[truth == truth]  # NaN stands for no value
+    known = truth[truth == truth]  # NaN marks pixels without a value
     limits = (float(known.min()), float(known.max())) if own and known.size else (0.0, 1.0)
     return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
 
@@ -187,17 +184,11 @@ def machine() -> dict[str, Any]:
     """The machine that the figures come from."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
     return {
-        "cpu": cpu,
+        "cpu": names[0].strip() if names else platform.processor() or platform.machine(),
         "cores": available_cores(),
         "memory_gb": round(memory) if memory else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -13,14 +13,14 @@ AUTO = "auto"
 """The merge that `simomerge.merge` chooses and folds by itself."""
 
 CONTROL = "zero-shot"
-"""The merge that is none: the base itself, re-aligned like the others for comparison."""
+"""The base without a merge, re-aligned like the others for comparison."""
 
-_STEP = re.compile(r"(?P<name>[\w.-]+)(?:\((?P<parameters>[^()]*)\))?")
+_STEP = r"([\w.-]+)(?:\(([^()]*)\))?"  # name and parameters
 
 
 @dataclass(frozen=True)
 class Step:
-    """One re-alignment of a row, by its name, with the parameters that are special to this row."""
+    """One re-alignment of a row, by its name, with the parameters that only this row gives it."""
 
     name: str
     parameters: tuple[tuple[str, Any], ...] = ()
@@ -53,15 +53,9 @@ class Row:
             InputError: Text of another form.
         """
         merge, plus, rest = text.partition("+")
-        steps = []
-        position = 0
-        while plus and (position <= len(rest)):
-            match = _STEP.match(rest, position)
-            if match is None or rest[match.end() : match.end() + 1] not in ("", "+"):
-                raise InputError(f"row {text!r}: give MERGE+STEP, or MERGE+STEP(KEY=VALUE, ...)+STEP.")
-            steps.append(Step(match["name"], _parameters(text, match["parameters"])))
-            position = match.end() + 1
-        return cls(merge, tuple(steps))
+        if plus and not re.fullmatch(rf"{_STEP}(?:\+{_STEP})*", rest):
+            raise InputError(f"row {text!r}: give MERGE+STEP, or MERGE+STEP(KEY=VALUE, ...)+STEP.")
+        return cls(merge, tuple(Step(name, _parameters(text, given)) for name, given in re.findall(_STEP, rest)))
 
     def __str__(self) -> str:
         return "+".join([self.merge, *map(str, self.steps)])
@@ -76,9 +70,9 @@ class Row:
         return [Row(self.merge, self.steps[: length + 1]) for length in range(len(self.steps))]
 
 
-def _parameters(row: str, text: str | None) -> tuple[tuple[str, Any], ...]:
+def _parameters(row: str, text: str) -> tuple[tuple[str, Any], ...]:
     found = []
-    for pair in filter(None, (part.strip() for part in (text or "").split(","))):
+    for pair in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not (key and equals and value):
             raise InputError(f"row {row!r}: {pair!r} is not KEY=VALUE.")

@@ -1,4 +1,4 @@
-"""A recipe carried out in a run folder."""
+"""Run a recipe in a run folder."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
 
 SAMPLES = 4
-"""Samples of each split that are read before any work: what is wrong with every label is wrong with these."""
+"""Samples of each split that are read before any work, to find mistakes that all labels have."""
 
 
 def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | None = None) -> dict[str, Any]:
-    """Carry out a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
+    """Run a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
 
     Args:
         recipe: What to do.
@@ -64,14 +64,14 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | 
 def held_out_delta(recipe: Recipe, row: str, images: int, folder: Path, pool: WorkerPool) -> list[float]:
     """Delta_MTL of one row, in percent per seed, on ``images`` of the validation images.
 
-    Only what the row needs is done. These images are then no part of D_val, and the test split is not used.
+    Only the stages that the row needs are run. These images are not part of D_val, and the test split is not used.
     """
     available = recipe.val_images
     if recipe.data != "rooms":  # rooms has as many images as are asked for
         available = len(load_data(recipe.data, "val", recipe.val_images, **recipe.data_options))
     if images >= available:
         raise InputError(
-            f"{recipe.data}: {images} images are to judge, and the validation split has {available}; use fewer."
+            f"{recipe.data}: search.images is {images}, but the validation split has {available} images; use fewer."
         )
     kept = replace(recipe, val_images=available - images)
     held_out = {"split": "val", "count": images, "skip": kept.val_images}
@@ -99,7 +99,7 @@ def _stages(plan: Plan, graph: Graph) -> list[tuple[str, bool]]:
 
 
 def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None) -> tuple[Plan, Graph]:
-    """Plan and graph; ``test`` says what scores are taken on in the place of the test split."""
+    """Plan and graph; ``test`` replaces settings of the test split."""
     base = resolve_source(recipe.base)
     base = str(Path(base).resolve()) if Path(base).exists() else base  # else a hub id
     counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}

@@ -1,7 +1,7 @@
-"""A search for the values of a recipe that make one of its rows best, by Optuna.
+"""Search for the values of a recipe that make one of its rows best, with Optuna.
 
-Trials share a run folder, so that what they have in common, such as the experts, is done once; many machines can work
-on one study through a storage that all of them reach.
+All trials use one run folder, so stages that they have in common, such as the experts, are done once. Several machines
+can work on one study through a storage that all of them can access.
 """
 
 from __future__ import annotations
@@ -33,68 +33,72 @@ def search_recipe(
     seed: int | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Search what the recipe's ``search`` names (`SearchSettings`) until the study has all its trials.
+    """Run trials of what the recipe's ``search`` names (`SearchSettings`) until the study has all of them.
 
-    Learning rates are best searched on a logarithm, as the paper does. A study that exists goes on.
+    Search learning rates on a logarithmic scale, as the paper does. A study that exists is continued.
 
     Args:
-        path, changes: as `read_recipe` takes them.
-        folder: of the stages, and of ``search.json``: all trials, the best first.
-        storage: of the study: an Optuna URL, such as ``postgresql://...``, or a file, also on a disk that several
-            machines share; by default ``search.log`` in the folder.
-        seed: of the sampler; machines that share a study leave it out, or take one each.
-        workers: processes side by side within a trial.
+        path, changes: As `read_recipe` takes them.
+        folder: Folder of the stages and of ``search.json``: all trials, the best first.
+        storage: Storage of the study: an Optuna URL, such as ``postgresql://...``, or a file, which may be on a disk
+            that several machines share. The default is ``search.log`` in the folder.
+        seed: Seed of the sampler. Machines that share a study leave it out, or each takes its own.
+        workers: Number of processes within a trial.
 
     Returns:
-        What ``search.json`` holds: row, images, and trials with number, state, values, Delta_MTL and its per_seed.
+        The content of ``search.json``: row, images, and trials with number, state, values, Delta_MTL and its per_seed.
 
     Raises:
-        InputError: no optuna, a recipe without a search or with an impossible one, or no trial that came to an end.
+        InputError: Optuna is not installed, the recipe has no search or an impossible one, or no trial was completed.
     """
     if started_processes() > 1:
         raise InputError("a search is shared by starting it on each machine with the same --storage, not by torchrun.")
     optuna = _optuna()
     recipe = read_recipe(path, changes)
-    search = recipe.search
     _check(path, changes, recipe)
-    folder = Path(folder)
+    folder, search = Path(folder), recipe.search
     folder.mkdir(parents=True, exist_ok=True)
     study = _study(optuna, storage or str(folder / "search.log"), _name(Path(path), recipe), seed)
-    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
     def objective(trial: Any) -> float:
         tried = read_recipe(path, changes, suggest(trial, search.space))
         try:
             found = held_out_delta(tried, search.row, search.images, folder, pool)
-        except DivergedError as error:  # the search learns from it that the value is too high
+        except DivergedError as error:  # the sampler learns that the value is too high
             raise optuna.TrialPruned(str(error)) from error
         if not all(map(math.isfinite, found)):
             raise optuna.TrialPruned("its metrics are not finite")
         trial.set_user_attr("per_seed", found)
         return sum(found) / len(found)
 
-    def report(study: Any, _trial: Any) -> None:
-        done = len(study.get_trials(deepcopy=False, states=finished))
-        results = _results(study, search)
-        atomic_write_text(folder / "search.json", json.dumps(results, indent=2) + "\n")
-        best = results["trials"][0]["delta_mtl"]
-        progress("search", min(done, search.trials), search.trials, "" if best is None else f"best {best:+.2f} %")
-
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     with WorkerPool(workers) as pool:
-        if len(study.get_trials(deepcopy=False, states=finished)) < search.trials:
+        if _finished(study) < search.trials:
             limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
             try:
-                study.optimize(objective, callbacks=[report, limit])
+                study.optimize(objective, callbacks=[lambda *_: _report(study, search, folder), limit])
             except InputError:
                 raise
             except ValueError as error:  # for example, the stored study has different choices
                 raise InputError(f"{path}: the search cannot go on ({error}); take another storage.") from error
     results = _results(study, search)
     if results["trials"][0]["delta_mtl"] is None:
-        raise InputError(
-            f"{path}: none of {len(results['trials'])} trials came to an end; search lower learning rates."
-        )
+        raise InputError(f"{path}: none of {len(results['trials'])} trials was completed; search lower learning rates.")
     return results
+
+
+def _finished(study: Any) -> int:
+    """Number of trials that count: completed or pruned ones."""
+    return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.get_trials(deepcopy=False))
+
+
+def _report(study: Any, search: SearchSettings, folder: Path) -> None:
+    """Write search.json and report progress after each trial."""
+    results = _results(study, search)
+    atomic_write_text(folder / "search.json", json.dumps(results, indent=2) + "\n")
+    best = results["trials"][0]["delta_mtl"]
+    note = "" if best is None else f"best {best:+.2f} %"
+    progress("search", min(_finished(study), search.trials), search.trials, note)
 
 
 def _results(study: Any, search: SearchSettings) -> dict[str, Any]:
@@ -113,19 +117,19 @@ def _results(study: Any, search: SearchSettings) -> dict[str, Any]:
 
 
 def _check(path: str | Path, changes: Sequence[str], recipe: Recipe) -> None:
-    """Fail before any trial on a search that cannot work."""
+    """Reject a search that cannot work, before any trial."""
     search = recipe.search
     if not search.space or not search.row:
         raise InputError(f"{path}: nothing to search; give search: {{row, images, space}} (docs/recipes.md).")
     rows = [*map(joint_row, recipe.joint_weightings), *recipe.merges, *recipe.realigned]
     if search.row not in rows:
-        raise InputError(f"{path}: search.row {search.row!r} is no row of the recipe; it has {', '.join(rows)}.")
+        raise InputError(f"{path}: search.row {search.row!r} is not a row of the recipe; it has {', '.join(rows)}.")
     if not 1 <= search.images < recipe.val_images:
         raise InputError(
-            f"{path}: search.images is {search.images}; give how many of the {recipe.val_images} val_images judge,"
-            " such as a quarter."
+            f"{path}: search.images is {search.images}; give how many of the {recipe.val_images} val_images"
+            " evaluate the trials, such as a quarter."
         )
-    fixed = ("seeds", "tasks", "val_images", "base", "data", "data_options")  # trials must be judged alike
+    fixed = ("seeds", "tasks", "val_images", "base", "data", "data_options")  # all trials must be evaluated alike
     for key in search.space:
         name = key.split(".")[0]
         if name not in Recipe.__dataclass_fields__ or name in fixed:

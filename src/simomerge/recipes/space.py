@@ -15,16 +15,16 @@ class SearchSettings:
     """A search for the values of a recipe that make one of its rows best.
 
     Args:
-        row: of the recipe's table, whose Delta_MTL on held-out validation images is to be as great as possible.
-        images: so many of ``val_images``: they judge, and are taken from D_val while a search lasts. The test
-            split is never looked at.
-        trials: finished ones at which the search ends, those of all machines together.
-        space: key, as ``--set`` takes it (``heads.lr``, ``merge_settings.ties.density``), -> ``{low, high}`` with
-            ``log: true`` where the logarithm is to be uniform, or ``{choices: [...]}``. Two whole numbers make whole
-            numbers.
+        row: The row of the recipe's table whose Delta_MTL on held-out validation images is maximised.
+        images: Number of ``val_images`` that evaluate the trials. During a search they are no part of D_val. The test
+            split is never used.
+        trials: The search ends when all machines together have finished this number of trials.
+        space: Key, as ``--set`` takes it (``realign.heads.lr``, ``merge_settings.ties.density``), to ``{low, high}``,
+            with ``log: true`` for a uniform logarithm, or to ``{choices: [...]}``. If both limits are whole numbers,
+            so are the values.
 
     Raises:
-        InputError: numbers out of range, or a range that is none.
+        InputError: A number is out of range, or a range is empty.
     """
 
     row: str = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from simomerge.datasets.load import load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
 from simomerge.recipes.graph import Data, Stage, read_log
+from simomerge.recipes.row import AUTO
 from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import CachedFeatures, cache_features
@@ -34,20 +36,30 @@ from simomerge.training.settings import TrainSettings, TuneOptions
 _LOGGED = ("steps", "trained_parameters", "labelled_images", "unlabelled_images", "r2")
 
 
-def work_folder(output: Path) -> Path:
-    """Where a stage keeps what a killed run resumes from; removed when the stage is done."""
-    return output.parent / f"{output.name}.work"
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoggedStage(Stage):
+    """A stage that fills its folder with the log and the model that `work` returns."""
+
+    @abstractmethod
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel | None]:
+        """Do the work; ``folder`` keeps what a killed run resumes from."""
+
+    def run(self, output: Path) -> None:
+        began = time.monotonic()
+        unfinished = output.parent / f"{output.name}.work"
+        log, model = self.work(unfinished)
+        if distributed.is_first():
+            with atomic_folder(output) as folder:
+                if model is not None:
+                    model.save_pretrained(folder / "model")
+                _write_log(folder, began, log)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.wait()
 
 
-def _finish(output: Path, began: float, log: Mapping[str, Any], model: SimoModel | None = None) -> None:
-    if distributed.is_first():
-        with atomic_folder(output) as folder:
-            if model is not None:
-                model.save_pretrained(folder / "model")
-            content = json.dumps({"seconds": time.monotonic() - began, **log}, indent=2)
-            (folder / "log.json").write_text(content + "\n", encoding="utf-8")
-        shutil.rmtree(work_folder(output), ignore_errors=True)
-    distributed.wait()
+def _write_log(folder: Path, began: float, log: Mapping[str, Any]) -> None:
+    content = json.dumps({"seconds": time.monotonic() - began, **log}, indent=2)
+    (folder / "log.json").write_text(content + "\n", encoding="utf-8")
 
 
 def _models(folders: Mapping[str, Any]) -> dict[str, SimoModel]:
@@ -67,12 +79,11 @@ class Features(Stage):
             encoder = load(self.model).encoder.to(compute_device())
             cache_features(encoder, load_data(**self.data), folder / "features")
             if distributed.is_first():
-                log = {"seconds": time.monotonic() - began}
-                (folder / "log.json").write_text(json.dumps(log) + "\n", encoding="utf-8")
+                _write_log(folder, began, {})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Probe(Stage):
+class Probe(LoggedStage):
     """A fresh head for one task, trained on the frozen base's features (LP-FT, first phase)."""
 
     base: str
@@ -83,18 +94,17 @@ class Probe(Stage):
     head_settings: dict[str, Any]
     settings: TrainSettings
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         train = load_data(**self.data).select([self.task])
         encoder, task = load(self.base).encoder, train.tasks[self.task]
         head = fresh_head(encoder, task, train, self.head, self.settings.seed, **self.head_settings)
         cached = CachedFeatures(self.features / "features", train, [self.task])
-        log = train_head(head, task, cached, self.settings, state_file=work_folder(output) / "state.pt")
-        _finish(output, began, asdict(log), SimoModel(encoder, {self.task: task}, {self.task: head}))
+        log = train_head(head, task, cached, self.settings, state_file=folder / "state.pt")
+        return asdict(log), SimoModel(encoder, {self.task: task}, {self.task: head})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Tune(Stage):
+class Tune(LoggedStage):
     """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
 
     base: str
@@ -110,24 +120,21 @@ class Tune(Stage):
     def cost(self) -> float:
         return self.settings.steps * (1 + 0.1 * (len(self.probes) - 1))
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         base = load(self.base)
         fingerprint = base.encoder_fingerprint()
         probes = _models(self.probes)
         tasks = {task: probe.tasks[task] for task, probe in probes.items()}
         model = SimoModel(base.encoder, tasks, {task: probe.heads[task] for task, probe in probes.items()})
         model.requires_grad_(True)
-        images = load_data(**self.train).select(list(tasks))
+        images, validation = (load_data(**data).select(list(tasks)) for data in (self.train, self.validation))
         how = {"weighting": self.weighting, "augmentation": self.augmentation}
-        validation = load_data(**self.validation).select(list(tasks))
-        state = work_folder(output) / "state.pt"
         log = finetune(
             model,
             images,
             self.settings,
             validation,
-            state_file=state,
+            folder / "state.pt",
             options=TuneOptions(self.weighting, self.augmentation),
         )
         model.provenance = {
@@ -135,11 +142,11 @@ class Tune(Stage):
             "training": {"method": "lp-ft", **asdict(self.settings), **how, "images": len(images)},
         }
         cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}
-        _finish(output, began, {**asdict(log), **cost}, model)
+        return {**asdict(log), **cost}, model
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Score(Stage):
+class Score(LoggedStage):
     """Metrics of a model on a dataset."""
 
     model: Any
@@ -149,20 +156,25 @@ class Score(Stage):
     def cost(self) -> float:
         return 5.0
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], None]:
         model = load(self.model / "model").to(compute_device())
-        _finish(output, began, {"scores": evaluate(model, load_data(**self.data))})
+        return {"scores": evaluate(model, load_data(**self.data))}, None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Merge(Stage):
-    """Experts merged into one model; a scale that is not given is the best one on the labels of ``validation``."""
+class MergingStage(LoggedStage):
+    """Experts merged into one model."""
 
     base: str
     experts: Mapping[str, Any]
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Merge(MergingStage):
+    """Experts merged into one model; a scale that is not given is the best one on the labels of ``validation``."""
+
     validation: Data
     baseline: Mapping[str, Any]
 
@@ -170,20 +182,16 @@ class Merge(Stage):
     def cost(self) -> float:
         return 40.0
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         base, experts = load(self.base), _models(self.experts)
         if not searches_scale(self.method, self.parameters):
-            model, log = merge(base, experts, self.method, **self.parameters), {"labelled_images": 0}
-            if isinstance(self.parameters.get("scale"), float):
-                log["scale"] = self.parameters["scale"]
-            _finish(output, began, log, model)
-            return
+            model = merge(base, experts, self.method, **self.parameters)
+            return {"labelled_images": 0, **_scale(model)}, model
         data = load_data(**self.validation).select(list(experts))
-        baseline = {task: read_log(folder)["scores"][task] for task, folder in self.baseline.items()}
+        baseline = {task: read_log(output)["scores"][task] for task, output in self.baseline.items()}
         found = search_scale(base, experts, self.method, data, baseline=baseline, align=False, **self.parameters)
         curve = {"scales": found.scales, "delta_mtl": found.delta_mtl, "normalised": found.normalised}
-        _finish(output, began, {"scale": found.scale, "curve": curve, "labelled_images": len(data)}, found.model)
+        return {"scale": found.scale, "curve": curve, "labelled_images": len(data)}, found.model
 
 
 def searches_scale(method: str, parameters: Mapping[str, Any]) -> bool:
@@ -191,37 +199,33 @@ def searches_scale(method: str, parameters: Mapping[str, Any]) -> bool:
     return "scale" in available()[method].__dataclass_fields__ and "scale" not in parameters
 
 
+def _scale(model: SimoModel) -> dict[str, float]:
+    """The scale of a merge for its log, if it is one number."""
+    scale = model.provenance["merge"].get("scale")
+    return {"scale": scale} if isinstance(scale, float) else {}
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MergeWithoutLabels(Stage):
+class MergeWithoutLabels(MergingStage):
     """Experts merged with the scale that can be folded best; the method "auto" chooses everything."""
 
-    base: str
-    experts: Mapping[str, Any]
-    method: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
     images: Data
 
     @property
     def cost(self) -> float:
-        return 120.0 if self.method == "auto" else 20.0
+        return 120.0 if self.method == AUTO else 20.0
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
-        images = load_data(**self.images)
-        scale = None if self.method == "auto" else "auto"
-        experts = _models(self.experts)
-        model = merge(
-            load(self.base), experts, self.method, scale=scale, images=images, count=len(images), **self.parameters
-        )
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
+        images, experts = load_data(**self.images), _models(self.experts)
+        given = {"scale": None if self.method == AUTO else "auto", **self.parameters}
+        model = merge(load(self.base), experts, self.method, images=images, count=len(images), **given)
         chosen = {**model.provenance["merge"]}
         log = {"labelled_images": 0, "unlabelled_images": len(images), "tried": chosen.pop("tried"), "chosen": chosen}
-        if isinstance(chosen.get("scale"), float):
-            log["scale"] = chosen["scale"]
-        _finish(output, began, log, model)
+        return {**log, **_scale(model)}, model
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Realign(Stage):
+class Realign(LoggedStage):
     """A model re-aligned from the experts' behaviour on images, or from labels."""
 
     keeps_labels: ClassVar[bool] = True
@@ -237,20 +241,18 @@ class Realign(Stage):
             return 20.0
         return 50.0 if self.method.trains_heads_apart else 50.0 + self.method.training.steps
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         start, data = load(self.model / "model"), load_data(**self.data)
-        inputs: dict[str, Any] = {"data": data}
-        if self.method.teacher == "experts":
-            inputs = {"experts": _models(self.experts), "images": data}
-        result = realign(start, **inputs, method=self.method, work_folder=work_folder(output))
+        labelled = self.method.teacher == "labels"
+        inputs = {"data": data} if labelled else {"experts": _models(self.experts), "images": data}
+        result = realign(start, **inputs, method=self.method, work_folder=folder)
         record = result.provenance["realign"]
-        _finish(output, began, {key: record[key] for key in _LOGGED if key in record}, result)
+        return {key: record[key] for key in _LOGGED if key in record}, result
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Relate(Stage):
-    """How the experts relate to each other, judged by labels."""
+class Relate(LoggedStage):
+    """How the experts relate to each other, measured by labels."""
 
     keeps_labels: ClassVar[bool] = True
 
@@ -262,7 +264,6 @@ class Relate(Stage):
     def cost(self) -> float:
         return 150.0  # pairs of experts are merged, so it takes as long as many merges
 
-    def run(self, output: Path) -> None:
-        began = time.monotonic()
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], None]:
         found = relate(load(self.base), _models(self.experts), data=load_data(**self.data), count=None)
-        _finish(output, began, {"relations": found.to_dict()})
+        return {"relations": found.to_dict()}, None

@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
+from simomerge.assembly.realign import predictions as predictions_module
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.fold import Fold
-from simomerge.assembly.realign.teacher import TeacherPredictions
+from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.assembly.realign.training import prediction_distances
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
@@ -30,6 +31,9 @@ from simomerge.models.encoders import Features
 from simomerge.models.heads import HEADS
 from simomerge.models.model import SimoModel
 from simomerge.training.settings import TrainSettings
+
+from .contract import same
+from .contract import weights as state
 
 SETTINGS = TrainSettings(steps=12, batch_size=8, lr=3e-3, seed=1)
 HEADS_OF = {"depth": "dpt", "parts": "linear"}
@@ -73,14 +77,6 @@ def scene(experts: dict[str, SimoModel]) -> SimoModel:
     encoder.backbone.load_state_dict({name: sum(w[name] for w in weights) / 2 for name in weights[0]})
     heads = {task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()}
     return SimoModel(encoder, TASKS, heads, {"merge": {"method": "average"}}).eval()
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
 def batch_of(images: list[np.ndarray]) -> Tensor:
@@ -133,7 +129,7 @@ def test_a_second_look_reads_what_the_first_wrote(
     experts: dict[str, SimoModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = TeacherPredictions(as_images(IMAGES[:4]), experts, tmp_path / "predictions")
-    monkeypatch.setattr("simomerge.assembly.realign.teacher.observe", lambda *_, **__: pytest.fail("asked them again"))
+    monkeypatch.setattr(predictions_module, "observe", lambda *_, **__: pytest.fail("the experts predict again"))
     second = TeacherPredictions(as_images(IMAGES[:4]), experts, tmp_path / "predictions")
     assert all(torch.equal(second[i][task], first[i][task]) for i in range(4) for task in experts)
 
@@ -228,55 +224,14 @@ def test_it_mends_what_the_fold_has_left(scene: SimoModel, experts: dict[str, Si
     assert after < 0.9 * before < 0.5 * merged
 
 
-@pytest.mark.parametrize("trains", ["heads", "adapters", "lora"])
-def test_the_model_and_the_experts_stay_as_they_are(
-    scene: SimoModel, experts: dict[str, SimoModel], trains: str
-) -> None:
-    before = [state(model) for model in (scene, *experts.values())]
-    needed = [[p.requires_grad for p in model.parameters()] for model in (scene, *experts.values())]
-    records = copy.deepcopy([model.provenance for model in (scene, *experts.values())])
-    result = realign(scene, experts, IMAGES[:8], training=replace(SETTINGS, steps=2), **settings_of(trains, 2))
-    models = (scene, *experts.values())
-    assert all(same(old, state(new)) for old, new in zip(before, models, strict=True))
-    assert needed == [[p.requires_grad for p in model.parameters()] for model in models]
-    assert records == [model.provenance for model in models] and scene.encoder.adapters is None
-    ours = {p.data_ptr() for p in scene.parameters()}
-    assert not any(p.data_ptr() in ours for p in result.parameters())
-
-
-def test_the_provenance_says_all_that_was_done(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    result = realign(
-        scene, experts, IMAGES, method="distill", training=replace(SETTINGS, steps=2), variant="per-tap", count=12
-    )
-    record = result.provenance["realign"]
-    assert result.provenance["merge"] == {"method": "average"} and 0 < record.pop("seconds") < 60
-    fold = record.pop("after")
+def test_the_provenance_records_the_fold_before(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
+    few = replace(SETTINGS, steps=2)
+    record = realign(scene, experts, IMAGES, method="distill", training=few, variant="per-tap", count=12)
+    fold = record.provenance["realign"]["after"]
     assert (fold["method"], fold["variant"], fold["unlabelled_images"]) == ("fold", "per-tap", 12)
-    assert record == {
-        "method": "distill",
-        "trains": "heads",
-        "variant": "per-tap",
-        "changes_encoder": False,
-        **asdict(SETTINGS),
-        "unlabelled_images": 12,
-        "labelled_images": 0,
-        "steps": 4,  # of both heads
-        "trained_parameters": sum(p.numel() for p in scene.heads.parameters()),
-    }
-    with_adapters = realign(
-        scene,
-        experts,
-        IMAGES[:8],
-        method="distill",
-        training=replace(SETTINGS, steps=2),
-        trains="adapters",
-        rank=3,
-        activation="relu",
-    )
-    record = with_adapters.provenance["realign"]
-    assert (record["trains"], record["rank"], record["activation"], record["steps"]) == ("adapters", 3, "relu", 2)
-    assert record["after"]["variant"] == "cross-tap"
-    assert record["trained_parameters"] == 4 * 2 * 32 * 3 + sum(p.numel() for p in with_adapters.heads.parameters())
+    options: dict[str, Any] = {"trains": "adapters", "rank": 3, "activation": "relu"}
+    result = realign(scene, experts, IMAGES[:8], method="distill", training=few, **options)
+    assert result.provenance["realign"]["after"]["variant"] == "cross-tap"
 
 
 def test_it_folds_first_unless_the_model_was_re_aligned_before(
@@ -294,16 +249,11 @@ def test_it_folds_first_unless_the_model_was_re_aligned_before(
         assert value == pytest.approx(distances(folded, experts)[task], rel=0.05)
 
 
-def test_a_model_with_adapters_gets_no_second_ones_but_its_heads_can_be_distilled(
-    scene: SimoModel, experts: dict[str, SimoModel]
-) -> None:
+def test_a_model_with_adapters_gets_no_second_ones(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
     few = replace(SETTINGS, steps=2)
     adapted = realign(scene, experts, IMAGES[:8], method="distill", training=few, trains="adapters", rank=2)
     with pytest.raises(InputError, match="has adapters already; distill its heads alone"):
         realign(adapted, experts, IMAGES[:8], method="distill", training=few, trains="adapters")
-    again = realign(adapted, experts, IMAGES[:8], method="distill", training=few)
-    assert again.encoder.adapters is not None and adapted.encoder.adapters is not None
-    assert same(state(again.encoder.adapters), state(adapted.encoder.adapters))
 
 
 def test_no_label_is_read(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
@@ -313,18 +263,6 @@ def test_no_label_is_read(scene: SimoModel, experts: dict[str, SimoModel]) -> No
         assert result.provenance["realign"]["labelled_images"] == 0
     named = realign(scene, experts, Unlabelled(), method="distill", training=few)
     assert named.provenance["realign"]["unlabelled_images"] == 24
-
-
-def test_saved_and_loaded_it_predicts_the_same(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    result = realign(
-        scene, experts, IMAGES[:8], method="distill", training=replace(SETTINGS, steps=2), trains="adapters", rank=2
-    )
-    result.save_pretrained(tmp_path / "scene")
-    again = SimoModel.from_pretrained(tmp_path / "scene")
-    assert again.provenance == result.provenance
-    expected = result.predict(IMAGES[0])
-    for name, values in again.predict(IMAGES[0]).items():
-        np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
 class Own(nn.Module):
@@ -351,13 +289,6 @@ def test_a_head_without_projections_can_be_distilled(
     scene.heads["parts"] = copy.deepcopy(experts["parts"].heads["parts"])
     result = realign(scene, experts, IMAGES, method="distill", training=replace(SETTINGS, steps=25))
     assert distances(result, experts)["parts"] < distances(scene, experts)["parts"]
-
-
-def test_experts_that_do_not_fit_are_refused(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    with pytest.raises(InputError, match="no expert given for task 'parts'"):
-        realign(scene, {"depth": experts["depth"]}, IMAGES, method="distill", training=SETTINGS)
-    with pytest.raises(InputError, match="give images="):
-        realign(scene, experts, method="distill")
 
 
 # Distances ----------------------------------------------------------------------------------------------

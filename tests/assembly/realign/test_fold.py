@@ -31,6 +31,9 @@ from simomerge.models.heads.projections import Moments, Projection, input_projec
 from simomerge.models.heads.resize import resize
 from simomerge.models.model import SimoModel
 
+from .contract import same
+from .contract import weights as state
+
 CHANNELS = (5, 5, 5, 5)
 GRID = (3, 4)
 HEAD_CASES: list[tuple[str, dict[str, Any]]] = [
@@ -627,14 +630,6 @@ def scene(experts: dict[str, SimoModel]) -> SimoModel:
     return average(experts)
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
-
-
 def batch_of(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2)
 
@@ -659,26 +654,6 @@ def test_a_merged_model_comes_nearer_to_its_experts(
     assert result.heads["depth"].settings.get("cross_tap", False) == (variant == "cross-tap")
 
 
-def test_nothing_given_changes_and_the_encoder_is_the_same(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    before = [state(model) for model in (scene, *experts.values())]
-    records = copy.deepcopy([model.provenance for model in (scene, *experts.values())])
-    result = realign(scene, experts, IMAGES[:24], variant="cross-tap")
-    assert all(same(old, state(new)) for old, new in zip(before, (scene, *experts.values()), strict=True))
-    assert records == [model.provenance for model in (scene, *experts.values())]
-    assert same(state(scene.encoder), state(result.encoder)) and not result.training
-    assert not same(state(scene.heads["normals"]), state(result.heads["normals"]))
-    assert list(result.tasks) == list(scene.tasks) and result.tasks == scene.tasks
-    ours = {p.data_ptr() for p in scene.heads.parameters()}
-    assert not any(p.data_ptr() in ours for p in result.heads.parameters())
-
-
-def test_one_that_is_being_trained_goes_on_being_trained(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    scene, experts = copy.deepcopy((scene, experts))
-    scene.train()
-    realign(scene, experts, IMAGES[:24])
-    assert scene.training and scene.heads.training
-
-
 @EVERY_VARIANT
 def test_an_expert_folded_to_itself_predicts_as_before(experts: dict[str, SimoModel], variant: Any) -> None:
     for task, expert in experts.items():
@@ -688,38 +663,14 @@ def test_an_expert_folded_to_itself_predicts_as_before(experts: dict[str, SimoMo
             torch.testing.assert_close(result(batch_of(IMAGES[:4]))[task], wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_provenance_says_all_that_was_done(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    result = realign(scene, experts, IMAGES[:24])
-    record = result.provenance["realign"]
-    assert result.provenance["merge"] == {"method": "average"}
-    assert 0 < record["seconds"] < 60
-    rest = {key: value for key, value in record.items() if key not in ("seconds", "ridge", "r2", "r2_before")}
-    assert rest == {
-        "method": "fold",
-        "variant": "per-tap",
-        "images_at_once": 32,
-        "changes_encoder": False,
-        "unlabelled_images": 24,
-        "labelled_images": 0,
-        "steps": 0,
-        "trained_parameters": 0,
-    }
+def test_the_provenance_records_ridge_and_r2(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
+    record = realign(scene, experts, IMAGES[:24]).provenance["realign"]
     for key in ("ridge", "r2", "r2_before"):
         assert list(record[key]) == ["depth", "normals"]
     assert all(ridge in RIDGES for ridge in record["ridge"].values())
     fixed = realign(scene, experts, IMAGES[:24], ridge="none").provenance["realign"]
     assert fixed["ridge"] == {"depth": "none", "normals": "none"} and fixed["r2"] == fixed["r2_before"]
     assert fixed["r2_before"] == record["r2_before"]
-
-
-def test_saved_and_loaded_it_predicts_the_same(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    result = realign(scene, experts, IMAGES[:32], variant="cross-tap")
-    result.save_pretrained(tmp_path / "scene")
-    again = SimoModel.from_pretrained(tmp_path / "scene")
-    assert again.provenance == result.provenance
-    expected = result.predict(IMAGES[0])
-    for name, values in again.predict(IMAGES[0]).items():
-        np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
 def test_what_the_experts_see_once_serves_several_merges(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
@@ -769,15 +720,6 @@ def test_images_of_several_sizes_are_folded_together(scene: SimoModel, experts: 
 
 
 # What is refused of whole models ------------------------------------------------------------------------
-
-
-def test_experts_that_are_missing_or_too_many_are_named(scene: SimoModel, experts: dict[str, SimoModel]) -> None:
-    with pytest.raises(InputError, match=r"no expert given for task 'normals'; the model has depth, normals"):
-        realign(scene, {"depth": experts["depth"]}, IMAGES)
-    with pytest.raises(InputError, match=r"expert 'edges': the model has no such task.*depth, normals"):
-        realign(scene, {**experts, "edges": experts["depth"]}, IMAGES)
-    with pytest.raises(InputError, match="needs the experts"):
-        realign(scene, {}, IMAGES)
 
 
 def test_an_expert_whose_head_is_not_the_models_is_named_with_the_tensor(

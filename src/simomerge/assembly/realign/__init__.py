@@ -1,6 +1,11 @@
 """Re-alignment: repair the mismatch between merged features and the experts' heads.
 
-Each method is one file; importing it here registers it.
+- ``method.py``: the base classes and the registry.
+- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``: one method each, registered by the imports.
+- ``training.py``: what the methods that train have in common.
+- ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
+- ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
+  ``normal_equations.py`` is ridge regression from sums.
 """
 
 from __future__ import annotations
@@ -47,27 +52,30 @@ def realign(
     """Re-align a merged model and return a new one; the given model stays as it is.
 
     ``"fold"`` (closed form) and ``"distill"`` learn from the experts on images without labels; ``"heads"`` and
-    ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. Each may start from the result of another one;
-    those that put adapters or LoRA into an encoder need a model without adapters.
+    ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start from the result of another
+    method. Methods that put adapters or LoRA into the encoder need a model without adapters.
 
     Args:
         model: A merged model.
-        experts: By task, those it was merged from.
+        experts: By task, the experts that the model was merged from.
         images: A folder of pictures, a sequence of images, or a dataset whose labels are not read.
         data: A dataset with the targets of every task.
         method: A method or preset by name (`simomerge methods` lists them), or a `Realignment`.
-        work_folder: Where features, predictions and the state of a killed run are kept, for this very re-alignment and
-            no other; a temporary folder by default.
+        work_folder: Folder for features, predictions and the state of a killed run. Do not share it between
+            re-alignments. The default is a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
         **parameters: Parameters of the method and, where it trains, of its `TrainSettings`.
 
     Raises:
-        InputError: An unknown method or parameter, an input that it needs is not given, or what the method refuses.
+        InputError: The method or a parameter is unknown, an input is missing, or the model or the inputs do not fit the
+            method.
 
     Example:
         >>> model = realign(model, experts, images="photos/")                                      # doctest: +SKIP
         >>> model = realign(model, data=load_data("rooms", split="val"), method="heads", steps=60)  # doctest: +SKIP
     """
+    from simomerge.core import distributed
+
     chosen = get_realignment(method, **parameters) if isinstance(method, str) else method
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
@@ -75,8 +83,8 @@ def realign(
         inputs = {"data": _labelled(chosen, model, data)}
     else:
         inputs = _unlabelled(chosen, model, experts, images)
-    folder = Path(work_folder) if work_folder else None
-    return chosen.apply(model, Inputs(**inputs, work_folder=folder, workers=workers))
+    with distributed.temporary_folder() as temporary:
+        return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
 
 
 def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:

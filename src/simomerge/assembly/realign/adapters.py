@@ -5,9 +5,8 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), re-alignme
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
 from simomerge.core.registry import parameter
@@ -16,7 +15,11 @@ if TYPE_CHECKING:
     from simomerge.models.model import SimoModel
 
 
-@register
+@register(
+    "adapters",
+    "Single-Input Multi-Output Model Merging (Garcia Giraldo et al., 2025)",
+    "https://arxiv.org/abs/2504.11268",
+)
 @dataclass(frozen=True)
 class Adapters(TrainedRealignment):
     """Train low-rank adapters next to the blocks and all heads on the labels of all tasks (the paper's second remedy).
@@ -24,10 +27,7 @@ class Adapters(TrainedRealignment):
     The encoder's own weights are frozen.
     """
 
-    name: ClassVar[str] = "adapters"
     teacher: ClassVar[str] = "labels"
-    paper: ClassVar[str] = "Single-Input Multi-Output Model Merging (Garcia Giraldo et al., 2025)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2504.11268"
 
     rank: int = parameter(16, low=1, help="Rank of the adapters (paper: 16).")
     activation: str = parameter(
@@ -43,18 +43,13 @@ class Adapters(TrainedRealignment):
         return "re-aligning it with adapters"
 
     @property
-    def adds_adapters(self) -> bool:
-        return True
+    def encoder_change(self) -> str:
+        return "adapters"
 
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        from simomerge.assembly.realign.training import check_no_adapters, finished, freeze_encoder, train_with_heads
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads
 
         check_no_adapters(model)
-        result = copy.deepcopy(model)
-        freeze_encoder(result, self.training.seed)
-        result.encoder.add_adapters(self.rank, self.activation, self.last_blocks)
-        state_file = inputs.work_folder / "adapters.pt" if inputs.work_folder else None
-        cost = train_with_heads(
-            result, inputs.data, self.training, state_file, "adapters", checkpointing=self.checkpointing
-        )
-        return finished(result, model, self.record({"labelled_images": len(inputs.data), **cost}))
+        freeze_encoder(model, self.training.seed)
+        model.encoder.add_adapters(self.rank, self.activation, self.last_blocks)
+        return train_with_heads(model, inputs, self.training, self.name, checkpointing=self.checkpointing)

@@ -1,21 +1,18 @@
 """Fold: re-alignment in closed form, from unlabelled images, without adding a parameter.
 
-What the merged encoder gives a head differs from what its own expert's encoder gave it, mostly by a linear map. A
-ridge regression from merged to expert features, shrunk towards the identity, finds the map. Because it is linear, it
-disappears into the head's first layer. With W the weights of that layer, x a token's merged features and z those of
-the expert::
+The features of the merged encoder differ from those of an expert's encoder mostly by a linear map. A ridge regression
+from merged to expert features, shrunk towards the identity, finds the map. Because it is linear, it can be folded into
+the head's first layer. Let W be the weights of that layer, x a token's merged features and z the expert's features::
 
     argmin_A  sum_n || z[n] - A x[n] - b ||^2 + ridge || A - I ||^2,   then  W <- W A,  c <- c + W b
 
-Ridge regression is linear in its targets, so the same W A comes from regressing what the layer itself computes, with
-W' - W penalised. That is what is done here: O outputs instead of C channels. docs/fold.md has the derivation.
+Ridge regression is linear in its targets, so a regression of the layer's own output, which penalises W' - W, gives the
+same W A. The code solves this smaller problem: O outputs instead of C channels. docs/fold.md has the derivation.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,25 +26,22 @@ if TYPE_CHECKING:
 VARIANTS = ("per-tap", "cross-tap")
 
 
-@register
+@register("fold", "simomerge, docs/fold.md; relatives: ReACT (2025)", "https://arxiv.org/abs/2511.10943")
 @dataclass(frozen=True)
 class Fold(Realignment):
     """Fold the linear part of the mismatch between merged features and heads into the heads, in closed form.
 
-    One pass: every image goes through the merged encoder and each expert's. Only sums are kept, whose size depends on
-    the encoder's width alone. Under torchrun each process takes its share of the images. The model's heads must still
-    be the experts'; adapters may be in its encoder.
+    Each image passes once through the merged encoder and every expert's encoder. Only sums are kept, and their size
+    depends on the encoder's width alone. Under torchrun each process takes its share of the images. The model's heads
+    must still be the experts' heads; its encoder may have adapters.
     """
 
-    name: ClassVar[str] = "fold"
     teacher: ClassVar[str] = "experts"
-    paper: ClassVar[str] = "simomerge, docs/fold.md; relatives: ReACT (2025)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2511.10943"
     default_count: ClassVar[int] = 64
     needs_plain_heads: ClassVar[bool] = True
 
     variant: str = parameter(
-        "per-tap", choices=VARIANTS, help="Repair each tap from itself (shapes stay), or every tap from all taps."
+        "per-tap", choices=VARIANTS, help="Map each tap from itself (shapes stay), or every tap from all taps."
     )
     ridge: float | str = parameter(
         "auto",
@@ -56,38 +50,28 @@ class Fold(Realignment):
         words=("auto", "none"),
         help="Shrinkage towards the identity, in units of the mean variance; auto chooses it for each head.",
     )
-    images_at_once: int = parameter(32, low=1, help="Images that are encoded at once.")
+    images_at_once: int = parameter(32, low=1, help="Images per batch.")
 
     @property
     def phrase(self) -> str:
         return "folding its heads" + (" cross tap" if self.variant == "cross-tap" else "")
 
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.sums import fold_heads, head_targets
         from simomerge.assembly.realign.teacher import check_heads
-        from simomerge.assembly.realign.training import finished
-        from simomerge.models.model import SimoModel
 
-        began = time.monotonic()
         check_heads(model, inputs.experts)
         targets = head_targets(model, inputs.experts, inputs.images, self.variant, self.images_at_once)
         folded = fold_heads(model, targets, self.variant, math.inf if self.ridge == "none" else self.ridge)
         if message := folded.sums.shortcoming():
-            warnings.warn(message, stacklevel=3)
-        heads = dict(folded.model.heads.items())
-        result = SimoModel(copy.deepcopy(model.encoder), model.tasks, heads)
-        fits = folded.fits
-        measured: dict[str, Any] = {
-            "unlabelled_images": folded.sums.images,
-            "labelled_images": 0,
-            "steps": 0,
-            "trained_parameters": 0,
-            "seconds": round(time.monotonic() - began, 2),
-            "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in fits.items()},
-            "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
-            "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
+            warnings.warn(message, stacklevel=4)
+        model.heads = folded.model.heads
+        return {
+            "unlabelled_images": folded.sums.images,  # those that could be read
+            "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in folded.fits.items()},
+            "r2_before": {task: _rounded(fit.r2_before) for task, fit in folded.fits.items()},
+            "r2": {task: _rounded(fit.r2) for task, fit in folded.fits.items()},
         }
-        return finished(result, model, self.record(measured))
 
 
 def _rounded(value: float) -> float | None:

@@ -5,9 +5,8 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), re-alignme
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
 from simomerge.core.registry import parameter
@@ -16,7 +15,11 @@ if TYPE_CHECKING:
     from simomerge.models.model import SimoModel
 
 
-@register
+@register(
+    "heads",
+    "Single-Input Multi-Output Model Merging (Garcia Giraldo et al., 2025)",
+    "https://arxiv.org/abs/2504.11268",
+)
 @dataclass(frozen=True)
 class Heads(TrainedRealignment):
     """Fine-tune each head by itself on the frozen merged encoder's features (the paper's first remedy).
@@ -25,28 +28,19 @@ class Heads(TrainedRealignment):
     depend on the encoder's size, and every head is a job of its own.
     """
 
-    name: ClassVar[str] = "heads"
     teacher: ClassVar[str] = "labels"
-    paper: ClassVar[str] = "Single-Input Multi-Output Model Merging (Garcia Giraldo et al., 2025)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2504.11268"
 
     cache_budget: str | None = parameter(
-        None, kind=str, help="Space that the features may take on disk, such as 20GB; what is free by default."
+        None, kind=str, help="Disk space for the features, such as 20GB; the free space by default."
     )
 
     @property
     def phrase(self) -> str:
         return "re-aligning its heads"
 
-    @property
-    def trains_heads_apart(self) -> bool:
-        return True
-
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        from simomerge.assembly.realign.training import finished, train_heads
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        from simomerge.assembly.realign.training import train_heads
         from simomerge.checkpoints import parse_size
 
-        result = copy.deepcopy(model)
         budget = parse_size(self.cache_budget) if self.cache_budget else None
-        cost = train_heads(result, inputs.data, self.training, inputs, "loss", budget)
-        return finished(result, model, self.record({"labelled_images": len(inputs.data), **cost}))
+        return train_heads(model, inputs, self.training, "loss", budget)

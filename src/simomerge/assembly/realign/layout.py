@@ -1,4 +1,4 @@
-"""Which linear systems the fold of a model's heads consists of.
+"""The linear systems that the fold of a model's heads solves.
 
 Each head declares the linear maps it starts with (its input projections). Per tap, a projection is split into one part
 for each tap; cross tap, it is one part that reads all taps. Parts that read the same inputs share one system of
@@ -23,8 +23,8 @@ class FoldLayout:
     """The parts of all heads of a model, and the systems that they share.
 
     Args:
-        model: A merged model whose heads are still the experts'.
-        variant: "per-tap" (each tap is repaired from the same tap) or "cross-tap" (from all taps).
+        model: A merged model with the experts' heads.
+        variant: "per-tap" (each tap is mapped from itself) or "cross-tap" (from all taps).
 
     Attributes:
         projections: By task, the head's input projections.
@@ -54,16 +54,16 @@ class FoldLayout:
             return System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
         head: Any = self.model.heads[task]
         taps = tuple(range(len(self.model.encoder.channels))) if getattr(head, "widens", False) else piece.taps
-        # Taps of one stride have one grid: then all projections share one system, and its equations.
+        # Taps of equal stride have the same grid, so that their projections share one system.
         strides = self.model.encoder.strides
         return System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]))
 
     def targets(self, experts: Mapping[str, Features]) -> list[Tensor]:
-        """What each part should compute, from the experts' features by task: (B, n, O) per part."""
+        """The target of each part from the experts' features by task: (B, n, O) per part."""
         return [tokens(part.projection(experts[part.task])) for part in self.parts]
 
     def residuals(self, features: Features, targets: Sequence[Tensor]) -> dict[System, tuple[Tensor, Tensor]]:
-        """By system, what its parts should compute, and how much of that is missing with the merged features."""
+        """The target of each system, and its residual with the merged features: the target minus the current output."""
         members: dict[System, list[tuple[Part, Tensor]]] = {}
         for part, target in zip(self.parts, targets, strict=True):
             members.setdefault(part.system, []).append((part, target))

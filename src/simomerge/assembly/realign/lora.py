@@ -1,8 +1,8 @@
 """LoRA re-alignment: low-rank changes of the encoder's linear layers, trained with the heads, then folded.
 
-A layer with weight ``W`` computes ``W x + (alpha / rank) B A x`` while it is trained. Afterwards its weight is
-``W + (alpha / rank) B A``, which gives the same up to the rounding of float32. The paper's adapters work on whole
-blocks, and no weight of a block can absorb them; LoRA leaves a plain encoder.
+A layer with weight ``W`` computes ``W x + (alpha / rank) B A x`` during training. Afterwards its weight is
+``W + (alpha / rank) B A``, which gives the same output up to rounding in float32. The paper's adapters work on whole
+blocks and cannot be folded into weights, whereas LoRA leaves a plain encoder.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). The layers and their folding are those
 of peft.
@@ -10,7 +10,6 @@ of peft.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,18 +28,19 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-@register
+@register(
+    "lora",
+    "LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021)",
+    "https://arxiv.org/abs/2106.09685",
+)
 @dataclass(frozen=True)
 class Lora(TrainedRealignment):
     """Train LoRA in the encoder and all heads on the labels of all tasks, then fold it into the encoder's weights.
 
-    ``training.encoder_lr`` is LoRA's own peak learning rate, where it is given.
+    ``training.encoder_lr`` sets LoRA's own peak learning rate.
     """
 
-    name: ClassVar[str] = "lora"
     teacher: ClassVar[str] = "labels"
-    paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021)"
-    link: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
 
     rank: int = parameter(16, low=1, help="Rank of each change.")
     alpha: float | None = parameter(
@@ -58,23 +58,18 @@ class Lora(TrainedRealignment):
         return "re-aligning it with LoRA"
 
     @property
-    def changes_encoder(self) -> bool:
-        return True
+    def encoder_change(self) -> str:
+        return "lora"
 
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        from simomerge.assembly.realign.training import check_no_adapters, finished, freeze_encoder, train_with_heads
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads
 
         check_no_adapters(model)
         config = lora_config(model.encoder, self.rank, self.alpha, self.targets)
-        result = copy.deepcopy(model)
-        state_file = inputs.work_folder / "lora.pt" if inputs.work_folder else None
-        freeze_encoder(result, self.training.seed)
-        with lora_layers(result.encoder, config):
-            cost = train_with_heads(
-                result, inputs.data, self.training, state_file, "lora", checkpointing=self.checkpointing
-            )
-        measured = {"alpha": config.lora_alpha, "labelled_images": len(inputs.data), **cost}
-        return finished(result, model, self.record(measured))
+        freeze_encoder(model, self.training.seed)
+        with lora_layers(model.encoder, config):
+            cost = train_with_heads(model, inputs, self.training, self.name, checkpointing=self.checkpointing)
+        return {"alpha": config.lora_alpha, **cost}
 
 
 def lora_config(
@@ -82,10 +77,8 @@ def lora_config(
 ) -> Any:
     """peft's LoraConfig for an encoder, with the full names of the target layers.
 
-    Everything that can be wrong is found here, before any training.
-
     Raises:
-        InputError: peft is not installed, a target that is no linear layer, or an encoder without linear layers.
+        InputError: peft is not installed, a target is not a linear layer, or the encoder has no linear layers.
     """
     names = _target_names(encoder.backbone, targets)
     try:
@@ -97,10 +90,10 @@ def lora_config(
 
 @contextmanager
 def lora_layers(encoder: Encoder, config: Any) -> Iterator[None]:
-    """Put LoRA into an encoder's linear layers, in place; at the end of the block it is folded into their weights.
+    """Put LoRA into an encoder's linear layers, in place, and fold it into their weights when the context ends.
 
-    Only the layers are replaced and later put back. The blocks and their hooks stay the same objects, and all tensors
-    keep their names. If the block raises, the encoder is left with its LoRA layers.
+    Only the linear layers are replaced and later restored. Blocks and hooks stay the same objects, and all tensors keep
+    their names. After an exception the LoRA layers remain.
     """
     from peft import LoraModel
 

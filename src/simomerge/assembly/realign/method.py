@@ -1,7 +1,7 @@
 """What a re-alignment is, and the registry of re-alignments.
 
 A re-alignment is a frozen dataclass: its fields are its parameters, its class attributes say what it learns from and
-where it comes from, and ``apply`` does the work. The options of the command line, the steps of a recipe and the tables
+where it comes from, and ``change`` does the work. The options of the command line, the steps of a recipe and the tables
 in the documentation are generated from it. A new re-alignment is one file with one class and ``@register`` in front,
 imported in `simomerge.assembly.realign`.
 
@@ -10,11 +10,13 @@ The command line reads the registry for its ``--help``, so the module of a metho
 
 from __future__ import annotations
 
+import copy
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.core.errors import InputError
 from simomerge.core.registry import Registry, check_parameters, parameter, range_text, settings, suggestion, summary
@@ -26,21 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a re-alignment may use besides the model.
+    """What a re-alignment may use in addition to the model.
 
     Attributes:
+        work_folder: Folder for features, predictions and the state of a killed run, used by this re-alignment only.
         experts: By task, checked against the model; empty for a method that learns from labels.
         images: Unlabelled images for a method that learns from the experts, as `as_images` gives them.
         data: A dataset with labels of every task for a method that learns from labels.
-        work_folder: Where features, predictions and the state of a killed run are kept, for this very re-alignment and
-            no other; None keeps them in a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
     """
 
+    work_folder: Path
     experts: Mapping[str, SimoModel] = field(default_factory=dict)
     images: Any = None
     data: Any = None
-    work_folder: Path | None = None
     workers: int = 1
 
 
@@ -48,15 +49,15 @@ class Inputs:
 class Realignment(ABC):
     """Base of all re-alignments.
 
-    Class attributes: ``name`` (what the user types), ``teacher`` ("experts": the experts' behaviour on unlabelled
-    images; "labels": a labelled dataset), ``paper`` and ``link`` (its source), ``default_count`` (images that the
-    command line uses), ``needs_plain_heads`` (the model's heads must still be the experts').
+    Class attributes: ``name``, ``paper`` and ``link`` (set by `register`), ``teacher`` ("experts": the experts'
+    behaviour on unlabelled images; "labels": a labelled dataset), ``default_count`` (images that the command line
+    uses), ``needs_plain_heads`` (the model's heads must still be the experts').
     """
 
     name: ClassVar[str]
-    teacher: ClassVar[str]
     paper: ClassVar[str]
     link: ClassVar[str]
+    teacher: ClassVar[str]
     default_count: ClassVar[int] = 256
     needs_plain_heads: ClassVar[bool] = False
 
@@ -72,38 +73,67 @@ class Realignment(ABC):
         """What it does, for sentences such as "Merging cost 10 points; folding its heads recovered 60 % of that."."""
 
     @property
-    def trains_heads_apart(self) -> bool:
-        """Whether heads are trained independently of each other, so that several workers help."""
-        return False
+    def encoder_change(self) -> str:
+        """What happens to the encoder: "adapters" are added, "lora" is folded into its weights, or "" (nothing)."""
+        return ""
 
     @property
     def adds_adapters(self) -> bool:
         """Whether the result has adapters next to its blocks."""
-        return False
+        return self.encoder_change == "adapters"
 
     @property
     def changes_encoder(self) -> bool:
         """Whether the result's encoder is no longer the plain merge of its experts."""
-        return self.adds_adapters
+        return bool(self.encoder_change)
+
+    @property
+    def trains_heads_apart(self) -> bool:
+        """Whether heads are trained independently of each other, so that several workers help."""
+        return False
 
     @abstractmethod
-    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        """Re-align a model and return a new one; the given model stays as it is.
+    def change(self, model: SimoModel, inputs: Inputs) -> Mapping[str, Any]:
+        """Re-align a model in place.
+
+        Returns:
+            What was measured, for the provenance. It may replace the entries that `apply` writes.
 
         Raises:
-            InputError: What the method cannot work with; the message says what.
+            InputError: The model or the inputs do not fit the method; the message says why.
         """
 
-    def record(self, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """What provenance holds: the name, the parameters, and what was measured."""
-        parameters: dict[str, Any] = {}
+    def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
+        """Re-align a copy of a model, and record the method in the copy's provenance."""
+        began = time.monotonic()
+        result = copy.deepcopy(model)
+        measured = self.change(result, inputs)
+        earlier = result.provenance.get("realign")
+        record = {
+            "method": self.name,
+            "labelled_images": len(inputs.data) if self.teacher == "labels" else 0,
+            "unlabelled_images": len(inputs.images) if self.teacher == "experts" else 0,
+            "trained_parameters": 0,
+            "steps": 0,
+            "seconds": round(time.monotonic() - began, 2),
+            "changes_encoder": self.changes_encoder,
+            **self._used_parameters(),
+            **measured,
+            **({"after": earlier} if earlier else {}),
+        }
+        result.provenance = {**result.provenance, "realign": record}
+        return result.eval()
+
+    def _used_parameters(self) -> dict[str, Any]:
+        """The parameters that have an effect, as plain data."""
+        found: dict[str, Any] = {}
         for spec in fields(self):
             value = getattr(self, spec.name)
             if isinstance(value, TrainSettings):
-                parameters |= asdict(value)
+                found |= asdict(value)
             elif spec.name != "count" and value is not None and is_used(self, spec):
-                parameters[spec.name] = list(value) if isinstance(value, tuple) else value
-        return {"method": self.name, **parameters, "changes_encoder": self.changes_encoder, **measured}
+                found[spec.name] = list(value) if isinstance(value, tuple) else value
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,20 +142,18 @@ class TrainedRealignment(Realignment):
 
     training: TrainSettings = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 
+    @property
+    def trains_heads_apart(self) -> bool:
+        return not self.changes_encoder
+
 
 _REGISTRY: Registry[Realignment] = Registry("re-alignment")
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {}
-_Class = TypeVar("_Class", bound=type[Realignment])
-
-
-def register(method: _Class) -> _Class:
-    """Class decorator: make a re-alignment available under its ``name``. Raises ValueError if the name is taken."""
-    registered: _Class = _REGISTRY.register(method)
-    return registered
+register = _REGISTRY.register
 
 
 def preset(name: str, method: str, **parameters: Any) -> None:
-    """Make a re-alignment with some parameters available under a name of its own."""
+    """Make a re-alignment with some parameters available under a second name."""
     _PRESETS[name] = (method, parameters)
 
 
@@ -135,7 +163,7 @@ def methods() -> dict[str, type[Realignment]]:
 
 
 def realignments() -> dict[str, Realignment]:
-    """Everything that can be named: the methods with their defaults, then the presets.
+    """The methods with their default parameters, then the presets, by name.
 
     Example:
         >>> realignments()["fold-cross"].variant
@@ -148,12 +176,12 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
     """The re-alignment or preset ``name`` with its parameters checked.
 
     Args:
-        **parameters: Those of the method; the fields of `TrainSettings` may be given one by one, next to or instead of
-            ``training``.
+        **parameters: Parameters of the method. The fields of `TrainSettings` may be given one by one, in addition to or
+            instead of ``training``.
 
     Raises:
-        InputError: An unknown method or parameter (the nearest name is suggested), a value out of range, or a parameter
-            that has no effect with the others.
+        InputError: The method or a parameter is unknown (the nearest name is suggested), a value is out of range, or a
+            parameter has no effect together with the others.
 
     Example:
         >>> get_realignment("heads", steps=60).training.steps
@@ -183,11 +211,11 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
 
 
 TRAINING = tuple(spec.name for spec in fields(TrainSettings))
-"""The names of the training's settings, which may be given as parameters of a re-alignment that trains."""
+"""The fields of `TrainSettings`, which a re-alignment that trains also takes as parameters."""
 
 
 def is_used(method: Realignment, spec: Any) -> bool:
-    """Whether a parameter has an effect with the other parameters of a method."""
+    """Whether a parameter has an effect, given the other parameters of a method."""
     conditions = spec.metadata.get("when", {})
     return all(getattr(method, name) in values for name, values in conditions.items())
 

@@ -1,7 +1,7 @@
 """Ridge regression from sums: one pass over the tokens of any number of images, then a solution in closed form.
 
-Tokens of an image share its CLS token, so of the design matrix only the patch part is ever multiplied per token; all
-that involves a CLS token takes one product per image.
+All tokens of an image share its CLS token. Products with the CLS token are therefore computed once per image, and only
+the patch part of the design matrix is multiplied per token.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 LEAST_RIDGE = 1e-11
-"""Stands for 0: with fewer tokens than inputs the equations have no unique solution, and float64 no digit to spare."""
+"""Used instead of 0, because with fewer tokens than inputs the equations have no unique solution."""
 
 
 @dataclass
 class NormalEquations:
-    """Sums of a regression of residuals ``r`` (what a linear map still lacks) on inputs ``x``, in float64.
+    """Sums for the regression of residuals ``r`` (target minus current output) on inputs ``x``, in float64.
 
-    With D inputs per token (the patch's channels, then the CLS tokens' ones) and O outputs.
+    D is the number of inputs per token (the patch's channels, then those of the CLS tokens), O that of outputs.
 
     Attributes:
-        tokens, images: how many were counted.
-        x (D,), xx (D, D): sums of the inputs and their products.
-        r (O,), rr (O,), xr (D, O): sums of the residuals, their squares and their products with the inputs.
-        u (O,), uu (O,): sums and squares of the targets themselves, for R^2.
+        tokens, images: Number of tokens and images in the sums.
+        x (D,), xx (D, D): Sums of the inputs and of their products.
+        r (O,), rr (O,), xr (D, O): Sums of the residuals, of their squares, and of their products with the inputs.
+        u (O,), uu (O,): Sums of the targets and of their squares, for R^2.
     """
 
     tokens: float
@@ -48,7 +48,7 @@ class NormalEquations:
         return cls(0.0, 0.0, zeros(d), zeros(d, d), zeros(o), zeros(o), zeros(d, o), zeros(o), zeros(o))
 
     def add(self, patches: Tensor, cls: Tensor, residual: Tensor, target: Tensor) -> None:
-        """Count a batch: patches (B, n, D_z), CLS tokens (B, D_c), residual and target (B, n, O)."""
+        """Add a batch: patches (B, n, D_z), CLS tokens (B, D_c), residual and target (B, n, O)."""
         images, places, width = patches.shape
         z, c = patches.to(self.x).flatten(0, 1), cls.to(self.x)
         r, u = residual.to(self.x), target.to(self.x)
@@ -73,29 +73,29 @@ class NormalEquations:
 
     @property
     def mean(self) -> Tensor:
-        """(D,): of every input."""
+        """(D,): mean of every input."""
         return self.x / self.tokens
 
     @property
     def variance(self) -> Tensor:
-        """(D,): of every input."""
+        """(D,): variance of every input."""
         return (self.xx.diagonal() / self.tokens - self.mean.square()).clamp(min=0)
 
     @property
     def unit(self) -> float:
-        """What a ridge is measured in: the mean diagonal of the centred Gram matrix; 0 where all tokens are alike."""
+        """The unit of a ridge: the mean diagonal of the centred Gram matrix; 0 if all tokens are equal."""
         mean = float(self.variance.mean() * self.tokens)
         return mean if mean > 1e-12 * float(self.xx.diagonal().mean()) else 0.0
 
     def solve(self, ridge: float, penalties: Tensor, unit: float | None = None) -> tuple[Tensor, Tensor]:
         """The map that best explains the residuals: weights (O, D) and biases (O,).
 
-        ``argmin sum ||r - W x - b||^2 + ridge * unit * sum_d penalties[d] ||W[:, d]||^2``, b not being penalised.
+        ``argmin sum ||r - W x - b||^2 + ridge * unit * sum_d penalties[d] ||W[:, d]||^2``; b is not penalised.
 
         Args:
-            ridge: in units of ``unit``.
+            ridge: In units of ``unit``.
             penalties: (D,).
-            unit: this one's own by default.
+            unit: The unit of these sums by default.
         """
         unit = self.unit if unit is None else unit
         mean = self.mean
@@ -108,14 +108,14 @@ class NormalEquations:
         return weights, self.r / self.tokens - weights @ mean
 
     def cls_basis(self, patches: int) -> Tensor | None:
-        """Orthonormal (D_c, k) that span what the CLS tokens vary in, where k, the images, are fewer than D_c.
+        """An orthonormal basis (D_c, k) of the span of the CLS tokens, if the k images are fewer than D_c; else None.
 
-        A ridge solution has no part outside of it, so it can be found among k coordinates instead of D_c: at the width
-        of a ViT-B with four taps and 64 images 64 instead of 3,072. Found from random combinations of the columns of
-        the centred Gram matrix, which has at most that rank.
+        A ridge solution lies in this span, so k coordinates suffice instead of D_c: for a ViT-B with four taps and 64
+        images, 64 instead of 3,072. The basis comes from random combinations of the columns of the centred Gram matrix,
+        whose rank is at most k.
 
         Args:
-            patches: how many of the inputs are patches' (the first).
+            patches: Number of inputs that belong to patches; these come first.
         """
         count, width = int(self.images), len(self.x) - patches
         if count >= width:
@@ -147,7 +147,7 @@ class NormalEquations:
         return (self.rr - 2 * linear + quadratic + offset).clamp(min=0)
 
     def spread(self) -> Tensor:
-        """(O,): sum over the tokens of ``(u - mean u)^2``: what an R^2 of 0 leaves."""
+        """(O,): sum over the tokens of ``(u - mean u)^2``, the error at an R^2 of 0."""
         return (self.uu - self.u.square() / max(self.tokens, 1.0)).clamp(min=0)
 
 

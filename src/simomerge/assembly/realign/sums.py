@@ -1,4 +1,4 @@
-"""The fold of all heads of one merged model: sums over images, then a solution for each head."""
+"""The fold of all heads of a merged model: sums over images, then a solution for each head."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 
 RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
-"""Ridges that "auto" tries, in units of the mean diagonal of the Gram matrix. Infinity leaves the head as it is."""
+"""Ridges that "auto" tries, in units of the mean diagonal of the Gram matrix. Infinity leaves the head unchanged."""
 
 HELD_OUT = 4
-"""Every fourth image is held out to choose the ridge; it takes part in the final solution."""
+"""Every fourth image is held out to choose the ridge. The final solution uses all images."""
 
 FALLBACK_RIDGE = 1e-1
-"""The ridge where no image is left to hold out."""
+"""The ridge if there are too few images to hold one out."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a fold repairs one task, on images that its maps were not solved on.
+    """How well a fold corrects one task, measured on held-out images.
 
-    Both R^2 are means over the task's regressions: per tap one for each tap of a projection, cross tap one for each
-    projection.
+    Both R^2 are means over the task's regressions: one per tap of a projection (per tap), or one per projection (cross
+    tap).
 
     Attributes:
-        ridge: The chosen one, in units of the mean diagonal of the Gram matrix.
-        r2: R^2 of what the head's first layer computes, against the expert's, after the fold; 1 equals the expert.
-        r2_before: The same before the fold; negative where merged features are worse than a constant.
+        ridge: The chosen ridge, in units of the mean diagonal of the Gram matrix.
+        r2: R^2 of the output of the head's first layer as a prediction of the expert's, after the fold. 1 equals the
+            expert.
+        r2_before: The same before the fold; negative if merged features predict worse than a constant.
     """
 
     ridge: float
@@ -52,7 +53,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class HeadTargets:
-    """A batch of images with what the experts' first layers compute on them (`FoldLayout.targets`)."""
+    """A batch of images with the outputs of the experts' first layers (`FoldLayout.targets`)."""
 
     indices: list[int]
     images: Tensor
@@ -61,7 +62,7 @@ class HeadTargets:
 
 @dataclass(frozen=True)
 class Folded:
-    """A model that shares the encoder and has folded heads, how well each head fits, and the sums behind it."""
+    """A model with folded heads that shares the encoder, how well each head fits, and the sums of the regression."""
 
     model: SimoModel
     fits: dict[str, Fit]
@@ -69,10 +70,10 @@ class Folded:
 
 
 class HeadSums:
-    """Sums over images for the fold of all heads: count images with `add`, then `solve`.
+    """Sums over images for the fold of all heads: add images with `add`, then `solve`.
 
     Args:
-        layout: The parts and systems of the merged model, which stays as it is.
+        layout: The parts and systems of the merged model. The model is not changed.
     """
 
     def __init__(self, layout: FoldLayout) -> None:
@@ -85,15 +86,15 @@ class HeadSums:
             for system, width in layout.outputs.items()
         }
         self._first: Tensor | None = None
-        self.all_alike = True  # whether every image so far gave the features of the first
+        self.all_alike = True  # whether all images so far have the same features
 
     def add(self, features: Features, targets: Sequence[Tensor], indices: Sequence[int]) -> None:
-        """Count a batch of images.
+        """Add a batch of images.
 
         Args:
-            features: Those of the merged encoder.
-            targets: Those of `FoldLayout.targets`, in the same order.
-            indices: Numbers of the images; they decide which images are held out.
+            features: Features of the merged encoder.
+            targets: The result of `FoldLayout.targets` for the same images.
+            indices: Indices of the images, which decide which images are held out.
         """
         held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
         self._compare(features.maps[0])
@@ -109,35 +110,35 @@ class HeadSums:
         self.all_alike = self.all_alike and torch.allclose(means, self._first.expand_as(means), rtol=1e-4, atol=1e-6)
 
     def gather(self) -> None:
-        """Add up the sums of all processes, where there are several; each then continues with the same totals."""
+        """Add up the sums of all processes, so that each process has the totals."""
         if distributed.processes() < 2:
             return
         for sums in self._all():
             counts = torch.tensor([sums.tokens, sums.images], dtype=torch.float64, device=sums.x.device)
             distributed.add_up(counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu)
             sums.tokens, sums.images = counts.tolist()
-        self.all_alike = False  # this process knows only its own images
+        self.all_alike = False  # this process has compared only its own images
 
     @property
     def images(self) -> int:
-        """Number of images that were counted."""
+        """Number of images that were added."""
         return int(sum(sums.images for sums in next(iter(self.equations.values()))))
 
     def shortcoming(self) -> str:
-        """What the images say too little about for a good map, in a sentence; empty where they suffice."""
+        """Why the images do not suffice for a good map, as a sentence; empty if they do."""
         pairs = list(self.equations.values())
         widest = max((train + held_out for train, held_out in pairs), key=lambda total: len(total.x))
         if all((train + held_out).unit == 0 for train, held_out in pairs):
             return "all images give the same features: only the heads' biases were folded."
         if any(held_out.images == 0 for _, held_out in pairs):
             return (
-                f"too few images ({self.images}) to hold one out: a ridge of {FALLBACK_RIDGE:g} was taken, and how well"
-                f" the fold fits is not known; give at least {HELD_OUT}."
+                f"too few images ({self.images}) to hold one out: the fold uses a ridge of {FALLBACK_RIDGE:g}, and its"
+                f" fit is unknown; give at least {HELD_OUT}."
             )
         if self.images > 1 and self.all_alike:
             return (
-                f"all {self.images} images give the same features: the fold knows no more than from one; give images"
-                " of what the model will see."
+                f"all {self.images} images give the same features, so the fold learns no more than from one image; give"
+                " images like those that the model will be used on."
             )
         if widest.tokens < len(widest.x):
             return (
@@ -147,19 +148,19 @@ class HeadSums:
         return ""
 
     def solve(self, ridge: float | str = "auto") -> tuple[dict[str, nn.Module], dict[str, Fit]]:
-        """The folded heads, new ones, and how well each fits.
+        """New, folded heads, and how well each fits.
 
         Args:
-            ridge: In units of the mean diagonal of the Gram matrix; "auto" takes, for each head, the one of `RIDGES`
-                that does best on the held-out images.
+            ridge: In units of the mean diagonal of the Gram matrix. "auto" takes the best of `RIDGES` on the held-out
+                images, for each head.
 
         Raises:
-            InputError: No images, or features that are not finite.
+            InputError: There are no images, or features are not finite.
         """
         if not self.images:
-            raise InputError("the fold got no image; give at least one.")
+            raise InputError("the fold has no image; give at least one.")
         if not all(torch.isfinite(sums.xx).all() and torch.isfinite(sums.rr).all() for sums in self._all()):
-            raise InputError("the fold got features that are not finite; a model or an image is damaged.")
+            raise InputError("the fold has features that are not finite; a model or an image is damaged.")
         chosen, fits = self._choose(RIDGES if ridge == "auto" else (float(ridge),))
         solved = self._solve_all(chosen)
         return {task: self._head(task, solved) for task in self.layout.projections}, fits
@@ -168,26 +169,26 @@ class HeadSums:
         return (sums for pair in self.equations.values() for sums in pair)
 
     def _choose(self, ridges: Sequence[float]) -> tuple[dict[str, float], dict[str, Fit]]:
-        """For each task the ridge of the best held-out fit."""
+        """The ridge of each task with the best fit on the held-out images."""
         tasks = list(self.layout.projections)
         if any(sums.images == 0 for sums in self._all()):
             given = ridges[0] if len(ridges) == 1 else FALLBACK_RIDGE
             return dict.fromkeys(tasks, given), dict.fromkeys(tasks, Fit(given, math.nan, math.nan))
         solvers = {system: Solver(train, system, self.channels) for system, (train, _) in self.equations.items()}
-        judges = {system: solver.in_coordinates(self.equations[system][1]) for system, solver in solvers.items()}
-        r2 = {ridge: self._held_out_r2(ridge, solvers, judges) for ridge in {*ridges, math.inf}}
+        held_out = {system: solver.in_coordinates(self.equations[system][1]) for system, solver in solvers.items()}
+        r2 = {ridge: self._held_out_r2(ridge, solvers, held_out) for ridge in {*ridges, math.inf}}
         chosen = {task: max(ridges, key=lambda ridge: r2[ridge][task]) for task in tasks}
         fits = {task: Fit(ridge, r2[ridge][task], r2[math.inf][task]) for task, ridge in chosen.items()}
         return chosen, fits
 
     def _held_out_r2(
-        self, ridge: float, solvers: Mapping[System, Solver], judges: Mapping[System, NormalEquations]
+        self, ridge: float, solvers: Mapping[System, Solver], held_out: Mapping[System, NormalEquations]
     ) -> dict[str, float]:
-        """R^2 per task, the mean over its parts."""
+        """R^2 per task on the held-out images, the mean over the task's parts."""
         found: dict[str, list[float]] = {task: [] for task in self.layout.projections}
         for system, solver in solvers.items():
             weights, bias = solver.solve(ridge)
-            error, spread = judges[system].error(weights, bias), judges[system].spread()
+            error, spread = held_out[system].error(weights, bias), held_out[system].spread()
             for part in self.layout.parts:
                 if part.system == system:
                     total = float(spread[part.columns].sum())
@@ -240,7 +241,7 @@ class HeadSums:
 def fold_heads(
     model: SimoModel, targets: Iterable[HeadTargets], variant: str = "per-tap", ridge: float | str = "auto"
 ) -> Folded:
-    """Fold the heads of a merged model to what the experts' first layers compute."""
+    """Fold the heads of a merged model so that their first layers match those of the experts."""
     sums = HeadSums(FoldLayout(model, variant))
     device = next(model.parameters()).device
     for batch in targets:
@@ -259,10 +260,10 @@ def head_targets(
     variant: str = "per-tap",
     batch_size: int = 32,
 ) -> Iterator[HeadTargets]:
-    """What `fold_heads` reads, computed by the experts batch by batch; a list of it serves several merges.
+    """The targets of `fold_heads`, which the experts compute batch by batch. A list of them serves several merges.
 
     Args:
-        model: Any merge of the experts, whose heads are still theirs.
+        model: Any merge of the experts, with the experts' heads.
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` gives them.
     """

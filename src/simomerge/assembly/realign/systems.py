@@ -42,13 +42,13 @@ class System(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One regression target: a projection of one head, or the part of it that reads one tap."""
+    """One regression target: a projection of a head, or the part of it that reads one tap."""
 
     task: str
     index: int
-    projection: Projection  # the head's own, before the fold
+    projection: Projection  # before the fold
     system: System
-    columns: slice  # its place among the system's outputs
+    columns: slice  # the part's outputs among those of the system
 
 
 def tokens(maps: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ def tokens(maps: Tensor) -> Tensor:
 
 
 class Solver:
-    """Solves one system for any ridge, in the few directions in which its CLS tokens vary."""
+    """Solves one system for any ridge, in coordinates of the directions in which its CLS tokens vary."""
 
     def __init__(self, sums: NormalEquations, system: System, channels: Sequence[int]) -> None:
         self.patches = system.patches(channels)
         self.basis = sums.cls_basis(self.patches) if system.cls else None
         self.sums = self.in_coordinates(sums)
         self.unit = sums.unit
-        # An image gives one CLS token but n patches: its n equal rows are one observation, not n.
+        # The CLS token of an image is repeated for its n patches, but it is one observation, not n.
         self.penalties = torch.ones_like(self.sums.x)
         self.penalties[self.patches :] = sums.tokens / max(sums.images, 1.0)
 
@@ -73,20 +73,20 @@ class Solver:
         return sums.in_basis(self.patches, self.basis)
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weights, in these coordinates, and biases to add to the heads'; zeros for an infinite ridge."""
+        """Changes of weights (in these coordinates) and biases; zero for an infinite ridge."""
         if math.isinf(ridge):
             return torch.zeros_like(self.sums.xr.T), torch.zeros_like(self.sums.r)
         return self.sums.solve(ridge, self.penalties, self.unit)
 
     def expanded(self, weights: Tensor) -> Tensor:
-        """Weights of the inputs themselves."""
+        """Weights in the coordinates of the inputs."""
         if self.basis is None:
             return weights
         return torch.cat([weights[:, : self.patches], weights[:, self.patches :] @ self.basis.T], 1)
 
 
 def moved(part: Part, weights: Tensor, bias: Tensor, channels: Sequence[int]) -> Projection:
-    """The part's projection with a solution added."""
+    """The part's projection with a solution added to it."""
     system = part.system
     wide = part.projection.widened(channels)
     pieces = weights.split(system.widths(channels), 1)

@@ -1,26 +1,20 @@
-"""What the experts say of unlabelled images: the only teacher that label-free re-alignment has."""
+"""The experts as teachers: checks that they fit a merged model, and their features of unlabelled images."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from simomerge.assembly.experts import comparable
 from simomerge.checkpoints.experts import check_merged_from, check_same_encoder
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
-from simomerge.core.images import resized
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
-from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel, as_expert
@@ -32,9 +26,9 @@ class Observation:
     """A batch of images and the experts' features of them.
 
     Attributes:
-        indices: of the images.
-        images: float (B, 3, H, W), as the encoders get them.
-        features: by task.
+        indices: Indices of the images.
+        images: Float (B, 3, H, W), as the encoders receive them.
+        features: By task.
     """
 
     indices: list[int]
@@ -53,9 +47,9 @@ def observe(
     """Encode images with every expert, a batch at a time.
 
     Args:
-        experts: by task.
-        images: as `simomerge.datasets.pictures.as_images` gives.
-        shared: under torchrun, see this process's share of the images only.
+        experts: By task.
+        images: As `simomerge.datasets.pictures.as_images` returns them.
+        shared: Under torchrun, encode only this process's share of the images.
     """
     rank, world = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     first = next(iter(experts.values()))
@@ -71,10 +65,11 @@ def observe(
 
 
 def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) -> dict[str, SimoModel]:
-    """The model's experts, by task in the model's order, after checking that their encoders are of one kind.
+    """The model's experts by task, in the model's order, after a check that their encoders fit the model's.
 
     Raises:
-        InputError: none given, one missing or too many, or one with other taps or another normalisation than the model.
+        InputError: There are no experts, one is missing or has no task in the model, or one differs from the model in
+            its taps, normalisation, device or task.
     """
     if not experts:
         raise InputError("re-alignment without labels needs the experts: give each as TASK=EXPERT.")
@@ -85,7 +80,7 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
     if unknown:
         raise InputError(f"expert {unknown[0]!r}: the model has no such task; it has {', '.join(model.tasks)}.")
     named = {task: as_expert(experts[task], task) for task in model.tasks}
-    # Adapters in the model are no obstacle: they are part of what makes its features.
+    # The model may have adapters: they are a part of the encoder whose features the heads read.
     merged = {**comparable(model), "adapters": None}
     check_same_encoder({"the model": merged, **{task: comparable(expert) for task, expert in named.items()}})
     for task, expert in named.items():
@@ -107,10 +102,10 @@ def _check_device_and_task(model: SimoModel, task: str, expert: SimoModel) -> No
 
 
 def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
-    """Make sure that the model's heads are the experts', as a merge leaves them.
+    """Check that the model's heads are still the experts' heads.
 
     Raises:
-        InputError: another architecture or other weights; the message names the first tensor that differs.
+        InputError: A head has another architecture or other weights; the message names the first tensor that differs.
     """
     for task, expert in experts.items():
         ours, theirs = model.heads[task].state_dict(), expert.heads[task].state_dict()
@@ -135,73 +130,3 @@ def _difference(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tens
     if shape(ours) != shape(theirs):
         return f"{name}: {shape(ours)} in the model, {shape(theirs)} in the expert"
     return f"{name} has other values"
-
-
-class TeacherPredictions(DenseDataset):
-    """Images with the experts' logits as targets, kept memory-mapped in half precision.
-
-    Args:
-        images: as `simomerge.datasets.pictures.as_images` gives, all of one size.
-        experts: by task.
-        folder: where the logits are kept.
-
-    Raises:
-        InputError: images of different sizes, or one that cannot be read.
-    """
-
-    def __init__(self, images: Any, experts: Mapping[str, SimoModel], folder: Path) -> None:
-        super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
-        self.images = images
-        self.folder = folder
-        self._logits: dict[str, np.ndarray] = {}
-        height, width = next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:]
-        self.size = (int(height), int(width))
-        with distributed.first_before_others():
-            if not (folder / "done").exists():
-                _write_predictions(images, self.size, experts, folder)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_logits": {}}  # a memory map would cross to a worker with all its content
-
-    def image(self, index: int) -> Tensor:
-        image: Tensor = self.images.image(index)
-        return resized(image[None], self.size)[0]  # an image of very many patches was made smaller for the experts
-
-    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        found = {}
-        for task in tasks:
-            if task not in self._logits:
-                self._logits[task] = np.load(self.folder / f"{task}.npy", mmap_mode="r")
-            found[task] = torch.from_numpy(self._logits[task][index].astype(np.float32))
-        return found
-
-
-@torch.no_grad()
-def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        task: open_memmap(
-            folder / f"{task}.npy", mode="w+", dtype=np.float16, shape=(len(images), expert.tasks[task].channels, *size)
-        )
-        for task, expert in experts.items()
-    }
-    needed = sum(array.nbytes for array in arrays.values())
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"{folder}: the experts' predictions on {len(images)} images need {needed / 1e9:.1f} GB, and"
-            f" {free / 1e9:.1f} GB are free; use fewer images or another disk."
-        )
-    for batch in observe(experts, images, label="experts' predictions"):
-        if batch.images.shape[-2:] != size:
-            raise InputError(
-                f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
-                f" {batch.indices[0]} {batch.images.shape[-1]} x {batch.images.shape[-2]}: resize them"
-                " (--size HEIGHTxWIDTH)."
-            )
-        for task, expert in experts.items():
-            with evaluating(expert), autocast(batch.images.device):
-                logits = expert.decode(batch.features[task])[task]
-            arrays[task][batch.indices] = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
-    for array in arrays.values():
-        array.flush()
-    (folder / "done").touch()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign.method import Inputs
-from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
@@ -21,21 +20,14 @@ from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings, TuneOptions
 
 
-def finished(result: SimoModel, start: SimoModel, record: dict[str, Any]) -> SimoModel:
-    """The re-aligned model with its provenance: that of the model it started from, and the record of this step."""
-    earlier = start.provenance.get("realign")
-    result.provenance = {**start.provenance, "realign": {**record, "after": earlier} if earlier else record}
-    return result.eval()
-
-
 def check_no_adapters(model: SimoModel, remedy: str = "re-align the merged model they were made from") -> None:
-    """Refuse a model that has adapters: it cannot get a second set, and LoRA would not give a plain encoder."""
+    """Refuse a model with adapters: it cannot have a second set, and LoRA would not give a plain encoder."""
     if model.encoder.adapters is not None:
         raise InputError(f"the model has adapters already; {remedy}.")
 
 
 def freeze_encoder(model: SimoModel, seed: int) -> None:
-    """Let only the heads learn; what is put into the encoder next is initialised from the seed, and learns too."""
+    """Train only the heads, and adapters or LoRA that are added later; these are initialised from the seed."""
     torch.manual_seed(seed)
     model.requires_grad_(False)
     model.heads.requires_grad_(True)
@@ -43,50 +35,46 @@ def freeze_encoder(model: SimoModel, seed: int) -> None:
 
 def train_with_heads(
     model: SimoModel,
-    data: Any,
+    inputs: Inputs,
     settings: TrainSettings,
-    state_file: Path | None,
     label: str,
     losses: ModelLosses = image_losses,
     checkpointing: bool = False,
 ) -> dict[str, Any]:
-    """Train everything in a model that requires a gradient on all tasks at once, in place; return what it cost."""
+    """Train all parameters of a model that require a gradient, on all tasks at once, in place; return the cost."""
     trained = trainable_parameters(model)
-    options = TuneOptions(checkpointing=checkpointing)
-    log = finetune(model, data, settings, state_file=state_file, label=label, losses=losses, options=options)
+    state_file, options = inputs.work_folder / "state.pt", TuneOptions(checkpointing=checkpointing)
+    log = finetune(model, inputs.data, settings, None, state_file, label, losses, options)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
 
 
-def prediction_distances(model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Distance of each task's predictions to the teacher's, whose logits the batch holds."""
+def prediction_distances(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The distance of each task's predictions to the teacher's.
+
+    Args:
+        model: A `SimoModel`, or a module with ``tasks`` that returns logits by task.
+        batch: Images, and the teacher's logits by task.
+    """
     logits = model(batch["image"])
     return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
 
 
 def train_heads(
-    model: SimoModel,
-    data: Any,
-    settings: TrainSettings,
-    inputs: Inputs,
-    criterion: str,
-    cache_budget: int | None = None,
+    model: SimoModel, inputs: Inputs, settings: TrainSettings, criterion: str, cache_budget: int | None = None
 ) -> dict[str, Any]:
-    """Train each head of a model on features that are computed once, in place; return what it cost.
+    """Train each head of a model on features that are computed once, in place; return the cost.
 
     Args:
-        data: Images with what the criterion compares with: targets, or another model's logits.
-        inputs: The work folder, and how many heads are trained at the same time.
         criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (a teacher's logits).
         cache_budget: Bytes that the features may take on disk.
     """
-    with distributed.temporary_folder() as temporary:
-        work = inputs.work_folder or temporary
-        if not (work / "features").exists():
-            cache_features(model.encoder, data, work / "features", budget=cache_budget)
-        common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
-        jobs = [(_train_one, {"head": head, "task": model.tasks[name], **common}) for name, head in model.heads.items()]
-        with WorkerPool(min(inputs.workers, len(jobs))) as pool:
-            outcomes = pool.run(jobs)
+    work, data = inputs.work_folder, inputs.data
+    if not (work / "features").exists():
+        cache_features(model.encoder, data, work / "features", budget=cache_budget)
+    common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
+    jobs = [(_train_one, {"head": head, "task": model.tasks[name], **common}) for name, head in model.heads.items()]
+    with WorkerPool(min(inputs.workers, len(jobs))) as pool:
+        outcomes = pool.run(jobs)
     for head, (state, _log) in zip(model.heads.values(), outcomes, strict=True):
         head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     return {
