@@ -29,6 +29,7 @@ def parameter(
     per_expert: bool = False,
     per_block: bool = False,
     many: bool = False,
+    resource: bool = False,
     help: str,
 ) -> Any:
     """A dataclass field with a default, a range and one line of help.
@@ -43,10 +44,11 @@ def parameter(
         per_expert: Also allow one value per expert, as a sequence in the order of the experts or by expert name.
         per_block: With values by expert name, also allow a sequence with one value per block of the encoder.
         many: Also allow a sequence of values.
+        resource: It decides time, memory or disk space, never a result; records and cache keys leave it out.
         help: What the parameter does, in one line.
     """
     limits = {"low": low, "above": above, "high": high, "choices": choices, "words": words}
-    shapes = {"per_expert": per_expert, "per_block": per_block, "many": many}
+    shapes = {"per_expert": per_expert, "per_block": per_block, "many": many, "resource": resource}
     type_ = kind or type(default)
     return field(default=default, metadata={**limits, **shapes, "kind": type_, "when": dict(when or {}), "help": help})
 

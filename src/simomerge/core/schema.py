@@ -101,7 +101,7 @@ def validation_problems(error: Any, known: Any) -> list[str]:
     """
     found = []
     for one in error.errors():
-        place = ".".join(map(str, one["loc"]))
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in one["loc"]).removeprefix(".")
         kind = one["type"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             *parents, key = one["loc"]
@@ -113,7 +113,7 @@ def validation_problems(error: Any, known: Any) -> list[str]:
             found.append(f"{place}: {message}" if place else message)
         else:
             wanted = _WANTED.get(kind.split("_")[0])
-            remedy = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing")) else one["msg"]
+            remedy = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing", "_from_float")) else one["msg"]
             remedy = f"use at least {one['ctx']['ge']}" if kind == "greater_than_equal" else remedy
             found.append(f"{place} is {one['input']!r}; {remedy}")
     return found

@@ -20,6 +20,10 @@ _DATA_KEYS = ("spec", "split", "count", "skip", "tasks", "workers")
 """Arguments of `load_data` that the recipe itself decides."""
 
 
+_UNTYPED = ("data_options", "head_settings", "merge_settings", "realign", "refine")
+"""Keys whose values have no type of their own: text with a number counts as the number, as YAML reads 1e-3 as text."""
+
+
 def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe file, checked.
 
@@ -40,14 +44,17 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
     content = read_yaml(path, "give a recipe, such as recipes/rooms-small.yaml (docs/recipes.md).")
     for key, value in [*map(_parsed, changes), *(values or {}).items()]:
         _set(content, key, value)
-    given: dict[str, Any] = {"output": f"runs/{path.stem}", "title": path.stem, **plain_value(content)}
-    errors = [*_epochs(given), *_misplaced(given)]
+    untyped = {key: plain_value(content[key]) for key in _UNTYPED if key in content}
+    given: dict[str, Any] = {"output": f"runs/{path.stem}", "title": path.stem, **content, **untyped}
+    errors = [f"unknown key {key!r}" for key in given if not isinstance(key, str)]
+    given = {key: value for key, value in given.items() if isinstance(key, str)}
+    errors += [*_epochs(given), *_misplaced(given)]
     try:
         recipe = Recipe(**given)
     except RecipeError as error:
         errors += error.problems
     if errors:
-        raise InputError(f"{path}: {'; '.join(errors)}.")
+        raise InputError(f"{path}: {'; '.join(error.rstrip('.?') for error in errors)}.")
     return recipe
 
 
@@ -82,7 +89,10 @@ def _epochs(given: dict[str, Any]) -> Iterator[str]:
         yield from _epochs_of(name, given.get(name), images["train_images"], getattr(Recipe, name).batch_size)
     for key, defaults in (("realign", REALIGN), ("refine", REFINE)):
         for step, parameters in _mapping(given.get(key)).items():
-            default = defaults.get(step, {})
+            default, method = defaults.get(step, {}), realignments().get(step)
+            if "epochs" in _mapping(parameters) and not isinstance(method, TrainedRealignment | None):
+                yield f"{key}.{step}: epochs does nothing, because {step} does not train"
+                del parameters["epochs"]
             count = _mapping(parameters).get("count", default.get("count", images["val_images"]))
             if isinstance(count, int) and isinstance(images["val_images"], int):
                 count = min(count, images["val_images"])
@@ -111,6 +121,9 @@ def _misplaced(given: Mapping[str, Any]) -> Iterator[str]:
     for key in _DATA_KEYS:
         if key in _mapping(given.get("data_options")):
             yield f"data_options.{key}: the recipe itself decides that (train_images, tasks, ...)"
+    for key in _mapping(given.get("data_options")):
+        if not isinstance(key, str):
+            yield f"data_options: {key!r} is no name of an option"
 
 
 def recipe_schema() -> dict[str, Any]:

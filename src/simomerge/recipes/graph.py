@@ -9,7 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ class Stage(ABC):
 
     keeps_labels: ClassVar[bool] = False
 
-    name: str
+    name: str = field(metadata={"resource": True})
 
     @property
     def cost(self) -> float:
@@ -91,9 +91,7 @@ class Graph:
     def output(self, stage: Stage) -> Path:
         """The folder of a stage, done or not."""
         if stage not in self._outputs:
-            inputs = {spec.name: self._key_of(getattr(stage, spec.name)) for spec in fields(stage)}
-            inputs.pop("name")
-            named = json.dumps(inputs, sort_keys=True, default=str)
+            named = json.dumps(self._inputs(stage), sort_keys=True, default=str)
             key = hashlib.sha256(f"{self.salt} {type(stage).__name__} {named}".encode()).hexdigest()[:12]
             name = f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
             self._outputs[stage] = self.folder / "stages" / name
@@ -122,6 +120,11 @@ class Graph:
 
         return replace(stage, **{spec.name: resolve(getattr(stage, spec.name)) for spec in fields(stage)})
 
+    def _inputs(self, value: Any) -> dict[str, Any]:
+        """The fields of a dataclass that decide results, as they enter a key."""
+        deciding = [spec.name for spec in fields(value) if not spec.metadata.get("resource")]
+        return {name: self._key_of(getattr(value, name)) for name in deciding}
+
     def _key_of(self, value: Any) -> Any:
         """An input as it enters the stage's key.
 
@@ -131,7 +134,7 @@ class Graph:
         if isinstance(value, Stage):
             return self.output(value).name
         if is_dataclass(value) and not isinstance(value, type):
-            return {"class": type(value).__name__, **asdict(value)}
+            return {"class": type(value).__name__, **self._inputs(value)}
         if isinstance(value, Mapping):
             plain = {key: self._key_of(item) for key, item in value.items()}
             is_data = {"spec", "split"} <= value.keys()

@@ -54,8 +54,10 @@ def _complete_training(default: TrainSettings) -> BeforeValidator:
             return given
         if given.get("seed"):  # the default, 0, is in every training that was written by `to_dict`
             raise InputError("a recipe's seeds are those of `seeds`; leave seed out")
-        if wrong := [key for key, value in given.items() if isinstance(value, bool)]:
-            raise InputError(f"{wrong[0]} is {given[wrong[0]]}; give a number")
+        for key, value in given.items():
+            whole = isinstance(getattr(default, str(key), None), int)
+            if isinstance(value, bool) or (whole and isinstance(value, float)):
+                raise InputError(f"{key} is {value}; give a {'whole ' if whole else ''}number")
         return {**asdict(default), **given}
 
     return BeforeValidator(complete)
@@ -89,6 +91,15 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
     return [*TRAINING, "epochs"]
 
 
+def _moved(values: dict[str, Any]) -> Iterator[str]:
+    """Take settings of re-alignments out of the top level, where they do not belong."""
+    for key in [key for key in values if key.replace("_", "-").removeprefix("folded-") in realignments()]:
+        values.pop(key)
+        name = key.replace("_", "-")
+        place = f"refine.{name.removeprefix('folded-')}" if name.startswith("folded-") else f"realign.{name}"
+        yield f"{key} is no key of a recipe; give it as {place}"
+
+
 class RecipeError(InputError):
     """All problems of a recipe, each a sentence without its full stop."""
 
@@ -97,7 +108,7 @@ class RecipeError(InputError):
         self.problems = problems
 
     def __str__(self) -> str:
-        return f"recipe: {'; '.join(self.problems)}."
+        return f"recipe: {'; '.join(problem.rstrip('.?') for problem in self.problems)}."
 
 
 def _checked(kind: type[_Class]) -> type[_Class]:
@@ -105,11 +116,13 @@ def _checked(kind: type[_Class]) -> type[_Class]:
     validate = kind.__init__
 
     def __init__(self: Any, **values: Any) -> None:
+        problems = list(_moved(values))
         try:
             validate(self, **values)
         except ValidationError as error:
-            raise RecipeError(validation_problems(error, _known_keys)) from None
-        if problems := list(_problems(self)):
+            raise RecipeError([*problems, *validation_problems(error, _known_keys)]) from None
+        problems += _problems(self)
+        if problems:
             raise RecipeError(problems)
 
     kind.__init__ = __init__  # type: ignore[method-assign]
@@ -352,6 +365,8 @@ def _steps_known(recipe: Recipe) -> Iterator[str]:
                 get_realignment(name, **parameters)
             except InputError as error:
                 yield f"{key}.{name}: {str(error).rstrip('.')}"
+            if "seed" in parameters:
+                yield f"{key}.{name}.seed: a recipe's seeds are those of `seeds`; leave it out"
 
 
 def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import StrictInt, StrictStr
+
 from simomerge.core.errors import InputError
 
 
@@ -27,9 +29,9 @@ class SearchSettings:
         InputError: A number is out of range, or a range is empty.
     """
 
-    row: str = ""
-    images: int = 0
-    trials: int = 20
+    row: StrictStr = ""
+    images: StrictInt = 0
+    trials: StrictInt = 20
     space: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

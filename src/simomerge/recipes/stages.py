@@ -108,7 +108,7 @@ class Tune(LoggedStage):
     """Encoder and heads together (LP-FT, second phase): one task makes an expert, several the joint model."""
 
     base: str
-    base_name: str
+    base_name: str = field(metadata={"resource": True})  # it enters the provenance only
     probes: Mapping[str, Any]
     train: Data
     validation: Data

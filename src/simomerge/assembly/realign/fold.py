@@ -50,7 +50,7 @@ class Fold(Realignment):
         words=("auto", "none"),
         help="Shrinkage towards the identity, in units of the mean variance; auto chooses it for each head.",
     )
-    images_at_once: int = parameter(32, low=1, help="Images per batch.")
+    images_at_once: int = parameter(32, low=1, resource=True, help="Images per batch.")
 
     @property
     def phrase(self) -> str:

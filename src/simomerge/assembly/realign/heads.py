@@ -31,8 +31,15 @@ class Heads(TrainedRealignment):
     teacher: ClassVar[str] = "labels"
 
     cache_budget: str | None = parameter(
-        None, kind=str, help="Disk space for the features, such as 20GB; the free space by default."
+        None, kind=str, resource=True, help="Disk space for the features, such as 20GB; the free space by default."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache_budget is not None:
+            from simomerge.checkpoints import parse_size
+
+            parse_size(self.cache_budget)  # raises before any work
 
     @property
     def phrase(self) -> str:

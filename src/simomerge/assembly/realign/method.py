@@ -131,7 +131,7 @@ class Realignment(ABC):
             value = getattr(self, spec.name)
             if isinstance(value, TrainSettings):
                 found |= asdict(value)
-            elif spec.name != "count" and value is not None and is_used(self, spec):
+            elif spec.name != "count" and value is not None and is_used(self, spec) and not spec.metadata["resource"]:
                 found[spec.name] = list(value) if isinstance(value, tuple) else value
         return found
 
@@ -191,6 +191,8 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
         raise InputError(f"There is no re-alignment '{name}'{suggestion(name, [*methods(), *_PRESETS])}.")
     method, given = _PRESETS.get(name, (name, {}))
     kind = methods()[method]
+    if fixed := [key for key in given if parameters.get(key, given[key]) != given[key]]:
+        raise InputError(f"{name} stands for {method} with {fixed[0]}={given[fixed[0]]}; use {method!r} for another one.")
     given = {**given, **parameters}
     trained = kind if issubclass(kind, TrainedRealignment) else None
     known = [*(spec.name for spec in fields(kind)), *(TRAINING if trained else ())]
@@ -198,6 +200,8 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
         raise InputError(f"The re-alignment '{name}' has no parameter '{unknown[0]}'{suggestion(unknown[0], known)}.")
     if trained:
         training = given.pop("training", None) or trained.training
+        if not isinstance(training, TrainSettings):
+            raise InputError(f"{name}: training is {training!r}; give its settings one by one, such as steps and lr.")
         single = {key: given.pop(key) for key in list(given) if key in TRAINING}
         given["training"] = replace(training, **single)
     made = kind(**given)
