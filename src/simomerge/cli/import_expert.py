@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from simomerge.cli.options import check_output, json_option, output_option, overwrite_option, parse_pairs, say
+from simomerge.cli import options
+from simomerge.cli.output import say
 from simomerge.core.errors import InputError
 
 TOLERANCE = 1e-3
-"""How far predictions may be from those of the source, relative to the largest: more than that is no rounding."""
+"""Maximum difference from the source's predictions, relative to the largest one; rounding stays well below it."""
 
 
 def _numbers(kind: type) -> Callable[..., list[Any] | None]:
@@ -33,7 +34,7 @@ def _names(context: click.Context, option: Any, text: str) -> tuple[str, ...]:
 
 
 def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> dict[str, Any]:
-    return {name: _json(value) for name, value in parse_pairs(pairs, "KEY=JSON").items()}
+    return {name: _json(value) for name, value in options.parse_pairs(pairs, "KEY=JSON").items()}
 
 
 def _json(text: str) -> Any:
@@ -43,38 +44,32 @@ def _json(text: str) -> Any:
         return text
 
 
+def _prefix(option: str, help: str) -> options.Decorator:
+    return click.option(option, default="", metavar="PREFIX", help=help)
+
+
 @click.command("import")
 @click.argument("source")
 @click.option("--task", required=True, help="Name of the expert's task.")
-@click.option("--kind", default="", help="Kind of the task, if its name does not say it.")
+@click.option("--kind", default="", help="Kind of the task. [default: its name]")
 @click.option("--classes", default="", callback=_names, metavar="A,B,...", help="Class names of a segmentation.")
-@click.option("--encoder", metavar="BASE", help="For weight files: the encoder they fine-tuned, a folder or hub id.")
 @click.option(
-    "--encoder-prefix", default="", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'"
+    "--encoder", metavar="BASE", help="For weight files: the encoder that was fine-tuned, a folder or hub id."
 )
-@click.option(
-    "--head-prefix", default="", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'"
-)
+@_prefix("--encoder-prefix", "Prefix of the encoder's tensors, such as 'backbone.'")
+@_prefix("--head-prefix", "Prefix of the head's tensors, such as 'decode_head.'")
 @click.option("--head", default="", metavar="CLASS", help="module:Class, linear, dpt or transformers.")
-@click.option(
-    "--head-arg", "head_settings", multiple=True, callback=_settings, metavar="KEY=JSON", help="Argument of the head."
-)
-@click.option("--drop", multiple=True, metavar="PREFIX", help="Prefix of tensors that are not needed.")
+@click.option("--head-arg", "head_settings", multiple=True, callback=_settings, metavar="KEY=JSON",
+              help="Argument of the head; may be repeated.")  # fmt: skip
+@click.option("--drop", multiple=True, metavar="PREFIX", help="Prefix of tensors to ignore; may be repeated.")
 @click.option("--taps", default="", callback=_numbers(int), metavar="3,6,9,12", help="Blocks or stages the head reads.")
-@click.option(
-    "--layernorm/--no-layernorm",
-    "apply_layernorm",
-    default=None,
-    help="Whether the head reads them after the layer norm.",
-)
-@click.option(
-    "--mean", default="", callback=_numbers(float), metavar="0.5,0.5,0.5", help="RGB mean; the encoder's by default."
-)
+@click.option("--layernorm/--no-layernorm", "apply_layernorm", default=None,
+              help="Whether the layer norm is applied to the features that the head reads.")  # fmt: skip
+@click.option("--mean", default="", callback=_numbers(float), metavar="0.5,0.5,0.5", help="RGB mean of the images."
+              " [default: the encoder's]")  # fmt: skip
 @click.option("--std", default="", callback=_numbers(float), metavar="0.5,0.5,0.5", help="RGB standard deviation.")
-@output_option()
-@overwrite_option
-@json_option
-def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+@options.output()
+def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Import SOURCE, a model that was trained elsewhere, as an expert.
 
     \b
@@ -83,10 +78,9 @@ def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool
       a head that DINOv2 publishes, such as dinov2_vitb14_nyu_linear4_head.pth (with --encoder)
       any other weight file: --encoder, --encoder-prefix, --head-prefix and --head describe its tensors
     """
-    check_output(output, overwrite)
     from simomerge.models.importing import import_expert, transformers
 
-    expert = import_expert(source, task, **options)
+    expert = import_expert(source, task, **given)
     original = None if Path(source).is_file() else transformers.source_model(source)
     difference = transformers.largest_difference(expert, original) if original is not None else None
     if difference and difference[0] > TOLERANCE * difference[1]:
