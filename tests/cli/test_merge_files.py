@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from simomerge.assembly.realign import realignments
+from simomerge.assembly.realign.method import realignment_rows
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors, write_sharded
 from simomerge.core.registry import settings
 from simomerge.merging import available, merge_state_dicts
@@ -289,7 +291,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "diff's base": (("diff", "a.safetensors", "b.safetensors", "--base", "other.safetensors"), "4 tensors"),
     "diff's order": (("diff", "a.safetensors"), "(?i)missing argument.*second"),
     "diff's count": (("diff", "a.safetensors", "b.safetensors", "--top", "-1"), "(?i)--top.*-1 is not in the range"),
-    "unknown method": (("methods", "ties", "tie"), "no merge method 'tie': did you mean 'ties'"),
+    "unknown method": (("methods", "ties", "tie"), "no merge method or re-alignment 'tie': did you mean 'ties'"),
+    "unknown re-alignment": (
+        ("methods", "fodl"),
+        r"no merge method or re-alignment 'fodl': did you mean 'fold'\?$",
+    ),
     "nothing to edit": (
         ("edit", "a.safetensors", "--base", "base.safetensors", "-o", "out"),
         "nothing to do: name a task",
@@ -328,20 +334,32 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(name: str, here: Path) -> No
 # Methods ------------------------------------------------------------------------------------------------
 
 
-def test_methods_lists_every_method_with_its_parameters() -> None:
+def test_methods_lists_every_method_and_re_alignment_with_its_parameters() -> None:
     done = simomerge("methods")
     assert (done.code, done.err) == (0, "")
-    blocks = re.split(r"\n(?=\S)", done.out.strip())
+    merges, realigned = done.out.removeprefix("Merge methods:\n").split("\nRe-alignments:\n")
+    blocks = re.split(r"\n(?=\S)", merges.strip())
     assert [block.split()[0] for block in blocks] == list(available())
     for block, method in zip(blocks, available().values(), strict=True):
         assert method.link in block and method.paper in block and "(needs " in block.splitlines()[0]
         assert re.findall(r"-p (\w+)=", block) == [spec.name for spec in settings(method)]
     assert "-p density=0.2; > 0, ≤ 1" in blocks[list(available()).index("ties")]
+    blocks = re.split(r"\n(?=\S)", realigned.strip())
+    assert [block.split()[0] for block in blocks] == list(realignments())
+    for block, row in zip(blocks, realignment_rows(), strict=True):
+        first, summary, *lines, source = block.splitlines()
+        assert summary.strip() == row["summary"] and source.strip() == f"{row['paper']}, {row['link']}"
+        assert first.startswith(f"{row['name']}  (needs {row['needs']}")
+        assert ("changes the encoder" in first) == row["changes_encoder"]
+        assert [line.split()[0].lstrip("-").replace("-", "_") for line in lines] == list(row["parameters"])
+    assert "Short for fold(variant=cross-tap)." in realigned
 
 
 def test_methods_of_some_names_and_as_json() -> None:
-    rows = simomerge("methods", "--json").json["methods"]
+    found = simomerge("methods", "--json").json
+    rows = found["methods"]
     assert [row["name"] for row in rows] == list(available())
+    assert found["realignments"] == realignment_rows()
     assert set(rows[0]) == {"name", "summary", "needs", "parameters", "paper", "link"}
     assert {row["name"]: row["needs"] for row in rows if row["name"] in ("average", "slerp", "regmean", "fisher")} == {
         "average": "experts only",
@@ -349,18 +367,20 @@ def test_methods_of_some_names_and_as_json() -> None:
         "regmean": "base, images",
         "fisher": "labelled images",
     }
-    some = simomerge("methods", "slerp", "average", "--json").json["methods"]
-    assert [row["name"] for row in some] == ["average", "slerp"]
-    assert simomerge("methods", "average").out.startswith("average  (needs experts only)\n    ")
+    some = simomerge("methods", "slerp", "average", "lora", "--json").json
+    assert [row["name"] for row in some["methods"]] == ["average", "slerp"]
+    assert [row["name"] for row in some["realignments"]] == ["lora"]
+    assert simomerge("methods", "average").out.startswith("Merge methods:\n\naverage  (needs experts only)\n    ")
+    assert simomerge("methods", "fold").out.startswith("Re-alignments:\n\nfold  (needs experts, unlabelled images)\n")
 
 
 def test_the_page_of_methods_is_the_one_in_the_documentation() -> None:
     done = simomerge("methods", "--markdown")
     assert done.code == 0
     lines = done.out.splitlines()
-    assert lines[0] == "# Merge methods"
+    assert lines[0] == "# Merge methods and re-alignments"
     rows = [line for line in lines if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(available())
+    assert [row.split("`")[1] for row in rows] == [*available(), *realignments()]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)  # five cells each: no | of a formula splits one
     assert done.out == PAGE.read_text(encoding="utf-8")
 
@@ -482,7 +502,8 @@ def test_no_command_on_files_imports_torch(here: Path, models: Path, tiny_base: 
         ["merge", str(tiny_base), f"depth={models / 'depth'}", "-o", "scene"],
         ["edit", "scene", "--base", str(tiny_base), "--add", f"edges={models / 'edges'}", "-o", "scene-2"],
         ["diff", "base.safetensors", "a.safetensors"],
-        ["methods", "ties"],
+        ["methods"],
+        ["methods", "ties", "fold"],
         ["compress", "base.safetensors", "a=a.safetensors", "-o", "small"],
         ["restore", "small", "a", "-o", "again.safetensors"],
         ["inspect", "scene-2"],

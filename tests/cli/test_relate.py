@@ -62,7 +62,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "section without a merge": (("--images", "PHOTOS", "--sections", "alignment"), "give the merged model"),
     "budget": (("--images", "PHOTOS", "--budget", "3"), "--budget 3: 2 experts need no more than 2 encoders"),
     "no budget": (("--images", "PHOTOS", "--budget", "0"), "0 is not in the range"),
-    "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget is of the section 'groups'"),
+    "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget requires the section 'groups'"),
     "count": (("--images", "PHOTOS", "--count", "4"), "4 is not in the range"),
     "images": (("--images", "./nowhere"), "nowhere: no such folder of images"),
     "data": (("--data", "room"), "unknown dataset 'room'; did you mean 'rooms'"),

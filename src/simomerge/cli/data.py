@@ -24,7 +24,7 @@ def command() -> None:
 def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     """Count and measure the contents of DATA, show some of it, and find common mistakes.
 
-    DATA is a manifest (data.yaml, data.csv or the folder of one), or a published dataset: nyuv2:FOLDER, cityscapes:FOLDER
+    DATA is a manifest (data.yaml, data.csv or their folder) or a published dataset: nyuv2:FOLDER, cityscapes:FOLDER
     or taskonomy:FOLDER.
 
     The exit code is 1 if there is something to fix.

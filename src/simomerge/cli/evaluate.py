@@ -61,5 +61,4 @@ def score_table(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> T
         metric, unit = tasks[name].metric, tasks[name].unit
         others = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key != metric)
         rows.append((name, metric, f"{values[metric]:.4g}", unit, others))
-    text = [f"  {name:<14} {metric} {value} {unit:<4} {others}".rstrip() for name, metric, value, unit, others in rows]
-    return Table(("task", "metric", "value", "unit", "other metrics"), rows, text="\n".join(text))
+    return Table(("task", "metric", "value", "unit", "other metrics"), rows)

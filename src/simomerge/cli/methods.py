@@ -28,7 +28,7 @@ that are interpolated) or `--schedule lines` (LiNeS, [arXiv 2410.17146](https://
 
 {realignments}
 
-On the command line, a parameter is an option of `simomerge realign`, such as `--steps 100`.
+On the command line, each parameter is an option of `simomerge realign`, such as `--batch-size 16` for `batch_size`.
 """
 
 
@@ -48,31 +48,24 @@ def command(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
     known = [row["name"] for row in (*merges, *realignments)]
     for name in names:
         if name not in known:
-            raise InputError(f"There is no merge method or re-alignment '{name}'{suggestion(name, known)}.")
-    merges, realignments = (
-        [row for row in rows if not names or row["name"] in names] for rows in (merges, realignments)
-    )
+            raise InputError(f"There is no merge method or re-alignment '{name}'{suggestion(name, known)}")
+    chosen = [[row for row in rows if not names or row["name"] in names] for rows in (merges, realignments)]
     shown: list[str | Table] = []
-    for title, rows, option in (("Merge methods", merges, "-p "), ("Re-alignments", realignments, "--")):
-        if rows:
-            shown += [f"{title}:", "", _table(rows, option), ""]
-    say(as_json, {"methods": merges, "realignments": realignments}, *shown[:-1])
+    for heading, option, rows in (("Merge methods:", "-p {}={}", chosen[0]), ("Re-alignments:", "--{} {}", chosen[1])):
+        shown += [heading, "", _table(rows, option), ""] if rows else []
+    say(as_json, {"methods": chosen[0], "realignments": chosen[1]}, *shown[:-1])
 
 
 def _table(rows: list[dict[str, Any]], option: str) -> Table:
     """Name, needs, and what a method does with its parameters; as paragraphs where there is no terminal."""
     cells, text = [], []
     for row in rows:
-        needs = _needs(row)
-        parameters = [f"{option}{_spelt(name, option)}={value}" for name, value in row["parameters"].items()]
+        name, needs = row["name"], _needs(row)
+        parameters = [option.format(each.replace("_", "-"), value) for each, value in row["parameters"].items()]
         lines = [row["summary"], *parameters, f"{row['paper']}, {row['link']}"]
-        cells.append((row["name"], needs, "\n".join([*lines, ""])))
-        text += [f"{row['name']}  (needs {needs})", *(f"    {line}" for line in lines)]
+        cells.append((name, needs, "\n".join([*lines, ""])))
+        text += [f"{name}  (needs {needs})", *(f"    {line}" for line in lines)]
     return Table(("name", "needs", "what it does"), cells, text="\n".join(text))
-
-
-def _spelt(name: str, option: str) -> str:
-    return name.replace("_", "-") if option == "--" else name
 
 
 def _needs(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from simomerge.core.errors import InputError
+from simomerge.core.schema import plain_value
 from simomerge.training.choices import TRACKERS
 from simomerge.training.settings import TrainSettings
 
@@ -105,10 +106,8 @@ data = click.option(
     show_default=True,
     help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
 )
-method_parameters = click.option(
-    "-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE", callback=_parameters,
-    help="Parameter of the method; may be repeated.",
-)  # fmt: skip
+method_parameters = click.option("-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE",
+                                 callback=_parameters, help="Parameter of the method; may be repeated.")  # fmt: skip
 pictures = together(
     click.option("--images", metavar="FOLDER", help="Images without labels, also in subfolders."),
     click.option("--size", metavar="HEIGHTxWIDTH", help="Resize the images, in pixels. [default: their own size]"),
@@ -144,10 +143,14 @@ def output(required: bool = True) -> Decorator:
 
 
 def folder(default: Path | None, help: str, required: bool = False) -> Decorator:
-    """-o for a folder that may exist: its content is reused or added to."""
-    path = click.Path(path_type=Path)
-    return click.option("-o", "--output", type=path, default=default, required=required,
-                        show_default=default is not None, help=help)  # fmt: skip
+    """-o for a folder that may exist; the command adds to it or continues in it."""
+    settings: dict[str, Any] = {
+        "default": default,
+        "show_default": default is not None,
+        "required": required,
+        "help": help,
+    }
+    return click.option("-o", "--output", type=click.Path(path_type=Path), **settings)
 
 
 # Options from parameters --------------------------------------------------------------------------------
@@ -155,23 +158,24 @@ def folder(default: Path | None, help: str, required: bool = False) -> Decorator
 
 def from_parameter(spec: Field[Any], help: str = "", default: Any = None) -> Decorator:
     """The option for a parameter of a registered method, or of `TrainSettings`."""
+    limits, text = spec.metadata, help or spec.metadata["help"]
     flag = f"--{spec.name.replace('_', '-')}"
-    text = help or spec.metadata["help"]
-    if spec.metadata["kind"] is bool:
+    if limits["kind"] is bool:
         return click.option(flag, spec.name, is_flag=True, default=None, help=text)
-    shown = default is not None
-    return click.option(flag, spec.name, type=_type(spec), default=default, show_default=shown, help=text)
-
-
-def _type(spec: Field[Any]) -> Any:
-    limits = spec.metadata
+    kind, callback = limits["kind"], None
     if limits["choices"]:
-        return click.Choice(limits["choices"])
-    if limits["kind"] is float and limits["words"]:
-        return str  # A number or a word; the registry checks it.
-    if limits["kind"] is int and limits["low"] is not None:
-        return click.IntRange(int(limits["low"]))
-    return limits["kind"]
+        kind = click.Choice(limits["choices"])
+    elif limits["many"] or limits["words"]:
+        kind, callback = str, _plain
+    elif kind is int and limits["low"] is not None:
+        kind = click.IntRange(int(limits["low"]))
+    shown = default is not None
+    return click.option(flag, type=kind, callback=callback, default=default, show_default=shown, help=text)
+
+
+def _plain(context: click.Context, option: Any, text: str | None) -> Any:
+    """A number, a word, or a list with commas; the registry checks the value."""
+    return plain_value([each.strip() for each in text.split(",")] if text and "," in text else text)
 
 
 TRAINING = ("steps", "batch_size", "lr", "encoder_lr", "seed")

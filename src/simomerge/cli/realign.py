@@ -10,35 +10,25 @@ import click
 from click.core import ParameterSource
 
 from simomerge.assembly.realign import Realignment, get_realignment, methods, realignments
-from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
+from simomerge.assembly.realign.method import TrainedRealignment
 from simomerge.cli import options
 from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 
-_FOR_EXPERTS = ("images", "size")
-_FOR_LABELS = ("data", "split")
-_FOR_TRAINING = ("trackers",)
-
-
-def _parameters() -> dict[str, tuple[Field[Any], list[str]]]:
-    """All parameters of all re-alignments, each with the methods that have it. ``count`` has its own option."""
-    found: dict[str, tuple[Field[Any], list[str]]] = {}
-    for name, method in methods().items():
-        for spec in settings(method):
-            if spec.name != "count":
-                found.setdefault(spec.name, (spec, []))[1].append(name)
-    return found
+_EVERY = ("method", "count", "output", "overwrite", "as_json", "model", "experts")
+"""Options and arguments that every re-alignment accepts, although some check `experts`."""
 
 
 def _parameter_options() -> options.Decorator:
-    """One option per parameter of the registered re-alignments."""
-    return options.together(
-        *(
-            options.from_parameter(spec, f"{spec.metadata['help'].rstrip('.')} ({', '.join(having)}).")
-            for spec, having in _parameters().values()
-        )
-    )
+    """One option per parameter of the registered re-alignments. Its help names the methods that have it."""
+    found: dict[str, tuple[Field[Any], list[str]]] = {}
+    for name, method in methods().items():
+        for spec in settings(method):
+            if spec.name != "count":  # It has its own option.
+                found.setdefault(spec.name, (spec, []))[1].append(name)
+    each = ((spec, f"{spec.metadata['help'].rstrip('.')} ({', '.join(names)}).") for spec, names in found.values())
+    return options.together(*(options.from_parameter(spec, text) for spec, text in each))
 
 
 def _help() -> str:
@@ -68,8 +58,8 @@ def _help() -> str:
 @options.track
 @options.output()
 def command(model: str, experts: dict[str, str], method: str, output: Path, as_json: bool, **given: Any) -> None:
-    chosen = get_realignment(method, **_given_parameters(method))
-    _check_inputs(method, chosen, experts, given)
+    chosen = _chosen(method)
+    _check_inputs(method, chosen, experts, given["images"])
     from simomerge.assembly.realign import realign
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import available_cores
@@ -93,53 +83,35 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     )
 
 
-def _given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
-
-
-def _given_parameters(method: str) -> dict[str, Any]:
-    """The parameters from the command line. Rejects one that the method does not have."""
+def _chosen(method: str) -> Realignment:
+    """The re-alignment with the parameters from the command line. Rejects every option that it does not use."""
+    context = click.get_current_context()
+    from_user = {
+        option.name: option
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+    }
     kind = realignments()[method]
-    known = {spec.name for spec in settings(kind)} | set(TRAINING if isinstance(kind, TrainedRealignment) else ())
-    given: dict[str, Any] = {}
-    for name in (*_parameters(), *options.TRAINING):
-        if _given(name):
-            if name not in known:
-                raise InputError(f"--{name.replace('_', '-')} does nothing under --method {method}; leave it out.")
-            given[name] = _parsed(name, click.get_current_context().params[name])
-    return given
+    trained = isinstance(kind, TrainedRealignment)
+    parameters = {spec.name for spec in settings(kind)} - {"count"} | set(options.TRAINING if trained else ())
+    chosen = get_realignment(method, **{name: context.params[name] for name in from_user if name in parameters})
+    used = {*_EVERY, *parameters, *(("data", "split") if chosen.teacher == "labels" else ("images", "size"))}
+    used |= {"trackers"} if trained else set()
+    used |= {"workers"} if chosen.trains_heads_apart else set()
+    for name, option in from_user.items():
+        if name not in used:
+            raise InputError(f"{option.opts[-1]} does nothing under --method {method}; leave it out.")
+    return chosen
 
 
-def _parsed(name: str, value: Any) -> Any:
-    """A value in the form that the registry takes: a number unless it is a word, and a list if it has commas."""
-    spec = _parameters().get(name, (None, []))[0]
-    if spec is None or not isinstance(value, str):
-        return value
-    if spec.metadata["many"] and "," in value:
-        return [each.strip() for each in value.split(",")]
-    if spec.metadata["kind"] is float and value not in spec.metadata["words"]:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], given: dict[str, Any]) -> None:
-    """Reject inputs that the method does not use, and ask for missing ones."""
-    labelled = chosen.teacher == "labels"
-    unused: tuple[str, ...] = _FOR_EXPERTS if labelled else _FOR_LABELS
-    unused += () if isinstance(chosen, TrainedRealignment) else _FOR_TRAINING
-    unused += () if chosen.trains_heads_apart else ("workers",)
-    if labelled and (experts or given["images"]):
-        raise InputError(f"--method {method} learns from the labels of --data; leave the experts and --images out.")
-    for name in unused:
-        if _given(name):
-            option = "track" if name == "trackers" else name
-            raise InputError(f"--{option} does nothing under --method {method}; leave it out.")
-    if not labelled and given["images"] is None:
+def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], images: str | None) -> None:
+    """Reject experts for a method that learns from labels, and ask for missing inputs."""
+    if chosen.teacher == "labels":
+        if experts:
+            raise InputError(f"--method {method} learns from the labels of --data; leave the experts out.")
+    elif images is None:
         raise InputError(f"--method {method} uses images without labels: give --images FOLDER.")
-    if not labelled and not experts:
+    elif not experts:
         raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
 
 
