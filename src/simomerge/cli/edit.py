@@ -32,10 +32,12 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
         result = edit_on_disk(
             model, base, output, experts["added"], experts["removed"], experts["staying"], overwrite=overwrite
         )
+    known = {**experts["staying"], **experts["added"]}
+    pairs = " ".join(f"{task}={known.get(task, 'EXPERT')}" for task in result.tasks)
     say(
         as_json,
         {"output": str(output), "tasks": list(result.tasks), "merge": result.merge},
         f"Merged {', '.join(result.tasks)} by {result.merge['method']}, as {model} was.",
         f"Model: {output}",
-        f"Next: simomerge realign {output} -o {output}-realigned   (the heads no longer fit)",
+        f"Next: simomerge realign {output} {pairs} --images FOLDER -o {output}-folded   (the heads no longer fit)",
     )
