@@ -19,7 +19,7 @@ from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensor
 from simomerge.core.registry import settings
 from simomerge.merging import available, merge_state_dicts
 
-from .conftest import Outcome, simomerge
+from .conftest import assert_mistake, simomerge
 
 TASKS = ("depth", "normals", "edges")
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -77,12 +77,6 @@ def assert_merged(path: Path, method: str = "task-arithmetic", tolerance: float 
     assert set(found) == set(wanted)
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance, err_msg=name)
-
-
-def told(done: Outcome, message: str) -> None:
-    assert (done.code, done.out) == (2, ""), done
-    last = done.err.strip().splitlines()[-1]
-    assert "Traceback" not in done.err and last.startswith("Error: ") and re.search(message, last), done.err
 
 
 MERGE = ("merge", "base.safetensors", "a=a.safetensors", "b=b.safetensors", "-o", "out.safetensors")
@@ -203,10 +197,12 @@ def test_merge_warns_in_one_line(here: Path) -> None:
     assert done.code == 0 and done.err == "Warning: The task vector of same is zero: the weights equal the base's.\n"
 
 
-def test_merge_overwrites_only_if_told_to(here: Path) -> None:
+def test_merge_overwrites_only_if_asked_to(here: Path) -> None:
     assert simomerge(*MERGE).code == 0
     before = content(here)
-    told(simomerge(*MERGE, "--scale", "0.1"), r"out\.safetensors exists; choose another folder, or give --overwrite")
+    assert_mistake(
+        simomerge(*MERGE, "--scale", "0.1"), r"out\.safetensors exists; choose another folder, or give --overwrite"
+    )
     assert content(here) == before
     assert simomerge(*MERGE, "--scale", "0.1", "--overwrite").code == 0
     assert_merged(here / "out.safetensors", scale=0.1)
@@ -327,7 +323,7 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(name: str, here: Path) -> No
     write_safetensors("other.safetensors", {"layernorm.weight": np.ones(5, np.float32)})
     before = content(here)
     arguments, message = MISTAKES[name]
-    told(simomerge(*arguments), message)
+    assert_mistake(simomerge(*arguments), message)
     assert content(here) == before and not (here / "out").exists()
 
 
@@ -406,19 +402,19 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
         "tasks": ["normals"],
         "merge": {"method": "task-arithmetic", "scale": 0.4},
     }
-    assert simomerge("merge", tiny_base, pairs["normals"], "-o", tmp_path / "anew").code == 0
-    found, wanted = tensors_of(tmp_path / "3"), tensors_of(tmp_path / "anew")
+    assert simomerge("merge", tiny_base, pairs["normals"], "-o", tmp_path / "again").code == 0
+    found, wanted = tensors_of(tmp_path / "3"), tensors_of(tmp_path / "again")
     assert all(np.allclose(found[name], wanted[name], rtol=0, atol=1e-6) for name in wanted)
-    told(
+    assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["depth"], "-o", tmp_path / "4"),
         "'depth' is in the merged model already",
     )
-    told(
+    assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["edges"], "-o", tmp_path / "2"),
         "2 exists; choose another folder, or give --overwrite",
     )
     wrong = f"depth={models / 'edges'}"
-    told(
+    assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--remove", wrong, "-o", tmp_path / "4"),
         "not what the model was merged from as expert 'depth'",
     )
@@ -430,7 +426,9 @@ def test_edit_asks_for_those_that_stay(models: Path, tiny_base: Path, tmp_path: 
     merged = ("merge", tiny_base, pairs["depth"], pairs["normals"], "--method", "ties", "-o")
     assert simomerge(*merged, tmp_path / "1").code == 0
     edit = ("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["edges"], "-o", tmp_path / "2")
-    told(simomerge(*edit), r"'ties' weighs every entry by all the experts: give those that stay too \(depth, normals\)")
+    assert_mistake(
+        simomerge(*edit), r"'ties' weighs every entry by all the experts: give those that stay too \(depth, normals\)"
+    )
     done = simomerge(*edit, "--expert", pairs["depth"], "--expert", pairs["normals"])
     assert done.code == 0 and done.out.startswith("Merged depth, normals, edges by ties")
 
@@ -488,9 +486,11 @@ def test_compress_and_restore(here: Path) -> None:
     error = sum(float(np.square(again[n] - wanted[n]).sum()) for n in wanted if n != "steps")
     change = sum(float(np.square(base[n] - wanted[n]).sum()) for n in wanted if n != "steps")
     assert 0 < error < 0.7 * change
-    told(simomerge("restore", "small", "c", "-o", "c"), "holds no task 'c': choose from a, b")
-    told(simomerge("restore", "small", "b", "-o", "again.safetensors"), "again.safetensors exists")
-    told(simomerge("compress", "base.safetensors", "a=a.safetensors", "-o", "small"), "small exists; choose another")
+    assert_mistake(simomerge("restore", "small", "c", "-o", "c"), "holds no task 'c': choose from a, b")
+    assert_mistake(simomerge("restore", "small", "b", "-o", "again.safetensors"), "again.safetensors exists")
+    assert_mistake(
+        simomerge("compress", "base.safetensors", "a=a.safetensors", "-o", "small"), "small exists; choose another"
+    )
     assert simomerge("restore", "small", "a", "-o", "again.safetensors", "--overwrite").code == 0
 
 

@@ -42,7 +42,7 @@ def test_every_command_explains_itself(command: str) -> None:
     assert "--json" in done.out
 
 
-def test_help_lists_every_command_and_version_is_told() -> None:
+def test_help_lists_every_command_and_version_is_shown() -> None:
     done = simomerge("--help")
     assert done.code == 0
     sections = done.out.partition("--help  Show this message and exit.\n\n")[2]
