@@ -49,7 +49,10 @@ class Table:
 
         from simomerge.report.table import is_text
 
-        drawn = table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+        # The gap between columns is two characters, as in plain tables: `report.table.blocks` counts on it.
+        drawn = table.Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+        )
         for title, *cells in zip(self.head, *self.rows, strict=True):
             drawn.add_column(Text(printable(title)), justify="left" if is_text(cells) else "right", overflow="fold")
         for number, row in enumerate(self.rows):
@@ -121,14 +124,13 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     related = ("Task relationships", seeds_section(results.get("relations") or {}))
     report = write_report(folder / "report.html", results, results.pop("gallery"), [related])
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-    tables: list[str | Table] = [text_table(results, ascii_only=ascii_only)]
+    shown: list[str | Table] = []
     if sys.stdout.isatty():
         colours = [LIGHT[FAMILY_COLOURS[family(row)]] for row in rows(results)]
-        tables = [
-            Table(
-                ["\n".join(one.head) for one in block], list(zip(*(one.cells for one in block), strict=True)), colours
-            )
-            for block in blocks(results, shutil.get_terminal_size().columns, ascii_only)
-        ]
+        for block in blocks(results, shutil.get_terminal_size().columns, ascii_only):
+            cells = list(zip(*(column.cells for column in block), strict=True))
+            shown += [Table(["\n".join(column.head) for column in block], cells, colours), ""]
+    else:
+        shown = [text_table(results, ascii_only=ascii_only), ""]
     files = f"Results: {folder / 'results.json'}", f"Report:  {report}"
-    say(as_json, {**results, "report": str(report)}, *tables, "", *files)
+    say(as_json, {**results, "report": str(report)}, *shown, *files)

@@ -15,7 +15,7 @@ from simomerge.report.facts import MISSING, Results, Row, Value, finite, rows, s
 ASCII = str.maketrans({"±": "+-", "↑": "(up)", "↓": "(down)", "–": "-", "─": "-"})
 
 
-_NUMBER = re.compile(r"([+-]?([\d.,]+(e[+-]?\d+)?|inf)|nan|–|)( ?[%*]| ± [\d.,]+)?")
+_NUMBER = re.compile(r"([+-]?([\d.,]+(e[+-]?\d+)?|inf)|nan|–|)( ?[%*Mk]| ± [\d.,]+)?")
 
 
 @dataclass(frozen=True)
