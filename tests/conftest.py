@@ -6,14 +6,43 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 
+from simomerge.core.errors import InputError
+
 torch.set_num_threads(1)
 
 NORMALISATION = {"image_mean": [0.5, 0.45, 0.4], "image_std": [0.25, 0.24, 0.23]}
-"""Of the tiny base; unlike ImageNet's, so that a test sees whether the file was read."""
+"""Normalisation of the tiny base. It differs from ImageNet's, so that a test notices whether the file was read."""
+
+ABBREVIATIONS = re.compile(r"\b(?:e\.g|i\.e|etc|vs|cf|al)\.|\.{2,}|…")
+
+
+def sentences(message):
+    """The sentences of a message. Each ends with ``.``, ``!`` or ``?`` before a space; file names have no such dot.
+
+    Example:
+        >>> sentences("a.pt holds 0.5, e.g. a number. Give text, number, ...")
+        ['a.pt holds 0.5,  a number', ' Give text, number, ']
+    """
+    return [part for part in re.split(r"[.!?](?=\s|$)", ABBREVIATIONS.sub("", message)) if part.strip()]
+
+
+@pytest.fixture(autouse=True)
+def short_messages(monkeypatch):
+    """Fail every test that provokes an InputError whose message has more than three sentences."""
+    messages = []
+
+    def recorded(self, *arguments):
+        ValueError.__init__(self, *arguments)
+        messages.append(str(self))
+
+    monkeypatch.setattr(InputError, "__init__", recorded)
+    yield
+    assert [message for message in messages if len(sentences(message)) > 3] == []
 
 
 @pytest.fixture(scope="session", autouse=True)

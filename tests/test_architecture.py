@@ -37,7 +37,7 @@ LAYERS = [
 """Lowest first. A room imports only from layers below its own; `simomerge/__init__.py` stands above all."""
 
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
-HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accelerate", "peft", "PIL")
+HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accelerate", "peft", "PIL", "rich")
 FORBIDDEN = {
     "merging": ("torch", "transformers"),
     "report": ("torch", "transformers", "torchmetrics", "accelerate"),

@@ -1,10 +1,11 @@
-"""The command line in this process, and a little story told once: train, train, merge."""
+"""The command line in this process, and a small example that runs once: train, train, merge."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -48,9 +49,18 @@ def simomerge(*arguments: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def assert_mistake(done: Outcome, message: str) -> None:
+    """The command ended with status 2 and printed only one short error message, which contains a pattern."""
+    assert (done.code, done.out) == (2, ""), done
+    assert "Traceback" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("Error: ") and len(last) < 600 and re.search(message, last), done.err
+    assert len(re.findall(r"[.?!](?= [A-Z]|$)", last)) <= 3, last
+
+
 @dataclass
 class Story:
-    """What the commands wrote, and what they said as JSON."""
+    """What the commands wrote, and what they printed as JSON."""
 
     folder: Path
     said: dict[str, Any]

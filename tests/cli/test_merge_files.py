@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from simomerge.assembly.realign import realignments
+from simomerge.assembly.realign.method import realignment_rows
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors, write_sharded
 from simomerge.core.registry import settings
 from simomerge.merging import available, merge_state_dicts
 
-from .conftest import Outcome, simomerge
+from .conftest import assert_mistake, simomerge
 
 TASKS = ("depth", "normals", "edges")
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -75,12 +77,6 @@ def assert_merged(path: Path, method: str = "task-arithmetic", tolerance: float 
     assert set(found) == set(wanted)
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, rtol=0, atol=tolerance, err_msg=name)
-
-
-def told(done: Outcome, message: str) -> None:
-    assert (done.code, done.out) == (2, ""), done
-    last = done.err.strip().splitlines()[-1]
-    assert "Traceback" not in done.err and last.startswith("Error: ") and re.search(message, last), done.err
 
 
 MERGE = ("merge", "base.safetensors", "a=a.safetensors", "b=b.safetensors", "-o", "out.safetensors")
@@ -201,10 +197,12 @@ def test_merge_warns_in_one_line(here: Path) -> None:
     assert done.code == 0 and done.err == "Warning: The task vector of same is zero: the weights equal the base's.\n"
 
 
-def test_merge_overwrites_only_if_told_to(here: Path) -> None:
+def test_merge_overwrites_only_if_asked_to(here: Path) -> None:
     assert simomerge(*MERGE).code == 0
     before = content(here)
-    told(simomerge(*MERGE, "--scale", "0.1"), r"out\.safetensors exists; choose another folder, or give --overwrite")
+    assert_mistake(
+        simomerge(*MERGE, "--scale", "0.1"), r"out\.safetensors exists; choose another folder, or give --overwrite"
+    )
     assert content(here) == before
     assert simomerge(*MERGE, "--scale", "0.1", "--overwrite").code == 0
     assert_merged(here / "out.safetensors", scale=0.1)
@@ -289,7 +287,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "diff's base": (("diff", "a.safetensors", "b.safetensors", "--base", "other.safetensors"), "4 tensors"),
     "diff's order": (("diff", "a.safetensors"), "(?i)missing argument.*second"),
     "diff's count": (("diff", "a.safetensors", "b.safetensors", "--top", "-1"), "(?i)--top.*-1 is not in the range"),
-    "unknown method": (("methods", "ties", "tie"), "no merge method 'tie': did you mean 'ties'"),
+    "unknown method": (("methods", "ties", "tie"), "no merge method or re-alignment 'tie': did you mean 'ties'"),
+    "unknown re-alignment": (
+        ("methods", "fodl"),
+        r"no merge method or re-alignment 'fodl': did you mean 'fold'\?$",
+    ),
     "nothing to edit": (
         ("edit", "a.safetensors", "--base", "base.safetensors", "-o", "out"),
         "nothing to do: name a task",
@@ -321,27 +323,39 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(name: str, here: Path) -> No
     write_safetensors("other.safetensors", {"layernorm.weight": np.ones(5, np.float32)})
     before = content(here)
     arguments, message = MISTAKES[name]
-    told(simomerge(*arguments), message)
+    assert_mistake(simomerge(*arguments), message)
     assert content(here) == before and not (here / "out").exists()
 
 
 # Methods ------------------------------------------------------------------------------------------------
 
 
-def test_methods_lists_every_method_with_its_parameters() -> None:
+def test_methods_lists_every_method_and_re_alignment_with_its_parameters() -> None:
     done = simomerge("methods")
     assert (done.code, done.err) == (0, "")
-    blocks = re.split(r"\n(?=\S)", done.out.strip())
+    merges, realigned = done.out.removeprefix("Merge methods:\n").split("\nRe-alignments:\n")
+    blocks = re.split(r"\n(?=\S)", merges.strip())
     assert [block.split()[0] for block in blocks] == list(available())
     for block, method in zip(blocks, available().values(), strict=True):
         assert method.link in block and method.paper in block and "(needs " in block.splitlines()[0]
         assert re.findall(r"-p (\w+)=", block) == [spec.name for spec in settings(method)]
     assert "-p density=0.2; > 0, ≤ 1" in blocks[list(available()).index("ties")]
+    blocks = re.split(r"\n(?=\S)", realigned.strip())
+    assert [block.split()[0] for block in blocks] == list(realignments())
+    for block, row in zip(blocks, realignment_rows(), strict=True):
+        first, summary, *lines, source = block.splitlines()
+        assert summary.strip() == row["summary"] and source.strip() == f"{row['paper']}, {row['link']}"
+        assert first.startswith(f"{row['name']}  (needs {row['needs']}")
+        assert ("changes the encoder" in first) == row["changes_encoder"]
+        assert [line.split()[0].lstrip("-").replace("-", "_") for line in lines] == list(row["parameters"])
+    assert "Short for fold(variant=cross-tap)." in realigned
 
 
 def test_methods_of_some_names_and_as_json() -> None:
-    rows = simomerge("methods", "--json").json["methods"]
+    found = simomerge("methods", "--json").json
+    rows = found["methods"]
     assert [row["name"] for row in rows] == list(available())
+    assert found["realignments"] == realignment_rows()
     assert set(rows[0]) == {"name", "summary", "needs", "parameters", "paper", "link"}
     assert {row["name"]: row["needs"] for row in rows if row["name"] in ("average", "slerp", "regmean", "fisher")} == {
         "average": "experts only",
@@ -349,18 +363,20 @@ def test_methods_of_some_names_and_as_json() -> None:
         "regmean": "base, images",
         "fisher": "labelled images",
     }
-    some = simomerge("methods", "slerp", "average", "--json").json["methods"]
-    assert [row["name"] for row in some] == ["average", "slerp"]
-    assert simomerge("methods", "average").out.startswith("average  (needs experts only)\n    ")
+    some = simomerge("methods", "slerp", "average", "lora", "--json").json
+    assert [row["name"] for row in some["methods"]] == ["average", "slerp"]
+    assert [row["name"] for row in some["realignments"]] == ["lora"]
+    assert simomerge("methods", "average").out.startswith("Merge methods:\n\naverage  (needs experts only)\n    ")
+    assert simomerge("methods", "fold").out.startswith("Re-alignments:\n\nfold  (needs experts, unlabelled images)\n")
 
 
 def test_the_page_of_methods_is_the_one_in_the_documentation() -> None:
     done = simomerge("methods", "--markdown")
     assert done.code == 0
     lines = done.out.splitlines()
-    assert lines[0] == "# Merge methods"
+    assert lines[0] == "# Merge methods and re-alignments"
     rows = [line for line in lines if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == list(available())
+    assert [row.split("`")[1] for row in rows] == [*available(), *realignments()]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 6 for row in rows)  # five cells each: no | of a formula splits one
     assert done.out == PAGE.read_text(encoding="utf-8")
 
@@ -376,7 +392,8 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
     assert done.out.splitlines() == [
         f"Merged depth, normals, edges by task-arithmetic, as {tmp_path / '1'} was.",
         f"Model: {tmp_path / '2'}",
-        f"Next: simomerge realign {tmp_path / '2'} -o {tmp_path / '2'}-realigned   (the heads no longer fit)",
+        f"Next: simomerge realign {tmp_path / '2'} depth=EXPERT normals=EXPERT {pairs['edges']} --images FOLDER"
+        f" -o {tmp_path / '2'}-folded   (the heads no longer fit)",
     ]
     remove = ("--remove", pairs["depth"], "--remove", pairs["edges"])
     done = simomerge("edit", tmp_path / "2", "--base", tiny_base, *remove, "-o", tmp_path / "3", "--json")
@@ -385,19 +402,19 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
         "tasks": ["normals"],
         "merge": {"method": "task-arithmetic", "scale": 0.4},
     }
-    assert simomerge("merge", tiny_base, pairs["normals"], "-o", tmp_path / "anew").code == 0
-    found, wanted = tensors_of(tmp_path / "3"), tensors_of(tmp_path / "anew")
+    assert simomerge("merge", tiny_base, pairs["normals"], "-o", tmp_path / "again").code == 0
+    found, wanted = tensors_of(tmp_path / "3"), tensors_of(tmp_path / "again")
     assert all(np.allclose(found[name], wanted[name], rtol=0, atol=1e-6) for name in wanted)
-    told(
+    assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["depth"], "-o", tmp_path / "4"),
         "'depth' is in the merged model already",
     )
-    told(
+    assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["edges"], "-o", tmp_path / "2"),
         "2 exists; choose another folder, or give --overwrite",
     )
     wrong = f"depth={models / 'edges'}"
-    told(
+    assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--remove", wrong, "-o", tmp_path / "4"),
         "not what the model was merged from as expert 'depth'",
     )
@@ -409,7 +426,9 @@ def test_edit_asks_for_those_that_stay(models: Path, tiny_base: Path, tmp_path: 
     merged = ("merge", tiny_base, pairs["depth"], pairs["normals"], "--method", "ties", "-o")
     assert simomerge(*merged, tmp_path / "1").code == 0
     edit = ("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["edges"], "-o", tmp_path / "2")
-    told(simomerge(*edit), r"'ties' weighs every entry by all the experts: give those that stay too \(depth, normals\)")
+    assert_mistake(
+        simomerge(*edit), r"'ties' weighs every entry by all the experts: give those that stay too \(depth, normals\)"
+    )
     done = simomerge(*edit, "--expert", pairs["depth"], "--expert", pairs["normals"])
     assert done.code == 0 and done.out.startswith("Merged depth, normals, edges by ties")
 
@@ -467,9 +486,11 @@ def test_compress_and_restore(here: Path) -> None:
     error = sum(float(np.square(again[n] - wanted[n]).sum()) for n in wanted if n != "steps")
     change = sum(float(np.square(base[n] - wanted[n]).sum()) for n in wanted if n != "steps")
     assert 0 < error < 0.7 * change
-    told(simomerge("restore", "small", "c", "-o", "c"), "holds no task 'c': choose from a, b")
-    told(simomerge("restore", "small", "b", "-o", "again.safetensors"), "again.safetensors exists")
-    told(simomerge("compress", "base.safetensors", "a=a.safetensors", "-o", "small"), "small exists; choose another")
+    assert_mistake(simomerge("restore", "small", "c", "-o", "c"), "holds no task 'c': choose from a, b")
+    assert_mistake(simomerge("restore", "small", "b", "-o", "again.safetensors"), "again.safetensors exists")
+    assert_mistake(
+        simomerge("compress", "base.safetensors", "a=a.safetensors", "-o", "small"), "small exists; choose another"
+    )
     assert simomerge("restore", "small", "a", "-o", "again.safetensors", "--overwrite").code == 0
 
 
@@ -482,7 +503,8 @@ def test_no_command_on_files_imports_torch(here: Path, models: Path, tiny_base: 
         ["merge", str(tiny_base), f"depth={models / 'depth'}", "-o", "scene"],
         ["edit", "scene", "--base", str(tiny_base), "--add", f"edges={models / 'edges'}", "-o", "scene-2"],
         ["diff", "base.safetensors", "a.safetensors"],
-        ["methods", "ties"],
+        ["methods"],
+        ["methods", "ties", "fold"],
         ["compress", "base.safetensors", "a=a.safetensors", "-o", "small"],
         ["restore", "small", "a", "-o", "again.safetensors"],
         ["inspect", "scene-2"],

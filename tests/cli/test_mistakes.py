@@ -1,8 +1,7 @@
-"""Every mistake ends with status 2 and a sentence that names the mend; nothing half-written stays."""
+"""Every mistake ends with status 2 and a sentence that names the remedy; no half-written file stays."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,23 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from simomerge.cli import COMMANDS, TOGETHER, cli, module_of
 
-from .conftest import TINY, Outcome, Story, simomerge
-
-
-def check(done: Outcome, message: str) -> None:
-    assert done.code == 2 and done.out == ""
-    assert "Traceback" not in done.err
-    last = done.err.strip().splitlines()[-1]
-    assert last.startswith("Error: ") and len(last) < 600, done.err
-    assert re.search(message, last), last
-    assert len(re.findall(r"[.?!](?= [A-Z]|$)", last)) <= 3
+from .conftest import TINY, Story, assert_mistake, simomerge
 
 
 def listing(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-# Told by the words alone --------------------------------------------------------------------------------
+# Visible in the arguments ----------------------------------------------------------------------------------
 
 MERGE = ("merge", "BASE", "depth=DEPTH", "normals=NORMALS", "-o", "OUT")
 TRAIN = ("train", "--base", "BASE", *TINY, "-o", "OUT")
@@ -140,11 +130,11 @@ def test_a_mistake_is_a_sentence(name: str, story: Story, tiny_base: Path, tmp_p
         return f"{task}{equals}{places.get(place, place)}"
 
     before = listing(tmp_path), listing(story.folder)
-    check(simomerge(*map(real, arguments)), message)
+    assert_mistake(simomerge(*map(real, arguments)), message)
     assert (listing(tmp_path), listing(story.folder)) == before
 
 
-# Told by the files --------------------------------------------------------------------------------------
+# Visible in the files ----------------------------------------------------------------------------------
 
 
 def cut(path: Path) -> None:
@@ -196,20 +186,20 @@ def test_a_damaged_expert_is_named(name: str, copy_of: Any, tiny_base: Path, sto
     damage(expert / file)
     before = listing(expert.parent)
     out = expert.parent / "out"
-    check(simomerge("merge", tiny_base, f"normals={story / 'normals'}", f"depth={expert}", "-o", out), message)
+    assert_mistake(simomerge("merge", tiny_base, f"normals={story / 'normals'}", f"depth={expert}", "-o", out), message)
     assert listing(expert.parent) == before
 
 
 def test_a_truncated_checkpoint_is_named_by_inspect(copy_of: Any) -> None:
     expert = copy_of("depth")
     cut(expert / "encoder" / "model.safetensors")
-    check(simomerge("inspect", expert), "model.safetensors is not a complete safetensors file")
+    assert_mistake(simomerge("inspect", expert), "model.safetensors is not a complete safetensors file")
 
 
-def test_an_output_below_a_file_is_told(story: Story, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_output_below_a_file_is_an_error(story: Story, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = simomerge("merge", tiny_base, f"depth={story / 'depth'}", "-o", tmp_path / "file" / "out")
-    check(done, "(?i)not a directory")
+    assert_mistake(done, "(?i)not a directory")
     assert listing(tmp_path) == {tmp_path / "file"}
 
 

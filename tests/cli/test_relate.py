@@ -1,4 +1,4 @@
-"""simomerge relate: what it prints, what it writes, and its mistakes, each told before long work."""
+"""simomerge relate: what it prints, what it writes, and its mistakes, each reported before long work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import Story, simomerge
+from .conftest import Story, assert_mistake, simomerge
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "section without a merge": (("--images", "PHOTOS", "--sections", "alignment"), "give the merged model"),
     "budget": (("--images", "PHOTOS", "--budget", "3"), "--budget 3: 2 experts need no more than 2 encoders"),
     "no budget": (("--images", "PHOTOS", "--budget", "0"), "0 is not in the range"),
-    "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget is of the section 'groups'"),
+    "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget requires the section 'groups'"),
     "count": (("--images", "PHOTOS", "--count", "4"), "4 is not in the range"),
     "images": (("--images", "./nowhere"), "nowhere: no such folder of images"),
     "data": (("--data", "room"), "unknown dataset 'room'; did you mean 'rooms'"),
@@ -76,27 +76,25 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
 def test_a_mistake_is_a_sentence(name: str, tiny_base: Path, photos: Path, experts: list[str]) -> None:
     words, message = MISTAKES[name]
     done = simomerge("relate", tiny_base, *experts, *(photos if word == "PHOTOS" else word for word in words))
-    check(done, message)
-
-
-def check(done: object, message: str) -> None:
-    from .test_mistakes import check as told
-
-    told(done, message)  # type: ignore[arg-type]
+    assert_mistake(done, message)
 
 
 def test_who_is_given_as_what(story: Story, tiny_base: Path, photos: Path, experts: list[str]) -> None:
     pictures = ("--images", photos)
-    check(simomerge("relate", story / "scene", *experts, *pictures), "is a model with heads .*--merged MODEL")
-    check(simomerge("relate", tiny_base, experts[0], *pictures), "1 expert: .*at least two")
-    check(simomerge("relate", tiny_base, experts[0], "normals=./nowhere", *pictures), "nowhere: no such folder")
-    check(simomerge("relate", tiny_base, experts[0], "normals", *pictures), "'normals': give TASK=EXPERT")
-    check(simomerge("relate", tiny_base, experts[0], f"normals={tiny_base}", *pictures), "'normals' has the tasks none")
+    assert_mistake(simomerge("relate", story / "scene", *experts, *pictures), "is a model with heads .*--merged MODEL")
+    assert_mistake(simomerge("relate", tiny_base, experts[0], *pictures), "1 expert: .*at least two")
+    assert_mistake(
+        simomerge("relate", tiny_base, experts[0], "normals=./nowhere", *pictures), "nowhere: no such folder"
+    )
+    assert_mistake(simomerge("relate", tiny_base, experts[0], "normals", *pictures), "'normals': give TASK=EXPERT")
+    assert_mistake(
+        simomerge("relate", tiny_base, experts[0], f"normals={tiny_base}", *pictures), "'normals' has the tasks none"
+    )
     missing = simomerge("relate", "./nowhere", *experts, *pictures)
-    check(missing, "nowhere: no such folder")
+    assert_mistake(missing, "nowhere: no such folder")
 
 
 def test_too_few_pictures(tiny_base: Path, photos: Path, experts: list[str], tmp_path: Path) -> None:
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes((photos / name).read_bytes())
-    check(simomerge("relate", tiny_base, *experts, "--images", tmp_path), "2 images: one half is for merging")
+    assert_mistake(simomerge("relate", tiny_base, *experts, "--images", tmp_path), "2 images: one half is for merging")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simomerge.cli import COMMANDS
+from simomerge.cli import COMMANDS, GROUPS
 from simomerge.core.progress import Console
 from simomerge.models.model import load
 from simomerge.recipes.recipe import Recipe
@@ -42,10 +42,12 @@ def test_every_command_explains_itself(command: str) -> None:
     assert "--json" in done.out
 
 
-def test_help_lists_every_command_and_version_is_told() -> None:
+def test_help_lists_every_command_and_version_is_shown() -> None:
     done = simomerge("--help")
     assert done.code == 0
-    assert re.findall(r"^  (\w+) ", done.out.split("Commands:")[1], re.MULTILINE) == list(COMMANDS)
+    sections = done.out.partition("--help  Show this message and exit.\n\n")[2]
+    assert re.findall(r"^  (\w+) ", sections, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^(\w.*):$", sections, re.MULTILINE) == list(GROUPS)
     assert simomerge("--version").out.startswith("simomerge, version ")
 
 
@@ -198,8 +200,9 @@ def test_evaluate_measures_and_compares_with_the_experts(story: Story) -> None:
 
 def test_evaluate_prints_one_line_per_task(story: Story) -> None:
     done = simomerge("evaluate", story / "scene", "--count", 4)
-    head, depth, normals = done.out.splitlines()
-    assert head.endswith("on 4 images of rooms (test):") and done.code == 0
+    heading, columns, depth, normals = done.out.splitlines()
+    assert heading.endswith("on 4 images of rooms (test):") and done.code == 0
+    assert columns.split() == ["task", "metric", "value", "unit", "other", "metrics"]
     assert depth.split()[:2] == ["depth", "abs_err"] and normals.split()[:2] == ["normals", "mean_angle"]
 
 

@@ -182,7 +182,7 @@ def test_unknown_names_come_with_a_suggestion() -> None:
     with pytest.raises(InputError, match=r"The pet 'ant' has no parameter 'legs': it takes no parameters\."):
         PETS.make("ant", legs=6)
     assert suggestion("depht", ["depth"]) == ": did you mean 'depth'?"
-    assert suggestion("zzz", ["depth", "edges"]) == ": choose from depth, edges"
+    assert suggestion("zzz", ["depth", "edges"]) == ": choose from depth, edges."
 
 
 def test_examples() -> None:

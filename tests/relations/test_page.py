@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
-from simomerge.relations.page import FIGURES, relation_lines, seeds_section, write_relations
+from simomerge.relations.page import FIGURES, relation_tables, seeds_section, write_relations
 from simomerge.report.drawing import NothingToDraw, inline_svg, png
+from simomerge.report.table import aligned
 
 Draw = Callable[[Any], Figure]
 DRAWN = [sweep_figure, pair_figure, norm_figure, cosine_figure, cka_figure]
@@ -97,16 +98,17 @@ def test_only_what_was_measured_is_shown(tmp_path: Path) -> None:
     page = write_relations(tmp_path, found)
     assert {path.name for path in tmp_path.iterdir()} == {"relate.html", "relate.json", "norms.png", "cosines.png"}
     assert page.read_text().count("<figure>") == 2
-    assert not any("encoders" in line for line in relation_lines(found))
+    assert not any("encoders" in head for _, (head, *_) in relation_tables(found))
 
 
-def test_lines_for_a_terminal() -> None:
-    lines = relation_lines(sample())
+def test_tables_for_a_terminal() -> None:
+    lines = [line for _, table in relation_tables(sample()) for line in aligned(table)]
     assert any(re.match(r" +1 +-3.0 +depth \+ normals", line) for line in lines)
     assert any(re.match(r" +2 +-2.0 \*", line) for line in lines)  # predicted, not measured
     assert any(re.match(r"depth +2 +0.100 +0.900 +– +0.800", line) for line in lines)
-    only = relation_lines(sample(), budget=3)
-    assert sum(line.lstrip()[:1].isdigit() for line in only) == 1
+    (_, first), *others = relation_tables(sample(), budget=3)
+    assert [row[0] for row in first[1:]] == ["3"]
+    assert not any(row[0].isdigit() for _, table in others for row in table)
 
 
 def test_the_section_of_a_runs_report() -> None:

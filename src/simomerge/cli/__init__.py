@@ -1,7 +1,8 @@
-"""The command line: one file per command, loaded when it is called, so that ``--help`` imports no torch."""
+"""The command line. Each command is one file, imported when it is called, so that ``--help`` imports no torch."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -12,35 +13,49 @@ import click
 
 from simomerge.core.version import __version__
 
-COMMANDS = {
-    "demo": "Train experts, merge, re-align, compare: the whole story on this machine.",
-    "run": "Carry out a recipe of your own: a benchmark as one file.",
-    "search": "Search the values of a recipe that make one of its rows best.",
-    "data": "Check a dataset of your own before training on it.",
-    "train": "Train an expert (one task) or a joint model (several) on a foundation encoder.",
-    "import": "Make an expert of a model that was trained elsewhere.",
-    "merge": "Merge experts' encoders into one model with all their heads.",
-    "encoders": "List the families of encoders that can be a base.",
-    "methods": "List the merge methods with their parameters.",
-    "edit": "Add a task to a merged model, or remove one.",
-    "realign": "Repair the mismatch between merged features and heads.",
-    "evaluate": "Measure a model on a dataset, beside its experts where they are given.",
-    "relate": "Say which tasks help or hurt each other, and which experts to merge.",
-    "predict": "Predict every task for images of your own.",
-    "inspect": "Say what a model folder or a checkpoint holds and where it comes from.",
-    "diff": "Say how two checkpoints, or two experts' task vectors, differ.",
-    "compress": "Store many experts of one base in little more than the space of two.",
-    "restore": "Give one expert back from a compressed folder.",
-    "doctor": "Check this installation and say what to mend.",
+GROUPS = {
+    "Make models and data": {
+        "demo": "Train experts, merge and re-align them, and compare: a complete example.",
+        "train": "Train an expert (one task) or a joint model (several tasks).",
+        "import": "Convert a model that was trained elsewhere into an expert.",
+        "data": "Check a dataset before you train on it.",
+    },
+    "Merge": {
+        "merge": "Merge the encoders of experts into one model with all their heads.",
+        "edit": "Add a task to a merged model, or remove one.",
+        "compress": "Store many experts of one base in little more space than two.",
+        "restore": "Restore one expert from a compressed folder.",
+    },
+    "Repair": {
+        "realign": "Repair the mismatch between merged features and heads.",
+    },
+    "Judge": {
+        "evaluate": "Measure a model on a dataset, and compare it with its experts.",
+        "relate": "Measure which tasks help or hurt each other, and which to merge.",
+        "diff": "Compare two checkpoints, or the task vectors of two experts.",
+        "inspect": "Show what a model folder or a checkpoint contains and its origin.",
+        "predict": "Predict every task for your own images.",
+    },
+    "Run benchmarks": {
+        "run": "Run a recipe: a benchmark described in one file.",
+        "search": "Search for the values of a recipe that give the best result.",
+    },
+    "About simomerge": {
+        "methods": "List the merge methods and re-alignments with their parameters.",
+        "encoders": "List the encoder families that can serve as a base.",
+        "doctor": "Check this installation, and show what to fix.",
+    },
 }
+"""Help text of each command, by purpose."""
 
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 TOGETHER = ("demo", "run", "train", "realign", "evaluate")
-"""Those that several processes, as torchrun starts them, do together."""
+"""The commands that torchrun may start in several processes."""
 
 
 def module_of(command: str) -> str:
-    """Where a command is: in the file of its name, but for a word that Python keeps to itself."""
+    """The module of a command. It has the command's name, except for ``import``, which is a Python keyword."""
     return f"simomerge.cli.{'import_expert' if command == 'import' else command}"
 
 
@@ -56,8 +71,9 @@ class _LazyGroup(click.Group):
         return getattr(import_module(module_of(cmd_name)), "command")  # noqa: B009
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for purpose, group in GROUPS.items():
+            with formatter.section(purpose):
+                formatter.write_dl([(f"{name:<8}", text) for name, text in group.items()])
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:
@@ -71,9 +87,9 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="simomerge")
 def cli() -> None:
-    """Single-task vision experts in, one encoder with all their heads out.
+    """Merge vision experts of one task each into one encoder with all their heads.
 
-    Start with `simomerge demo`. A model is a folder; BASE is a folder, a hub id or `rooms-base`, the encoder
+    Start with `simomerge demo`. A model is a folder. BASE is a folder, a hub id, or `rooms-base`, the encoder
     that ships with simomerge.
     """
 
@@ -81,43 +97,56 @@ def cli() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 a check found something to mend, 2 a mistake in what was given, 130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 a check found something to fix, 2 the input is wrong, 130 stopped by Ctrl-C.
     """
-    from simomerge.core.errors import InputError
+    from simomerge.cli import output
 
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         code = cli.main(prog_name="simomerge", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except InputError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Stopped. Nothing is half-written; the same `demo` or `train` goes on from where it was.", err=True)
+        click.echo("Stopped. No file is half-written; the same `demo` or `train` command resumes the work.", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-    except MemoryError:
-        click.echo("Error: out of memory; use fewer --workers, a smaller --batch-size or smaller images.", err=True)
-        sys.exit(2)
-    except ImportError:
-        from simomerge.core.environment import broken_torchvision
-
-        if not (cause := broken_torchvision()):
+    except Exception as error:
+        message = _message(error)
+        if message is None:
             raise
-        click.echo(f"Error: {cause}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        click.echo(f"Error: {error.filename or 'the system'}: {error.strerror or error}.", err=True)
+        if message:
+            output.error(message)
         sys.exit(2)
     if isinstance(code, int) and code:
         sys.exit(code)
 
 
+def _message(error: Exception) -> str | None:
+    """What to print instead of a traceback: "" if the help was printed; None for an error in simomerge itself."""
+    from simomerge.core.errors import InputError
+
+    if isinstance(error, click.ClickException):
+        shown = io.StringIO()
+        error.show(shown)
+        usage, _, message = shown.getvalue().partition("Error: ")
+        click.echo(usage, err=True, nl=False)
+        return message.rstrip()
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer --workers, a smaller --batch-size or smaller images."
+    if isinstance(error, ImportError):
+        from simomerge.core.environment import broken_torchvision
+
+        return broken_torchvision() or None
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}."
+    return None
+
+
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
     if issubclass(category, UserWarning) and "simomerge" in filename:
-        click.echo(f"Warning: {message}", err=True)
+        from simomerge.cli import output
+
+        output.warning(str(message))

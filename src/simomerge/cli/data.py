@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from simomerge.cli.options import console, json_option, say
+from simomerge.cli import options
+from simomerge.cli.output import console, say
 
 
 @click.group("data")
@@ -17,22 +18,13 @@ def command() -> None:
 
 @command.command("check")
 @click.argument("data")
-@click.option(
-    "--count", type=click.IntRange(1), default=100, show_default=True, help="Number of images to read in each split."
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("contact-sheet.png"),
-    show_default=True,
-    help="Contact sheet to write: some images with their targets in colour.",
-)
-@json_option
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Images to read in each split.")
+@options.folder(Path("contact-sheet.png"), "Contact sheet to write: some images with their targets in colour.")
+@options.as_json
 def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     """Count and measure the contents of DATA, show some of it, and find common mistakes.
 
-    DATA is a manifest (data.yaml, data.csv or their folder), or a published dataset: nyuv2:FOLDER, cityscapes:FOLDER
+    DATA is a manifest (data.yaml, data.csv or their folder) or a published dataset: nyuv2:FOLDER, cityscapes:FOLDER
     or taskonomy:FOLDER.
 
     The exit code is 1 if there is something to fix.

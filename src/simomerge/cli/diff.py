@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from simomerge.cli.options import json_option, say
+from simomerge.cli import options
+from simomerge.cli.output import Table, say
 
 if TYPE_CHECKING:
     from simomerge.merging.disk.diff import Difference
@@ -16,15 +17,10 @@ if TYPE_CHECKING:
 @click.command("diff")
 @click.argument("first")
 @click.argument("second")
-@click.option("--base", help="Compare the task vectors of two experts of this base, not their weights.")
-@click.option(
-    "--top",
-    type=click.IntRange(0),
-    default=20,
-    show_default=True,
-    help="Number of tensors to show, largest difference first.",
-)
-@json_option
+@click.option("--base", help="Compare the task vectors of two experts of this base, instead of their weights.")
+@click.option("--top", type=click.IntRange(0), default=20, show_default=True,
+              help="Number of tensors to show, largest difference first.")  # fmt: skip
+@options.as_json
 def command(first: str, second: str, base: str | None, top: int, as_json: bool) -> None:
     """Compare two checkpoints per tensor: norms, distance, cosine and sign agreement.
 
@@ -35,21 +31,19 @@ def command(first: str, second: str, base: str | None, top: int, as_json: bool) 
     from simomerge.merging.disk.diff import as_dicts, diff_on_disk
 
     found = diff_on_disk(first, second, base)
-    total, tensors = found[0], found[1:]
-    if not as_json:
-        tensors = sorted(tensors, key=lambda one: -_relative(one))[:top]
+    total, *tensors = found
+    tensors = sorted(tensors, key=lambda one: -_relative(one))[:top]
     what = "task vectors" if base else "weights"
-    width = max(len(name) for name in ("tensor", *(one.name for one in tensors)))
+    rows = [
+        (one.name, f"{one.first:.4g}", f"{one.second:.4g}", f"{_relative(one):.4g}", f"{one.cosine:.4f}",
+         f"{one.sign_agreement:.1%}")
+        for one in [total, *tensors]
+    ]  # fmt: skip
     say(
         as_json,
         {"first": first, "second": second, "base": base, "differences": as_dicts(found)},
         f"{what} of {first} (a) and {second} (b), {len(found) - 1} tensors; the {len(tensors)} furthest apart:",
-        f"  {'tensor':<{width}}  {'|a|':>9}  {'|b|':>9}  {'|b-a|/|a|':>9}  {'cosine':>7}  {'same sign':>9}",
-        *(
-            f"  {one.name:<{width}}  {one.first:9.4g}  {one.second:9.4g}  {_relative(one):9.4g}"
-            f"  {one.cosine:7.4f}  {one.sign_agreement:9.1%}"
-            for one in [total, *tensors]
-        ),
+        Table(("tensor", "|a|", "|b|", "|b-a|/|a|", "cosine", "same sign"), rows),
     )
 
 

@@ -11,29 +11,31 @@ from typing import Any
 
 import click
 
-from simomerge.cli.options import json_option, say
+from simomerge.cli import options
+from simomerge.cli.output import Table, say
 from simomerge.core.environment import torchvision_version
 
 PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
 
 
 @click.command("doctor")
-@json_option
+@options.as_json
 def command(as_json: bool) -> None:
     """Check versions, the device, the disk, the cache and the embedded base, and say what to fix."""
     checks: dict[str, Callable[[], str]] = {
         "python": lambda: sys.version.split()[0],
         **{name: partial(_import, name) for name in PACKAGES},
-        "torchvision": lambda: torchvision_version() or "absent, and not needed",
+        "torchvision": lambda: torchvision_version() or "not installed (not needed)",
         "device": _device,
         "cache folder": _cache,
         "embedded base": _base,
     }
     rows = [_run(name, check) for name, check in checks.items()]
     failed = [row["name"] for row in rows if not row["ok"]]
-    lines = [f"  {'ok  ' if row['ok'] else 'FAIL'}  {row['name']:<14} {row['found']}" for row in rows]
+    cells = [("ok" if row["ok"] else "FAIL", row["name"], row["found"]) for row in rows]
+    table = Table(("state", "check", "found"), cells, ["" if row["ok"] else "red" for row in rows])
     verdict = f"To fix: {', '.join(failed)}." if failed else "Everything works. Next: simomerge demo"
-    say(as_json, {"checks": rows, "ok": not failed}, *lines, verdict)
+    say(as_json, {"checks": rows, "ok": not failed}, table, verdict)
     if failed:
         sys.exit(1)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from simomerge.cli.options import json_option, say
+from simomerge.cli import options
+from simomerge.cli.output import Table, say
 
 
 @click.command("encoders")
-@json_option
+@options.as_json
 def command(as_json: bool) -> None:
     """List the encoder families that can serve as a base.
 
@@ -21,6 +22,5 @@ def command(as_json: bool) -> None:
     rows = [
         {"title": f.title, "model_types": list(f.model_types), "taps": f.taps, "example": f.example} for f in FAMILIES
     ]
-    wide = max(len(family.title) for family in FAMILIES)
-    lines = [f"{f.title:<{wide}}  {f.taps:<6}  {', '.join(f.model_types):<27}  e.g. {f.example}" for f in FAMILIES]
-    say(as_json, {"encoders": rows}, *lines)
+    table = [(f.title, f.taps, ", ".join(f.model_types), f.example) for f in FAMILIES]
+    say(as_json, {"encoders": rows}, Table(("family", "heads read", "model types", "example"), table))

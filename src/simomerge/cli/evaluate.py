@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from simomerge.cli.options import console, data_option, json_option, parse_pairs, say, score_lines
+from simomerge.cli import options
+from simomerge.cli.output import Table, console, say
 from simomerge.core.errors import InputError
 
 
 @click.command("evaluate")
 @click.argument("model")
-@click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...")
-@data_option
+@options.some_experts
+@options.data
 @click.option("--split", default="test", show_default=True)
-@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Images.")
-@json_option
-def command(model: str, experts: tuple[str, ...], data: str, split: str, count: int, as_json: bool) -> None:
+@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Number of images.")
+@options.as_json
+def command(model: str, experts: dict[str, str], data: str, split: str, count: int, as_json: bool) -> None:
     """Compute the metrics of every task of MODEL. With its EXPERTs, also normalised performance and Delta_MTL."""
-    named = parse_pairs(experts)
     from simomerge.assembly.experts import load_experts
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import compute_device
@@ -28,25 +30,35 @@ def command(model: str, experts: tuple[str, ...], data: str, split: str, count: 
     join_processes()
     evaluated = load(model)
     tasks = evaluated.tasks
-    for task in named:
+    for task in experts:
         if task not in tasks:
             raise InputError(f"{model} does not predict {task!r}; it has {', '.join(tasks) or 'no heads'}.")
-    expert_models = {task: as_expert(expert, task) for task, expert in load_experts(**named).items()}
+    expert_models = {task: as_expert(expert, task) for task, expert in load_experts(**experts).items()}
     dataset = load_data(data, split=split, count=count)
     with console():
         device = compute_device()
         scores = evaluate(evaluated.to(device), dataset)
         baseline = {task: evaluate(expert.to(device), dataset)[task] for task, expert in expert_models.items()}
     result: dict[str, object] = {"scores": scores}
-    lines = [f"{model} on {len(dataset)} images of {data} ({split}):", *score_lines(scores, tasks)]
+    shown: list[str | Table] = [f"{model} on {len(dataset)} images of {data} ({split}):", score_table(scores, tasks)]
     if baseline:
         shared = {task: scores[task] for task in scores if task in baseline}
         ratios = normalised_performance(shared, baseline, tasks)
         delta = delta_mtl(shared, baseline, tasks)
         result |= {"experts": baseline, "normalised_performance": ratios, "delta_mtl": delta}
-        lines += ["Experts:", *score_lines(baseline, tasks)]
-        lines += [
+        shown += ["Experts:", score_table(baseline, tasks)]
+        shown += [
             "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
             f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)",
         ]
-    say(as_json, result, *lines)
+    say(as_json, result, *shown)
+
+
+def score_table(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> Table:
+    """One row per task: its own metric first, then the other metrics."""
+    rows = []
+    for name, values in scores.items():
+        metric, unit = tasks[name].metric, tasks[name].unit
+        others = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key != metric)
+        rows.append((name, metric, f"{values[metric]:.4g}", unit, others))
+    return Table(("task", "metric", "value", "unit", "other metrics"), rows)

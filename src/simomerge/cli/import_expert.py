@@ -4,77 +4,60 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from simomerge.cli.options import check_output, json_option, output_option, overwrite_option, parse_pairs, say
+from simomerge.cli import options
+from simomerge.cli.output import say
 from simomerge.core.errors import InputError
 
 TOLERANCE = 1e-3
-"""How far predictions may be from those of the source, relative to the largest: more than that is no rounding."""
+"""Maximum difference from the source's predictions, relative to the largest one; rounding stays well below it."""
 
 
-def _numbers(kind: type) -> Callable[..., list[Any] | None]:
-    """A callback that parses numbers separated by commas; None if the option is not given."""
+def _list_of(kind: type) -> Callable[..., tuple[Any, ...] | None]:
+    """A callback that parses values separated by commas; None if the option is not given."""
 
-    def parse(context: click.Context, option: Any, text: str) -> list[Any] | None:
+    def parse(context: click.Context, option: Any, text: str | None) -> tuple[Any, ...] | None:
         try:
-            return [kind(part) for part in text.split(",")] if text else None
+            return tuple(kind(part) for part in text.split(",") if part) if text else None
         except ValueError as error:
             raise InputError(f"{option.opts[0]} {text}: give numbers, as {option.metavar}.") from error
 
     return parse
 
 
-def _names(context: click.Context, option: Any, text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
 def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> dict[str, Any]:
-    return {name: _json(value) for name, value in parse_pairs(pairs, "KEY=JSON").items()}
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+    """KEY=JSON pairs; a value that is not JSON is text."""
+    given: dict[str, Any] = {**options.parse_pairs(pairs, "KEY=JSON")}
+    for name, text in given.items():
+        with suppress(ValueError):
+            given[name] = json.loads(text)
+    return given
 
 
 @click.command("import")
 @click.argument("source")
 @click.option("--task", required=True, help="Name of the expert's task.")
-@click.option("--kind", default="", help="Kind of the task, if its name does not say it.")
-@click.option("--classes", default="", callback=_names, metavar="A,B,...", help="Class names of a segmentation.")
-@click.option("--encoder", metavar="BASE", help="For weight files: the encoder they fine-tuned, a folder or hub id.")
-@click.option(
-    "--encoder-prefix", default="", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'"
-)
-@click.option(
-    "--head-prefix", default="", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'"
-)
-@click.option("--head", default="", metavar="CLASS", help="module:Class, linear, dpt or transformers.")
-@click.option(
-    "--head-arg", "head_settings", multiple=True, callback=_settings, metavar="KEY=JSON", help="Argument of the head."
-)
-@click.option("--drop", multiple=True, metavar="PREFIX", help="Prefix of tensors that are not needed.")
-@click.option("--taps", default="", callback=_numbers(int), metavar="3,6,9,12", help="Blocks or stages the head reads.")
-@click.option(
-    "--layernorm/--no-layernorm",
-    "apply_layernorm",
-    default=None,
-    help="Whether the head reads them after the layer norm.",
-)
-@click.option(
-    "--mean", default="", callback=_numbers(float), metavar="0.5,0.5,0.5", help="RGB mean; the encoder's by default."
-)
-@click.option("--std", default="", callback=_numbers(float), metavar="0.5,0.5,0.5", help="RGB standard deviation.")
-@output_option()
-@overwrite_option
-@json_option
-def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool, **options: Any) -> None:
+@click.option("--kind", help="Kind of the task. [default: its name]")
+@click.option("--classes", callback=_list_of(str), metavar="A,B,...", help="Class names of a segmentation.")
+@click.option("--encoder", metavar="BASE", help="The encoder that a weight file fine-tuned: a folder or hub id.")
+@click.option("--encoder-prefix", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'")
+@click.option("--head-prefix", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'")
+@click.option("--head", metavar="CLASS", help="module:Class, linear, dpt or transformers.")
+@click.option("--head-arg", "head_settings", multiple=True, callback=_settings, metavar="KEY=JSON",
+              help="Argument of the head; may be repeated.")  # fmt: skip
+@click.option("--drop", multiple=True, metavar="PREFIX", help="Prefix of tensors to ignore; may be repeated.")
+@click.option("--taps", callback=_list_of(int), metavar="3,6,9,12", help="Blocks or stages the head reads.")
+@click.option("--layernorm/--no-layernorm", "apply_layernorm", default=None,
+              help="Whether the layer norm is applied to the features that the head reads.")  # fmt: skip
+@click.option("--mean", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB mean. [default: the encoder's]")
+@click.option("--std", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB standard deviation.")
+@options.output()
+def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Import SOURCE, a model that was trained elsewhere, as an expert.
 
     \b
@@ -83,10 +66,9 @@ def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool
       a head that DINOv2 publishes, such as dinov2_vitb14_nyu_linear4_head.pth (with --encoder)
       any other weight file: --encoder, --encoder-prefix, --head-prefix and --head describe its tensors
     """
-    check_output(output, overwrite)
     from simomerge.models.importing import import_expert, transformers
 
-    expert = import_expert(source, task, **options)
+    expert = import_expert(source, task, **{key: value for key, value in given.items() if value is not None})
     original = None if Path(source).is_file() else transformers.source_model(source)
     difference = transformers.largest_difference(expert, original) if original is not None else None
     if difference and difference[0] > TOLERANCE * difference[1]:

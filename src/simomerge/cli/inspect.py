@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from simomerge.cli.options import json_option, say
+from simomerge.cli import options
+from simomerge.cli.output import say
 
 
 @click.command("inspect")
 @click.argument("path")
-@json_option
+@options.as_json
 def command(path: str, as_json: bool) -> None:
     """Describe PATH, a model folder, an encoder folder or a checkpoint file, without loading the model."""
     from simomerge.checkpoints import fingerprint, open_checkpoint

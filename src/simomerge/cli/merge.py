@@ -8,20 +8,8 @@ from typing import Any
 
 import click
 
-from simomerge.cli.options import (
-    check_output,
-    console,
-    data_option,
-    images_option,
-    json_option,
-    output_option,
-    overwrite_option,
-    parse_pairs,
-    parse_parameters,
-    parse_value,
-    say,
-    size_option,
-)
+from simomerge.cli import options
+from simomerge.cli.output import console, say
 from simomerge.core.errors import InputError
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin")
@@ -29,32 +17,20 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 @click.command("merge")
 @click.argument("base")
-@click.argument("experts", nargs=-1, required=True, metavar="TASK=EXPERT...")
-@click.option(
-    "--method",
-    default="task-arithmetic",
-    show_default=True,
-    help="See `simomerge methods`; 'auto' tries some on --images and folds the best.",
-)
-@click.option("-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE", help="Parameter of the method.")
-@click.option(
-    "--scale",
-    help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto' or 'learned' (one"
-    " per expert and block).",
-)
+@options.experts
+@click.option("--method", default="task-arithmetic", show_default=True,
+              help="See `simomerge methods`; 'auto' tries some on --images and folds the best.")  # fmt: skip
+@options.method_parameters
+@click.option("--scale", help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto'"
+              " or 'learned' (one per expert and block).")  # fmt: skip
 @click.option("--schedule", help="Factors over the depth: 0.2,0.5,1 or lines or lines:beta=0.3.")
-@click.option("--dtype", help="Storage: float32, float16 or bfloat16; as the base's by default.")
-@click.option("--max-shard-size", metavar="S", help="Split larger weights, such as 2GB; one file by default.")
-@images_option
-@size_option
-@data_option
-@click.option(
-    "--count", type=click.IntRange(1), help="Images to choose on: 256 labelled ones, or 64 without labels, by default."
-)
-@output_option()
-@overwrite_option
-@json_option
-def command(base: str, experts: tuple[str, ...], as_json: bool, **options: Any) -> None:
+@click.option("--dtype", help="Storage: float32, float16 or bfloat16. [default: as the base]")
+@options.size_in_bytes("--max-shard-size", "Split larger weights, such as 2GB. [default: one file]")
+@options.pictures
+@options.data
+@click.option("--count", type=click.IntRange(1), help="Images to choose on. [default: 256 labelled or 64 unlabelled]")
+@options.output()
+def command(as_json: bool, **given: Any) -> None:
     """Merge the EXPERTs' encoders, fine-tuned from BASE, into one model with all their heads.
 
     BASE and EXPERTs are model folders, transformers folders, weight files (.safetensors, .pt, .bin) or, experts
@@ -66,8 +42,7 @@ def command(base: str, experts: tuple[str, ...], as_json: bool, **options: Any) 
     simomerge merge rooms-base depth=runs/depth normals=runs/normals --method auto --images photos/ -o runs/scene
     simomerge merge base.safetensors a=a.safetensors b=b.safetensors -o merged.safetensors
     """
-    wanted = _Wanted(base, parse_pairs(experts), parameters=parse_parameters(options.pop("parameters")), **options)
-    check_output(wanted.output, wanted.overwrite)
+    wanted = _Wanted(**given)
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
     details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in ("method", "tried"))
@@ -76,15 +51,15 @@ def command(base: str, experts: tuple[str, ...], as_json: bool, **options: Any) 
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
         *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
         f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
-        *(["Its heads are folded: they fit."] if wanted.method == "auto" else []),
+        *(["The heads are folded and fit the merged encoder."] if wanted.method == "auto" else []),
         f"{'Model' if tasks else 'Weights'}: {wanted.output}",
-        f"Next: {wanted.next_step(experts, bool(tasks))}",
+        f"Next: {wanted.next_step(bool(tasks))}",
     )
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the command line asks for; the fields are named as the options."""
+    """The arguments and options of the command, under their names."""
 
     base: str
     experts: dict[str, str]
@@ -93,7 +68,7 @@ class _Wanted:
     scale: str | None
     schedule: str | None
     dtype: str | None
-    max_shard_size: str | None
+    max_shard_size: int | None
     images: str | None
     size: str | None
     data: str
@@ -117,27 +92,25 @@ class _Wanted:
 
     @property
     def in_memory(self) -> bool:
-        """Whether models are loaded: where images are used, or where the base may be on a hub."""
+        """Whether the models are loaded: if images are used, or if the base may be on a hub."""
         from simomerge.core.assets import resolve_source
 
         on_disk = Path(resolve_source(self.base)).exists() or Path(self.base).suffix in _FILES
         return self.uses_images or not on_disk
 
     def given(self) -> dict[str, Any]:
-        """The parameters of the method, with a scale that is not chosen."""
+        """The parameters of the method; they include the scale unless it is chosen on images."""
         if self.scale is None or self.searched:
             return self.parameters
-        value = parse_value(self.scale)
+        value = options.parse_value(self.scale)
         if isinstance(value, str):
             raise InputError(f"--scale {self.scale}: give a number, TASK:NUMBER,..., 'auto' or 'learned'.")
         return {**self.parameters, "scale": value}
 
     def check(self) -> None:
-        """Refuse everything that can be refused before a file is read."""
-        from simomerge.checkpoints import parse_size
+        """Reject everything that can be rejected before a file is read."""
         from simomerge.merging import as_schedule, get_method
 
-        limit = parse_size(self.max_shard_size) if self.max_shard_size else None
         given = self.given()
         if (self.method == "auto" or self.scale == "learned") and self.images is None:
             what = "--method auto" if self.method == "auto" else "--scale learned"
@@ -151,20 +124,20 @@ class _Wanted:
             raise InputError(
                 f"{files[0]} is a weight file, and {what} computes with images: give folders with config.json."
             )
-        if self.in_memory and (self.schedule or self.dtype or limit or self.output.suffix == ".safetensors"):
+        if self.in_memory and (
+            self.schedule or self.dtype or self.max_shard_size or self.output.suffix == ".safetensors"
+        ):
             raise InputError(
-                "a weight file as OUT, --schedule, --dtype and --max-shard-size work with a plain merge only: no"
-                " images, and a base on disk."
+                "a weight file as OUT, --schedule, --dtype and --max-shard-size work with a plain merge only: without"
+                " images, and with a base on disk."
             )
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Merge from disk to disk, without torch."""
-        from simomerge.checkpoints import parse_size
         from simomerge.merging.disk.merge import merge_on_disk
         from simomerge.merging.disk.output import Output
 
-        limit = parse_size(self.max_shard_size) if self.max_shard_size else None
-        output = Output(self.output, self.dtype, limit, self.overwrite)
+        output = Output(self.output, self.dtype, self.max_shard_size, self.overwrite)
         with console():
             result = merge_on_disk(self.base, self.experts, output, self.method, self.schedule, **self.given())
         return result.merge, result.tasks
@@ -185,7 +158,7 @@ class _Wanted:
         return model.provenance["merge"], tuple(model.tasks)
 
     def _inputs(self) -> dict[str, Any]:
-        """The keyword arguments of `simomerge.merge` that say what to choose on."""
+        """The images to choose on, as keyword arguments of `simomerge.merge`."""
         if self.images is not None:
             from simomerge.datasets.pictures import as_images
 
@@ -195,18 +168,19 @@ class _Wanted:
         data = load_data(self.data, split="val", count=self.count or 256, tasks=list(self.experts))
         return {"validation": data}
 
-    def next_step(self, experts: tuple[str, ...], model: bool) -> str:
+    def next_step(self, model: bool) -> str:
         """The command that usually follows."""
         if not model:
             return f"simomerge diff {self.base} {self.output}   (how far it is from the base)"
         if self.method == "auto":
             return f"simomerge evaluate {self.output} --data {self.data}"
-        folded = f"simomerge realign {self.output} {' '.join(experts)} --images FOLDER -o {self.output}-folded"
+        experts = " ".join(f"{task}={expert}" for task, expert in self.experts.items())
+        folded = f"simomerge realign {self.output} {experts} --images FOLDER -o {self.output}-folded"
         return f"{folded}   (the heads no longer fit)"
 
 
 def _trial(trial: dict[str, Any]) -> str:
-    """One merge that was tried, in a line."""
+    """One merge that was tried, as a line of text."""
     scale = trial.get("scale")
     shown = " scale learned" if isinstance(scale, dict) else f" scale {scale:g}" if scale is not None else ""
     schedule = f" {trial['schedule']}" if trial.get("schedule") else ""

@@ -1,86 +1,57 @@
-"""What several commands share: options, parsing of TASK=FOLDER, output for people and for machines."""
+"""Options and arguments that several commands share, and how their values are parsed."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from simomerge.core.errors import InputError
-from simomerge.core.progress import Console, show_progress
+from simomerge.core.schema import plain_value
 from simomerge.training.choices import TRACKERS
+from simomerge.training.settings import TrainSettings
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
-data_option = click.option(
-    "--data",
-    default="rooms",
-    show_default=True,
-    help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
-)
-images_option = click.option("--images", metavar="FOLDER", help="Pictures without labels, also in subfolders.")
-size_option = click.option(
-    "--size", metavar="HEIGHTxWIDTH", help="Make the pictures this size (pixels); as they are by default."
-)
-workers_option = click.option(
-    "--workers", type=click.IntRange(1), help="Processes side by side; one per core by default."
-)
-
-cache_budget_option = click.option(
-    "--cache-budget", metavar="SIZE", help="What features on disk may take at most, such as 20GB."
-)
-checkpointing_option = click.option(
-    "--gradient-checkpointing", is_flag=True, help="Compute blocks again in the backward pass: less memory, slower."
-)
+Decorator = Callable[[Any], Any]
 
 
-track_option = click.option(
-    "--track",
-    "trackers",
-    multiple=True,
-    type=click.Choice(TRACKERS),
-    help="Report losses and learning rates there too; may be repeated.",
-)
+def together(*options: Decorator) -> Decorator:
+    """One decorator for several options, in the order of the help page."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def output_option(required: bool = True) -> Any:
-    return click.option(
-        "-o", "--output", type=click.Path(path_type=Path), required=required, help="Folder to write (OUT)."
-    )
+# Parsing ------------------------------------------------------------------------------------------------
 
 
-def parse_pairs(pairs: Sequence[str], what: str = "TASK=EXPERT") -> dict[str, str]:
+def parse_pairs(pairs: Sequence[str], form: str = "TASK=EXPERT") -> dict[str, str]:
     """``["depth=runs/depth"]`` -> ``{"depth": "runs/depth"}``.
 
     Raises:
-        InputError: no equals sign, an empty side, or a name given twice.
+        InputError: A pair has no equals sign or an empty side, or a name is given twice.
     """
     parsed: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals and value):
-            raise InputError(f"{pair!r}: give {what}, such as depth=runs/depth.")
+            example = "depth=runs/depth" if form == "TASK=EXPERT" else "density=0.2"
+            raise InputError(f"{pair!r}: give {form}, such as {example}.")
         if name in parsed:
-            raise InputError(f"two experts for task {name!r}: {parsed[name]} and {value}; give one.")
+            what = "experts for task" if form == "TASK=EXPERT" else "values for"
+            raise InputError(f"two {what} {name!r}: {parsed[name]} and {value}; give one.")
         parsed[name] = value
     return parsed
 
 
-def parse_parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["density=0.2"]`` -> ``{"density": 0.2}``; what is no number stays text.
-
-    ``scale=depth:0.3,normals:0.5`` gives one value per expert.
-    """
-    return {name: parse_value(value) for name, value in parse_pairs(pairs, "KEY=VALUE").items()}
-
-
 def parse_value(text: str) -> Any:
-    """A number, a mapping ``NAME:NUMBER,NAME:NUMBER``, or the text."""
+    """A number, a mapping ``NAME:NUMBER,NAME:NUMBER``, or the text itself."""
     items = [item.rpartition(":") for item in text.split(",")]
     if all(name and colon for name, colon, _ in items):
         return {name: _number(value) for name, _, value in items}
@@ -96,65 +67,122 @@ def _number(text: str) -> Any:
     return text
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that exists before any work starts."""
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists; choose another folder, or give --overwrite.")
+def _pairs(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, str]:
+    return parse_pairs(given)
+
+
+def _parameters(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, Any]:
+    return {name: parse_value(value) for name, value in parse_pairs(given, "KEY=VALUE").items()}
+
+
+def _bytes(context: click.Context, option: Any, text: str | None) -> int | None:
+    from simomerge.checkpoints import parse_size
+
+    return parse_size(text) if text else None
+
+
+def _new_path(context: click.Context, option: Any, path: Path | None) -> Path | None:
+    """Reject an output that exists, before any work starts."""
+    if path is not None and path.exists() and not context.params["overwrite"]:
+        raise InputError(f"{path} exists; choose another folder, or give --overwrite.")
+    return path
 
 
 def logs_of(output: Path) -> Path:
-    """Where trackers write beside a folder that appears only when all is done."""
+    """Where trackers write, for an output folder that appears only when all is done."""
     return output.parent / f"{output.name}-logs"
 
 
-def is_first() -> bool:
-    """Under torchrun, whether this is the process that writes and speaks; asked before torch is there."""
-    return os.environ.get("RANK", "0") == "0"
+# Arguments and options ----------------------------------------------------------------------------------
+
+some_experts = click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...", callback=_pairs)
+experts = click.argument("experts", nargs=-1, required=True, metavar="TASK=EXPERT...", callback=_pairs)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+changes = click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value: tune.steps=20.")
+data = click.option(
+    "--data",
+    default="rooms",
+    show_default=True,
+    help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
+)
+method_parameters = click.option("-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE",
+                                 callback=_parameters, help="Parameter of the method; may be repeated.")  # fmt: skip
+pictures = together(
+    click.option("--images", metavar="FOLDER", help="Images without labels, also in subfolders."),
+    click.option("--size", metavar="HEIGHTxWIDTH", help="Resize the images, in pixels. [default: their own size]"),
+)
+track = click.option(
+    "--track",
+    "trackers",
+    multiple=True,
+    type=click.Choice(TRACKERS),
+    help="Also report losses and learning rates to this tracker; may be repeated.",
+)
+workers = click.option("--workers", type=click.IntRange(1), help="Parallel processes. [default: one per core]")
 
 
-@contextmanager
-def console() -> Iterator[None]:
-    """Show progress on the terminal until the block ends."""
-    shown = Console()
-    try:
-        with show_progress(shown if is_first() else None):
-            yield
-    finally:
-        shown.close()
+def pairs(option: str, name: str, help: str) -> Decorator:
+    """An option that takes TASK=EXPERT and may be repeated; the command receives a dictionary."""
+    return click.option(option, name, multiple=True, metavar="TASK=EXPERT", callback=_pairs, help=help)
 
 
-def say(as_json: bool, data: dict[str, Any], *lines: str) -> None:
-    """Print the result: lines for people, or JSON for machines."""
-    if is_first():
-        click.echo(json.dumps(data, indent=2) if as_json else "\n".join(lines))
+def size_in_bytes(option: str, help: str) -> Decorator:
+    """An option that takes a size such as 20GB; the command receives bytes or None."""
+    return click.option(option, metavar="SIZE", callback=_bytes, help=help)
 
 
-def score_lines(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> list[str]:
-    """One line per task: its metric first, the others after it."""
-    lines = []
-    for name, values in scores.items():
-        task = tasks[name]
-        others = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key != task.metric)
-        lines.append(f"  {name:<14} {task.metric} {values[task.metric]:.4g} {task.unit:<4} {others}".rstrip())
-    return lines
-
-
-def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
-    """Write the report of a finished run beside its results.json, and print the table."""
-    import sys
-
-    from simomerge.relations.page import seeds_section
-    from simomerge.report import text_table, write_report
-
-    if not is_first():
-        return
-    related = ("Task relationships", seeds_section(results.get("relations") or {}))
-    report = write_report(folder / "report.html", results, results.pop("gallery"), [related])
-    say(
+def output(required: bool = True) -> Decorator:
+    """-o and --overwrite: a file or folder that must not exist, except with --overwrite; and --json."""
+    path = click.Path(path_type=Path)
+    return together(
+        click.option("-o", "--output", type=path, required=required, callback=_new_path, help="Folder to write (OUT)."),
+        click.option("--overwrite", is_flag=True, is_eager=True, help="Replace OUT if it exists."),
         as_json,
-        {**results, "report": str(report)},
-        text_table(results, ascii_only="utf" not in (sys.stdout.encoding or "").lower()),
-        "",
-        f"Results: {folder / 'results.json'}",
-        f"Report:  {report}",
     )
+
+
+def folder(default: Path | None, help: str, required: bool = False) -> Decorator:
+    """-o for a folder that may exist; the command adds to it or continues in it."""
+    settings: dict[str, Any] = {
+        "default": default,
+        "show_default": default is not None,
+        "required": required,
+        "help": help,
+    }
+    return click.option("-o", "--output", type=click.Path(path_type=Path), **settings)
+
+
+# Options from parameters --------------------------------------------------------------------------------
+
+
+def from_parameter(spec: Field[Any], help: str = "", default: Any = None) -> Decorator:
+    """The option for a parameter of a registered method, or of `TrainSettings`."""
+    limits, text = spec.metadata, help or spec.metadata["help"]
+    flag = f"--{spec.name.replace('_', '-')}"
+    if limits["kind"] is bool:
+        return click.option(flag, spec.name, is_flag=True, default=None, help=text)
+    kind, callback = limits["kind"], None
+    if limits["choices"]:
+        kind = click.Choice(limits["choices"])
+    elif limits["many"] or limits["words"]:
+        kind, callback = str, _plain
+    elif kind is int and limits["low"] is not None:
+        kind = click.IntRange(int(limits["low"]))
+    shown = default is not None
+    return click.option(flag, type=kind, callback=callback, default=default, show_default=shown, help=text)
+
+
+def _plain(context: click.Context, option: Any, text: str | None) -> Any:
+    """A number, a word, or a list with commas; the registry checks the value."""
+    return plain_value([each.strip() for each in text.split(",")] if text and "," in text else text)
+
+
+TRAINING = ("steps", "batch_size", "lr", "encoder_lr", "seed")
+"""The settings of a training that have an option."""
+
+
+def training(**defaults: Any) -> Decorator:
+    """The options for `TRAINING`; without a default the value is None."""
+    specs = {spec.name: spec for spec in fields(TrainSettings)}
+    return together(*(from_parameter(specs[name], default=defaults.get(name)) for name in TRAINING))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import click
 
-from simomerge.cli.options import console, json_option, output_option, say
+from simomerge.cli import options
+from simomerge.cli.output import console, say
 from simomerge.core.errors import InputError
 
 
 @click.command("predict")
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@output_option()
-@json_option
+@options.folder(None, "Folder to write (OUT).", required=True)
+@options.as_json
 def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) -> None:
     """Predict every task of MODEL for each IMAGE. Writes a coloured PNG and the values as NPY for each task."""
     import numpy as np

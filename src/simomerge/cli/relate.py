@@ -2,132 +2,107 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from simomerge.cli.options import (
-    check_output,
-    console,
-    images_option,
-    json_option,
-    output_option,
-    overwrite_option,
-    parse_pairs,
-    say,
-    size_option,
-)
+from simomerge.cli import options
+from simomerge.cli.output import Table, console, say
 from simomerge.core.errors import InputError
 
 
 @click.command("relate")
 @click.argument("base")
-@click.argument("experts", nargs=-1, required=True, metavar="TASK=EXPERT...")
-@images_option
-@size_option
-@click.option("--data", help="Labelled data instead: rooms, NAME:FOLDER or a manifest; its labels judge.")
-@click.option("--split", default="val", show_default=True, help="Of the data; never the one that is reported on.")
-@click.option(
-    "--count",
-    type=click.IntRange(8),
-    help="Images, half to merge on, half to judge: 128, or 256 labelled ones, by default.",
-)
-@click.option("--budget", type=click.IntRange(1), help="Encoders at most; by default every budget is answered.")
-@click.option("--merged", metavar="MODEL", help="A model merged from these experts: how well it is aligned with them.")
-@click.option(
-    "--sections",
-    help="Some of groups,sweeps,geometry,cka,alignment; by default all that can be. geometry looks at no image.",
-)
-@output_option(required=False)
-@overwrite_option
-@json_option
-def command(
-    base: str,
-    experts: tuple[str, ...],
-    images: str | None,
-    size: str | None,
-    data: str | None,
-    split: str,
-    count: int | None,
-    budget: int | None,
-    merged: str | None,
-    sections: str | None,
-    output: Path | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Say which tasks help or hurt each other, which are sensitive, and which of the EXPERTs to merge.
+@options.experts
+@options.pictures
+@click.option("--data", help="Labelled data instead of --images: rooms, NAME:FOLDER or a manifest.")
+@click.option("--split", default="val", show_default=True, help="Split of the data; do not use the one you report on.")
+@click.option("--count", type=click.IntRange(8),
+              help="Number of images: half to merge on, half to judge. [default: 128; 256 with labels]")  # fmt: skip
+@click.option("--budget", type=click.IntRange(1), help="Maximum number of encoders. [default: answer every budget]")
+@click.option("--merged", metavar="MODEL", help="Also measure how well this merge of the experts aligns with them.")
+@click.option("--sections", help="Some of groups,sweeps,geometry,cka,alignment. geometry needs no images."
+              " [default: all that the inputs allow]")  # fmt: skip
+@options.output(required=False)
+def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> None:
+    """Measure which tasks help or hurt each other, which are sensitive, and which of the EXPERTs to merge.
 
-    With --images the experts' own predictions judge, with --data labels do. OUT gets relate.json, the figures and a
-    page. docs/relations.md says what each number means.
+    With --images, the predictions of the experts judge the merges; with --data, labels do. OUT gets relate.json, the
+    figures and a page. docs/relations.md explains each number.
 
     \b
     simomerge relate rooms-base depth=runs/depth normals=runs/normals edges=runs/edges --images photos/ --budget 2
     simomerge relate rooms-base depth=runs/depth normals=runs/normals --data rooms -o runs/related
     simomerge relate rooms-base depth=runs/depth normals=runs/normals --sections geometry
     """
-    named = parse_pairs(experts)
-    if output is not None:
-        check_output(output, overwrite)
-    if images is not None and data is not None:
+    _check(experts, given)
+    from simomerge.relations import verdict
+    from simomerge.relations.page import relation_tables, write_relations
+
+    output, budget = given["output"], given["budget"]
+    found = _measure(base, experts, given)
+    if budget is not None:
+        found |= {"budget": budget, "verdict": verdict(found, budget)}
+    page = write_relations(output, found) if output is not None else None
+    shown: list[str | Table] = [*verdict(found, budget), ""]
+    for heading, (head, *rows) in relation_tables(found, budget):
+        shown += [*([heading] if heading else []), Table(head, rows), ""]
+    if judge := found["judged_by"]:
+        shown.append(f"Judged by {judge}, on half of {found['images']} images.")
+    if page:
+        shown.append(f"Page: {page}")
+    shown.append(f"Next: {_next(base, experts, found, budget)}")
+    say(as_json, {**found, **({"output": str(output)} if output else {})}, *shown)
+
+
+def _check(experts: dict[str, str], given: dict[str, Any]) -> None:
+    """Reject options that contradict each other."""
+    if given["images"] is not None and given["data"] is not None:
         raise InputError("--images and --data exclude each other: give pictures, or data with labels.")
-    if size is not None and images is None:
-        raise InputError("--size is of --images; a dataset's images have their own size.")
-    if len(named) < 2:
-        raise InputError("1 expert: how tasks relate takes at least two; give each as TASK=EXPERT.")
-    if budget is not None and budget > len(named):
-        raise InputError(f"--budget {budget}: {len(named)} experts need no more than {len(named)} encoders.")
+    if given["size"] is not None and given["images"] is None:
+        raise InputError("--size requires --images; the images of a dataset have their own size.")
+    if len(experts) < 2:
+        raise InputError("1 expert: to relate tasks takes at least two; give each as TASK=EXPERT.")
+    if given["budget"] is not None and given["budget"] > len(experts):
+        raise InputError(
+            f"--budget {given['budget']}: {len(experts)} experts need no more than {len(experts)} encoders."
+        )
+
+
+def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[str, Any]:
+    """Load the models and the images, and measure the sections."""
     from simomerge.assembly.experts import load_experts
     from simomerge.datasets import load_data
     from simomerge.datasets.pictures import as_images
     from simomerge.models.model import load
-    from simomerge.relations import check_sections, relate, verdict
-    from simomerge.relations.page import relation_lines, write_relations
+    from simomerge.relations import check_sections, relate
 
-    # Where few labels judge, an error of the expert's own counts much with every model.
-    count = count or (256 if data is not None else 128)
-    sees = images is not None or data is not None
-    chosen = check_sections(
-        [name.strip() for name in sections.split(",")] if sections else None, sees, merged is not None
-    )
-    if budget is not None and "groups" not in chosen:
-        raise InputError("--budget is of the section 'groups', which looks at images: give --images or --data.")
-    pictures = as_images(images, count, size) if images is not None else None
-    dataset = load_data(data, split=split, count=count, tasks=list(named)) if data is not None else None
+    images, data, merged = given["images"], given["data"], given["merged"]
+    # With few labels, the expert's own errors hide the differences between merges.
+    count = given["count"] or (256 if data is not None else 128)
+    names = [name.strip() for name in given["sections"].split(",")] if given["sections"] else None
+    sections = check_sections(names, images is not None or data is not None, merged is not None)
+    if given["budget"] is not None and "groups" not in sections:
+        raise InputError("--budget requires the section 'groups', which uses images: give --images or --data.")
+    pictures = as_images(images, count, given["size"]) if images is not None else None
+    dataset = load_data(data, split=given["split"], count=count, tasks=list(experts)) if data is not None else None
     foundation = load(base)
     if foundation.tasks:
         raise InputError(
-            f"{base} is a model with heads ({', '.join(foundation.tasks)}); give the base that the experts were"
-            " fine-tuned from first, and a merged model as --merged MODEL."
+            f"{base} is a model with heads ({', '.join(foundation.tasks)}); first give the base that the experts were"
+            " fine-tuned from, and give a merged model as --merged MODEL."
         )
     model = load(merged) if merged is not None else None
     with console():
-        found = relate(foundation, load_experts(**named), pictures, dataset, model, chosen, count).to_dict()
-    if budget is not None:
-        found |= {"budget": budget, "verdict": verdict(found, budget)}
-    page = write_relations(output, found) if output is not None else None
-    by = found["judged_by"]
-    say(
-        as_json,
-        {**found, **({"output": str(output)} if output else {})},
-        *verdict(found, budget),
-        "",
-        *relation_lines(found, budget),
-        "",
-        *([f"Judged by {by}, on half of {found['images']} images."] if by else []),
-        *([f"Page: {page}"] if page else []),
-        f"Next: {_next(base, named, found, budget)}",
-    )
+        return relate(foundation, load_experts(**experts), pictures, dataset, model, sections, count).to_dict()
 
 
-def _next(base: str, experts: dict[str, str], found: dict[str, object], budget: int | None) -> str:
+def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int | None) -> str:
     """The command that makes the first merge of the answer."""
-    groups: object = found.get("groups")
     members = list(experts)
-    if isinstance(groups, dict):
-        choice = groups["choices"][(budget or 1) - 1]
-        members = max(choice["groups"], key=len)
-    pairs = " ".join(f"{task}={experts[task]}" for task in members)
+    if "groups" in found:
+        members = max(found["groups"]["choices"][(budget or 1) - 1]["groups"], key=len)
     if len(members) == 1:
         return "keep the experts: under this budget no merge is better than none."
+    pairs = " ".join(f"{task}={experts[task]}" for task in members)
     return f"simomerge merge {base} {pairs} --method auto --images FOLDER -o OUT"

@@ -7,31 +7,25 @@ from pathlib import Path
 
 import click
 
+from simomerge.cli import options
 from simomerge.cli.compress import table
-from simomerge.cli.options import check_output, json_option, output_option, overwrite_option, say
+from simomerge.cli.output import say
 
 
 @click.command("restore")
 @click.argument("compressed")
 @click.argument("task")
-@output_option()
-@overwrite_option
-@json_option
+@options.output()
 def command(compressed: str, task: str, output: Path, overwrite: bool, as_json: bool) -> None:
     """Restore the expert of one TASK from a COMPRESSED folder, as a model folder.
 
     If OUT ends in .safetensors, only the weights of its encoder are written.
 
     \b
-    simomerge restore runs/compressed depth -o runs/depth-again
+    simomerge restore runs/compressed depth -o runs/depth-restored
     """
-    check_output(output, overwrite)
     from simomerge.merging.disk.compress import restore
 
     done = restore(compressed, task, output, overwrite)
-    say(
-        as_json,
-        {"output": str(output), "task": task, **asdict(done.tasks[task])},
-        f"Restored {task}: {output}",
-        *table(done),
-    )
+    found = {"output": str(output), "task": task, **asdict(done.tasks[task])}
+    say(as_json, found, f"Restored {task}: {output}", table(done))

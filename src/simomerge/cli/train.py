@@ -5,26 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from simomerge.cli.options import (
-    cache_budget_option,
-    check_output,
-    checkpointing_option,
-    console,
-    data_option,
-    is_first,
-    json_option,
-    logs_of,
-    output_option,
-    overwrite_option,
-    say,
-    track_option,
-)
+from simomerge.cli import options
+from simomerge.cli.output import console, is_first, say
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 from simomerge.training.settings import TrainSettings, TuneOptions
 
@@ -32,134 +20,79 @@ if TYPE_CHECKING:
     from simomerge.models.model import SimoModel
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line gives; the help texts below say what each option means."""
-
-    tasks: tuple[str, ...]
-    base: str
-    data: str
-    images: int | None
-    val_images: int | None
-    head: str
-    probe_steps: int
-    steps: int
-    batch_size: int
-    lr: float
-    encoder_lr: float
-    seed: int
-    weighting: str
-    augmentation: str
-    cache_budget: str | None
-    gradient_checkpointing: bool
-    trackers: tuple[str, ...]
-    output: Path
-    overwrite: bool
-    as_json: bool
-
-    def probe(self) -> TrainSettings:
-        """Settings of the first phase."""
-        return TrainSettings(steps=self.probe_steps, batch_size=self.batch_size, lr=2 * self.lr, seed=self.seed)
-
-    def tune(self) -> TrainSettings:
-        """Settings of the second phase."""
-        return TrainSettings(self.steps, self.batch_size, self.lr, self.encoder_lr, validate_every=50, seed=self.seed)
-
-
 @click.command("train")
 @click.option("--task", "tasks", multiple=True, required=True, help="Task to train; repeat it for a joint model.")
 @click.option("--base", default="rooms-base", show_default=True, help="Folder, hub id or rooms-base.")
-@data_option
+@options.data
 @click.option("--images", type=click.IntRange(1), help="Training images. [default: 1000 rooms; else all]")
 @click.option("--val-images", type=click.IntRange(1), help="Images for early stopping. [default: 256; else all]")
 @click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of encoder and heads.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak learning rate of the heads.")
-@click.option("--encoder-lr", type=float, default=3e-4, show_default=True, help="Peak learning rate of the encoder.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--weighting",
-    type=click.Choice(list(WEIGHTINGS)),
-    default="equal",
-    show_default=True,
-    help="How a joint model's losses are combined.",
-)
-@click.option(
-    "--augmentation",
-    type=click.Choice(list(AUGMENTATIONS)),
-    default="flip",
-    show_default=True,
-    help="Augmentation while encoder and heads are tuned; the last is the paper's.",
-)
-@cache_budget_option
-@checkpointing_option
-@track_option
-@output_option()
-@overwrite_option
-@json_option
-def command(**given: Any) -> None:
-    """LP-FT: train the heads on the frozen encoder first, then both together. A killed run resumes."""
-    options = Options(**given)
-    check_output(options.output, options.overwrite)
+@options.training(steps=200, batch_size=32, lr=1e-3, encoder_lr=3e-4, seed=0)
+@click.option("--weighting", type=click.Choice(list(WEIGHTINGS)), default="equal", show_default=True,
+              help="How a joint model's losses are combined.")  # fmt: skip
+@click.option("--augmentation", type=click.Choice(list(AUGMENTATIONS)), default="flip", show_default=True,
+              help="Augmentation while encoder and heads are tuned; the paper uses the last one.")  # fmt: skip
+@options.size_in_bytes("--cache-budget", "Maximum disk space for cached features, such as 20GB.")
+@click.option("--gradient-checkpointing", is_flag=True,
+              help="Recompute blocks in the backward pass: less memory, slower.")  # fmt: skip
+@options.track
+@options.output()
+def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
+    """LP-FT: train the heads on the frozen encoder first, then both together. An interrupted run resumes."""
     from simomerge.core.distributed import join_processes
     from simomerge.datasets import load_data
     from simomerge.training.tracking import track
 
     join_processes()
-    train = load_data(options.data, split="train", count=options.images, tasks=options.tasks)
-    validation = load_data(options.data, split="val", count=options.val_images, tasks=options.tasks)
-    work = options.output.parent / f"{options.output.name}.work"
-    with track(options.trackers, logs_of(options.output)), console():
-        model, log = _trained(options, train, validation, work)
-    if is_first():  # under torchrun all processes have the same model
-        model.save_pretrained(options.output, options.overwrite)
+    tasks, data = given["tasks"], given["data"]
+    train = load_data(data, split="train", count=given["images"], tasks=tasks)
+    validation = load_data(data, split="val", count=given["val_images"], tasks=tasks)
+    work = output.parent / f"{output.name}.work"
+    with track(given["trackers"], options.logs_of(output)), console():
+        model, log = _trained(given, train, validation, work)
+    if is_first():  # Under torchrun, all processes have the same model.
+        model.save_pretrained(output, overwrite)
         shutil.rmtree(work, ignore_errors=True)
     done = {"steps": log.steps, "losses": log.losses, "seconds": log.seconds}
     say(
-        options.as_json,
-        {"output": str(options.output), "tasks": list(options.tasks), **done},
-        f"Trained {', '.join(options.tasks)}: {log.steps} steps in {log.seconds:.0f} s, losses "
+        as_json,
+        {"output": str(output), "tasks": list(tasks), **done},
+        f"Trained {', '.join(tasks)}: {log.steps} steps in {log.seconds:.0f} s, losses "
         + ", ".join(f"{name} {value:.4f}" for name, value in log.losses.items()),
-        f"Model: {options.output}",
-        f"Next: simomerge evaluate {options.output} --data {options.data}",
+        f"Model: {output}",
+        f"Next: simomerge evaluate {output} --data {data}",
     )
 
 
-def _trained(options: Options, train: Any, validation: Any, work: Path) -> tuple[SimoModel, Any]:
+def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> tuple[SimoModel, Any]:
     """The trained model with its provenance, and the log of the second phase."""
-    from simomerge.checkpoints import parse_size
     from simomerge.models.model import SimoModel, load
     from simomerge.recipes.recipe import ROOMS_HEADS
     from simomerge.training.lpft import fresh_head, lpft
 
-    encoder = load(options.base).encoder
-    head_settings = ROOMS_HEADS[options.head] if options.data == "rooms" else {}
+    seed, data = given["seed"], given["data"]
+    encoder = load(given["base"]).encoder
+    head_settings = ROOMS_HEADS[given["head"]] if data == "rooms" else {}
     heads = {
-        name: fresh_head(encoder, task, train, options.head, options.seed, **head_settings)
+        name: fresh_head(encoder, task, train, given["head"], seed, **head_settings)
         for name, task in train.tasks.items()
     }
     model = SimoModel(encoder, train.tasks, heads)
     fingerprint = model.encoder_fingerprint()
-    probe, tune = options.probe(), options.tune()
-    names = {"weighting": options.weighting, "augmentation": options.augmentation}
+    common = {"batch_size": given["batch_size"], "seed": seed}
+    probe = TrainSettings(steps=given["probe_steps"], lr=2 * given["lr"], **common)
+    tune = TrainSettings(given["steps"], lr=given["lr"], encoder_lr=given["encoder_lr"], validate_every=50, **common)
+    names = {"weighting": given["weighting"], "augmentation": given["augmentation"]}
     how = {"probe": asdict(probe), "tune": asdict(tune), **names}
-    # Only the same command resumes a killed one: other settings use another folder.
+    # Only the same command resumes an interrupted run; other settings use another folder.
     contents = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
-    key = json.dumps([fingerprint, options.data, contents, options.tasks, options.head, how])
-    logs = lpft(
-        model,
-        train,
-        probe,
-        tune,
-        validation,
-        work / hashlib.sha256(key.encode()).hexdigest()[:12],
-        parse_size(options.cache_budget) if options.cache_budget else None,
-        TuneOptions(options.weighting, options.augmentation, options.gradient_checkpointing),
-    )
+    key = json.dumps([fingerprint, data, contents, given["tasks"], given["head"], how])
+    folder = work / hashlib.sha256(key.encode()).hexdigest()[:12]
+    tuning = TuneOptions(**names, checkpointing=given["gradient_checkpointing"])
+    logs = lpft(model, train, probe, tune, validation, folder, given["cache_budget"], tuning)
     model.provenance = {
-        "base": {"source": options.base, "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", "data": options.data, "images": len(train), **how},
+        "base": {"source": given["base"], "fingerprint": fingerprint},
+        "training": {"method": "lp-ft", "data": data, "images": len(train), **how},
     }
     return model, logs["tune"]

@@ -1,15 +1,15 @@
-"""The exceptions for what a user can mend."""
+"""The exceptions for problems that the user can fix."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: a path, a key, a shape, a value.
+    """A user's input is wrong: a path, a key, a shape or a value.
 
-    The message names the thing and the mend in one or two sentences. The command line prints it without a
-    traceback and exits with status 2; in Python it is an ordinary ``ValueError``.
+    The message names the input and the remedy in at most three sentences. The command line prints it without a
+    traceback and exits with status 2. In Python it is an ordinary ``ValueError``.
     """
 
 
 class DivergedError(InputError):
-    """A training whose loss is no number any more: its learning rate is too high."""
+    """The loss of a training became NaN or infinite, because the learning rate is too high."""

@@ -182,7 +182,7 @@ class Registry(Generic[_T]):
     def find(self, name: str) -> type[_T]:
         """The class with this name. For an unknown name, raises InputError that suggests the nearest one."""
         if name not in self._classes:
-            raise InputError(f"There is no {self.what} '{name}'{suggestion(name, self.available())}.")
+            raise InputError(f"There is no {self.what} '{name}'{suggestion(name, self.available())}")
         return self._classes[name]
 
     def make(self, name: str, **parameters: Any) -> _T:
@@ -195,13 +195,13 @@ class Registry(Generic[_T]):
         known = [spec.name for spec in fields(method)]
         for given in parameters:
             if given not in known:
-                takes = suggestion(given, known) if known else ": it takes no parameters"
-                raise InputError(f"The {self.what} '{name}' has no parameter '{given}'{takes}.")
+                takes = suggestion(given, known) if known else ": it takes no parameters."
+                raise InputError(f"The {self.what} '{name}' has no parameter '{given}'{takes}")
         made: _T = method(**parameters)
         return made
 
 
 def suggestion(given: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known name, or else all known names."""
+    """The end of a message about an unknown name: the nearest known name, or else all of them; with its full stop."""
     close = nearest(given, known)
-    return f": did you mean '{close}'?" if close else f": choose from {', '.join(known)}"
+    return f": did you mean '{close}'?" if close else f": choose from {', '.join(known)}."

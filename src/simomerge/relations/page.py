@@ -1,4 +1,4 @@
-"""How tasks relate, for people: lines for a terminal, figures as files, one HTML page. Needs no torch."""
+"""How tasks relate, for people: tables, figures as files, one HTML page. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, 
 from simomerge.report.drawing import NothingToDraw, inline_figures, png
 from simomerge.report.facts import MISSING, signed
 from simomerge.report.page import render_html
-from simomerge.report.table import align
 
 Found = Mapping[str, Any]
 """What `simomerge.relations.Relations.to_dict` returns."""
@@ -32,23 +31,6 @@ FIGURES = {
     "CKA": cka_figure,
 }
 """The figures by heading; their captions are in the template captions.html."""
-
-
-def relation_lines(found: Found, budget: int | None = None) -> list[str]:
-    """The tables of a finished `relate` for a terminal.
-
-    Example:
-        >>> choice = {"budget": 1, "groups": [["a", "b"]], "gain": -2.0, "gains": {"a": -1, "b": -3}, "measured": True}
-        >>> print(*relation_lines({"tasks": ["a", "b"], "groups": {"merges": [], "choices": [choice]}}), sep="\\n")
-        encoders  gain %  groups
-               1    -2.0  a + b
-    """
-    lines: list[str] = []
-    for heading, table in _tables(found, budget):
-        columns = [align(column, left=_is_text(column[1:])) for column in zip(*table, strict=True)]
-        rows = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-        lines += [*([heading] if heading else []), *rows, ""]
-    return lines[:-1]
 
 
 def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "Task relationships") -> Path:
@@ -78,7 +60,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
         images=found.get("images"),
         judged_by=found.get("judged_by"),
         verdict=verdict[1:],
-        tables=list(_tables(found, None)),
+        tables=list(relation_tables(found)),
         figures=inline_figures(FIGURES, found),
     )
     page = folder / "relate.html"
@@ -110,8 +92,14 @@ def seeds_section(relations: Found) -> Markup:
     )
 
 
-def _tables(found: Found, budget: int | None) -> Iterator[tuple[str, Table]]:
-    """All tables of the measured sections with their headings; the choices have none."""
+def relation_tables(found: Found, budget: int | None = None) -> Iterator[tuple[str, Table]]:
+    """All tables of the measured sections with their headings; the choices have none.
+
+    Example:
+        >>> choice = {"budget": 1, "groups": [["a", "b"]], "gain": -2.0, "gains": {"a": -1, "b": -3}, "measured": True}
+        >>> list(relation_tables({"tasks": ["a", "b"], "groups": {"merges": [], "choices": [choice]}}))
+        [('', [['encoders', 'gain %', 'groups'], ['1', '-2.0', 'a + b']])]
+    """
     tasks = list(found["tasks"])
     if "groups" in found:
         chosen = [c for c in found["groups"]["choices"] if budget in (None, c["budget"])]
@@ -157,8 +145,3 @@ def _geometry_table(part: Found, tasks: Sequence[str]) -> Table:
 def _number(value: float | None, form: str) -> str:
     text = MISSING if value is None else format(value, form)
     return text if text.strip("+-0.") else text.lstrip("+-")  # zero has no sign
-
-
-def _is_text(cells: Sequence[str]) -> bool:
-    """Whether no cell starts like a number."""
-    return all(not cell[:1].isdigit() and cell[:1] not in "+-–" for cell in cells)

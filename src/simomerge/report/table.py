@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from simomerge.report.facts import MISSING, Results, Row, Value, finite, rows, signed, value
 
 ASCII = str.maketrans({"±": "+-", "↑": "(up)", "↓": "(down)", "–": "-", "─": "-"})
+
+
+_NUMBER = re.compile(r"([+-]?([\d.,]+(e[+-]?\d+)?|inf)|nan|–|)( ?[%*Mk]| ± [\d.,]+)?")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class Column:
         """The head in one line: ``depth abs_err ↓ (m)``."""
         name, *rest = self.head
         return " ".join([name, *(line for line in rest[:1] if line), *(f"({unit})" for unit in rest[1:] if unit)])
+
+    @property
+    def width(self) -> int:
+        """Characters of the widest line on the screen."""
+        return max(map(_screen_width, (*self.head, *self.cells)))
+
+    def translated(self, letters: Mapping[int, str]) -> Column:
+        """The column with some letters replaced."""
+        head, cells = (tuple(text.translate(letters) for text in texts) for texts in (self.head, self.cells))
+        return Column(head, cells, self.cost)
 
 
 def columns(results: Results) -> list[Column]:
@@ -68,13 +82,27 @@ def columns(results: Results) -> list[Column]:
     ]
 
 
-def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> str:
-    """The table for a terminal. If it is too wide, the costs follow below, with the methods repeated.
+def blocks(results: Results, width: int, ascii_only: bool = False) -> list[list[Column]]:
+    """The columns in blocks that fit a terminal; each block starts with the methods. The costs form blocks of their own
+    if the table is too wide for one.
 
     Args:
         results: the content of a run's ``results.json``.
         width: characters in a line.
         ascii_only: for a terminal that has neither arrows nor ±.
+    """
+    letters = ASCII if ascii_only else {}
+    methods, *others = (column.translated(letters) for column in columns(results))
+    scores, costs = ([column for column in others if column.cost == cost] for cost in (False, True))
+    found = list(_fitting(methods, [*scores, *costs], width))
+    return found if len(found) == 1 else [*_fitting(methods, scores, width), *_fitting(methods, costs, width)]
+
+
+def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> str:
+    """The table as plain text. If it is too wide, the costs follow below, with the methods repeated.
+
+    Args:
+        results, width, ascii_only: as for `blocks`.
 
     Example:
         >>> row = {"method": "ties", "delta_mtl": {"mean": -12.34, "std": None}, "seconds": 3.21, "steps": 0}
@@ -85,19 +113,8 @@ def text_table(results: Results, width: int = 120, ascii_only: bool = False) -> 
         ────────────────────────────────────────────────────
         ties        -12.3      3.2      0        –         –
     """
-    letters = ASCII if ascii_only else {}
-    methods, *others = columns(results)
-
-    def lines(column: Column, left: bool = False) -> list[str]:
-        head = [*column.head, *[""] * (3 - len(column.head))]
-        return align([line.translate(letters) for line in (*head, *column.cells)], left)
-
-    first = lines(methods, left=True)
-    scores, costs = ([lines(column) for column in others if column.cost == cost] for cost in (False, True))
-    blocks = list(_fitting(first, [*scores, *costs], width))
-    if len(blocks) > 1:
-        blocks = [*_fitting(first, scores, width), *_fitting(first, costs, width)]
-    return "\n\n".join(_block(block) for block in blocks).translate(letters)
+    rule = "-" if ascii_only else "─"
+    return "\n\n".join(_block(block, rule) for block in blocks(results, width, ascii_only))
 
 
 def markdown_table(results: Results) -> str:
@@ -127,6 +144,22 @@ def align(cells: Sequence[str], left: bool) -> list[str]:
     width = max(map(_screen_width, cells))
     pads = [" " * (width - _screen_width(cell)) for cell in cells]
     return [cell + pad if left else pad + cell for cell, pad in zip(cells, pads, strict=True)]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells, the head first, as lines with aligned columns: text to the left, numbers to the right.
+
+    Example:
+        >>> aligned([["task", "norm"], ["depth", "3.1"]])
+        ['task   norm', 'depth   3.1']
+    """
+    padded = [align(column, left=is_text(column[1:])) for column in zip(*table, strict=True)]
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+
+
+def is_text(cells: Sequence[str]) -> bool:
+    """Whether any cell is something other than a number, such as ``1,234``, ``12 %``, ``0.2 ± 0.1`` or ``–``."""
+    return not all(map(_NUMBER.fullmatch, cells))
 
 
 def _method(row: Row) -> str:
@@ -186,22 +219,23 @@ def _screen_width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
 
 
-def _fitting(first: list[str], others: list[list[str]], width: int) -> Iterator[list[list[str]]]:
-    """Blocks of aligned columns, each of which starts with the first column and is no wider than ``width``."""
-    start = _screen_width(first[0])
-    block, used = [first], start
+def _fitting(first: Column, others: Sequence[Column], width: int) -> Iterator[list[Column]]:
+    """Blocks of columns, each of which starts with the first column and is no wider than ``width``."""
+    block, used = [first], first.width
     for column in others:
-        needed = 2 + _screen_width(column[0])
-        if len(block) > 1 and used + needed > width:
+        if len(block) > 1 and used + 2 + column.width > width:
             yield block
-            block, used = [first], start
+            block, used = [first], first.width
         block.append(column)
-        used += needed
+        used += 2 + column.width
     yield block
 
 
-def _block(table: list[list[str]]) -> str:
-    lines = ["  ".join(cells) for cells in zip(*table, strict=True)]
-    rule = "─" * _screen_width(lines[0])
+def _block(block: Sequence[Column], rule: str) -> str:
+    padded = [
+        align([*column.head, *[""] * (3 - len(column.head)), *column.cells], left=number == 0)
+        for number, column in enumerate(block)
+    ]
+    lines = ["  ".join(cells) for cells in zip(*padded, strict=True)]
     head = [line for line in lines[:3] if line.strip()]
-    return "\n".join(line.rstrip() for line in (*head, rule, *lines[3:]))
+    return "\n".join(line.rstrip() for line in (*head, rule * _screen_width(lines[0]), *lines[3:]))

@@ -141,7 +141,7 @@ def test_commands_write_and_print_once(tiny_base: Path, tmp_path: Path) -> None:
     train += ["--val-images", "8", "--steps", "2", "--probe-steps", "2", "--batch-size", "4", "-o", str(model)]
     assert start(train, 2).count("Model: ") == 1
     assert start(["-m", "simomerge", "evaluate", str(model), "--count", "5"], 2).count("abs_err") == 1
-    heads = ["-m", "simomerge", "realigned", str(model), "--method", "heads", "--steps", "2", "--count", "8"]
+    heads = ["-m", "simomerge", "realign", str(model), "--method", "heads", "--steps", "2", "--count", "8"]
     assert start([*heads, "-o", str(again)], 2).count("Model: ") == 1
     assert (model / "simo.json").is_file() and (again / "simo.json").is_file()
 

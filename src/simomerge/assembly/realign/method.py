@@ -188,7 +188,7 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
         60
     """
     if name not in _PRESETS and name not in methods():
-        raise InputError(f"There is no re-alignment '{name}'{suggestion(name, [*methods(), *_PRESETS])}.")
+        raise InputError(f"There is no re-alignment '{name}'{suggestion(name, [*methods(), *_PRESETS])}")
     method, given = _PRESETS.get(name, (name, {}))
     kind = methods()[method]
     if fixed := [key for key in given if parameters.get(key, given[key]) != given[key]]:
@@ -197,7 +197,7 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
     trained = kind if issubclass(kind, TrainedRealignment) else None
     known = [*(spec.name for spec in fields(kind)), *(TRAINING if trained else ())]
     if unknown := [key for key in given if key not in known]:
-        raise InputError(f"The re-alignment '{name}' has no parameter '{unknown[0]}'{suggestion(unknown[0], known)}.")
+        raise InputError(f"The re-alignment '{name}' has no parameter '{unknown[0]}'{suggestion(unknown[0], known)}")
     if trained:
         training = given.pop("training", None) or trained.training
         if not isinstance(training, TrainSettings):

@@ -1,0 +1,136 @@
+"""What the commands print: results as lines, tables or JSON, warnings and errors. Colours are for terminals only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from simomerge.core.progress import Console, show_progress
+
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of finished text under a head: a rich table on a terminal, aligned columns elsewhere.
+
+    Attributes:
+        head: One title per column.
+        rows: The cells, row by row.
+        colours: A rich style per row, if rows have colours.
+        text: Replaces the aligned columns where there is no terminal.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    colours: Sequence[str] = ()
+    text: str | None = None
+
+    def plain(self) -> str:
+        """The table for files and pipes."""
+        from simomerge.report.table import aligned
+
+        return self.text if self.text is not None else "\n".join(aligned([self.head, *self.rows]))
+
+    def draw(self) -> None:
+        """Print the table on the terminal. Cells are plain text: rich interprets no markup in them."""
+        from rich import box, table
+        from rich.console import Console as Terminal
+        from rich.text import Text
+
+        from simomerge.report.table import is_text
+
+        # The gap between columns is two characters, as in plain tables: `report.table.blocks` counts on it.
+        drawn = table.Table(
+            box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+        )
+        for title, *cells in zip(self.head, *self.rows, strict=True):
+            drawn.add_column(Text(printable(title)), justify="left" if is_text(cells) else "right", overflow="fold")
+        for number, row in enumerate(self.rows):
+            colour = self.colours[number] if self.colours else None
+            drawn.add_row(*(Text(printable(cell)) for cell in row), style=colour)
+        Terminal(highlight=False).print(drawn)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could change the terminal; names from files may contain them."""
+    return text.translate(_CONTROL)
+
+
+def say(as_json: bool, data: dict[str, Any], *shown: str | Table) -> None:
+    """Print the result: lines and tables for people, or JSON for programs. Under torchrun only one process prints."""
+    if not is_first():
+        return
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return
+    for each in shown:
+        if isinstance(each, Table) and sys.stdout.isatty():
+            each.draw()
+        else:
+            click.echo(printable(each.plain() if isinstance(each, Table) else each))
+
+
+def error(message: str) -> None:
+    """Print an error message on standard error; the word "Error:" is red on a terminal."""
+    click.echo(f"{_coloured('Error:', 'red', sys.stderr)} {printable(message)}", err=True)
+
+
+def warning(message: str) -> None:
+    """Print a warning in yellow on standard error."""
+    click.echo(_coloured(f"Warning: {printable(message)}", "yellow", sys.stderr), err=True)
+
+
+def _coloured(text: str, colour: str, stream: IO[str]) -> str:
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, fg=colour)
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints, under torchrun. It reads the environment and needs no torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def console() -> Iterator[None]:
+    """Show progress on the terminal until the block ends."""
+    shown = Console()
+    try:
+        with show_progress(shown if is_first() else None):
+            yield
+    finally:
+        shown.close()
+
+
+def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Write the report of a finished run next to its results.json, and print the table."""
+    from simomerge.relations.page import seeds_section
+    from simomerge.report import text_table, write_report
+    from simomerge.report.drawing import FAMILY_COLOURS, LIGHT
+    from simomerge.report.facts import family, rows
+    from simomerge.report.table import blocks
+
+    if not is_first():
+        return
+    related = ("Task relationships", seeds_section(results.get("relations") or {}))
+    report = write_report(folder / "report.html", results, results.pop("gallery"), [related])
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    shown: list[str | Table] = []
+    if sys.stdout.isatty():
+        colours = [LIGHT[FAMILY_COLOURS[family(row)]] for row in rows(results)]
+        for block in blocks(results, shutil.get_terminal_size().columns, ascii_only):
+            cells = list(zip(*(column.cells for column in block), strict=True))
+            shown += [Table(["\n".join(column.head) for column in block], cells, colours), ""]
+    else:
+        shown = [text_table(results, ascii_only=ascii_only), ""]
+    files = f"Results: {folder / 'results.json'}", f"Report:  {report}"
+    say(as_json, {**results, "report": str(report)}, *shown, *files)
