@@ -240,7 +240,6 @@ ALLOWED = {
     "simomerge.assembly.merge.merge": "simomerge.merge: each parameter is an option that a user sets by name.",
     "simomerge.relations.relations.relate": "simomerge.relate: each parameter is an option that a user sets by name.",
     "simomerge.core.registry.parameter": "Declares one parameter of a method; each keyword is one property of it.",
-    "simomerge.cli.relate.command": "click passes every option of the command as an argument.",
 }
 """Functions that may exceed a limit, with the reason."""
 

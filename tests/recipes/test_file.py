@@ -199,7 +199,7 @@ realign: {adapters: {steps: 0}}
         ("tune: {}\n", ["tune"], "--set tune: give KEY=VALUE"),
         ("head: dpt\n", ["head.kind=3"], "head.kind=3: 'head' is not a mapping"),
         ("head: dpt\n", ["seeds=["], "--set seeds=\\[: '\\[' is not a YAML value"),
-        ("seeds: [0, true]\n", [], "seeds.1 is True; give a whole number"),
+        ("seeds: [0, true]\n", [], "seeds\\[1\\] is True; give a whole number"),
     ],
 )
 def test_what_cannot_be_is_told(tmp_path: Path, text: str, changes: list[str], message: str) -> None:

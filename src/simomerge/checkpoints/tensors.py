@@ -17,10 +17,21 @@ from simomerge.core.errors import InputError
 
 #: safetensors dtype -> the numpy dtype that reads its bytes. numpy has no bfloat16; it is the upper half of a float32.
 STORAGE = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "C64": "<c8", "BOOL": "|b1",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1",
-}  # fmt: skip
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "C64": "<c8",
+    "BOOL": "|b1",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+}
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _BY_NAME = {"bfloat16": "BF16"} | {np.dtype(code).name: key for key, code in STORAGE.items() if key != "BF16"}
 

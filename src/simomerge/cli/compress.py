@@ -20,8 +20,13 @@ if TYPE_CHECKING:
 @click.argument("base")
 @options.experts
 @click.option("--threshold", default="auto", show_default=True, help="Lambda of the masks: a number or 'auto'.")
-@click.option("--dtype", type=click.Choice(["F16", "BF16", "F32"], case_sensitive=False), default="F16",
-              show_default=True, help="Storage of the merged task vector.")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(["F16", "BF16", "F32"], case_sensitive=False),
+    default="F16",
+    show_default=True,
+    help="Storage of the merged task vector.",
+)
 @options.output()
 def command(base: str, experts: dict[str, str], output: Path, as_json: bool, **given: Any) -> None:
     """Store EXPERTs that were fine-tuned from BASE in one folder, with one bit per parameter each (TALL-masks).

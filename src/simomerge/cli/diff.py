@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 @click.argument("first")
 @click.argument("second")
 @click.option("--base", help="Compare the task vectors of two experts of this base, instead of their weights.")
-@click.option("--top", type=click.IntRange(0), default=20, show_default=True,
-              help="Number of tensors to show, largest difference first.")  # fmt: skip
+@click.option(
+    "--top",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    help="Number of tensors to show, largest difference first.",
+)
 @options.as_json
 def command(first: str, second: str, base: str | None, top: int, as_json: bool) -> None:
     """Compare two checkpoints per tensor: norms, distance, cosine and sign agreement.
@@ -35,10 +40,16 @@ def command(first: str, second: str, base: str | None, top: int, as_json: bool) 
     tensors = sorted(tensors, key=lambda one: -_relative(one))[:top]
     what = "task vectors" if base else "weights"
     rows = [
-        (one.name, f"{one.first:.4g}", f"{one.second:.4g}", f"{_relative(one):.4g}", f"{one.cosine:.4f}",
-         f"{one.sign_agreement:.1%}")
+        (
+            one.name,
+            f"{one.first:.4g}",
+            f"{one.second:.4g}",
+            f"{_relative(one):.4g}",
+            f"{one.cosine:.4f}",
+            f"{one.sign_agreement:.1%}",
+        )
         for one in [total, *tensors]
-    ]  # fmt: skip
+    ]
     say(
         as_json,
         {"first": first, "second": second, "base": base, "differences": as_dicts(found)},

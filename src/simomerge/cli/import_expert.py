@@ -48,12 +48,22 @@ def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> di
 @click.option("--encoder-prefix", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'")
 @click.option("--head-prefix", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'")
 @click.option("--head", metavar="CLASS", help="module:Class, linear, dpt or transformers.")
-@click.option("--head-arg", "head_settings", multiple=True, callback=_settings, metavar="KEY=JSON",
-              help="Argument of the head; may be repeated.")  # fmt: skip
+@click.option(
+    "--head-arg",
+    "head_settings",
+    multiple=True,
+    callback=_settings,
+    metavar="KEY=JSON",
+    help="Argument of the head; may be repeated.",
+)
 @click.option("--drop", multiple=True, metavar="PREFIX", help="Prefix of tensors to ignore; may be repeated.")
 @click.option("--taps", callback=_list_of(int), metavar="3,6,9,12", help="Blocks or stages the head reads.")
-@click.option("--layernorm/--no-layernorm", "apply_layernorm", default=None,
-              help="Whether the layer norm is applied to the features that the head reads.")  # fmt: skip
+@click.option(
+    "--layernorm/--no-layernorm",
+    "apply_layernorm",
+    default=None,
+    help="Whether the layer norm is applied to the features that the head reads.",
+)
 @click.option("--mean", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB mean. [default: the encoder's]")
 @click.option("--std", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB standard deviation.")
 @options.output()

@@ -18,11 +18,18 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
 @click.command("merge")
 @click.argument("base")
 @options.experts
-@click.option("--method", default="task-arithmetic", show_default=True,
-              help="See `simomerge methods`; 'auto' tries some on --images and folds the best.")  # fmt: skip
+@click.option(
+    "--method",
+    default="task-arithmetic",
+    show_default=True,
+    help="See `simomerge methods`; 'auto' tries some on --images and folds the best.",
+)
 @options.method_parameters
-@click.option("--scale", help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto'"
-              " or 'learned' (one per expert and block).")  # fmt: skip
+@click.option(
+    "--scale",
+    help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto'"
+    " or 'learned' (one per expert and block).",
+)
 @click.option("--schedule", help="Factors over the depth: 0.2,0.5,1 or lines or lines:beta=0.3.")
 @click.option("--dtype", help="Storage: float32, float16 or bfloat16. [default: as the base]")
 @options.size_in_bytes("--max-shard-size", "Split larger weights, such as 2GB. [default: one file]")

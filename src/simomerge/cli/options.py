@@ -106,8 +106,15 @@ data = click.option(
     show_default=True,
     help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
 )
-method_parameters = click.option("-p", "--parameter", "parameters", multiple=True, metavar="KEY=VALUE",
-                                 callback=_parameters, help="Parameter of the method; may be repeated.")  # fmt: skip
+method_parameters = click.option(
+    "-p",
+    "--parameter",
+    "parameters",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_parameters,
+    help="Parameter of the method; may be repeated.",
+)
 pictures = together(
     click.option("--images", metavar="FOLDER", help="Images without labels, also in subfolders."),
     click.option("--size", metavar="HEIGHTxWIDTH", help="Resize the images, in pixels. [default: their own size]"),

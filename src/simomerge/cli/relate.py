@@ -17,12 +17,17 @@ from simomerge.core.errors import InputError
 @options.pictures
 @click.option("--data", help="Labelled data instead of --images: rooms, NAME:FOLDER or a manifest.")
 @click.option("--split", default="val", show_default=True, help="Split of the data; do not use the one you report on.")
-@click.option("--count", type=click.IntRange(8),
-              help="Number of images: half to merge on, half to judge. [default: 128; 256 with labels]")  # fmt: skip
+@click.option(
+    "--count",
+    type=click.IntRange(8),
+    help="Number of images: half to merge on, half to judge. [default: 128; 256 with labels]",
+)
 @click.option("--budget", type=click.IntRange(1), help="Maximum number of encoders. [default: answer every budget]")
 @click.option("--merged", metavar="MODEL", help="Also measure how well this merge of the experts aligns with them.")
-@click.option("--sections", help="Some of groups,sweeps,geometry,cka,alignment. geometry needs no images."
-              " [default: all that the inputs allow]")  # fmt: skip
+@click.option(
+    "--sections",
+    help="Some of groups,sweeps,geometry,cka,alignment. geometry needs no images. [default: all that the inputs allow]",
+)
 @options.output(required=False)
 def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> None:
     """Measure which tasks help or hurt each other, which are sensitive, and which of the EXPERTs to merge.

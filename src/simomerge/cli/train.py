@@ -29,13 +29,24 @@ if TYPE_CHECKING:
 @click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
 @options.training(steps=200, batch_size=32, lr=1e-3, encoder_lr=3e-4, seed=0)
-@click.option("--weighting", type=click.Choice(list(WEIGHTINGS)), default="equal", show_default=True,
-              help="How a joint model's losses are combined.")  # fmt: skip
-@click.option("--augmentation", type=click.Choice(list(AUGMENTATIONS)), default="flip", show_default=True,
-              help="Augmentation while encoder and heads are tuned; the paper uses the last one.")  # fmt: skip
+@click.option(
+    "--weighting",
+    type=click.Choice(list(WEIGHTINGS)),
+    default="equal",
+    show_default=True,
+    help="How a joint model's losses are combined.",
+)
+@click.option(
+    "--augmentation",
+    type=click.Choice(list(AUGMENTATIONS)),
+    default="flip",
+    show_default=True,
+    help="Augmentation while encoder and heads are tuned; the paper uses the last one.",
+)
 @options.size_in_bytes("--cache-budget", "Maximum disk space for cached features, such as 20GB.")
-@click.option("--gradient-checkpointing", is_flag=True,
-              help="Recompute blocks in the backward pass: less memory, slower.")  # fmt: skip
+@click.option(
+    "--gradient-checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, slower."
+)
 @options.track
 @options.output()
 def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:

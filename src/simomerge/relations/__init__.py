@@ -8,5 +8,18 @@ from simomerge.relations.relations import SECTIONS, Relations, check_sections, r
 from simomerge.relations.sweep import Sweeps, sweep
 from simomerge.relations.verdict import verdict
 
-__all__ = ["SECTIONS", "Judge", "MergedGroup", "Relations", "Sweeps", "alignment", "check_sections", "geometry",
-           "group_tasks", "relate", "similarity", "sweep", "verdict"]  # fmt: skip
+__all__ = [
+    "SECTIONS",
+    "Judge",
+    "MergedGroup",
+    "Relations",
+    "Sweeps",
+    "alignment",
+    "check_sections",
+    "geometry",
+    "group_tasks",
+    "relate",
+    "similarity",
+    "sweep",
+    "verdict",
+]

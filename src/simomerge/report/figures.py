@@ -146,8 +146,15 @@ def _label_bars(axes: Axes, bars: BarContainer, means: Sequence[float]) -> None:
     cut = [mean < low for mean in means]
     axes.bar_label(bars, ["" if c else label for c, label in zip(cut, labels, strict=True)], padding=4, fontsize=8)
     for place in np.flatnonzero(cut):
-        axes.annotate(f"◂ {labels[place]}", (low, place), xytext=(4, 0), textcoords="offset points", va="center",
-                      color=LIGHT["card"], fontsize=8)  # fmt: skip
+        axes.annotate(
+            f"◂ {labels[place]}",
+            (low, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=LIGHT["card"],
+            fontsize=8,
+        )
 
 
 def _name_rows(axes: Axes, table: Sequence[Row]) -> None:
@@ -228,8 +235,16 @@ def _delta_panel(axes: Axes, curves: Sequence[_Curve]) -> None:
             axes.fill_between(curve.scales, low, high, color=curve.style["color"], alpha=0.18, lw=0)
         curve.draw(axes, curve.delta, width=1.8, dot=7)
     axes.axhline(0, color=LIGHT["muted"], lw=1, ls="--")
-    axes.annotate("experts", (1, 0), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
-                  ha="right", fontsize=8, color=LIGHT["muted"])  # fmt: skip
+    axes.annotate(
+        "experts",
+        (1, 0),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=LIGHT["muted"],
+    )
     known = [curve for curve in curves if np.isfinite(curve.delta).any()]
     if known:
         # Far below the experts all curves are equally useless: show the range that matters.
@@ -251,8 +266,16 @@ def _name_curves(axes: Axes, curves: Sequence[_Curve]) -> None:
     floor = low + gap / 2
     for curve, end in sorted(ends, key=lambda item: item[0].delta[item[1]]):
         floor = max(curve.delta[end], floor)
-        axes.annotate(curve.method, (curve.scales[end], floor), xytext=(6, 0), textcoords="offset points", va="center",
-                      color=curve.style["color"], weight="bold", annotation_clip=False)  # fmt: skip
+        axes.annotate(
+            curve.method,
+            (curve.scales[end], floor),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=curve.style["color"],
+            weight="bold",
+            annotation_clip=False,
+        )
         floor += gap
 
 

@@ -30,8 +30,14 @@ FIGURES = {"Overview": overview_figure, "By task": task_figure, "By scale": scal
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(loader=PackageLoader("simomerge.report"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader("simomerge.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters["image"] = _image
     return environment
 

@@ -24,26 +24,26 @@ class TestHeads(RealignmentContract):
 class TestAdapters(RealignmentContract):
     name = "adapters"
     given: ClassVar[dict[str, Any]] = {"rank": 3, "activation": "relu"}
-    recorded: ClassVar[dict[str, Any]] = {**given, "last_blocks": 0, "checkpointing": False}
+    recorded: ClassVar[dict[str, Any]] = {**given, "last_blocks": 0}
     added = ADAPTERS
 
 
 class TestLora(RealignmentContract):
     name = "lora"
     given: ClassVar[dict[str, Any]] = {"rank": 3}
-    recorded: ClassVar[dict[str, Any]] = {"rank": 3, "alpha": 3, "targets": "all-linear", "checkpointing": False}
+    recorded: ClassVar[dict[str, Any]] = {"rank": 3, "alpha": 3, "targets": "all-linear"}
     added = LORA
 
 
 class TestFold(RealignmentContract):
     name = "fold"
     given: ClassVar[dict[str, Any]] = {"images_at_once": 3}
-    recorded: ClassVar[dict[str, Any]] = {**given, "variant": "per-tap"}
+    recorded: ClassVar[dict[str, Any]] = {"variant": "per-tap"}
 
 
 class TestFoldCross(RealignmentContract):
     name = "fold-cross"
-    recorded: ClassVar[dict[str, Any]] = {"variant": "cross-tap", "images_at_once": 32}
+    recorded: ClassVar[dict[str, Any]] = {"variant": "cross-tap"}
 
 
 class TestDistill(RealignmentContract):

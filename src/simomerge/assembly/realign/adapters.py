@@ -35,7 +35,9 @@ class Adapters(TrainedRealignment):
     )
     last_blocks: int = parameter(0, low=0, help="Adapters in the last N blocks only; 0: in all blocks (the paper).")
     checkpointing: bool = parameter(
-        False, resource=True, help="Compute blocks again in the backward pass: the same gradients in less memory, slower."
+        False,
+        resource=True,
+        help="Compute blocks again in the backward pass: the same gradients in less memory, slower.",
     )
 
     @property

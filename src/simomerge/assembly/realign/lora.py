@@ -50,7 +50,9 @@ class Lora(TrainedRealignment):
         ALL_LINEAR, many=True, help="Linear layers to change: all-linear, or the ends of their names in memory."
     )
     checkpointing: bool = parameter(
-        False, resource=True, help="Compute blocks again in the backward pass: the same gradients in less memory, slower."
+        False,
+        resource=True,
+        help="Compute blocks again in the backward pass: the same gradients in less memory, slower.",
     )
 
     @property

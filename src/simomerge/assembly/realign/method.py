@@ -192,7 +192,7 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
     method, given = _PRESETS.get(name, (name, {}))
     kind = methods()[method]
     if fixed := [key for key in given if parameters.get(key, given[key]) != given[key]]:
-        raise InputError(f"{name} stands for {method} with {fixed[0]}={given[fixed[0]]}; use {method!r} for another one.")
+        raise InputError(f"{name} stands for {method} with {fixed[0]}={given[fixed[0]]}; give {method!r} another.")
     given = {**given, **parameters}
     trained = kind if issubclass(kind, TrainedRealignment) else None
     known = [*(spec.name for spec in fields(kind)), *(TRAINING if trained else ())]

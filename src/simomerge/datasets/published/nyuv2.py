@@ -30,8 +30,21 @@ SIZE = (280, 378)
 """Height and width in the paper: the largest multiples of DINOv2's patch within the stored 288 x 384."""
 VAL, HELD_OUT = 400, 654
 """The paper validates on 400 of the 654 images of the official test split, and tests on the other 254."""
-CLASSES = ("bed", "books", "ceiling", "chair", "floor", "furniture", "objects", "picture", "sofa", "table", "tv",
-           "wall", "window")  # fmt: skip
+CLASSES = (
+    "bed",
+    "books",
+    "ceiling",
+    "chair",
+    "floor",
+    "furniture",
+    "objects",
+    "picture",
+    "sofa",
+    "table",
+    "tv",
+    "wall",
+    "window",
+)
 FROM_40 = (
     *(12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5),
     *(7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7, 7, 6, 7),

@@ -76,9 +76,11 @@ class SceneBuilder:
         d, (x, y, z) = self.dice, self.room
         angle = d.uniform(0.0, 2 * math.pi)
         reach = d.uniform(0.45, 0.85)
-        self.position = [x / 2 + (x / 2 - 0.3) * reach * math.cos(angle),
-                         y / 2 + (y / 2 - 0.3) * reach * math.sin(angle),
-                         d.uniform(0.9, min(2.1, z - 0.4))]  # fmt: skip
+        self.position = [
+            x / 2 + (x / 2 - 0.3) * reach * math.cos(angle),
+            y / 2 + (y / 2 - 0.3) * reach * math.sin(angle),
+            d.uniform(0.9, min(2.1, z - 0.4)),
+        ]
         target = (x * d.uniform(0.3, 0.7), y * d.uniform(0.3, 0.7))
         yaw = math.atan2(target[1] - self.position[1], target[0] - self.position[0])
         pitch = math.radians(d.uniform(-24.0, 8.0) - 5.0 * (self.position[2] - 1.4))
@@ -116,8 +118,10 @@ class SceneBuilder:
         flat = math.sqrt(1 - rise * rise)
         self.fill = [flat * math.cos(turn), flat * math.sin(turn), rise]
         sky, ground = d.uniform(0.22, 0.5), d.uniform(0.12, 0.3)
-        self.ambient = [[sky * d.uniform(0.85, 1.15) for _ in range(3)],
-                        [ground * d.uniform(0.8, 1.2) for _ in range(3)]]  # fmt: skip
+        self.ambient = [
+            [sky * d.uniform(0.85, 1.15) for _ in range(3)],
+            [ground * d.uniform(0.8, 1.2) for _ in range(3)],
+        ]
         exposure = 1.3 * 2.0 ** d.uniform(-0.7, 0.7)
         self.gain = [exposure * d.uniform(0.88, 1.14) for _ in range(3)]
         self.grain = d.uniform(0.004, 0.022)

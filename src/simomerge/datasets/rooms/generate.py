@@ -13,10 +13,21 @@ from simomerge.datasets.rooms.scenes import sample_scenes
 
 SPLITS = ("train", "val", "test", "pool")
 CLASS_COLOURS = np.array(
-    [(140, 170, 120), (70, 120, 180), (240, 200, 120), (150, 90, 70), (230, 110, 170), (130, 130, 140),
-     (150, 100, 190), (200, 50, 45), (120, 215, 235), (250, 240, 90), (40, 160, 140)],
+    [
+        (140, 170, 120),
+        (70, 120, 180),
+        (240, 200, 120),
+        (150, 90, 70),
+        (230, 110, 170),
+        (130, 130, 140),
+        (150, 100, 190),
+        (200, 50, 45),
+        (120, 215, 235),
+        (250, 240, 90),
+        (40, 160, 140),
+    ],
     dtype=np.uint8,
-)  # fmt: skip
+)
 _BATCH_RAYS = 20_000
 """Rays per batch: the arrays of one batch should stay in a core's second-level cache."""
 

@@ -106,8 +106,10 @@ def _refine(view: View, hits: dict[str, Any], height: int, width: int, supersamp
     pixel = xp.argsort(~ends, axis=1, kind="stable")[:, :most]
     needed = xp.arange(most)[None, :] < counts[:, None]
     x, y = (pixel % width).astype(xp.float32) + 0.5, (pixel // width).astype(xp.float32) + 0.5
-    rays = [xp.concatenate([at + offset[axis] for offset in _OFFSETS[:supersample]], axis=1)
-            for axis, at in enumerate((x, y))]  # fmt: skip
+    rays = [
+        xp.concatenate([at + offset[axis] for offset in _OFFSETS[:supersample]], axis=1)
+        for axis, at in enumerate((x, y))
+    ]
     further = _cast(view, rays[0], rays[1], height, width)["colours"]
     scene = xp.broadcast_to(xp.arange(len(pixel))[:, None], pixel.shape)
     for colour, more in zip(hits["colours"], further, strict=True):

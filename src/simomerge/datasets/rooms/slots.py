@@ -15,8 +15,7 @@ Unused slots lie far below the floor, where no ray arrives.
 
 from __future__ import annotations
 
-CLASS_NAMES = ("wall", "floor", "ceiling", "furniture", "ball", "column", "picture", "door", "window", "lamp",
-               "rug")  # fmt: skip
+CLASS_NAMES = ("wall", "floor", "ceiling", "furniture", "ball", "column", "picture", "door", "window", "lamp", "rug")
 FLOOR, CEILING, RUG, PANEL = 4, 5, 6, 7
 PANELS, BOXES, BALLS, CYLINDERS, CONES = 8, 10, 5, 6, 3
 BOX = PANEL + PANELS

@@ -15,17 +15,51 @@ from typing import Any
 
 from simomerge.datasets.rooms.dice import Dice
 
-KINDS = ("plain", "stripes", "checks", "bricks", "tiles", "planks", "marble", "blotches", "dots",
-         "drawers", "door", "window", "picture")  # fmt: skip
-FIELDS = ("kind", "cos", "sin", "offset_u", "offset_v", "scale_u", "scale_v", "noise_u", "noise_v", "noise",
-          "gloss", "frame", "glow", "seed",
-          "r0", "g0", "b0", "r1", "g1", "b1", "r2", "g2", "b2")  # fmt: skip
+KINDS = (
+    "plain",
+    "stripes",
+    "checks",
+    "bricks",
+    "tiles",
+    "planks",
+    "marble",
+    "blotches",
+    "dots",
+    "drawers",
+    "door",
+    "window",
+    "picture",
+)
+FIELDS = (
+    "kind",
+    "cos",
+    "sin",
+    "offset_u",
+    "offset_v",
+    "scale_u",
+    "scale_v",
+    "noise_u",
+    "noise_v",
+    "noise",
+    "gloss",
+    "frame",
+    "glow",
+    "seed",
+    "r0",
+    "g0",
+    "b0",
+    "r1",
+    "g1",
+    "b1",
+    "r2",
+    "g2",
+    "b2",
+)
 _FIELD = {name: number for number, name in enumerate(FIELDS)}
 _KIND = {name: float(number) for number, name in enumerate(KINDS)}
 
 _PATTERNS = {
-    "wall": ("plain", "plain", "plain", "stripes", "stripes", "bricks", "tiles", "dots", "blotches",
-             "checks"),
+    "wall": ("plain", "plain", "plain", "stripes", "stripes", "bricks", "tiles", "dots", "blotches", "checks"),
     "floor": ("plain", "planks", "planks", "checks", "tiles", "marble", "blotches", "stripes", "bricks"),
     "ceiling": ("plain", "plain", "plain", "plain", "planks", "tiles"),
     "rug": ("plain", "stripes", "checks", "dots", "marble", "blotches"),
@@ -36,7 +70,7 @@ _PATTERNS = {
     "picture": ("picture",),
     "door": ("door",),
     "window": ("window",),
-}  # fmt: skip
+}
 
 
 def _colour(dice: Dice, saturation: tuple[float, float], value: tuple[float, float]) -> list[float]:
