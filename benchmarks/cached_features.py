@@ -25,7 +25,7 @@ from simomerge.core.machine import limit_threads
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.models.encoders import Encoder, load_encoder
 from simomerge.models.model import SimoModel
-from simomerge.recipes.recipe import ROOMS_HEADS
+from simomerge.recipes.demo import ROOMS_HEADS
 from simomerge.recipes.results import machine
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import fit

@@ -274,7 +274,7 @@ def test_demo_writes_a_report(tiny_base: Path, tmp_path: Path, monkeypatch: pyte
         recipe = replace(Recipe(tasks=tasks), realign={"heads": {"steps": 2, "batch_size": 4}}, **phases, **counts)
         return replace(recipe, merges=("average",), realigned=("average+heads",), gallery=("experts", "average"))
 
-    monkeypatch.setattr("simomerge.recipes.recipe.demo_recipe", tiny_recipe)
+    monkeypatch.setattr("simomerge.recipes.demo.demo_recipe", tiny_recipe)
     run = tmp_path / "run"
     done = simomerge("demo", "--tasks", "depth,normals", "--base", tiny_base, "-o", run, "--workers", 1, "--json")
     assert done.code == 0, done.err

@@ -16,8 +16,9 @@ import yaml
 from simomerge.assembly.realign import get_realignment
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
+from simomerge.recipes.demo import ALL_TASKS, demo_recipe
 from simomerge.recipes.file import read_recipe, recipe_schema
-from simomerge.recipes.recipe import ALL_TASKS, Recipe, demo_recipe
+from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import _planned
 from simomerge.training.settings import TrainSettings
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from simomerge.core.errors import InputError
-from simomerge.recipes.recipe import ALL_TASKS, DEMO_TASKS, Recipe, demo_recipe
+from simomerge.recipes.demo import ALL_TASKS, demo_recipe
+from simomerge.recipes.recipe import DEMO_TASKS, Recipe
 
 
 @pytest.mark.parametrize(

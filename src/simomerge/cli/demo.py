@@ -29,7 +29,7 @@ def command(tasks: str, base: str, output: Path, workers: int | None, as_json: b
     from dataclasses import replace
 
     from simomerge.core.distributed import join_processes
-    from simomerge.recipes.recipe import ALL_TASKS, demo_recipe
+    from simomerge.recipes.demo import ALL_TASKS, demo_recipe
     from simomerge.recipes.run import run_recipe
 
     join_processes()

@@ -79,7 +79,7 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
 def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> tuple[SimoModel, Any]:
     """The trained model with its provenance, and the log of the second phase."""
     from simomerge.models.model import SimoModel, load
-    from simomerge.recipes.recipe import ROOMS_HEADS
+    from simomerge.recipes.demo import ROOMS_HEADS
     from simomerge.training.lpft import fresh_head, lpft
 
     seed, data = given["seed"], given["data"]

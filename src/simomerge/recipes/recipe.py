@@ -24,11 +24,6 @@ from simomerge.training.settings import TrainSettings
 DEMO_TASKS = ("segmentation", "depth", "normals")
 """The tasks of NYUv2 in the paper."""
 
-ALL_TASKS = (*DEMO_TASKS, "edges", "texture")
-
-ROOMS_HEADS: dict[str, dict[str, Any]] = {"linear": {"subpixels": 4}, "dpt": {"fusion_channels": 32}}
-"""Head settings that fit rooms: images of 8 x 10 patches need more than one logit per patch, and fewer channels."""
-
 REALIGN: dict[str, dict[str, Any]] = {
     "heads": {"steps": 150, "lr": 3e-3},
     "adapters": {"steps": 100, "lr": 2e-3},
@@ -104,11 +99,8 @@ class RecipeError(InputError):
     """All problems of a recipe, each a sentence without its full stop."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(problems)
-        self.problems = problems
-
-    def __str__(self) -> str:
-        return f"recipe: {'; '.join(problem.rstrip('.?') for problem in self.problems)}."
+        self.problems = [problem.rstrip(".?") for problem in problems]
+        super().__init__(f"recipe: {'; '.join(self.problems)}.")
 
 
 def _checked(kind: type[_Class]) -> type[_Class]:
@@ -245,52 +237,6 @@ class Recipe:
         """What decides the results, as plain data: everything but names and places of this machine."""
         places = ("title", "base", "data", "data_options", "output", "search")
         return {key: value for key, value in asdict(self).items() if key not in places}
-
-
-def demo_recipe(
-    tasks: tuple[str, ...] = DEMO_TASKS, head: str = "linear", seeds: int = 1, full: bool = False
-) -> Recipe:
-    """The demo's recipe, or with ``full`` the benchmark's: more images and steps, for figures worth quoting."""
-    if seeds < 1:
-        raise InputError(f"seeds {seeds}: use at least 1.")
-    recipe = Recipe(
-        title="simomerge demo",
-        output="runs/demo",
-        tasks=tasks,
-        head=head,
-        head_settings=ROOMS_HEADS.get(head, {}),
-        seeds=tuple(range(seeds)),
-    )
-    return full_size(recipe) if full else recipe
-
-
-def full_size(recipe: Recipe) -> Recipe:
-    """A recipe with the benchmark's numbers of images and steps."""
-    tune = TrainSettings(steps=400, lr=3e-3, encoder_lr=3e-4, validate_every=100)
-    return replace(
-        recipe,
-        train_images=4000,
-        val_images=512,
-        test_images=512,
-        scale_images=256,
-        probe=replace(recipe.probe, steps=120),
-        tune=tune,
-        joint=tune,
-        realign={
-            "heads": {"steps": 120, "lr": 1e-3},
-            "adapters": {"steps": 150, "lr": 1e-3},
-            "distill": {"steps": 200, "count": 512},
-            "distill-adapters": {"steps": 120, "count": 512},
-        },
-        refine={"heads": {"steps": 120}, "adapters": {"steps": 80}},
-        realigned=(
-            *recipe.realigned,
-            "ties+heads",
-            "auto+distill",
-            "auto+distill-adapters",
-            "task-arithmetic+fold-cross+adapters",
-        ),
-    )
 
 
 # What is wrong with a recipe, a sentence each without its full stop.

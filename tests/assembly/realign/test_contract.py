@@ -18,7 +18,7 @@ ADAPTERS = 4 * 2 * 32 * 3
 class TestHeads(RealignmentContract):
     name = "heads"
     given: ClassVar[dict[str, Any]] = {"cache_budget": "1GB"}
-    recorded = given
+    recorded: ClassVar[dict[str, Any]] = {}  # disk space decides no result
 
 
 class TestAdapters(RealignmentContract):
