@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import Field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from simomerge.assembly.realign import Realignment, get_realignment, methods, realignments
-from simomerge.assembly.realign.method import TrainedRealignment
+from simomerge.assembly.realign.method import TrainedRealignment, realignment_rows
 from simomerge.cli import options
 from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
@@ -21,25 +22,37 @@ _EVERY = ("method", "count", "output", "overwrite", "as_json", "model", "experts
 
 
 def _parameter_options() -> options.Decorator:
-    """One option per parameter of the registered re-alignments. Its help names the methods that have it."""
-    found: dict[str, tuple[Field[Any], list[str]]] = {}
+    """One option per parameter of the registered re-alignments, with the help text of each method that has it."""
+    found: dict[str, dict[str, Field[Any]]] = {}
     for name, method in methods().items():
         for spec in settings(method):
             if spec.name != "count":  # It has its own option.
-                found.setdefault(spec.name, (spec, []))[1].append(name)
-    each = ((spec, f"{spec.metadata['help'].rstrip('.')} ({', '.join(names)}).") for spec, names in found.values())
-    return options.together(*(options.from_parameter(spec, text) for spec, text in each))
+                found.setdefault(spec.name, {})[name] = spec
+    return options.together(
+        *(options.from_parameter(next(iter(specs.values())), _text(specs)) for specs in found.values())
+    )
+
+
+def _text(specs: dict[str, Field[Any]]) -> str:
+    """What a parameter does in each method that has it: methods with the same text and default share one sentence."""
+    methods_of: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        default = "" if spec.default is None or spec.default is False else f" (default {spec.default})"
+        methods_of.setdefault(f"{spec.metadata['help'].rstrip('.')}{default}.", []).append(name)
+    return " ".join(f"{', '.join(names)}: {text[0].lower()}{text[1:]}" for text, names in methods_of.items())
 
 
 def _help() -> str:
     lines = ["Re-align the heads of a merged MODEL.", ""]
-    for teacher, title in (
+    for needs, title in (
         ("experts", "Without labels, from the behaviour of its EXPERTs on a folder of images:"),
-        ("labels", "With labels of every task (--data):"),
+        ("labelled", "With labels of every task (--data):"),
     ):
         lines += ["\b", title]
-        named = [(name, method) for name, method in realignments().items() if method.teacher == teacher]
-        lines += [f"  {name:<17} {method.phrase}" for name, method in named] + [""]
+        for row in realignment_rows():
+            if row["needs"].startswith(needs):
+                lines += wrap(row["summary"], 78, initial_indent=f"  {row['name']:<17} ", subsequent_indent=" " * 20)
+        lines += [""]
     example = "simomerge realign runs/scene depth=runs/depth normals=runs/normals --images photos/ -o runs/folded"
     return "\n".join([*lines, "\b", example])
 
@@ -77,7 +90,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     say(
         as_json,
         {"output": str(output), "realign": record},
-        *_lines(record, list(result.tasks)),
+        *_lines(record, list(result.tasks), getattr(chosen, "ridge", None)),
         f"Model: {output}",
         f"Next: simomerge evaluate {output} --data {given['data']} --split test",
     )
@@ -128,20 +141,21 @@ def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], give
     return {"experts": load_experts(**experts), "images": as_images(given["images"], count, given["size"])}
 
 
-def _lines(record: dict[str, Any], tasks: list[str]) -> list[str]:
-    """A summary of what was done, as lines of text."""
+def _lines(record: dict[str, Any], tasks: list[str], ridge: object) -> list[str]:
+    """A summary of what was done, as lines of text; `ridge` is the one of the command line."""
     unlabelled = record.get("unlabelled_images", 0)
     images = f"{unlabelled} unlabelled" if unlabelled else f"{record['labelled_images']} labelled"
+    unchanged = "as asked by --ridge none" if ridge == "none" else "no map was better on held-out images"
     lines = [
         f"Re-aligned {', '.join(tasks)} by {record['method']} on {images} images: {record['steps']} steps,"
         f" {record['seconds']:.1f} s, {record['trained_parameters']:,} parameters trained."
     ]
     for task, after in record.get("r2", {}).items():
-        before, ridge = record["r2_before"][task], record["ridge"][task]
+        before, used = record["r2_before"][task], record["ridge"][task]
         if after is not None:
             lines.append(
-                f"  {task:<14} R2 of the head's input on held-out images {before:.3f} -> {after:.3f}, ridge {ridge:g}"
-                if ridge != "none"
-                else f"  {task:<14} unchanged: no map was better on held-out images"
+                f"  {task:<14} R2 of the head's input on held-out images {before:.3f} -> {after:.3f}, ridge {used:g}"
+                if used != "none"
+                else f"  {task:<14} unchanged: {unchanged}"
             )
     return lines

@@ -29,7 +29,7 @@ class Adapters(TrainedRealignment):
 
     teacher: ClassVar[str] = "labels"
 
-    rank: int = parameter(16, low=1, help="Rank of the adapters (paper: 16).")
+    rank: int = parameter(16, low=1, help="Rank of the adapters; 16 in the paper.")
     activation: str = parameter(
         "none", choices=("none", "relu"), help="Between an adapter's two factors: none (the paper) or relu (its code)."
     )
