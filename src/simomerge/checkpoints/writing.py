@@ -167,7 +167,7 @@ def parse_size(size: str | int) -> int:
 
 
 class _Shards:
-    """The shard files. Each is open from its first tensor to its last, because a process may only open a limited number.
+    """The shard files. Each is open from its first tensor to its last, because the number of open files is limited.
 
     Args:
         folder: the folder of the shards, for messages.
