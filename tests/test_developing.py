@@ -31,7 +31,7 @@ from simomerge.cli.realign import command
 from simomerge.cli import cli
 
 shown = CliRunner().invoke(command, ["--help"]).output
-assert "--strength" in shown and "shifting the outputs of its heads" in shown
+assert "--strength" in shown and "Shift the output of each linear head" in shown
 wrong = ["realign", "m", "a=b", "--images", "p", "--ridge", "1", "--method", "shift", "-o", "o"]
 refused = CliRunner().invoke(cli, wrong)
 assert "--ridge does nothing under --method shift" in str(refused.exception)
