@@ -155,7 +155,7 @@ realign: {adapters: {steps: 0}}
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        ("realigned: [dare+heads]\n", [], "row 'dare\\+heads' is not one of its merges"),
+        ("realigned: [dare+heads]\n", [], "row 'dare\\+heads' starts with 'dare'; add it to `merges`"),
         ("merges: [fisher]\n", [], "'fisher' needs statistics"),
         ("merge_settings: {ties: {densty: 0.1}}\n", [], "no parameter 'densty': did you mean 'density'"),
         ("merge_settings: {ties: {density: 2}}\n", [], "density"),

@@ -15,8 +15,8 @@ from simomerge.recipes.recipe import DEMO_TASKS, Recipe
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"realigned": ("tie+heads",)}, "row 'tie.heads' is not one of its merges"),
-        ({"realigned": ("ties+head",)}, "is not one of its merges, or auto, followed by"),
+        ({"realigned": ("tie+heads",)}, "row 'tie.heads' starts with 'tie'; add it to `merges`"),
+        ({"realigned": ("ties+head",)}, "is not a merge followed by one or more of"),
         ({"realigned": ("ties",)}, "row 'ties'"),
         ({"merges": ("average",)}, "row 'zero-shot.heads'"),
         ({"merges": ("tie",), "realigned": ()}, "did you mean 'ties'"),

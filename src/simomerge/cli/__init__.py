@@ -107,7 +107,9 @@ def main() -> None:
     try:
         code = cli.main(prog_name="simomerge", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Stopped. No file is half-written; the same `demo` or `train` command resumes the work.", err=True)
+        click.echo(
+            "Stopped. No file is half-written; `train`, `demo` and `run` resume if you repeat the command.", err=True
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

@@ -146,9 +146,11 @@ def _lines(record: dict[str, Any], tasks: list[str], ridge: object) -> list[str]
     unlabelled = record.get("unlabelled_images", 0)
     images = f"{unlabelled} unlabelled" if unlabelled else f"{record['labelled_images']} labelled"
     unchanged = "as asked by --ridge none" if ridge == "none" else "no map was better on held-out images"
+    trained = (
+        f", {record['steps']} steps, {record['trained_parameters']:,} parameters trained" if record["steps"] else ""
+    )
     lines = [
-        f"Re-aligned {', '.join(tasks)} by {record['method']} on {images} images: {record['steps']} steps,"
-        f" {record['seconds']:.1f} s, {record['trained_parameters']:,} parameters trained."
+        f"Re-aligned {', '.join(tasks)} by {record['method']} on {images} images: {record['seconds']:.1f} s{trained}."
     ]
     for task, after in record.get("r2", {}).items():
         before, used = record["r2_before"][task], record["ridge"][task]

@@ -321,9 +321,13 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
     except InputError as error:
         yield str(error).rstrip(".")
         return
-    known = [step.name in realignments() for step in row.steps]
-    if not (row.merge == AUTO or (row.merge in recipe.merges and row.steps)) or not all(known):
-        yield f"row {text!r} is not one of its merges, or auto, followed by +{', +'.join(realignments())}"
+    if row.merge not in (AUTO, *recipe.merges):
+        known_merges = ", ".join((*recipe.merges, AUTO))
+        yield f"row {text!r} starts with {row.merge!r}; add it to `merges`, or start with one of {known_merges}"
+        return
+    known = all(step.name in realignments() for step in row.steps)
+    if not known or not (row.steps or row.merge == AUTO):
+        yield f"row {text!r} is not a merge followed by one or more of +{', +'.join(realignments())}"
         return
     if not check_parameters:
         return
