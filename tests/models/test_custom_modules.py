@@ -41,14 +41,25 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float32: None) -> A
     monkeypatch.setitem(sys.modules, "readme_example", module)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    training = "# ... train each expert ..."
+    assert training in code
+    code = code.replace(training, "for expert in experts.values():\n    change(expert.encoder)")
+    module.__dict__["change"] = _change
     exec(compile(code, "README.md", "exec"), module.__dict__)
     return module
+
+
+def _change(encoder: nn.Module) -> None:
+    """Add noise of a third of each tensor's size to it, in place of a training."""
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight += 0.3 * weight.square().mean().sqrt() * torch.randn_like(weight)
 
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
 def test_the_readmes_example_runs_and_its_model_loads(example: Any, tmp_path: Path) -> None:
     model, experts, image = example.model, example.experts, tmp_path / "photos/0.png"
-    again = sm.load("scene")
+    again = sm.load("my-scene")
     assert type(again.encoder.backbone) is example.Encoder and type(again.heads["depth"]) is example.Head
     for name, value in model.predict(image).items():
         np.testing.assert_allclose(again.predict(image)[name], value, atol=1e-6)

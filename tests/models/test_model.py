@@ -359,7 +359,7 @@ def test_a_missing_truncated_or_foreign_file_is_named(adapted, tmp_path, name):
     content = path.read_bytes()
     for keep in (0, 7, 60, len(content) - 1):
         path.write_bytes(content[:keep])
-        with pytest.raises(InputError, match=f"{path}: .*damaged"):
+        with pytest.raises(InputError, match=f"{path} is not a complete safetensors file"):
             SimoModel.from_pretrained(folder)
     tensors = load_file(folder / "heads" / "seg.safetensors")
     save_file(tensors, path)
@@ -382,7 +382,7 @@ def test_a_head_without_one_of_its_tensors_is_named(folder):
 def test_a_truncated_encoder_is_named(folder):
     path = folder / "encoder" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=f"{folder}/encoder: cannot load an encoder"):
+    with pytest.raises(InputError, match=f"{path} is not a complete safetensors file"):
         SimoModel.from_pretrained(folder)
 
 

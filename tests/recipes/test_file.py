@@ -1,4 +1,4 @@
-"""Recipe files: what is in recipes/ is what it says it is, and mistakes are told all at once."""
+"""Recipe files: each file in recipes/ describes itself correctly, and mistakes are reported together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe that asks how its experts relate: one more stage per seed, and nothing else is done anew."""
+"""A recipe with relations: one more stage per seed, and no other stage is computed again."""
 
 from __future__ import annotations
 

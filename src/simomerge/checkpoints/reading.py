@@ -130,13 +130,21 @@ def _open_file(file: Path) -> dict[str, _Entry]:
     raise InputError(f"{file} is not a weight file: give a folder or a file that ends in {known}.")
 
 
-def _open_safetensors(file: Path) -> dict[str, _Entry]:
+def check_safetensors(file: Path) -> None:
+    """Compare the header of a file with its size: offsets, overlaps and length.
+
+    Raises:
+        InputError: The file is truncated or is not a safetensors file.
+    """
     try:
-        # The library compares the header with the file (sizes, offsets, overlaps), so the code below can trust it.
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} is not a complete safetensors file ({error}): copy or download it again.") from error
+
+
+def _open_safetensors(file: Path) -> dict[str, _Entry]:
+    check_safetensors(file)  # The code below can trust the header.
     with file.open("rb") as handle:
         header_length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(header_length))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simomerge.checkpoints import FORMAT, read_description
 from simomerge.checkpoints.description import existing, head_file, model_folder
 from simomerge.checkpoints.experts import own_task, source_name
+from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
 from simomerge.core.assets import resolve_source
 from simomerge.core.classes import make, settings_of
@@ -180,6 +181,8 @@ class SimoModel(nn.Module):
         description = read_description(folder)
         if not (folder / "encoder").is_dir():  # a relative path that does not exist looks like a hub id
             raise InputError(f"{folder / 'encoder'}: missing; take the model from its source again.")
+        for file in (folder / "encoder").glob("*.safetensors"):
+            check_safetensors(file)
         try:
             model = cls._from_description(description, folder / "encoder")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -270,11 +273,11 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_tensors(module: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_safetensors(existing(path))
     try:
-        module.load_state_dict(load_file(existing(path)))
-    except (SafetensorError, RuntimeError, OSError) as error:
+        module.load_state_dict(load_file(path))
+    except RuntimeError as error:
         first_line = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: does not fit simo.json or is damaged ({first_line}).") from error
+        raise InputError(f"{path}: does not fit simo.json ({first_line}).") from error

@@ -587,7 +587,7 @@ def test_a_ridge_of_zero_needs_no_more_images_than_another(images: int) -> None:
     try:
         heads, _ = folded(sums_of(bare({"seg": head}, channels)), x, {"seg": distorted(x, False)}, 0.0)
     except InputError as error:
-        assert "ridge" in str(error)  # to be told what to change is as good
+        assert "ridge" in str(error)  # an error that names the ridge is also correct
     else:
         assert torch.isfinite(logits(heads["seg"], x)).all()
 

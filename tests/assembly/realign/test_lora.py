@@ -1,4 +1,4 @@
-"""LoRA re-alignment: what was trained beside the weights ends inside them, and the encoder is plain again."""
+"""LoRA re-alignment: the trained low-rank changes are added to the weights, and the encoder is a plain one again."""
 
 from __future__ import annotations
 
