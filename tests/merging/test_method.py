@@ -1,7 +1,9 @@
 """The registry, and parameters with their ranges."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import pytest
 
 from simomerge.core.errors import InputError
@@ -58,13 +60,17 @@ def test_per_expert_values() -> None:
 
 def test_a_new_method_is_one_class() -> None:
     @dataclass(frozen=True)
-    class Taken(MergeMethod):
+    class Incomplete(MergeMethod):
         power: int = parameter(2, low=1, high=4, help="an integer")
+
+    class Taken(Incomplete):
+        def merge_tensor(self, name: str, base: np.ndarray, task_vectors: Any, statistics: Any) -> np.ndarray:
+            return base
 
     with pytest.raises(ValueError, match="'ties' is already registered"):
         register("ties", "none", "https://example.org")(Taken)
     assert Taken(power=4).power == 4
     with pytest.raises(InputError, match=r"power must be a number at least 1 and at most 4, got 2.5"):
         Taken(power=2.5)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError):
-        Taken().merge_tensor("w", None, {}, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"abstract method '?merge_tensor"):
+        Incomplete()  # type: ignore[abstract]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +46,9 @@ class LinearMethod(MergeMethod):
     def prepare(self, stream: TaskVectorStream) -> Depth:
         return Depth(stream.names)
 
+    @abstractmethod
     def weights(self, name: str, experts: Collection[str], depth: Depth | None) -> dict[str, float]:
         """Expert -> weight of its task vector in the tensor ``name``, with the experts in sorted order."""
-        raise NotImplementedError
 
     def merge_tensor(
         self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Depth | None

@@ -7,6 +7,7 @@ are generated from it, so that a new method is one class with ``@register`` in f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -24,7 +25,7 @@ _Method = TypeVar("_Method", bound="MergeMethod")
 
 
 @dataclass(frozen=True)
-class MergeMethod:
+class MergeMethod(ABC):
     """Base class of all merge methods. The module ``linear`` has the shortest ones.
 
     Class attributes: ``name``, ``paper`` and ``link`` (set by `register`), ``needs_base``, ``minimum_experts``,
@@ -60,6 +61,7 @@ class MergeMethod:
         """Compute the statistics of whole models that ``merge_tensor`` then receives, in a pass over all tensors."""
         return None
 
+    @abstractmethod
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         """Merge one tensor. A pure function, which depends on other tensors only through ``statistics``.
 
@@ -73,7 +75,6 @@ class MergeMethod:
         Returns:
             The merged tensor, float32, with the shape of ``base``.
         """
-        raise NotImplementedError
 
 
 def of_expert(value: Any, expert: str) -> Any:

@@ -11,6 +11,7 @@ public code. See `_MIN_EIGENVALUE` for the matrices to which this does not apply
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +38,9 @@ class SpectralMethod(MergeMethod):
 
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
 
+    @abstractmethod
     def merge_matrices(self, task_vectors: Sequence[np.ndarray]) -> np.ndarray:
         """Merge task vectors (m, n), float32, into one (m, n), float64."""
-        raise NotImplementedError
 
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         taus = list(task_vectors.values())

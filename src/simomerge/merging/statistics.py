@@ -6,6 +6,7 @@ names of tensors on disk or in memory.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -44,13 +45,13 @@ class StatisticsMethod(MergeMethod):
 
     scale: float
 
+    @abstractmethod
     def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of the statistics of a tensor with this shape, or None if it has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
         """Merge the task vectors of one tensor, with one array of statistics per expert; float64."""
-        raise NotImplementedError
 
     def prepare(self, stream: TaskVectorStream) -> Statistics:
         """Check the statistics, and key them by expert and canonical name.

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simomerge.assembly.realign.method import realignment_rows
 from simomerge.core.machine import available_cores
 from simomerge.core.registry import summary
 from simomerge.datasets.tasks import Task, colourise
@@ -77,10 +78,13 @@ def _kind(plan: Plan, row: str) -> dict[str, Any]:
 def _realignments(plan: Plan) -> list[dict[str, Any]]:
     """The re-alignments that occur in the rows, explained."""
     found = {}
+    in_table = {row["name"]: row["summary"] for row in realignment_rows()}
     for row in plan.recipe.rows:
         for prefix in row.prefixes():
-            method = plan.recipe.method(prefix)
-            found[prefix.steps[-1].name] = {"summary": summary(type(method)), "labels": method.teacher == "labels"}
+            name, method = prefix.steps[-1].name, plan.recipe.method(prefix)
+            # The table says what a preset is short for; the method's own summary says what it does.
+            texts = dict.fromkeys((in_table[name], summary(type(method))))
+            found[name] = {"summary": " ".join(texts), "labels": method.teacher == "labels"}
     return [{"name": name, **about} for name, about in found.items()]
 
 

@@ -19,7 +19,7 @@ MISSING = "–"
 FAMILIES = {
     "reference": "trained on all labels, not merged",
     "merge": "the experts' encoders merged into one, with the experts' heads unchanged",
-    "re-aligned": "a merge whose heads or adapters were folded or tuned afterwards",
+    "re-aligned": "a merge that was re-aligned",
     "control": "the base encoder in place of a merged one",
 }
 """The families of rows and their meaning."""

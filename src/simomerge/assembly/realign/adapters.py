@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
+from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
 from simomerge.core.registry import parameter
 
 if TYPE_CHECKING:
@@ -34,11 +34,7 @@ class Adapters(TrainedRealignment):
         "none", choices=("none", "relu"), help="Between an adapter's two factors: none (the paper) or relu (its code)."
     )
     last_blocks: int = parameter(0, low=0, help="Adapters in the last N blocks only; 0: in all blocks (the paper).")
-    checkpointing: bool = parameter(
-        False,
-        resource=True,
-        help="Compute blocks again in the backward pass: the same gradients in less memory, slower.",
-    )
+    checkpointing: bool = checkpointing_parameter()
 
     @property
     def phrase(self) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
+from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
 
@@ -49,11 +49,7 @@ class Lora(TrainedRealignment):
     targets: str | Sequence[str] = parameter(
         ALL_LINEAR, many=True, help="Linear layers to change: all-linear, or the ends of their names in memory."
     )
-    checkpointing: bool = parameter(
-        False,
-        resource=True,
-        help="Compute blocks again in the backward pass: the same gradients in less memory, slower.",
-    )
+    checkpointing: bool = checkpointing_parameter()
 
     @property
     def phrase(self) -> str:

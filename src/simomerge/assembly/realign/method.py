@@ -147,6 +147,12 @@ class TrainedRealignment(Realignment):
         return not self.changes_encoder
 
 
+def checkpointing_parameter() -> Any:
+    """The field of a re-alignment that trains in the encoder and can save memory there."""
+    text = "Compute blocks again in the backward pass: the same gradients in less memory, slower."
+    return parameter(False, resource=True, help=text)
+
+
 _REGISTRY: Registry[Realignment] = Registry("re-alignment")
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {}
 register = _REGISTRY.register
