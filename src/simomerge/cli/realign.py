@@ -62,6 +62,7 @@ def _help() -> str:
 @options.some_experts
 @click.option("--method", type=click.Choice(list(realignments())), default="fold", show_default=True)
 @options.pictures
+@click.option("--base", help="The foundation encoder: a folder, a hub id or rooms-base.")
 @options.data
 @click.option("--split", default="val", show_default=True, help="Split of the data.")
 @click.option("--count", type=click.IntRange(1), help="Number of images. [default: 64 to fold, 256 otherwise]")
@@ -72,7 +73,7 @@ def _help() -> str:
 @options.output()
 def command(model: str, experts: dict[str, str], method: str, output: Path, as_json: bool, **given: Any) -> None:
     chosen = _chosen(method)
-    _check_inputs(method, chosen, experts, given["images"])
+    _check_inputs(method, chosen, experts, given)
     from simomerge.assembly.realign import realign
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import available_cores
@@ -82,6 +83,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     join_processes()
     merged = load(model)
     inputs = _inputs(chosen, experts, list(merged.tasks), given)
+    inputs |= {"base": load(given["base"])} if chosen.needs_base else {}
     with track(given["trackers"], options.logs_of(output)), console():
         result = realign(merged, **inputs, method=chosen, workers=given["workers"] or available_cores())
     if is_first():  # Under torchrun, all processes have the same model.
@@ -109,6 +111,7 @@ def _chosen(method: str) -> Realignment:
     parameters = {spec.name for spec in settings(kind)} - {"count"} | set(options.TRAINING if trained else ())
     chosen = get_realignment(method, **{name: context.params[name] for name in from_user if name in parameters})
     used = {*_EVERY, *parameters, *(("data", "split") if chosen.teacher == "labels" else ("images", "size"))}
+    used |= {"base"} if chosen.needs_base else set()
     used |= {"trackers"} if trained else set()
     used |= {"workers"} if chosen.trains_heads_apart else set()
     for name, option in from_user.items():
@@ -117,15 +120,17 @@ def _chosen(method: str) -> Realignment:
     return chosen
 
 
-def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], images: str | None) -> None:
+def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], given: dict[str, Any]) -> None:
     """Reject experts for a method that learns from labels, and ask for missing inputs."""
     if chosen.teacher == "labels":
         if experts:
             raise InputError(f"--method {method} learns from the labels of --data; leave the experts out.")
-    elif images is None:
+    elif given["images"] is None:
         raise InputError(f"--method {method} uses images without labels: give --images FOLDER.")
     elif not experts:
         raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
+    elif chosen.needs_base and given["base"] is None:
+        raise InputError(f"--method {method} uses task vectors: give --base, the foundation encoder of the experts.")
 
 
 def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], given: dict[str, Any]) -> dict[str, Any]:

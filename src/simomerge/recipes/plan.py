@@ -191,6 +191,7 @@ class Plan:
             method=replace(method, count=None),  # the data hold as many images as the method asks for
             data=self._unlabelled(method.count) if without_labels else data,
             experts=self.experts[seed] if without_labels else {},
+            base=self.base if method.needs_base else "",
         )
 
     def _scores_of_experts(self, seed: int, data: Data) -> dict[str, Stage]:

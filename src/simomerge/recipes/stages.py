@@ -234,6 +234,7 @@ class Realign(LoggedStage):
     method: Realignment
     data: Data
     experts: Mapping[str, Any] = field(default_factory=dict)
+    base: str = ""
 
     @property
     def cost(self) -> float:
@@ -245,7 +246,8 @@ class Realign(LoggedStage):
         start, data = load(self.model / "model"), load_data(**self.data)
         labelled = self.method.teacher == "labels"
         inputs = {"data": data} if labelled else {"experts": _models(self.experts), "images": data}
-        result = realign(start, **inputs, method=self.method, work_folder=folder)
+        base = load(self.base) if self.base else None
+        result = realign(start, **inputs, method=self.method, base=base, work_folder=folder)
         record = result.provenance["realign"]
         return {key: record[key] for key in _LOGGED if key in record}, result
 

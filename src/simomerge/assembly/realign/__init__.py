@@ -45,6 +45,7 @@ def realign(
     data: Any = None,
     method: str | Realignment = "fold",
     *,
+    base: SimoModel | None = None,
     work_folder: str | Path | None = None,
     workers: int = 1,
     **parameters: Any,
@@ -61,6 +62,7 @@ def realign(
         images: A folder of pictures, a sequence of images, or a dataset whose labels are not read.
         data: A dataset with the targets of every task.
         method: A method or preset by name (`simomerge methods` lists them), or a `Realignment`.
+        base: The foundation encoder, for methods that need it (`simomerge methods` says which).
         work_folder: Folder for features, predictions and the state of a killed run. Do not share it between
             re-alignments. The default is a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
@@ -82,7 +84,7 @@ def realign(
     if chosen.teacher == "labels":
         inputs = {"data": _labelled(chosen, model, data)}
     else:
-        inputs = _unlabelled(chosen, model, experts, images)
+        inputs = {**_unlabelled(chosen, model, experts, images), "base": _foundation(chosen, base)}
     with distributed.temporary_folder() as temporary:
         return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
 
@@ -107,6 +109,12 @@ def _unlabelled(
     if images is None:
         raise InputError(f"re-alignment by {method.name!r} uses images without labels: give images=, such as a folder.")
     return {"experts": matching_experts(model, experts), "images": as_images(images, method.count)}
+
+
+def _foundation(method: Realignment, base: SimoModel | None) -> SimoModel | None:
+    if method.needs_base and base is None:
+        raise InputError(f"re-alignment by {method.name!r} uses task vectors: give base=, the foundation encoder.")
+    return base if method.needs_base else None
 
 
 __all__ = [

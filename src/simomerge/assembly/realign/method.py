@@ -34,6 +34,7 @@ class Inputs:
         work_folder: Folder for features, predictions and the state of a killed run, used by this re-alignment only.
         experts: By task, checked against the model; empty for a method that learns from labels.
         images: Unlabelled images for a method that learns from the experts, as `as_images` gives them.
+        base: The foundation encoder, for a method that needs it.
         data: A dataset with labels of every task for a method that learns from labels.
         workers: Number of heads that are trained at the same time, each in its own process.
     """
@@ -41,6 +42,7 @@ class Inputs:
     work_folder: Path
     experts: Mapping[str, SimoModel] = field(default_factory=dict)
     images: Any = None
+    base: SimoModel | None = None
     data: Any = None
     workers: int = 1
 
@@ -51,7 +53,8 @@ class Realignment(ABC):
 
     Class attributes: ``name``, ``paper`` and ``link`` (set by `register`), ``teacher`` ("experts": the experts'
     behaviour on unlabelled images; "labels": a labelled dataset), ``default_count`` (images that the command line
-    uses), ``needs_plain_heads`` (the model's heads must still be the experts').
+    uses), ``needs_plain_heads`` (the model's heads must still be the experts'), ``needs_base`` (it also needs the
+    foundation encoder).
     """
 
     name: ClassVar[str]
@@ -60,6 +63,7 @@ class Realignment(ABC):
     teacher: ClassVar[str]
     default_count: ClassVar[int] = 256
     needs_plain_heads: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
 
     count: int | None = parameter(None, kind=int, low=1, help="Images to use, spread evenly; all by default.")
 
