@@ -12,4 +12,14 @@ class InputError(ValueError):
 
 
 class DivergedError(InputError):
-    """The loss of a training became NaN or infinite, because the learning rate is too high."""
+    """The loss of a training became NaN or infinite, because the learning rate is too high.
+
+    Attributes:
+        step: The step at which this was found.
+        kept: Whether the module has the weights of its best validation.
+    """
+
+    def __init__(self, message: str, step: int = 0, kept: bool = False) -> None:
+        super().__init__(message)
+        self.step = step
+        self.kept = kept

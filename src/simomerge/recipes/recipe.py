@@ -33,6 +33,7 @@ REALIGN: dict[str, dict[str, Any]] = {
     "distill": {"steps": 40, "lr": 1e-3, "count": 256},
     "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},
+    "distill-encoder": {"steps": 100, "lr": 1e-3, "count": 640},
 }
 REFINE: dict[str, dict[str, Any]] = {name: {"steps": 40, "lr": 1e-3} for name in ("heads", "adapters", "lora")}
 

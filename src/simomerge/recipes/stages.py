@@ -62,8 +62,8 @@ def _write_log(folder: Path, began: float, log: Mapping[str, Any]) -> None:
     (folder / "log.json").write_text(content + "\n", encoding="utf-8")
 
 
-def _models(folders: Mapping[str, Any]) -> dict[str, SimoModel]:
-    return {task: load(folder / "model") for task, folder in folders.items()}
+def _models(folders: Mapping[str, Any], device: Any = "cpu") -> dict[str, SimoModel]:
+    return {task: load(folder / "model").to(device) for task, folder in folders.items()}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -183,7 +183,7 @@ class Merge(MergingStage):
         return 40.0
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
-        base, experts = load(self.base), _models(self.experts)
+        base, experts = load(self.base).to(compute_device()), _models(self.experts, compute_device())
         if not searches_scale(self.method, self.parameters):
             model = merge(base, experts, self.method, **self.parameters)
             return {"labelled_images": 0, **_scale(model)}, model
@@ -216,9 +216,10 @@ class MergeWithoutLabels(MergingStage):
         return 120.0 if self.method == AUTO else 20.0
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
-        images, experts = load_data(**self.images), _models(self.experts)
+        images, experts = load_data(**self.images), _models(self.experts, compute_device())
         given = {"scale": None if self.method == AUTO else "auto", **self.parameters}
-        model = merge(load(self.base), experts, self.method, images=images, count=len(images), **given)
+        base = load(self.base).to(compute_device())
+        model = merge(base, experts, self.method, images=images, count=len(images), **given)
         chosen = {**model.provenance["merge"]}
         log = {"labelled_images": 0, "unlabelled_images": len(images), "tried": chosen.pop("tried"), "chosen": chosen}
         return {**log, **_scale(model)}, model
@@ -243,11 +244,11 @@ class Realign(LoggedStage):
         return 50.0 if self.method.trains_heads_apart else 50.0 + self.method.training.steps
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
-        start, data = load(self.model / "model"), load_data(**self.data)
-        labelled = self.method.teacher == "labels"
-        inputs = {"data": data} if labelled else {"experts": _models(self.experts), "images": data}
-        base = load(self.base) if self.base else None
-        result = realign(start, **inputs, method=self.method, base=base, work_folder=folder)
+        start, data, device = load(self.model / "model"), load_data(**self.data), compute_device()
+        labelled, experts = self.method.teacher == "labels", _models(self.experts, device)
+        inputs = {"data": data} if labelled else {"experts": experts, "images": data}
+        base = load(self.base).to(device) if self.base else None
+        result = realign(start.to(device), **inputs, method=self.method, base=base, work_folder=folder)
         record = result.provenance["realign"]
         return {key: record[key] for key in _LOGGED if key in record}, result
 

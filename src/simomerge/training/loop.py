@@ -22,6 +22,7 @@ from simomerge.core.machine import autocast, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
 from simomerge.training.evaluate import evaluating
+from simomerge.training.optimizer import make_optimizer
 from simomerge.training.settings import TrainSettings
 from simomerge.training.tracking import tracked_accelerator
 from simomerge.training.weighting import GradientWeighting, Weighting
@@ -39,11 +40,13 @@ class Objective:
         counts: batch -> number of values in each task's mean, by which processes that share a batch weight their
             losses. The default is the number of images.
         weighting: Combines the task losses into one. The default is their unweighted mean (the paper's joint loss).
+        keep_start: Also validate at the start, so that the weights at the start are kept if no others are better.
     """
 
     losses: Losses
     counts: Losses | None = None
     weighting: Weighting = field(default_factory=lambda: Weighting(1))
+    keep_start: bool = False
 
 
 @dataclass
@@ -89,7 +92,9 @@ def fit(
         Steps, samples, seconds (of all attempts together) and validation losses.
 
     Raises:
-        DivergedError: The loss became NaN or infinite; a lower learning rate helps.
+        DivergedError: The loss became NaN or infinite; a lower learning rate helps. The module then has the weights of
+            the best validation, if there was one.
+        InputError: Memory does not suffice; the message says what needs less.
     """
     if min(settings.batch_size, len(train)) < distributed.processes():
         raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {settings.batch_size}.")
@@ -100,9 +105,26 @@ def fit(
     options = {"mixed_precision": mixed_precision(), "kwargs_handlers": [ddp]}
     with tracked_accelerator(label, vars(settings), **options) as accelerator:
         trainer = _Trainer(accelerator, module, objective, settings, label, state_file)
-        log = trainer.run(train, validation, transform)
-    module.to(home).eval()
+        try:
+            log = trainer.run(train, validation, transform)
+        except DivergedError as error:
+            error.kept = trainer.state.restore_best()
+            raise
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise InputError(
+                    f"{label}: memory does not suffice for {settings.batch_size} images per step; use a smaller batch,"
+                    " smaller images, gradient checkpointing, or train fewer blocks."
+                ) from error
+            raise
+        finally:
+            module.to(home).eval()
     return log
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory ran out, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class _TaskLosses(nn.Module):
@@ -139,7 +161,7 @@ class _Trainer:
         named = (*module.named_parameters(), *self.weighting.named_parameters())
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.trainable = list(trainable.values())
-        self.optimizer = _optimizer(trainable, settings)
+        self.optimizer = make_optimizer(trainable, settings)
         self.task_losses = accelerator.prepare(_TaskLosses(module, objective.losses))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -162,6 +184,8 @@ class _Trainer:
             transform=transform,
             loader_workers=loader_workers(self.accelerator.device),
         )
+        if self.objective.keep_start and validation is not None and not log.steps:
+            self._validate(validation)
         self.module.train()
         for batch in batches:
             losses, total = self._step(batch)
@@ -204,7 +228,8 @@ class _Trainer:
         for name, value in log.losses.items():
             if not math.isfinite(value):
                 raise DivergedError(
-                    f"{self.label}: the loss of {name!r} is {value} at step {log.steps}; lower the learning rate."
+                    f"{self.label}: the loss of {name!r} is {value} at step {log.steps}; lower the learning rate.",
+                    log.steps,
                 )
         tracked = {"loss": float(total.detach()), "images_per_second": log.images_per_second()}
         tracked |= {f"loss/{name}": value for name, value in log.losses.items()}
@@ -351,24 +376,11 @@ class _State:
     def keep_best(self) -> None:
         self.best = {name: value.detach().clone() for name, value in self._weights().items()}
 
-    def restore_best(self) -> None:
+    def restore_best(self) -> bool:
+        """Give the module the weights of the best validation; whether there was one."""
         if self.best is not None:
             self.module.load_state_dict(self.best, strict=False)
-
-
-def _optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases and norms; the encoder may have its own learning rate."""
-    if not parameters:
-        raise InputError("nothing to train: no parameter requires a gradient.")
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
-    for name, parameter in parameters.items():
-        part, lr = "heads", settings.lr
-        if name.startswith("encoder.backbone") and settings.encoder_lr is not None:
-            part, lr = "encoder", settings.encoder_lr
-        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((part, decay), {"params": [], "part": part, "lr": lr, "weight_decay": decay})
-        group["params"].append(parameter)
-    return torch.optim.AdamW(groups.values(), fused=True)
+        return self.best is not None
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:

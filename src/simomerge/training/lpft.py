@@ -108,6 +108,7 @@ def finetune(
         partial(losses, model),
         partial(label_counts, model.tasks) if losses is image_losses else None,
         weighting(len(model.tasks), settings.seed, epoch),
+        options.keep_start,
     )
     model.encoder.checkpoint_gradients(options.checkpointing)
     try:

@@ -22,6 +22,9 @@ class TrainSettings:
     encoder_lr: float | None = parameter(
         None, kind=float, above=0, help="Peak learning rate of the encoder. The default is lr."
     )
+    layer_decay: float = parameter(
+        1.0, above=0, high=1, help="Factor of the encoder's learning rate per block, from the last block to the first."
+    )
     weight_decay: float = parameter(0.01, low=0, help="Weight decay of AdamW, on weights of two or more dimensions.")
     warmup: float = parameter(0.05, low=0, help="Fraction of the steps in which the learning rate rises (paper: 5 %).")
     clip: float = parameter(25.0, above=0, help="Maximum gradient norm (paper: 25).")
@@ -46,11 +49,14 @@ class TuneOptions:
         augmentation: A key of `simomerge.training.choices.AUGMENTATIONS`.
         checkpointing: Store only the input of each block for the backward pass. This gives the same gradients with
             less memory, in more time.
+        keep_start: The weights at the start compete with those of later validations, so that training never ends with a
+            higher validation loss than it started with.
     """
 
     weighting: str = "equal"
     augmentation: str = "flip"
     checkpointing: bool = False
+    keep_start: bool = False
 
 
 DEFAULT_OPTIONS = TuneOptions()

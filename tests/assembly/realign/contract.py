@@ -34,6 +34,7 @@ from simomerge.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, seed=1)
 IMAGES = 8
+MEASURED = ("ridge", "r2", "r2_before", "distance_ratio", "best_step")
 FEW_IMAGES = "ignore:.*the fold stays close to the unfolded head:UserWarning"
 
 
@@ -139,7 +140,7 @@ class RealignmentContract:
             "changes_encoder": self.method.changes_encoder,
             **images,
             **cost,
-            **{key: record[key] for key in ("ridge", "r2", "r2_before") if key in record},
+            **{key: record[key] for key in MEASURED if key in record},
             **self.recorded,
         }
 

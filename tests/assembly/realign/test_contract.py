@@ -6,10 +6,13 @@ from typing import Any, ClassVar
 
 from simomerge.assembly.realign import realignments
 
-from .contract import RealignmentContract
+from .contract import SETTINGS, RealignmentContract
 
 LORA = 3 * 4 * (4 * (32 + 32) + 2 * (32 + 64))
 """Weights in LoRA of rank 3: the factors of six linear layers in each of four blocks."""
+
+LAST_BLOCKS = 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + (64 + 32) + 6 * 32) + 2 * 32
+"""Weights of the last two blocks (attention, MLP, norms and layer scales) and of the final norm."""
 
 ADAPTERS = 4 * 2 * 32 * 3
 """Weights in adapters of rank 3, one for each of four blocks."""
@@ -52,21 +55,33 @@ class TestDistill(RealignmentContract):
     recorded: ClassVar[dict[str, Any]] = {**given, "trains": "heads"}
 
 
+DISTILLED: dict[str, Any] = {
+    **{"variant": "cross-tap", "hold_out": 0, "features": 0.0, "augmentation": "flip", "held_out_images": 0}
+}
+
+
 class TestDistillAdapters(RealignmentContract):
     name = "distill-adapters"
-    given: ClassVar[dict[str, Any]] = {"rank": 3, "activation": "relu"}
-    recorded: ClassVar[dict[str, Any]] = {**given, "trains": "adapters", "variant": "cross-tap"}
+    given: ClassVar[dict[str, Any]] = {"rank": 3, "activation": "relu", "hold_out": 0}
+    recorded: ClassVar[dict[str, Any]] = {**given, "trains": "adapters", **DISTILLED}
     added = ADAPTERS
 
 
 class TestDistillLora(RealignmentContract):
     name = "distill-lora"
-    given: ClassVar[dict[str, Any]] = {"rank": 3}
+    given: ClassVar[dict[str, Any]] = {"rank": 3, "hold_out": 0}
     recorded: ClassVar[dict[str, Any]] = {
         **{"rank": 3, "alpha": 3, "targets": "all-linear"},
-        **{"trains": "lora", "variant": "cross-tap"},
+        **{"trains": "lora", **DISTILLED},
     }
     added = LORA
+
+
+class TestDistillEncoder(RealignmentContract):
+    name = "distill-encoder"
+    given: ClassVar[dict[str, Any]] = {"last_blocks": 2, "hold_out": 0}
+    recorded: ClassVar[dict[str, Any]] = {**given, "trains": "encoder", "encoder_lr": 0.4 * SETTINGS.lr, **DISTILLED}
+    added = LAST_BLOCKS
 
 
 def test_every_re_alignment_is_here() -> None:

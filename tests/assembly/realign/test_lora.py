@@ -186,7 +186,7 @@ def test_only_the_targets_change(merged: SimoModel, rooms: DenseDataset) -> None
 def test_every_linear_layer_changes_and_nothing_else(
     merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, method: str
 ) -> None:
-    inputs = {"data": rooms} if method == "lora" else {"experts": experts, "images": rooms}
+    inputs = {"data": rooms} if method == "lora" else {"experts": experts, "images": rooms, "hold_out": 0}
     result = realign(merged, **inputs, method=method, training=SETTINGS, rank=3)
     after = weights(result.encoder.backbone)
     changed = {n for n, value in weights(merged.encoder.backbone).items() if not torch.equal(value, after[n])}
@@ -226,7 +226,7 @@ def test_distillation_refuses_what_lora_has_not_before_it_folds(
     with pytest.raises(InputError, match="rank must be a number at least 1, got 0"):
         realign(merged, experts, rooms, method="distill", training=SETTINGS, trains="lora", rank=0)
     wrong: Any = "dora"
-    with pytest.raises(InputError, match="trains must be one of heads, adapters, lora, got 'dora'"):
+    with pytest.raises(InputError, match="trains must be one of heads, adapters, lora, encoder, got 'dora'"):
         realign(merged, experts, rooms, method="distill", training=SETTINGS, trains=wrong)
     merged.encoder.add_adapters(2)
     with pytest.raises(InputError, match="has adapters already; distill its heads alone"):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 preset("fold-cross", "fold", variant="cross-tap")
 preset("distill-adapters", "distill", trains="adapters")
 preset("distill-lora", "distill", trains="lora")
+preset("distill-encoder", "distill", trains="encoder")
 
 
 def realign(

@@ -1,4 +1,4 @@
-"""Distillation: heads, or adapters or LoRA with the heads, trained to predict what the experts predict.
+"""Distillation: heads, or a part of the encoder with the heads, trained to predict what the experts predict.
 
 Training starts from the fold, which corrects the linear part of the mismatch in closed form; gradient descent then
 corrects the rest. It uses images without labels.
@@ -6,18 +6,26 @@ corrects the rest. It uses images without labels.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.fold import VARIANTS, Fold
 from simomerge.assembly.realign.lora import ALL_LINEAR, lora_config, lora_layers
-from simomerge.assembly.realign.method import Inputs, TrainedRealignment, register
+from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
+from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
+from simomerge.training.choices import AUGMENTATIONS
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from simomerge.models.model import SimoModel
+
+INSIDE = ("adapters", "lora", "encoder")
+"""What can learn together with the heads."""
+
+ENCODER_RATE = 0.4
+"""The encoder's learning rate relative to the heads', unless it is given."""
 
 
 @register(
@@ -27,9 +35,11 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True)
 class Distill(TrainedRealignment):
-    """Train the heads, and adapters or LoRA with them, to match the experts' predictions on unlabelled images.
+    """Train the heads, and the encoder, adapters or LoRA with them, to match the experts' predictions without labels.
 
     Heads that can be folded are folded first, unless the model was re-aligned before. All images must have one size.
+    With ``trains="encoder"`` the result has no more parameters than the folded merge; the encoder's learning rate is
+    0.4 times that of the heads unless ``encoder_lr`` is given.
     """
 
     teacher: ClassVar[str] = "experts"
@@ -37,8 +47,8 @@ class Distill(TrainedRealignment):
     training: TrainSettings = TrainSettings(steps=200, batch_size=32, lr=5e-4)
     trains: str = parameter(
         "heads",
-        choices=("heads", "adapters", "lora"),
-        help="What learns: the heads alone, or with adapters, or with LoRA.",
+        choices=("heads", *INSIDE),
+        help="What learns: the heads alone, or with adapters, with LoRA, or with the whole encoder.",
     )
     rank: int = parameter(16, low=1, when={"trains": ("adapters", "lora")}, help="Rank of the adapters or of LoRA.")
     activation: str = parameter(
@@ -47,10 +57,59 @@ class Distill(TrainedRealignment):
         when={"trains": ("adapters",)},
         help="Between an adapter's two factors: none (the paper) or relu (its code).",
     )
+    last_blocks: int = parameter(
+        0, low=0, when={"trains": ("encoder",)}, help="Train the last N blocks of the encoder only; 0 trains all."
+    )
     variant: str = parameter("cross-tap", choices=VARIANTS, help="Variant of the fold that it starts from.")
+    hold_out: float = parameter(
+        0.125,
+        low=0,
+        high=0.5,
+        when={"trains": INSIDE},
+        help="Share of the images that is held out to keep the best weights.",
+    )
+    features: float = parameter(
+        0.0,
+        low=0,
+        when={"trains": INSIDE},
+        help="Weight of the distance between what the heads' first layers compute and what the experts' do.",
+    )
+    augmentation: str = parameter(
+        "flip", choices=tuple(AUGMENTATIONS), when={"trains": INSIDE}, help="Augmentation of the images."
+    )
+    predictions: str = parameter(
+        "auto",
+        choices=("auto", "stored", "live"),
+        resource=True,
+        when={"trains": INSIDE},
+        help="Keep the experts' predictions on disk, or compute them for every batch; auto keeps them if they fit.",
+    )
+    cache_budget: str = parameter(
+        "20GB", resource=True, when={"trains": INSIDE}, help="Disk space that auto gives to the experts' predictions."
+    )
+    checkpointing: bool = checkpointing_parameter()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from simomerge.checkpoints import parse_size
+
+        parse_size(self.cache_budget)  # raises before any work
+        if self.predictions == "stored" and self._needs_live:
+            raise InputError(
+                f"{self.name}: stored predictions fit neither augmentation='scale-crop-flip' nor features above 0; use"
+                " predictions='live'."
+            )
+        if self.checkpointing and self.trains == "heads":
+            raise InputError(f"{self.name}: checkpointing does nothing while only the heads learn; leave it out.")
+
+    @property
+    def _needs_live(self) -> bool:
+        return self.features > 0 or self.augmentation == "scale-crop-flip"
 
     @property
     def phrase(self) -> str:
+        if self.trains == "encoder":
+            return "distilling it from the experts"
         inside = {"heads": "", "adapters": " with adapters", "lora": " with LoRA"}[self.trains]
         return f"distilling its heads{inside} from the experts"
 
@@ -64,17 +123,24 @@ class Distill(TrainedRealignment):
 
         if self.trains != "heads":
             check_no_adapters(model, "distill its heads alone, or the model they were made from")
-        config = lora_config(model.encoder, self.rank) if self.trains == "lora" else None  # fails before any work
+        inside = self._inside(model)  # fails before any work
+        if self.checkpointing:
+            model.encoder.check_checkpointing()
         inputs = replace(inputs, images=inputs.images.readable(one_size=True))
         if not model.provenance.get("realign"):
             self._fold(model, inputs)
-        predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
-        inputs = replace(inputs, data=predictions)
         if self.trains == "heads":
-            measured = train_heads(model, inputs, self.training, "distance")
+            predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
+            measured = train_heads(model, replace(inputs, data=predictions), self.training, "distance")
         else:
-            measured = self._train_encoder(model, inputs, config)
+            measured = self._train_inside(model, inputs, inside)
         return {"unlabelled_images": len(inputs.images), **measured}
+
+    def _inside(self, model: SimoModel) -> Any:
+        """What `_train_inside` needs: the names of the encoder's trained parameters, or the config of LoRA."""
+        if self.trains == "encoder":
+            return trained_names(model, self.last_blocks)
+        return lora_config(model.encoder, self.rank) if self.trains == "lora" else None
 
     def _fold(self, model: SimoModel, inputs: Inputs) -> None:
         """Fold every head that can be folded, in place."""
@@ -88,13 +154,52 @@ class Distill(TrainedRealignment):
                 model.heads[task] = folded.heads[task]
             model.provenance = folded.provenance
 
-    def _train_encoder(self, model: SimoModel, inputs: Inputs, config: Any) -> dict[str, Any]:
-        """Train the heads together with adapters, or with LoRA if there is a config for it, in place."""
-        from simomerge.assembly.realign.training import freeze_encoder, prediction_distances, train_with_heads
+    def _train_inside(self, model: SimoModel, inputs: Inputs, inside: Any) -> dict[str, Any]:
+        """Train the heads together with the encoder, with adapters or with LoRA, in place."""
+        from simomerge.assembly.realign.distillation import Distilling
+        from simomerge.assembly.realign.training import freeze_encoder
 
         freeze_encoder(model, self.training.seed)
-        if config is None:
+        settings, more = self.training, dict[str, Any]()
+        layers: AbstractContextManager[None] = nullcontext()
+        if self.trains == "encoder":
+            settings = replace(settings, encoder_lr=settings.encoder_lr or ENCODER_RATE * settings.lr)
+            more = {"encoder_lr": settings.encoder_lr}
+            for name, parameter in model.encoder.backbone.named_parameters():
+                parameter.requires_grad_(name in inside)
+        elif self.trains == "adapters":
             model.encoder.add_adapters(self.rank, self.activation)
-        with lora_layers(model.encoder, config) if config else nullcontext():
-            cost = train_with_heads(model, inputs, self.training, self.name, prediction_distances)
-        return {"alpha": config.lora_alpha, "targets": ALL_LINEAR, **cost} if config else cost
+        else:
+            layers, more = lora_layers(model.encoder, inside), {"alpha": inside.lora_alpha, "targets": ALL_LINEAR}
+        stored, how = self._stores(inputs), (self.features, self.augmentation, self.checkpointing)
+        with layers:
+            cost = Distilling(settings, self.hold_out, stored, *how).train(model, inputs, self.name)
+        return {**more, **cost}
+
+    def _stores(self, inputs: Inputs) -> bool:
+        """Whether the experts' predictions are kept on disk."""
+        from simomerge.assembly.realign.predictions import UnlabelledImages
+        from simomerge.checkpoints import parse_size
+
+        if self.predictions != "auto":
+            return self.predictions == "stored"
+        needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
+        return not self._needs_live and needed <= parse_size(self.cache_budget)
+
+
+def trained_names(model: SimoModel, last_blocks: int) -> set[str]:
+    """Names of the encoder's parameters that learn: all, or those of the last blocks and what follows them.
+
+    Raises:
+        InputError: The encoder has fewer blocks, or its blocks are unknown.
+    """
+    from simomerge.merging.engine.depth import Depth
+
+    names = [name for name, _ in model.encoder.backbone.named_parameters()]
+    depth = Depth(names)
+    if last_blocks > depth.blocks:
+        raise InputError(
+            f"last_blocks is {last_blocks}, and the names of the encoder's parameters show {depth.blocks} blocks; give"
+            " a smaller number, or 0 to train the whole encoder."
+        )
+    return {name for name in names if not last_blocks or depth.position(name) >= depth.blocks - last_blocks}

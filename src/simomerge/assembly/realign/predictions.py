@@ -1,4 +1,4 @@
-"""The experts' predictions on unlabelled images, as the targets of a dataset."""
+"""Unlabelled images as training data: alone, or with the experts' predictions as stored targets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,41 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.images import resized
 from simomerge.core.machine import autocast
+from simomerge.core.progress import progress
 from simomerge.datasets.base import DenseDataset
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 
 
-class TeacherPredictions(DenseDataset):
+class UnlabelledImages(DenseDataset):
+    """Images alone, at the size at which the experts see them.
+
+    Args:
+        images: As `simomerge.datasets.pictures.as_images` returns them, all of one size.
+        experts: By task.
+    """
+
+    def __init__(self, images: Any, experts: Mapping[str, SimoModel]) -> None:
+        super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
+        self.images = images
+        height, width = next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:]
+        self.size = (int(height), int(width))
+
+    def image(self, index: int) -> Tensor:
+        image: Tensor = self.images.image(index)
+        return resized(image[None], self.size)[0]  # the experts saw very large images downscaled
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return {}
+
+    @property
+    def bytes_of_predictions(self) -> int:
+        """Size of the experts' logits on all images in half precision."""
+        channels = sum(task.channels for task in self.tasks.values())
+        return 2 * channels * len(self) * self.size[0] * self.size[1]
+
+
+class TeacherPredictions(UnlabelledImages):
     """Images with the experts' logits as targets, memory-mapped in half precision.
 
     Args:
@@ -35,22 +64,16 @@ class TeacherPredictions(DenseDataset):
     """
 
     def __init__(self, images: Any, experts: Mapping[str, SimoModel], folder: Path) -> None:
-        super().__init__({task: expert.tasks[task] for task, expert in experts.items()}, len(images))
-        self.images = images
+        super().__init__(images, experts)
         self.folder = folder
         self._logits: dict[str, np.ndarray] = {}
-        height, width = next(iter(experts.values())).fit(images.image(0)[None]).shape[-2:]
-        self.size = (int(height), int(width))
         with distributed.first_before_others():
             if not (folder / "done").exists():
+                _check_space(self.bytes_of_predictions, len(images), folder)
                 _write_predictions(images, self.size, experts, folder)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_logits": {}}  # pickling a memory map would copy its content to each worker
-
-    def image(self, index: int) -> Tensor:
-        image: Tensor = self.images.image(index)
-        return resized(image[None], self.size)[0]  # the experts saw very large images downscaled
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         found = {}
@@ -61,21 +84,24 @@ class TeacherPredictions(DenseDataset):
         return found
 
 
+def _check_space(needed: int, count: int, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"{folder}: the experts' predictions on {count} images need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB"
+            " are free; use fewer images or another disk."
+        )
+
+
 @torch.no_grad()
 def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         task: open_memmap(
             folder / f"{task}.npy", mode="w+", dtype=np.float16, shape=(len(images), expert.tasks[task].channels, *size)
         )
         for task, expert in experts.items()
     }
-    needed = sum(array.nbytes for array in arrays.values())
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"{folder}: the experts' predictions on {len(images)} images need {needed / 1e9:.1f} GB, and"
-            f" {free / 1e9:.1f} GB are free; use fewer images or another disk."
-        )
+    progress("experts' predictions", 0, len(images), f"{sum(a.nbytes for a in arrays.values()) / 1e9:.2g} GB on disk")
     for batch in observe(experts, images, label="experts' predictions"):
         if batch.images.shape[-2:] != size:
             raise InputError(

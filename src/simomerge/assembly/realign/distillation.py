@@ -1,0 +1,192 @@
+"""Train a model, in place, to predict what its experts predict on unlabelled images.
+
+Each task's distance to its expert is divided by its value at the start, so that the tasks are balanced whatever their
+units. Some images are held out; the weights with the smallest distance on them are kept, the start included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simomerge.assembly.realign.method import Inputs
+from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
+from simomerge.core.errors import DivergedError
+from simomerge.core.machine import autocast
+from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.batches import ordered_batches
+from simomerge.models.heads.projections import Projection, is_foldable
+from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import evaluating
+from simomerge.training.lpft import finetune, trainable_parameters
+from simomerge.training.settings import TrainSettings, TuneOptions
+
+UNIT_IMAGES = 64
+"""Images on which the distances at the start are measured."""
+
+VALIDATIONS = 8
+"""Validations per training, unless the settings say how often."""
+
+
+@dataclass(frozen=True)
+class ExpertDistances:
+    """The distance of each task's predictions to its expert's, in units of the distance at the start.
+
+    An instance is called with a model and a batch, like every `ModelLosses`.
+
+    Args:
+        experts: By task.
+        stored: The batches hold the experts' logits. If false, the experts predict each batch when it is needed.
+        features: Weight of the distance between the outputs of the heads' first layers and the experts', relative to
+            its value at the start. It needs ``stored`` to be false.
+        units: The distances at the start by name; 1 by default.
+    """
+
+    experts: Mapping[str, SimoModel]
+    stored: bool = True
+    features: float = 0.0
+    units: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        found = {name: value / self.units.get(name, 1.0) for name, value in self._distances(model, batch).items()}
+        inside = {task: self.features * found.get(f"{task}/features", 0.0) for task in model.tasks}
+        return {task: found[task] + inside[task] for task in model.tasks}
+
+    def in_units_of(self, model: SimoModel, data: DenseDataset) -> ExpertDistances:
+        """The same distances, in units of those of a model on some images of a dataset."""
+        sample = data.take(min(UNIT_IMAGES, len(data)))
+        return replace(self, units={name: max(value, 1e-6) for name, value in self.measured(model, sample).items()})
+
+    @torch.no_grad()
+    def measured(self, model: SimoModel, data: DenseDataset) -> dict[str, float]:
+        """Mean distances over a dataset, without units, by task and, for the heads' first layers, ``TASK/features``."""
+        device, sums = next(model.parameters()).device, dict[str, float]()
+        with evaluating(model):
+            for batch in ordered_batches(data, 32):
+                moved = {key: value.to(device) for key, value in batch.items()}
+                with autocast(device):
+                    distances = self._distances(model, moved)
+                for name, value in distances.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(moved["image"])
+        return {name: value / len(data) for name, value in sums.items()}
+
+    def _distances(self, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        features = model.encode(batch["image"])
+        logits = model.decode(features)
+        targets, layers = (batch, {}) if self.stored else self._predicted(batch["image"])
+        found = {name: task.distance(logits[name], targets[name]) for name, task in model.tasks.items()}
+        for name, wanted in layers.items():
+            given = [projection(features) for projection in _projections(model, name)]
+            found[f"{name}/features"] = sum(map(_relative_error, given, wanted)) / torch.tensor(float(len(wanted)))
+        return found
+
+    @torch.no_grad()
+    def _predicted(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """The experts' logits and, if asked for, the outputs of their heads' first layers."""
+        logits: dict[str, Tensor] = {}
+        layers: dict[str, list[Tensor]] = {}
+        for task, expert in self.experts.items():
+            expert.to(images.device).eval()
+            features = expert.encode(images)
+            logits |= expert.decode(features, [task])
+            if self.features and is_foldable(expert.heads[task]):
+                layers[task] = [projection(features) for projection in _projections(expert, task)]
+        return logits, layers
+
+
+def _projections(model: SimoModel, task: str) -> list[Projection]:
+    head: Any = model.heads[task]
+    projections: list[Projection] = head.projections()
+    return projections
+
+
+def _relative_error(given: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error relative to the variance of the target."""
+    error = (given.float() - wanted.float()).square().mean()
+    return error / wanted.float().var().clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How a model is distilled.
+
+    Args:
+        settings: Of the training.
+        hold_out: Share of the images that is held out to keep the best weights.
+        stored: Keep the experts' predictions on disk, instead of computing them for every batch.
+        features: See `ExpertDistances`.
+        augmentation, checkpointing: See `TuneOptions`.
+    """
+
+    settings: TrainSettings
+    hold_out: float = 0.125
+    stored: bool = True
+    features: float = 0.0
+    augmentation: str = "flip"
+    checkpointing: bool = False
+
+    def train(self, model: SimoModel, inputs: Inputs, label: str) -> dict[str, Any]:
+        """Train the parameters of a model that require a gradient; what was measured, for the provenance.
+
+        Warns:
+            UserWarning: A task is further from its expert than at the start, or the training diverged.
+        """
+        data: DenseDataset
+        if self.stored:
+            data = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
+        else:
+            data = UnlabelledImages(inputs.images, inputs.experts)
+        train, held_out = hold_out_run(data, self.hold_out)
+        distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
+        before = distances.measured(model, held_out) if held_out else {}
+        cost = self._fit(model, distances, (train, held_out), inputs, label)
+        after = distances.measured(model, held_out) if held_out else {}
+        _report(before, after, list(model.tasks), label)
+        changes = {task: round(after[task] / max(before[task], 1e-12), 4) for task in model.tasks if after}
+        return {"held_out_images": len(held_out) if held_out else 0, "distance_ratio": changes, **cost}
+
+    def _fit(
+        self, model: SimoModel, distances: ExpertDistances, data: tuple[Any, Any], inputs: Inputs, label: str
+    ) -> dict[str, Any]:
+        (train, held_out), settings = data, self.settings
+        if held_out and not settings.validate_every:
+            settings = replace(settings, validate_every=max(1, settings.steps // VALIDATIONS))
+        options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing, keep_start=True)
+        cost = {"trained_parameters": trainable_parameters(model)}
+        state_file = inputs.work_folder / "state.pt"
+        try:
+            log = finetune(model, train, settings, held_out, state_file, label, distances, options)
+        except DivergedError as error:
+            if not error.kept:
+                raise
+            warnings.warn(f"{error} The best weights before that are kept.", stacklevel=6)
+            return {**cost, "steps": error.step, "diverged": True}
+        best = {"best_step": log.best_step} if held_out else {}
+        return {**cost, **best, "steps": log.steps, "seconds": log.seconds}
+
+
+def hold_out_run(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
+    """A dataset without its last run of images, and that run; None if it would have no image.
+
+    Neighbouring frames of a video are nearly the same, so single frames in between would not be independent.
+    """
+    count = round(len(data) * share)
+    if not count:
+        return data, None
+    kept = len(data) - count
+    return data._subset(range(kept)), data._subset(range(kept, len(data)))
+
+
+def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:
+    """Warn of tasks that training moved away from their experts."""
+    worse = [task for task in tasks if after and after[task] > before[task]]
+    if worse:
+        shown = ", ".join(f"{task} by {100 * (after[task] / before[task] - 1):.1f} %" for task in worse)
+        warnings.warn(
+            f"{label}: on held-out images these tasks are now further from their experts: {shown}.", stacklevel=6
+        )
