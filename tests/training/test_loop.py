@@ -16,6 +16,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
 from simomerge.training.loop import TrainLog, _State, fit, validation_loss
+from simomerge.training.optimizer import make_optimizer
 from simomerge.training.settings import TrainSettings
 from simomerge.training.weighting import Weighting
 
@@ -336,3 +337,40 @@ def test_a_setting_at_the_edge_of_its_range_trains(name: str, value: float) -> N
     before = weights(module)
     fit(module, regression(module), Points(), TrainSettings(**{"steps": 2, "batch_size": 100, name: value}))
     assert not torch.equal(before["head.2.weight"], module.head[2].weight)
+
+
+# Learning rates of the encoder --------------------------------------------------------------------------
+
+
+class Deep(nn.Module):
+    """Names of a SimoModel whose encoder has an embedding, three blocks and a final norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        backbone = nn.Module()
+        backbone.embeddings = nn.Linear(2, 2, bias=False)
+        backbone.layers = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(3)])
+        backbone.norm = nn.LayerNorm(2, bias=False)
+        self.encoder = nn.ModuleDict({"backbone": backbone})
+        self.head = nn.Linear(2, 1, bias=False)
+
+
+def rates(settings: TrainSettings) -> dict[str, float]:
+    module = Deep()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    optimizer = make_optimizer(dict(module.named_parameters()), settings)
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_the_learning_rate_decays_from_the_last_block_to_the_first() -> None:
+    found = rates(TrainSettings(lr=1e-2, encoder_lr=8e-3, layer_decay=0.5))
+    assert {name.removeprefix("encoder.backbone."): lr for name, lr in found.items()} == {
+        "embeddings.weight": 2e-3,
+        "layers.0.weight": 2e-3,
+        "layers.1.weight": 4e-3,
+        "layers.2.weight": 8e-3,
+        "norm.weight": 8e-3,
+        "head.weight": 1e-2,
+    }
+    assert rates(TrainSettings(lr=1e-2, layer_decay=0.5))["encoder.backbone.layers.1.weight"] == 5e-3
+    assert set(rates(TrainSettings(lr=1e-2)).values()) == {1e-2}

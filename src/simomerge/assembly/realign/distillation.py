@@ -155,7 +155,9 @@ class Distilling:
     ) -> dict[str, Any]:
         (train, held_out), settings = data, self.settings
         if held_out and not settings.validate_every:
-            settings = replace(settings, validate_every=max(1, settings.steps // VALIDATIONS))
+            # A one-cycle schedule passes through worse weights before it ends in better ones, so it is not stopped.
+            every = max(1, settings.steps // VALIDATIONS)
+            settings = replace(settings, validate_every=every, patience=settings.steps)
         options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing, keep_start=True)
         cost = {"trained_parameters": trainable_parameters(model)}
         state_file = inputs.work_folder / "state.pt"
