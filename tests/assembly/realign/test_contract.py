@@ -14,6 +14,9 @@ LORA = 3 * 4 * (4 * (32 + 32) + 2 * (32 + 64))
 ADAPTERS = 4 * 2 * 32 * 3
 """Weights in adapters of rank 3, one for each of four blocks."""
 
+CORRECTIONS = 2 * 4 * 2 * (32 * 3 + 3 * 32)
+"""Weights in corrections of rank 3 for two tasks, of the patches and of the CLS token of four taps."""
+
 
 class TestHeads(RealignmentContract):
     name = "heads"
@@ -67,6 +70,20 @@ class TestDistillLora(RealignmentContract):
         **{"trains": "lora", "variant": "cross-tap"},
     }
     added = LORA
+
+
+class TestReact(RealignmentContract):
+    name = "react"
+    given: ClassVar[dict[str, Any]] = {"images_at_once": 3}
+    recorded: ClassVar[dict[str, Any]] = {}
+
+
+class TestSurgery(RealignmentContract):
+    name = "surgery"
+    given: ClassVar[dict[str, Any]] = {"rank": 3}
+    recorded: ClassVar[dict[str, Any]] = {"rank": 3, "weight_decay": 0.0}
+    added = CORRECTIONS
+    keeps_heads = True
 
 
 def test_every_re_alignment_is_here() -> None:
