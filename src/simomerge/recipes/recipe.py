@@ -30,6 +30,8 @@ REALIGN: dict[str, dict[str, Any]] = {
     "lora": {"steps": 100, "lr": 2e-3},
     "fold": {"count": 64},
     "fold-cross": {"count": 256},
+    "react": {"count": 64},
+    "surgery": {"count": 256},
     "distill": {"steps": 40, "lr": 1e-3, "count": 256},
     "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},
