@@ -30,6 +30,8 @@ REALIGN: dict[str, dict[str, Any]] = {
     "lora": {"steps": 100, "lr": 2e-3},
     "fold": {"count": 64},
     "fold-cross": {"count": 256},
+    "react": {"count": 64},
+    "surgery": {"count": 256},
     "distill": {"steps": 40, "lr": 1e-3, "count": 256},
     "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},
@@ -337,8 +339,8 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
     except InputError as error:
         yield f"row {text!r}: {str(error).rstrip('.')}"
         return
-    if any(method.needs_plain_heads for method in made[row.merge != AUTO :]):
-        yield f"row {text!r}: a fold comes right after a merge, and auto is folded already"
+    if late := next((method.name for method in made[row.merge != AUTO :] if method.needs_plain_heads), ""):
+        yield f"row {text!r}: a {late} comes right after a merge, and auto is folded already"
     with_adapters = [method.adds_adapters for method in made]
     if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
         yield f"row {text!r} adds adapters twice, or LoRA to an encoder with adapters"

@@ -1,7 +1,8 @@
 """The contract of every re-alignment, as tests to inherit.
 
 A test class names the method or preset and gives small parameters. ``recorded`` is what its provenance must hold in
-addition to the training settings, and ``added`` the number of weights that it trains in the encoder.
+addition to the training settings, and ``added`` the number of weights that it trains in addition to the heads' own.
+A method with ``keeps_heads`` trains none of these: it puts something in front of the experts' heads.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class RealignmentContract:
     given: ClassVar[dict[str, Any]] = {}
     recorded: ClassVar[dict[str, Any]] = {}
     added: ClassVar[int] = 0
+    keeps_heads: ClassVar[bool] = False
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -107,7 +109,14 @@ class RealignmentContract:
         assert not any(parameter.data_ptr() in given for parameter in result.parameters())
         assert result.tasks == merged.tasks and list(result.tasks) == list(merged.tasks) and not result.training
         for name in merged.tasks:
-            assert not torch.equal(merged.heads[name].output.weight, result.heads[name].output.weight)
+            before, after = merged.heads[name], result.heads[name]
+            if self.keeps_heads:
+                assert same(weights(before), weights(after.inner))
+                with torch.no_grad():
+                    features = result.encode(rooms[0]["image"][None])
+                    assert not torch.equal(before.eval()(features), after(features))
+            else:
+                assert not torch.equal(before.output.weight, after.output.weight)
 
     def test_what_it_says_of_the_encoder_is_true(
         self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
@@ -127,7 +136,7 @@ class RealignmentContract:
         assert result.provenance["merge"] == {"method": "average"}
         record = dict(result.provenance["realign"])
         assert 0 < record.pop("seconds") < 600
-        heads = sum(parameter.numel() for parameter in merged.heads.parameters())
+        heads = 0 if self.keeps_heads else sum(parameter.numel() for parameter in merged.heads.parameters())
         labelled = self.method.teacher == "labels"
         images = {"labelled_images": IMAGES * labelled, "unlabelled_images": IMAGES * (not labelled)}
         steps = SETTINGS.steps * (len(merged.tasks) if self.method.trains_heads_apart else 1)

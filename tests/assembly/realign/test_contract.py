@@ -17,6 +17,9 @@ LAST_BLOCKS = 2 * (4 * (32 * 32 + 32) + 2 * 32 * 64 + (64 + 32) + 6 * 32) + 2 * 
 ADAPTERS = 4 * 2 * 32 * 3
 """Weights in adapters of rank 3, one for each of four blocks."""
 
+CORRECTIONS = 2 * 4 * 2 * (32 * 3 + 3 * 32)
+"""Weights in corrections of rank 3 for two tasks, of the patches and of the CLS token of four taps."""
+
 
 class TestHeads(RealignmentContract):
     name = "heads"
@@ -82,6 +85,20 @@ class TestDistillEncoder(RealignmentContract):
     given: ClassVar[dict[str, Any]] = {"last_blocks": 2, "hold_out": 0}
     recorded: ClassVar[dict[str, Any]] = {**given, "trains": "encoder", "encoder_lr": 0.4 * SETTINGS.lr, **DISTILLED}
     added = LAST_BLOCKS
+
+
+class TestReact(RealignmentContract):
+    name = "react"
+    given: ClassVar[dict[str, Any]] = {"images_at_once": 3}
+    recorded: ClassVar[dict[str, Any]] = {}
+
+
+class TestSurgery(RealignmentContract):
+    name = "surgery"
+    given: ClassVar[dict[str, Any]] = {"rank": 3}
+    recorded: ClassVar[dict[str, Any]] = {"rank": 3, "weight_decay": 0.0}
+    added = CORRECTIONS
+    keeps_heads = True
 
 
 def test_every_re_alignment_is_here() -> None:

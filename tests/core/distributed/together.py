@@ -73,7 +73,10 @@ def realigned(base: Path, output: Path) -> None:
             for weight in expert.encoder.parameters():
                 weight.mul_(1 + 0.1 * torch.randn(()))
     folded = realign(model, experts, data, images_at_once=2)
-    save(output, "realigned", {"heads": heads, "folded": folded.heads.state_dict()})
+    mapped = realign(model, experts, data, method="react", images_at_once=2)
+    surgery = realign(model, experts, data, method="surgery", rank=2, training=SETTINGS)
+    others = {"mapped": mapped.heads.state_dict(), "surgery": surgery.heads.state_dict()}
+    save(output, "realigned", {"heads": heads, "folded": folded.heads.state_dict(), **others})
 
 
 def judge(base: Path, output: Path) -> None:

@@ -185,7 +185,9 @@ class HeadContract:
         with pytest.raises(InputError, match=f"{self.kind}.*'colour'"):
             build_head(self.kind, self.channels, self.out_channels, {**settings, "colour": 1})
 
-    # Projections ----------------------------------------------------------------------------------------
+
+class FoldableHeadContract(HeadContract):
+    """What the heads that declare their projections must do in addition."""
 
     def test_a_head_given_its_own_projections_predicts_as_before(self, trained: nn.Module) -> None:
         features = self.features()
@@ -254,7 +256,7 @@ class HeadContract:
         assert not any(p.data_ptr() == q.data_ptr() for p, q in pairs if p.numel())
 
 
-class TrainableHeadContract(HeadContract):
+class TrainableHeadContract(FoldableHeadContract):
     """What the heads that `simomerge train` builds must do in addition."""
 
     def test_it_starts_at_a_constant_when_the_last_layer_has_no_weights(self, head: nn.Module) -> None:

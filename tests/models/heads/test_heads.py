@@ -15,8 +15,9 @@ from simomerge.models.encoders import Features, load_encoder
 from simomerge.models.heads import HEADS, Foldable, build_head, head_for, head_kind
 from simomerge.models.heads.linear import LinearHead
 from simomerge.models.heads.resize import resize
+from simomerge.models.heads.surgery import SurgeryHead
 
-from .contract import CHANNELS, HeadContract, TrainableHeadContract, random_features
+from .contract import CHANNELS, FoldableHeadContract, HeadContract, TrainableHeadContract, random_features
 
 NECK = {"neck_hidden_sizes": [4, 6, 8, 10], "fusion_hidden_size": 8}
 
@@ -37,7 +38,7 @@ class TestDPTHead(TrainableHeadContract):
     )
 
 
-class ImportedHeadContract(HeadContract):
+class ImportedHeadContract(FoldableHeadContract):
     """Heads of one positive channel, which end with a ReLU or a clamp."""
 
     out_channels = 1
@@ -86,7 +87,7 @@ class CustomHead(Foldable, nn.Module):
         return F.interpolate(self.output(hidden), features.padded_size, mode="bilinear")
 
 
-class TestCustomHead(HeadContract):
+class TestCustomHead(FoldableHeadContract):
     kind = f"{__name__}:CustomHead"
     cases = ({"width": 5},)
 
@@ -100,8 +101,21 @@ class TestCustomHead(HeadContract):
         assert [m.grad is not None for m in (*features.maps, *features.cls)] == [False, True] * 2 + [False] * 4
 
 
+class TestSurgeryHead(HeadContract):
+    kind = "surgery"
+    cases = (
+        {"inner": "linear", "inner_settings": {"cls": True, "subpixels": 2}, "rank": 3},
+        {"inner": "linear", "inner_settings": {"cls": False, "subpixels": 1}, "rank": 3, "cls": False},
+        {"inner": "dpt", "inner_settings": {"fusion_channels": 4, "cls": True}, "rank": 4},
+        {"inner": "dpt", "inner_settings": {"fusion_channels": 4, "cls": True}, "rank": 4, "cls": False},
+    )
+
+    def reads_cls(self, settings: dict[str, Any]) -> bool:
+        return bool(settings["inner_settings"]["cls"])
+
+
 def test_every_registered_head_is_tested() -> None:
-    tested = (TestLinearHead, TestDPTHead, TestBinnedDepthHead, TestTransformersHead)
+    tested = (TestLinearHead, TestDPTHead, TestBinnedDepthHead, TestTransformersHead, TestSurgeryHead)
     assert {each.kind for each in tested} == set(HEADS)
 
 
@@ -263,3 +277,62 @@ def test_resize_is_the_librarys_bilinear(size: tuple[int, int]) -> None:
     found = resize(x, size)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), x)[0], gradient, rtol=1e-4, atol=1e-5)
+
+
+# Surgery ------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_surgery_head_is_its_inner_head() -> None:
+    inner = build_head("dpt", CHANNELS, 3, {"fusion_channels": 4}).eval()
+    head = SurgeryHead(CHANNELS, 3, inner, rank=2).eval()
+    features = random_features()
+    with torch.no_grad():
+        assert head.inner is inner and torch.equal(head(features), inner(features))
+    assert parameters(head) == parameters(inner) + 2 * sum(2 * 2 * width for width in CHANNELS)
+
+
+def test_a_surgery_head_subtracts_a_low_rank_bias_from_every_token() -> None:
+    torch.manual_seed(0)
+    head = SurgeryHead(CHANNELS, 2, "linear", rank=3).eval()
+    for weight in head.corrections.parameters():
+        nn.init.normal_(weight)
+    features = random_features()
+    maps, cls = [], []
+    for tap in range(4):
+        down, up = (weight.detach() for weight in head.corrections.maps[tap].parameters())
+        z = features.maps[tap]
+        hidden = torch.einsum("rc,bchw->brhw", down, z).clamp(min=0)
+        maps.append(z - torch.einsum("cr,brhw->bchw", up, hidden))
+        down, up = (weight.detach() for weight in head.corrections.cls[tap].parameters())
+        cls.append(features.cls[tap] - (features.cls[tap] @ down.T).clamp(min=0) @ up.T)
+    wanted = Features(tuple(maps), tuple(cls), features.image_size, features.padded_size)
+    found = head.corrections(features)
+    for ours, theirs in zip((*found.maps, *found.cls), (*wanted.maps, *wanted.cls), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(head(features), head.inner(wanted))
+
+
+def test_a_surgery_head_without_cls_leaves_the_cls_tokens() -> None:
+    head = SurgeryHead(CHANNELS, 2, "linear", rank=3, cls=False)
+    features = random_features()
+    assert head.corrections(features).cls == features.cls
+
+
+def test_a_surgery_head_wraps_custom_heads_and_is_rebuilt_around_them() -> None:
+    torch.manual_seed(0)
+    head = SurgeryHead(CHANNELS, 3, CustomHead(5), rank=2)
+    path = f"{__name__}:CustomHead"
+    assert head.settings == {"inner": path, "inner_settings": {"width": 5}, "rank": 2, "cls": True}
+    again = build_head("surgery", CHANNELS, 3, head.settings)
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again(random_features()), head(random_features()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"rank": 0}, "rank of a correction must be at least 1, got 0"), ({"inner": "dtp"}, "unknown head 'dtp'")],
+)
+def test_a_surgery_head_names_what_is_wrong(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_head("surgery", CHANNELS, 3, settings)

@@ -1,11 +1,13 @@
 """Re-alignment: repair the mismatch between merged features and the experts' heads.
 
 - ``method.py``: the base classes and the registry.
-- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``: one method each, registered by the imports.
+- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``react.py``, ``surgery.py``: one method
+  each, registered by the imports.
 - ``training.py``: what the methods that train have in common.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
   ``normal_equations.py`` is ridge regression from sums.
+- ``procrustes.py``: the maps of ReACT. ``corrections.py``: the training of representation surgery.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from simomerge.assembly.realign.method import (
     realignments,
     register,
 )
+from simomerge.assembly.realign.react import React
+from simomerge.assembly.realign.surgery import Surgery
 from simomerge.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,7 +129,9 @@ __all__ = [
     "Heads",
     "Inputs",
     "Lora",
+    "React",
     "Realignment",
+    "Surgery",
     "get_realignment",
     "methods",
     "realign",

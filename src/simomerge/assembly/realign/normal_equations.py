@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simomerge.core import distributed
+
 LEAST_RIDGE = 1e-11
 """Used instead of 0, because with fewer tokens than inputs the equations have no unique solution."""
 
@@ -70,6 +72,14 @@ class NormalEquations:
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return NormalEquations(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def gather(self) -> None:
+        """Add up the sums of all processes, so that each process has the totals."""
+        if distributed.processes() < 2:
+            return
+        counts = torch.tensor([self.tokens, self.images], dtype=torch.float64, device=self.x.device)
+        distributed.add_up(counts, self.x, self.xx, self.r, self.rr, self.xr, self.u, self.uu)
+        self.tokens, self.images = counts.tolist()
 
     @property
     def mean(self) -> Tensor:

@@ -114,9 +114,7 @@ class HeadSums:
         if distributed.processes() < 2:
             return
         for sums in self._all():
-            counts = torch.tensor([sums.tokens, sums.images], dtype=torch.float64, device=sums.x.device)
-            distributed.add_up(counts, sums.x, sums.xx, sums.r, sums.rr, sums.xr, sums.u, sums.uu)
-            sums.tokens, sums.images = counts.tolist()
+            sums.gather()
         self.all_alike = False  # this process has compared only its own images
 
     @property

@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from simomerge.core.classes import class_path, make
-from simomerge.core.errors import InputError
-from simomerge.models.encoders import Encoder, Features
+from simomerge.models.encoders import Features
 from simomerge.models.heads.binned import BinnedDepthHead
+from simomerge.models.heads.building import HEADS, build_head, head_for, head_kind
 from simomerge.models.heads.dpt import DPTHead
 from simomerge.models.heads.linear import LinearHead
 from simomerge.models.heads.projections import Foldable
+from simomerge.models.heads.surgery import SurgeryHead
 from simomerge.models.heads.transformers import TransformersHead
 
-HEADS: dict[str, type[nn.Module]] = {
-    "linear": LinearHead,
-    "dpt": DPTHead,
-    "binned-depth": BinnedDepthHead,
-    "transformers": TransformersHead,
-}
-"""Every head that a recipe or a model folder can name. To add a head, add a line here."""
-
-
-def build_head(
-    kind: str, in_channels: Sequence[int], out_channels: int, settings: dict[str, Any] | None = None
-) -> nn.Module:
-    """A freshly initialised head.
-
-    Args:
-        kind: A key of `HEADS`, or ``module:Class`` of a custom head, which gets its settings only.
-        in_channels: Channels of each tap.
-        out_channels: Channels of the task.
-        settings: Further keyword arguments of the head's class.
-
-    Raises:
-        InputError: An unknown kind or setting.
-    """
-    if ":" in kind:
-        return make(kind, settings or {}, nn.Module)
-    if kind not in HEADS:
-        raise InputError(f"unknown head {kind!r}; choose one of: {', '.join(HEADS)}.")
-    try:
-        return HEADS[kind](in_channels, out_channels, **(settings or {}))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"head {kind!r}: {str(error).rstrip('.')}.") from error
-
-
-def head_for(encoder: Encoder, kind: str, out_channels: int, **settings: Any) -> nn.Module:
-    """A fresh head for an encoder: it fits the strides of the taps, and reads CLS tokens if the encoder has them."""
-    known = inspect.signature(HEADS[kind]).parameters if kind in HEADS else {}
-    fitting = {"cls": encoder.has_cls, "pyramid": len(set(encoder.strides)) > 1}
-    accepted = {name: value for name, value in fitting.items() if name in known}
-    return build_head(kind, encoder.channels, out_channels, {**accepted, **settings})
-
-
-def head_kind(head: nn.Module) -> str:
-    """The key of a head's class in `HEADS`, or ``module:Class`` of a custom head."""
-    return next((kind for kind, cls in HEADS.items() if type(head) is cls), None) or class_path(head)
+# Every head that a recipe or a model folder can name. To add a head, add a line here.
+HEADS.update(
+    {
+        "linear": LinearHead,
+        "dpt": DPTHead,
+        "binned-depth": BinnedDepthHead,
+        "transformers": TransformersHead,
+        "surgery": SurgeryHead,
+    }
+)
 
 
 class DenseHead(Protocol):
