@@ -356,6 +356,10 @@ class _State:
             self.module.load_state_dict(self.best, strict=False)
 
 
+_ENCODER = ("encoder.backbone", "encoder.coefficients")
+"""How the names of the parameters start that have the encoder's learning rate."""
+
+
 def _optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW without weight decay on biases and norms; the encoder may have its own learning rate."""
     if not parameters:
@@ -363,7 +367,7 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) 
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         part, lr = "heads", settings.lr
-        if name.startswith("encoder.backbone") and settings.encoder_lr is not None:
+        if name.startswith(_ENCODER) and settings.encoder_lr is not None:
             part, lr = "encoder", settings.encoder_lr
         decay = settings.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((part, decay), {"params": [], "part": part, "lr": lr, "weight_decay": decay})

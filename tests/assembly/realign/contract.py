@@ -1,7 +1,8 @@
 """The contract of every re-alignment, as tests to inherit.
 
 A test class names the method or preset and gives small parameters. ``recorded`` is what its provenance must hold in
-addition to the training settings, and ``added`` the number of weights that it trains in the encoder.
+addition to the training settings, ``added`` the number of weights that it trains in the encoder, and ``trainings`` how
+often it trains with these settings.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class RealignmentContract:
     recorded: ClassVar[dict[str, Any]] = {}
     added: ClassVar[int] = 0
 
+    trainings: ClassVar[int] = 1
+
+    @pytest.fixture(autouse=True)
+    def _with_base(self, base: SimoModel, tiny_base: Path) -> None:
+        self.base, self.base_folder = base, tiny_base
+
     @property
     def parameters(self) -> dict[str, Any]:
         """The parameters of the method, with the settings of the training one by one."""
@@ -77,7 +84,9 @@ class RealignmentContract:
         return isinstance(self.method, TrainedRealignment)
 
     def inputs(self, experts: Mapping[str, SimoModel], data: Any) -> dict[str, Any]:
-        return {"data": data} if self.method.teacher == "labels" else {"experts": experts, "images": data}
+        if self.method.teacher == "labels":
+            return {"data": data}
+        return {"experts": experts, "images": data, **({"base": self.base} if self.method.needs_base else {})}
 
     def run(self, model: SimoModel, experts: Mapping[str, SimoModel], data: Any, **more: Any) -> SimoModel:
         return realign(model, **self.inputs(experts, data), method=self.name, **{**self.parameters, **more})
@@ -106,7 +115,8 @@ class RealignmentContract:
         assert not any(parameter.data_ptr() in given for parameter in result.parameters())
         assert result.tasks == merged.tasks and list(result.tasks) == list(merged.tasks) and not result.training
         for name in merged.tasks:
-            assert not torch.equal(merged.heads[name].output.weight, result.heads[name].output.weight)
+            unchanged = torch.equal(merged.heads[name].output.weight, result.heads[name].output.weight)
+            assert unchanged != self.method.changes_heads
 
     def test_what_it_says_of_the_encoder_is_true(
         self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
@@ -126,10 +136,10 @@ class RealignmentContract:
         assert result.provenance["merge"] == {"method": "average"}
         record = dict(result.provenance["realign"])
         assert 0 < record.pop("seconds") < 600
-        heads = sum(parameter.numel() for parameter in merged.heads.parameters())
+        heads = sum(parameter.numel() for parameter in merged.heads.parameters()) * self.method.changes_heads
         labelled = self.method.teacher == "labels"
         images = {"labelled_images": IMAGES * labelled, "unlabelled_images": IMAGES * (not labelled)}
-        steps = SETTINGS.steps * (len(merged.tasks) if self.method.trains_heads_apart else 1)
+        steps = SETTINGS.steps * (len(merged.tasks) if self.method.trains_heads_apart else self.trainings)
         cost = {"steps": steps, "trained_parameters": heads + self.added} if self.trained else {}
         before = record.pop("after", {}).get("method")
         assert before == ("fold" if self.method.name == "distill" else None)
@@ -233,6 +243,8 @@ class RealignmentContract:
             message = rf"'{name}' needs labels of every task.*segmentation\."
             self.refuses(message, merged, data=rooms.select(["depth"]))
             return
+        if self.method.needs_base:
+            self.refuses("give base=", merged, experts=experts, images=rooms)
         self.refuses("give images=", merged, experts=experts)
         for none in (None, {}):
             self.refuses("needs the experts", merged, experts=none, images=rooms)
@@ -285,6 +297,7 @@ class RealignmentContract:
             for index, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (4, 24, 32, 3), np.uint8)):
                 Image.fromarray(pixels).save(data / f"{index}.png")
             arguments += ["--images", str(data), *(f"{task}={tmp_path / task}" for task in experts)]
+            arguments += ["--base", str(self.base_folder)] if self.method.needs_base else []
         arguments += ["--workers", "1"] if self.method.trains_heads_apart else []
         done = CliRunner().invoke(cli, ["realign", *arguments, "-o", str(tmp_path / "out"), "--json"])
         assert done.exit_code == 0, done.exception
@@ -312,7 +325,8 @@ class RealignmentContract:
         row = next(row for row in realignment_rows() if row["name"] == self.name)
         assert row["summary"] == summary(type(self.method)) or row["summary"].startswith("Short for ")
         assert row["paper"] and row["link"].startswith("https://")
-        assert row["needs"] == ("labelled images" if self.method.teacher == "labels" else "experts, unlabelled images")
+        needed = "labelled images" if self.method.teacher == "labels" else "experts, unlabelled images"
+        assert row["needs"] == needed + ", base" * self.method.needs_base
 
     def test_it_is_a_step_of_a_recipe(self) -> None:
         """tests/recipes/test_realignments.py runs it."""

@@ -1,8 +1,10 @@
 """Re-alignment: repair the mismatch between merged features and the experts' heads.
 
 - ``method.py``: the base classes and the registry.
-- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``: one method each, registered by the imports.
+- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``symerge.py``, ``prodistill.py``:
+  one method each, registered by the imports.
 - ``training.py``: what the methods that train have in common.
+- ``blend.py``: weights as a function of merging coefficients. ``blocks.py``: distillation block by block.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
   ``normal_equations.py`` is ridge regression from sums.
@@ -28,6 +30,8 @@ from simomerge.assembly.realign.method import (
     realignments,
     register,
 )
+from simomerge.assembly.realign.prodistill import ProDistill
+from simomerge.assembly.realign.symerge import SyMerge
 from simomerge.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +88,7 @@ def realign(
     if chosen.teacher == "labels":
         inputs = {"data": _labelled(chosen, model, data)}
     else:
-        inputs = {**_unlabelled(chosen, model, experts, images), "base": _foundation(chosen, base)}
+        inputs = {**_unlabelled(chosen, model, experts, images), "base": _foundation(chosen, model, base)}
     with distributed.temporary_folder() as temporary:
         return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
 
@@ -111,10 +115,15 @@ def _unlabelled(
     return {"experts": matching_experts(model, experts), "images": as_images(images, method.count)}
 
 
-def _foundation(method: Realignment, base: SimoModel | None) -> SimoModel | None:
-    if method.needs_base and base is None:
+def _foundation(method: Realignment, model: SimoModel, base: SimoModel | None) -> SimoModel | None:
+    from simomerge.checkpoints.experts import check_merged_from
+
+    if not method.needs_base:
+        return None
+    if base is None:
         raise InputError(f"re-alignment by {method.name!r} uses task vectors: give base=, the foundation encoder.")
-    return base if method.needs_base else None
+    check_merged_from(model.provenance, {}, base)
+    return base
 
 
 __all__ = [
@@ -124,7 +133,9 @@ __all__ = [
     "Heads",
     "Inputs",
     "Lora",
+    "ProDistill",
     "Realignment",
+    "SyMerge",
     "get_realignment",
     "methods",
     "realign",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from simomerge.assembly.realign.method import Inputs
 from simomerge.core.errors import InputError
+from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import evaluating
 from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.loop import TrainLog, fit
 from simomerge.training.lpft import ModelLosses, finetune, image_losses, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings, TuneOptions
@@ -57,6 +61,43 @@ def prediction_distances(model: Any, batch: Mapping[str, Any]) -> dict[str, Tens
     """
     logits = model(batch["image"])
     return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
+
+
+def match_predictions(
+    model: Any, predictions: Any, settings: TrainSettings, label: str, state_file: Path | None = None
+) -> TrainLog:
+    """Train a model towards the teacher's predictions, in place.
+
+    The distance of each task is divided by its value at the start.
+
+    Args:
+        model: As for `prediction_distances`.
+        predictions: The dataset of the teacher's predictions.
+    """
+    losses = partial(_relative_distances, model, _initial_distances(model, predictions))
+    return fit(
+        model,
+        losses,
+        predictions,
+        settings,
+        transform=partial(random_flip, model.tasks),
+        state_file=state_file,
+        label=label,
+    )
+
+
+@torch.no_grad()
+def _initial_distances(model: Any, predictions: Any) -> dict[str, float]:
+    """The distance of each task from its teacher on the first images."""
+    samples = [predictions[index] for index in range(min(16, len(predictions)))]
+    device = next(model.parameters()).device
+    batch = {key: torch.stack([each[key] for each in samples]).to(device) for key in samples[0]}
+    with evaluating(model):
+        return {name: max(float(value), 1e-6) for name, value in prediction_distances(model, batch).items()}
+
+
+def _relative_distances(model: Any, units: Mapping[str, float], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: distance / units[name] for name, distance in prediction_distances(model, batch).items()}
 
 
 def train_heads(
