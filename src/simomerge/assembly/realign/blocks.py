@@ -140,6 +140,8 @@ class BlockDistillation:
                 distances.append((output.float() - targets[-1]).square().flatten(1).mean(1).cpu())
                 inputs.append(call.hidden.float().cpu())
                 targets[-1] = targets[-1].cpu()
+                if inputs[-1].shape[1:] != inputs[0].shape[1:]:
+                    raise InputError("prodistill needs images of one size: resize them (--size HEIGHTxWIDTH).")
         return BlockSamples(torch.cat(inputs), torch.cat(targets), call, float(torch.cat(distances).mean()))
 
     def _call(self, model: SimoModel, index: int, pixels: Tensor) -> tuple[Call, Tensor]:
