@@ -346,7 +346,7 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
         )
     with_adapters = [method.adds_adapters for method in made]
     if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
-        yield f"row {text!r} adds adapters twice, or LoRA to an encoder with adapters"
+        yield f"row {text!r} adds adapters twice, or changes the weights of an encoder with adapters"
 
 
 def _gallery(recipe: Recipe) -> Iterator[str]:

@@ -56,9 +56,10 @@ def realign(
 ) -> SimoModel:
     """Re-align a merged model and return a new one; the given model stays as it is.
 
-    ``"fold"`` (closed form) and ``"distill"`` learn from the experts on images without labels; ``"heads"`` and
-    ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start from the result of another
-    method. Methods that put adapters or LoRA into the encoder need a model without adapters.
+    ``"fold"`` (closed form), ``"distill"``, ``"symerge"`` and ``"prodistill"`` learn from the experts on images without
+    labels; ``"heads"`` and ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start from the
+    result of another method; the fold needs the experts' heads. Methods that change the encoder need a model without
+    adapters.
 
     Args:
         model: A merged model.
