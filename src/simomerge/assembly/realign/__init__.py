@@ -57,9 +57,9 @@ def realign(
     """Re-align a merged model and return a new one; the given model stays as it is.
 
     ``"fold"`` (closed form), ``"distill"``, ``"symerge"`` and ``"prodistill"`` learn from the experts on images without
-    labels; ``"heads"`` and ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start from the
-    result of another method; the fold needs the experts' heads. Methods that change the encoder need a model without
-    adapters.
+    labels; ``"heads"`` and ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start
+    from the result of another method; the fold needs the experts' heads. Methods that change the encoder need a model
+    without adapters.
 
     Args:
         model: A merged model.
