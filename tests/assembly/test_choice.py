@@ -445,8 +445,8 @@ def test_a_blend_with_its_first_coefficients_is_the_merged_model(
     seen = list(head_targets(merged, experts, as_images(IMAGES, 8)))
     folded = fold_heads(merged, seen).model
     blend = _Blend(copy.deepcopy(folded), base, experts, start)
-    assert [name for name, p in blend.named_parameters() if p.requires_grad] == ["coefficients"]
-    assert blend.coefficients.shape == (2, 4)
+    assert [name for name, p in blend.named_parameters() if p.requires_grad] == ["model.encoder.coefficients"]
+    assert blend.blend.coefficients.shape == (2, 4)
     with torch.no_grad():
         expected = folded(IMAGES.pictures)
         for task, found in blend(IMAGES.pictures).items():
@@ -462,7 +462,7 @@ def test_a_blend_moves_with_its_coefficients_as_merges_do(base: SimoModel, exper
     start = TaskArithmetic(scale=0.3)
     blend = _Blend(with_merged_encoder(base, experts, start), base, experts, start)
     with torch.no_grad():
-        blend.coefficients.copy_(torch.tensor([[0.1, 0.9, -0.4, 0.3], [0.5, 0.0, 0.2, 1.3]]))
+        blend.blend.coefficients.copy_(torch.tensor([[0.1, 0.9, -0.4, 0.3], [0.5, 0.0, 0.2, 1.3]]))
     method = blend.method()
     assert method.scale == {"depth": [0.1, 0.9, 0.0, 0.3], "parts": [0.5, 0.0, 0.2, 1.3]}
     with torch.no_grad():
@@ -470,5 +470,5 @@ def test_a_blend_moves_with_its_coefficients_as_merges_do(base: SimoModel, exper
         for task, found in blend(IMAGES.pictures).items():
             torch.testing.assert_close(found, expected[task], rtol=1e-4, atol=1e-5)
     blend(IMAGES.pictures)["depth"].square().mean().backward()
-    grad = blend.coefficients.grad
+    grad = blend.blend.coefficients.grad
     assert grad is not None and torch.isfinite(grad).all() and (grad != 0).sum() == 7  # all but what is held at zero

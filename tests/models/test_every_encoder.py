@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import simomerge
+from simomerge.assembly.realign.blocks import BlockDistillation
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.merging.disk.merge import merge_on_disk
 from simomerge.models.encoders import load_encoder
@@ -70,6 +71,19 @@ def _distance(model: SimoModel, experts: dict[str, SimoModel], rooms: DenseDatas
     images = torch.stack([rooms[index]["image"] for index in range(len(rooms))])
     with torch.no_grad():
         return float((model(images)[task] - experts[task](images)[task]).square().mean())
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_the_blocks_of_every_family_learn_from_the_experts(
+    tmp_path: Path, rooms: DenseDataset, model_type: str
+) -> None:
+    base = load(save_tiny(model_type, tmp_path / "base"))
+    experts = {task: perturbed(base, rooms, task, "linear", seed) for seed, task in enumerate(rooms.tasks)}
+    merged = simomerge.merge(base, experts, "task-arithmetic", scale=0.3)
+    model = simomerge.realign(merged, experts, rooms, method="prodistill", base=base, steps=40, batch_size=6)
+    for index in range(len(base.encoder.layout.blocks)):
+        before, after = (BlockDistillation(each, base, experts).samples(index, rooms) for each in (merged, model))
+        assert after.distance < before.distance
 
 
 @pytest.mark.parametrize("model_type", TINY)

@@ -163,6 +163,8 @@ realign: {adapters: {steps: 0}}
         ("augmentation: paper\n", [], "unknown augmentation 'paper'; choose among: none, flip, scale-crop-flip"),
         ("realigned: [average+heads+fold]\n", [], "a fold comes right after a merge"),
         ("realigned: [auto+fold]\n", [], "auto is folded already"),
+        ("realigned: [average+symerge+fold]\n", [], "a fold comes right after a merge"),
+        ("realigned: [auto+prodistill+fold]\n", [], "auto is folded already"),
         ("realigned: [average+adapters+distill-adapters]\n", [], "adds adapters twice"),
         ("merges: [slerp]\nrealigned: []\n", [], "'slerp' merges exactly 2 experts, got 3"),
         ("merges: [model-stock]\nrealigned: []\ntasks: [depth]\n", [], "'model-stock' needs at least 2 tasks"),

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from simomerge.assembly.experts import check_experts, with_merged_encoder
+from simomerge.assembly.realign.blend import EncoderBlend, task_vectors
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.assembly.realign.sums import fold_heads, head_targets
-from simomerge.assembly.realign.training import prediction_distances
+from simomerge.assembly.realign.training import match_predictions
 from simomerge.core import distributed
-from simomerge.datasets import random_flip
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import TaskArithmetic
-from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
-from simomerge.training.loop import fit
 from simomerge.training.settings import TrainSettings
 
 COEFFICIENT_SETTINGS = TrainSettings(steps=40, batch_size=16, lr=0.03, weight_decay=0.0)
@@ -76,41 +72,29 @@ def learn_coefficients(
         for turn in range(rounds):
             folded = fold_heads(model, targets).model
             blend = _Blend(folded, base, experts, method)
-            fit(
-                blend,
-                partial(_relative_distances, blend, blend.initial_distances(predictions)),
-                predictions,
-                replace(settings, seed=settings.seed + turn),
-                transform=partial(random_flip, model.tasks),
-                label=f"coefficients {turn + 1}/{rounds}",
-            )
+            seeded = replace(settings, seed=settings.seed + turn)
+            match_predictions(blend, predictions, seeded, f"coefficients {turn + 1}/{rounds}")
             method = blend.method()
             model = with_merged_encoder(base, experts, method)
     return method
 
 
 class _Blend(nn.Module):
-    """A model whose encoder weights are a function of the coefficients; only the coefficients are trained."""
+    """A merge by task arithmetic with folded heads, as a function of the coefficients; only these are trained."""
 
     def __init__(
         self, folded: SimoModel, base: SimoModel, experts: Mapping[str, SimoModel], start: TaskArithmetic
     ) -> None:
         super().__init__()
-        self.model = folded.requires_grad_(False)
         self.tasks = folded.tasks
-        self.names = [name for name, value in base.encoder.backbone.named_parameters() if value.is_floating_point()]
         self.experts = sorted(experts)
+        self.model = folded.requires_grad_(False)
         theta = dict(base.encoder.backbone.named_parameters())
-        self.base = {name: theta[name].detach() for name in self.names}
-        weights = {task: dict(expert.encoder.backbone.named_parameters()) for task, expert in experts.items()}
-        self.vectors = {
-            name: torch.stack([weights[task][name].detach() - self.base[name] for task in self.experts])
-            for name in self.names
-        }
-        self.depth = Depth(self.names)
-        blocks = max(self.depth.blocks, 1)
-        initial = torch.tensor([_per_block(start, task, blocks) for task in self.experts])
-        self.coefficients = nn.Parameter(initial)
+        folded.encoder.backbone.load_state_dict(theta, strict=False)  # all but buffers, such as those of batch norms
+        blend = EncoderBlend(folded, task_vectors(base, {task: experts[task] for task in self.experts}), least=0)
+        blocks = blend.coefficients.shape[1]
+        blend.coefficients.data.copy_(torch.tensor([_per_block(start, task, blocks) for task in self.experts]))
+        folded.add_module("encoder", blend)
 
     def train(self, mode: bool = True) -> _Blend:
         """Keep the model in evaluation mode, so that the batch norms of the frozen heads do not change."""
@@ -119,26 +103,15 @@ class _Blend(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        scales = self.coefficients.clamp(min=0)
-        merged = {}
-        for name in self.names:
-            device = scales.device
-            vector = self.vectors[name].to(device)
-            merged[f"backbone.{name}"] = self.base[name].to(device) + torch.tensordot(
-                scales[:, self.depth.position(name)], vector, 1
-            )
-        features = functional_call(self.model.encoder, merged, (images,))
-        return self.model.decode(features)
+        logits: dict[str, Tensor] = self.model(images)
+        return logits
 
-    @torch.no_grad()
-    def initial_distances(self, predictions: TeacherPredictions) -> dict[str, float]:
-        """The distance of each task from its teacher at the start. Later distances are divided by it."""
-        samples = [predictions[index] for index in range(min(16, len(predictions)))]
-        batch = {key: torch.stack([each[key] for each in samples]).to(self.coefficients.device) for key in samples[0]}
-        return {name: max(float(value), 1e-6) for name, value in prediction_distances(self, batch).items()}
+    @property
+    def blend(self) -> EncoderBlend:
+        return cast(EncoderBlend, self.model.encoder)
 
     def method(self) -> TaskArithmetic:
-        learned = self.coefficients.detach().clamp(min=0).cpu()
+        learned = self.blend.scales.detach().cpu()
         return TaskArithmetic(
             scale={
                 task: [round(float(value), 4) for value in row] for task, row in zip(self.experts, learned, strict=True)
@@ -149,7 +122,3 @@ class _Blend(nn.Module):
 def _per_block(method: TaskArithmetic, task: str, blocks: int) -> list[float]:
     scale = method.scale[task] if isinstance(method.scale, Mapping) else method.scale
     return [float(scale)] * blocks if isinstance(scale, (int, float)) else [float(value) for value in scale]
-
-
-def _relative_distances(blend: _Blend, units: Mapping[str, float], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: distance / units[name] for name, distance in prediction_distances(blend, batch).items()}

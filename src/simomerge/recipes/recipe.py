@@ -36,6 +36,8 @@ REALIGN: dict[str, dict[str, Any]] = {
     "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-encoder": {"steps": 100, "lr": 1e-3, "count": 640},
+    "symerge": {"steps": 60, "lr": 1e-3, "count": 256},
+    "prodistill": {"steps": 40, "count": 64},
 }
 REFINE: dict[str, dict[str, Any]] = {name: {"steps": 40, "lr": 1e-3} for name in ("heads", "adapters", "lora")}
 
@@ -339,11 +341,16 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
     except InputError as error:
         yield f"row {text!r}: {str(error).rstrip('.')}"
         return
-    if late := next((method.name for method in made[row.merge != AUTO :] if method.needs_plain_heads), ""):
-        yield f"row {text!r}: a {late} comes right after a merge, and auto is folded already"
+    changed = [row.merge == AUTO, *(method.changes_heads for method in made)]
+    late = [method.name for place, method in enumerate(made) if method.needs_plain_heads and any(changed[: place + 1])]
+    if late:
+        yield (
+            f"row {text!r}: a {late[0]} comes right after a merge, or after steps that leave the heads as they are;"
+            " auto is folded already"
+        )
     with_adapters = [method.adds_adapters for method in made]
     if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
-        yield f"row {text!r} adds adapters twice, or LoRA to an encoder with adapters"
+        yield f"row {text!r} adds adapters twice, or changes the weights of an encoder with adapters"
 
 
 def _gallery(recipe: Recipe) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from simomerge.merging.engine.depth import Depth
 from simomerge.training.settings import TrainSettings
 
 _ENCODER = "encoder.backbone."
+_COEFFICIENTS = "encoder.coefficients"
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
@@ -29,11 +30,12 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettin
     return torch.optim.AdamW(groups.values(), fused=True)
 
 
-def _encoder_rates(names: Iterable[str], settings: TrainSettings) -> dict[str, float]:
+def _encoder_rates(names: Collection[str], settings: TrainSettings) -> dict[str, float]:
     """The peak learning rate of each parameter of the encoder, lower by ``layer_decay`` per block below the last."""
     if settings.encoder_lr is None and settings.layer_decay == 1:
         return {}
     inside = [name for name in names if name.startswith(_ENCODER)]
     depth, top = Depth(name.removeprefix(_ENCODER) for name in inside), settings.encoder_lr or settings.lr
     below = {name: depth.blocks - 1 - depth.position(name.removeprefix(_ENCODER)) for name in inside}
-    return {name: top * settings.layer_decay ** max(below[name], 0) for name in inside}
+    rates = {name: top * settings.layer_decay ** max(below[name], 0) for name in inside}
+    return rates | {name: top for name in names if name.startswith(_COEFFICIENTS)}

@@ -31,6 +31,12 @@ def odd_rooms() -> DenseDataset:
 
 
 @pytest.fixture
+def base(make_model: Callable[..., SimoModel]) -> SimoModel:
+    """The foundation encoder, without heads."""
+    return make_model([])
+
+
+@pytest.fixture
 def merged(make_model: Callable[..., SimoModel], rooms: DenseDataset) -> SimoModel:
     model = make_model(rooms.select(["depth", "segmentation"]).tasks)
     model.provenance = {"merge": {"method": "average"}}

@@ -1,8 +1,9 @@
 """The contract of every re-alignment, as tests to inherit.
 
 A test class names the method or preset and gives small parameters. ``recorded`` is what its provenance must hold in
-addition to the training settings, and ``added`` the number of weights that it trains in addition to the heads' own.
-A method with ``keeps_heads`` trains none of these: it puts something in front of the experts' heads.
+addition to the training settings, ``added`` the number of weights that it trains in addition to the heads' own, and
+``trainings`` how often it trains with these settings. A method with ``keeps_heads`` puts something in front of the
+experts' heads, which it leaves as they are.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ class RealignmentContract:
     recorded: ClassVar[dict[str, Any]] = {}
     added: ClassVar[int] = 0
     keeps_heads: ClassVar[bool] = False
+    trainings: ClassVar[int] = 1
+
+    @pytest.fixture(autouse=True)
+    def _with_base(self, base: SimoModel, tiny_base: Path) -> None:
+        self.base, self.base_folder = base, tiny_base
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -80,7 +86,9 @@ class RealignmentContract:
         return isinstance(self.method, TrainedRealignment)
 
     def inputs(self, experts: Mapping[str, SimoModel], data: Any) -> dict[str, Any]:
-        return {"data": data} if self.method.teacher == "labels" else {"experts": experts, "images": data}
+        if self.method.teacher == "labels":
+            return {"data": data}
+        return {"experts": experts, "images": data, **({"base": self.base} if self.method.needs_base else {})}
 
     def run(self, model: SimoModel, experts: Mapping[str, SimoModel], data: Any, **more: Any) -> SimoModel:
         return realign(model, **self.inputs(experts, data), method=self.name, **{**self.parameters, **more})
@@ -116,7 +124,7 @@ class RealignmentContract:
                     features = result.encode(rooms[0]["image"][None])
                     assert not torch.equal(before.eval()(features), after(features))
             else:
-                assert not torch.equal(before.output.weight, after.output.weight)
+                assert torch.equal(before.output.weight, after.output.weight) != self.method.changes_heads
 
     def test_what_it_says_of_the_encoder_is_true(
         self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
@@ -136,10 +144,11 @@ class RealignmentContract:
         assert result.provenance["merge"] == {"method": "average"}
         record = dict(result.provenance["realign"])
         assert 0 < record.pop("seconds") < 600
-        heads = 0 if self.keeps_heads else sum(parameter.numel() for parameter in merged.heads.parameters())
+        trained = self.method.changes_heads and not self.keeps_heads
+        heads = sum(parameter.numel() for parameter in merged.heads.parameters()) * trained
         labelled = self.method.teacher == "labels"
         images = {"labelled_images": IMAGES * labelled, "unlabelled_images": IMAGES * (not labelled)}
-        steps = SETTINGS.steps * (len(merged.tasks) if self.method.trains_heads_apart else 1)
+        steps = SETTINGS.steps * (len(merged.tasks) if self.method.trains_heads_apart else self.trainings)
         cost = {"steps": steps, "trained_parameters": heads + self.added} if self.trained else {}
         before = record.pop("after", {}).get("method")
         assert before == ("fold" if self.method.name == "distill" else None)
@@ -243,6 +252,8 @@ class RealignmentContract:
             message = rf"'{name}' needs labels of every task.*segmentation\."
             self.refuses(message, merged, data=rooms.select(["depth"]))
             return
+        if self.method.needs_base:
+            self.refuses("give base=", merged, experts=experts, images=rooms)
         self.refuses("give images=", merged, experts=experts)
         for none in (None, {}):
             self.refuses("needs the experts", merged, experts=none, images=rooms)
@@ -295,6 +306,7 @@ class RealignmentContract:
             for index, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (4, 24, 32, 3), np.uint8)):
                 Image.fromarray(pixels).save(data / f"{index}.png")
             arguments += ["--images", str(data), *(f"{task}={tmp_path / task}" for task in experts)]
+            arguments += ["--base", str(self.base_folder)] if self.method.needs_base else []
         arguments += ["--workers", "1"] if self.method.trains_heads_apart else []
         done = CliRunner().invoke(cli, ["realign", *arguments, "-o", str(tmp_path / "out"), "--json"])
         assert done.exit_code == 0, done.exception
@@ -322,7 +334,8 @@ class RealignmentContract:
         row = next(row for row in realignment_rows() if row["name"] == self.name)
         assert row["summary"] == summary(type(self.method)) or row["summary"].startswith("Short for ")
         assert row["paper"] and row["link"].startswith("https://")
-        assert row["needs"] == ("labelled images" if self.method.teacher == "labels" else "experts, unlabelled images")
+        needed = "labelled images" if self.method.teacher == "labels" else "experts, unlabelled images"
+        assert row["needs"] == needed + ", base" * self.method.needs_base
 
     def test_it_is_a_step_of_a_recipe(self) -> None:
         """tests/recipes/test_realignments.py runs it."""

@@ -21,6 +21,10 @@ CORRECTIONS = 2 * 4 * 2 * (32 * 3 + 3 * 32)
 """Weights in corrections of rank 3 for two tasks, of the patches and of the CLS token of four taps."""
 
 
+BLOCKS = 4 * (4 * 32 * 33 + 32 * 65 + 64 * 33 + 4 * 32 + 2 * 32)
+"""Weights in the four blocks: attention, the two layers of the MLP, two norms, two layer scales."""
+
+
 class TestHeads(RealignmentContract):
     name = "heads"
     given: ClassVar[dict[str, Any]] = {"cache_budget": "1GB"}
@@ -99,6 +103,19 @@ class TestSurgery(RealignmentContract):
     recorded: ClassVar[dict[str, Any]] = {"rank": 3, "weight_decay": 0.0}
     added = CORRECTIONS
     keeps_heads = True
+
+
+class TestSyMerge(RealignmentContract):
+    name = "symerge"
+    recorded: ClassVar[dict[str, Any]] = {"encoder_lr": 0.03}
+    added = 2 * 4  # experts, blocks
+
+
+class TestProDistill(RealignmentContract):
+    name = "prodistill"
+    recorded: ClassVar[dict[str, Any]] = {"weight_decay": 0.0}
+    added = 2 * BLOCKS
+    trainings = 4
 
 
 def test_every_re_alignment_is_here() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -22,7 +21,6 @@ from simomerge.assembly.realign import predictions as predictions_module
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.predictions import TeacherPredictions
-from simomerge.assembly.realign.training import prediction_distances
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images
@@ -368,13 +366,3 @@ def test_the_distance_of_other_maps_is_their_mean_absolute_difference(kind: str)
     logits, teacher = two_logits(kind)
     found = float(task_of(kind).distance(logits, teacher))
     assert found == pytest.approx(float((logits - teacher).abs().double().mean()), rel=1e-5)
-
-
-def test_prediction_distances_are_by_task(scene: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    predictions = TeacherPredictions(as_images(IMAGES[:6]), experts, tmp_path / "predictions")
-    batch = {key: torch.stack([predictions[i][key] for i in range(6)]) for key in ("image", "depth", "parts")}
-    with torch.no_grad():
-        found = prediction_distances(scene, batch)
-    assert list(found) == ["depth", "parts"]
-    for task, value in distances(scene, experts, IMAGES[:6]).items():
-        assert float(found[task]) == pytest.approx(value, rel=1e-2) and math.isfinite(value)

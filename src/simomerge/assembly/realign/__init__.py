@@ -1,9 +1,10 @@
 """Re-alignment: repair the mismatch between merged features and the experts' heads.
 
 - ``method.py``: the base classes and the registry.
-- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``react.py``, ``surgery.py``: one method
-  each, registered by the imports.
+- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``react.py``, ``surgery.py``,
+  ``symerge.py``, ``prodistill.py``: one method each, registered by the imports.
 - ``training.py``: what the methods that train have in common.
+- ``blend.py``: weights as a function of merging coefficients. ``blocks.py``: distillation block by block.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
   ``normal_equations.py`` is ridge regression from sums.
@@ -30,8 +31,10 @@ from simomerge.assembly.realign.method import (
     realignments,
     register,
 )
+from simomerge.assembly.realign.prodistill import ProDistill
 from simomerge.assembly.realign.react import React
 from simomerge.assembly.realign.surgery import Surgery
+from simomerge.assembly.realign.symerge import SyMerge
 from simomerge.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,9 +60,10 @@ def realign(
 ) -> SimoModel:
     """Re-align a merged model and return a new one; the given model stays as it is.
 
-    ``"fold"`` (closed form) and ``"distill"`` learn from the experts on images without labels; ``"heads"`` and
-    ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start from the result of another
-    method. Methods that put adapters or LoRA into the encoder need a model without adapters.
+    ``"fold"`` (closed form), ``"distill"``, ``"symerge"`` and ``"prodistill"`` learn from the experts on images without
+    labels; ``"heads"`` and ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start
+    from the result of another method; the fold needs the experts' heads. Methods that change the encoder need a model
+    without adapters.
 
     Args:
         model: A merged model.
@@ -89,7 +93,7 @@ def realign(
     if chosen.teacher == "labels":
         inputs = {"data": _labelled(chosen, model, data)}
     else:
-        inputs = {**_unlabelled(chosen, model, experts, images), "base": _foundation(chosen, base)}
+        inputs = {**_unlabelled(chosen, model, experts, images), "base": _foundation(chosen, model, base)}
     with distributed.temporary_folder() as temporary:
         return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
 
@@ -116,10 +120,15 @@ def _unlabelled(
     return {"experts": matching_experts(model, experts), "images": as_images(images, method.count)}
 
 
-def _foundation(method: Realignment, base: SimoModel | None) -> SimoModel | None:
-    if method.needs_base and base is None:
+def _foundation(method: Realignment, model: SimoModel, base: SimoModel | None) -> SimoModel | None:
+    from simomerge.checkpoints.experts import check_merged_from
+
+    if not method.needs_base:
+        return None
+    if base is None:
         raise InputError(f"re-alignment by {method.name!r} uses task vectors: give base=, the foundation encoder.")
-    return base if method.needs_base else None
+    check_merged_from(model.provenance, {}, base)
+    return base
 
 
 __all__ = [
@@ -129,9 +138,11 @@ __all__ = [
     "Heads",
     "Inputs",
     "Lora",
+    "ProDistill",
     "React",
     "Realignment",
     "Surgery",
+    "SyMerge",
     "get_realignment",
     "methods",
     "realign",

@@ -76,9 +76,12 @@ class ExpertDistances:
         return {name: value / len(data) for name, value in sums.items()}
 
     def _distances(self, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        if self.stored:
+            logits = model(batch["image"])
+            return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
         features = model.encode(batch["image"])
         logits = model.decode(features)
-        targets, layers = (batch, {}) if self.stored else self._predicted(batch["image"])
+        targets, layers = self._predicted(batch["image"])
         found = {name: task.distance(logits[name], targets[name]) for name, task in model.tasks.items()}
         for name, wanted in layers.items():
             given = [projection(features) for projection in _projections(model, name)]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from simomerge.assembly.realign.distillation import ExpertDistances
 from simomerge.assembly.realign.method import Inputs
 from simomerge.core.errors import InputError
+from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.loop import TrainLog, fit
 from simomerge.training.lpft import ModelLosses, finetune, image_losses, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings, TuneOptions
@@ -48,15 +52,27 @@ def train_with_heads(
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
 
 
-def prediction_distances(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The distance of each task's predictions to the teacher's.
+def match_predictions(
+    model: Any, predictions: Any, settings: TrainSettings, label: str, state_file: Path | None = None
+) -> TrainLog:
+    """Train a model towards the teacher's predictions, in place.
+
+    The distance of each task is divided by its value at the start.
 
     Args:
         model: A `SimoModel`, or a module with ``tasks`` that returns logits by task.
-        batch: Images, and the teacher's logits by task.
+        predictions: The dataset of the teacher's predictions.
     """
-    logits = model(batch["image"])
-    return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
+    distances = ExpertDistances({}).in_units_of(model, predictions)
+    return fit(
+        model,
+        partial(distances, model),
+        predictions,
+        settings,
+        transform=partial(random_flip, model.tasks),
+        state_file=state_file,
+        label=label,
+    )
 
 
 def train_heads(
