@@ -204,6 +204,7 @@ EXPERTS = {
         ({"test_images": 4}, TEST_SCORES),
         ({"tune": replace(SHORT, steps=5)}, EXPERTS | MERGED),
         ({"gallery": ("experts",)}, set()),
+        ({"align_split": "train"}, set()),  # all rows of this recipe use labels
         ({"augmentation": "none"}, EXPERTS | MERGED | {"joint-mtl seed 0", "score joint-mtl seed 0"}),
         (
             {"merge_settings": {"task-arithmetic": {"scale": 0.4}}},

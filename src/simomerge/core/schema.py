@@ -115,5 +115,6 @@ def validation_problems(error: Any, known: Any) -> list[str]:
             wanted = _WANTED.get(kind.split("_")[0])
             remedy = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing", "_from_float")) else one["msg"]
             remedy = f"use at least {one['ctx']['ge']}" if kind == "greater_than_equal" else remedy
+            remedy = f"use {one['ctx']['expected']}" if kind == "literal_error" else remedy
             found.append(f"{place} is {one['input']!r}; {remedy}")
     return found

@@ -87,15 +87,17 @@ def _epochs(given: dict[str, Any]) -> Iterator[str]:
     images = {name: given.get(name, getattr(Recipe, name)) for name in ("train_images", "val_images")}
     for name in ("probe", "tune", "joint"):
         yield from _epochs_of(name, given.get(name), images["train_images"], getattr(Recipe, name).batch_size)
+    unlabelled = "train_images" if given.get("align_split") == "train" else "val_images"
     for key, defaults in (("realign", REALIGN), ("refine", REFINE)):
         for step, parameters in _mapping(given.get(key)).items():
             default, method = defaults.get(step, {}), realignments().get(step)
             if "epochs" in _mapping(parameters) and not isinstance(method, TrainedRealignment | None):
                 yield f"{key}.{step}: epochs does nothing, because {step} does not train"
                 del parameters["epochs"]
-            count = _mapping(parameters).get("count", default.get("count", images["val_images"]))
-            if isinstance(count, int) and isinstance(images["val_images"], int):
-                count = min(count, images["val_images"])
+            available = images[unlabelled if getattr(method, "teacher", "") == "experts" else "val_images"]
+            count = _mapping(parameters).get("count", default.get("count", available))
+            if isinstance(count, int) and isinstance(available, int):
+                count = min(count, available)
             yield from _epochs_of(f"{key}.{step}", parameters, count, 32)
 
 

@@ -166,8 +166,9 @@ class Plan:
         return dict(sorted(found.items()))
 
     def _unlabelled(self, count: int | None) -> dict[str, Any]:
-        count = self.recipe.val_images if count is None else min(count, self.recipe.val_images)
-        return {**self.splits["val"], "count": count, "tasks": []}
+        """``count`` images of the split that rows without labels use; all of the recipe's by default."""
+        images = self.splits[self.recipe.align_split]
+        return {**images, "count": min(images["count"] if count is None else count, images["count"]), "tasks": []}
 
     # Re-alignments: the steps that follow a merge; rows with the same beginning share it.
 

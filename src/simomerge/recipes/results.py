@@ -38,7 +38,7 @@ def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> dict[str, 
         "realignments": _realignments(plan),
         "scale_curves": _curves(plan, graph),
         **({"relations": _relations(plan, graph)} if plan.relations else {}),
-        "notes": list(NOTES),
+        "notes": [note.format(align_split=SPLIT_NAMES[plan.recipe.align_split]) for note in NOTES],
     }
 
 
@@ -158,6 +158,7 @@ def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str,
     return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
 
 
+SPLIT_NAMES = {"val": "validation", "train": "training"}
 NOTES = (
     "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
     " higher is better. The test split chose no model, no scale and no setting; the headline names the row that came"
@@ -165,7 +166,7 @@ NOTES = (
     "The validation split chose the scales. Where training validates, it also chose the checkpoint of experts and joint"
     " model. It is the labelled data of every re-alignment with labels.",
     "Rows with 0 labelled images use no label in the merge either: their scale is the one that can be folded best."
-    " Their unlabelled images come from the validation split.",
+    " Their unlabelled images come from the {align_split} split.",
     "zero-shot+heads is the control: the unmerged base with re-aligned heads. The value of a merge is the difference"
     " to it.",
     "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
