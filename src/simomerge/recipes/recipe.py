@@ -336,8 +336,12 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
     except InputError as error:
         yield f"row {text!r}: {str(error).rstrip('.')}"
         return
-    if any(method.needs_plain_heads for method in made[row.merge != AUTO :]):
-        yield f"row {text!r}: a fold comes right after a merge, and auto is folded already"
+    changed = [row.merge == AUTO, *(method.changes_heads for method in made)]
+    if any(method.needs_plain_heads and any(changed[: place + 1]) for place, method in enumerate(made)):
+        yield (
+            f"row {text!r}: a fold comes right after a merge, or after steps that leave the heads as they are; auto is"
+            " folded already"
+        )
     with_adapters = [method.adds_adapters for method in made]
     if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
         yield f"row {text!r} adds adapters twice, or LoRA to an encoder with adapters"

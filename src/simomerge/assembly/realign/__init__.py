@@ -1,11 +1,12 @@
 """Re-alignment: repair the mismatch between merged features and the experts' heads.
 
 - ``method.py``: the base classes and the registry.
-- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``: one method each, registered by the imports.
+- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``calibrate.py``: one method each, registered
+  by the imports.
 - ``training.py``: what the methods that train have in common.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
-  ``normal_equations.py`` is ridge regression from sums.
+  ``normal_equations.py`` is ridge regression from sums. ``layers.py``: the calibration of an encoder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simomerge.assembly.realign.adapters import Adapters
+from simomerge.assembly.realign.calibrate import Calibrate
 from simomerge.assembly.realign.distill import Distill
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.heads import Heads
@@ -119,6 +121,7 @@ def _foundation(method: Realignment, base: SimoModel | None) -> SimoModel | None
 
 __all__ = [
     "Adapters",
+    "Calibrate",
     "Distill",
     "Fold",
     "Heads",

@@ -53,8 +53,8 @@ class Realignment(ABC):
 
     Class attributes: ``name``, ``paper`` and ``link`` (set by `register`), ``teacher`` ("experts": the experts'
     behaviour on unlabelled images; "labels": a labelled dataset), ``default_count`` (images that the command line
-    uses), ``needs_plain_heads`` (the model's heads must still be the experts'), ``needs_base`` (it also needs the
-    foundation encoder).
+    uses), ``changes_heads`` (whether the result's heads differ), ``needs_plain_heads`` (the model's heads must still be
+    the experts'), ``needs_base`` (it also needs the foundation encoder).
     """
 
     name: ClassVar[str]
@@ -62,6 +62,7 @@ class Realignment(ABC):
     link: ClassVar[str]
     teacher: ClassVar[str]
     default_count: ClassVar[int] = 256
+    changes_heads: ClassVar[bool] = True
     needs_plain_heads: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
 
@@ -78,7 +79,7 @@ class Realignment(ABC):
 
     @property
     def encoder_change(self) -> str:
-        """What happens to the encoder: "adapters" are added, "lora" is folded into its weights, or "" (nothing)."""
+        """What happens to the encoder: "adapters" are added, "lora" or a "calibration" is in its weights, or ""."""
         return ""
 
     @property

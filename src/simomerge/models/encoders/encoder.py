@@ -184,10 +184,14 @@ class Encoder(nn.Module):
         maps, cls = self._encode(images)
         return Features(maps, cls, (height, width), padded)
 
-    def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Maps (B, C, h, w) and CLS tokens (B, C) of padded images, one per tap."""
+    def restore_windows(self) -> None:
+        """Undo what an earlier forward pass did to shifted windows; see `Layout.windows`."""
         for block, shift, window in self.layout.windows:
             block.shift_size, block.window_size = shift, window
+
+    def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Maps (B, C, h, w) and CLS tokens (B, C) of padded images, one per tap."""
+        self.restore_windows()
         self._outputs = {}
         try:
             self.backbone(pixel_values=(images - self.mean) / self.std, **self.layout.arguments)
