@@ -30,6 +30,7 @@ REALIGN: dict[str, dict[str, Any]] = {
     "lora": {"steps": 100, "lr": 2e-3},
     "fold": {"count": 64},
     "fold-cross": {"count": 256},
+    "calibrate": {"count": 64},
     "distill": {"steps": 40, "lr": 1e-3, "count": 256},
     "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},
@@ -344,7 +345,7 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
         )
     with_adapters = [method.adds_adapters for method in made]
     if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
-        yield f"row {text!r} adds adapters twice, or LoRA to an encoder with adapters"
+        yield f"row {text!r} adds adapters twice, or changes an encoder that has adapters"
 
 
 def _gallery(recipe: Recipe) -> Iterator[str]:

@@ -195,7 +195,7 @@ def test_two_images_are_too_few_to_choose_a_ridge() -> None:
 def test_an_encoder_without_linear_layers_is_refused() -> None:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [2, 2], "layer_type": "basic"}
     model, experts = scene(Encoder(ResNetModel(ResNetConfig(**sizes))))
-    with pytest.raises(InputError, match="ResNetModel has no linear layers in its blocks.*use fold"):
+    with pytest.raises(InputError, match="ResNetModel has no linear layers in its blocks"):
         run(model, experts)
 
 

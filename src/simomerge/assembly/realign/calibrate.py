@@ -6,9 +6,10 @@ layers before it are calibrated, x_t what the same layer of expert t receives, a
     y_t = W_t (mix x_t + (1 - mix) x) + b_t
     argmin_{W, b}  mean_t sum_n || y_t[n] - W x[n] - b ||^2 + ridge || W - W_0 ||^2
 
-W_0 are the merged weights. All experts see the same images, so the mean over tasks is one regression of the mean target.
-FeatCal has one set of images per task, places the centre of the ridge on the line through base and merged weights, and
-calibrates layer norms too.
+W_0 are the merged weights. All experts see the same images, so the mean over tasks is one regression of the mean
+target, and with a mix of 0 the solution without a ridge is the mean of the experts' layers. FeatCal has one set of
+images per task, places the centre of the ridge on the line through base and merged weights, and calibrates layer norms
+too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The calibration of the linear layers inside an encoder: one ridge regression per input, in the order of the layers."""
+"""The calibration of the linear layers inside an encoder: ridge regressions in the order in which layers run."""
 
 from __future__ import annotations
 
@@ -236,8 +236,9 @@ def _linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
 
 def _stacked(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Weights and biases of layers that share one input, as those of one layer."""
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return torch.cat([layer.weight for layer in layers]).float(), torch.cat(biases).float() if biases else None
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    weight = torch.cat([layer.weight for layer in layers]).float()
+    return weight, torch.cat(biases).float() if biases else None
 
 
 def _by_image(rows: Tensor, batch: Batch) -> Tensor:
