@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
+from simomerge.datasets.batches import training_batches
 from simomerge.training.pool import WorkerPool
 
 from . import jobs
@@ -109,3 +111,22 @@ def test_an_interruption_ends_the_workers_at_once() -> None:
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30
+
+
+class _Numbers:
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(index)}
+
+
+def _sum_of_batches(loader_workers: int) -> int:
+    batches = training_batches(_Numbers(), 4, 4, 0, loader_workers=loader_workers)
+    return sum(int(batch["x"].sum()) for batch in batches)
+
+
+def test_a_worker_may_read_in_processes_of_its_own() -> None:
+    """On a GPU, trainings in the pool have loader processes."""
+    with WorkerPool(2) as pool:
+        assert pool.run([(_sum_of_batches, {"loader_workers": count}) for count in (0, 1)]) == [56, 56]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from multiprocessing import get_all_start_methods
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ def training_batches(
         num_workers=loader_workers,
         collate_fn=default_collate,
         pin_memory=torch.cuda.is_available(),
+        multiprocessing_context=_context(loader_workers),
     )
 
 
@@ -100,4 +102,12 @@ def ordered_batches(dataset: Any, batch_size: int, loader_workers: int = 0, shar
         batch_sampler=distributed.share(batches) if shared else batches,
         num_workers=loader_workers,
         collate_fn=default_collate,
+        multiprocessing_context=_context(loader_workers),
     )
+
+
+def _context(loader_workers: int) -> str | None:
+    """How a loader starts its processes. In a worker of loky the default is loky's own, which cannot start them."""
+    if not loader_workers:
+        return None
+    return "fork" if "fork" in get_all_start_methods() else "spawn"
