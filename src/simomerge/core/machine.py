@@ -41,7 +41,9 @@ def limit_threads(count: int) -> None:
 
 
 def mixed_precision(device: torch.device | str | None = None) -> str:
-    """ "bf16" if the device has matrix instructions for it (a GPU, or a CPU with AMX), else "no".
+    """ "bf16" if the device has instructions for products in bfloat16 (a GPU, or a CPU with AMX or AVX512-BF16).
+
+    Otherwise "no". Without these instructions a CPU would emulate bfloat16, which is slower than float32.
 
     Args:
         device: The default is the device that training uses.
@@ -49,8 +51,8 @@ def mixed_precision(device: torch.device | str | None = None) -> str:
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    has_matrix_unit = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if kind == "cpu" and has_matrix_unit() else "no"
+    instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return "bf16" if kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions) else "no"
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
