@@ -20,6 +20,7 @@ from simomerge.core.errors import DivergedError
 from simomerge.core.machine import autocast
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.tasks import Task
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
@@ -28,6 +29,9 @@ from simomerge.training.settings import TrainSettings, TuneOptions
 
 UNIT_IMAGES = 64
 """Images on which the distances at the start are measured."""
+
+LEAST_UNIT = 0.02
+"""The smallest unit of a task's distance, relative to the distance between predictions for different images."""
 
 VALIDATIONS = 8
 """Validations per training, unless the settings say how often."""
@@ -58,9 +62,23 @@ class ExpertDistances:
         return {task: found[task] + inside[task] for task in model.tasks}
 
     def in_units_of(self, model: SimoModel, data: DenseDataset) -> ExpertDistances:
-        """The same distances, in units of those of a model on some images of a dataset."""
+        """The same distances, in units of those of a model on some images of a dataset.
+
+        A unit is at least `LEAST_UNIT` times the distance between the expert's predictions for different images, so
+        that a task that merging hardly changed does not outweigh all others.
+        """
         sample = data.take(min(UNIT_IMAGES, len(data)))
-        return replace(self, units={name: max(value, 1e-6) for name, value in self.measured(model, sample).items()})
+        start, apart = self.measured(model, sample), self._apart(next(model.parameters()).device, model.tasks, sample)
+        return replace(
+            self, units={name: max(value, LEAST_UNIT * apart.get(name, 0), 1e-6) for name, value in start.items()}
+        )
+
+    @torch.no_grad()
+    def _apart(self, device: torch.device, tasks: Mapping[str, Task], sample: DenseDataset) -> dict[str, float]:
+        """The distance between each expert's predictions for one image and for the next, on at most 32 images."""
+        batch = {key: value.to(device) for key, value in next(iter(ordered_batches(sample, 32))).items()}
+        targets = batch if self.stored else self._predicted(batch["image"])[0]
+        return {name: float(task.distance(targets[name].roll(1, 0), targets[name])) for name, task in tasks.items()}
 
     @torch.no_grad()
     def measured(self, model: SimoModel, data: DenseDataset) -> dict[str, float]:
