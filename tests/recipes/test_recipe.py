@@ -54,3 +54,9 @@ def test_the_demo_is_small_and_the_benchmark_larger() -> None:
 def test_no_seeds_are_refused() -> None:
     with pytest.raises(InputError, match="at least 1"):
         demo_recipe(seeds=0)
+
+
+def test_spaces_in_a_row_do_not_matter() -> None:
+    recipe = Recipe(realigned=("average+heads(steps=3,lr=0.1)",), gallery=("average+heads( steps=3,  lr=0.1 )",))
+    assert recipe.realigned == recipe.gallery == ("average+heads(steps=3, lr=0.1)",)
+    assert recipe.realigned == tuple(map(str, recipe.rows))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simomerge.assembly.alignment import Aligner, Trial
+from simomerge.assembly.budget import distil_until
 from simomerge.assembly.coefficients import learn_coefficients
 from simomerge.assembly.experts import assemble, check_experts, with_parameters, with_statistics
 from simomerge.assembly.realign import realign
@@ -33,6 +36,7 @@ def merge(
     schedule: Schedule | Sequence[float] | str | None = None,
     count: int | None = None,
     size: tuple[int, int] | None = None,
+    minutes: float | None = None,
     **parameters: Any,
 ) -> SimoModel:
     """Merge the experts' encoders into one model that has the head of every expert.
@@ -48,8 +52,11 @@ def merge(
         validation: A dataset with labels of every task, for ``scale="auto"`` and for ``"fisher"`` without statistics.
         images: Images without labels: a folder of pictures, a sequence of images, or a dataset; also for ``"regmean"``.
         schedule: Factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
-        count: Number of images to use: by default 64 to choose a scale, 256 for everything else.
+        count: Number of images to use: by default 64 to choose a scale, 1,024 for ``"auto"`` with ``minutes``, and 256
+            for everything else.
         size: (height, width) to which pictures of a folder or list are resized; learning needs images of one size.
+        minutes: For ``"auto"``: distil the whole model after the fold for the rest of this time, if it suffices for
+            50 steps.
         **parameters: Further parameters of the method.
 
     Returns:
@@ -70,7 +77,9 @@ def merge(
     pictures = None if images is None else as_images(images, size=size)
     if method == "auto":
         given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
-        return _auto(base, experts, pictures, count, given)
+        return _auto(base, experts, pictures, count, minutes, given)
+    if minutes is not None:
+        raise InputError("minutes is the time of method='auto'; leave it out, or give that method.")
     if not isinstance(scale, str):
         chosen = with_parameters(method, {**parameters, "scale": scale} if scale is not None else parameters)
         experts = check_experts(base, experts)
@@ -132,20 +141,26 @@ def _auto(
     experts: Mapping[str, SimoModel],
     images: Any,
     count: int | None,
+    minutes: float | None,
     given: Mapping[str, Any],
 ) -> SimoModel:
-    """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, and fold it cross tap."""
+    """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, fold it cross tap, and distil it."""
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
     if images is None:
         raise InputError("method='auto' needs images without labels: give images=, such as a folder.")
     if wrong := [name for name, value in given.items() if value is not None]:
         raise InputError(f"method='auto' chooses {wrong[0]!r} itself; leave it out, or name a method.")
-    experts, count = check_experts(base, experts), count or 256
-    images = as_images(images, count).readable(one_size=True)
-    aligner = Aligner(base, experts, images, min(count, 64))
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError(f"minutes is {minutes}; give a number above 0.")
+    experts = check_experts(base, experts)
+    images = as_images(images, count or (256 if minutes is None else 1024)).readable(one_size=True)
+    few = as_images(images, 256)
+    aligner = Aligner(base, experts, few, min(len(few), 64))
     tried = [aligner.best_scale(get_method(name), schedule) for name, schedule in AUTO_METHODS]
     plain: Any = tried[0].method
-    aligner.try_out(learn_coefficients(base, experts, images, plain.scale, rounds=1))
-    return realign(_assembled(aligner, aligner.best), experts, images, variant="cross-tap")
+    aligner.try_out(learn_coefficients(base, experts, few, plain.scale, rounds=1))
+    folded = realign(_assembled(aligner, aligner.best), experts, few, variant="cross-tap")
+    return folded if ends is None else distil_until(ends, folded, experts, images)
 
 
 def _assembled(aligner: Aligner, chosen: Trial) -> SimoModel:

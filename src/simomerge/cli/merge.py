@@ -36,6 +36,11 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
 @options.pictures
 @options.data
 @click.option("--count", type=click.IntRange(1), help="Images to choose on. [default: 256 labelled or 64 unlabelled]")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Time for --method auto: it distils the whole model after the fold for the rest of this time.",
+)
 @options.output()
 def command(as_json: bool, **given: Any) -> None:
     """Merge the EXPERTs' encoders, fine-tuned from BASE, into one model with all their heads.
@@ -52,13 +57,14 @@ def command(as_json: bool, **given: Any) -> None:
     wanted = _Wanted(**given)
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
-    details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in ("method", "tried"))
+    details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in ("method", "tried", "then"))
     say(
         as_json,
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
         *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
         f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
         *(["The heads are folded and fit the merged encoder."] if wanted.method == "auto" else []),
+        *([f"After the fold: {made['then']}."] if "then" in made else []),
         f"{'Model' if tasks else 'Weights'}: {wanted.output}",
         f"Next: {wanted.next_step(bool(tasks))}",
     )
@@ -80,6 +86,7 @@ class _Wanted:
     size: str | None
     data: str
     count: int | None
+    minutes: float | None
     output: Path
     overwrite: bool
 
@@ -122,6 +129,8 @@ class _Wanted:
         if (self.method == "auto" or self.scale == "learned") and self.images is None:
             what = "--method auto" if self.method == "auto" else "--scale learned"
             raise InputError(f"{what} uses images without labels: give --images FOLDER.")
+        if self.minutes is not None and self.method != "auto":
+            raise InputError("--minutes is the time of --method auto; leave it out, or give that method.")
         if self.method != "auto":
             get_method(self.method, **{**given, "scale": 1.0} if self.searched else given)
         as_schedule(self.schedule)
@@ -160,9 +169,9 @@ class _Wanted:
         scale = self.scale if self.searched else parameters.pop("scale", None)
         inputs = self._inputs() if self.uses_images else {}
         with console():
-            model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
+            model = merge(foundation, loaded, self.method, scale=scale, **inputs, minutes=self.minutes, **parameters)
         model.save_pretrained(self.output, self.overwrite)
-        return model.provenance["merge"], tuple(model.tasks)
+        return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""
@@ -184,6 +193,18 @@ class _Wanted:
         experts = " ".join(f"{task}={expert}" for task, expert in self.experts.items())
         folded = f"simomerge realign {self.output} {experts} --images FOLDER -o {self.output}-folded"
         return f"{folded}   (the heads no longer fit)"
+
+
+def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:
+    """What auto did after the fold within its time."""
+    choice = provenance.get("auto")
+    if choice is None:
+        return {}
+    if choice["chosen"] == "fold-cross":
+        return {"then": "the fold alone; more time or more images would help"}
+    ratios = provenance["realign"]["distance_ratio"]
+    shown = ", ".join(f"{task} {ratio:.2f}" for task, ratio in ratios.items())
+    return {"then": f"{choice['steps']} steps of distill-encoder; distance to the experts after / before: {shown}"}
 
 
 def _trial(trial: dict[str, Any]) -> str:

@@ -49,6 +49,7 @@ def full_size(recipe: Recipe) -> Recipe:
             "adapters": {"steps": 150, "lr": 1e-3},
             "distill": {"steps": 200, "count": 512},
             "distill-adapters": {"steps": 120, "count": 512},
+            "distill-encoder": {"steps": 300, "lr": 1e-3, "count": 512},
         },
         refine={"heads": {"steps": 120}, "adapters": {"steps": 80}},
         realigned=(

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from simomerge.assembly.realign import Realignment, get_realignment, realignments
 from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
 from simomerge.core.errors import InputError
-from simomerge.core.schema import nearest, validation_problems
-from simomerge.merging import get_method
-from simomerge.models.heads import HEADS, build_head
+from simomerge.core.schema import validation_problems
+from simomerge.recipes.problems import problems_of
 from simomerge.recipes.row import AUTO, Row
 from simomerge.recipes.space import SearchSettings
-from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 from simomerge.training.settings import TrainSettings
 
 DEMO_TASKS = ("segmentation", "depth", "normals")
@@ -45,6 +52,21 @@ REFINE: dict[str, dict[str, Any]] = {name: {"steps": 40, "lr": 1e-3} for name in
 _Class = TypeVar("_Class")
 Count = Annotated[StrictInt, Field(ge=1)]
 Names = tuple[StrictStr, ...]
+
+
+def _with_spaces(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Rows in the form that names their stages; what is not a row stays, for a message about it."""
+
+    def canonical(text: str) -> str:
+        try:
+            return str(Row.parse(text))
+        except InputError:
+            return text
+
+    return tuple(map(canonical, names))
+
+
+RowNames = Annotated[Names, AfterValidator(_with_spaces)]
 
 
 def _complete_training(default: TrainSettings) -> BeforeValidator:
@@ -110,7 +132,7 @@ class RecipeError(InputError):
 
 
 def _checked(kind: type[_Class]) -> type[_Class]:
-    """Class decorator: what pydantic or `_problems` finds is raised as one RecipeError, before any training."""
+    """Class decorator: what pydantic or `problems_of` finds is raised as one RecipeError, before any training."""
     validate = kind.__init__
 
     def __init__(self: Any, **values: Any) -> None:
@@ -119,7 +141,7 @@ def _checked(kind: type[_Class]) -> type[_Class]:
             validate(self, **values)
         except ValidationError as error:
             raise RecipeError([*problems, *validation_problems(error, _known_keys)]) from None
-        problems += _problems(self)
+        problems += problems_of(self)
         if problems:
             raise RecipeError(problems)
 
@@ -195,7 +217,7 @@ class Recipe:
     augmentation: StrictStr = "flip"
     merges: Names = ("zero-shot", "average", "task-arithmetic", "ties")
     merge_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    realigned: Names = (
+    realigned: RowNames = (
         "zero-shot+heads",
         "zero-shot+fold-cross",
         "task-arithmetic+heads",
@@ -206,10 +228,12 @@ class Recipe:
         "task-arithmetic+fold+heads",
         "task-arithmetic+fold+adapters",
         "auto",
+        "zero-shot+distill-encoder",
+        "task-arithmetic+distill-encoder",
     )
     realign: _Realign = field(default_factory=lambda: dict(REALIGN))
     refine: _Refine = field(default_factory=lambda: dict(REFINE))
-    gallery: Names = ("experts", "task-arithmetic", "task-arithmetic+fold-cross", "task-arithmetic+heads")
+    gallery: RowNames = ("experts", "task-arithmetic", "task-arithmetic+fold-cross", "task-arithmetic+distill-encoder")
     relate: StrictBool = False
 
     @property
@@ -246,125 +270,6 @@ class Recipe:
         """What decides the results, as plain data: everything but names and places of this machine."""
         places = ("title", "base", "data", "data_options", "output", "search")
         return {key: value for key, value in asdict(self).items() if key not in places}
-
-
-# What is wrong with a recipe, a sentence each without its full stop.
-
-
-def _problems(recipe: Recipe) -> Iterator[str]:
-    yield from _lists(recipe)
-    yield from _unknown("augmentation", [recipe.augmentation], AUGMENTATIONS)
-    yield from _unknown("loss weighting", recipe.joint_weightings, WEIGHTINGS)
-    if "equal" not in recipe.joint_weightings:
-        yield "joint_weightings needs 'equal', the joint MTL that everything is compared with"
-    yield from _head(recipe)
-    yield from _merges(recipe)
-    wrong_steps = list(_steps_known(recipe))
-    yield from wrong_steps
-    for row in recipe.realigned:
-        yield from _row(recipe, row, check_parameters=not wrong_steps)
-    if recipe.relate and (recipe.val_images < 8 or len(recipe.tasks) < 2):
-        yield "relate needs at least two tasks, and 8 images of the validation split"
-    yield from _gallery(recipe)
-
-
-def _lists(recipe: Recipe) -> Iterator[str]:
-    for name in ("tasks", "seeds", "joint_weightings", "merges", "realigned", "gallery"):
-        values = getattr(recipe, name)
-        if len(set(values)) < len(values):
-            yield f"{name} has {next(v for v in values if values.count(v) > 1)!r} twice"
-    for name, one in (("tasks", "task"), ("seeds", "seed")):
-        if not getattr(recipe, name):
-            yield f"{name} is empty; give at least one {one}"
-    if wrong := [seed for seed in recipe.seeds if not 0 <= seed < 2**63]:
-        yield f"seed {wrong[0]}; use 0 to {2**63 - 1}"
-    if wrong_names := [task for task in recipe.tasks if task in ("image", "split")]:
-        yield f"no task can be called {wrong_names[0]!r}"
-
-
-def _unknown(what: str, names: Sequence[str], known: Collection[str]) -> Iterator[str]:
-    for name in names:
-        if name not in known:
-            yield f"unknown {what} {name!r}; choose among: {', '.join(known)}"
-
-
-def _head(recipe: Recipe) -> Iterator[str]:
-    if recipe.head not in HEADS:
-        yield from _unknown("head", [recipe.head], HEADS)
-        return
-    try:  # a head for an encoder of four narrow taps
-        build_head(recipe.head, (8, 8, 8, 8), 1, dict(recipe.head_settings))
-    except (InputError, RuntimeError) as error:  # RuntimeError: sizes that torch cannot make
-        yield f"head_settings: {str(error).splitlines()[0].rstrip('.')}"
-
-
-def _merges(recipe: Recipe) -> Iterator[str]:
-    for name in recipe.merges:
-        try:
-            method = get_method(name, **recipe.merge_settings.get(name, {})).for_experts(recipe.tasks)
-        except InputError as error:
-            yield str(error).rstrip(".")
-            continue
-        if method.needs_labels or method.needs_data:
-            yield f"{name!r} needs statistics of the experts; merge it by `simomerge merge`"
-        if len(recipe.tasks) < method.minimum_experts:
-            yield f"{name!r} needs at least {method.minimum_experts} tasks, and there are {len(recipe.tasks)}"
-    if wrong := [name for name in recipe.merge_settings if name not in recipe.merges]:
-        yield f"merge_settings has {wrong[0]!r}, which is not one of the recipe's merges"
-
-
-def _steps_known(recipe: Recipe) -> Iterator[str]:
-    for key in ("realign", "refine"):
-        for name, parameters in getattr(recipe, key).items():
-            try:
-                get_realignment(name, **parameters)
-            except InputError as error:
-                yield f"{key}.{name}: {str(error).rstrip('.')}"
-            if "seed" in parameters:
-                yield f"{key}.{name}.seed: a recipe's seeds are those of `seeds`; leave it out"
-
-
-def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
-    try:
-        row = Row.parse(text)
-    except InputError as error:
-        yield str(error).rstrip(".")
-        return
-    if row.merge not in (AUTO, *recipe.merges):
-        known_merges = ", ".join((*recipe.merges, AUTO))
-        yield f"row {text!r} starts with {row.merge!r}; add it to `merges`, or start with one of {known_merges}"
-        return
-    known = all(step.name in realignments() for step in row.steps)
-    if not known or not (row.steps or row.merge == AUTO):
-        yield f"row {text!r} is not a merge followed by one or more of +{', +'.join(realignments())}"
-        return
-    if not check_parameters:
-        return
-    try:
-        made = [recipe.method(prefix) for prefix in row.prefixes()]
-    except InputError as error:
-        yield f"row {text!r}: {str(error).rstrip('.')}"
-        return
-    changed = [row.merge == AUTO, *(method.changes_heads for method in made)]
-    late = [method.name for place, method in enumerate(made) if method.needs_plain_heads and any(changed[: place + 1])]
-    if late:
-        yield (
-            f"row {text!r}: a {late[0]} comes right after a merge, or after steps that leave the heads as they are;"
-            " auto is folded already"
-        )
-    with_adapters = [method.adds_adapters for method in made]
-    if any(method.changes_encoder and any(with_adapters[:place]) for place, method in enumerate(made)):
-        yield f"row {text!r} adds adapters twice, or changes the weights of an encoder with adapters"
-
-
-def _gallery(recipe: Recipe) -> Iterator[str]:
-    """Rows of the default gallery that a recipe does not have are left out; others are an error."""
-    joint = [f"joint-mtl-{name}" for name in recipe.joint_weightings]
-    rows = ["experts", "joint-mtl", *joint, *recipe.merges, *recipe.realigned]
-    for row in recipe.gallery if recipe.gallery != Recipe.gallery else ():
-        if row not in rows:
-            near = nearest(row, rows)
-            yield f"gallery has {row!r}, which is no row of the recipe" + (f"; did you mean {near!r}" if near else "")
 
 
 def steps_of(epochs: Any, images: int, batch_size: int) -> int:

@@ -18,7 +18,9 @@ from simomerge.datasets.tasks import Task, colourise
 from simomerge.models.model import load
 from simomerge.recipes.graph import Graph
 from simomerge.recipes.plan import Plan
+from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.row import AUTO, CONTROL, Row
+from simomerge.recipes.stages import searches_scale
 from simomerge.training.evaluate import delta_mtl, normalised_performance
 
 
@@ -38,7 +40,7 @@ def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> dict[str, 
         "realignments": _realignments(plan),
         "scale_curves": _curves(plan, graph),
         **({"relations": _relations(plan, graph)} if plan.relations else {}),
-        "notes": [note.format(align_split=SPLIT_NAMES[plan.recipe.align_split]) for note in NOTES],
+        "notes": _notes(plan),
     }
 
 
@@ -159,21 +161,30 @@ def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str,
 
 
 SPLIT_NAMES = {"val": "validation", "train": "training"}
-NOTES = (
-    "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
-    " higher is better. The test split chose no model, no scale and no setting; the headline names the row that came"
-    " out best.",
-    "The validation split chose the scales. Where training validates, it also chose the checkpoint of experts and joint"
-    " model. It is the labelled data of every re-alignment with labels.",
-    "Rows with 0 labelled images use no label in the merge either: their scale is the one that can be folded best."
-    " Their unlabelled images come from the {align_split} split.",
-    "zero-shot+heads is the control: the unmerged base with re-aligned heads. The value of a merge is the difference"
-    " to it.",
-    "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
-    " targets; the last two overlap the tasks texture and depth.",
-    "The costs of the experts and of joint MTL are those of their training; the costs of all other rows come on top of"
-    " the experts. Seconds are those of one process, with as many processes at the same time as there are cores.",
-)
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What a reader has to know to judge the figures of this run."""
+    recipe, split = plan.recipe, SPLIT_NAMES[plan.recipe.align_split]
+    searched = any(searches_scale(name, recipe.merge_settings.get(name, {})) for name in recipe.merges)
+    notes = {
+        "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
+        " higher is better. The test split chose no model, no scale and no setting; the headline names the row that"
+        " came out best.": True,
+        "The validation split chose the scales of the merges without a re-alignment.": searched,
+        "Where training validates, the validation split chose the checkpoint of experts and joint model. It is the"
+        " labelled data of every re-alignment with labels.": True,
+        "Rows with 0 labelled images use no label in the merge either: their scale is the one that can be folded best."
+        f" Their unlabelled images come from the {split} split.": bool(recipe.realigned),
+        "Rows that start with zero-shot are the controls: the unmerged base, re-aligned in the same way. The value of a"
+        " merge is the difference to its control.": any(row.merge == CONTROL for row in recipe.rows),
+        "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"
+        " targets; the last two overlap the tasks texture and depth.": recipe.base == Recipe.base,
+        "The costs of the experts and of joint MTL are those of their training; the costs of all other rows come on top"
+        " of the experts. Seconds are those of one process, with as many processes at the same time as there are"
+        " cores.": True,
+    }
+    return [text for text, applies in notes.items() if applies]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

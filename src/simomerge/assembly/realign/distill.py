@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 INSIDE = ("adapters", "lora", "encoder")
 """What can learn together with the heads."""
 
+CACHE_BUDGET = "20GB"
+"""Disk space for the experts' predictions, unless it is given."""
+
 ENCODER_RATE = 0.4
 """The encoder's learning rate relative to the heads', unless it is given."""
 
@@ -84,16 +87,21 @@ class Distill(TrainedRealignment):
         when={"trains": INSIDE},
         help="Keep the experts' predictions on disk, or compute them for every batch; auto keeps them if they fit.",
     )
-    cache_budget: str = parameter(
-        "20GB", resource=True, when={"trains": INSIDE}, help="Disk space that auto gives to the experts' predictions."
+    cache_budget: str | None = parameter(
+        None,
+        kind=str,
+        resource=True,
+        when={"trains": INSIDE},
+        help="Disk space that auto gives to the experts' predictions; 20GB by default.",
     )
     checkpointing: bool = checkpointing_parameter()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from simomerge.checkpoints import parse_size
+        if self.cache_budget is not None:
+            from simomerge.checkpoints import parse_size
 
-        parse_size(self.cache_budget)  # raises before any work
+            parse_size(self.cache_budget)  # raises before any work
         if self.predictions == "stored" and self._needs_live:
             raise InputError(
                 f"{self.name}: stored predictions fit neither augmentation='scale-crop-flip' nor features above 0; use"
@@ -184,7 +192,7 @@ class Distill(TrainedRealignment):
         if self.predictions != "auto":
             return self.predictions == "stored"
         needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
-        return not self._needs_live and needed <= parse_size(self.cache_budget)
+        return not self._needs_live and needed <= parse_size(self.cache_budget or CACHE_BUDGET)
 
 
 def trained_names(model: SimoModel, last_blocks: int) -> set[str]:
