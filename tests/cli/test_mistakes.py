@@ -41,6 +41,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "parameter's parameter": ((*MERGE, "--method", "average", "--scale", "1"), "'average' has no parameter 'scale'"),
     "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, .*'auto' or 'learned'"),
     "negative scale": ((*MERGE, "--scale", "-1"), "scale must be"),
+    "minutes without auto": ((*MERGE, "--minutes", "2"), "--minutes is the time of --method auto"),
     "scale of a method without": ((*MERGE, "--method", "average", "--scale", "auto"), "no parameter 'scale'"),
     "pair": (("merge", "BASE", "depth", "-o", "OUT"), "'depth': give TASK=EXPERT"),
     "task twice": (("merge", "BASE", "depth=DEPTH", "depth=x", "-o", "OUT"), "two experts for task 'depth'"),

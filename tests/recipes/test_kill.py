@@ -29,8 +29,10 @@ realign:
   heads: {{steps: 60, batch_size: 8}}
   adapters: {{steps: 60, batch_size: 8}}
   distill: {{steps: 60, batch_size: 8}}
+  distill-encoder: {{steps: 60, batch_size: 8}}
 merges: [average, task-arithmetic]
-realigned: [task-arithmetic+heads, task-arithmetic+adapters, task-arithmetic+fold, average+distill]
+realigned:
+  [task-arithmetic+heads, task-arithmetic+adapters, task-arithmetic+fold, average+distill, average+distill-encoder]
 """
 
 # Trainings this short are never saved at the usual pace, twenty seconds; here every fifth of one.

@@ -1,0 +1,115 @@
+"""`auto` within a time budget: as many steps of distillation as fit, or the fold alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simomerge.assembly import budget
+from simomerge.assembly import merge as merging
+from simomerge.assembly.budget import LEAST_STEPS, MARGIN, distil_until
+from simomerge.assembly.realign import realign
+from simomerge.core.errors import InputError
+from simomerge.datasets.pictures import Images, as_images
+from simomerge.datasets.tasks import Task
+from simomerge.models.model import SimoModel
+
+from .realign.contract import same, weights
+
+IMAGES = list(np.repeat(np.repeat(np.random.default_rng(0).random((16, 4, 4, 3), np.float32), 6, 1), 8, 2))
+pytestmark = [
+    pytest.mark.usefixtures("float32"),
+    pytest.mark.filterwarnings("ignore:.*the fold stays close to the unfolded head:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def experts(make_model: Callable[..., SimoModel]) -> dict[str, SimoModel]:
+    expert = make_model([Task("depth")], "dpt", 1)
+    with torch.no_grad():
+        for parameter in expert.encoder.backbone.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return {"depth": expert}
+
+
+@pytest.fixture(scope="module")
+def folded(make_model: Callable[..., SimoModel], experts: dict[str, SimoModel]) -> SimoModel:
+    merged = make_model([Task("depth")], "dpt", 1)
+    merged.provenance = {"merge": {"method": "average"}}
+    return realign(merged, experts, IMAGES, ridge="none")
+
+
+def images() -> Images:
+    return as_images(IMAGES)
+
+
+def test_all_steps_that_fit_are_made(
+    folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_seconds_per_step", lambda *_: 0.5)
+    result = distil_until(time.monotonic() + 0.5 * 60 / MARGIN, folded, experts, images())
+    choice, record = result.provenance["auto"], result.provenance["realign"]
+    assert choice["chosen"] == "distill-encoder" and choice["steps"] == record["steps"] == pytest.approx(60, abs=1)
+    assert record["after"]["method"] == "fold" and record["trains"] == "encoder"
+    assert all(ratio < 1 for ratio in record["distance_ratio"].values())
+
+
+def test_without_time_the_fold_stays(folded: SimoModel, experts: dict[str, SimoModel]) -> None:
+    result = distil_until(time.monotonic() + 0.01, folded, experts, images())
+    assert same(weights(result), weights(folded)) and result.provenance["auto"]["chosen"] == "fold-cross"
+    assert result.provenance["realign"] == folded.provenance["realign"]
+
+
+def test_the_speed_is_measured(folded: SimoModel, experts: dict[str, SimoModel], tmp_path: Any) -> None:
+    began = time.monotonic()
+    seconds = budget._seconds_per_step(folded, experts, images(), tmp_path)
+    assert 0 < seconds < (time.monotonic() - began) / 4
+    assert (tmp_path / "predictions" / "done").exists() and not (tmp_path / "timing").exists()
+
+
+def test_distillation_that_does_only_harm_is_not_chosen(
+    folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_seconds_per_step", lambda *_: 0.5)
+    made = budget.get_realignment
+    monkeypatch.setattr(budget, "get_realignment", lambda name, steps: made(name, steps=steps, lr=0.9))
+    near = realign(folded, experts, IMAGES, method="distill-encoder", steps=150, batch_size=8)
+    result = distil_until(time.monotonic() + 0.5 * (LEAST_STEPS + 5) / MARGIN, near, experts, images())
+    assert result.provenance["auto"]["chosen"] == "fold-cross" and same(weights(result), weights(near))
+
+
+def test_auto_hands_its_time_on(
+    folded: SimoModel,
+    experts: dict[str, SimoModel],
+    make_model: Callable[..., SimoModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+
+    def keep(ends: float, model: SimoModel, experts: Any, pictures: Images) -> SimoModel:
+        given.append((ends, len(pictures), model.provenance["realign"]["method"]))
+        return model
+
+    monkeypatch.setattr(merging, "distil_until", keep)
+    monkeypatch.setattr(merging, "learn_coefficients", lambda *_, **__: merging.TaskArithmetic(scale=0.35))
+    monkeypatch.setattr(merging, "AUTO_METHODS", merging.AUTO_METHODS[:1])
+    began = time.monotonic()
+    merging.merge(make_model({}), experts, "auto", images=IMAGES, minutes=2)
+    ((ends, count, method),) = given
+    assert began + 120 <= ends < began + 121 and count == 16 and method == "fold"
+    merging.merge(make_model({}), experts, "auto", images=IMAGES)
+    assert len(given) == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mistakes_are_named(experts: dict[str, SimoModel], make_model: Callable[..., SimoModel]) -> None:
+    base = make_model({})
+    with pytest.raises(InputError, match="minutes is the time of method='auto'"):
+        merging.merge(base, experts, "ties", minutes=2)
+    with pytest.raises(InputError, match="minutes is -1; give a number above 0"):
+        merging.merge(base, experts, "auto", images=IMAGES, minutes=-1)
