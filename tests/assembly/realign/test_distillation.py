@@ -294,3 +294,8 @@ def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size(
     with pytest.raises(InputError, match=r"predictions on 16 images need 0\.0 GB, and 0\.0 GB are free"):
         distil(start, experts, predictions="stored", work_folder=tmp_path)
     assert not list((tmp_path / "predictions").iterdir())
+
+
+def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    with pytest.warns(UserWarning, match=r"12 images are few, and the model may come to fit them alone"):
+        distil(start, experts, training=replace(SETTINGS, steps=1))

@@ -33,6 +33,9 @@ UNIT_IMAGES = 64
 LEAST_UNIT = 0.02
 """The smallest unit of a task's distance, relative to the distance between predictions for different images."""
 
+FEW_IMAGES = 32
+"""With fewer images for training, a warning says so."""
+
 VALIDATIONS = 8
 """Validations per training, unless the settings say how often."""
 
@@ -163,6 +166,11 @@ class Distilling:
         else:
             data = UnlabelledImages(inputs.images, inputs.experts)
         train, held_out = hold_out_run(data, self.hold_out)
+        if len(train) < FEW_IMAGES:
+            warnings.warn(
+                f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.",
+                stacklevel=5,
+            )
         distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
         before = distances.measured(model, held_out) if held_out else {}
         cost = self._fit(model, distances, (train, held_out), inputs, label)

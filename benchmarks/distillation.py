@@ -1,0 +1,95 @@
+"""Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against unlabelled images.
+
+The header of recipes/rooms-small.yaml has the command of the run whose curves docs/benchmarks.md shows.
+
+    python benchmarks/distillation.py runs/rooms-distill --picture docs/pictures/distillation.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from simomerge.recipes.row import Row
+
+STARTS = {"task-arithmetic": ("from the merge", "#1f77b4"), "zero-shot": ("control: from the base", "#ff7f0e")}
+Point = tuple[int, float, float]
+"""Steps or images, mean and standard deviation of Delta_MTL."""
+
+
+def points(results: Mapping[str, Any], merge: str, by: str) -> list[Point]:
+    """The rows of the distilled encoder after one merge that differ in steps, or in images, only."""
+    settings = results["recipe"]["realign"]["distill-encoder"]
+    given = [(Row.parse(row["method"]), row["delta_mtl"]) for row in results["rows"] if "+" in row["method"]]
+    found = []
+    for row, delta in given:
+        if row.merge != merge or [step.name for step in row.steps] != ["distill-encoder"]:
+            continue
+        chosen = dict(row.steps[0].parameters)
+        steps, count = chosen.get("steps", settings["steps"]), chosen.get("count", settings["count"])
+        if (by == "steps") == (count == settings["count"]) or (by == "count" and steps == IMAGES_AT_STEPS):
+            found.append((steps if by == "steps" else count, delta["mean"], delta["std"] or 0.0))
+    return sorted(found)
+
+
+IMAGES_AT_STEPS = 300
+"""The curve over images is at this number of steps."""
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    steps_panel, images_panel = figure.subplots(1, 2, sharey=True)
+    joint = [row for row in results["rows"] if row["method"].startswith("joint-mtl")]
+    best = max(joint, key=lambda row: row["delta_mtl"]["mean"])
+    for merge, (label, colour) in STARTS.items():
+        _curve(steps_panel, points(results, merge, "steps"), label, colour)
+        _curve(images_panel, points(results, merge, "count"), label, colour)
+    for panel in (steps_panel, images_panel):
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.axhline(
+            best["delta_mtl"]["mean"], color="gray", linestyle="--", label=f"best joint training, {best['method']}"
+        )
+        panel.set_xscale("log")
+        panel.grid(alpha=0.3)
+    steps_panel.set(xlabel="steps of 32 images", ylabel="Delta_MTL (%), 0 = the experts", title="Steps")
+    images_panel.set(xlabel="unlabelled images", title=f"Images, {IMAGES_AT_STEPS} steps")
+    steps_panel.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def _curve(panel: Any, found: Sequence[Point], label: str, colour: str) -> None:
+    if not found:
+        return
+    x, mean, std = (list(values) for values in zip(*found, strict=True))
+    panel.plot(x, mean, marker="o", color=colour, label=label)
+    panel.fill_between(
+        x,
+        [m - s for m, s in zip(mean, std, strict=True)],
+        [m + s for m, s in zip(mean, std, strict=True)],
+        color=colour,
+        alpha=0.2,
+    )
+    panel.set_xticks(x, labels=[f"{value:,}" for value in x], minor=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--picture", type=Path, help="where to write the curves as PNG")
+    given = parser.parse_args()
+    results = json.loads((given.run / "results.json").read_text(encoding="utf-8"))
+    for merge in STARTS:
+        for by in ("steps", "count"):
+            shown = ", ".join(f"{x:,}: {mean:.1f} ± {std:.1f}" for x, mean, std in points(results, merge, by))
+            print(f"{merge}, by {by}: {shown}")
+    if given.picture:
+        plot(results, given.picture)
+
+
+if __name__ == "__main__":
+    main()
