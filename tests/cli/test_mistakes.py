@@ -66,8 +66,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         "encoder_lr must be a number above 0, got -1.0",
     ),
     "steps": ((*TRAIN, "--task", "depth", "--steps", "0"), "0 is not in the range"),
-    "head": ((*TRAIN, "--task", "depth", "--head", "liner"), "'liner' is not one of"),
-    "re-alignment": (("realign", "SCENE", "--method", "head", "-o", "OUT"), "'head' is not one of"),
+    "head": ((*TRAIN, "--task", "depth", "--head", "liner"), "no 'liner': did you mean 'linear'"),
+    "re-alignment": (("realign", "SCENE", "--method", "head", "-o", "OUT"), "no 'head': did you mean 'heads'"),
     "re-aligned path": (("realign", "./nowhere", "--method", "heads", "-o", "OUT"), "no such folder"),
     "re-aligned base": (("realign", "BASE", "--method", "heads", "--count", "4", "-o", "OUT"), "no heads to re-align"),
     "rate of re-alignment": (
@@ -80,7 +80,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("realign", "SCENE", "depth=DEPTH", "--images", "./nowhere", "--steps", "3", "-o", "OUT"),
         "--steps does nothing under --method fold",
     ),
-    "adapters and LoRA": ((*DISTILL, "--trains", "both", "-o", "OUT"), "'both' is not one of 'heads', 'adapters'"),
+    "adapters and LoRA": ((*DISTILL, "--trains", "both", "-o", "OUT"), "no 'both': choose from heads, adapters"),
     "rank of no adapters": (
         (*DISTILL, "--rank", "2", "-o", "OUT"),
         "rank does nothing unless trains is adapters or lora",

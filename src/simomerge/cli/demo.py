@@ -13,7 +13,7 @@ from simomerge.cli.output import console, report_run
 
 @click.command("demo")
 @click.option("--tasks", default="segmentation,depth,normals", show_default=True, help="Names, or 'all' for five.")
-@click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
+@click.option("--head", type=options.Name(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of repetitions.")
 @click.option("--full", is_flag=True, help="The full benchmark, which takes tens of minutes per seed.")
 @click.option("--base", default="rooms-base", show_default=True, help="Foundation encoder to start from.")

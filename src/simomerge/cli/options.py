@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from simomerge.core.errors import InputError
+from simomerge.core.registry import suggestion
 from simomerge.core.schema import plain_value
 from simomerge.training.choices import TRACKERS
 from simomerge.training.settings import TrainSettings
@@ -93,6 +94,16 @@ def logs_of(output: Path) -> Path:
     return output.parent / f"{output.name}-logs"
 
 
+class Name(click.Choice[str]):
+    """One of several names; for a misspelt one, the nearest is suggested."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            option = param.opts[-1] if param else "this option"
+            raise InputError(f"{option}: there is no '{value}'{suggestion(value, self.choices)}")
+        return str(value)
+
+
 # Arguments and options ----------------------------------------------------------------------------------
 
 some_experts = click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...", callback=_pairs)
@@ -171,7 +182,7 @@ def from_parameter(spec: Field[Any], help: str = "", default: Any = None) -> Dec
         return click.option(flag, spec.name, is_flag=True, default=None, help=text)
     kind, callback = limits["kind"], None
     if limits["choices"]:
-        kind = click.Choice(limits["choices"])
+        kind = Name(limits["choices"])
     elif limits["many"] or limits["words"]:
         kind, callback = str, _plain
     elif kind is int and limits["low"] is not None:

@@ -60,7 +60,7 @@ def _help() -> str:
 @click.command("realign", help=_help())
 @click.argument("model")
 @options.some_experts
-@click.option("--method", type=click.Choice(list(realignments())), default="fold", show_default=True)
+@click.option("--method", type=options.Name(list(realignments())), default="fold", show_default=True)
 @options.pictures
 @click.option("--base", help="The foundation encoder: a folder, a hub id or rooms-base.")
 @options.data
@@ -157,6 +157,10 @@ def _lines(record: dict[str, Any], tasks: list[str], ridge: object) -> list[str]
     lines = [
         f"Re-aligned {', '.join(tasks)} by {record['method']} on {images} images: {record['seconds']:.1f} s{trained}."
     ]
+    for task, ratio in record.get("distance_ratio", {}).items():
+        lines.append(f"  {task:<14} distance to the expert on held-out images: {ratio:.2f} times that at the start")
+    if record.get("best_step") == 0:
+        lines.append("  No step was better than the start on held-out images, so the weights at the start are kept.")
     for task, after in record.get("r2", {}).items():
         before, used = record["r2_before"][task], record["ridge"][task]
         if after is not None:

@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 @options.data
 @click.option("--images", type=click.IntRange(1), help="Training images. [default: 1000 rooms; else all]")
 @click.option("--val-images", type=click.IntRange(1), help="Images for early stopping. [default: 256; else all]")
-@click.option("--head", type=click.Choice(["linear", "dpt"]), default="linear", show_default=True)
+@click.option("--head", type=options.Name(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
 @options.training(steps=200, batch_size=32, lr=1e-3, encoder_lr=3e-4, seed=0)
 @click.option(
     "--weighting",
-    type=click.Choice(list(WEIGHTINGS)),
+    type=options.Name(list(WEIGHTINGS)),
     default="equal",
     show_default=True,
     help="How a joint model's losses are combined.",
 )
 @click.option(
     "--augmentation",
-    type=click.Choice(list(AUGMENTATIONS)),
+    type=options.Name(list(AUGMENTATIONS)),
     default="flip",
     show_default=True,
     help="Augmentation while encoder and heads are tuned; the paper uses the last one.",
