@@ -474,3 +474,46 @@ def test_what_auto_cannot_do_is_reported(base: SimoModel, experts: dict[str, Sim
 def test_experts_come_back_with_the_one_task_they_are_named_for(base: SimoModel, experts: dict[str, SimoModel]) -> None:
     checked = check_experts(base, {"far": experts["depth"], "normals": experts["normals"]})
     assert {name: list(expert.tasks) for name, expert in checked.items()} == {"far": ["far"], "normals": ["normals"]}
+
+
+# Names in place of models -------------------------------------------------------------------------------
+
+
+def test_folders_may_be_given_in_place_of_models(
+    base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
+) -> None:
+    for name, model in {"base": base, **experts}.items():
+        model.save_pretrained(tmp_path / name)
+    folders = {task: str(tmp_path / task) for task in experts}
+    merged = simomerge.merge(str(tmp_path / "base"), folders, scale=0.4)
+    assert same(weights(merged), weights(merge(base, experts, scale=0.4)))
+    merged.save_pretrained(tmp_path / "scene")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = simomerge.realign(str(tmp_path / "scene"), folders, images=rooms)
+        expected = simomerge.realign(merged, experts, images=rooms)
+    assert same(weights(found), weights(expected))
+    assert simomerge.evaluate(tmp_path / "scene", rooms) == evaluate(merged, rooms)
+
+
+def test_what_is_no_model_is_named(base: SimoModel, experts: dict[str, SimoModel]) -> None:
+    wrong: Any = [*experts.values()]
+    with pytest.raises(InputError, match="experts is a list: give them by task"):
+        merge(base, wrong)
+    wrong = {"depth": experts["depth"].encoder}
+    with pytest.raises(InputError, match="Encoder given where a model is needed"):
+        merge(base, wrong)
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        merge("./nowhere", experts)
+    with pytest.raises(InputError, match=r"dataset is the text 'rooms': give sm\.data\('rooms', split='test'\)"):
+        simomerge.evaluate(experts["depth"], "rooms")
+
+
+def test_size_resizes_the_pictures_of_a_re_alignment(base: SimoModel, experts: dict[str, SimoModel]) -> None:
+    merged = merge(base, experts, scale=0.4)
+    pictures = list(torch.rand((8, 3, 30, 50), generator=torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = simomerge.realign(merged, experts, pictures, size=(24, 32))
+        large = simomerge.realign(merged, experts, pictures)
+    assert not same(weights(small), weights(large))

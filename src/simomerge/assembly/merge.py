@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from simomerge.assembly.alignment import Aligner, Trial
@@ -16,7 +17,7 @@ from simomerge.assembly.scale import search_scale
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
-from simomerge.models.model import SimoModel
+from simomerge.models.model import SimoModel, as_model, as_models
 
 AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
     ("task-arithmetic", None),
@@ -27,8 +28,8 @@ AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
 
 
 def merge(
-    base: SimoModel,
-    experts: Mapping[str, SimoModel],
+    base: SimoModel | str | Path,
+    experts: Mapping[str, SimoModel | str | Path],
     method: str | MergeMethod = "task-arithmetic",
     scale: float | Mapping[str, Any] | str | None = None,
     validation: Any = None,
@@ -42,8 +43,8 @@ def merge(
     """Merge the experts' encoders into one model that has the head of every expert.
 
     Args:
-        base: The foundation encoder that all experts were fine-tuned from.
-        experts: One model per task; the key names the task.
+        base: The foundation encoder that all experts were fine-tuned from, or its folder or hub id.
+        experts: One model, or its folder, per task; the key names the task.
         method: A name of `simomerge.merging.available()`, a method, or ``"auto"``, which tries several on ``images``,
             folds each, and returns the best one, folded.
         scale: The factor of the merged task vector. ``"auto"`` chooses it on the labels of ``validation``, after a
@@ -73,7 +74,7 @@ def merge(
         >>> model = merge(base, experts, "ties", density=0.2, scale=0.4)          # doctest: +SKIP
         >>> model = merge(base, experts, "auto", images="photos/")                # doctest: +SKIP
     """
-    plan = as_schedule(schedule)
+    base, experts, plan = as_model(base), as_models(experts), as_schedule(schedule)
     pictures = None if images is None else as_images(images, size=size)
     if method == "auto":
         given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}

@@ -234,6 +234,26 @@ def load(source: str | Path) -> SimoModel:
     return model
 
 
+def as_model(given: Any) -> SimoModel:
+    """A model as it is, or the model that a name stands for: a folder, a hub id or rooms-base.
+
+    Raises:
+        InputError: Neither a model nor a name, or the name cannot be loaded.
+    """
+    if isinstance(given, (str, Path)):
+        return load(given)
+    if not isinstance(given, SimoModel):
+        raise InputError(f"{type(given).__name__} given where a model is needed: give sm.load(...), or its folder.")
+    return given
+
+
+def as_models(given: Any) -> dict[str, SimoModel]:
+    """Models by task, each as `as_model` takes it. Raises InputError."""
+    if not isinstance(given, Mapping):
+        raise InputError(f"experts is a {type(given).__name__}: give them by task, such as {{'depth': 'runs/depth'}}.")
+    return {str(task): as_model(model) for task, model in given.items()}
+
+
 def as_expert(expert: SimoModel, task: str) -> SimoModel:
     """The expert with one task, which is called ``task``."""
     own = expert.tasks[own_task(expert.tasks, task)]

@@ -14,7 +14,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import as_images
-from simomerge.models.model import SimoModel
+from simomerge.models.model import SimoModel, as_model, as_models
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
@@ -76,8 +76,8 @@ class Relations:
 
 
 def relate(
-    base: SimoModel,
-    experts: Mapping[str, SimoModel],
+    base: SimoModel | str | Path,
+    experts: Mapping[str, SimoModel | str | Path],
     images: Any = None,
     data: DenseDataset | None = None,
     merged: SimoModel | None = None,
@@ -93,8 +93,8 @@ def relate(
     other half is used to judge.
 
     Args:
-        base: the foundation encoder that all experts were fine-tuned from.
-        experts: experts by task; the key names the task.
+        base: the foundation encoder that all experts were fine-tuned from, or its folder or hub id.
+        experts: experts, or their folders, by task; the key names the task.
         images: images without labels: a folder of pictures, a sequence of images, or a dataset whose labels are not
             read.
         data: a dataset with labels of every task; never the test split.
@@ -118,6 +118,7 @@ def relate(
     """
     chosen = check_sections(sections, images is not None or data is not None, merged is not None)
     check_lambdas(lambdas)
+    base, experts = as_model(base), as_models(experts)
     experts = _check_experts(base, experts, merged if "alignment" in chosen else None, chosen)
     if chosen == ["geometry"]:
         return Relations(list(experts), geometry=geometry(base, experts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
-from simomerge.models.model import SimoModel
+from simomerge.models.model import SimoModel, as_model
 from simomerge.training.metrics import TaskMetrics
 
 Scores = dict[str, dict[str, float]]
@@ -40,13 +41,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: SimoModel, dataset: Any, batch_size: int = 64, label: str = "evaluate") -> Scores:
+def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, label: str = "evaluate") -> Scores:
     """Metrics of all tasks that both the model and the dataset have.
 
     Under torchrun each process evaluates its share of the batches, and all return the same scores.
 
     Args:
-        model: An expert or a model with several heads.
+        model: An expert or a model with several heads, or its folder.
         dataset: Samples with ``image`` and targets; the images of a batch have one size.
         batch_size: Images per batch.
 
@@ -58,6 +59,9 @@ def evaluate(model: SimoModel, dataset: Any, batch_size: int = 64, label: str = 
         >>> scores["depth"]["abs_err"]                                       # doctest: +SKIP
         0.41
     """
+    model = as_model(model)
+    if isinstance(dataset, (str, Path)):
+        raise InputError(f"dataset is the text {str(dataset)!r}: give sm.data({str(dataset)!r}, split='test').")
     shared = _shared_tasks(model.tasks, dataset.tasks)
     device = next(model.parameters()).device
     metrics = {name: TaskMetrics(model.tasks[name]).to(device) for name in shared}

@@ -48,13 +48,13 @@ preset("distill-encoder", "distill", trains="encoder")
 
 
 def realign(
-    model: SimoModel,
-    experts: Mapping[str, SimoModel] | None = None,
+    model: SimoModel | str | Path,
+    experts: Mapping[str, SimoModel | str | Path] | None = None,
     images: Any = None,
     data: Any = None,
     method: str | Realignment = "fold",
     *,
-    base: SimoModel | None = None,
+    base: SimoModel | str | Path | None = None,
     work_folder: str | Path | None = None,
     workers: int = 1,
     **parameters: Any,
@@ -67,8 +67,8 @@ def realign(
     without adapters.
 
     Args:
-        model: A merged model.
-        experts: By task, the experts that the model was merged from.
+        model: A merged model, or its folder.
+        experts: By task, the experts that the model was merged from, or their folders.
         images: A folder of pictures, a sequence of images, or a dataset whose labels are not read.
         data: A dataset with the targets of every task.
         method: A method or preset by name (`simomerge methods` lists them), or a `Realignment`.
@@ -76,7 +76,8 @@ def realign(
         work_folder: Folder for features, predictions and the state of a killed run. Do not share it between
             re-alignments. The default is a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
-        **parameters: Parameters of the method and, where it trains, of its `TrainSettings`.
+        **parameters: Parameters of the method and, where it trains, of its `TrainSettings`. ``size``, a height and a
+            width in pixels, resizes the pictures of a folder or list.
 
     Raises:
         InputError: The method or a parameter is unknown, an input is missing, or the model or the inputs do not fit the
@@ -87,14 +88,18 @@ def realign(
         >>> model = realign(model, data=load_data("rooms", split="val"), method="heads", steps=60)  # doctest: +SKIP
     """
     from simomerge.core import distributed
+    from simomerge.models.model import as_model, as_models
 
+    size = parameters.pop("size", None)
     chosen = get_realignment(method, **parameters) if isinstance(method, str) else method
+    model, base = as_model(model), None if base is None else as_model(base)
+    experts = as_models(experts) if experts else {}
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
     if chosen.teacher == "labels":
         inputs = {"data": _labelled(chosen, model, data)}
     else:
-        inputs = {**_unlabelled(chosen, model, experts, images), "base": _foundation(chosen, model, base)}
+        inputs = {**_unlabelled(chosen, model, experts, images, size), "base": _foundation(chosen, model, base)}
     with distributed.temporary_folder() as temporary:
         return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
 
@@ -111,14 +116,14 @@ def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
 
 
 def _unlabelled(
-    method: Realignment, model: SimoModel, experts: Mapping[str, SimoModel] | None, images: Any
+    method: Realignment, model: SimoModel, experts: Mapping[str, SimoModel], images: Any, size: Any
 ) -> dict[str, Any]:
     from simomerge.assembly.realign.teacher import matching_experts
     from simomerge.datasets.pictures import as_images
 
     if images is None:
         raise InputError(f"re-alignment by {method.name!r} uses images without labels: give images=, such as a folder.")
-    return {"experts": matching_experts(model, experts), "images": as_images(images, method.count)}
+    return {"experts": matching_experts(model, experts), "images": as_images(images, method.count, size)}
 
 
 def _foundation(method: Realignment, model: SimoModel, base: SimoModel | None) -> SimoModel | None:
