@@ -12,7 +12,7 @@ import torch
 
 from simomerge.assembly import budget
 from simomerge.assembly import merge as merging
-from simomerge.assembly.budget import LEAST_STEPS, MARGIN, distil_until
+from simomerge.assembly.budget import distil_until
 from simomerge.assembly.realign import realign
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import Images, as_images
@@ -48,39 +48,51 @@ def images() -> Images:
     return as_images(IMAGES)
 
 
-def test_all_steps_that_fit_are_made(
+def test_as_many_steps_are_made_as_fit(
     folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_seconds_per_step", lambda *_: 0.5)
-    result = distil_until(time.monotonic() + 0.5 * 60 / MARGIN, folded, experts, images())
+    monkeypatch.setattr(budget, "LEAST_STEPS", 1)
+    began = time.monotonic()
+    result = distil_until(began + 6, folded, experts, images())
+    assert time.monotonic() - began < 15  # a slow machine makes fewer steps
     choice, record = result.provenance["auto"], result.provenance["realign"]
-    assert choice["chosen"] == "distill-encoder" and choice["steps"] == record["steps"] == pytest.approx(60, abs=1)
+    assert choice == {"chosen": "distill-encoder", "steps": record["steps"]} and record["steps"] > 8
     assert record["after"]["method"] == "fold" and record["trains"] == "encoder"
     assert all(ratio < 1 for ratio in record["distance_ratio"].values())
 
 
 def test_without_time_the_fold_stays(folded: SimoModel, experts: dict[str, SimoModel]) -> None:
     result = distil_until(time.monotonic() + 0.01, folded, experts, images())
-    assert same(weights(result), weights(folded)) and result.provenance["auto"]["chosen"] == "fold-cross"
+    assert same(weights(result), weights(folded))
+    assert result.provenance["auto"] == {
+        "chosen": "fold-cross",
+        "reason": "the time does not suffice for distillation",
+    }
     assert result.provenance["realign"] == folded.provenance["realign"]
-
-
-def test_the_speed_is_measured(folded: SimoModel, experts: dict[str, SimoModel], tmp_path: Any) -> None:
-    began = time.monotonic()
-    seconds = budget._seconds_per_step(folded, experts, images(), tmp_path)
-    assert 0 < seconds < (time.monotonic() - began) / 4
-    assert (tmp_path / "predictions" / "done").exists() and not (tmp_path / "timing").exists()
 
 
 def test_distillation_that_does_only_harm_is_not_chosen(
     folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_seconds_per_step", lambda *_: 0.5)
+    near = realign(folded, experts, IMAGES, method="distill-encoder", steps=60, batch_size=8)
     made = budget.get_realignment
-    monkeypatch.setattr(budget, "get_realignment", lambda name, steps: made(name, steps=steps, lr=0.9))
-    near = realign(folded, experts, IMAGES, method="distill-encoder", steps=150, batch_size=8)
-    result = distil_until(time.monotonic() + 0.5 * (LEAST_STEPS + 5) / MARGIN, near, experts, images())
-    assert result.provenance["auto"]["chosen"] == "fold-cross" and same(weights(result), weights(near))
+    monkeypatch.setattr(budget, "LEAST_STEPS", 1)
+    monkeypatch.setattr(budget, "get_realignment", lambda name, steps: made(name, steps=min(steps, 12), lr=0.9))
+    result = distil_until(time.monotonic() + 6, near, experts, images())
+    assert result.provenance["auto"]["reason"] == "distillation came no closer to the experts"
+    assert same(weights(result), weights(near))
+
+
+def test_distillation_that_fails_leaves_the_fold(
+    folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> SimoModel:
+        raise InputError("the disk is full.")
+
+    monkeypatch.setattr(budget, "_distil", fail)
+    with pytest.warns(UserWarning, match=r"auto keeps the fold, because distillation failed: the disk is full\."):
+        result = distil_until(time.monotonic() + 6, folded, experts, images())
+    assert same(weights(result), weights(folded)) and "disk is full" in result.provenance["auto"]["reason"]
 
 
 def test_auto_hands_its_time_on(

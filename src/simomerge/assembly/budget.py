@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from simomerge.assembly.realign import get_realignment, realign
+from simomerge.assembly.realign.distillation import VALIDATIONS
 from simomerge.core import distributed
+from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.models.model import SimoModel
 
-TIMED_STEPS = 4
+TIMED_STEPS = (2, 8)
+"""Steps of the two trainings whose difference in time gives the time of a step."""
+
 LEAST_STEPS = 50
-"""With fewer steps, distillation ends about where the fold does."""
+"""Fewer steps are not worth it: a one-cycle schedule first leads away from the fold."""
 
 MOST_STEPS = 2000
-MARGIN = 0.85
-"""Share of the remaining time that is planned; the rest covers validation and slower steps."""
+MARGIN = 0.9
+"""Share of the remaining time that is planned."""
 
 
 def distil_until(ends: float, model: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> SimoModel:
     """Distil the whole model on the experts' predictions until about a point in time.
 
-    The result is the given model if the time does not suffice for `LEAST_STEPS` steps, or if no state of the training
-    is closer to the experts on held-out images.
+    The result is the given model if the time does not suffice for `LEAST_STEPS` steps, if no state of the training is
+    closer to the experts on held-out images, or if the training fails; a warning then says why.
 
     Args:
         ends: On the clock of ``time.monotonic``.
@@ -35,33 +39,55 @@ def distil_until(ends: float, model: SimoModel, experts: Mapping[str, SimoModel]
         images: As `simomerge.datasets.pictures.as_images` gives them, all of one size.
 
     Returns:
-        A model whose provenance records the choice under ``auto``.
+        A model whose provenance records the choice, and the reason for it, under ``auto``.
     """
-    with distributed.temporary_folder() as folder:
-        seconds = _seconds_per_step(model, experts, images, folder)
-        left = ends - time.monotonic()
-        steps = min(MOST_STEPS, int(distributed.from_first(MARGIN * left / seconds)))
-        choice = {"seconds_per_step": round(seconds, 3), "seconds_left": round(left, 1)}
-        if steps < LEAST_STEPS:
-            progress("auto", 1, 1, f"the fold: {left:.0f} s are left, and {LEAST_STEPS} steps take more")
-            return _with_choice(model, {"chosen": "fold-cross", **choice})
-        progress("auto", 0, 1, f"distill-encoder: {steps} steps fit into {left:.0f} s")
-        method = get_realignment("distill-encoder", steps=steps)
-        distilled = realign(model, experts, images, method=method, work_folder=folder)
-    kept = distilled.provenance["realign"].get("best_step") == 0
-    if kept:
-        return _with_choice(model, {"chosen": "fold-cross", **choice})
-    return _with_choice(distilled, {"chosen": "distill-encoder", "steps": steps, **choice})
+    try:
+        with distributed.temporary_folder() as folder:
+            distilled = _distilled(ends, model, experts, images, folder)
+    except InputError as error:
+        warnings.warn(f"auto keeps the fold, because distillation failed: {error}", stacklevel=3)
+        return _with_choice(model, {"chosen": "fold-cross", "reason": f"distillation failed: {error}"})
+    if distilled is None:
+        return _with_choice(model, {"chosen": "fold-cross", "reason": "the time does not suffice for distillation"})
+    record = distilled.provenance["realign"]
+    if record.get("best_step") == 0:
+        return _with_choice(model, {"chosen": "fold-cross", "reason": "distillation came no closer to the experts"})
+    return _with_choice(distilled, {"chosen": "distill-encoder", "steps": record["steps"]})
 
 
-def _seconds_per_step(model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path) -> float:
-    """Seconds of one step of training; the experts' predictions stay in the folder for the training itself."""
-    method = get_realignment("distill-encoder", steps=TIMED_STEPS, hold_out=0)
-    timed = realign(model, experts, images, method=method, work_folder=folder / "timing")
-    if (folder / "timing" / "predictions").exists():
-        (folder / "timing" / "predictions").rename(folder / "predictions")
-    shutil.rmtree(folder / "timing", ignore_errors=True)
-    return float(timed.provenance["realign"]["seconds"]) / TIMED_STEPS
+def _distilled(
+    ends: float, model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path
+) -> SimoModel | None:
+    """The distilled model; None if the time does not suffice."""
+
+    def timed(steps: int) -> float:
+        began = time.monotonic()
+        _distil(steps, model, experts, images, folder)
+        _forget(folder)
+        return time.monotonic() - began
+
+    timed(1)  # the experts' predictions are stored, and the device is warm
+    few, more = (timed(steps) for steps in TIMED_STEPS)
+    step = max(more - few, 1e-3) / (TIMED_STEPS[1] - TIMED_STEPS[0])
+    overhead = few * VALIDATIONS / TIMED_STEPS[0]
+    left = MARGIN * (ends - time.monotonic()) - overhead
+    steps = min(MOST_STEPS, int(distributed.from_first(left / step)))
+    if steps < LEAST_STEPS:
+        progress("auto", 1, 1, f"the fold: {max(left, 0):.0f} s are left, and {LEAST_STEPS} steps take more")
+        return None
+    progress("auto", 0, 1, f"distill-encoder: {steps} steps fit into {left:.0f} s")
+    return _distil(steps, model, experts, images, folder)
+
+
+def _distil(steps: int, model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path) -> SimoModel:
+    return realign(model, experts, images, method=get_realignment("distill-encoder", steps=steps), work_folder=folder)
+
+
+def _forget(folder: Path) -> None:
+    """Remove the state of a training, so that the next one starts at the beginning."""
+    if distributed.is_first():
+        (folder / "state.pt").unlink(missing_ok=True)
+    distributed.wait()
 
 
 def _with_choice(model: SimoModel, choice: Mapping[str, Any]) -> SimoModel:

@@ -155,7 +155,7 @@ def _auto(
         raise InputError(f"minutes is {minutes}; give a number above 0.")
     experts = check_experts(base, experts)
     images = as_images(images, count or (256 if minutes is None else 1024)).readable(one_size=True)
-    few = as_images(images, 256)
+    few = images if minutes is None else as_images(images, 256)
     aligner = Aligner(base, experts, few, min(len(few), 64))
     tried = [aligner.best_scale(get_method(name), schedule) for name, schedule in AUTO_METHODS]
     plain: Any = tried[0].method

@@ -35,7 +35,11 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
 @options.size_in_bytes("--max-shard-size", "Split larger weights, such as 2GB. [default: one file]")
 @options.pictures
 @options.data
-@click.option("--count", type=click.IntRange(1), help="Images to choose on. [default: 256 labelled or 64 unlabelled]")
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    help="Images to choose on. [default: 64 for a scale, else 256; auto with --minutes: 1,024]",
+)
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
@@ -63,8 +67,8 @@ def command(as_json: bool, **given: Any) -> None:
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
         *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
         f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
-        *(["The heads are folded and fit the merged encoder."] if wanted.method == "auto" else []),
-        *([f"After the fold: {made['then']}."] if "then" in made else []),
+        *(["The heads are folded."] if wanted.method == "auto" else []),
+        *([made["then"]] if "then" in made else []),
         f"{'Model' if tasks else 'Weights'}: {wanted.output}",
         f"Next: {wanted.next_step(bool(tasks))}",
     )
@@ -201,10 +205,11 @@ def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:
     if choice is None:
         return {}
     if choice["chosen"] == "fold-cross":
-        return {"then": "the fold alone; more time or more images would help"}
+        return {"then": f"It stays at the fold: {choice['reason'].rstrip('.')}."}
     ratios = provenance["realign"]["distance_ratio"]
     shown = ", ".join(f"{task} {ratio:.2f}" for task, ratio in ratios.items())
-    return {"then": f"{choice['steps']} steps of distill-encoder; distance to the experts after / before: {shown}"}
+    judged = f" The distances to the experts on held-out images are these times those of the fold: {shown}."
+    return {"then": f"Then it was distilled for {choice['steps']} steps.{judged if shown else ''}"}
 
 
 def _trial(trial: dict[str, Any]) -> str:

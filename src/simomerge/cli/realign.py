@@ -65,7 +65,11 @@ def _help() -> str:
 @click.option("--base", help="The foundation encoder: a folder, a hub id or rooms-base.")
 @options.data
 @click.option("--split", default="val", show_default=True, help="Split of the data.")
-@click.option("--count", type=click.IntRange(1), help="Number of images. [default: 64 to fold, 256 otherwise]")
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    help="Number of images. [default: 64 in closed form and for prodistill, else 256]",
+)
 @_parameter_options()
 @options.training()
 @options.workers

@@ -17,9 +17,11 @@ class DivergedError(InputError):
     Attributes:
         step: The step at which this was found.
         kept: Whether the module has the weights of its best validation.
+        best_step: The step of that validation.
     """
 
-    def __init__(self, message: str, step: int = 0, kept: bool = False) -> None:
+    def __init__(self, message: str, step: int = 0) -> None:
         super().__init__(message)
         self.step = step
-        self.kept = kept
+        self.kept = False
+        self.best_step = 0

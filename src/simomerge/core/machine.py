@@ -52,7 +52,8 @@ def mixed_precision(device: torch.device | str | None = None) -> str:
     if kind == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return "bf16" if kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions) else "no"
+    has_them = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in instructions)
+    return "bf16" if kind == "cpu" and has_them else "no"
 
 
 def autocast(device: torch.device | str) -> torch.autocast:

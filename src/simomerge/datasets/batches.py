@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import get_all_start_methods
 from typing import Any
 
 import numpy as np
@@ -110,4 +110,4 @@ def _context(loader_workers: int) -> str | None:
     """How a loader starts its processes. In a worker of loky the default is loky's own, which cannot start them."""
     if not loader_workers:
         return None
-    return "fork" if "fork" in get_all_start_methods() else "spawn"
+    return "fork" if sys.platform == "linux" else "spawn"

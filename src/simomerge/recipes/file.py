@@ -98,7 +98,8 @@ def _epochs(given: dict[str, Any]) -> Iterator[str]:
             count = _mapping(parameters).get("count", default.get("count", available))
             if isinstance(count, int) and isinstance(available, int):
                 count = min(count, available)
-            yield from _epochs_of(f"{key}.{step}", parameters, count, 32)
+            size = method.training.batch_size if isinstance(method, TrainedRealignment) else 32
+            yield from _epochs_of(f"{key}.{step}", parameters, count, size)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -56,8 +56,9 @@ def _unknown(what: str, names: Sequence[str], known: Collection[str]) -> Iterato
 
 
 def _head(recipe: Recipe) -> Iterator[str]:
-    if recipe.head not in HEADS:
-        yield from _unknown("head", [recipe.head], HEADS)
+    known = [kind for kind, head in HEADS.items() if not getattr(head, "wraps_a_head", False)]
+    if recipe.head not in known:
+        yield from _unknown("head", [recipe.head], known)
         return
     try:  # a head for an encoder of four narrow taps
         build_head(recipe.head, (8, 8, 8, 8), 1, dict(recipe.head_settings))

@@ -249,7 +249,8 @@ class Recipe:
         """
         step = row.steps[-1]
         parameters = {**self.realign.get(step.name, {})}
-        if row.merge == AUTO or any(self.method(each).teacher == "experts" for each in row.before.prefixes()):
+        before = [self.method(each) for each in row.before.prefixes()]
+        if row.merge == AUTO or any(method.teacher == "experts" and method.changes_heads for method in before):
             parameters |= self.refine.get(step.name, {})
         parameters |= dict(step.parameters)
         made = get_realignment(step.name, **parameters)

@@ -108,13 +108,13 @@ def fit(
         try:
             log = trainer.run(train, validation, transform)
         except DivergedError as error:
-            error.kept = trainer.state.restore_best()
+            error.kept, error.best_step = trainer.state.restore_best(), trainer.log.best_step
             raise
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise InputError(
-                    f"{label}: memory does not suffice for {settings.batch_size} images per step; use a smaller batch,"
-                    " smaller images, gradient checkpointing, or train fewer blocks."
+                    f"{label}: memory does not suffice for {settings.batch_size} images per step; use a smaller batch"
+                    " or smaller images. If the encoder is trained, gradient checkpointing and fewer blocks help too."
                 ) from error
             raise
         finally:

@@ -17,14 +17,14 @@ _COEFFICIENTS = "encoder.coefficients"
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases and norms; the encoder may have its own learning rates."""
+    """AdamW without weight decay on biases, norms and merging coefficients; the encoder may have its own rates."""
     if not parameters:
         raise InputError("nothing to train: no parameter requires a gradient.")
     rates = _encoder_rates(parameters, settings)
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         part, lr = ("encoder", rates[name]) if name in rates else ("heads", settings.lr)
-        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        decay = settings.weight_decay if parameter.ndim > 1 and not name.startswith(_COEFFICIENTS) else 0.0
         group = groups.setdefault((part, lr, decay), {"params": [], "part": part, "lr": lr, "weight_decay": decay})
         group["params"].append(parameter)
     return torch.optim.AdamW(groups.values(), fused=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simomerge.assembly.realign import distillation, get_realignment, realign
 from simomerge.assembly.realign.distillation import ExpertDistances, hold_out_run
+from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
 from simomerge.datasets.base import random_flip
@@ -299,3 +300,31 @@ def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size(
 def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:
     with pytest.warns(UserWarning, match=r"12 images are few, and the model may come to fit them alone"):
         distil(start, experts, training=replace(SETTINGS, steps=1))
+
+
+@pytest.mark.parametrize("method", ["heads", "adapters", "surgery", "prodistill", "distill", "distill-adapters"])
+def test_a_rate_of_the_encoder_that_has_no_effect_is_refused(method: str) -> None:
+    with pytest.raises(InputError, match="encoder_lr does nothing, because the encoder's weights do not learn"):
+        get_realignment(method, encoder_lr=1e-4)
+    with pytest.raises(InputError, match="layer_decay does nothing"):
+        get_realignment(method, layer_decay=0.5)
+
+
+@pytest.mark.parametrize("method", ["lora", "distill-lora", "distill-encoder"])
+def test_a_rate_of_the_encoder_is_taken_where_it_learns(method: str) -> None:
+    made: Any = get_realignment(method, encoder_lr=1e-4, layer_decay=0.5)
+    assert (made.training.encoder_lr, made.training.layer_decay) == (1e-4, 0.5)
+
+
+def test_features_of_heads_that_declare_none_are_refused(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    plain = copy.deepcopy(start)
+    plain.heads = nn.ModuleDict({task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()})
+    corrected = realign(plain, experts, IMAGES, method="surgery", steps=1, batch_size=8)
+    with pytest.raises(InputError, match="no head declares its first layers, so features has no effect"):
+        distil(corrected, experts, features=0.5)
+
+
+def test_it_folds_where_an_earlier_re_alignment_left_the_heads_alone() -> None:
+    changed = {"realign": {"method": "fold", "after": {"method": "prodistill"}}}
+    assert heads_were_changed(changed) and heads_were_changed({"realign": {"method": "of-another-version"}})
+    assert not heads_were_changed({}) and not heads_were_changed({"realign": {"method": "prodistill"}})

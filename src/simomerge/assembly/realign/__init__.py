@@ -61,10 +61,9 @@ def realign(
 ) -> SimoModel:
     """Re-align a merged model and return a new one; the given model stays as it is.
 
-    ``"fold"`` (closed form), ``"distill"``, ``"symerge"`` and ``"prodistill"`` learn from the experts on images without
-    labels; ``"heads"`` and ``"adapters"`` (the paper's) and ``"lora"`` learn from labels. All but the fold may start
-    from the result of another method; the fold needs the experts' heads. Methods that change the encoder need a model
-    without adapters.
+    Some methods learn from the experts on images without labels, others from labels; `simomerge methods` says which.
+    Methods that need the experts' own heads come right after the merge; all others may start from the result of another
+    method. Methods that put adapters into the encoder or change its weights need a model without adapters.
 
     Args:
         model: A merged model, or its folder.

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from simomerge.assembly.realign.blend import ElementBlend, task_vectors
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_write_bytes
 from simomerge.core.machine import autocast
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.model import SimoModel
@@ -54,7 +55,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockSamples(Dataset[dict[str, Tensor]]):
-    """What one block shall learn.
+    """What one block learns.
 
     Attributes:
         inputs: Hidden states that reach the block in the merged encoder, float32 (images, ...).
@@ -124,13 +125,14 @@ class BlockDistillation:
             blend.settle()
             if distributed.is_first():
                 work.mkdir(parents=True, exist_ok=True)
-                save_file({name: value.contiguous() for name, value in block.state_dict().items()}, finished)
+                weights = {name: value.contiguous() for name, value in block.state_dict().items()}
+                atomic_write_bytes(finished, save(weights))
                 state_file.unlink(missing_ok=True)
         return cost
 
     @torch.no_grad()
     def samples(self, index: int, images: Any, batch_size: int = 32) -> BlockSamples:
-        """What a block shall learn, given that all blocks before it are trained."""
+        """What a block learns, given that all blocks before it are trained."""
         device = next(self.model.parameters()).device
         inputs, targets, distances = [], [], []
         with evaluating(self.model, *self.experts.values()):

@@ -6,13 +6,20 @@ corrects the rest. It uses images without labels.
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.fold import VARIANTS, Fold
 from simomerge.assembly.realign.lora import ALL_LINEAR, lora_config, lora_layers
-from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
+from simomerge.assembly.realign.method import (
+    Inputs,
+    TrainedRealignment,
+    checkpointing_parameter,
+    heads_were_changed,
+    register,
+)
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
 from simomerge.training.choices import AUGMENTATIONS
@@ -122,6 +129,10 @@ class Distill(TrainedRealignment):
         return f"distilling its heads{inside} from the experts"
 
     @property
+    def uses_encoder_lr(self) -> bool:
+        return self.trains in ("lora", "encoder")
+
+    @property
     def encoder_change(self) -> str:
         return "" if self.trains == "heads" else self.trains
 
@@ -135,7 +146,7 @@ class Distill(TrainedRealignment):
         if self.checkpointing:
             model.encoder.check_checkpointing()
         inputs = replace(inputs, images=inputs.images.readable(one_size=True))
-        if not model.provenance.get("realign"):
+        if not heads_were_changed(model.provenance):
             self._fold(model, inputs)
         if self.trains == "heads":
             predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
@@ -179,20 +190,30 @@ class Distill(TrainedRealignment):
             model.encoder.add_adapters(self.rank, self.activation)
         else:
             layers, more = lora_layers(model.encoder, inside), {"alpha": inside.lora_alpha, "targets": ALL_LINEAR}
-        stored, how = self._stores(inputs), (self.features, self.augmentation, self.checkpointing)
+        how = Distilling(
+            settings,
+            hold_out=self.hold_out,
+            stored=self._stores(inputs),
+            features=self.features,
+            augmentation=self.augmentation,
+            checkpointing=self.checkpointing,
+        )
         with layers:
-            cost = Distilling(settings, self.hold_out, stored, *how).train(model, inputs, self.name)
+            cost = how.train(model, inputs, self.name)
         return {**more, **cost}
 
     def _stores(self, inputs: Inputs) -> bool:
         """Whether the experts' predictions are kept on disk."""
         from simomerge.assembly.realign.predictions import UnlabelledImages
         from simomerge.checkpoints import parse_size
+        from simomerge.core import distributed
 
         if self.predictions != "auto":
             return self.predictions == "stored"
         needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
-        return not self._needs_live and needed <= parse_size(self.cache_budget or CACHE_BUDGET)
+        inputs.work_folder.mkdir(parents=True, exist_ok=True)
+        budget = min(parse_size(self.cache_budget or CACHE_BUDGET), shutil.disk_usage(inputs.work_folder).free)
+        return bool(distributed.from_first(not self._needs_live and needed <= budget))
 
 
 def trained_names(model: SimoModel, last_blocks: int) -> set[str]:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
-from simomerge.core.errors import DivergedError
-from simomerge.core.machine import autocast
+from simomerge.core.errors import DivergedError, InputError
+from simomerge.core.machine import autocast, compute_device
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
@@ -70,7 +71,8 @@ class ExpertDistances:
         A unit is at least `LEAST_UNIT` times the distance between the expert's predictions for different images, so
         that a task that merging hardly changed does not outweigh all others.
         """
-        sample = data.take(min(UNIT_IMAGES, len(data)))
+        places = np.linspace(0, len(data) - 1, min(UNIT_IMAGES, len(data))).round().astype(int).tolist()
+        sample = data._subset(places)
         start, apart = self.measured(model, sample), self._apart(next(model.parameters()).device, model.tasks, sample)
         return replace(
             self, units={name: max(value, LEAST_UNIT * apart.get(name, 0), 1e-6) for name, value in start.items()}
@@ -78,10 +80,13 @@ class ExpertDistances:
 
     @torch.no_grad()
     def _apart(self, device: torch.device, tasks: Mapping[str, Task], sample: DenseDataset) -> dict[str, float]:
-        """The distance between each expert's predictions for one image and for the next, on at most 32 images."""
-        batch = {key: value.to(device) for key, value in next(iter(ordered_batches(sample, 32))).items()}
+        """The distance between each expert's predictions for different images, far apart in the sample."""
+        places = np.linspace(0, len(sample) - 1, min(32, len(sample))).round().astype(int).tolist()
+        found = next(iter(ordered_batches(sample._subset(places), len(places))))
+        batch = {key: value.to(device) for key, value in found.items()}
         targets = batch if self.stored else self._predicted(batch["image"])[0]
-        return {name: float(task.distance(targets[name].roll(1, 0), targets[name])) for name, task in tasks.items()}
+        others = {name: targets[name].roll(max(len(places) // 2, 1), 0) for name in tasks}
+        return {name: float(task.distance(others[name], targets[name])) for name, task in tasks.items()}
 
     @torch.no_grad()
     def measured(self, model: SimoModel, data: DenseDataset) -> dict[str, float]:
@@ -102,25 +107,31 @@ class ExpertDistances:
             return {name: task.distance(logits[name], batch[name]) for name, task in model.tasks.items()}
         features = model.encode(batch["image"])
         logits = model.decode(features)
-        targets, layers = self._predicted(batch["image"])
+        targets, layers = self._predicted(batch["image"], model)
         found = {name: task.distance(logits[name], targets[name]) for name, task in model.tasks.items()}
         for name, wanted in layers.items():
             given = [projection(features) for projection in _projections(model, name)]
-            found[f"{name}/features"] = sum(map(_relative_error, given, wanted)) / torch.tensor(float(len(wanted)))
+            found[f"{name}/features"] = torch.stack(list(map(_relative_error, given, wanted))).mean()
         return found
 
     @torch.no_grad()
-    def _predicted(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """The experts' logits and, if asked for, the outputs of their heads' first layers."""
+    def _predicted(
+        self, images: Tensor, model: SimoModel | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """The experts' logits and, with ``features`` and a model, the outputs of the heads' first layers."""
         logits: dict[str, Tensor] = {}
         layers: dict[str, list[Tensor]] = {}
         for task, expert in self.experts.items():
-            expert.to(images.device).eval()
             features = expert.encode(images)
             logits |= expert.decode(features, [task])
-            if self.features and is_foldable(expert.heads[task]):
+            if self.features and model is not None and _foldable(model, expert, task):
                 layers[task] = [projection(features) for projection in _projections(expert, task)]
         return logits, layers
+
+
+def _foldable(model: SimoModel, expert: SimoModel, task: str) -> bool:
+    """Whether both heads declare their first layers."""
+    return is_foldable(model.heads[task]) and is_foldable(expert.heads[task])
 
 
 def _projections(model: SimoModel, task: str) -> list[Projection]:
@@ -160,6 +171,8 @@ class Distilling:
         Warns:
             UserWarning: A task is further from its expert than at the start, or the training diverged.
         """
+        if self.features and not any(_foldable(model, expert, task) for task, expert in inputs.experts.items()):
+            raise InputError(f"{label}: no head declares its first layers, so features has no effect; leave it out.")
         data: DenseDataset
         if self.stored:
             data = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
@@ -171,9 +184,15 @@ class Distilling:
                 f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.",
                 stacklevel=5,
             )
-        distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
-        before = distances.measured(model, held_out) if held_out else {}
-        cost = self._fit(model, distances, (train, held_out), inputs, label)
+        home = next(model.parameters()).device
+        with evaluating(*inputs.experts.values()):
+            distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
+            before = distances.measured(model, held_out) if held_out else {}
+            try:
+                cost = self._fit(model, distances, (train, held_out), inputs, label)
+            finally:
+                for expert in inputs.experts.values():
+                    expert.to(home)
         after = distances.measured(model, held_out) if held_out else {}
         _report(before, after, list(model.tasks), label)
         changes = {task: round(after[task] / max(before[task], 1e-12), 4) for task in model.tasks if after}
@@ -188,7 +207,11 @@ class Distilling:
             every = max(1, settings.steps // VALIDATIONS)
             settings = replace(settings, validate_every=every, patience=settings.steps)
         options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing, keep_start=True)
-        cost = {"trained_parameters": trainable_parameters(model)}
+        schedule = {key: getattr(settings, key) for key in ("validate_every", "patience")}
+        cost: dict[str, Any] = {"trained_parameters": trainable_parameters(model), **schedule}
+        if not self.stored:
+            for expert in inputs.experts.values():
+                expert.to(compute_device())  # where the model is trained
         state_file = inputs.work_folder / "state.pt"
         try:
             log = finetune(model, train, settings, held_out, state_file, label, distances, options)
@@ -196,7 +219,7 @@ class Distilling:
             if not error.kept:
                 raise
             warnings.warn(f"{error} The best weights before that are kept.", stacklevel=6)
-            return {**cost, "steps": error.step, "diverged": True}
+            return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
         best = {"best_step": log.best_step} if held_out else {}
         return {**cost, **best, "steps": log.steps, "seconds": log.seconds}
 

@@ -56,6 +56,10 @@ class Lora(TrainedRealignment):
         return "re-aligning it with LoRA"
 
     @property
+    def uses_encoder_lr(self) -> bool:
+        return True
+
+    @property
     def encoder_change(self) -> str:
         return "lora"
 

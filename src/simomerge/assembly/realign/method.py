@@ -147,6 +147,23 @@ class TrainedRealignment(Realignment):
 
     training: TrainSettings = TrainSettings(steps=200, batch_size=32, lr=1e-3)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.training.encoder_lr is not None and not self.uses_encoder_lr:
+            raise InputError(f"{self.name}: encoder_lr does nothing, because the encoder's weights do not learn.")
+        if self.training.layer_decay != 1 and not self.uses_layer_decay:
+            raise InputError(f"{self.name}: layer_decay does nothing, because the encoder's weights do not learn.")
+
+    @property
+    def uses_encoder_lr(self) -> bool:
+        """Whether something in the encoder has a learning rate of its own."""
+        return False
+
+    @property
+    def uses_layer_decay(self) -> bool:
+        """Whether weights of the encoder's blocks learn."""
+        return self.uses_encoder_lr
+
     @property
     def trains_heads_apart(self) -> bool:
         return not self.changes_encoder
@@ -223,6 +240,17 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
                 f"{name}: {spec.name} does nothing unless {needed} is {' or '.join(values)}; leave it out."
             )
     return made
+
+
+def heads_were_changed(provenance: Mapping[str, Any]) -> bool:
+    """Whether a re-alignment in a model's provenance changed its heads."""
+    record = provenance.get("realign")
+    while record:
+        method = methods().get(str(record.get("method")))
+        if method is None or method.changes_heads:
+            return True
+        record = record.get("after")
+    return False
 
 
 TRAINING = tuple(spec.name for spec in fields(TrainSettings))

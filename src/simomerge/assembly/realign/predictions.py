@@ -89,7 +89,7 @@ def _check_space(needed: int, count: int, folder: Path) -> None:
     if needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
             f"{folder}: the experts' predictions on {count} images need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB"
-            " are free; use fewer images or another disk."
+            " are free; use fewer images, another disk or, where more than the heads is trained, predictions='live'."
         )
 
 

@@ -40,6 +40,7 @@ class ProDistill(TrainedRealignment):
     teacher: ClassVar[str] = "experts"
     default_count: ClassVar[int] = 64
     changes_heads: ClassVar[bool] = False
+    needs_plain_heads: ClassVar[bool] = True
     needs_base: ClassVar[bool] = True
 
     training: TrainSettings = TrainSettings(steps=100, batch_size=16, lr=0.1, weight_decay=0.0)
@@ -54,8 +55,10 @@ class ProDistill(TrainedRealignment):
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.blocks import BlockDistillation
+        from simomerge.assembly.realign.teacher import check_heads
         from simomerge.assembly.realign.training import check_no_adapters
 
+        check_heads(model, inputs.experts)  # heads that were fitted to this encoder would not fit the trained one
         assert inputs.base is not None
         check_no_adapters(model)
         distillation = BlockDistillation(model, inputs.base, inputs.experts)

@@ -37,6 +37,14 @@ class SyMerge(TrainedRealignment):
         return "training its merging coefficients and heads on the experts' predictions"
 
     @property
+    def uses_encoder_lr(self) -> bool:
+        return True
+
+    @property
+    def uses_layer_decay(self) -> bool:
+        return False
+
+    @property
     def encoder_change(self) -> str:
         return "coefficients"
 

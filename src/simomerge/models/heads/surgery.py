@@ -37,6 +37,8 @@ class SurgeryHead(nn.Module):
         torch.Size([2, 3, 64, 80])
     """
 
+    wraps_a_head = True  # recipes do not train it from the start
+
     def __init__(
         self,
         in_channels: Sequence[int],
