@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from simomerge.assembly import budget
 from simomerge.assembly.realign import realign
 from simomerge.core import distributed
 from simomerge.core import machine as devices
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import training_batches
+from simomerge.datasets.pictures import as_images
 from simomerge.models.encoders import load_encoder
 from simomerge.models.model import SimoModel
 from simomerge.training import loop
@@ -24,6 +27,7 @@ from simomerge.training.lpft import finetune, fresh_head, image_losses, lpft
 from simomerge.training.settings import TrainSettings, TuneOptions
 
 SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
+HEAD_SETTINGS = replace(SETTINGS, encoder_lr=None)
 HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}
 
 
@@ -65,7 +69,7 @@ def realigned(base: Path, output: Path) -> None:
     kinds = {"depth": "linear", "edges": "dpt"}
     model = model_of(base, data, kinds)
     cache_features(model.encoder, data, output / "features", batch_size=4)
-    heads = realign(model, data=data, method="heads", training=SETTINGS).heads.state_dict()
+    heads = realign(model, data=data, method="heads", training=HEAD_SETTINGS).heads.state_dict()
     experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
     for task, expert in experts.items():
         torch.manual_seed(len(task))
@@ -74,9 +78,32 @@ def realigned(base: Path, output: Path) -> None:
                 weight.mul_(1 + 0.1 * torch.randn(()))
     folded = realign(model, experts, data, images_at_once=2)
     mapped = realign(model, experts, data, method="react", images_at_once=2)
-    surgery = realign(model, experts, data, method="surgery", rank=2, training=SETTINGS)
+    surgery = realign(model, experts, data, method="surgery", rank=2, training=HEAD_SETTINGS)
     others = {"mapped": mapped.heads.state_dict(), "surgery": surgery.heads.state_dict()}
     save(output, "realigned", {"heads": heads, "folded": folded.heads.state_dict(), **others})
+
+
+def distilled(base: Path, output: Path) -> None:
+    """The encoder with stored and with live predictions, and what fits into a few seconds."""
+    data = load_data("rooms", "val", 11, ("depth", "edges"))
+    kinds = {"depth": "linear", "edges": "dpt"}
+    model = model_of(base, data, kinds)
+    experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
+    with torch.no_grad():
+        for task, expert in experts.items():
+            torch.manual_seed(len(task))
+            for weight in expert.encoder.parameters():
+                weight.mul_(1 + 0.1 * torch.randn(()))
+    model.provenance = {"realign": {"method": "fold"}}  # a fold would add rounding of its own
+    for predictions in ("stored", "live"):
+        settings = {"training": SETTINGS, "hold_out": 0.3, "predictions": predictions}
+        result = realign(model, experts, data, method="distill-encoder", **settings)
+        record = result.provenance["realign"]
+        kept = {key: record[key] for key in ("best_step", "distance_ratio")}
+        save(output, f"distilled-{predictions}", {"model": result.state_dict(), "record": kept})
+    budget.LEAST_STEPS = 1
+    within = budget.distil_until(time.monotonic() + 8, model, experts, as_images(data))
+    save(output, "within", {"model": within.state_dict(), "steps": within.provenance["auto"].get("steps", 0)})
 
 
 def judge(base: Path, output: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from simomerge.assembly.realign.method import Inputs
-from simomerge.core.images import resized
-from simomerge.datasets.base import DenseDataset
+from simomerge.assembly.realign.predictions import UnlabelledImages
 from simomerge.datasets.batches import ordered_batches
 from simomerge.models.heads.surgery import Corrections, SurgeryHead
 from simomerge.models.model import SimoModel
@@ -30,7 +29,7 @@ def train_corrections(model: SimoModel, inputs: Inputs, rank: int, settings: Tra
     Raises:
         InputError: No image can be read, two have different sizes, or the disk is too small for the features.
     """
-    images = _Fitted(inputs.images.readable(one_size=True), model)
+    images = UnlabelledImages(inputs.images.readable(one_size=True), inputs.experts)
     work = inputs.work_folder
     for name, each in {"": model, **{f"-{task}": expert for task, expert in inputs.experts.items()}}.items():
         if not (folder := work / f"features{name}").exists():
@@ -105,19 +104,3 @@ class FeaturePairs(Dataset[dict[str, Any]]):
             moved = {key: [each.to(device) for each in tensors] for key, tensors in batch.items()}
             sums.append(len(batch["maps"][0]) * self.distances(corrections, moved))
         return (torch.stack(sums).sum(0) / len(self)).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-class _Fitted(DenseDataset):
-    """Images in the size of the first one, which is downscaled if the model cannot encode it at its own size."""
-
-    def __init__(self, images: Any, model: SimoModel) -> None:
-        super().__init__({}, len(images))
-        self.images = images
-        height, width = model.fit(images.image(0)[None]).shape[-2:]
-        self.size = (int(height), int(width))
-
-    def image(self, index: int) -> Tensor:
-        return resized(self.images.image(index)[None], self.size)[0]
-
-    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        return {}
