@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.core.errors import InputError
-from simomerge.core.pixels import OTHER_STARTS, is_deep, largest_value, read_pixels
+from simomerge.core.pixels import OTHER_STARTS, is_deep, largest_value, opened, read_pixels
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
@@ -26,13 +26,13 @@ def read_image(path: str | Path) -> np.ndarray:
         InputError: the file is missing, not an image, truncated, has more than `MAX_PIXELS` pixels, floats outside
             [0, 1] or integers of 32 bits, whose range is unknown.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     path = Path(path)
     check_image(path)
     try:
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 if not (is_deep(image) or image.mode.startswith(("I", "F"))):
                     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except UnidentifiedImageError:

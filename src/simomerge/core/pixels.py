@@ -7,6 +7,8 @@ the file holds.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from simomerge.core.orientation import orientation, turned
 _PFM, _EXR, _TIFF = (b"PF", b"Pf"), b"v/1\x01", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 OTHER_STARTS = (*_PFM, _EXR, *_TIFF)
 """The first bytes of files that Pillow may not know, but `read_pixels` does."""
+_SWAPPED = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
+"""Raw modes of compressed TIFF files with the most significant byte first: libtiff has swapped the bytes already."""
 _EXTRA = "pip install 'simomerge[pictures]'"
 
 
@@ -34,16 +38,15 @@ def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
     Raises:
         Exception: the file cannot be read. Pillow raises many kinds of errors for damaged files.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
-    with path.open("rb") as handle:
-        start = handle.read(4)
+    start = _start(path)
     if start.startswith(_PFM):
         return read_pfm(path)
     if start == _EXR:
         return _read_exr(path)
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             if not _needs_tifffile(image):
                 values = _deep_colours(image, path) if is_deep(image) else _values(image, colours)
                 # Pillow turns TIFF files itself.
@@ -52,6 +55,27 @@ def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
         if start not in _TIFF:
             raise
     return _read_tiff(path)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A picture as `PIL.Image.open` gives it. Pillow maps some TIFF files into memory, but not if it gets a handle.
+
+    Pillow 13 mixes up the pixels of a mapped file that has to be turned by a quarter.
+    """
+    from PIL import Image
+
+    if _start(path) not in _TIFF:
+        with Image.open(path) as image:
+            yield image
+    else:
+        with path.open("rb") as handle, Image.open(handle) as image:
+            yield image
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as handle:
+        return handle.read(4)
 
 
 def largest_value(path: Path, dtype: np.dtype[Any]) -> float:
@@ -83,7 +107,8 @@ def has_grey_palette(path: Path) -> bool:
 def is_deep(image: Any) -> bool:
     """Whether a PIL image, opened but not yet decoded, has colours of 16 bits, which Pillow reduces to 8 bits."""
     raw = _raw_mode(image)
-    return raw.startswith(("RGB", "LA")) and raw[-4:] in (";16B", ";16L", ";16N")
+    kind, _, depth = raw.partition(";")
+    return kind in ("RGB", "RGBA", "RGBX", "LA") and depth in ("16B", "16L", "16N")
 
 
 def read_pfm(path: Path) -> np.ndarray:
@@ -111,6 +136,9 @@ def read_pfm(path: Path) -> np.ndarray:
 def _values(image: Any, colours: bool) -> np.ndarray:
     """The values of a PIL image that Pillow decodes without loss."""
     spread, signed = _spread(image), _signed(image)
+    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0 and image.mode in ("1", "L")
+    if image.format == "TIFF" and image.tile[0][0] == "libtiff" and sys.byteorder == "little":
+        _set_raw_mode(image, _SWAPPED.get(raw := _raw_mode(image), raw))
     image.load()
     if image.mode in ("P", "PA"):
         return _of_palette(image, colours)
@@ -119,6 +147,9 @@ def _values(image: Any, colours: bool) -> np.ndarray:
         array = array[..., 0]
     if array.dtype == np.int32 and image.format in ("PNG", "PPM"):  # Pillow's type for their 16 bits
         array = array.astype(np.uint16)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if white_is_zero:  # Pillow inverts these, as is right for photographs
+        array = ~array
     if signed is not None and array.dtype in (np.uint8, np.int32):  # Pillow does not distinguish signs in TIFF files
         array = array.view(f"{'i' if signed else 'u'}{array.itemsize}")
     if spread is not None and spread[0] != spread[1]:
@@ -130,11 +161,12 @@ def _of_palette(image: Any, colours: bool) -> np.ndarray:
     indices = np.asarray(image)
     indices = indices[..., 0] if indices.ndim == 3 else indices
     table = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    used = np.unique(indices)
+    missing = max(0, int(used.max(initial=0)) + 1 - len(table))  # some programs leave palettes out
     if colours:
-        return table[indices]
-    used = table[np.unique(indices)]
-    different = len(np.unique(used[:, 0])) == len(used)
-    return table[indices, 0] if _is_grey(table) and different else indices
+        return np.pad(table, ((0, missing), (0, 0)))[indices]
+    grey = not missing and _is_grey(table) and len(np.unique(table[used, 0])) == len(used)
+    return table[indices, 0] if grey else indices
 
 
 def _is_grey(colours: np.ndarray) -> bool:
@@ -143,14 +175,12 @@ def _is_grey(colours: np.ndarray) -> bool:
 
 def _deep_colours(image: Any, path: Path) -> np.ndarray:
     """Colours of 16 bits. Pillow keeps one of the two bytes of a value, so each of them is decoded in turn."""
-    from PIL import Image
-
     raw = _raw_mode(image)
     if raw.startswith("LA"):  # Pillow has a mode for all four bytes of these pixels
-        return _decoded_as(image, "RGBA").view(">u2")[..., 0]
+        return _decoded_as(image, "RGBA").view(">u2")[..., 0].astype(np.uint16)
     bytes_of = []
     for order in ("16B", "16L"):
-        with Image.open(path) as again:
+        with opened(path) as again:
             bytes_of.append(_decoded_as(again, f"{raw.partition(';')[0]};{order}").astype(np.uint16))
     little = raw.endswith("L") or (raw.endswith("N") and sys.byteorder == "little")
     low, high = bytes_of if little else bytes_of[::-1]
@@ -159,17 +189,23 @@ def _deep_colours(image: Any, path: Path) -> np.ndarray:
 
 def _decoded_as(image: Any, raw: str) -> np.ndarray:
     """The pixels of an opened PIL image, decoded as if they were stored in another of Pillow's raw modes."""
-    for number, tile in enumerate(image.tile):
-        how = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
-        image.tile[number] = tile._replace(args=how) if hasattr(tile, "_replace") else (*tile[:3], how)
+    _set_raw_mode(image, raw)
     image.load()
     return np.ascontiguousarray(np.asarray(image))
 
 
+def _set_raw_mode(image: Any, raw: str) -> None:
+    for number, tile in enumerate(image.tile):
+        how = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
+        image.tile[number] = tile._replace(args=how) if hasattr(tile, "_replace") else (*tile[:3], how)
+
+
 def _needs_tifffile(image: Any) -> bool:
-    """Whether Pillow would reduce or misread a TIFF file: 16 bits with premultiplied colours or planes of their own."""
-    planes = getattr(image, "tag_v2", {}).get(284, 1) == 2
-    return image.format == "TIFF" and is_deep(image) and (planes or "a;" in _raw_mode(image))
+    """Whether Pillow would misread a TIFF file: 16 bits with premultiplied colours, or in planes of their own."""
+    if image.format != "TIFF":
+        return False
+    planes = image.tag_v2.get(284, 1) == 2 and 16 in image.tag_v2.get(258, ())
+    return planes or _raw_mode(image).startswith("RGBa;16")
 
 
 def _raw_mode(image: Any) -> str:

@@ -199,10 +199,8 @@ def _check_row(
 
 def _wrong_lengths(stored: Stored, path: Source) -> Iterable[str]:
     """Check the lengths of normals as stored, because reading makes them unit vectors."""
-    values = stored.array(path)
+    values = stored.as_stored(path)
     integers = values.dtype.kind == "u"
-    if values.ndim == 3 and values.shape[0] == 3 != values.shape[2]:
-        values = values.transpose(1, 2, 0)
     scaled = values[..., :3].astype(np.float32)  # without a picture's transparency
     scaled *= np.float32(stored.scale or (1 / np.iinfo(values.dtype).max if integers else 1))
     length = np.linalg.norm(2 * scaled - 1 if integers else scaled, axis=-1)

@@ -119,7 +119,7 @@ class Stored:
         Raises:
             InputError: the file cannot be read, or does not hold a target of this task.
         """
-        stored = self._as_stored(path)
+        stored = self.as_stored(path)
         stored, turn = turned_like(stored, path, image)
         channels = 3 if stored.ndim == 3 else 1
         if size is not None and self.task.kind != "autoencoder":  # before decoding, which is then of fewer pixels
@@ -132,7 +132,7 @@ class Stored:
         target = torch.from_numpy(np.ascontiguousarray(values))
         return target if size is None else resize_target(self.task, target, size)
 
-    def _as_stored(self, path: Source) -> np.ndarray:
+    def as_stored(self, path: Source) -> np.ndarray:
         """The numbers (H, W) or (H, W, C) of a target. Raises InputError if the shape is not that of the task."""
         stored = self.array(path)
         channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
