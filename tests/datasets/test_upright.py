@@ -43,7 +43,7 @@ def upright(values: np.ndarray, tag: int) -> np.ndarray:
 def dataset(
     folder: Path, tag: int, target: np.ndarray, name: str = "t.png", kind: str = "segmentation", **given: int
 ) -> Path:
-    """A photo that is bright where `LABELS` is 1, stored with an orientation, and a target. ``own``: the target's tag."""
+    """A photo that is bright where `LABELS` is 1, stored with an orientation, and a target with the tag ``own``."""
     Image.fromarray(LABELS * 255).convert("RGB").save(folder / "a.png", exif=exif(tag))
     if name.endswith(".npy"):
         np.save(folder / name, target)

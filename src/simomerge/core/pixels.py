@@ -117,8 +117,8 @@ def read_pfm(path: Path) -> np.ndarray:
     The header is three lines: PF (colours) or Pf (grey), width and height, and a scale that is negative if the least
     significant byte comes first. Rows are stored from the bottom to the top.
     """
-    words, start = [], 0
-    content = path.read_bytes()
+    content, start = path.read_bytes(), 0
+    words: list[bytes] = []
     while len(words) < 4:  # words of the header, which end in one white space each
         end = min((at for at in (content.find(space, start) for space in (b" ", b"\n", b"\t")) if at >= 0), default=-1)
         if end < 0 or end > 200:
@@ -230,9 +230,9 @@ def _spread(image: Any) -> tuple[float, float] | None:
 
 def _signed(image: Any) -> bool | None:
     """Whether the integers of a TIFF file have signs; None for floats, other files, and 16 bits, which Pillow knows."""
-    tags = getattr(image, "tag_v2", None)
-    bits = tags.get(258, (1,)) if image.format == "TIFF" and tags is not None else ()
-    return tags.get(339, (1,))[0] == 2 if set(bits) in ({8}, {32}) and image.mode in ("L", "I") else None
+    if image.format != "TIFF" or image.mode not in ("L", "I") or set(image.tag_v2.get(258, ())) not in ({8}, {32}):
+        return None
+    return bool(image.tag_v2.get(339, (1,))[0] == 2)
 
 
 def _read_tiff(path: Path) -> np.ndarray:

@@ -170,7 +170,8 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
     """What a user gives as images, as one type. `Images` are returned as they are, or ``count`` of them.
 
     Args:
-        source: a folder (searched with its subfolders and linked folders), a picture's path, a sequence of images, a dataset, or `Images`.
+        source: a folder (searched with its subfolders and linked folders), a picture's path, a sequence of images, a
+            dataset, or `Images`.
         count: images to take, evenly over a folder or sequence. All are taken if there are fewer, and by default.
         size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to; their own size by default.
 

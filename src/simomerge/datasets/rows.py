@@ -23,7 +23,6 @@ from simomerge.datasets.base import DenseDataset, check_size
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
 
-
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 """Other names of splits, as they are often written."""

@@ -174,8 +174,9 @@ class Stored:
             return self.scale
         if stored.dtype.kind != "u" or self.task.kind in ("depth", "disparity"):
             return 1.0
-        is_file = self.array is read_array and isinstance(path, Path)
-        return 1 / (largest_value(path, stored.dtype) if is_file else float(np.iinfo(stored.dtype).max))
+        if self.array is read_array and isinstance(path, Path):
+            return 1 / largest_value(path, stored.dtype)
+        return 1 / float(np.iinfo(stored.dtype).max)
 
     def _labels(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
         if stored.dtype.kind not in "uib":
