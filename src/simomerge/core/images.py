@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.core.errors import InputError
-from simomerge.core.pixels import OTHER_STARTS, is_deep, largest_value, opened, read_pixels
+from simomerge.core.pixels import OTHER_STARTS, is_deep, largest_value, opened, read_pixels, upright
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
@@ -26,7 +26,7 @@ def read_image(path: str | Path) -> np.ndarray:
         InputError: the file is missing, not an image, truncated, has more than `MAX_PIXELS` pixels, floats outside
             [0, 1] or integers of 32 bits, whose range is unknown.
     """
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     path = Path(path)
     check_image(path)
@@ -34,7 +34,7 @@ def read_image(path: str | Path) -> np.ndarray:
         try:
             with opened(path) as image:
                 if not (is_deep(image) or image.mode.startswith(("I", "F"))):
-                    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+                    return upright(np.asarray(image.convert("RGB")), image, path)
         except UnidentifiedImageError:
             pass  # read_pixels knows more formats
         values = read_pixels(path)
@@ -124,7 +124,8 @@ def _as_rgb(image: Any) -> np.ndarray:
     from PIL import ImageOps
 
     deep = image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM"))
-    image = ImageOps.exif_transpose(image)
+    if getattr(image, "format", None) != "TIFF":  # Pillow has turned these
+        image = ImageOps.exif_transpose(image)
     if not deep and image.mode not in ("I", "F"):
         return np.asarray(image.convert("RGB"))
     try:

@@ -49,12 +49,16 @@ def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
         with opened(path) as image:
             if not _needs_tifffile(image):
                 values = _deep_colours(image, path) if is_deep(image) else _values(image, colours)
-                # Pillow turns TIFF files itself.
-                return values if image.format == "TIFF" else turned(values, orientation(path))
+                return upright(values, image, path)
     except UnidentifiedImageError:
         if start not in _TIFF:
             raise
     return _read_tiff(path)
+
+
+def upright(values: np.ndarray, image: Any, path: Path) -> np.ndarray:
+    """Values that Pillow decoded, turned by the EXIF orientation of the file. Pillow turns TIFF files itself."""
+    return values if image.format == "TIFF" else turned(values, orientation(path))
 
 
 @contextmanager
