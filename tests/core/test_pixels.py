@@ -109,6 +109,7 @@ def write_tiff(
         277: [channels],
         278: [values.shape[0]],
         279: [len(data)],
+        284: [tags.get("planar", 1)],
         339: [form] * channels,
     }
     directory, extra, at = b"", b"", 8 + len(data) + 2 + 12 * len(entries) + 4
@@ -177,6 +178,21 @@ def test_tiff_that_pillow_does_not_know_needs_tifffile(
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ValueError, match=r"need the package tifffile: pip install 'simomerge\[pictures\]'"):
         read_pixels(path)
+
+
+def test_planes_of_16_bits_are_never_misread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, path = any_values("u2", (H, W, 3)), tmp_path / "a.tif"
+    if not _no_tifffile():
+        import tifffile
+
+        tifffile.imwrite(path, np.moveaxis(values, -1, 0), photometric="rgb", planarconfig="separate")
+        assert np.array_equal(read_pixels(path), values)
+        assert np.array_equal(read_image(path), np.rint(values / 257))
+    write_tiff(path, values, planar=2)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    for read in (read_pixels, read_image):
+        with pytest.raises(ValueError, match="need the package tifffile"):
+            read(path)
 
 
 def _no_tifffile() -> bool:

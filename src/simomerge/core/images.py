@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.core.errors import InputError
-from simomerge.core.pixels import OTHER_STARTS, is_deep, largest_value, opened, read_pixels, upright
+from simomerge.core.pixels import OTHER_STARTS, is_deep, is_misread, largest_value, opened, read_pixels, upright
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
@@ -33,7 +33,7 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         try:
             with opened(path) as image:
-                if not (is_deep(image) or image.mode.startswith(("I", "F"))):
+                if not (is_deep(image) or is_misread(image) or image.mode.startswith(("I", "F"))):
                     return upright(np.asarray(image.convert("RGB")), image, path)
         except UnidentifiedImageError:
             pass  # read_pixels knows more formats

@@ -47,7 +47,7 @@ def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
         return _read_exr(path)
     try:
         with opened(path) as image:
-            if not _needs_tifffile(image):
+            if not (is_misread(image) or _raw_mode(image).startswith("RGBa;16")):
                 values = _deep_colours(image, path) if is_deep(image) else _values(image, colours)
                 return upright(values, image, path)
     except UnidentifiedImageError:
@@ -113,6 +113,11 @@ def is_deep(image: Any) -> bool:
     raw = _raw_mode(image)
     kind, _, depth = raw.partition(";")
     return kind in ("RGB", "RGBA", "RGBX", "LA") and depth in ("16B", "16L", "16N")
+
+
+def is_misread(image: Any) -> bool:
+    """Whether Pillow opens a file, but would decode other values: TIFF with planes of 16 bits for each colour."""
+    return image.format == "TIFF" and image.tag_v2.get(284, 1) == 2 and 16 in image.tag_v2.get(258, ())
 
 
 def read_pfm(path: Path) -> np.ndarray:
@@ -202,14 +207,6 @@ def _set_raw_mode(image: Any, raw: str) -> None:
     for number, tile in enumerate(image.tile):
         how = raw if isinstance(tile[3], str) else (raw, *tile[3][1:])
         image.tile[number] = tile._replace(args=how) if hasattr(tile, "_replace") else (*tile[:3], how)
-
-
-def _needs_tifffile(image: Any) -> bool:
-    """Whether Pillow would misread a TIFF file: 16 bits with premultiplied colours, or in planes of their own."""
-    if image.format != "TIFF":
-        return False
-    planes = image.tag_v2.get(284, 1) == 2 and 16 in image.tag_v2.get(258, ())
-    return planes or _raw_mode(image).startswith("RGBa;16")
 
 
 def _raw_mode(image: Any) -> str:
