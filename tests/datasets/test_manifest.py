@@ -487,7 +487,7 @@ def test_an_autoencoder_is_to_give_images_as_encoders_see_them(tmp_path: Path) -
     assert target.shape == (3, 4, 2) and target[0, 0, 1] == 1
     (tmp_path / "data.csv").write_text("image,split,autoencoder\nb.png,val,a.png\n")
     target = load_data(tmp_path / "data.csv", "val").targets(0, ["autoencoder"])["autoencoder"]
-    assert target.shape == (3, 2, 4) and torch.allclose(target, torch.tensor(100 / 255))
+    assert target.shape == (3, 4, 2) and torch.allclose(target, torch.tensor(100 / 255))  # turned as its image is
 
 
 @pytest.mark.parametrize(

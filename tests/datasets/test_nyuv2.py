@@ -250,8 +250,8 @@ def test_a_wrong_folder_name_or_split_says_what_there_is(npy: Path, tmp_path: Pa
     ):
         with pytest.raises(InputError, match=message):
             load_data(spec)
-    with pytest.raises(InputError, match="no split 'dev'; it has train, val, test"):
-        load_data(f"nyuv2:{npy}", split="dev")
+    with pytest.raises(InputError, match="no split 'night'; it has train, val, test"):
+        load_data(f"nyuv2:{npy}", split="night")
     (empty / "train/image").mkdir(parents=True)
     with pytest.raises(InputError, match=r"train.image: no 0\.npy in it"):
         load_data(f"nyuv2:{empty}")

@@ -109,6 +109,21 @@ def test_pictures_that_were_found_before_are_counted_off_evenly_too(tmp_path: Pa
     assert values(as_images(as_images(tmp_path), count=4)) == [0, 3, 6, 9]
 
 
+def test_linked_folders_and_files_are_searched_each_once(tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    save(there / "deep", "2.png", 2)
+    save(here, "1.png", 1)
+    save(tmp_path, "3.png", 3)
+    (here / "linked").symlink_to(there, target_is_directory=True)
+    (here / "again").symlink_to(there / "deep", target_is_directory=True)
+    (here / "loop").symlink_to(here, target_is_directory=True)
+    (here / "3.png").symlink_to(tmp_path / "3.png")
+    (here / "broken.png").symlink_to(tmp_path / "gone.png")
+    assert sorted(values(as_images(here))) == [1, 2, 3]
+    (tmp_path / "whole").symlink_to(here, target_is_directory=True)
+    assert sorted(values(as_images(tmp_path / "whole"))) == [1, 2, 3]
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_count_below_one_is_refused(tmp_path: Path, count: int) -> None:
     save(tmp_path, "1.png", 1)

@@ -176,8 +176,8 @@ def test_what_is_missing_is_reported(tree: Path, tmp_path: Path) -> None:
     assert any("corozal" in problem for problem in check(find_manifest(f"taskonomy:{tree}")).problems)
     with pytest.raises(InputError, match="none of the chosen buildings is in split 'val'; it has beechwood"):
         load(tree, "val", buildings=["merom"])
-    with pytest.raises(InputError, match="no split 'dev'; it has train, val, test"):
-        load(tree, "dev")
+    with pytest.raises(InputError, match="no split 'night'; it has train, val, test"):
+        load(tree, "night")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="no folder rgb"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.core.errors import InputError
+from simomerge.core.pixels import OTHER_STARTS, is_deep, is_misread, largest_value, opened, read_pixels, upright
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
@@ -19,10 +20,33 @@ MAX_PIXELS = 64_000_000
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
 
+    Values of 16 bits and floats in [0, 1] are rounded to 8 bits.
+
     Raises:
-        InputError: the file is missing, not an image, truncated, or has more than `MAX_PIXELS` pixels.
+        InputError: the file is missing, not an image, truncated, has more than `MAX_PIXELS` pixels, floats outside
+            [0, 1] or integers of 32 bits, whose range is unknown.
     """
-    from PIL import Image, ImageOps
+    from PIL import UnidentifiedImageError
+
+    path = Path(path)
+    check_image(path)
+    try:
+        try:
+            with opened(path) as image:
+                if not (is_deep(image) or is_misread(image) or image.mode.startswith(("I", "F"))):
+                    return upright(np.asarray(image.convert("RGB")), image, path)
+        except UnidentifiedImageError:
+            pass  # read_pixels knows more formats
+        values = read_pixels(path)
+        _check_size(str(path), *values.shape[:2])
+        return _as_bytes(values, largest_value(path, values.dtype) if values.dtype.kind == "u" else 1.0)
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise _unreadable(path, error) from error
+
+
+def check_image(path: str | Path) -> None:
+    """Check that a file is an image of at most `MAX_PIXELS` pixels, from its first bytes. Raises InputError."""
+    from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
     if not path.is_file():
@@ -30,11 +54,18 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             _check_size(str(path), image.height, image.width)
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.") from error
+    except UnidentifiedImageError as error:
+        with path.open("rb") as handle:
+            if not handle.read(4).startswith(OTHER_STARTS):
+                raise _unreadable(path, error) from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    return InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.")
 
 
 def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
@@ -42,7 +73,8 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
 
     Args:
         image: a path; a PIL image; a uint8 (0..255) or float (0..1) array of (H, W), (H, W, 3) or (H, W, 4);
-            or a tensor of (3, H, W) or (1, 3, H, W), uint8 or float in [0, 1].
+            or a tensor of (3, H, W) or (1, 3, H, W), uint8 or float in [0, 1]. A PIL image is turned upright by its
+            EXIF tag, as files are.
         size: (height, width) to resize it to; its own size by default.
 
     Raises:
@@ -88,11 +120,38 @@ def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 
 def _as_rgb(image: Any) -> np.ndarray:
-    """A PIL image as uint8 RGB. 16-bit grey is scaled, because Pillow would clip it at 255."""
-    if image.mode.startswith("I"):
-        grey = (np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+    """A PIL image as uint8 RGB, turned upright. 16-bit grey is scaled, because Pillow would clip it at 255."""
+    from PIL import ImageOps
+
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and getattr(image, "format", None) in ("PNG", "PPM"))
+    if getattr(image, "format", None) != "TIFF":  # Pillow has turned these
+        image = ImageOps.exif_transpose(image)
+    if not deep and image.mode not in ("I", "F"):
+        return np.asarray(image.convert("RGB"))
+    try:
+        return _as_bytes(np.asarray(image).astype(np.uint16) if deep else np.asarray(image), 65535)
+    except ValueError as error:
+        raise InputError(f"image of {error}.") from error
+
+
+def _as_bytes(values: np.ndarray, largest: float) -> np.ndarray:
+    """Stored values (H, W) or (H, W, C) as uint8 RGB (H, W, 3); ``largest`` is that of unsigned integers.
+
+    Raises ValueError if they are not values of an image.
+    """
+    if values.ndim == 2 or values.shape[2] < 3:
+        values = np.repeat(values.reshape(*values.shape[:2], -1)[..., :1], 3, axis=2)
+    values = values[..., :3]
+    if values.dtype.kind not in "buf" or (values.dtype.kind == "u" and values.itemsize > 2):
+        raise ValueError(f"integers of type {values.dtype}, whose range is unknown; save it with 8 or 16 bits")
+    if values.dtype.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):
+            raise ValueError(f"floats from {low:.3g} to {high:.3g}; images have floats in [0, 1]")
+        largest = 1.0
+    elif values.dtype.kind == "b":
+        largest = 1.0
+    return np.rint(values.astype(np.float64) * (255 / largest)).clip(0, 255).astype(np.uint8)
 
 
 def _check_size(name: str, height: int, width: int) -> None:

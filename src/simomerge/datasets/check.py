@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -110,12 +111,14 @@ def check(manifest: Manifest, count: int = 100) -> Check:
     missing = (manifest.missing(split) for split in manifest.rows)
     result = Check({split: len(rows) for split, rows in splits.items()}, [message for message in missing if message])
     result.problems += [*_missing_files(manifest), *_images_in_two_splits(manifest), *_missing_targets(manifest)]
+    found: list[tuple[Source, str]] = []
     for split, rows in splits.items():
         chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
         result.sizes[split], result.summaries[split] = Counter(), {}
         for done, row in enumerate(chosen, start=1):
-            result.problems += _check_row(row, manifest, result.sizes[split], result.summaries[split])
+            found += _check_row(row, manifest, result.sizes[split], result.summaries[split])
             progress(f"check {split}", done, len(chosen), "")
+    result.problems += _counted(found)
     sizes = {size for found in result.sizes.values() for size in found}
     if len(sizes) > 1 and manifest.size is None:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes)[:4])
@@ -124,6 +127,16 @@ def check(manifest: Manifest, count: int = 100) -> Check:
         for name, summary in summaries.items():
             result.problems += summary.problems(f"{name} ({split})", result.images[split])
     return result
+
+
+def _counted(found: Iterable[tuple[Source, str]]) -> Iterable[str]:
+    """Problems of files. Those that differ in nothing but names and numbers are one problem with their count."""
+    alike: dict[str, list[str]] = {}
+    for path, message in found:
+        kind = re.sub(r"\d+(\.\d+)?", "0", message.replace(str(path), ""))
+        alike.setdefault(kind, []).append(message)
+    for messages in alike.values():
+        yield messages[0] + (f" This is the first of {len(messages)} such files." if len(messages) > 1 else "")
 
 
 def _missing_files(manifest: Manifest) -> Iterable[str]:
@@ -160,35 +173,34 @@ def _missing_targets(manifest: Manifest) -> Iterable[str]:
 
 def _check_row(
     row: Row, manifest: Manifest, sizes: Counter[tuple[int, int]], summaries: dict[str, TargetSummary]
-) -> Iterable[str]:
+) -> Iterable[tuple[Source, str]]:
+    """The problems of an image and its targets, each with its file."""
     try:
         height, width = manifest.image(row.image).shape[:2]
     except InputError as error:
         if row.image.is_file():  # missing files are reported already
-            yield str(error)
+            yield row.image, str(error)
         return
     sizes[height, width] += 1
     for name, path in row.targets.items():
         stored = manifest.stored[name]
         try:
-            target = stored.read(path)
+            target = stored.read(path, image=row.image)
         except InputError as error:
             if path.is_file():
-                yield str(error)
+                yield path, str(error)
             continue
         summaries.setdefault(name, TargetSummary(stored.task)).add(target)
         if target.shape[-2:] != (height, width):
-            yield f"{path} is {target.shape[-1]} x {target.shape[-2]} pixels, its image {width} x {height}."
+            yield path, f"{path} is {target.shape[-1]} x {target.shape[-2]} pixels, its image {width} x {height}."
         if stored.task.kind == "normals":
-            yield from _wrong_lengths(stored, path)
+            yield from ((path, problem) for problem in _wrong_lengths(stored, path))
 
 
 def _wrong_lengths(stored: Stored, path: Source) -> Iterable[str]:
     """Check the lengths of normals as stored, because reading makes them unit vectors."""
-    values = stored.array(path)
+    values = stored.as_stored(path)
     integers = values.dtype.kind == "u"
-    if values.ndim == 3 and values.shape[0] == 3 != values.shape[2]:
-        values = values.transpose(1, 2, 0)
     scaled = values[..., :3].astype(np.float32)  # without a picture's transparency
     scaled *= np.float32(stored.scale or (1 / np.iinfo(values.dtype).max if integers else 1))
     length = np.linalg.norm(2 * scaled - 1 if integers else scaled, axis=-1)
@@ -235,7 +247,7 @@ def _cells(manifest: Manifest, row: Row) -> Sequence[np.ndarray]:
     for name, path in row.targets.items():
         stored = manifest.stored[name]
         try:
-            cells.append(colourise(stored.task, stored.read(path).numpy()))
+            cells.append(colourise(stored.task, stored.read(path, image=row.image).numpy()))
         except InputError:  # `check` reports it
             continue
     return cells

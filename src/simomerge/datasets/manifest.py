@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest, read_yaml
 from simomerge.datasets.base import check_size
-from simomerge.datasets.rows import Manifest, Row
+from simomerge.datasets.rows import SPLIT_NAMES, SPLITS, Manifest, Row, known_split
 from simomerge.datasets.stored import Stored, read_array, read_picture
+from simomerge.datasets.tables import read_table
 from simomerge.datasets.tasks import KINDS, Task
 
 MANIFESTS = (".yaml", ".yml", ".csv")
 HINT = "give a manifest, *.yaml or *.csv; it begins with `images:` and `tasks:` (docs/data.md)."
+_COLUMNS = ("image", "split")
 _KEYS = ("tasks", "images", "root", "size")
 _TASK_KEYS = ("kind", "classes", "colours", "scale", "ignore")
 
@@ -38,13 +39,14 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
     table = _read_csv(path.parent / images) if isinstance(images, str) else images
     if not isinstance(table, Sequence) or not table or not all(isinstance(row, Mapping) for row in table):
         raise InputError(f"{path}: 'images' is neither a CSV file nor a list of at least one image with its targets.")
-    columns = [column for column in table[0] if column not in ("image", "split")]
+    table = table if keys.get("tasks") else _lower(table, KINDS)
+    columns = [column for column in table[0] if column not in _COLUMNS]
     tasks = keys.get("tasks") or {column: {} for column in columns}
     if not isinstance(tasks, Mapping):
         raise InputError(f"{path}: 'tasks' is a {type(tasks).__name__}; give a mapping from names to descriptions.")
     names = [str(name) for name in tasks]
     stored = [_stored(str(name), description or {}, path) for name, description in tasks.items()]
-    if reserved := {"image", "split"}.intersection(names):
+    if reserved := set(_COLUMNS).intersection(names):
         raise InputError(f"{path}: no task can be called {min(reserved)!r}; give it another name.")
     if unknown := [column for column in columns if column not in names]:
         raise InputError(
@@ -53,7 +55,7 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
     root = path.parent / str(keys.get("root", "."))
     rows: dict[str, list[Row]] = {}
     for number, row in enumerate(table, start=1):
-        split = "test" if row.get("split") in (None, "") else str(row["split"])
+        split = _split(row, f"{path}: image {number}")
         rows.setdefault(split, []).append(_row(row, root, names, f"{path}: image {number}"))
     if "size" in keys:
         check_size(keys["size"], f"{path}: ")
@@ -75,15 +77,15 @@ def _find(path: Path) -> Path:
 def _read_csv(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; 'images' names a CSV in the folder of the manifest.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
-    for line, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise InputError(f"{path}: line {line} has more or fewer values than the first line has names.")
-    return rows
+    rows = read_table(path, "image")
+    return _lower(rows, _COLUMNS)
+
+
+def _lower(table: Iterable[Mapping[Any, Any]], known: Container[str]) -> list[dict[Any, Any]]:
+    """A table whose columns of known names are in lower case."""
+    return [
+        {str(key).lower() if str(key).lower() in known else key: value for key, value in row.items()} for row in table
+    ]
 
 
 def _stored(name: str, description: Any, path: Path) -> Stored:
@@ -115,10 +117,19 @@ def _stored(name: str, description: Any, path: Path) -> Stored:
         raise InputError(f"{path}: {error}") from error
 
 
+def _split(row: Mapping[str, Any], place: str) -> str:
+    """The split of a row. A word that is nearly one of the known names is a mistake."""
+    word = "test" if row.get("split") in (None, "") else str(row["split"])
+    split = known_split(word)
+    if split not in SPLITS and (near := nearest(split.lower(), (*SPLITS, *SPLIT_NAMES))):
+        raise InputError(f"{place} is in split {word!r}; did you mean {known_split(near)!r}?")
+    return split
+
+
 def _row(row: Mapping[str, Any], root: Path, tasks: Sequence[str], place: str) -> Row:
     if not row.get("image"):
         raise InputError(f"{place} has no 'image' (its columns are {', '.join(map(str, row))}).")
-    _check_keys(row, ("image", "split", *tasks), f"{place}: ")
+    _check_keys(row, (*_COLUMNS, *tasks), f"{place}: ")
     targets = {name: root / str(row[name]) for name in tasks if row.get(name)}
     return Row(root / str(row["image"]), targets)
 

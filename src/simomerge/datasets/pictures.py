@@ -170,7 +170,8 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
     """What a user gives as images, as one type. `Images` are returned as they are, or ``count`` of them.
 
     Args:
-        source: a folder (searched with its subfolders), a picture's path, a sequence of images, a dataset, or `Images`.
+        source: a folder (searched with its subfolders and linked folders), a picture's path, a sequence of images, a
+            dataset, or `Images`.
         count: images to take, evenly over a folder or sequence. All are taken if there are fewer, and by default.
         size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to; their own size by default.
 
@@ -216,10 +217,22 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise InputError(f"{path}: no such folder of images.")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(p for p in _all_files(path, set()) if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
         raise InputError(f"{path}: no picture in it (looked for {', '.join(SUFFIXES)}, also in subfolders).")
     return found
+
+
+def _all_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files of a folder, its subfolders and linked folders, each folder once."""
+    if (real := folder.resolve()) in seen:
+        return
+    seen.add(real)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+        if path.is_dir():
+            yield from _all_files(path, seen)
+        else:
+            yield path
 
 
 def image_batches(

@@ -23,6 +23,21 @@ from simomerge.datasets.base import DenseDataset, check_size
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
 
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+"""Other names of splits, as they are often written."""
+
+
+def known_split(name: str) -> str:
+    """The split that a name means: one of `SPLITS` if it is another name of it, else the name.
+
+    Example:
+        >>> known_split("Validation"), known_split("night")
+        ('val', 'night')
+    """
+    word = name.strip().lower()
+    return SPLIT_NAMES.get(word, word if word in SPLITS else name.strip())
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,6 +89,7 @@ class Rows(DenseDataset):
     """
 
     def __init__(self, manifest: Manifest, split: str, count: int | None = None) -> None:
+        split = split if split in manifest.rows else known_split(split)
         if split not in manifest.rows:
             raise InputError(f"{manifest.path}: no split {split!r}; it has {', '.join(manifest.rows)}.")
         if missing := manifest.missing(split):
@@ -188,7 +204,8 @@ class Rows(DenseDataset):
     def _target(self, name: str, index: int) -> Tensor:
         if self._is_image(name, index):
             return self.image(index)
-        return self._stored[name].read(self.rows[index].targets[name], self.size)
+        row = self.rows[index]
+        return self._stored[name].read(row.targets[name], self.size, row.image)
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -13,41 +13,41 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image, resized
+from simomerge.core.pixels import OTHER_STARTS, has_grey_palette, largest_value, read_pixels
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
+from simomerge.datasets.upright import turned_like, turned_vectors
 
 Source = Path | Frame
 """Where an image or a target is: a file, or one image's slice of an HDF5 file."""
 
 _PICTURE_ENDS = {b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82", b"\xff\xd8": b"\xff\xd9"}
 """The first and last bytes of PNG and JPEG files."""
-_PICTURE_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
+_PICTURE_STARTS = (*OTHER_STARTS, b"GIF8", b"BM", b"RIFF", b"P5", b"P6")
 
 
-def read_array(path: Source) -> np.ndarray:
-    """The numbers in an NPY file, a picture or a slice, as stored: palette indices, 16 and 32 bits are kept.
+def read_array(path: Source, colours: bool = False) -> np.ndarray:
+    """The numbers in an NPY file, a picture or a slice, as stored; pictures are turned upright by their EXIF tag.
+
+    Values of all depths are kept. Palettes give their indices, or their colours (H, W, 3) with ``colours``; see
+    `simomerge.core.pixels.read_pixels`.
 
     Raises:
         InputError: the file is missing or cannot be read as any of them.
     """
-    from PIL import Image
-
     if isinstance(path, Frame):
         return path.read()
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
-        if path.suffix.lower() == ".npy":
-            loaded = np.load(path, allow_pickle=False)
-            if not isinstance(loaded, np.ndarray):
-                raise ValueError("it holds several arrays")
-            return loaded
-        with Image.open(path) as picture:
-            array = np.asarray(picture)
-            # Older versions of Pillow open 16-bit PNG files as 32 bits, which PNG files never have.
-            return array.astype(np.uint16) if picture.format == "PNG" and array.dtype == np.int32 else array
+        if path.suffix.lower() != ".npy":
+            return read_pixels(path, colours)
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            raise ValueError("it holds several arrays")
+        return loaded
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, JPEG or NPY file.") from error
+        raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, PFM, JPEG or NPY file.") from error
 
 
 def read_picture(path: Source) -> np.ndarray:
@@ -107,14 +107,37 @@ class Stored:
     ignore: tuple[float, ...] = ()
     array: Callable[[Any], np.ndarray] = read_array
 
-    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
-        """The target in a file, as `simomerge.datasets.tasks.KINDS` describes it, resized to ``size`` if given.
+    def read(self, path: Source, size: tuple[int, int] | None = None, image: Source | None = None) -> Tensor:
+        """The target in a file, as `simomerge.datasets.tasks.KINDS` describes it.
+
+        Args:
+            path: the file.
+            size: (height, width) to resize the target to; its own size by default.
+            image: the image of the target. If it has an EXIF orientation and the target has none, the target is turned
+                as the image is, or refused if its size does not say how it was made.
 
         Raises:
             InputError: the file cannot be read, or does not hold a target of this task.
         """
+        stored = self.as_stored(path)
+        stored, turn = turned_like(stored, path, image)
+        channels = 3 if stored.ndim == 3 else 1
+        if size is not None and self.task.kind != "autoencoder":  # before decoding, which is then of fewer pixels
+            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
+        stored = stored[..., :3] if channels == 3 else stored  # drops the transparency of a picture
+        ignored = np.isin(stored, self._ignored(stored.dtype))
+        values = self._decoded(stored, ignored, path)
+        if self.task.kind == "normals":
+            values = turned_vectors(values, turn, path)
+        target = torch.from_numpy(np.ascontiguousarray(values))
+        return target if size is None else resize_target(self.task, target, size)
+
+    def as_stored(self, path: Source) -> np.ndarray:
+        """The numbers (H, W) or (H, W, C) of a target. Raises InputError if the shape is not that of the task."""
         stored = self.array(path)
         channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
+        if channels == 3 and stored.ndim == 2 and self.array is read_array:
+            stored = read_array(path, colours=True)
         if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:
             stored = stored.transpose(1, 2, 0)
         if stored.ndim == 3 and stored.shape[2] == 1:
@@ -122,12 +145,7 @@ class Stored:
         if stored.ndim != (3 if channels == 3 else 2) or (channels == 3 and stored.shape[2] < 3):
             expected = "(H, W, 3)" if channels == 3 else "(H, W)"
             raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
-        if size is not None and self.task.kind != "autoencoder":  # before decoding, which is then of fewer pixels
-            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
-        stored = stored[..., :3] if channels == 3 else stored  # drops the transparency of a picture
-        ignored = np.isin(stored, self._ignored(stored.dtype))
-        target = torch.from_numpy(np.ascontiguousarray(self._decoded(stored, ignored, path)))
-        return target if size is None else resize_target(self.task, target, size)
+        return stored
 
     def _ignored(self, dtype: np.dtype[Any]) -> np.ndarray:
         """`ignore` in the dtype of a file, without the values that the dtype cannot hold."""
@@ -140,22 +158,25 @@ class Stored:
         kind = self.task.kind
         if kind == "segmentation":
             return self._labels(stored, ignored, path)
-        values = stored.astype(np.float32) * np.float32(self._unit(stored))
+        values = stored.astype(np.float32) * np.float32(self._unit(stored, path))
         if kind == "normals":
             return _unit_normals(stored, values, np.asarray(ignored.all(-1))).transpose(2, 0, 1)
         if kind in ("depth", "disparity"):
             return np.where(ignored | ~(values > 0) | ~np.isfinite(values), np.float32(0), values)[None]
         invalid = np.float32(-1 if kind == "edges" else np.nan)
         if kind == "autoencoder":
-            return np.where(ignored.all(-1, keepdims=True), invalid, values).transpose(2, 0, 1)
-        return np.where(ignored | np.isnan(values), invalid, values)[None]
+            invalid_pixels = ignored.all(-1, keepdims=True) | ~np.isfinite(values).all(-1, keepdims=True)
+            return np.where(invalid_pixels, invalid, values).transpose(2, 0, 1)
+        return np.where(ignored | ~np.isfinite(values), invalid, values)[None]
 
-    def _unit(self, stored: np.ndarray) -> float:
+    def _unit(self, stored: np.ndarray, path: Source) -> float:
         if self.scale is not None:
             return self.scale
-        if stored.dtype.kind == "u" and self.task.kind not in ("depth", "disparity"):
-            return 1 / float(np.iinfo(stored.dtype).max)
-        return 1.0
+        if stored.dtype.kind != "u" or self.task.kind in ("depth", "disparity"):
+            return 1.0
+        if self.array is read_array and isinstance(path, Path):
+            return 1 / largest_value(path, stored.dtype)
+        return 1 / float(np.iinfo(stored.dtype).max)
 
     def _labels(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> np.ndarray:
         if stored.dtype.kind not in "uib":
@@ -166,9 +187,15 @@ class Stored:
         if unknown.size:
             raise InputError(
                 f"{path}: label {int(unknown[0])} of {self.task.name}, which has classes 0 to"
-                f" {len(self.task.classes) - 1}; name it under ignore, or add its class."
+                f" {len(self.task.classes) - 1}; name it under ignore, or add its class.{_palette_hint(path)}"
             )
         return np.where(ignored, IGNORE_LABEL, labels)
+
+
+def _palette_hint(path: Source) -> str:
+    """What a message about labels says of a picture with a palette of greys."""
+    grey = isinstance(path, Path) and path.suffix.lower() != ".npy" and has_grey_palette(path)
+    return " Its palette has only greys, which are read as labels in place of their indices." if grey else ""
 
 
 def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -> np.ndarray:
@@ -176,7 +203,8 @@ def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -
     if stored.dtype.kind == "u":
         values = 2 * values - 1
         ignored = ignored | ~stored.any(-1)
-    values = np.where(np.isfinite(values), values, np.float32(0))
+    finite = np.isfinite(values).all(-1)
+    values, ignored = np.where(finite[..., None], values, np.float32(0)), ignored | ~finite
     length = np.linalg.norm(values, axis=-1, keepdims=True)
     return np.where(ignored[..., None] | (length < 0.1), np.float32(0), values / np.maximum(length, 1e-6))
 
