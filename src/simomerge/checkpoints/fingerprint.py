@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.parts import separated
 from simomerge.checkpoints.tensors import as_numpy
 
 
@@ -31,7 +32,7 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
         >>> fingerprint({"w": half}) == fingerprint({"w": full})
         True
     """
-    digest = hashlib.sha256()
+    digest, tensors = hashlib.sha256(), separated(tensors)
     for canonical, name in sorted(canonicalise(tensors).items()):
         array = as_numpy(tensors[name], name)
         digest.update(json.dumps([canonical, list(array.shape), array.dtype.name]).encode())

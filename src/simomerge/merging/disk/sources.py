@@ -13,7 +13,8 @@ from simomerge.checkpoints.description import FILE, existing, head_file, read_de
 from simomerge.checkpoints.experts import own_task
 from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
-from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.names import canonical_name, canonicalise
+from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.core.assets import resolve_source
 
@@ -83,6 +84,6 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
 def without_extras(base: Source, experts: Mapping[str, Source]) -> Source:
     """A base without the tensors that no expert has, such as a pooler or a head, which training drops."""
     assert isinstance(base.weights, Checkpoint)
-    known = {name for expert in experts.values() for name in canonicalise(expert.weights)}
-    kept = [own for name, own in canonicalise(base.weights).items() if name in known]
+    known = {name for expert in experts.values() for name in canonicalise(separated(expert.weights))}
+    kept = [own for own in base.weights if any(canonical_name(part) in known for part in parts_of(own))]
     return replace(base, weights=base.weights.only(kept))
