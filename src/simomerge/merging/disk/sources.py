@@ -15,6 +15,7 @@ from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
 from simomerge.checkpoints.names import canonical_name, canonicalise
 from simomerge.checkpoints.parts import parts_of, separated
+from simomerge.checkpoints.quantised import check_config
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.core.assets import resolve_source
 
@@ -72,13 +73,16 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     """Open a base or, with ``base``, an expert of it, without reading a value.
 
     Raises:
-        InputError: nothing there, or a damaged file.
+        InputError: nothing there, a damaged file, or quantised weights.
     """
     path = Path(resolve_source(os.fspath(path)))
     if base is not None and is_lora_folder(path):
         return Source(path, open_lora(path, base), None)
     description = read_description(path) if (path / FILE).is_file() else None
-    return Source(path, open_checkpoint(path), description)
+    source = Source(path, open_checkpoint(path), description)
+    if path.is_dir():
+        check_config(source.encoder_folder())
+    return source
 
 
 def without_extras(base: Source, experts: Mapping[str, Source]) -> Source:

@@ -8,6 +8,7 @@ from typing import Any
 
 from simomerge.checkpoints import canonicalise, tensor_info
 from simomerge.checkpoints.parts import separated
+from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.errors import InputError
 from simomerge.merging.method import MergeMethod
 
@@ -21,7 +22,7 @@ def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: M
 
     Raises:
         InputError: The base is missing but needed; too few experts; the same expert twice; a missing or an extra
-            float tensor; different shapes; a float tensor that is not a float in another model.
+            float tensor; different shapes; a float tensor that is not a float in another model; quantised weights.
     """
     if base is None and method.needs_base:
         raise InputError(f"'{method.name}' needs the base that the experts were fine-tuned from: give it.")
@@ -33,6 +34,9 @@ def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: M
             raise InputError(f"The experts '{first}' and '{second}' are the same: give each expert once.")
     models = {f"the expert '{expert}'": tensors for expert, tensors in experts.items()}
     (reference, expected), *others = ([("the base", base)] if base is not None else []) + list(models.items())
+    for name, tensors in ((reference, expected), *others):
+        place = getattr(tensors, "path", None)
+        check_not_quantised(tensors, _capital(name) + (f" ({place})" if place else ""))
     for other, given in others:
         _check_same_tensors(reference, expected, other, given)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
-from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
+from simomerge.models.encoders.preprocessing import read_normalisation
 
 
 def load_encoder(
@@ -28,7 +28,7 @@ def load_encoder(
     Args:
         source: As in `load_backbone`.
         taps, apply_layernorm: As in `Encoder`.
-        mean, std: RGB normalisation; by default that of the folder's preprocessor_config.json, or ImageNet's.
+        mean, std: RGB normalisation; by default as in `read_normalisation`.
 
     Raises:
         InputError: As in `load_backbone` and `Encoder`.
@@ -90,22 +90,6 @@ def without_pooler(backbone: Any) -> Any:
     if pooler is not None and list(pooler.parameters()):
         backbone.pooler = None
     return backbone
-
-
-def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
-    """RGB mean and standard deviation of a folder or hub id; ImageNet's if it names none.
-
-    Raises:
-        InputError: The file holds something else; the message names it.
-    """
-    path, settings = _image_processor(str(source))
-    found = []
-    for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
-        values = settings.get(name, default)
-        if not (isinstance(values, Sequence) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
-            raise InputError(f"{path}: {name} is {values!r}; give three numbers, or remove it to use ImageNet's.")
-        found.append(values)
-    return found[0], found[1]
 
 
 def first_line(error: Exception) -> str:
@@ -172,24 +156,3 @@ def _try_out(encoder: Encoder, source: str) -> None:
         raise
     except Exception as error:  # a foreign forward pass may raise anything
         raise unknown_encoder(source, str(encoder.backbone.config.model_type)) from error
-
-
-def _image_processor(source: str) -> tuple[str, Mapping[str, Any]]:
-    """The path of an image processor's file and its content; empty if there is no such file."""
-    from transformers.utils import cached_file
-
-    for name, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
-        try:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if not path:
-                continue
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            settings = content.get(key, {}) if key else content
-            if not isinstance(settings, Mapping):
-                raise ValueError("no mapping")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); fix it, or remove it to use ImageNet's.") from error
-        except OSError:
-            continue
-        return str(path), settings
-    return source, {}

@@ -14,7 +14,8 @@ from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.encoders.layout import find_layout
-from simomerge.models.encoders.loading import first_line, quiet, read_normalisation, without_pooler
+from simomerge.models.encoders.loading import first_line, quiet, without_pooler
+from simomerge.models.encoders.preprocessing import read_normalisation
 from simomerge.models.heads.transformers import ARCHITECTURES, TransformersHead, check_not_hybrid
 from simomerge.models.importing.mapping import fill
 from simomerge.models.importing.options import ImportOptions, as_imported
