@@ -76,6 +76,11 @@ def load_backbone(source: str | Path) -> Any:
         raise unknown_encoder(source, str(backbone.config.model_type))
     # transformers fills missing tensors with random numbers and only warns; a merge of those would be worthless.
     missing = [name for name in [*loading["missing_keys"], *loading["mismatched_keys"]] if "pooler" not in str(name)]
+    # No prediction depends on the number of batches that a batch norm has counted; some files leave it out.
+    counters = [name for name in missing if str(name).endswith("num_batches_tracked")]
+    for name in counters:
+        backbone.get_buffer(name).zero_()
+    missing = [name for name in missing if name not in counters]
     if missing:
         raise InputError(
             f"{source}: {len(missing)} tensors are missing or have another shape, first {missing[0]}. The file is"
