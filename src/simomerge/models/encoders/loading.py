@@ -11,6 +11,7 @@ import torch
 
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
+from simomerge.core.hub import is_only_a_path, local_source, similar
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
 from simomerge.models.encoders.preprocessing import read_normalisation
@@ -37,8 +38,9 @@ def load_encoder(
         >>> load_encoder("facebook/dinov2-base").taps                                           # doctest: +SKIP
         (3, 6, 9, 12)
     """
-    known_mean, known_std = read_normalisation(source)
-    backbone = load_backbone(source)
+    folder = local_source(source)
+    known_mean, known_std = read_normalisation(folder)
+    backbone = load_backbone(folder)
     encoder = Encoder(backbone, taps, mean or known_mean, std or known_std, apply_layernorm)
     if family_of(backbone.config.model_type) is None:
         _try_out(encoder, str(source))
@@ -58,7 +60,7 @@ def load_backbone(source: str | Path) -> Any:
     Raises:
         InputError: No such source, no network for a hub id, a damaged file, or not a vision encoder.
     """
-    source = str(source)
+    source = local_source(source)
     _check_folder(source)
     with quiet():
         try:
@@ -97,7 +99,7 @@ def without_pooler(backbone: Any) -> Any:
     return backbone
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -120,12 +122,10 @@ def quiet() -> Iterator[None]:
 
 def _check_folder(source: str) -> None:
     """Check that a source that can only be a folder exists."""
-    owner, slash, _ = source.partition("/")
-    # A hub id has the form OWNER/NAME. If OWNER is a local folder such as runs/, a path is meant.
-    local = source.startswith((".", "/", "~")) or source.count("/") > 1 or (slash and Path(owner).is_dir())
-    if not Path(source).is_dir() and local:
+    if not Path(source).is_dir() and is_only_a_path(source):
         raise InputError(
             f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
+            f"{similar(source)}"
         )
 
 
