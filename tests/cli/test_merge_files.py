@@ -265,7 +265,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "other expert": (
         ("merge", "base.safetensors", "a=a.safetensors", "d=other.safetensors", "-o", "out"),
-        "The expert 'd' is missing 4 tensors of the base",
+        "The expert 'd' is missing 3 tensors of the base",
     ),
     "too many": (
         ("merge", "base.safetensors", "--method", "slerp", "a=a.safetensors", "-o", "out"),

@@ -35,8 +35,7 @@ def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[fl
             message names it.
 
     Example:
-        >>> Path("preprocessor_config.json").write_text('{"do_rescale": false, "do_normalize": false}')
-        45
+        >>> _ = Path("preprocessor_config.json").write_text('{"do_rescale": false, "do_normalize": false}')
         >>> mean, std = read_normalisation(".")
         >>> mean, [round(255 * value, 6) for value in std]
         ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])

@@ -70,14 +70,17 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
 
 
 def source_model(source: str) -> nn.Module | None:
-    """The source of an imported expert as transformers runs it; None if transformers has no class for it."""
+    """The source of an imported expert as transformers runs it; None if transformers cannot run it."""
     import transformers
 
     source = local_source(source)
     config = _config(source)
     architecture = _architecture(config)
-    if architecture == "DPTForSemanticSegmentation" and getattr(config, "backbone_config", None) is not None:
+    backbone = getattr(config, "backbone_config", None)
+    if architecture == "DPTForSemanticSegmentation" and backbone is not None:
         return None  # transformers would run it with an encoder of its own
+    if getattr(backbone, "num_register_tokens", 0) and not getattr(backbone, "reshape_hidden_states", True):
+        return None  # transformers takes the registers for patches and fails
     with quiet():
         model: nn.Module = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32)
     return model.eval()
