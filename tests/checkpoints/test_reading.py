@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from simomerge.checkpoints import TensorInfo, open_checkpoint
+from simomerge.checkpoints.tensors import value_info
 from simomerge.core.errors import InputError
 
 
@@ -211,3 +212,17 @@ def test_reading_safetensors_needs_no_torch(tmp_path: Path) -> None:
         "print(fingerprint(open_checkpoint(sys.argv[1]))); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "w.safetensors")], check=True)
+
+
+def test_sparse_and_quantised_tensors_are_named(tmp_path: Path) -> None:
+    quantised = torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    for kind, tensor in (
+        ("sparse", torch.eye(3).to_sparse()),
+        ("sparse", torch.eye(3).to_sparse_csr()),
+        ("quantised", quantised),
+    ):
+        torch.save({"w": tensor}, tmp_path / "w.pt")
+        with pytest.raises(InputError, match=rf"w\.pt: 'w' is a {kind} tensor: save it dense"):
+            open_checkpoint(tmp_path / "w.pt")
+    with pytest.raises(InputError, match="'w' is a sparse tensor"):
+        value_info(torch.eye(3).to_sparse(), "w")

@@ -265,7 +265,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "other expert": (
         ("merge", "base.safetensors", "a=a.safetensors", "d=other.safetensors", "-o", "out"),
-        "The expert 'd' is missing 4 tensors of the base",
+        "The expert 'd' is missing 3 tensors of the base",
     ),
     "too many": (
         ("merge", "base.safetensors", "--method", "slerp", "a=a.safetensors", "-o", "out"),
@@ -284,7 +284,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
         "--schedule, --dtype and --max-shard-size work with a plain merge",
     ),
     "diff's path": (("diff", "base.safetensors", "nowhere"), "nowhere does not exist"),
-    "diff's base": (("diff", "a.safetensors", "b.safetensors", "--base", "other.safetensors"), "4 tensors"),
+    "diff's base": (("diff", "a.safetensors", "b.safetensors", "--base", "other.safetensors"), "3 tensors"),
     "diff's order": (("diff", "a.safetensors"), "(?i)missing argument.*second"),
     "diff's count": (("diff", "a.safetensors", "b.safetensors", "--top", "-1"), "(?i)--top.*-1 is not in the range"),
     "unknown method": (("methods", "ties", "tie"), "no merge method or re-alignment 'tie': did you mean 'ties'"),

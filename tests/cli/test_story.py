@@ -258,7 +258,7 @@ def test_doctor_finds_that_everything_works() -> None:
 def test_doctor_says_what_to_fix(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr("simomerge.models.model.resolve_source", lambda source: str(tmp_path / "nowhere"))
+    monkeypatch.setattr("simomerge.models.model.local_source", lambda source: str(tmp_path / "nowhere"))
     done = simomerge("doctor")
     assert done.code == 1 and done.out.splitlines()[-1] == "To fix: cache folder, embedded base."
     assert "no such folder" in done.out and "Traceback" not in done.err

@@ -17,6 +17,7 @@ from simomerge.checkpoints.experts import (
     merge_provenance,
     warn_of_unrecorded_base,
 )
+from simomerge.checkpoints.names import is_running_statistic
 from simomerge.core.errors import InputError
 from simomerge.merging import Fisher, MergeMethod, RegMean, Schedule, describe_method, get_method, merge_state_dicts
 from simomerge.models.model import SimoModel, as_expert, load
@@ -115,7 +116,14 @@ def with_merged_encoder(
 def _relative_distance(base: nn.Module, expert: nn.Module) -> float:
     """``||expert - base|| / ||base||`` over the tensors that both models have."""
     ours, theirs = base.state_dict(), expert.state_dict()
-    shared = [name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape]
+    shared = [
+        name
+        for name, value in ours.items()
+        if name in theirs
+        and theirs[name].shape == value.shape
+        and value.is_floating_point()
+        and not is_running_statistic(name)
+    ]
     if not shared:
         return math.inf
     difference = sum(float((theirs[name].float() - ours[name].float()).square().sum()) for name in shared)

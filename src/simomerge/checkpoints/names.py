@@ -6,7 +6,7 @@ transformers 5 renamed the modules of several encoders but kept the names in fil
 below bring all names to one convention before anything is compared.
 
 Checked with transformers 5.23, for all families of `simomerge encoders`. Renaming cannot express one difference: the
-gate and up projections of a SwiGLU DINOv2 (giant) are two tensors in memory and one (``mlp.weights_in``) on disk.
+gate and up projections of a SwiGLU DINOv2 (giant) are two tensors in memory and one on disk; see `parts`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _RULES = [
         (r"^layers\.(\d+)\.mlp\.fc2\.", r"encoder.layer.\1.output.dense."),
         (r"^layers\.(\d+)\.(attention\.|layernorm_before\.|layernorm_after\.|lambda_[12]$)", r"encoder.layer.\1.\2"),
         (r"^layers\.(\d+)\.(relative_position_bias\.)", r"encoder.layer.\1.attention.attention.\2"),
+        (r"^shared_position_bias\.", r"encoder.relative_position_bias."),
         # ViT and DINOv2: the attention.
         (r"^(encoder\.layer\.\d+\.attention)\.q_proj\.", r"\1.attention.query."),
         (r"^(encoder\.layer\.\d+\.attention)\.k_proj\.", r"\1.attention.key."),
@@ -70,6 +71,19 @@ def canonical_name(name: str) -> str:
     for pattern, target in _RULES:
         name = pattern.sub(target, name)
     return name
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a tensor is the running mean or variance of a batch norm.
+
+    These are measured, not trained. A merge averages them over the experts, because extrapolation can make a variance
+    negative, and distances between models leave them out.
+
+    Example:
+        >>> is_running_statistic("embedder.normalization.running_var"), is_running_statistic("layernorm.weight")
+        (True, False)
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def canonicalise(names: Iterable[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
 from simomerge.core.errors import InputError
+from simomerge.core.hub import similar
 
 #: Weight files of a transformers folder, in order of preference.
 _WEIGHT_FILES = (
@@ -121,7 +122,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 def _open_file(file: Path) -> dict[str, _Entry]:
     if not file.exists():
-        raise InputError(f"{file} does not exist: check the path.")
+        raise InputError(f"{file} does not exist: check the path.{similar(file)}")
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
     if file.suffix in _TORCH_SUFFIXES:
@@ -219,4 +220,7 @@ def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:
                 f"{file} is not a state dict: '{name}' is a {type(value).__name__}, not a tensor. "
                 "Save model.state_dict(), alone or under 'state_dict'."
             )
+        if value.layout != torch.strided or value.is_quantized:
+            kind = "quantised" if value.is_quantized else "sparse"
+            raise InputError(f"{file}: '{name}' is a {kind} tensor: save it dense, by .dequantize() or .to_dense().")
     return loaded

@@ -82,6 +82,8 @@ def value_info(value: Any, name: str) -> TensorInfo:
     """Shape and storage dtype of one numpy array or torch tensor; ``name`` appears in the error message."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise InputError(f"'{name}' is a {type(value).__name__}, not a tensor: give arrays or tensors.")
+    if str(getattr(value, "layout", "torch.strided")) != "torch.strided":
+        raise InputError(f"'{name}' is a sparse tensor, which is not supported: give it dense, by .to_dense().")
     dtype = getattr(value.dtype, "name", None) or str(value.dtype).removeprefix("torch.")
     if dtype not in _BY_NAME:
         raise InputError(f"'{name}' has dtype {value.dtype}, which is not supported: convert it to float32.")

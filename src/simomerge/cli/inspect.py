@@ -17,9 +17,9 @@ from simomerge.cli.output import say
 def command(path: str, as_json: bool) -> None:
     """Describe PATH, a model folder, an encoder folder or a checkpoint file, without loading the model."""
     from simomerge.checkpoints import fingerprint, open_checkpoint
-    from simomerge.core.assets import resolve_source
+    from simomerge.core.hub import local_source
 
-    source = resolve_source(path)
+    source = local_source(path, bare=False)
     checkpoint = open_checkpoint(source)
     infos = [checkpoint.info(name) for name in checkpoint]
     found: dict[str, Any] = {

@@ -110,11 +110,12 @@ class _Wanted:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the models are loaded: if images are used, or if the base may be on a hub."""
-        from simomerge.core.assets import resolve_source
+        """Whether the models are loaded: if images are used, or if the base is no folder, file or hub id."""
+        if self.uses_images:
+            return True
+        from simomerge.core.hub import local_source
 
-        on_disk = Path(resolve_source(self.base)).exists() or Path(self.base).suffix in _FILES
-        return self.uses_images or not on_disk
+        return not (Path(self.base).suffix in _FILES or Path(local_source(self.base)).exists())
 
     def given(self) -> dict[str, Any]:
         """The parameters of the method; they include the scale unless it is chosen on images."""

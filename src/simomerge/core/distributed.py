@@ -143,6 +143,14 @@ def _made_by_first(make: Callable[[], AbstractContextManager[str | Path]]) -> It
     wait()
 
 
+def _acquire(lock: FileLock, on_wait: Callable[[], None]) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+
+
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Run the block in one program at a time, on all machines that share the disk.
@@ -152,15 +160,21 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     Args:
         path: The lock file.
         on_wait: Called if another program is in the block.
+
+    Raises:
+        InputError: The disk has no lock service, as some network disks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     if is_first():
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            on_wait()
-            lock.acquire()
+            _acquire(lock, on_wait)
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "not supported"
+            raise InputError(
+                f"{path.parent}: its disk cannot lock files ({reason}), which keeps two runs out of one folder."
+                " Choose a folder on another disk."
+            ) from error
     try:
         wait()
         yield

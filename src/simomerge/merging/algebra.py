@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints import as_numpy, canonicalise, tensor_info
+from simomerge.checkpoints.names import is_running_statistic
+from simomerge.checkpoints.parts import joined
 from simomerge.core.errors import InputError
 from simomerge.merging.engine.checks import check_models
 from simomerge.merging.engine.merge import like, merge_state_dicts, merge_tensors
@@ -39,7 +41,9 @@ def negate(base: Mapping[str, Any], expert: Mapping[str, Any], scale: float = 1.
         raise InputError(f"negate: scale must be a number above 0, got {scale!r}.")
     mirrored = dict(merge_tensors(base, {"expert": expert}, TaskArithmetic(scale=scale)))
     for name, value in mirrored.items():
-        if tensor_info(base, name).is_float:
+        if is_running_statistic(name):
+            mirrored[name] = as_numpy(base[name], name)
+        elif tensor_info(base, name).is_float:
             mirrored[name] = np.asarray(2 * as_numpy(base[name], name) - value)
     return {name: like(value, base[name], name) for name, value in mirrored.items()}
 
@@ -133,7 +137,11 @@ def _reweighted(
     depths = old[0].prepare(stream), new[0].prepare(stream)
 
     def change(name: str) -> np.ndarray:
-        before, after = (method.weights(name, e, depth) for (method, e), depth in zip((old, new), depths, strict=True))
+        measured = name in stream.averaged
+        before, after = (
+            (method.shares if measured else method.weights)(name, experts, depth)
+            for (method, experts), depth in zip((old, new), depths, strict=True)
+        )
         factors = {after[e] / weight for e, weight in before.items() if e in after and weight} or {0.0}
         if max(factors) - min(factors) > 1e-9 * max(map(abs, factors)):
             raise InputError(
@@ -144,10 +152,18 @@ def _reweighted(
         changed = task_vectors.pop(_MERGED) * np.float32(factor)
         for expert in others:
             if expert != _MERGED:
-                weight = after[expert] if expert in after else -factor * before[expert]
+                weight = after[expert] if expert in after else -factor * before.get(expert, 0.0)
                 changed += np.float32(weight) * task_vectors[expert]
-        return (values + changed).reshape(stream.shapes[name])
+        changed += values
+        if name.endswith("running_var"):  # rounding must not make a variance negative
+            np.maximum(changed, 0, out=changed)
+        return changed.reshape(stream.shapes[name])
 
     changed = stream.map(change)
+
+    def value(name: str) -> np.ndarray:
+        return change(name) if name in stream.averaged else next(changed)[1]
+
     for name, own_name in canonicalise(base).items():
-        yield own_name, next(changed)[1] if name in stream.sizes else as_numpy(base[own_name], own_name).copy()
+        is_float = tensor_info(base, own_name).is_float
+        yield own_name, joined(name, value) if is_float else as_numpy(base[own_name], own_name).copy()

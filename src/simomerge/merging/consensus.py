@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -50,6 +50,9 @@ class MaskMethod(MergeMethod):
         if self.task and self.task not in experts:
             raise InputError(f"{self.name}: task is '{self.task}', but the experts are {', '.join(experts)}.")
         return super().for_experts(experts)
+
+    def shares(self, name: str, experts: Collection[str], statistics: Any) -> dict[str, float]:
+        return {self.task: 1.0} if self.task else super().shares(name, experts, statistics)
 
 
 @register("tall-mask", *_TALL)

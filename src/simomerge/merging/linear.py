@@ -37,6 +37,9 @@ class ZeroShot(MergeMethod):
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         return base.copy()
 
+    def shares(self, name: str, experts: Collection[str], statistics: Any) -> dict[str, float]:
+        return {}
+
 
 class LinearMethod(MergeMethod):
     """theta_0 + sum_t w_t * tau_t. Subclasses define the weights; `algebra.with_experts` edits such merges."""
@@ -49,6 +52,11 @@ class LinearMethod(MergeMethod):
     @abstractmethod
     def weights(self, name: str, experts: Collection[str], depth: Depth | None) -> dict[str, float]:
         """Expert -> weight of its task vector in the tensor ``name``, with the experts in sorted order."""
+
+    def shares(self, name: str, experts: Collection[str], statistics: Depth | None) -> dict[str, float]:
+        weights = self.weights(name, experts, statistics)
+        total = sum(weights.values())
+        return {expert: weight / total for expert, weight in weights.items()} if total > 0 else {}
 
     def merge_tensor(
         self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Depth | None

@@ -61,6 +61,19 @@ class MergeMethod(ABC):
         """Compute the statistics of whole models that ``merge_tensor`` then receives, in a pass over all tensors."""
         return None
 
+    def shares(self, name: str, experts: Collection[str], statistics: Any) -> dict[str, float]:
+        """The share of each expert in the running statistics of batch norms, which are averaged and not merged.
+
+        Args:
+            name: Canonical name of the running mean or variance.
+            experts: Expert names, sorted.
+            statistics: The result of `prepare`.
+
+        Returns:
+            Expert -> its share, 1 in total; empty if the result is the base's.
+        """
+        return dict.fromkeys(experts, 1 / len(experts))
+
     @abstractmethod
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         """Merge one tensor. A pure function, which depends on other tensors only through ``statistics``.

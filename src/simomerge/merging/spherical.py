@@ -8,7 +8,7 @@ read the tensors themselves twice. All arithmetic is in float64, because the ang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -57,6 +57,9 @@ class Slerp(MergeMethod):
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         weights = _flattened(task_vectors, base)
         return _combined(_slerp_factors(weights @ weights.T, self.t), weights, base)
+
+    def shares(self, name: str, experts: Collection[str], statistics: Any) -> dict[str, float]:
+        return dict(zip(experts, (1 - self.t, self.t), strict=True))
 
 
 @register(

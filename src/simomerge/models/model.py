@@ -18,9 +18,9 @@ from simomerge.checkpoints.description import existing, head_file, model_folder
 from simomerge.checkpoints.experts import own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
-from simomerge.core.assets import resolve_source
 from simomerge.core.classes import make, settings_of
 from simomerge.core.errors import InputError
+from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, load_backbone, load_encoder, timm
 from simomerge.models.encoders.loading import quiet
@@ -223,7 +223,7 @@ def load(source: str | Path) -> SimoModel:
     Raises:
         InputError: No such source, no network for a hub id, or a file that cannot be read.
     """
-    folder = resolve_source(source)
+    folder = local_source(source)
     if str(source).startswith(timm.PREFIX):
         model = SimoModel(timm.TimmEncoder(str(source).removeprefix(timm.PREFIX), pretrained=True), {}, {})
     elif (Path(folder) / "simo.json").exists():

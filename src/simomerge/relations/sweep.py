@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from simomerge.checkpoints import canonicalise
+from simomerge.checkpoints.names import is_running_statistic
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
@@ -189,6 +190,8 @@ class _Line:
         for name, tensor in backbone.state_dict().items():
             ours, theirs = self.pairs[name]
             if tensor.is_floating_point():
-                torch.lerp(ours.to(tensor), theirs.to(tensor), at, out=tensor)
+                # Beyond the expert, a variance could become negative.
+                reached = min(at, 1.0) if is_running_statistic(name) else at
+                torch.lerp(ours.to(tensor), theirs.to(tensor), reached, out=tensor)
             else:
                 tensor.copy_(ours)

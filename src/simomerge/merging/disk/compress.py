@@ -1,9 +1,10 @@
 """Many experts in one folder: the base, the merged task vector, and one bit per parameter and task.
 
 The folder holds ``base.safetensors`` (as the base is stored), ``merged.safetensors`` (the sum of the task vectors),
-``masks/TASK.safetensors`` (per tensor the packed mask, and one scale per tensor), ``experts/TASK/`` (the other files
-of a model folder: description, heads, configurations) and ``compressed.json``. An expert is restored as
-``base + scale * mask * merged``. This is an approximation; compressed.json records its error for each task.
+``masks/TASK.safetensors`` (per tensor the packed mask, and one scale per tensor; running statistics of batch norms as
+they are), ``experts/TASK/`` (the other files of a model folder: description, heads, configurations) and
+``compressed.json``. An expert is restored as ``base + scale * mask * merged``. This is an approximation;
+compressed.json records its error for each task.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import numpy as np
 from simomerge.checkpoints.description import FILE, existing, head_file, read_description, write_description
 from simomerge.checkpoints.experts import check_base
 from simomerge.checkpoints.lora import is_lora_folder
-from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.names import canonicalise, is_running_statistic
+from simomerge.checkpoints.parts import joined, separated
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
-from simomerge.checkpoints.tensors import FLOATS, TensorInfo, decode, encode
+from simomerge.checkpoints.tensors import FLOATS, TensorInfo, decode, encode, tensor_info
 from simomerge.checkpoints.writing import write_safetensors
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_absent
@@ -192,7 +194,7 @@ def _write_merged(
     folder: Path, base: Checkpoint, stream: TaskVectorStream, thresholds: tuple[float, ...], dtype: str
 ) -> dict[str, float]:
     """Write the sum of the task vectors; by task, the threshold whose mask restores its task vector best."""
-    own = canonicalise(base)
+    own = canonicalise(separated(base))
     errors = {task: np.zeros(len(thresholds)) for task in stream.experts}
 
     def merge(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -214,7 +216,8 @@ def _write_merged(
 
 def _write_mask(folder: Path, base: Checkpoint, task: str, stream: TaskVectorStream, threshold: float) -> Fit:
     """Write the masks and scales of one task; how well they restore it."""
-    merged, own = open_checkpoint(folder / _MERGED), canonicalise(base)
+    merged, parts = open_checkpoint(folder / _MERGED), separated(base)
+    own = canonicalise(parts)
     scales: dict[str, float] = {}
     sums = np.zeros(5)
 
@@ -224,7 +227,7 @@ def _write_mask(folder: Path, base: Checkpoint, task: str, stream: TaskVectorStr
         mask = tall_mask(tau, shared, threshold)
         packed = pack_mask(mask)
         scale = least_squares_scale(tau, masked_by(packed, shared))
-        restored = _as_stored(_restored(values, packed, scale, shared), base.info(own[name]).dtype, own[name])
+        restored = _as_stored(_restored(values, packed, scale, shared), tensor_info(parts, own[name]).dtype, own[name])
         expert, approximated = values + tau, masked_by(packed, shared) * np.float32(scale)
         norms = [_square(array) for array in (restored - expert, expert, approximated - tau, tau)]
         return packed, scale, np.array([*norms, np.count_nonzero(mask)])
@@ -235,9 +238,11 @@ def _write_mask(folder: Path, base: Checkpoint, task: str, stream: TaskVectorStr
             sums[:] += found
             yield own[name], packed
             progress(f"mask of {task}", done, len(stream.names), "")
+        yield from ((own[name], stream.average(name, {task: 1.0})) for name in stream.averaged)
         yield _SCALES, np.array([scales[name] for name in sorted(scales)], np.float32)
 
-    layout = _mask_layout({own[name]: stream.sizes[name] for name in stream.names})
+    measured = {own[name]: stream.shapes[name] for name in stream.averaged}
+    layout = _mask_layout({own[name]: stream.sizes[name] for name in stream.names}, measured)
     write_safetensors(folder / "masks" / f"{task}.safetensors", pairs(), layout=layout)
     error, norm, tau_error, tau_norm, kept = sums
     density = kept / max(sum(stream.sizes.values()), 1)
@@ -256,9 +261,15 @@ def _as_stored(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return decode(encode(array, dtype, name), TensorInfo(array.shape, dtype)).reshape(array.shape)
 
 
-def _mask_layout(sizes: Mapping[str, int]) -> dict[str, TensorInfo]:
-    """The tensors of a mask file: name -> number of entries in, name -> packed mask out, and the scales."""
+def _mask_layout(sizes: Mapping[str, int], measured: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    """The tensors of a mask file: packed masks, running statistics, and the scales.
+
+    Args:
+        sizes: Name -> number of entries.
+        measured: Name -> shape, of the running statistics.
+    """
     masks = {name: TensorInfo(((size + 7) // 8,), "U8") for name, size in sizes.items()}
+    masks |= {name: TensorInfo(shape, "F32") for name, shape in measured.items()}
     return masks | {_SCALES: TensorInfo((len(sizes),), "F32")}
 
 
@@ -344,16 +355,22 @@ def restore(
 def _restored_tensors(folder: Path, base: Checkpoint, task: str) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of one expert in the base's order, after checking that the files fit together."""
     file = folder / "masks" / f"{task}.safetensors"
-    merged, masks = open_checkpoint(folder / _MERGED), open_checkpoint(file)
-    if {name: masks.info(name) for name in masks} != _mask_layout({name: merged.info(name).size for name in merged}):
+    merged, masks, parts = open_checkpoint(folder / _MERGED), open_checkpoint(file), separated(base)
+    # Folders of earlier versions have masks of running statistics too.
+    measured = {name: base.info(name).shape for name in base if is_running_statistic(name) and name not in merged}
+    layout = _mask_layout({name: merged.info(name).size for name in merged}, measured)
+    if {name: masks.info(name) for name in masks} != layout:
         raise InputError(f"{file} does not fit {folder / _MERGED}: copy the folder from its source again.")
-    if any(name not in base or base.info(name).shape != merged.info(name).shape for name in merged):
+    if any(name not in parts or tensor_info(parts, name).shape != merged.info(name).shape for name in merged):
         raise InputError(f"{folder / _MERGED} does not fit {folder / _BASE}: copy the folder from its source again.")
     scales = dict(zip(sorted(merged), masks[_SCALES].tolist(), strict=True))
-    return (
-        (name, _restored(base[name], masks[name], scales[name], merged[name]) if name in merged else base[name])
-        for name in base
-    )
+
+    def value(name: str) -> np.ndarray:
+        if name in merged:
+            return _restored(parts[name], masks[name], scales[name], merged[name])
+        return masks[name] if name in measured else base[name]
+
+    return ((name, joined(name, value)) for name in base)
 
 
 def _read_compressed(folder: Path) -> dict[str, Any]:

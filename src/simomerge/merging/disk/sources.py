@@ -13,9 +13,12 @@ from simomerge.checkpoints.description import FILE, existing, head_file, read_de
 from simomerge.checkpoints.experts import own_task
 from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
-from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.names import canonical_name, canonicalise
+from simomerge.checkpoints.parts import parts_of, separated
+from simomerge.checkpoints.quantised import check_config
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
-from simomerge.core.assets import resolve_source
+from simomerge.core.assets import EMBEDDED_BASE
+from simomerge.core.hub import local_source
 
 CONFIGS = ("config.json", "preprocessor_config.json")
 """The files next to the weights of a transformers folder that belong to them."""
@@ -29,11 +32,13 @@ class Source:
         path: a weight file, a transformers folder, a model folder, or (experts only) a peft adapter folder.
         weights: the weights of its encoder, read when needed.
         description: the content of a model folder's simo.json; None for all others.
+        hub_id: what it was named by, if that was not a path.
     """
 
     path: Path
     weights: Checkpoint | LoraExpert
     description: dict[str, Any] | None
+    hub_id: str = ""
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -47,12 +52,12 @@ class Source:
 
     @property
     def place(self) -> str:
-        """Its path, for messages."""
-        return str(self.path)
+        """Its path or hub id, for messages."""
+        return self.hub_id or str(self.path)
 
     def origin(self) -> dict[str, str]:
         """Its name, without the path, and the fingerprint of its weights, which is computed only once."""
-        return {"source": self.path.name, "fingerprint": self._fingerprint}
+        return {"source": self.hub_id or self.path.name, "fingerprint": self._fingerprint}
 
     def encoder_folder(self) -> Path:
         """The folder where config.json is expected."""
@@ -68,21 +73,26 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = None) -> Source:
-    """Open a base or, with ``base``, an expert of it, without reading a value.
+    """Open a base or, with ``base``, an expert of it, without reading a value; by its path, hub id or embedded name.
 
     Raises:
-        InputError: nothing there, or a damaged file.
+        InputError: nothing there, a damaged file, or quantised weights.
     """
-    path = Path(resolve_source(os.fspath(path)))
+    given = os.fspath(path)
+    path = Path(local_source(given, bare=False))
+    hub_id = "" if given == EMBEDDED_BASE or Path(given).expanduser().exists() or not path.exists() else given
     if base is not None and is_lora_folder(path):
-        return Source(path, open_lora(path, base), None)
+        return Source(path, open_lora(path, base), None, hub_id)
     description = read_description(path) if (path / FILE).is_file() else None
-    return Source(path, open_checkpoint(path), description)
+    source = Source(path, open_checkpoint(path), description, hub_id)
+    if path.is_dir():
+        check_config(source.encoder_folder())
+    return source
 
 
 def without_extras(base: Source, experts: Mapping[str, Source]) -> Source:
     """A base without the tensors that no expert has, such as a pooler or a head, which training drops."""
     assert isinstance(base.weights, Checkpoint)
-    known = {name for expert in experts.values() for name in canonicalise(expert.weights)}
-    kept = [own for name, own in canonicalise(base.weights).items() if name in known]
+    known = {name for expert in experts.values() for name in canonicalise(separated(expert.weights))}
+    kept = [own for own in base.weights if any(canonical_name(part) in known for part in parts_of(own))]
     return replace(base, weights=base.weights.only(kept))

@@ -7,6 +7,8 @@ from itertools import combinations
 from typing import Any
 
 from simomerge.checkpoints import canonicalise, tensor_info
+from simomerge.checkpoints.parts import separated
+from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.errors import InputError
 from simomerge.merging.method import MergeMethod
 
@@ -20,7 +22,7 @@ def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: M
 
     Raises:
         InputError: The base is missing but needed; too few experts; the same expert twice; a missing or an extra
-            tensor; different shapes; a float tensor that is not a float in another model.
+            float tensor; different shapes; a float tensor that is not a float in another model; quantised weights.
     """
     if base is None and method.needs_base:
         raise InputError(f"'{method.name}' needs the base that the experts were fine-tuned from: give it.")
@@ -32,20 +34,25 @@ def check_models(method: MergeMethod, base: Mapping[str, Any] | None, experts: M
             raise InputError(f"The experts '{first}' and '{second}' are the same: give each expert once.")
     models = {f"the expert '{expert}'": tensors for expert, tensors in experts.items()}
     (reference, expected), *others = ([("the base", base)] if base is not None else []) + list(models.items())
+    for name, tensors in ((reference, expected), *others):
+        place = getattr(tensors, "path", None)
+        check_not_quantised(tensors, _capital(name) + (f" ({place})" if place else ""))
     for other, given in others:
         _check_same_tensors(reference, expected, other, given)
 
 
 def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str, given: Mapping[str, Any]) -> None:
+    expected, given = separated(expected), separated(given)
     expected_names, given_names = canonicalise(expected), canonicalise(given)
-    if missing := [name for name in expected_names if name not in given_names]:
+    # Integers, such as the position_ids that only some versions save, are copied from the base and may be missing.
+    if missing := _only_floats(expected, expected_names, given_names):
         which = _listed(missing, f" of {reference}")
         raise InputError(f"{_capital(other)} is missing {which}. Give experts fine-tuned from this base.")
-    if extra := [name for name in given_names if name not in expected_names]:
+    if extra := _only_floats(given, given_names, expected_names):
         which = _listed(extra, f" that {reference} does not have")
         raise InputError(f"{_capital(other)} has {which}. Give the encoder alone, without heads.")
     shapes, dtypes = [], []
-    for name in expected_names:
+    for name in (name for name in expected_names if name in given_names):
         a, b = tensor_info(expected, expected_names[name]), tensor_info(given, given_names[name])
         if a.shape != b.shape:
             shapes.append(f"{name} {a.shape} and {b.shape}")
@@ -57,6 +64,11 @@ def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str,
                 f"{_capital(reference)} and {other} differ in the {what} of {_listed(differing)}. "
                 "Give experts fine-tuned from this base."
             )
+
+
+def _only_floats(tensors: Mapping[str, Any], names: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
+    """The canonical names of the float tensors that the other model does not have."""
+    return [name for name, own in names.items() if name not in others and tensor_info(tensors, own).is_float]
 
 
 def _listed(items: Sequence[str], which: str = "") -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints import TensorInfo, as_numpy, canonicalise, tensor_info
+from simomerge.checkpoints.parts import joined
 from simomerge.checkpoints.tensors import encode, value_info
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
@@ -24,8 +25,9 @@ class Merged(Mapping[str, np.ndarray]):
     """A merge as a mapping from tensor names to arrays. A tensor is merged when it is read, and is not kept.
 
     Several threads may read at the same time. The method's statistics of whole models are computed by `prepare`, or
-    else together with the first tensor. Names and order are those of the base. Float tensors are merged, in float32;
-    all others are copied from the base as stored.
+    else together with the first tensor. Names and order are those of the base. Float tensors are merged, in float32,
+    and the running statistics of batch norms are averaged over the experts. All others are copied from the base as
+    stored.
 
     Args:
         method: The method.
@@ -60,6 +62,7 @@ class Merged(Mapping[str, np.ndarray]):
         self._method = method.for_experts(list(experts))
         self._stream = TaskVectorStream(self._reference, experts, threads)
         self._canonical = {own: name for name, own in canonicalise(self._reference).items()}
+        self._is_float = {own: tensor_info(self._reference, own).is_float for own in self._canonical}
         self._lock = Lock()
         _keep_freed_memory()
 
@@ -75,15 +78,16 @@ class Merged(Mapping[str, np.ndarray]):
             _ = self._prepared
 
     def __getitem__(self, own_name: str) -> np.ndarray:
-        name = self._canonical[own_name]
-        if name not in self._stream.sizes:
+        if not self._is_float[own_name]:
             return as_numpy(self._reference[own_name], own_name).copy()
         self.prepare()
         with np.errstate(over="ignore", invalid="ignore"):  # The check for finite values may overflow.
-            return self._merged(name)
+            return joined(self._canonical[own_name], self._merged)
 
     def _merged(self, name: str) -> np.ndarray:
         method, stream, (statistics, factors) = self._method, self._stream, self._prepared
+        if name in stream.averaged:
+            return stream.average(name, method.shares(name, stream.experts, statistics)).reshape(stream.shapes[name])
         merged = np.empty(stream.shapes[name], np.float32)
         flat = merged.reshape(-1)
         blocks = stream.read_blocks(name) if method.elementwise else [(slice(None), *stream.read(name))]
@@ -100,7 +104,7 @@ class Merged(Mapping[str, np.ndarray]):
     def info(self, own_name: str) -> TensorInfo:
         """Shape and dtype of one tensor of the result, without merging it. Raises KeyError."""
         stored = tensor_info(self._reference, own_name)
-        return TensorInfo(stored.shape, "F32") if self._canonical[own_name] in self._stream.sizes else stored
+        return TensorInfo(stored.shape, "F32") if stored.is_float else stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._canonical)
@@ -152,7 +156,7 @@ def merge_tensors(
 
     Yields:
         ``(name, array)`` for every tensor of the base, in its order and under its name. Float tensors are merged, in
-        float32; all others are copied from the base as stored.
+        float32, and the running statistics of batch norms averaged; all others are copied from the base as stored.
 
     Raises:
         InputError: What `get_method` and `check_models` raise, or a value that is not finite.

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from simomerge.checkpoints import as_numpy, canonicalise, flat_values, tensor_info
+from simomerge.checkpoints.names import is_running_statistic
+from simomerge.checkpoints.parts import separated
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
 
@@ -35,9 +37,11 @@ class TaskVectorStream:
 
     Attributes:
         experts: Expert names, sorted, so that no result depends on the order in which they were given.
-        names: Canonical names of the float tensors, which are the ones to merge, in the base's order.
-        shapes: Canonical name -> shape.
-        sizes: Canonical name -> number of entries.
+        names: Canonical names of the float tensors, which are the ones to merge, in the base's order. A tensor that is
+            one on disk and several in memory appears by its parts (see `simomerge.checkpoints.parts`).
+        averaged: Canonical names of the running statistics of batch norms, which are not among ``names``.
+        shapes: Canonical name -> shape, of ``names`` and ``averaged``.
+        sizes: Canonical name -> number of entries, of ``names``.
         changed: The experts found so far to differ from the base.
         checked: True once every value has been read and is known to be finite. Later passes skip the check.
 
@@ -50,13 +54,16 @@ class TaskVectorStream:
     def __init__(
         self, base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], threads: int | None = None
     ) -> None:
-        self._base, self._experts, self._threads = base, experts, threads
-        self._base_names = canonicalise(base)
-        self._expert_names = {expert: canonicalise(experts[expert]) for expert in experts}
-        infos = {name: tensor_info(base, own) for name, own in self._base_names.items()}
+        self._given_base, self._base, self._threads = base, separated(base), threads
+        self._experts = {expert: separated(tensors) for expert, tensors in experts.items()}
+        self._base_names = canonicalise(self._base)
+        self._expert_names = {expert: canonicalise(tensors) for expert, tensors in self._experts.items()}
+        infos = {name: tensor_info(self._base, own) for name, own in self._base_names.items()}
+        floats = [name for name, info in infos.items() if info.is_float]
         self.experts = tuple(sorted(experts))
-        self.names = tuple(name for name, info in infos.items() if info.is_float)
-        self.shapes = {name: infos[name].shape for name in self.names}
+        self.names = tuple(name for name in floats if not is_running_statistic(name))
+        self.averaged = tuple(name for name in floats if is_running_statistic(name))
+        self.shapes = {name: infos[name].shape for name in floats}
         self.sizes = {name: infos[name].size for name in self.names}
         self.changed: set[str] = set()
         self.checked = False
@@ -100,7 +107,7 @@ class TaskVectorStream:
     ) -> np.ndarray:
         source, own = self._experts[expert], self._expert_names[expert][name]
         # Low-rank factors are relative to the base of the adapter, which need not be the base of this stream.
-        low_rank = getattr(source, "task_vector", None) if getattr(source, "base", None) is self._base else None
+        low_rank = getattr(source, "task_vector", None) if getattr(source, "base", None) is self._given_base else None
         tau = low_rank(own) if callable(low_rank) else None
         if tau is None:
             return np.subtract(_values(source, own, part), base, out=np.empty_like(base) if out is None else out)
@@ -114,6 +121,25 @@ class TaskVectorStream:
         """The base's tensor and the task vector of every expert, sorted by name; with ``part``, parts of them, flat."""
         base = self.base(name, part)
         return base, {expert: self.task_vector(expert, name, base, part) for expert in self.experts}
+
+    def average(self, name: str, shares: Mapping[str, float]) -> np.ndarray:
+        """A running statistic averaged over the experts, float32; the base's if there are no shares.
+
+        Args:
+            shares: Expert -> its share. They add up to 1.
+
+        Raises:
+            InputError: A value is not finite.
+        """
+        base, _ = self.read(name)  # raises for values that are not finite
+        if not shares:
+            return base.copy()
+        # From the values themselves: a sum of rounded differences could make a variance negative.
+        values = [
+            share * _values(self._experts[expert], self._expert_names[expert][name], None).astype(np.float64)
+            for expert, share in shares.items()
+        ]
+        return np.asarray(np.sum(values, axis=0), np.float32)
 
     def read_blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray, dict[str, np.ndarray]]]:
         """Read a flattened tensor block by block: the part, the base and the task vectors, sorted by expert name.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
-from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from simomerge.core.hub import is_only_a_path, local_source, similar
+from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
+from simomerge.models.encoders.preprocessing import read_normalisation
 
 
 def load_encoder(
@@ -28,7 +29,7 @@ def load_encoder(
     Args:
         source: As in `load_backbone`.
         taps, apply_layernorm: As in `Encoder`.
-        mean, std: RGB normalisation; by default that of the folder's preprocessor_config.json, or ImageNet's.
+        mean, std: RGB normalisation; by default as in `read_normalisation`.
 
     Raises:
         InputError: As in `load_backbone` and `Encoder`.
@@ -37,8 +38,9 @@ def load_encoder(
         >>> load_encoder("facebook/dinov2-base").taps                                           # doctest: +SKIP
         (3, 6, 9, 12)
     """
-    known_mean, known_std = read_normalisation(source)
-    backbone = load_backbone(source)
+    folder = local_source(source)
+    known_mean, known_std = read_normalisation(folder)
+    backbone = load_backbone(folder)
     encoder = Encoder(backbone, taps, mean or known_mean, std or known_std, apply_layernorm)
     if family_of(backbone.config.model_type) is None:
         _try_out(encoder, str(source))
@@ -58,7 +60,7 @@ def load_backbone(source: str | Path) -> Any:
     Raises:
         InputError: No such source, no network for a hub id, a damaged file, or not a vision encoder.
     """
-    source = str(source)
+    source = local_source(source)
     _check_folder(source)
     with quiet():
         try:
@@ -76,6 +78,11 @@ def load_backbone(source: str | Path) -> Any:
         raise unknown_encoder(source, str(backbone.config.model_type))
     # transformers fills missing tensors with random numbers and only warns; a merge of those would be worthless.
     missing = [name for name in [*loading["missing_keys"], *loading["mismatched_keys"]] if "pooler" not in str(name)]
+    # No prediction depends on the number of batches that a batch norm has counted; some files leave it out.
+    counters = [name for name in missing if str(name).endswith("num_batches_tracked")]
+    for name in counters:
+        backbone.get_buffer(name).zero_()
+    missing = [name for name in missing if name not in counters]
     if missing:
         raise InputError(
             f"{source}: {len(missing)} tensors are missing or have another shape, first {missing[0]}. The file is"
@@ -92,23 +99,7 @@ def without_pooler(backbone: Any) -> Any:
     return backbone
 
 
-def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[float]]:
-    """RGB mean and standard deviation of a folder or hub id; ImageNet's if it names none.
-
-    Raises:
-        InputError: The file holds something else; the message names it.
-    """
-    path, settings = _image_processor(str(source))
-    found = []
-    for name, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD)):
-        values = settings.get(name, default)
-        if not (isinstance(values, Sequence) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values)):
-            raise InputError(f"{path}: {name} is {values!r}; give three numbers, or remove it to use ImageNet's.")
-        found.append(values)
-    return found[0], found[1]
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -131,12 +122,10 @@ def quiet() -> Iterator[None]:
 
 def _check_folder(source: str) -> None:
     """Check that a source that can only be a folder exists."""
-    owner, slash, _ = source.partition("/")
-    # A hub id has the form OWNER/NAME. If OWNER is a local folder such as runs/, a path is meant.
-    local = source.startswith((".", "/", "~")) or source.count("/") > 1 or (slash and Path(owner).is_dir())
-    if not Path(source).is_dir() and local:
+    if not Path(source).is_dir() and is_only_a_path(source):
         raise InputError(
             f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
+            f"{similar(source)}"
         )
 
 
@@ -172,24 +161,3 @@ def _try_out(encoder: Encoder, source: str) -> None:
         raise
     except Exception as error:  # a foreign forward pass may raise anything
         raise unknown_encoder(source, str(encoder.backbone.config.model_type)) from error
-
-
-def _image_processor(source: str) -> tuple[str, Mapping[str, Any]]:
-    """The path of an image processor's file and its content; empty if there is no such file."""
-    from transformers.utils import cached_file
-
-    for name, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
-        try:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if not path:
-                continue
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            settings = content.get(key, {}) if key else content
-            if not isinstance(settings, Mapping):
-                raise ValueError("no mapping")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); fix it, or remove it to use ImageNet's.") from error
-        except OSError:
-            continue
-        return str(path), settings
-    return source, {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from simomerge.checkpoints import Checkpoint, canonical_name, canonicalise, fingerprint, open_checkpoint
+from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.heads import HEADS, head_for
@@ -59,8 +60,10 @@ def fill(
         rename: A function of every name in the file; all prefixes are those of its results.
 
     Raises:
-        InputError: Tensors that no module takes, that are missing, or of another shape. Nothing is copied then.
+        InputError: Quantised weights, or tensors that no module takes, that are missing, or of another shape. Nothing
+            is copied then.
     """
+    check_not_quantised(weights, str(weights.path))
     stored: dict[str, dict[str, str]] = {prefix: {} for prefix in modules}
     unused: list[str] = []
     for original in weights:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, load_encoder
@@ -65,7 +64,7 @@ class ImportOptions:
             if values is not None and len(values) != 3:
                 raise InputError(f"mean or std {list(values)}: give three numbers, for red, green and blue.")
         normed = apply_layernorm if self.apply_layernorm is None else self.apply_layernorm
-        return load_encoder(resolve_source(str(self.encoder)), self.taps, normed, self.mean, self.std)
+        return load_encoder(str(self.encoder), self.taps, normed, self.mean, self.std)
 
 
 def as_imported(encoder: Encoder, task: Task, head: nn.Module, source: str, how: str) -> SimoModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints import open_checkpoint
 from simomerge.core.errors import InputError
+from simomerge.core.hub import local_source, similar
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.encoders.layout import find_layout
-from simomerge.models.encoders.loading import first_line, quiet, read_normalisation, without_pooler
+from simomerge.models.encoders.loading import first_line, quiet, without_pooler
+from simomerge.models.encoders.preprocessing import read_normalisation
 from simomerge.models.heads.transformers import ARCHITECTURES, TransformersHead, check_not_hybrid
 from simomerge.models.importing.mapping import fill
 from simomerge.models.importing.options import ImportOptions, as_imported
@@ -41,6 +42,7 @@ _HEAD_SETTINGS = (
 def read_transformers(source: str, task: str, options: ImportOptions) -> SimoModel:
     """The expert in a folder or hub id; see `simomerge.import_expert`."""
     options.check_used(source, "a folder or hub id describes itself")
+    given, source = source, _local(source)
     config = _config(source)
     architecture = _architecture(config)
     if architecture not in ARCHITECTURES:
@@ -50,7 +52,7 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
         )
     check_not_hybrid(config, f"{source}: ")
     described = _task(config, architecture, task, options)
-    weights = open_checkpoint(_weights_folder(source))
+    weights = open_checkpoint(source)
     encoder = _encoder(config, source)
     settings = {name: getattr(config, name) for name in _HEAD_SETTINGS if hasattr(config, name)}
     if architecture == "DPTForSemanticSegmentation":
@@ -64,17 +66,21 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
         drop=("auxiliary_head.", f"{prefix}pooler."),
         optional=(f"{prefix}embeddings.mask_token",),
     )
-    return as_imported(encoder, described, head, source, architecture)
+    return as_imported(encoder, described, head, given, architecture)
 
 
 def source_model(source: str) -> nn.Module | None:
-    """The source of an imported expert as transformers runs it; None if transformers has no class for it."""
+    """The source of an imported expert as transformers runs it; None if transformers cannot run it."""
     import transformers
 
+    source = local_source(source)
     config = _config(source)
     architecture = _architecture(config)
-    if architecture == "DPTForSemanticSegmentation" and getattr(config, "backbone_config", None) is not None:
+    backbone = getattr(config, "backbone_config", None)
+    if architecture == "DPTForSemanticSegmentation" and backbone is not None:
         return None  # transformers would run it with an encoder of its own
+    if getattr(backbone, "num_register_tokens", 0) and not getattr(backbone, "reshape_hidden_states", True):
+        return None  # transformers takes the registers for patches and fails
     with quiet():
         model: nn.Module = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32)
     return model.eval()
@@ -102,6 +108,17 @@ def largest_difference(expert: SimoModel, model: nn.Module, size: tuple[int, int
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
+def _local(source: str) -> str:
+    """The folder of a source. Raises InputError if there is none."""
+    try:
+        return local_source(source)
+    except InputError as error:
+        raise InputError(
+            f"{source}: not a model folder, not a weight file, and as a hub id it cannot be loaded"
+            f" ({first_line(error.__cause__ or error)}). Download it while online and give its folder.{similar(source)}"
+        ) from error
+
+
 def _config(source: str) -> Any:
     from transformers import AutoConfig
 
@@ -117,19 +134,6 @@ def _config(source: str) -> Any:
 
 def _architecture(config: Any) -> str:
     return str((config.architectures or [""])[0])
-
-
-def _weights_folder(source: str) -> Path:
-    """The folder with the weights: the given one, or the local copy of a hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    from transformers.utils import cached_file
-
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        if found:
-            return Path(found).parent
-    raise InputError(f"{source}: has no weights (model.safetensors or pytorch_model.bin) in one file.")
 
 
 def _encoder(config: Any, source: str) -> Encoder:

@@ -1,0 +1,70 @@
+"""Where sources are found: the disk first, then the cache of the hub; nothing waits for a missing network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from simomerge.checkpoints import open_checkpoint
+from simomerge.core.errors import InputError
+from simomerge.core.hub import is_only_a_path, local_source, similar
+
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub with the model me/tiny; the current folder is empty."""
+    folder = tmp_path / "hub" / "models--me--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    snapshot = folder / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return snapshot
+
+
+def test_the_cache_serves_an_id(cache: Path) -> None:
+    assert Path(local_source("me/tiny")).resolve() == cache.resolve()
+
+
+def test_the_disk_comes_first(cache: Path) -> None:
+    Path("me/tiny").mkdir(parents=True)
+    assert local_source("me/tiny") == "me/tiny"
+    assert Path(local_source("rooms-base")).is_dir()
+
+
+def test_a_copy_without_weights_does_not_count(cache: Path) -> None:
+    (cache / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="me/tiny: no such folder, and as a hub id: cannot load"):
+        local_source("me/tiny")
+
+
+@pytest.mark.parametrize(
+    "source", ["./tiny", "/no/such", "~/none", "a/b/c", "w.safetensors", "me/w.pt", "timm:resnet18"]
+)
+def test_what_can_only_be_a_path_is_not_looked_up(cache: Path, source: str) -> None:
+    assert local_source(source) == source
+    assert is_only_a_path(source) == (source != "timm:resnet18")
+
+
+def test_a_misspelt_path_fails_at_once_with_a_near_name(cache: Path) -> None:
+    Path("runs/depth").mkdir(parents=True)
+    began = time.monotonic()
+    assert local_source("runs/dept") == "runs/dept" and similar("runs/dept") == " Did you mean 'runs/depth'?"
+    with pytest.raises(InputError, match=r"runs/dept does not exist: check the path\. Did you mean 'runs/depth'\?"):
+        open_checkpoint("runs/dept")
+    with pytest.raises(InputError, match=r"rans: no such folder.* Did you mean 'runs'\?"):
+        local_source("rans")
+    assert local_source("rans", bare=False) == "rans"
+    with pytest.raises(InputError, match="someone/something: no such folder"):
+        local_source("someone/something")
+    assert time.monotonic() - began < 5
+    assert similar("something/else") == "" and similar("zzz") == ""
