@@ -53,7 +53,7 @@ def test_as_many_steps_are_made_as_fit(
 ) -> None:
     monkeypatch.setattr(budget, "LEAST_STEPS", 1)
     began = time.monotonic()
-    result = distil_until(began + 6, folded, experts, images())
+    result = distil_until(began + 6, folded, folded, experts, images())
     assert time.monotonic() - began < 15  # a slow machine makes fewer steps
     choice, record = result.provenance["auto"], result.provenance["realign"]
     assert choice == {"chosen": "distill-encoder", "steps": record["steps"]} and record["steps"] > 8
@@ -62,7 +62,7 @@ def test_as_many_steps_are_made_as_fit(
 
 
 def test_without_time_the_fold_stays(folded: SimoModel, experts: dict[str, SimoModel]) -> None:
-    result = distil_until(time.monotonic() + 0.01, folded, experts, images())
+    result = distil_until(time.monotonic() + 0.01, folded, folded, experts, images())
     assert same(weights(result), weights(folded))
     assert result.provenance["auto"] == {
         "chosen": "fold-cross",
@@ -78,7 +78,7 @@ def test_distillation_that_does_only_harm_is_not_chosen(
     made = budget.get_realignment
     monkeypatch.setattr(budget, "LEAST_STEPS", 1)
     monkeypatch.setattr(budget, "get_realignment", lambda name, steps: made(name, steps=min(steps, 12), lr=0.9))
-    result = distil_until(time.monotonic() + 6, near, experts, images())
+    result = distil_until(time.monotonic() + 6, near, near, experts, images())
     assert result.provenance["auto"]["reason"] == "distillation came no closer to the experts"
     assert same(weights(result), weights(near))
 
@@ -91,7 +91,7 @@ def test_distillation_that_fails_leaves_the_fold(
 
     monkeypatch.setattr(budget, "_distil", fail)
     with pytest.warns(UserWarning, match=r"auto keeps the fold, because distillation failed: the disk is full\."):
-        result = distil_until(time.monotonic() + 6, folded, experts, images())
+        result = distil_until(time.monotonic() + 6, folded, folded, experts, images())
     assert same(weights(result), weights(folded)) and "disk is full" in result.provenance["auto"]["reason"]
 
 
@@ -103,7 +103,8 @@ def test_auto_hands_its_time_on(
 ) -> None:
     given: list[Any] = []
 
-    def keep(ends: float, model: SimoModel, experts: Any, pictures: Images) -> SimoModel:
+    def keep(ends: float, model: SimoModel, merged: SimoModel, experts: Any, pictures: Images) -> SimoModel:
+        assert "realign" not in merged.provenance
         given.append((ends, len(pictures), model.provenance["realign"]["method"]))
         return model
 

@@ -26,15 +26,18 @@ MARGIN = 0.9
 """Share of the remaining time that is planned."""
 
 
-def distil_until(ends: float, model: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> SimoModel:
-    """Distil the whole model on the experts' predictions until about a point in time.
+def distil_until(
+    ends: float, folded: SimoModel, merged: SimoModel, experts: Mapping[str, SimoModel], images: Any
+) -> SimoModel:
+    """Distil a merged model on the experts' predictions until about a point in time.
 
-    The result is the given model if the time does not suffice for `LEAST_STEPS` steps, if no state of the training is
+    The result is the folded model if the time does not suffice for `LEAST_STEPS` steps, if no state of the training is
     closer to the experts on held-out images, or if the training fails; a warning then says why.
 
     Args:
         ends: On the clock of ``time.monotonic``.
-        model: A merged model with folded heads.
+        folded: The merged model with folded heads.
+        merged: The same without a fold. Distillation folds it on the images that it does not hold out.
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` gives them, all of one size.
 
@@ -43,15 +46,15 @@ def distil_until(ends: float, model: SimoModel, experts: Mapping[str, SimoModel]
     """
     try:
         with distributed.temporary_folder() as folder:
-            distilled = _distilled(ends, model, experts, images, folder)
+            distilled = _distilled(ends, merged, experts, images, folder)
     except InputError as error:
         warnings.warn(f"auto keeps the fold, because distillation failed: {error}", stacklevel=3)
-        return _with_choice(model, {"chosen": "fold-cross", "reason": f"distillation failed: {error}"})
+        return _with_choice(folded, {"chosen": "fold-cross", "reason": f"distillation failed: {error}"})
     if distilled is None:
-        return _with_choice(model, {"chosen": "fold-cross", "reason": "the time does not suffice for distillation"})
+        return _with_choice(folded, {"chosen": "fold-cross", "reason": "the time does not suffice for distillation"})
     record = distilled.provenance["realign"]
     if record.get("best_step") == 0:
-        return _with_choice(model, {"chosen": "fold-cross", "reason": "distillation came no closer to the experts"})
+        return _with_choice(folded, {"chosen": "fold-cross", "reason": "distillation came no closer to the experts"})
     return _with_choice(distilled, {"chosen": "distill-encoder", "steps": record["steps"]})
 
 

@@ -160,8 +160,9 @@ def _auto(
     tried = [aligner.best_scale(get_method(name), schedule) for name, schedule in AUTO_METHODS]
     plain: Any = tried[0].method
     aligner.try_out(learn_coefficients(base, experts, few, plain.scale, rounds=1))
-    folded = realign(_assembled(aligner, aligner.best), experts, few, variant="cross-tap")
-    return folded if ends is None else distil_until(ends, folded, experts, images)
+    merged = _assembled(aligner, aligner.best)
+    folded = realign(merged, experts, few, variant="cross-tap")
+    return folded if ends is None else distil_until(ends, folded, merged, experts, images)
 
 
 def _assembled(aligner: Aligner, chosen: Trial) -> SimoModel:

@@ -328,3 +328,14 @@ def test_it_folds_where_an_earlier_re_alignment_left_the_heads_alone() -> None:
     changed = {"realign": {"method": "fold", "after": {"method": "prodistill"}}}
     assert heads_were_changed(changed) and heads_were_changed({"realign": {"method": "of-another-version"}})
     assert not heads_were_changed({}) and not heads_were_changed({"realign": {"method": "prodistill"}})
+
+
+def test_the_fold_before_it_does_not_see_the_held_out_images(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    other = [*IMAGES[:12], *(1 - image for image in IMAGES[12:])]  # the last four of sixteen are held out
+    still = replace(SETTINGS, steps=1, lr=1e-12)
+    first, second = (distil(merged, experts, images, training=still) for images in (IMAGES, other))
+    assert of(first)["after"]["unlabelled_images"] == 12
+    for task in TASKS:
+        for one, two in zip(first.heads[task].parameters(), second.heads[task].parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-6)

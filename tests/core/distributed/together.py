@@ -102,7 +102,7 @@ def distilled(base: Path, output: Path) -> None:
         kept = {key: record[key] for key in ("best_step", "distance_ratio")}
         save(output, f"distilled-{predictions}", {"model": result.state_dict(), "record": kept})
     budget.LEAST_STEPS = 1
-    within = budget.distil_until(time.monotonic() + 8, model, experts, as_images(data))
+    within = budget.distil_until(time.monotonic() + 8, model, model, experts, as_images(data))
     save(output, "within", {"model": within.state_dict(), "steps": within.provenance["auto"].get("steps", 0)})
 
 

@@ -162,9 +162,16 @@ class Distill(TrainedRealignment):
         return lora_config(model.encoder, self.rank) if self.trains == "lora" else None
 
     def _fold(self, model: SimoModel, inputs: Inputs) -> None:
-        """Fold every head that can be folded, in place."""
+        """Fold every head that can be folded, in place.
+
+        The images that are held out later are left out: the fold fits the images that it sees, so that no state of the
+        training could be better on them.
+        """
+        from simomerge.assembly.realign.distillation import run_of_training
         from simomerge.models.heads.projections import is_foldable
 
+        if self.trains != "heads":
+            inputs = replace(inputs, images=inputs.images._subset(run_of_training(len(inputs.images), self.hold_out)))
         tasks = [task for task, head in model.heads.items() if is_foldable(head)]
         if tasks:
             experts = {task: inputs.experts[task] for task in tasks}

@@ -229,11 +229,15 @@ def hold_out_run(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseD
 
     Neighbouring frames of a video are nearly the same, so single frames in between would not be independent.
     """
-    count = round(len(data) * share)
-    if not count:
+    kept = run_of_training(len(data), share)
+    if len(kept) == len(data):
         return data, None
-    kept = len(data) - count
-    return data._subset(range(kept)), data._subset(range(kept, len(data)))
+    return data._subset(kept), data._subset(range(len(kept), len(data)))
+
+
+def run_of_training(count: int, share: float) -> range:
+    """The indices of the images that are not held out, of ``count`` images."""
+    return range(count - round(count * share))
 
 
 def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:
