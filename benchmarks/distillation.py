@@ -1,6 +1,6 @@
 """Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against unlabelled images.
 
-The header of recipes/rooms-small.yaml has the command of the run whose curves docs/benchmarks.md shows.
+recipes/rooms-distill.yaml makes the run whose curves docs/benchmarks.md shows.
 
     python benchmarks/distillation.py runs/rooms-distill --picture docs/pictures/distillation.png
 """

@@ -41,7 +41,8 @@ def local_source(source: str | Path, bare: bool = True) -> str:
     try:
         return _cached(given) or _fetched(given)
     except Exception as error:  # no connection, no such id, a gated model, ...: the library raises many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line.partition(". ")[0].rstrip(".")
         raise InputError(
             f"{source}: no such folder, and as a hub id: cannot load an encoder ({reason[:200]}). Give a folder with"
             f" config.json and model.safetensors, or a hub id while online.{similar(given)}"
