@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.core.errors import InputError
@@ -13,8 +13,8 @@ from simomerge.models.heads import HEADS, build_head
 from simomerge.recipes.row import AUTO, Row
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 
-if TYPE_CHECKING:
-    from simomerge.recipes.recipe import Recipe
+Recipe = Any
+"""`simomerge.recipes.recipe.Recipe`, which calls this module."""
 
 
 def problems_of(recipe: Recipe) -> Iterator[str]:
