@@ -234,4 +234,4 @@ def test_two_workers_train_what_one_does(merged: SimoModel, experts: dict[str, S
     short = replace(SETTINGS, steps=3)
     one, two = (operated(merged, experts, rooms, training=short, workers=workers) for workers in (1, 2))
     for ours, theirs in zip(one.heads.parameters(), two.heads.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # workers choose their precision themselves
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=3e-3)  # workers choose their precision themselves
