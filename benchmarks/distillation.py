@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from simomerge.recipes.row import Row
 
@@ -49,12 +50,15 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for merge, (label, colour) in STARTS.items():
         _curve(steps_panel, points(results, merge, "steps"), label, colour)
         _curve(images_panel, points(results, merge, "count"), label, colour)
-    for panel in (steps_panel, images_panel):
+    for panel, by in ((steps_panel, "steps"), (images_panel, "count")):
+        ticks = sorted({point[0] for merge in STARTS for point in points(results, merge, by)})
         panel.axhline(0, color="black", linewidth=0.8)
         panel.axhline(
             best["delta_mtl"]["mean"], color="gray", linestyle="--", label=f"best joint training, {best['method']}"
         )
         panel.set_xscale("log")
+        panel.set_xticks(ticks, labels=[f"{value:,}" for value in ticks])
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
     steps_panel.set(xlabel="steps of 32 images", ylabel="Delta_MTL (%), 0 = the experts", title="Steps")
     images_panel.set(xlabel="unlabelled images", title=f"Images, {IMAGES_AT_STEPS} steps")
@@ -74,7 +78,6 @@ def _curve(panel: Any, found: Sequence[Point], label: str, colour: str) -> None:
         color=colour,
         alpha=0.2,
     )
-    panel.set_xticks(x, labels=[f"{value:,}" for value in x], minor=False)
 
 
 def main() -> None:
