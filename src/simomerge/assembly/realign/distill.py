@@ -45,7 +45,7 @@ ENCODER_RATE = 0.4
 )
 @dataclass(frozen=True)
 class Distill(TrainedRealignment):
-    """Train the heads, and the encoder, adapters or LoRA with them, to match the experts' predictions without labels.
+    """Train the heads, alone or with the encoder, adapters or LoRA, to predict what the experts predict; no labels.
 
     Heads that can be folded are folded first, unless the model was re-aligned before. All images must have one size.
     With ``trains="encoder"`` the result has no more parameters than the folded merge; the encoder's learning rate is
