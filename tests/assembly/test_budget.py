@@ -77,7 +77,7 @@ def test_distillation_that_does_only_harm_is_not_chosen(
     near = realign(folded, experts, IMAGES, method="distill-encoder", steps=60, batch_size=8)
     made = budget.get_realignment
     monkeypatch.setattr(budget, "LEAST_STEPS", 1)
-    monkeypatch.setattr(budget, "get_realignment", lambda name, steps: made(name, steps=min(steps, 12), lr=0.9))
+    monkeypatch.setattr(budget, "get_realignment", lambda name, steps, **_: made(name, steps=min(steps, 12), lr=0.9))
     result = distil_until(time.monotonic() + 6, near, near, experts, images())
     assert result.provenance["auto"]["reason"] == "distillation came no closer to the experts"
     assert same(weights(result), weights(near))
@@ -86,7 +86,7 @@ def test_distillation_that_does_only_harm_is_not_chosen(
 def test_distillation_that_fails_leaves_the_fold(
     folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> SimoModel:
+    def fail(*_: Any, **__: Any) -> SimoModel:
         raise InputError("the disk is full.")
 
     monkeypatch.setattr(budget, "_distil", fail)

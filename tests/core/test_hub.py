@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     snapshot = folder / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
+    (snapshot / "preprocessor_config.json").write_text("{}")
     (snapshot / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "work").mkdir()
@@ -44,6 +46,19 @@ def test_the_disk_comes_first(cache: Path) -> None:
 def test_a_copy_without_weights_does_not_count(cache: Path) -> None:
     (cache / "model.safetensors").unlink()
     with pytest.raises(InputError, match="me/tiny: no such folder, and as a hub id: cannot load"):
+        local_source("me/tiny")
+
+
+@pytest.mark.parametrize("absent", ["preprocessor_config.json", "model-2-of-2.safetensors"])
+def test_a_copy_with_a_part_missing_is_completed_or_said(cache: Path, absent: str) -> None:
+    (cache / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    (cache / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in index["weight_map"].values():
+        (cache / name).write_bytes(b"")
+    assert Path(local_source("me/tiny")).resolve() == cache.resolve()
+    (cache / absent).unlink()
+    with pytest.warns(UserWarning, match="no preprocessor_config.json for it or not all of its weights"):
         local_source("me/tiny")
 
 

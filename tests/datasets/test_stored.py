@@ -68,12 +68,23 @@ def test_normals_that_were_packed_into_a_palette_are_colours(tmp_path: Path) -> 
     assert check(read_manifest(tmp_path / "data.yaml")).problems == []
 
 
-def test_labels_in_a_palette_of_greys_say_so_if_they_are_unknown(tmp_path: Path) -> None:
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    image.putpalette([0, 0, 0, 255, 255, 255])
-    image.save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"label 255 of parts.* Its palette has only greys, which are read as labels"):
-        Stored(PARTS).read(tmp_path / "a.png")
+def in_palette(path: Path, indices: list[int], greys: list[int]) -> Path:
+    image = Image.fromarray(np.array([indices], np.uint8), "P")
+    image.putpalette([value for grey in greys for value in (grey,) * 3])
+    image.save(path)
+    return path
+
+
+def test_labels_in_a_palette_of_greys_are_greys_or_indices_whichever_are_labels(tmp_path: Path) -> None:
+    indices = in_palette(tmp_path / "indices.png", [0, 1, 1], [0, 255])
+    greys = in_palette(tmp_path / "greys.png", [0, 1, 2], [0, 2, 1])
+    assert Stored(PARTS).read(indices).tolist() == [[0, 1, 1]]
+    with pytest.raises(InputError, match="greys of its palette are labels of parts, and so are its indices"):
+        Stored(PARTS).read(greys)
+    with pytest.raises(InputError, match="greys of its palette are labels"):
+        Stored(PARTS, ignore=(255.0,)).read(indices)
+    only_greys = in_palette(tmp_path / "only.png", [3, 4, 5], [9, 9, 9, 0, 2, 1])
+    assert Stored(PARTS).read(only_greys).tolist() == [[0, 2, 1]]
 
 
 # Not finite ---------------------------------------------------------------------------------------------

@@ -113,6 +113,11 @@ def test_other_names_of_splits_are_understood(word: str, split: str, tmp_path: P
     assert len(load_data(path, split)) == len(load_data(path, word or split)) == 1
 
 
+@pytest.mark.parametrize("word", ["train2017", "val2017", "trainval", "minival", "testdev", "rain", "night", "rest"])
+def test_other_names_are_splits_of_their_own(word: str, tmp_path: Path) -> None:
+    assert list(read_manifest(of_splits(tmp_path, "train", word)).rows) == ["train", word]
+
+
 @pytest.mark.parametrize(
     ("word", "near"),
     [("trian", "train"), ("tets", "test"), ("vall", "val"), ("validatoin", "val"), ("trainings", "train")],

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from simomerge.assembly.realign import get_realignment, realign
 from simomerge.assembly.realign.distillation import VALIDATIONS
 from simomerge.core import distributed
@@ -20,6 +22,9 @@ TIMED_STEPS = (2, 8)
 
 LEAST_STEPS = 50
 """Fewer steps are not worth it: a one-cycle schedule first leads away from the fold."""
+
+LEAST_SECONDS = 2e-3
+"""No step is planned to be faster: differences of short times are uncertain."""
 
 MOST_STEPS = 2000
 MARGIN = 0.9
@@ -47,7 +52,7 @@ def distil_until(
     try:
         with distributed.temporary_folder() as folder:
             distilled = _distilled(ends, merged, experts, images, folder)
-    except InputError as error:
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
         warnings.warn(f"auto keeps the fold, because distillation failed: {error}", stacklevel=3)
         return _with_choice(folded, {"chosen": "fold-cross", "reason": f"distillation failed: {error}"})
     if distilled is None:
@@ -63,27 +68,29 @@ def _distilled(
 ) -> SimoModel | None:
     """The distilled model; None if the time does not suffice."""
 
-    def timed(steps: int) -> float:
+    def timed(steps: int, validate_every: int) -> float:
         began = time.monotonic()
-        _distil(steps, model, experts, images, folder)
+        _distil(model, experts, images, folder, steps=steps, validate_every=validate_every)
         _forget(folder)
         return time.monotonic() - began
 
-    timed(1)  # the experts' predictions are stored, and the device is warm
-    few, more = (timed(steps) for steps in TIMED_STEPS)
-    step = max(more - few, 1e-3) / (TIMED_STEPS[1] - TIMED_STEPS[0])
-    overhead = few * VALIDATIONS / TIMED_STEPS[0]
-    left = MARGIN * (ends - time.monotonic()) - overhead
+    timed(1, 1)  # the experts' predictions are stored, and the device is warm
+    few, more = (timed(steps, steps) for steps in TIMED_STEPS)  # both validate once
+    validation = max(timed(TIMED_STEPS[0], 1) - few, 0.0) / (TIMED_STEPS[0] - 1)
+    step = max((more - few) / (TIMED_STEPS[1] - TIMED_STEPS[0]), LEAST_SECONDS)
+    left = MARGIN * (ends - time.monotonic()) - few - VALIDATIONS * validation
     steps = min(MOST_STEPS, int(distributed.from_first(left / step)))
     if steps < LEAST_STEPS:
         progress("auto", 1, 1, f"the fold: {max(left, 0):.0f} s are left, and {LEAST_STEPS} steps take more")
         return None
     progress("auto", 0, 1, f"distill-encoder: {steps} steps fit into {left:.0f} s")
-    return _distil(steps, model, experts, images, folder)
+    return _distil(model, experts, images, folder, steps=steps)
 
 
-def _distil(steps: int, model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path) -> SimoModel:
-    return realign(model, experts, images, method=get_realignment("distill-encoder", steps=steps), work_folder=folder)
+def _distil(
+    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path, **settings: Any
+) -> SimoModel:
+    return realign(model, experts, images, method=get_realignment("distill-encoder", **settings), work_folder=folder)
 
 
 def _forget(folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,19 @@ def local_source(source: str | Path, bare: bool = True) -> str:
         return path
     if ":" in given or is_only_a_path(given) or not (bare or "/" in given):
         return given
+    cached = _cached(given)
+    if cached and _is_complete(Path(cached)):
+        return cached
     try:
-        return _cached(given) or _fetched(given)
+        return _fetched(given)
     except Exception as error:  # no connection, no such id, a gated model, ...: the library raises many classes
+        if cached:
+            warnings.warn(
+                f"{source}: the cache of the hub has no preprocessor_config.json for it or not all of its weights, and"
+                " the hub cannot be reached. Without that file the normalisation of ImageNet is assumed.",
+                stacklevel=2,
+            )
+            return cached
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = first_line.partition(". ")[0].rstrip(".")
         raise InputError(
@@ -84,6 +96,17 @@ def _cached(hub_id: str) -> str | None:
     except LocalEntryNotFoundError:
         return None
     return folder if any((Path(folder) / name).is_file() for name in _COMPLETE) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a copy has all shards of its weights, and says how images are normalised."""
+    if any((folder / name).is_file() for name in ("simo.json", "adapter_config.json")):
+        return True
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if not all((folder / shard).is_file() for shard in shards):
+            return False
+    return any((folder / name).is_file() for name in _SETTINGS[1:])
 
 
 def _fetched(hub_id: str) -> str:

@@ -96,16 +96,19 @@ def largest_value(path: Path, dtype: np.dtype[Any]) -> float:
     return float(stored[0] if stored else np.iinfo(dtype).max)
 
 
-def has_grey_palette(path: Path) -> bool:
-    """Whether a picture that can be read has a palette of nothing but greys."""
+def grey_palette_indices(path: Path) -> np.ndarray | None:
+    """The indices (H, W) of a picture whose palette has only greys; None for every other file."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
+            if image.mode != "P":
+                return None
             image.load()
-            return image.mode == "P" and _is_grey(np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3))
+            grey = _is_grey(np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3))
+            return np.asarray(image) if grey else None
     except UnidentifiedImageError:
-        return False
+        return None
 
 
 def is_deep(image: Any) -> bool:

@@ -121,9 +121,15 @@ def _split(row: Mapping[str, Any], place: str) -> str:
     """The split of a row. A word that is nearly one of the known names is a mistake."""
     word = "test" if row.get("split") in (None, "") else str(row["split"])
     split = known_split(word)
-    if split not in SPLITS and (near := nearest(split.lower(), (*SPLITS, *SPLIT_NAMES))):
+    near = nearest(split.lower(), (*SPLITS, *SPLIT_NAMES))
+    if split not in SPLITS and near and _is_misspelt(split.lower(), near):
         raise InputError(f"{place} is in split {word!r}; did you mean {known_split(near)!r}?")
     return split
+
+
+def _is_misspelt(word: str, near: str) -> bool:
+    """Whether a word is a known name with few letters changed, unlike names such as train2017, trainval or rain."""
+    return word.isalpha() and word[0] == near[0] and abs(len(word) - len(near)) <= 2
 
 
 def _row(row: Mapping[str, Any], root: Path, tasks: Sequence[str], place: str) -> Row:

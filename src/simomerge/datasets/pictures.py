@@ -228,7 +228,11 @@ def _all_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if (real := folder.resolve()) in seen:
         return
     seen.add(real)
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+    try:
+        entries = list(folder.iterdir())
+    except PermissionError:  # such as lost+found
+        return
+    for path in sorted(entries, key=lambda path: (path.is_symlink(), path)):
         if path.is_dir():
             yield from _all_files(path, seen)
         else:

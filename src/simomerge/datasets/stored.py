@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image, resized
-from simomerge.core.pixels import OTHER_STARTS, has_grey_palette, largest_value, read_pixels
+from simomerge.core.pixels import OTHER_STARTS, grey_palette_indices, largest_value, read_pixels
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
 from simomerge.datasets.upright import turned_like, turned_vectors
@@ -135,6 +135,8 @@ class Stored:
     def as_stored(self, path: Source) -> np.ndarray:
         """The numbers (H, W) or (H, W, C) of a target. Raises InputError if the shape is not that of the task."""
         stored = self.array(path)
+        if self.task.kind == "segmentation" and self.array is read_array and isinstance(path, Path):
+            stored = self._grey_or_index(stored, path)
         channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
         if channels == 3 and stored.ndim == 2 and self.array is read_array:
             stored = read_array(path, colours=True)
@@ -146,6 +148,28 @@ class Stored:
             expected = "(H, W, 3)" if channels == 3 else "(H, W)"
             raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
         return stored
+
+    def _grey_or_index(self, greys: np.ndarray, path: Path) -> np.ndarray:
+        """The labels of a picture with a palette of greys: its greys or its indices, whichever are labels of the task.
+
+        Programs that compress PNG files give a grey picture such a palette, and other programs store indices in one.
+
+        Raises:
+            InputError: Both are labels of the task, and they differ.
+        """
+        indices = None if path.suffix.lower() == ".npy" else grey_palette_indices(path)
+        if indices is None or np.array_equal(indices, greys) or not self._are_labels(indices):
+            return greys
+        if self._are_labels(greys):
+            raise InputError(
+                f"{path}: the greys of its palette are labels of {self.task.name}, and so are its indices; save it as a"
+                " grey picture without a palette, or with colours in the palette."
+            )
+        return indices
+
+    def _are_labels(self, values: np.ndarray) -> bool:
+        known = {*range(len(self.task.classes)), *self.ignore}
+        return values.ndim == 2 and set(np.unique(values).tolist()) <= known
 
     def _ignored(self, dtype: np.dtype[Any]) -> np.ndarray:
         """`ignore` in the dtype of a file, without the values that the dtype cannot hold."""
@@ -187,15 +211,9 @@ class Stored:
         if unknown.size:
             raise InputError(
                 f"{path}: label {int(unknown[0])} of {self.task.name}, which has classes 0 to"
-                f" {len(self.task.classes) - 1}; name it under ignore, or add its class.{_palette_hint(path)}"
+                f" {len(self.task.classes) - 1}; name it under ignore, or add its class."
             )
         return np.where(ignored, IGNORE_LABEL, labels)
-
-
-def _palette_hint(path: Source) -> str:
-    """What a message about labels says of a picture with a palette of greys."""
-    grey = isinstance(path, Path) and path.suffix.lower() != ".npy" and has_grey_palette(path)
-    return " Its palette has only greys, which are read as labels in place of their indices." if grey else ""
 
 
 def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -> np.ndarray:

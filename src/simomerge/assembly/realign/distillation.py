@@ -244,7 +244,8 @@ def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list
     """Warn of tasks that training moved away from their experts."""
     worse = [task for task in tasks if after and after[task] > before[task]]
     if worse:
-        shown = ", ".join(f"{task} by {100 * (after[task] / before[task] - 1):.1f} %" for task in worse)
+        ratios = {task: after[task] / max(before[task], 1e-12) for task in worse}
+        shown = ", ".join(f"{task} by {100 * (ratio - 1):.1f} %" for task, ratio in ratios.items())
         warnings.warn(
             f"{label}: on held-out images these tasks are now further from their experts: {shown}.", stacklevel=6
         )
