@@ -20,7 +20,10 @@ class TrainSettings:
     batch_size: int = parameter(32, low=1, help="Images per step.")
     lr: float = parameter(1e-3, above=0, help="Peak learning rate of the one-cycle schedule.")
     encoder_lr: float | None = parameter(
-        None, kind=float, above=0, help="Peak learning rate of the encoder. The default is lr."
+        None,
+        kind=float,
+        above=0,
+        help="Peak learning rate of the encoder; lr by default, 0.4 lr in distill-encoder.",
     )
     layer_decay: float = parameter(
         1.0, above=0, high=1, help="Factor of the encoder's learning rate per block, from the last block to the first."
