@@ -74,7 +74,9 @@ def _distilled(
         _forget(folder)
         return time.monotonic() - began
 
-    timed(1, 1)  # the experts' predictions are stored, and the device is warm
+    first = timed(1, 1)  # the experts' predictions are stored, and the device is warm
+    if distributed.from_first(ends - time.monotonic() < len(TIMED_STEPS) * first):
+        return None
     few, more = (timed(steps, steps) for steps in TIMED_STEPS)  # both validate once
     validation = max(timed(TIMED_STEPS[0], 1) - few, 0.0) / (TIMED_STEPS[0] - 1)
     step = max((more - few) / (TIMED_STEPS[1] - TIMED_STEPS[0]), LEAST_SECONDS)
