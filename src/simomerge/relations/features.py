@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simomerge.assembly.experts import with_merged_encoder
-from simomerge.assembly.realign.sums import HELD_OUT, RIDGES
+from simomerge.assembly.realign.sums import HELD_OUT, RIDGES, is_held_out
 from simomerge.assembly.realign.teacher import matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
@@ -205,7 +205,7 @@ def alignment(
     for batch in observe(experts, source):
         with evaluating(model), autocast(batch.images.device):
             merged = model.encode(batch.images)
-        held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in batch.indices])
+        held_out = is_held_out(batch.indices)
         for task, features in batch.features.items():
             for tap, ours, theirs in zip(taps, merged.maps, features.maps, strict=True):
                 for sums, chosen in zip(pairs[task, tap], (~held_out, held_out), strict=True):

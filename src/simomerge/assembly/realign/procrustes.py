@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign.normal_equations import NormalEquations
-from simomerge.assembly.realign.sums import FALLBACK_RIDGE, HELD_OUT, Fit
+from simomerge.assembly.realign.sums import FALLBACK_RIDGE, Fit, is_held_out
 from simomerge.assembly.realign.systems import tokens
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
@@ -62,7 +62,7 @@ class TaskMaps:
 
     def add(self, merged: Features, expert: Features, indices: Sequence[int]) -> None:
         """Add a batch of images: the features of both encoders, and the indices, which decide what is held out."""
-        held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
+        held_out = is_held_out(indices)
         for key, pair in self.sums.items():
             ours, theirs = (_tokens(features, *key) for features in (merged, expert))
             for sums, chosen in zip(pair, (~held_out, held_out), strict=True):

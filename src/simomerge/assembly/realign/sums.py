@@ -28,6 +28,12 @@ RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
 HELD_OUT = 4
 """Every fourth image is held out to choose the ridge. The final solution uses all images."""
 
+
+def is_held_out(indices: Sequence[int]) -> Tensor:
+    """Which of the images with these indices are held out: bool, one value per image."""
+    return torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
+
+
 FALLBACK_RIDGE = 1e-1
 """The ridge if there are too few images to hold one out."""
 
@@ -96,7 +102,7 @@ class HeadSums:
             targets: The result of `FoldLayout.targets` for the same images.
             indices: Indices of the images, which decide which images are held out.
         """
-        held_out = torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
+        held_out = is_held_out(indices)
         self._compare(features.maps[0])
         for system, (target, residual) in self.layout.residuals(features, targets).items():
             patches, cls = system.inputs(features)
