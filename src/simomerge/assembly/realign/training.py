@@ -19,7 +19,7 @@ from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import TrainLog, fit
-from simomerge.training.lpft import ModelLosses, finetune, image_losses, train_head, trainable_parameters
+from simomerge.training.lpft import finetune, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings, TuneOptions
 
@@ -38,17 +38,12 @@ def freeze_encoder(model: SimoModel, seed: int) -> None:
 
 
 def train_with_heads(
-    model: SimoModel,
-    inputs: Inputs,
-    settings: TrainSettings,
-    label: str,
-    losses: ModelLosses = image_losses,
-    checkpointing: bool = False,
+    model: SimoModel, inputs: Inputs, settings: TrainSettings, label: str, checkpointing: bool = False
 ) -> dict[str, Any]:
-    """Train all parameters of a model that require a gradient, on all tasks at once, in place; return the cost."""
+    """Train all parameters that require a gradient on the labels of all tasks at once, in place; return the cost."""
     trained = trainable_parameters(model)
     state_file, options = inputs.work_folder / "state.pt", TuneOptions(checkpointing=checkpointing)
-    log = finetune(model, inputs.data, settings, None, state_file, label, losses, options)
+    log = finetune(model, inputs.data, settings, None, state_file, label, options=options)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
 
 
