@@ -40,7 +40,7 @@ from simomerge.recipes.results import machine, spread
 from simomerge.relations import Judge, MergedGroup, geometry
 from simomerge.relations.grouping import choose_groups
 from simomerge.relations.partitions import Group, best_partitions
-from simomerge.relations.relations import EverySecond
+from simomerge.relations.relations import halves
 
 KINDS = {"unlabelled": "without labels", "labelled": "with 64 labelled images"}
 
@@ -56,8 +56,8 @@ class Bench:
         # The folds of the truth use the first 256 images of the validation split, the answer only the first 128.
         self.pool = load_data("rooms", split="val", count=256, tasks=self.tasks)
         few = self.pool.take(128)
-        self.few = EverySecond(few, 0)
-        self.judges = {kind: Judge(self.experts, EverySecond(few, 1), kind == "labelled") for kind in KINDS}
+        self.few, judging = halves(few)
+        self.judges = {kind: Judge(self.experts, judging, kind == "labelled") for kind in KINDS}
         self.observed = {id(images): list(observe(self.experts, images)) for images in (self.few, self.pool)}
         test = load_data("rooms", split="test", count=recipe["test_images"], tasks=self.tasks)
         self.test = Judge(self.experts, test, True)

@@ -15,7 +15,7 @@ from .conftest import Story, assert_mistake, simomerge
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     dice = np.random.default_rng(0)
-    for index in range(10):
+    for index in range(16):
         coarse = Image.fromarray(dice.integers(0, 255, (4, 5, 3), np.uint8))
         coarse.resize((40, 32), Image.Resampling.BILINEAR).save(folder / f"{index}.png")
     return folder
@@ -41,11 +41,11 @@ def test_everything_on_unlabelled_pictures(story: Story, tiny_base: Path, photos
 
 
 def test_as_json_with_labels(tiny_base: Path, experts: list[str]) -> None:
-    words = ("--data", "rooms", "--count", "8", "--sections", "groups,cka", "--budget", "1", "--json")
+    words = ("--data", "rooms", "--count", "16", "--sections", "groups,cka", "--budget", "1", "--json")
     found = simomerge("relate", tiny_base, *experts, *words).json
-    assert found["judged_by"] == "labels" and found["images"] == 8 and "sweeps" not in found
+    assert found["judged_by"] == "labels" and found["images"] == 16 and "sweeps" not in found
     assert [choice["budget"] for choice in found["groups"]["choices"]] == [1, 2]
-    assert found["cka"]["names"] == ["base", "depth", "normals"] and found["cka"]["images"] == 4
+    assert found["cka"]["names"] == ["base", "depth", "normals"] and found["cka"]["images"] == 8
 
 
 def test_geometry_looks_at_no_image(tiny_base: Path, experts: list[str]) -> None:

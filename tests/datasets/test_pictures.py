@@ -179,9 +179,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that were decoded so far."""
     names: list[str] = []
 
-    def noted(source: Any, size: Any = None) -> Tensor:
+    def noted(source: Any, size: Any = None, crop: bool = False) -> Tensor:
         names.append(Path(source).name)
-        return to_tensor(source, size)
+        return to_tensor(source, size, crop)
 
     monkeypatch.setattr("simomerge.datasets.pictures.to_tensor", noted)
     return names

@@ -21,7 +21,7 @@ from simomerge.recipes.recipe import DEMO_TASKS, Recipe
         ({"merges": ("average",)}, "row 'zero-shot.heads'"),
         ({"merges": ("tie",), "realigned": ()}, "did you mean 'ties'"),
         ({"head": "liner"}, "unknown head 'liner'; choose among: linear, dpt"),
-        ({"relate": True, "val_images": 6}, "relate needs at least two tasks, and 8 images"),
+        ({"relate": True, "val_images": 6}, "relate needs at least two tasks, and 16 images"),
         ({"relate": True, "tasks": ("depth",)}, "relate needs at least two tasks"),
         ({"align_split": "test"}, "align_split is 'test'; use 'val' or 'train'"),
         ({"seeds": ()}, "at least one seed"),

@@ -16,7 +16,7 @@ from simomerge.report.page import report_page
 
 from .conftest import MICRO, Finished, on
 
-ENOUGH = replace(MICRO, val_images=8, relate=True)
+ENOUGH = replace(MICRO, val_images=16, relate=True)
 
 
 def test_it_adds_its_own_stages_and_changes_no_other(tiny_base: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ TASKS = {
 class RandomDataset(DenseDataset):
     """Coarse random images with random labels."""
 
-    def __init__(self, count: int = 12) -> None:
+    def __init__(self, count: int = 16) -> None:
         super().__init__(TASKS, count)
         rng = np.random.default_rng(0)
         coarse = rng.random((count, 3, 4, 4)).astype(np.float32)

@@ -27,7 +27,7 @@ def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], data
     merged = with_merged_encoder(base, experts, TaskArithmetic(scale=0.4))
     found = relate(base, experts, dataset, merged=merged, lambdas=(0, 1))
     assert all(getattr(found, section) is not None for section in SECTIONS)
-    assert found.judged_by == "the experts' predictions" and found.images == 12
+    assert found.judged_by == "the experts' predictions" and found.images == 16
     plain = found.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain and set(SECTIONS) < set(plain)
     assert found.verdict() == plain["verdict"] and found.verdict()[0].startswith("One encoder for all 3 tasks")
@@ -39,15 +39,15 @@ def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], data
 
 
 def test_labels_judge_if_given(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
-    found = relate(base, experts, data=dataset, sections=["groups"], count=9)
-    assert found.judged_by == "labels" and found.images == 9 and found.sweeps is None
+    found = relate(base, experts, data=dataset, sections=["groups"], count=16)
+    assert found.judged_by == "labels" and found.images == 16 and found.sweeps is None
     assert "Delta_MTL" in found.verdict()[0]
 
 
 def test_pictures_of_any_size(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
-    pictures = [dataset.image(index)[:, :, : 24 + 4 * (index % 2)] for index in range(9)]
+    pictures = [dataset.image(index)[:, :, : 24 + 4 * (index % 2)] for index in range(16)]
     found = relate(base, experts, pictures, sections=["sweeps", "cka"], lambdas=(0, 1))
-    assert found.sweeps is not None and found.sweeps.images == 4
+    assert found.sweeps is not None and found.sweeps.images == 8
 
 
 def test_geometry_needs_no_images(base: SimoModel, experts: dict[str, SimoModel]) -> None:
@@ -65,7 +65,7 @@ def test_invalid_arguments(base: SimoModel, experts: dict[str, SimoModel], datas
         ({"images": dataset, "sections": []}, "no section requested"),
         ({"images": dataset, "sections": ["alignment"]}, "give the merged model"),
         ({"sections": ["cka"]}, "the section 'cka' looks at images"),
-        ({"images": dataset.take(7)}, "7 images: .* give at least 8"),
+        ({"images": dataset.take(7)}, "7 images: .* give at least 16"),
         ({"images": dataset, "lambdas": (0, 0.5)}, "lambdas 0, 0.5"),
         ({"data": dataset.select(["depth", "parts"])}, "no labels of normals"),
     ]
@@ -156,7 +156,7 @@ def test_errors_are_raised_before_any_merge(
     merged = with_merged_encoder(base, two, TaskArithmetic(scale=0.4))
     with pytest.raises(InputError, match=r"is not one of the model|model has|has no"):
         relate(base, experts, dataset, merged=merged)
-    with pytest.raises(InputError, match="give at least 8"):
+    with pytest.raises(InputError, match="give at least 16"):
         relate(base, experts, dataset.take(4))
     with pytest.raises(InputError, match="give a dataset, such as"):
         relate(base, experts, data="rooms")  # type: ignore[arg-type]

@@ -1,19 +1,20 @@
 """Evaluate merges without labels.
 
-Each merge is folded. On held-out images, the outputs of its heads' first layers are then compared with the experts'.
+Each merge is folded. On held-out images, its predictions are then compared with the experts'.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from simomerge.assembly.experts import check_experts, with_merged_encoder, with_parameters
-from simomerge.assembly.realign.sums import fold_heads, head_targets
+from simomerge.assembly.judging import Judge
+from simomerge.assembly.realign.sums import head_sums, head_targets, with_heads
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
+from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
@@ -28,24 +29,22 @@ class Trial:
 
     Attributes:
         method, schedule: The merge.
-        r2: By task, R^2 of the output of the folded head's first layer as a prediction of the expert's, on held-out
-            images.
-        alignment: A proxy for Delta_MTL: 1 minus the geometric mean over the tasks of 1 - R^2. In a plain mean of R^2,
-            a task with a good fit would hardly count if another task has a poor fit.
+        agreement: By task, how far the predictions of the folded merge agree with the expert's on held-out images, in
+            the task's metric: 1 is the expert, 0 is no better than the expert's prediction for another image.
     """
 
     method: MergeMethod
     schedule: Schedule | None
-    r2: dict[str, float]
+    agreement: dict[str, float]
 
     @property
-    def alignment(self) -> float:
-        left = [math.log(max(1 - r2, 1e-9)) for r2 in self.r2.values()]
-        return 1 - math.exp(sum(left) / len(left))
+    def score(self) -> float:
+        """The mean agreement of the tasks, a proxy for Delta_MTL."""
+        return sum(self.agreement.values()) / len(self.agreement)
 
     def describe(self) -> dict[str, Any]:
         """As plain data, for provenance."""
-        return {**describe_method(self.method, self.schedule), "alignment": round(self.alignment, 4)}
+        return {**describe_method(self.method, self.schedule), "agreement": round(self.score, 4)}
 
 
 class Aligner:
@@ -63,7 +62,7 @@ class Aligner:
         trials: All trials so far, in order.
 
     Raises:
-        InputError: The experts do not fit, there are fewer than four images, or a head cannot be folded.
+        InputError: The experts do not fit, there are fewer than eight images, or a head cannot be folded.
 
     Example:
         >>> aligner = Aligner(base, experts, "photos/")                               # doctest: +SKIP
@@ -81,13 +80,15 @@ class Aligner:
         self.base = base
         self.experts = check_experts(base, experts)
         self.images = as_images(images, count).readable()
-        if len(self.images) < 4:
+        judging = held_out(self.images)
+        if len(judging) < 2:
             raise InputError(
-                f"{len(self.images)} images: a choice without labels holds out every fourth image; give at least 4."
+                f"{len(self.images)} images: a choice without labels judges on a quarter; give at least 8."
             )
         self.trials: list[Trial] = []
         unmerged = with_merged_encoder(base, self.experts, ZeroShot())
         self._targets = list(head_targets(unmerged, self.experts, self.images))
+        self._judge = Judge(self.experts, self.images._subset(judging), labelled=False, lenient=True)
 
     def try_out(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
         """Merge, fold per tap, and measure. A merge that was tried before is not repeated."""
@@ -95,16 +96,19 @@ class Aligner:
             if (trial.method, trial.schedule) == (method, schedule):
                 return trial
         model = with_merged_encoder(self.base, self.experts, method, schedule)
-        fits = fold_heads(model, self._targets).fits
-        trial = Trial(method, schedule, {task: fit.r2 for task, fit in fits.items()})
+        sums = head_sums(model, self._targets)
+        heads = sums.heads({task: fit.ridge for task, fit in sums.choose().items()}, hold_out=True)
+        trial = Trial(method, schedule, self._judge.performance(self._judge.scores(with_heads(model, heads))))
         self.trials.append(trial)
         scale = getattr(method, "scale", None)
         shown = f"{method.name}{f' {scale:.2f}' if isinstance(scale, float) else ''}"
-        progress("trials", len(self.trials), len(self.trials), f"{shown}: alignment {trial.alignment:.3f}")
+        progress("trials", len(self.trials), len(self.trials), f"{shown}: agreement {trial.score:.3f}")
         return trial
 
     def best_scale(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:
         """The trial of the method with the best scale: hill climbing from `START_SCALE` in steps of 0.1, then of 0.05.
+
+        The coarse search goes on for one step after a decline, because the agreement on few images is not smooth.
 
         Raises:
             InputError: The method has no scale.
@@ -114,13 +118,17 @@ class Aligner:
             return self.try_out(with_parameters(method, {"scale": round(scale, 2)}), schedule)
 
         best, scale = at(START_SCALE), START_SCALE
-        for step in (0.1, 0.05):
+        for step, patience in ((0.1, 2), (0.05, 1)):
             for direction in (step, -step):
-                while (near := round(scale + direction, 2)) >= 0 and (tried := at(near)).alignment > best.alignment:
-                    best, scale = tried, near
+                ahead = 1  # number of steps from the best scale
+                while ahead <= patience and (near := round(scale + ahead * direction, 2)) >= 0:
+                    tried = at(near)
+                    ahead += 1
+                    if tried.score > best.score:
+                        best, scale, ahead = tried, near, 1
         return best
 
     @property
     def best(self) -> Trial:
-        """The trial with the best alignment."""
-        return max(self.trials, key=lambda trial: trial.alignment)
+        """The trial with the best agreement."""
+        return max(self.trials, key=lambda trial: trial.score)

@@ -12,6 +12,7 @@ from simomerge.assembly.alignment import Aligner, Trial
 from simomerge.assembly.budget import distil_until
 from simomerge.assembly.coefficients import learn_coefficients
 from simomerge.assembly.experts import assemble, check_experts, with_parameters, with_statistics
+from simomerge.assembly.images import prepare
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.core.errors import InputError
@@ -36,7 +37,7 @@ def merge(
     images: Any = None,
     schedule: Schedule | Sequence[float] | str | None = None,
     count: int | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | str | None = None,
     minutes: float | None = None,
     **parameters: Any,
 ) -> SimoModel:
@@ -55,7 +56,8 @@ def merge(
         schedule: Factors over the depth, such as ``"lines"``; see `simomerge.merging.as_schedule`.
         count: Number of images to use: by default 64 to choose a scale, 1,024 for ``"auto"`` with ``minutes``, and 256
             for everything else.
-        size: (height, width) to which pictures of a folder or list are resized; learning needs images of one size.
+        size: (height, width) to which pictures of a folder or list are resized. By default they are cut and resized to
+            the experts' training size, if that is recorded; ``"own"`` keeps their sizes.
         minutes: For ``"auto"``: distil the whole model after the fold for the rest of this time, if it suffices for
             50 steps.
         **parameters: Further parameters of the method.
@@ -75,7 +77,7 @@ def merge(
         >>> model = merge(base, experts, "auto", images="photos/")                # doctest: +SKIP
     """
     base, experts, plan = as_model(base), as_models(experts), as_schedule(schedule)
-    pictures = None if images is None else as_images(images, size=size)
+    pictures = None if images is None else prepare(images, experts, size=size)
     if method == "auto":
         given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
         return _auto(base, experts, pictures, count, minutes, given)
@@ -145,7 +147,7 @@ def _auto(
     minutes: float | None,
     given: Mapping[str, Any],
 ) -> SimoModel:
-    """Try `AUTO_METHODS` and learned coefficients, take the best by alignment, fold it cross tap, and distil it."""
+    """Try `AUTO_METHODS` and learned coefficients, take the best by agreement, fold it cross tap, and distil it."""
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     if images is None:
         raise InputError("method='auto' needs images without labels: give images=, such as a folder.")
@@ -168,6 +170,8 @@ def _auto(
 def _assembled(aligner: Aligner, chosen: Trial) -> SimoModel:
     """The merge of a trial, with all trials in its provenance."""
     model = assemble(aligner.base, aligner.experts, chosen.method, chosen.schedule)
-    model.provenance["merge"]["scale_chosen_on"] = f"{len(aligner.images)} unlabelled images, by alignment"
+    model.provenance["merge"]["scale_chosen_on"] = (
+        f"{len(aligner.images)} unlabelled images, by agreement with the experts"
+    )
     model.provenance["merge"]["tried"] = [trial.describe() for trial in aligner.trials]
     return model

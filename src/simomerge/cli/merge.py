@@ -181,9 +181,7 @@ class _Wanted:
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""
         if self.images is not None:
-            from simomerge.datasets.pictures import as_images
-
-            return {"images": as_images(self.images, None, self.size), "count": self.count}
+            return {"images": self.images, "size": self.size, "count": self.count}
         from simomerge.datasets.load import load_data
 
         data = load_data(self.data, split="val", count=self.count or 256, tasks=list(self.experts))
@@ -218,4 +216,4 @@ def _trial(trial: dict[str, Any]) -> str:
     scale = trial.get("scale")
     shown = " scale learned" if isinstance(scale, dict) else f" scale {scale:g}" if scale is not None else ""
     schedule = f" {trial['schedule']}" if trial.get("schedule") else ""
-    return f"{trial['method']}{schedule}{shown}: alignment {trial['alignment']:.3f}"
+    return f"{trial['method']}{schedule}{shown}: agreement {trial['agreement']:.3f}"

@@ -128,7 +128,11 @@ method_parameters = click.option(
 )
 pictures = together(
     click.option("--images", metavar="FOLDER", help="Images without labels, also in subfolders."),
-    click.option("--size", metavar="HEIGHTxWIDTH", help="Resize the images, in pixels. [default: their own size]"),
+    click.option(
+        "--size",
+        metavar="HEIGHTxWIDTH",
+        help="Resize the images, in pixels; own keeps their sizes. [default: the experts' training size]",
+    ),
 )
 track = click.option(
     "--track",

@@ -147,7 +147,8 @@ def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], give
     from simomerge.assembly.experts import load_experts
     from simomerge.datasets.pictures import as_images
 
-    return {"experts": load_experts(**experts), "images": as_images(given["images"], count, given["size"])}
+    images = as_images(given["images"], count)
+    return {"experts": load_experts(**experts), "images": images, "size": given["size"]}
 
 
 def _lines(record: dict[str, Any], tasks: list[str], ridge: object) -> list[str]:

@@ -19,7 +19,7 @@ from simomerge.core.errors import InputError
 @click.option("--split", default="val", show_default=True, help="Split of the data; do not use the one you report on.")
 @click.option(
     "--count",
-    type=click.IntRange(8),
+    type=click.IntRange(16),
     help="Number of images: half to merge on, half to judge. [default: 128; 256 with labels]",
 )
 @click.option("--budget", type=click.IntRange(1), help="Maximum number of encoders. [default: answer every budget]")
@@ -78,7 +78,6 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
     """Load the models and the images, and measure the sections."""
     from simomerge.assembly.experts import load_experts
     from simomerge.datasets import load_data
-    from simomerge.datasets.pictures import as_images
     from simomerge.models.model import load
     from simomerge.relations import check_sections, relate
 
@@ -89,7 +88,6 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
     sections = check_sections(names, images is not None or data is not None, merged is not None)
     if given["budget"] is not None and "groups" not in sections:
         raise InputError("--budget requires the section 'groups', which uses images: give --images or --data.")
-    pictures = as_images(images, count, given["size"]) if images is not None else None
     dataset = load_data(data, split=given["split"], count=count, tasks=list(experts)) if data is not None else None
     foundation = load(base)
     if foundation.tasks:
@@ -99,7 +97,8 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
         )
     model = load(merged) if merged is not None else None
     with console():
-        return relate(foundation, load_experts(**experts), pictures, dataset, model, sections, count).to_dict()
+        loaded, size = load_experts(**experts), given["size"]
+        return relate(foundation, loaded, images, dataset, model, sections, count, size=size).to_dict()
 
 
 def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int | None) -> str:

@@ -80,6 +80,7 @@ def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> 
     """The trained model with its provenance, and the log of the second phase."""
     from simomerge.models.model import SimoModel, load
     from simomerge.recipes.demo import ROOMS_HEADS
+    from simomerge.training.familiarity import training_images
     from simomerge.training.lpft import fresh_head, lpft
 
     seed, data = given["seed"], given["data"]
@@ -104,6 +105,6 @@ def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> 
     logs = lpft(model, train, probe, tune, validation, folder, given["cache_budget"], tuning)
     model.provenance = {
         "base": {"source": given["base"], "fingerprint": fingerprint},
-        "training": {"method": "lp-ft", "data": data, "images": len(train), **how},
+        "training": {"method": "lp-ft", "data": data, **training_images(model, train), **how},
     }
     return model, logs["tune"]

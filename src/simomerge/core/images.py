@@ -68,7 +68,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.")
 
 
-def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
+def to_tensor(image: Any, size: tuple[int, int] | None = None, crop: bool = False) -> Tensor:
     """A path, PIL image, array or tensor as float32 (1, 3, H, W) in [0, 1].
 
     Args:
@@ -76,6 +76,7 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
             or a tensor of (3, H, W) or (1, 3, H, W), uint8 or float in [0, 1]. A PIL image is turned upright by its
             EXIF tag, as files are.
         size: (height, width) to resize it to; its own size by default.
+        crop: cut the image at its centre to the shape of ``size`` before it is resized, so that nothing is distorted.
 
     Raises:
         InputError: the image has another shape, dtype or range, or more than `MAX_PIXELS` pixels.
@@ -101,6 +102,8 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None) -> Tensor:
         if tensor.ndim != 4 or tensor.shape[:2] != (1, 3):
             raise InputError(f"image tensor of shape {tuple(image.shape)}; give (3, H, W) or (1, 3, H, W).")
     _check_size("image", *tensor.shape[-2:])
+    if crop and size is not None:
+        tensor = cropped(tensor, size)
     if tensor.dtype == torch.uint8:
         return resized(tensor, size).float() / 255  # resizing bytes is thirty times faster than floats
     if not tensor.is_floating_point():
@@ -117,6 +120,15 @@ def resized(images: Tensor, size: tuple[int, int] | None) -> Tensor:
     if size is None or images.shape[-2:] == size:
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def cropped(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The largest part of images (B, C, H, W), at their centre, with the ratio of height to width of ``shape``."""
+    height, width = images.shape[-2:]
+    high = min(height, max(1, round(width * shape[0] / shape[1])))
+    wide = min(width, max(1, round(height * shape[1] / shape[0])))
+    top, left = (height - high) // 2, (width - wide) // 2
+    return images[..., top : top + high, left : left + wide]
 
 
 def _as_rgb(image: Any) -> np.ndarray:

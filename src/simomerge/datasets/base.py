@@ -47,6 +47,10 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         """Changes when the data behind the same name changes; empty if the name always means the same data."""
         return ""
 
+    def group(self, index: int) -> str:
+        """The name of the folder or sequence that an image belongs to; empty if the dataset has no groups."""
+        return ""
+
     def __len__(self) -> int:
         return self._count
 
@@ -106,6 +110,9 @@ class _Subset(DenseDataset):
 
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return self.source.targets(self.indices[index], tasks)
+
+    def group(self, index: int) -> str:
+        return self.source.group(self.indices[index])
 
     def check_files(self, deeply: bool = False) -> None:
         self.source.check_files(deeply)

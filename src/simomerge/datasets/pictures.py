@@ -31,16 +31,18 @@ class Images(DenseDataset):
         source: a sequence of paths, PIL images, arrays or tensors (see `simomerge.core.images.to_tensor`); or a
             dataset, that is anything with ``image(i)`` and a length.
         size: (height, width) in pixels to resize pictures to; their own size by default.
+        crop: cut pictures at their centre to the shape of ``size`` first, instead of distorting them.
 
     Example:
         >>> Images([np.zeros((48, 64, 3), np.uint8)], size=(24, 32)).image(0).shape
         torch.Size([3, 24, 32])
     """
 
-    def __init__(self, source: Any, size: tuple[int, int] | None = None) -> None:
+    def __init__(self, source: Any, size: tuple[int, int] | None = None, crop: bool = False) -> None:
         super().__init__({}, len(source))
         self.source = source
         self.size = size
+        self.crop = crop
         self.is_dataset = hasattr(source, "image")
         self._positions: Sequence[int] = range(len(source))
         self._memory = _Memory()
@@ -59,12 +61,19 @@ class Images(DenseDataset):
         source = None if self.is_dataset else self.source[position]
         return str(source) if isinstance(source, (str, Path)) else f"image {position}"
 
-    def resized(self, size: str | tuple[int, int]) -> Images:
+    def group(self, index: int) -> str:
+        position = self._positions[index]
+        if isinstance(self.source, DenseDataset):
+            return self.source.group(position)
+        source = None if self.is_dataset else self.source[position]
+        return str(Path(source).parent) if isinstance(source, (str, Path)) else ""
+
+    def resized(self, size: str | tuple[int, int], crop: bool = False) -> Images:
         """The same pictures in another size: (height, width) or "HEIGHTxWIDTH". Raises InputError."""
         if self.is_dataset:
             raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
         chosen = copy.copy(self)
-        chosen.size, chosen._memory = _parse_size(size), _Memory()
+        chosen.size, chosen.crop, chosen._memory = _parse_size(size), crop, _Memory()
         return chosen
 
     def readable(self, one_size: bool = False) -> Images:
@@ -117,7 +126,10 @@ class Images(DenseDataset):
 
     def _read(self, position: int) -> Tensor:
         image: Tensor
-        image = self.source.image(position) if self.is_dataset else to_tensor(self.source[position], self.size)[0]
+        if self.is_dataset:
+            image = self.source.image(position)
+        else:
+            image = to_tensor(self.source[position], self.size, self.crop)[0]
         self._memory.sizes[position] = (image.shape[-2], image.shape[-1])
         return image
 

@@ -130,6 +130,9 @@ class Rows(DenseDataset):
         chosen.rows, chosen._count, chosen._first_size = [self.rows[i] for i in indices], len(indices), None
         return chosen
 
+    def group(self, index: int) -> str:
+        return str(_file(self.rows[index].image).parent)
+
     def fingerprint(self) -> str:
         """sha256 of how images and chosen tasks are stored, and of the files' names, sizes and dates."""
         folder = self.path if self.path.is_dir() else self.path.parent

@@ -30,8 +30,8 @@ def problems_of(recipe: Recipe) -> Iterator[str]:
     yield from wrong_steps
     for row in recipe.realigned:
         yield from _row(recipe, row, check_parameters=not wrong_steps)
-    if recipe.relate and (recipe.val_images < 8 or len(recipe.tasks) < 2):
-        yield "relate needs at least two tasks, and 8 images of the validation split"
+    if recipe.relate and (recipe.val_images < 16 or len(recipe.tasks) < 2):
+        yield "relate needs at least two tasks, and 16 images of the validation split"
     yield from _gallery(recipe)
 
 

@@ -29,6 +29,7 @@ from simomerge.recipes.graph import Data, Stage, read_log
 from simomerge.recipes.row import AUTO
 from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
+from simomerge.training.familiarity import training_images
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.lpft import finetune, fresh_head, train_head, trainable_parameters
 from simomerge.training.settings import TrainSettings, TuneOptions
@@ -139,7 +140,7 @@ class Tune(LoggedStage):
         )
         model.provenance = {
             "base": {"source": self.base_name, "fingerprint": fingerprint},
-            "training": {"method": "lp-ft", **asdict(self.settings), **how, "images": len(images)},
+            "training": {"method": "lp-ft", **asdict(self.settings), **how, **training_images(model, images)},
         }
         cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}
         return {**asdict(log), **cost}, model

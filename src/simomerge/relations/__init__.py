@@ -1,9 +1,9 @@
 """How tasks, experts and a merge relate to each other, and which tasks to merge."""
 
+from simomerge.assembly.judging import Judge
 from simomerge.relations.features import alignment, similarity
 from simomerge.relations.geometry import geometry
 from simomerge.relations.grouping import MergedGroup, group_tasks
-from simomerge.relations.judging import Judge
 from simomerge.relations.relations import SECTIONS, Relations, check_sections, relate
 from simomerge.relations.sweep import Sweeps, sweep
 from simomerge.relations.verdict import verdict

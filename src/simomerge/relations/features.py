@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from simomerge.assembly.experts import with_merged_encoder
-from simomerge.assembly.realign.sums import HELD_OUT, RIDGES, is_held_out
+from simomerge.assembly.realign.sums import RIDGES
 from simomerge.assembly.realign.teacher import matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import ZeroShot
 from simomerge.models.model import SimoModel
@@ -194,8 +195,8 @@ def alignment(
     """
     experts = matching_experts(model, experts)
     source = as_images(images, count).readable()
-    if len(source) < HELD_OUT:
-        raise InputError(f"{len(source)} images: every fourth is held out; give at least {HELD_OUT}.")
+    if not held_out(source):
+        raise InputError(f"{len(source)} images: a quarter is held out; give at least 4.")
     taps = model.encoder.taps
     pairs = {
         (task, tap): [TokenSums.empty(width, width) for _ in range(2)]
@@ -205,10 +206,9 @@ def alignment(
     for batch in observe(experts, source):
         with evaluating(model), autocast(batch.images.device):
             merged = model.encode(batch.images)
-        held_out = is_held_out(batch.indices)
         for task, features in batch.features.items():
             for tap, ours, theirs in zip(taps, merged.maps, features.maps, strict=True):
-                for sums, chosen in zip(pairs[task, tap], (~held_out, held_out), strict=True):
+                for sums, chosen in zip(pairs[task, tap], (~batch.held_out, batch.held_out), strict=True):
                     sums.add([ours[chosen], theirs[chosen]])
     return [_measure(task, tap, *sums) for (task, tap), sums in pairs.items()]
 

@@ -20,13 +20,13 @@ from typing import Any
 
 from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.experts import with_merged_encoder
+from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.sums import fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.merging import Average, TaskArithmetic
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
-from simomerge.relations.judging import Judge
 from simomerge.relations.partitions import Group, Partition, best_partitions
 
 
@@ -92,7 +92,7 @@ class Grouping:
 
 
 def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> tuple[SimoModel, float | None]:
-    """Merge experts as a user without labels would: task arithmetic, the scale by alignment, the cross-tap fold.
+    """Merge experts as a user without labels would: task arithmetic, the scale by agreement, the cross-tap fold.
 
     If a head cannot be folded, the encoders are averaged and the heads stay unchanged.
 

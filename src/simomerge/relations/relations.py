@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.assembly.experts import check_experts
+from simomerge.assembly.images import prepare
+from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.teacher import matching_experts
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
-from simomerge.datasets import DenseDataset
-from simomerge.datasets.pictures import as_images
+from simomerge.datasets import DenseDataset, groups
 from simomerge.models.model import SimoModel, as_model, as_models
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
-from simomerge.relations.judging import Judge
 from simomerge.relations.sweep import LAMBDAS, Sweeps, check_lambdas, sweep
 from simomerge.relations.verdict import verdict
 
@@ -83,14 +83,14 @@ def relate(
     merged: SimoModel | None = None,
     sections: Iterable[str] | None = None,
     count: int | None = 128,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | str | None = None,
     lambdas: Sequence[float] = LAMBDAS,
 ) -> Relations:
     """How experts of one base relate to each other, and which of them to merge.
 
     With ``data``, its labels judge the models (normalised performance, Delta_MTL). With ``images``, the experts' own
-    predictions do (agreement). Half of the images, every second one, is used to merge and fold, without labels; the
-    other half is used to judge.
+    predictions do (agreement). Half of the images, in whole folders or runs, is used to merge and fold,
+    without labels; the other half is used to judge.
 
     Args:
         base: the foundation encoder that all experts were fine-tuned from, or its folder or hub id.
@@ -101,7 +101,7 @@ def relate(
         merged: a model merged from these experts, for the section "alignment".
         sections: names of `SECTIONS`; by default all that the other arguments allow.
         count: number of images. With labels use more, since every score contains the expert's own errors.
-        size: (height, width) that the pictures of a folder or list are resized to.
+        size: (height, width) that the pictures of a folder or list are resized to, or "own"; see `simomerge.merge`.
         lambdas: values of lambda in the sweeps; must contain 0 and 1.
 
     Returns:
@@ -139,7 +139,7 @@ def _measure(
     found: dict[str, Any] = {}
     if "geometry" in chosen:
         found["geometry"] = geometry(base, experts)
-    fold_images, judge_images = EverySecond(source, 0), EverySecond(source, 1)
+    fold_images, judge_images = halves(source)
     if {"groups", "sweeps"} & set(chosen):
         judge = Judge(experts, judge_images, labelled)
         found["judged_by"] = "labels" if labelled else "the experts' predictions"
@@ -201,13 +201,13 @@ def _images(
     images: Any,
     data: DenseDataset | None,
     count: int | None,
-    size: tuple[int, int] | None,
+    size: tuple[int, int] | str | None,
 ) -> Any:
     """The images, with labels if ``data`` is given."""
     if images is not None and data is not None:
         raise InputError("images and labelled data were given: give one of them.")
     if data is None:
-        source: Any = as_images(images, count, size).readable()
+        source: Any = prepare(images, experts, count, size).readable()
     elif isinstance(data, (str, Path)):
         raise InputError(f"data {data}: give a dataset, such as simomerge.data({str(data)!r}, split='val').")
     else:
@@ -222,30 +222,14 @@ def _images(
                     f"task {task!r} is {ours.kind} of {ours.channels} channels in the expert, {theirs.kind} of"
                     f" {theirs.channels} in the data."
                 )
-    if len(source) < 8:
-        raise InputError(f"{len(source)} images: one half is for merging, the other for judging; give at least 8.")
+    if len(source) < 16:
+        raise InputError(f"{len(source)} images: one half is for merging, the other for judging; give at least 16.")
     return source
 
 
-class EverySecond(DenseDataset):
-    """Every second image of a dataset.
-
-    Args:
-        source: anything with ``image(i)`` and a length, and with ``targets`` if labels are read.
-        start: 0 for the first, third and so on, 1 for the others.
-    """
-
-    def __init__(self, source: Any, start: int) -> None:
-        super().__init__(getattr(source, "tasks", {}), len(range(start, len(source), 2)))
-        self.source = source
-        self.start = start
-
-    def image(self, index: int) -> Any:
-        return self.source.image(self.start + 2 * index)
-
-    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
-        found: dict[str, Any] = self.source.targets(self.start + 2 * index, tasks)
-        return found
+def halves(source: Any) -> tuple[Any, Any]:
+    """Images to merge and fold on, and images to judge on, in whole folders or runs of neighbours."""
+    return source._subset(groups.training_images(source, 0.5)), source._subset(groups.held_out(source, 0.5))
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from simomerge.assembly.judging import Judge, JudgedBatch
 from simomerge.checkpoints import canonicalise
 from simomerge.checkpoints.names import is_running_statistic
 from simomerge.core.errors import InputError
@@ -21,7 +22,6 @@ from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, check_models
 from simomerge.models.model import SimoModel
-from simomerge.relations.judging import Judge, JudgedBatch
 from simomerge.training.evaluate import evaluating
 from simomerge.training.metrics import TaskMetrics
 

@@ -58,8 +58,8 @@ class TestFoldCross(RealignmentContract):
 
 class TestDistill(RealignmentContract):
     name = "distill"
-    given: ClassVar[dict[str, Any]] = {"variant": "per-tap"}
-    recorded: ClassVar[dict[str, Any]] = {**given, "trains": "heads"}
+    given: ClassVar[dict[str, Any]] = {"variant": "per-tap", "hold_out": 0}
+    recorded: ClassVar[dict[str, Any]] = {**given, "trains": "heads", "held_out_images": 0}
 
 
 DISTILLED: dict[str, Any] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import distillation, get_realignment, realign
-from simomerge.assembly.realign.distillation import ExpertDistances, hold_out_run
+from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
@@ -198,12 +198,12 @@ def test_predictions_are_stored_within_the_budget(
 # What is kept -------------------------------------------------------------------------------------------
 
 
-def test_held_out_images_are_the_last_run(experts: dict[str, SimoModel]) -> None:
+def test_held_out_images_are_a_run_of_neighbours(experts: dict[str, SimoModel]) -> None:
     data = UnlabelledImages(as_images(IMAGES), experts)
-    train, held_out = hold_out_run(data, 0.2)
+    train, held_out = split_off(data, 0.2)
     assert held_out is not None and (len(train), len(held_out)) == (13, 3)
     assert torch.equal(held_out.image(0), data.image(13)) and torch.equal(train.image(12), data.image(12))
-    assert hold_out_run(data, 0) == (data, None) and hold_out_run(data, 0.03)[1] is None
+    assert split_off(data, 0) == (data, None) and split_off(data, 0.03)[1] is None
 
 
 def test_the_start_is_kept_where_training_only_does_harm(start: SimoModel, experts: dict[str, SimoModel]) -> None:

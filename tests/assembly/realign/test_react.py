@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.normal_equations import NormalEquations
 from simomerge.assembly.realign.procrustes import RIDGES, Solver, TaskMaps, procrustes
-from simomerge.assembly.realign.sums import FALLBACK_RIDGE, HELD_OUT
+from simomerge.assembly.realign.sums import FALLBACK_RIDGE
 from simomerge.core.errors import InputError
-from simomerge.datasets import DenseDataset
+from simomerge.datasets import DenseDataset, groups
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel
 
@@ -58,10 +58,15 @@ def mapped(x: Features, z: Features, ridge: float) -> Features:
     return Features(maps, cls, x.image_size, x.padded_size)
 
 
+def chosen(batch: Sequence[int], count: int) -> Tensor:
+    """Which images of a batch are held out, of ``count`` images."""
+    return torch.isin(torch.tensor(list(batch)), torch.tensor(groups.held_out(range(count))))
+
+
 def maps_of(head: nn.Module, x: Features, z: Features, batches: Sequence[Sequence[int]] | None = None) -> TaskMaps:
     maps = TaskMaps(bare({"parts": head}), "parts")
     for batch in batches or [range(len(x))]:
-        maps.add(pick(x, batch), pick(z, batch), list(batch))
+        maps.add(pick(x, batch), pick(z, batch), chosen(batch, len(x)))
     return maps
 
 
@@ -184,8 +189,8 @@ def test_batches_do_not_matter() -> None:
 
 
 def r2_by_hand(x: Features, z: Features, ridge: float | None) -> float:
-    """The mean over all maps, solved on three of four images and judged on the fourth; None is no map."""
-    held = [index for index in range(len(x)) if index % HELD_OUT == HELD_OUT - 1]
+    """The mean over all maps, solved without the held-out images and judged on them; None is no map."""
+    held = groups.held_out(range(len(x)))
     rest = [index for index in range(len(x)) if index not in held]
     found = []
     for kind in ("maps", "cls"):

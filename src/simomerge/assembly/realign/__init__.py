@@ -75,7 +75,8 @@ def realign(
             re-alignments. The default is a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
         **parameters: Parameters of the method and, where it trains, of its `TrainSettings`. ``size``, a height and a
-            width in pixels, resizes the pictures of a folder or list.
+            width in pixels, resizes the pictures of a folder or list; by default they get the experts' training size,
+            and ``"own"`` keeps theirs.
 
     Raises:
         InputError: The method or a parameter is unknown, an input is missing, or the model or the inputs do not fit the
@@ -116,12 +117,13 @@ def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
 def _unlabelled(
     method: Realignment, model: SimoModel, experts: Mapping[str, SimoModel], images: Any, size: Any
 ) -> dict[str, Any]:
+    from simomerge.assembly.images import prepare
     from simomerge.assembly.realign.teacher import matching_experts
-    from simomerge.datasets.pictures import as_images
 
     if images is None:
         raise InputError(f"re-alignment by {method.name!r} uses images without labels: give images=, such as a folder.")
-    return {"experts": matching_experts(model, experts), "images": as_images(images, method.count, size)}
+    matching = matching_experts(model, experts)
+    return {"experts": matching, "images": prepare(images, matching, method.count, size)}
 
 
 def _foundation(method: Realignment, model: SimoModel, base: SimoModel | None) -> SimoModel | None:

@@ -75,8 +75,7 @@ class Distill(TrainedRealignment):
         0.125,
         low=0,
         high=0.5,
-        when={"trains": INSIDE},
-        help="Share of the images that is held out to keep the best weights.",
+        help="Share of the images that is held out, as whole folders or runs, to keep what is best on them.",
     )
     features: float = parameter(
         0.0,
@@ -137,8 +136,7 @@ class Distill(TrainedRealignment):
         return "" if self.trains == "heads" else self.trains
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
-        from simomerge.assembly.realign.predictions import TeacherPredictions
-        from simomerge.assembly.realign.training import check_no_adapters, train_heads
+        from simomerge.assembly.realign.training import check_no_adapters, distil_heads
 
         if self.trains != "heads":
             check_no_adapters(model, "distill its heads alone, or the model they were made from")
@@ -149,8 +147,7 @@ class Distill(TrainedRealignment):
         if not heads_were_changed(model.provenance):
             self._fold(model, inputs)
         if self.trains == "heads":
-            predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
-            measured = train_heads(model, replace(inputs, data=predictions), self.training, "distance")
+            measured = distil_heads(model, inputs, self.training, self.hold_out, self.name)
         else:
             measured = self._train_inside(model, inputs, inside)
         return {"unlabelled_images": len(inputs.images), **measured}
@@ -167,11 +164,10 @@ class Distill(TrainedRealignment):
         The images that are held out later are left out: the fold fits the images that it sees, so that no state of the
         training could be better on them.
         """
-        from simomerge.assembly.realign.distillation import run_of_training
+        from simomerge.datasets.groups import training_images
         from simomerge.models.heads.projections import is_foldable
 
-        if self.trains != "heads":
-            inputs = replace(inputs, images=inputs.images._subset(run_of_training(len(inputs.images), self.hold_out)))
+        inputs = replace(inputs, images=inputs.images._subset(training_images(inputs.images, self.hold_out)))
         tasks = [task for task, head in model.heads.items() if is_foldable(head)]
         if tasks:
             experts = {task: inputs.experts[task] for task in tasks}

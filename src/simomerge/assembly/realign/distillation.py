@@ -19,6 +19,7 @@ from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.machine import autocast, compute_device
+from simomerge.datasets import groups
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
@@ -178,7 +179,7 @@ class Distilling:
             data = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
         else:
             data = UnlabelledImages(inputs.images, inputs.experts)
-        train, held_out = hold_out_run(data, self.hold_out)
+        train, held_out = split_off(data, self.hold_out)
         if len(train) < FEW_IMAGES:
             warnings.warn(
                 f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.",
@@ -224,20 +225,10 @@ class Distilling:
         return {**cost, **best, "steps": log.steps, "seconds": log.seconds}
 
 
-def hold_out_run(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
-    """A dataset without its last run of images, and that run; None if it would have no image.
-
-    Neighbouring frames of a video are nearly the same, so single frames in between would not be independent.
-    """
-    kept = run_of_training(len(data), share)
-    if len(kept) == len(data):
-        return data, None
-    return data._subset(kept), data._subset(range(len(kept), len(data)))
-
-
-def run_of_training(count: int, share: float) -> range:
-    """The indices of the images that are not held out, of ``count`` images."""
-    return range(count - round(count * share))
+def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
+    """A dataset without its held-out images, and these; None if there are too few. See `simomerge.datasets.groups`."""
+    out = groups.held_out(data, share)
+    return (data._subset(groups.training_images(data, share)), data._subset(out)) if out else (data, None)
 
 
 def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.method import Inputs, Realignment, register
@@ -57,20 +57,35 @@ class Fold(Realignment):
         return "folding its heads" + (" cross tap" if self.variant == "cross-tap" else "")
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        from simomerge.assembly.realign.agreement import Agreement
         from simomerge.assembly.realign.sums import fold_heads, head_targets
         from simomerge.assembly.realign.teacher import check_heads
 
         check_heads(model, inputs.experts)
-        targets = head_targets(model, inputs.experts, inputs.images, self.variant, self.images_at_once)
-        folded = fold_heads(model, targets, self.variant, math.inf if self.ridge == "none" else self.ridge)
+        agreement = Agreement(inputs.experts)
+        targets = head_targets(model, inputs.experts, inputs.images, self.variant, self.images_at_once, agreement)
+        folded = fold_heads(model, targets, self.variant, math.inf if self.ridge == "none" else self.ridge, agreement)
         if message := folded.sums.shortcoming():
             warnings.warn(message, stacklevel=4)
+        for task in folded.kept:
+            before, after = folded.before[task], folded.after[task]
+            warnings.warn(
+                f"{task}: on held-out images the folded head is {100 * (after / before - 1):.0f} % further from its"
+                " expert than the head before the fold, so that one is kept.",
+                stacklevel=4,
+            )
         model.heads = folded.model.heads
+        kept = {task: {"ridge": math.inf, "r2": folded.fits[task].r2_before} for task in folded.kept}
+        fits = {task: replace(fit, **kept.get(task, {})) for task, fit in folded.fits.items()}
         return {
             "unlabelled_images": folded.sums.images,  # those that could be read
-            "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in folded.fits.items()},
-            "r2_before": {task: _rounded(fit.r2_before) for task, fit in folded.fits.items()},
-            "r2": {task: _rounded(fit.r2) for task, fit in folded.fits.items()},
+            "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in fits.items()},
+            "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
+            "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
+            "distance_ratio": {
+                task: 1.0 if task in folded.kept else round(after / max(folded.before[task], 1e-12), 4)
+                for task, after in folded.after.items()
+            },
         }
 
 

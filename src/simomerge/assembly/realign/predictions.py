@@ -44,6 +44,10 @@ class UnlabelledImages(DenseDataset):
     def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
         return {}
 
+    def group(self, index: int) -> str:
+        name: str = self.images.group(index)
+        return name
+
     @property
     def bytes_of_predictions(self) -> int:
         """Size of the experts' logits on all images in half precision."""

@@ -11,7 +11,7 @@ A layer of the head that computes ``W t + c`` then becomes ``W A z + (c + W b)``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign.normal_equations import NormalEquations
-from simomerge.assembly.realign.sums import FALLBACK_RIDGE, Fit, is_held_out
+from simomerge.assembly.realign.sums import FALLBACK_RIDGE, Fit
 from simomerge.assembly.realign.systems import tokens
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
@@ -60,9 +60,8 @@ class TaskMaps:
             key: [NormalEquations.empty(width, width, device) for _ in range(2)] for key, width in widths.items()
         }
 
-    def add(self, merged: Features, expert: Features, indices: Sequence[int]) -> None:
-        """Add a batch of images: the features of both encoders, and the indices, which decide what is held out."""
-        held_out = is_held_out(indices)
+    def add(self, merged: Features, expert: Features, held_out: Tensor) -> None:
+        """Add a batch of images: the features of both encoders, and which images are held out, bool (B,)."""
         for key, pair in self.sums.items():
             ours, theirs = (_tokens(features, *key) for features in (merged, expert))
             for sums, chosen in zip(pair, (~held_out, held_out), strict=True):
@@ -193,7 +192,7 @@ def feature_maps(
         with evaluating(model), autocast(batch.images.device):
             features = model.encode(batch.images)
         for task, each in maps.items():
-            each.add(features, batch.features[task], batch.indices)
+            each.add(features, batch.features[task], batch.held_out)
     for each in maps.values():
         each.gather()
     return maps

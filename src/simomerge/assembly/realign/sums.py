@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simomerge.assembly.realign.agreement import Agreement
 from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.normal_equations import NormalEquations
 from simomerge.assembly.realign.systems import Solver, System, moved
@@ -17,6 +18,7 @@ from simomerge.assembly.realign.teacher import observe
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.datasets.groups import SHARE
 from simomerge.models.encoders import Features
 from simomerge.models.heads.projections import Moments, Projection, joined
 from simomerge.models.model import SimoModel
@@ -25,14 +27,8 @@ from simomerge.training.evaluate import evaluating
 RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
 """Ridges that "auto" tries, in units of the mean diagonal of the Gram matrix. Infinity leaves the head unchanged."""
 
-HELD_OUT = 4
-"""Every fourth image is held out to choose the ridge. The final solution uses all images."""
-
-
-def is_held_out(indices: Sequence[int]) -> Tensor:
-    """Which of the images with these indices are held out: bool, one value per image."""
-    return torch.tensor([index % HELD_OUT == HELD_OUT - 1 for index in indices])
-
+ROUNDING = 1e-3
+"""Relative difference of two distances that may come from rounding alone."""
 
 FALLBACK_RIDGE = 1e-1
 """The ridge if there are too few images to hold one out."""
@@ -59,20 +55,42 @@ class Fit:
 
 @dataclass(frozen=True)
 class HeadTargets:
-    """A batch of images with the outputs of the experts' first layers (`FoldLayout.targets`)."""
+    """A batch of images with the outputs of the experts' first layers (`FoldLayout.targets`).
 
-    indices: list[int]
+    Attributes:
+        images: Float (B, 3, H, W).
+        targets: See `FoldLayout.targets`.
+        held_out: Which of the images are held out, bool (B,).
+    """
+
     images: Tensor
     targets: list[Tensor]
+    held_out: Tensor
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A model with folded heads that shares the encoder, how well each head fits, and the sums of the regression."""
+    """A fold of all heads.
+
+    Attributes:
+        model: The model with folded heads; it shares the encoder with the merged model.
+        fits: How well each head fits.
+        sums: The sums of the regression.
+        before, after: By task, the distance of the predictions from the expert's on held-out images, before and after
+            a fold on all other images. Empty if it was not measured.
+    """
 
     model: SimoModel
     fits: dict[str, Fit]
     sums: HeadSums
+    before: dict[str, float]
+    after: dict[str, float]
+
+    @property
+    def kept(self) -> list[str]:
+        """Tasks whose heads stay as they were, because the fold would move them away from their experts."""
+        unchanged = [task for task, fit in self.fits.items() if fit.ridge == math.inf]
+        return [task for task in unchanged if self.after and self.after[task] > (1 + ROUNDING) * self.before[task]]
 
 
 class HeadSums:
@@ -94,15 +112,14 @@ class HeadSums:
         self._first: Tensor | None = None
         self.all_alike = True  # whether all images so far have the same features
 
-    def add(self, features: Features, targets: Sequence[Tensor], indices: Sequence[int]) -> None:
+    def add(self, features: Features, targets: Sequence[Tensor], held_out: Tensor) -> None:
         """Add a batch of images.
 
         Args:
             features: Features of the merged encoder.
             targets: The result of `FoldLayout.targets` for the same images.
-            indices: Indices of the images, which decide which images are held out.
+            held_out: Which of the images are held out, bool (B,).
         """
-        held_out = is_held_out(indices)
         self._compare(features.maps[0])
         for system, (target, residual) in self.layout.residuals(features, targets).items():
             patches, cls = system.inputs(features)
@@ -128,16 +145,21 @@ class HeadSums:
         """Number of images that were added."""
         return int(sum(sums.images for sums in next(iter(self.equations.values()))))
 
+    @property
+    def has_held_out(self) -> bool:
+        """Whether at least one image is held out."""
+        return all(sums.images > 0 for sums in self._all())
+
     def shortcoming(self) -> str:
         """Why the images do not suffice for a good map, as a sentence; empty if they do."""
         pairs = list(self.equations.values())
         widest = max((train + held_out for train, held_out in pairs), key=lambda total: len(total.x))
         if all((train + held_out).unit == 0 for train, held_out in pairs):
             return "all images give the same features: only the heads' biases were folded."
-        if any(held_out.images == 0 for _, held_out in pairs):
+        if not self.has_held_out:
             return (
                 f"too few images ({self.images}) to hold one out: the fold uses a ridge of {FALLBACK_RIDGE:g}, and its"
-                f" fit is unknown; give at least {HELD_OUT}."
+                f" fit is unknown; give at least {round(1 / SHARE)}."
             )
         if self.images > 1 and self.all_alike:
             return (
@@ -161,29 +183,42 @@ class HeadSums:
         Raises:
             InputError: There are no images, or features are not finite.
         """
+        fits = self.choose(ridge)
+        return self.heads({task: fit.ridge for task, fit in fits.items()}), fits
+
+    def choose(self, ridge: float | str = "auto") -> dict[str, Fit]:
+        """The ridge of each task and how well its head fits; see `solve`."""
         if not self.images:
             raise InputError("the fold has no image; give at least one.")
         if not all(torch.isfinite(sums.xx).all() and torch.isfinite(sums.rr).all() for sums in self._all()):
             raise InputError("the fold has features that are not finite; a model or an image is damaged.")
-        chosen, fits = self._choose(RIDGES if ridge == "auto" else (float(ridge),))
-        solved = self._solve_all(chosen)
-        return {task: self._head(task, solved) for task in self.layout.projections}, fits
+        return self._choose(RIDGES if ridge == "auto" else (float(ridge),))
+
+    def heads(self, ridges: Mapping[str, float], hold_out: bool = False) -> dict[str, nn.Module]:
+        """New heads for the given ridges.
+
+        Args:
+            ridges: By task.
+            hold_out: Leave out the held-out images, so that these can judge the heads.
+        """
+        equations = {system: train if hold_out else train + out for system, (train, out) in self.equations.items()}
+        solved, moments = self._solve_all(ridges, equations), self._moments(equations)
+        return {task: self._head(task, solved, moments) for task in self.layout.projections}
 
     def _all(self) -> Iterator[NormalEquations]:
         return (sums for pair in self.equations.values() for sums in pair)
 
-    def _choose(self, ridges: Sequence[float]) -> tuple[dict[str, float], dict[str, Fit]]:
+    def _choose(self, ridges: Sequence[float]) -> dict[str, Fit]:
         """The ridge of each task with the best fit on the held-out images."""
         tasks = list(self.layout.projections)
-        if any(sums.images == 0 for sums in self._all()):
+        if not self.has_held_out:
             given = ridges[0] if len(ridges) == 1 else FALLBACK_RIDGE
-            return dict.fromkeys(tasks, given), dict.fromkeys(tasks, Fit(given, math.nan, math.nan))
+            return dict.fromkeys(tasks, Fit(given, math.nan, math.nan))
         solvers = {system: Solver(train, system, self.channels) for system, (train, _) in self.equations.items()}
         held_out = {system: solver.in_coordinates(self.equations[system][1]) for system, solver in solvers.items()}
         r2 = {ridge: self._held_out_r2(ridge, solvers, held_out) for ridge in {*ridges, math.inf}}
         chosen = {task: max(ridges, key=lambda ridge: r2[ridge][task]) for task in tasks}
-        fits = {task: Fit(ridge, r2[ridge][task], r2[math.inf][task]) for task, ridge in chosen.items()}
-        return chosen, fits
+        return {task: Fit(ridge, r2[ridge][task], r2[math.inf][task]) for task, ridge in chosen.items()}
 
     def _held_out_r2(
         self, ridge: float, solvers: Mapping[System, Solver], held_out: Mapping[System, NormalEquations]
@@ -200,12 +235,9 @@ class HeadSums:
                     found[part.task].append(1 - left / total if total > 0 else (1.0 if left == 0 else -math.inf))
         return {task: sum(values) / len(values) for task, values in found.items()}
 
-    def _solve_all(self, ridges: Mapping[str, float]) -> list[Projection]:
-        """The new projection of every part, from all images."""
-        solvers = {
-            system: Solver(train + held_out, system, self.channels)
-            for system, (train, held_out) in self.equations.items()
-        }
+    def _solve_all(self, ridges: Mapping[str, float], equations: Mapping[System, NormalEquations]) -> list[Projection]:
+        """The new projection of every part."""
+        solvers = {system: Solver(sums, system, self.channels) for system, sums in equations.items()}
         solutions: dict[Any, tuple[Tensor, Tensor]] = {}
         solved = []
         for part in self.layout.parts:
@@ -217,7 +249,7 @@ class HeadSums:
             solved.append(moved(part, weights[part.columns], bias[part.columns], self.channels))
         return solved
 
-    def _head(self, task: str, solved: Sequence[Projection]) -> nn.Module:
+    def _head(self, task: str, solved: Sequence[Projection], moments: Moments) -> nn.Module:
         projections = []
         for index in range(len(self.layout.projections[task])):
             pieces = [
@@ -227,15 +259,14 @@ class HeadSums:
             ]
             projections.append(joined(pieces))
         head: Any = self.layout.model.heads[task]
-        return head.with_projections(projections, self._moments()).eval()
+        return head.with_projections(projections, moments).eval()
 
-    def _moments(self) -> Moments:
+    def _moments(self, equations: Mapping[System, NormalEquations]) -> Moments:
         maps: dict[int, tuple[Tensor, Tensor]] = {}
         cls: dict[int, tuple[Tensor, Tensor]] = {}
-        for system, (train, held_out) in self.equations.items():
-            total = train + held_out
+        for system, sums in equations.items():
             widths = system.widths(self.channels)
-            pieces = list(zip(total.mean.split(widths), total.variance.split(widths), strict=True))
+            pieces = list(zip(sums.mean.split(widths), sums.variance.split(widths), strict=True))
             maps |= dict(zip(system.maps, pieces, strict=False))
             cls |= dict(zip(system.cls, pieces[len(system.maps) :], strict=True))
         return Moments(maps, cls)
@@ -243,18 +274,48 @@ class HeadSums:
 
 @torch.no_grad()
 def fold_heads(
-    model: SimoModel, targets: Iterable[HeadTargets], variant: str = "per-tap", ridge: float | str = "auto"
+    model: SimoModel,
+    targets: Iterable[HeadTargets],
+    variant: str = "per-tap",
+    ridge: float | str = "auto",
+    agreement: Agreement | None = None,
 ) -> Folded:
-    """Fold the heads of a merged model so that their first layers match those of the experts."""
+    """Fold the heads of a merged model so that their first layers match those of the experts.
+
+    Args:
+        agreement: The experts' predictions for the held-out images, once ``targets`` has ended. With it, a head whose
+            predictions would be further from the expert's after the fold stays as it was.
+    """
+    sums = head_sums(model, targets, variant)
+    fits = sums.choose(ridge)
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    if agreement is not None and sums.has_held_out:
+        judged = sums.heads({task: fit.ridge for task, fit in fits.items()}, hold_out=True)
+        before, after = agreement.distances(model), agreement.distances(with_heads(model, judged))
+        for task, fit in fits.items():
+            if after[task] > before[task] and fit.ridge < math.inf:
+                fits[task] = Fit(math.inf, fit.r2_before, fit.r2_before)
+    heads = sums.heads({task: fit.ridge for task, fit in fits.items()})
+    return Folded(with_heads(model, heads), fits, sums, before, after)
+
+
+@torch.no_grad()
+def head_sums(model: SimoModel, targets: Iterable[HeadTargets], variant: str = "per-tap") -> HeadSums:
+    """The sums for the fold of all heads of a merged model, over the images of all processes."""
     sums = HeadSums(FoldLayout(model, variant))
     device = next(model.parameters()).device
     for batch in targets:
         with evaluating(model), autocast(device):
             features = model.encode(batch.images)
-        sums.add(features, batch.targets, batch.indices)
+        sums.add(features, batch.targets, batch.held_out)
     sums.gather()
-    heads, fits = sums.solve(ridge)
-    return Folded(SimoModel(model.encoder, model.tasks, heads, dict(model.provenance)), fits, sums)
+    return sums
+
+
+def with_heads(model: SimoModel, heads: Mapping[str, nn.Module]) -> SimoModel:
+    """A model with other heads that shares the encoder."""
+    return SimoModel(model.encoder, model.tasks, heads, dict(model.provenance))
 
 
 def head_targets(
@@ -263,6 +324,7 @@ def head_targets(
     images: Any,
     variant: str = "per-tap",
     batch_size: int = 32,
+    agreement: Agreement | None = None,
 ) -> Iterator[HeadTargets]:
     """The targets of `fold_heads`, which the experts compute batch by batch. A list of them serves several merges.
 
@@ -270,7 +332,10 @@ def head_targets(
         model: Any merge of the experts, with the experts' heads.
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` gives them.
+        agreement: Receives the experts' predictions for the held-out images.
     """
     layout = FoldLayout(model, variant)
     for batch in observe(experts, images, batch_size, "fold", shared=True):
-        yield HeadTargets(batch.indices, batch.images, layout.targets(batch.features))
+        if agreement is not None:
+            agreement.add(batch)
+        yield HeadTargets(batch.images, layout.targets(batch.features), batch.held_out)

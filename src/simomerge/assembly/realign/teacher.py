@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from simomerge.assembly.experts import comparable
+from simomerge.assembly.images import check_images
 from simomerge.checkpoints.experts import check_merged_from, check_same_encoder
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
+from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel, as_expert
 from simomerge.training.evaluate import evaluating
+from simomerge.training.familiarity import sketch
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class Observation:
         indices: Indices of the images.
         images: Float (B, 3, H, W), as the encoders receive them.
         features: By task.
+        held_out: Which of the images are held out, bool (B,); see `simomerge.datasets.groups`.
     """
 
     indices: list[int]
     images: Tensor
     features: dict[str, Features]
+    held_out: Tensor
 
 
 @torch.no_grad()
@@ -43,6 +48,7 @@ def observe(
     batch_size: int = 32,
     label: str = "experts",
     shared: bool = False,
+    check: bool = True,
 ) -> Iterator[Observation]:
     """Encode images with every expert, a batch at a time.
 
@@ -50,18 +56,26 @@ def observe(
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` returns them.
         shared: Under torchrun, encode only this process's share of the images.
+        check: Warn of images that do not suit the experts; see `simomerge.assembly.images.check_images`.
     """
     rank, world = (distributed.rank(), distributed.processes()) if shared else (0, 1)
     first = next(iter(experts.values()))
     device = next(first.parameters()).device
-    done = 0
+    done, out = 0, set(held_out(images))
+    sketches: dict[str, list[Tensor]] = {task: [] for task in experts}
+    size = (0, 0)
     for indices, batch in image_batches(images, batch_size, start=rank, step=world):
         batch = first.fit(batch.to(device))
         with evaluating(*experts.values()), autocast(device):
             features = {task: expert.encode(batch) for task, expert in experts.items()}
-        yield Observation(indices, batch, features)
+        size = (batch.shape[-2], batch.shape[-1])
+        for task, each in features.items():
+            sketches[task].append(sketch(each))
+        yield Observation(indices, batch, features, torch.tensor([index in out for index in indices]))
         done += len(indices)
         progress(label, min(done * world, len(images)), len(images), "")
+    if check and done and distributed.is_first():
+        check_images(experts, {task: torch.cat(each) for task, each in sketches.items()}, size, len(images))
 
 
 def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) -> dict[str, SimoModel]:

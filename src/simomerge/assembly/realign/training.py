@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from simomerge.assembly.realign.distillation import ExpertDistances
+from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import Inputs
+from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.core.errors import InputError
 from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
@@ -93,6 +97,33 @@ def train_heads(
         "seconds": sum(log["seconds"] for _state, log in outcomes),
         "trained_parameters": sum(p.numel() for p in model.heads.parameters()),
     }
+
+
+def distil_heads(
+    model: SimoModel, inputs: Inputs, settings: TrainSettings, hold_out: float, label: str
+) -> dict[str, Any]:
+    """Train each head of a model on the experts' predictions, in place; what was measured, for the provenance.
+
+    A head that training moves away from its expert on held-out images stays as it was.
+
+    Warns:
+        UserWarning: A head stays as it was.
+    """
+    predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
+    train, held_out = split_off(predictions, hold_out)
+    start, distances = copy.deepcopy(model.heads), ExpertDistances(inputs.experts)
+    before = distances.measured(model, held_out) if held_out else {}
+    cost = train_heads(model, replace(inputs, data=train), settings, "distance")
+    after = distances.measured(model, held_out) if held_out else {}
+    ratios = {task: round(after[task] / max(before[task], 1e-12), 4) for task in after}
+    for task in (task for task in after if after[task] > before[task]):
+        model.heads[task], ratios[task] = start[task], 1.0
+        warnings.warn(
+            f"{label}: on held-out images {task} is {100 * (after[task] / before[task] - 1):.1f} % further from its"
+            " expert than before the training, so its head stays as it was.",
+            stacklevel=5,
+        )
+    return {"held_out_images": len(held_out) if held_out else 0, "distance_ratio": ratios, **cost}
 
 
 def _train_one(

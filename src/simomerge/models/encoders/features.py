@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,12 @@ class Features:
 
     def __len__(self) -> int:
         return self.maps[0].shape[0]
+
+    def of_images(self, indices: Tensor) -> Features:
+        """The features of some images of the batch."""
+        return replace(
+            self, maps=tuple(each[indices] for each in self.maps), cls=tuple(each[indices] for each in self.cls)
+        )
 
     def grid(self, tap: int) -> tuple[int, int]:
         """(h, w) of the map of one tap."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Judge:
         source: a dataset, whose labels are read if ``labelled``; otherwise images of any form.
         labelled: compare with labels.
         batch_size: images in a batch.
+        lenient: leave out the tasks whose expert predicts the same for every image, with a warning, if others remain.
 
     Raises:
         InputError: fewer than two images, a dataset without the labels of a task, images that cannot be batched, or an
@@ -60,7 +62,9 @@ class Judge:
         0.97
     """
 
-    def __init__(self, experts: Mapping[str, SimoModel], source: Any, labelled: bool, batch_size: int = 32) -> None:
+    def __init__(
+        self, experts: Mapping[str, SimoModel], source: Any, labelled: bool, batch_size: int = 32, lenient: bool = False
+    ) -> None:
         self.experts = experts
         self.tasks: dict[str, Task] = {name: expert.tasks[name] for name, expert in experts.items()}
         self.labelled = labelled
@@ -72,6 +76,8 @@ class Judge:
         # Kept, because every model that is judged would otherwise cost another pass of all experts.
         self._predicted = [] if labelled else list(self._predictions())
         self.best, self.chance = (self._expert_metrics(), {}) if labelled else self._agreement_range()
+        if not labelled:
+            self._check_range(lenient)
 
     def __iter__(self) -> Iterator[JudgedBatch]:
         """The images in batches, with their targets."""
@@ -84,7 +90,7 @@ class Judge:
             yield JudgedBatch(batch["image"].to(self.device), targets)
 
     def _predictions(self) -> Iterator[JudgedBatch]:
-        for batch in observe(self.experts, self.source, self.batch_size, "experts' predictions"):
+        for batch in observe(self.experts, self.source, self.batch_size, "experts' predictions", check=False):
             with torch.no_grad(), evaluating(*self.experts.values()), autocast(self.device):
                 logits = {
                     name: expert.decode(batch.features[name], [name])[name] for name, expert in self.experts.items()
@@ -99,10 +105,11 @@ class Judge:
     @torch.no_grad()
     def scores(self, model: SimoModel) -> Scores:
         """Metrics of the model's tasks against the targets."""
-        metrics = {name: TaskMetrics(self.tasks[name]).to(self.device) for name in model.tasks}
+        names = [name for name in model.tasks if name in self.tasks]
+        metrics = {name: TaskMetrics(self.tasks[name]).to(self.device) for name in names}
         for batch in self:
             with evaluating(model), autocast(self.device):
-                logits = model(batch.images)
+                logits = model.decode(model.encode(batch.images), names)
             for name, metric in metrics.items():
                 metric.update(self.tasks[name].activate(logits[name].float()), batch.targets[name])
         return {name: metric.compute() for name, metric in metrics.items()}
@@ -158,18 +165,30 @@ class Judge:
             {name: metric.compute()[self.tasks[name].metric] for name, metric in metrics.items()}
             for metrics in (same, other)
         )
-        for name in self.tasks:
-            if not math.isfinite(best[name] - chance[name]):
+        return best, chance
+
+    def _check_range(self, lenient: bool) -> None:
+        """Check that full agreement and none can be told apart in every task; ``lenient`` leaves the others out."""
+        ranges = {name: self.best[name] - self.chance[name] for name in self.tasks}
+        for name, width in ranges.items():
+            if not math.isfinite(width):
                 raise InputError(
                     f"the predictions of the expert of {name!r} are not finite, or nowhere valid, so nothing can be"
                     " compared with them: give labelled data, or check the expert."
                 )
-            if not abs(best[name] - chance[name]) > 1e-6:
-                raise InputError(
-                    f"the expert of {name!r} predicts the same for every image, so nothing can be compared with its"
-                    " predictions: give labelled data, or other images."
-                )
-        return best, chance
+        constant = [name for name, width in ranges.items() if not abs(width) > 1e-6]
+        if constant and (not lenient or len(constant) == len(ranges)):
+            raise InputError(
+                f"the expert of {constant[0]!r} predicts the same for every image, so nothing can be compared with its"
+                " predictions: give labelled data, or other images."
+            )
+        for name in constant:
+            warnings.warn(
+                f"the expert of {name!r} predicts the same for all held-out images, so {name} does not count in the"
+                " choice; give images of different scenes.",
+                stacklevel=4,
+            )
+            del self.tasks[name]
 
 
 def _resize_like(values: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""Unlabelled images for merging and re-alignment: at the experts' training size, and compared with their images."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from simomerge.core.progress import progress
+from simomerge.datasets.pictures import Images, as_images
+from simomerge.models.model import SimoModel
+from simomerge.training.familiarity import familiarity
+
+OWN_SIZE = "own"
+"""The word for keeping the size of every picture."""
+
+FEW_IMAGES = 16
+"""With fewer images a warning says so."""
+
+FAR = 1.5
+"""A shift above this, in standard deviations of the training images, is a warning."""
+
+ALIKE = 0.5
+"""A spread below this, relative to the training images, is a warning."""
+
+OTHER_SIZE = 2.0
+"""Images with this number of times more, or fewer, pixels than the training images are a warning."""
+
+
+def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = None, size: Any = None) -> Images:
+    """What a user gives as images, at the size at which the experts were trained.
+
+    Args:
+        source, count: As in `as_images`.
+        experts: By task.
+        size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to, or "own" for their own sizes. By
+            default, pictures are cut at the centre to the shape of the experts' training images and resized to their
+            size, if all experts record the same one. The images of a dataset keep their size.
+
+    Raises:
+        InputError: See `as_images`.
+    """
+    images = as_images(source, count, None if size == OWN_SIZE else size)
+    sizes = {trained for expert in experts.values() if (trained := training_size(expert)) is not None}
+    if size is not None or images.is_dataset or images.size is not None or len(sizes) != 1:
+        return images
+    height, width = sizes.pop()
+    note = f"cut and resized to {width} x {height} pixels, the experts' training size; size {OWN_SIZE} keeps theirs"
+    progress("images", len(images), len(images), note)
+    return images.resized((height, width), crop=True)
+
+
+def training_size(model: SimoModel) -> tuple[int, int] | None:
+    """(height, width) of the images that a model was trained on; None if it records none."""
+    recorded = _training(model).get("size")
+    if not isinstance(recorded, list) or len(recorded) != 2 or not all(type(n) is int and n > 0 for n in recorded):
+        return None
+    return recorded[0], recorded[1]
+
+
+def check_images(
+    experts: Mapping[str, SimoModel], sketches: Mapping[str, Tensor], size: tuple[int, int], count: int
+) -> None:
+    """Warn of images that are few, unlike the experts' training images, nearly all alike, or of another size.
+
+    Args:
+        experts: By task.
+        sketches: By task, the features of images, as `simomerge.training.familiarity.sketch` gives them; under torchrun
+            those of this process's share.
+        size: (height, width) of the first images.
+        count: Number of all images.
+    """
+    if count < FEW_IMAGES:
+        _warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
+    compared = {
+        task: found
+        for task, each in sketches.items()
+        if (found := familiarity(_training(experts[task]).get("features", {}), each)) is not None
+    }
+    if not compared:
+        return
+    task, far = max(compared.items(), key=lambda pair: pair[1].shift)
+    if far.shift > FAR:
+        _warn(
+            f"the images differ from those that the experts were trained on: their mean features are {far.shift:.1f}"
+            f" standard deviations away (expert {task}). The experts' predictions for them may be wrong."
+        )
+    task, alike = min(compared.items(), key=lambda pair: pair[1].spread)
+    if alike.spread < ALIKE and count > 1:
+        _warn(
+            f"the images are alike: their features vary {alike.spread:.2f} times as much as those of the training"
+            f" images (expert {task}). Give images of different scenes."
+        )
+    trained = next((own for expert in experts.values() if (own := training_size(expert)) is not None), None)
+    if trained is not None and abs(math.log(size[0] * size[1] / (trained[0] * trained[1]))) > math.log(OTHER_SIZE):
+        _warn(
+            f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {trained[1]} x"
+            f" {trained[0]}; give the size at which the model will be used."
+        )
+
+
+def _training(model: SimoModel) -> Mapping[str, Any]:
+    record = model.provenance.get("training", {})
+    return record if isinstance(record, Mapping) else {}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

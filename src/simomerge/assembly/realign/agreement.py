@@ -1,0 +1,71 @@
+"""How far a merged model's predictions are from its experts' on held-out images, task by task. It needs no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from simomerge.assembly.realign.teacher import Observation
+from simomerge.core import distributed
+from simomerge.core.machine import autocast
+from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import evaluating
+
+MOST_IMAGES = 64
+"""At most this number of held-out images is kept; more change a mean distance little."""
+
+
+@dataclass
+class Agreement:
+    """Held-out images with the experts' predictions for them.
+
+    Args:
+        experts: By task.
+
+    Attributes:
+        images: Batches of images, float (B, 3, H, W).
+        logits: The experts' logits (B, C, H, W) in half precision by task, for each batch.
+    """
+
+    experts: Mapping[str, SimoModel]
+    images: list[Tensor] = field(default_factory=list)
+    logits: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, batch: Observation) -> None:
+        """Keep the held-out images of a batch, unless `MOST_IMAGES` are kept already."""
+        room = MOST_IMAGES // distributed.processes() - sum(map(len, self.images))
+        chosen = batch.held_out.nonzero().flatten()[: max(room, 0)].to(batch.images.device)
+        if not len(chosen):
+            return
+        logits = {}
+        for task, expert in self.experts.items():
+            with evaluating(expert), autocast(batch.images.device):
+                predicted = expert.decode(batch.features[task].of_images(chosen), [task])[task]
+            logits[task] = predicted.float().clamp(-6e4, 6e4).half()
+        self.images.append(batch.images[chosen])
+        self.logits.append(logits)
+
+    @torch.no_grad()
+    def distances(self, model: SimoModel) -> dict[str, float]:
+        """Mean `Task.distance` of the model's predictions from the experts', by task.
+
+        NaN if no image was kept. Under torchrun it is the mean over the images of all processes.
+        """
+        sums = dict.fromkeys(self.experts, 0.0)
+        for images, logits in zip(self.images, self.logits, strict=True):
+            with evaluating(model), autocast(images.device):
+                predicted = model.decode(model.encode(images), list(sums))
+            for task in sums:
+                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task].float())) * len(images)
+        return self._means(sums)
+
+    def _means(self, sums: Mapping[str, float]) -> dict[str, float]:
+        totals = torch.tensor([sum(map(len, self.images)), *sums.values()], dtype=torch.float64)
+        distributed.add_up(totals)
+        count = float(totals[0])
+        means = totals[1:] / count if count else totals[1:] * float("nan")
+        return dict(zip(sums, means.tolist(), strict=True))
