@@ -103,13 +103,14 @@ realign:
   distill: {epochs: 1, batch_size: 64, count: 30}
   distill-adapters: {epochs: 1, batch_size: 10, count: 99}
 """
-    recipe = read_recipe(write(tmp_path, text))
+    recipe = read_recipe(write(tmp_path, text), ["align_split=val"])
     assert (recipe.tune.steps, recipe.joint.steps, recipe.realign["heads"]["steps"]) == (12, 3, 6)
     assert (recipe.realign["distill"]["steps"], recipe.realign["distill-adapters"]["steps"]) == (1, 4)
     assert recipe.probe == Recipe().probe and not hasattr(recipe.tune, "epochs")
-    on_train = read_recipe(write(tmp_path, text), ["align_split=train"])  # only rows with labels stay on val
-    steps = {name: on_train.realign[name]["steps"] for name in ("heads", "distill", "distill-adapters")}
-    assert steps == {"heads": 6, "distill": 1, "distill-adapters": 9}
+    for split in ("train", "train+val"):  # only rows with labels stay on val
+        other = read_recipe(write(tmp_path, text), [f"align_split={split}"])
+        steps = {name: other.realign[name]["steps"] for name in ("heads", "distill", "distill-adapters")}
+        assert steps == {"heads": 6, "distill": 1, "distill-adapters": 9}
     changed = read_recipe(write(tmp_path, text), ["tune.steps=7", "probe.epochs=1", "train_images=64"])
     assert (changed.tune.steps, changed.probe.steps, changed.joint.steps) == (7, 2, 2)
 

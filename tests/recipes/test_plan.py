@@ -52,5 +52,13 @@ def test_rows_without_labels_use_images_of_the_align_split(split: str, most: int
     assert len(found) == len(counts) + 3  # and the average
 
 
-def test_the_validation_split_is_the_default() -> None:
-    assert data_of() == data_of(align_split="val") != data_of(align_split="train")
+def test_rows_without_labels_use_training_and_validation_images_by_default() -> None:
+    found = data_of()
+    assert found == data_of(align_split="train+val") != data_of(align_split="train")
+    assert found["auto"]["split"] == {"train": 16, "val": 6} and found["task-arithmetic+distill"]["count"] is None
+
+
+def test_rows_without_labels_may_use_a_folder_of_pictures() -> None:
+    found = data_of(align_images="photos")
+    assert found["task-arithmetic+fold-cross"] == {"spec": "photos", "count": 12, "unlabelled": True}
+    assert found["task-arithmetic+heads"]["spec"] == "rooms"

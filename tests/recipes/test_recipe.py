@@ -23,7 +23,7 @@ from simomerge.recipes.recipe import DEMO_TASKS, Recipe
         ({"head": "liner"}, "unknown head 'liner'; choose among: linear, dpt"),
         ({"relate": True, "val_images": 6}, "relate needs at least two tasks, and 16 images"),
         ({"relate": True, "tasks": ("depth",)}, "relate needs at least two tasks"),
-        ({"align_split": "test"}, "align_split is 'test'; use 'val' or 'train'"),
+        ({"align_split": "test"}, "align_split names the test split"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (1, 2, 1)}, "seeds has 1 twice"),
     ],

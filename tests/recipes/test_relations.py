@@ -43,10 +43,10 @@ def test_what_is_done_stays_done(tiny_base: Path, finished: Finished) -> None:
 @pytest.mark.filterwarnings("ignore:.*the fold stays close")
 def test_the_stage_and_its_place_in_the_report(tiny_base: Path, finished: Finished, tmp_path: Path) -> None:
     experts = {task: next((finished.folder / "stages").glob(f"expert-{task}-seed-0-*")) for task in MICRO.tasks}
-    data = {"spec": "rooms", "split": "val", "count": 8}
+    data = {"spec": "rooms", "split": "val", "count": 16}
     Relate(name="relations", base=str(tiny_base), experts=experts, data=data).run(tmp_path / "out")
     found = read_log(tmp_path / "out")["relations"]
-    assert found["judged_by"] == "labels" and found["tasks"] == list(MICRO.tasks) and found["images"] == 8
+    assert found["judged_by"] == "labels" and found["tasks"] == list(MICRO.tasks) and found["images"] == 16
     html = report_page(
         finished.results, (), [("Task relationships", seeds_section({"0": json.loads(json.dumps(found))}))]
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from simomerge.core.progress import progress
+from simomerge.datasets.load import load_images
 from simomerge.datasets.pictures import Images, as_images
 from simomerge.models.model import SimoModel
 from simomerge.training.familiarity import familiarity
@@ -34,15 +36,16 @@ def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = N
     """What a user gives as images, at the size at which the experts were trained.
 
     Args:
-        source, count: As in `as_images`.
+        source, count: As in `as_images`; text may also name a dataset, as in `load_images`.
         experts: By task.
         size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to, or "own" for their own sizes. By
             default, pictures are cut at the centre to the shape of the experts' training images and resized to their
             size, if all experts record the same one. The images of a dataset keep their size.
 
     Raises:
-        InputError: See `as_images`.
+        InputError: See `as_images` and `load_images`.
     """
+    source = load_images(source) if isinstance(source, (str, Path)) else source
     images = as_images(source, count, None if size == OWN_SIZE else size)
     sizes = {trained for expert in experts.values() if (trained := training_size(expert)) is not None}
     if size is not None or images.is_dataset or images.size is not None or len(sizes) != 1:

@@ -127,7 +127,11 @@ method_parameters = click.option(
     help="Parameter of the method; may be repeated.",
 )
 pictures = together(
-    click.option("--images", metavar="FOLDER", help="Images without labels, also in subfolders."),
+    click.option(
+        "--images",
+        metavar="FOLDER",
+        help="Images without labels: a folder of pictures with its subfolders, or a dataset as for --data.",
+    ),
     click.option(
         "--size",
         metavar="HEIGHTxWIDTH",

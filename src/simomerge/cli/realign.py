@@ -64,7 +64,9 @@ def _help() -> str:
 @options.pictures
 @click.option("--base", help="The foundation encoder: a folder, a hub id or rooms-base.")
 @options.data
-@click.option("--split", default="val", show_default=True, help="Split of the data.")
+@click.option(
+    "--split", help="Split of the data, or of a dataset as --images. [default: val; for --images all but test]"
+)
 @click.option(
     "--count",
     type=click.IntRange(1),
@@ -114,7 +116,7 @@ def _chosen(method: str) -> Realignment:
     trained = isinstance(kind, TrainedRealignment)
     parameters = {spec.name for spec in settings(kind)} - {"count"} | set(options.TRAINING if trained else ())
     chosen = get_realignment(method, **{name: context.params[name] for name in from_user if name in parameters})
-    used = {*_EVERY, *parameters, *(("data", "split") if chosen.teacher == "labels" else ("images", "size"))}
+    used = {*_EVERY, "split", *parameters, *(("data",) if chosen.teacher == "labels" else ("images", "size"))}
     used |= {"base"} if chosen.needs_base else set()
     used |= {"trackers"} if trained else set()
     used |= {"workers"} if chosen.trains_heads_apart else set()
@@ -143,11 +145,12 @@ def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], give
     if chosen.teacher == "labels":
         from simomerge.datasets.load import load_data
 
-        return {"data": load_data(given["data"], split=given["split"], count=count, tasks=tasks)}
+        return {"data": load_data(given["data"], split=given["split"] or "val", count=count, tasks=tasks)}
     from simomerge.assembly.experts import load_experts
+    from simomerge.datasets.load import load_images
     from simomerge.datasets.pictures import as_images
 
-    images = as_images(given["images"], count)
+    images = as_images(load_images(given["images"], given["split"]), count)
     return {"experts": load_experts(**experts), "images": images, "size": given["size"]}
 
 

@@ -97,6 +97,42 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         return _Subset(self, indices)
 
 
+class Joined(DenseDataset):
+    """Several datasets one after the other, with the tasks that all of them have."""
+
+    def __init__(self, parts: Sequence[DenseDataset]) -> None:
+        shared = {name: task for name, task in parts[0].tasks.items() if all(name in part.tasks for part in parts)}
+        super().__init__(shared, sum(map(len, parts)))
+        self.parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def image(self, index: int) -> Tensor:
+        part, place = self._place(index)
+        return part.image(place)
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        part, place = self._place(index)
+        return part.targets(place, tasks)
+
+    def group(self, index: int) -> str:
+        part, place = self._place(index)
+        return part.group(place)
+
+    def check_files(self, deeply: bool = False) -> None:
+        for part in self.parts:
+            part.check_files(deeply)
+
+    def fingerprint(self) -> str:
+        return " ".join(part.fingerprint() for part in self.parts).strip()
+
+    def _picked(self, count: int) -> Sequence[int]:
+        return spread(len(self), count)
+
+    def _place(self, index: int) -> tuple[DenseDataset, int]:
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[which], index - int(self._ends[which]) + len(self.parts[which])
+
+
 class _Subset(DenseDataset):
     """Some images of a dataset."""
 
@@ -119,6 +155,15 @@ class _Subset(DenseDataset):
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` of the numbers below ``total``, spread evenly; a larger count includes those of a smaller one.
+
+    They are the first ones in the order of the fractions of multiples of the golden ratio.
+    """
+    order = np.argsort(np.arange(total) * ((5**0.5 - 1) / 2) % 1)
+    return sorted(order[:count].tolist())
 
 
 def check_size(size: Any, place: str = "") -> None:

@@ -6,6 +6,7 @@ than it is, and a ridge would come out too small.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,8 +60,8 @@ def _folders(images: Any) -> list[Sequence[int]]:
 
 
 def _runs(count: int, share: float) -> list[Sequence[int]]:
-    several = round(2 / share)
-    runs = several if count >= RUN * several else round(1 / share)
+    few, several = (math.ceil(number / share - 1e-9) for number in (1, 2))
+    runs = several if count >= RUN * several else few
     return [run.tolist() for run in np.array_split(np.arange(count), runs)]
 
 

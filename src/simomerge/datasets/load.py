@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
-from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.base import DenseDataset, Joined
 from simomerge.datasets.manifest import MANIFESTS, read_manifest
 from simomerge.datasets.published.cityscapes import cityscapes
 from simomerge.datasets.published.nyuv2 import nyuv2
@@ -21,7 +21,7 @@ PUBLISHED: dict[str, Callable[..., Manifest]] = {"nyuv2": nyuv2, "cityscapes": c
 
 def load_data(
     spec: str | Path,
-    split: str = "test",
+    split: str | Mapping[str, int] = "test",
     count: int | None = None,
     tasks: str | Iterable[str] = "all",
     skip: int = 0,
@@ -33,7 +33,8 @@ def load_data(
         spec: ``rooms``; ``nyuv2:FOLDER``, ``cityscapes:FOLDER`` or ``taskonomy:FOLDER``; or the path of a manifest
             (``*.yaml``, ``*.csv``) or of the folder that holds ``data.yaml`` or ``data.csv``. docs/data.md describes
             them.
-        split: "train", "val" or "test", or another split that the manifest names.
+        split: "train", "val" or "test", or another split that the manifest names. "train+val" joins splits; a mapping
+            such as ``{"train": 800, "val": 640}`` also limits the number of images of each.
         count: number of images, evenly over the split. By default all, or all if there are fewer; rooms have a
             default count per split.
         tasks: the tasks whose targets the samples hold; all by default.
@@ -51,6 +52,12 @@ def load_data(
         >>> load_data("nyuv2:/data/nyuv2", "train")[0]["normals"].shape                              # doctest: +SKIP
         torch.Size([3, 280, 378])
     """
+    if isinstance(split, Mapping) or "+" in split:
+        if skip:
+            raise InputError("skip works with one split; leave it out, or name one split.")
+        limits = split if isinstance(split, Mapping) else dict.fromkeys(split.split("+"))
+        joined = Joined([load_data(spec, name.strip(), limit, tasks, **options) for name, limit in limits.items()])
+        return joined.take(min(count or len(joined), len(joined)))
     if spec == "rooms":
         from simomerge.datasets.rooms.dataset import Rooms
 
@@ -61,6 +68,33 @@ def load_data(
         return Rows(manifest, split, count).select(tasks)
     rest = Rows(manifest, split).skip(skip)
     return rest.take(min(count or len(rest), len(rest))).select(tasks)
+
+
+def load_images(spec: str | Path, split: str | None = None) -> Any:
+    """Images without labels: a folder of pictures, or a dataset as `load_data` takes it, whose labels are not read.
+
+    Args:
+        spec: A folder or file of pictures; or ``rooms``, ``NAME:FOLDER``, a manifest, or the folder of a manifest.
+        split: The split or splits of a dataset; all but the test split by default.
+
+    Raises:
+        InputError: There is no such folder or dataset, or ``split`` is given for a folder of pictures.
+
+    Example:
+        >>> len(load_images("rooms", "val"))
+        256
+    """
+    path = Path(spec).expanduser()
+    published = str(spec).partition(":")[0] in ("rooms", *PUBLISHED) and not path.exists()
+    described = path.suffix in MANIFESTS or any((path / f"data{suffix}").is_file() for suffix in MANIFESTS)
+    if not published and not described:
+        if split is not None:
+            raise InputError(f"{spec} is a folder of pictures and has no splits; leave the split out.")
+        return path
+    if split is None:
+        names = ("train", "val") if spec == "rooms" else tuple(find_manifest(spec).rows)
+        split = "+".join(name for name in names if name != "test") or "test"
+    return load_data(spec, split, tasks=[])
 
 
 def find_manifest(spec: str | Path, **options: Any) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,14 @@ class Images(DenseDataset):
             return self.source.group(position)
         source = None if self.is_dataset else self.source[position]
         return str(Path(source).parent) if isinstance(source, (str, Path)) else ""
+
+    def fingerprint(self) -> str:
+        """sha256 of the names, sizes and dates of picture files; that of a dataset."""
+        if self.is_dataset:
+            return str(getattr(self.source, "fingerprint", str)())
+        files = [Path(self.source[place]) for place in self._positions if isinstance(self.source[place], (str, Path))]
+        lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def resized(self, size: str | tuple[int, int], crop: bool = False) -> Images:
         """The same pictures in another size: (height, width) or "HEIGHTxWIDTH". Raises InputError."""

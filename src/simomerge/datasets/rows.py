@@ -19,7 +19,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image, to_tensor
-from simomerge.datasets.base import DenseDataset, check_size
+from simomerge.datasets.base import DenseDataset, check_size, spread
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
 
@@ -101,7 +101,7 @@ class Rows(DenseDataset):
         self.path = manifest.path
         self.rows = list(manifest.rows[split])
         if count is not None and count < len(self.rows):
-            self.rows = [self.rows[i] for i in _spread(len(self.rows), count)]
+            self.rows = [self.rows[i] for i in spread(len(self.rows), count)]
         self.size = manifest.size
         self._first_size: tuple[int, int] | None = None
         self._stored, self._read_image = manifest.stored, manifest.image
@@ -123,7 +123,7 @@ class Rows(DenseDataset):
 
     def _picked(self, count: int) -> Sequence[int]:
         """Indices evenly over the split, because neighbours show one scene."""
-        return _spread(len(self), count)
+        return spread(len(self), count)
 
     def _subset(self, indices: Sequence[int]) -> DenseDataset:
         chosen = copy.copy(self)
@@ -209,15 +209,6 @@ class Rows(DenseDataset):
             return self.image(index)
         row = self.rows[index]
         return self._stored[name].read(row.targets[name], self.size, row.image)
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """``count`` of the numbers below ``total``, spread evenly; a larger count includes those of a smaller one.
-
-    They are the first ones in the order of the fractions of multiples of the golden ratio.
-    """
-    order = np.argsort(np.arange(total) * ((5**0.5 - 1) / 2) % 1)
-    return sorted(order[:count].tolist())
 
 
 def _file(source: Source) -> Path:

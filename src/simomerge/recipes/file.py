@@ -87,14 +87,16 @@ def _epochs(given: dict[str, Any]) -> Iterator[str]:
     images = {name: given.get(name, getattr(Recipe, name)) for name in ("train_images", "val_images")}
     for name in ("probe", "tune", "joint"):
         yield from _epochs_of(name, given.get(name), images["train_images"], getattr(Recipe, name).batch_size)
-    unlabelled = "train_images" if given.get("align_split") == "train" else "val_images"
+    splits = str(given.get("align_split", Recipe.align_split)).split("+")
+    counts = [images.get(f"{name.strip()}_images") for name in splits]
+    images["unlabelled"] = sum(counts) if all(isinstance(count, int) for count in counts) else None
     for key, defaults in (("realign", REALIGN), ("refine", REFINE)):
         for step, parameters in _mapping(given.get(key)).items():
             default, method = defaults.get(step, {}), realignments().get(step)
             if "epochs" in _mapping(parameters) and not isinstance(method, TrainedRealignment | None):
                 yield f"{key}.{step}: epochs does nothing, because {step} does not train"
                 del parameters["epochs"]
-            available = images[unlabelled if getattr(method, "teacher", "") == "experts" else "val_images"]
+            available = images["unlabelled" if getattr(method, "teacher", "") == "experts" else "val_images"]
             count = _mapping(parameters).get("count", default.get("count", available))
             if isinstance(count, int) and isinstance(available, int):
                 count = min(count, available)

@@ -16,10 +16,21 @@ from typing import Any, ClassVar
 from simomerge.core import distributed
 from simomerge.core.files import remove_leftovers
 from simomerge.core.progress import labelled_progress, progress
+from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.load import load_data, load_images
+from simomerge.datasets.pictures import as_images
 from simomerge.training.pool import WorkerPool
 
 Data = Mapping[str, Any]
-"""A dataset as plain data: the keyword arguments of `simomerge.datasets.load.load_data`."""
+"""A dataset as plain data: the keyword arguments of `simomerge.datasets.load.load_data`. With ``unlabelled``, ``spec``
+may also be a folder of pictures, of which ``count`` are used."""
+
+
+def open_data(data: Data, **more: Any) -> DenseDataset:
+    """The dataset that plain data describe; ``more`` are arguments that they may replace."""
+    if data.get("unlabelled"):
+        return as_images(load_images(data["spec"]), data["count"])
+    return load_data(**{**more, **data})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

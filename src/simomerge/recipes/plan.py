@@ -166,9 +166,16 @@ class Plan:
         return dict(sorted(found.items()))
 
     def _unlabelled(self, count: int | None) -> dict[str, Any]:
-        """``count`` images of the split that rows without labels use; all of the recipe's by default."""
-        images = self.splits[self.recipe.align_split]
-        return {**images, "count": min(images["count"] if count is None else count, images["count"]), "tasks": []}
+        """``count`` of the images that rows without labels use; all of them by default."""
+        recipe = self.recipe
+        if recipe.align_images is not None:
+            return {"spec": recipe.align_images, "count": count, "unlabelled": True}
+        limits = {name: self.splits[name]["count"] if name in self.splits else None for name in recipe.align_splits}
+        common = {**self.splits["train"], "tasks": []}
+        if len(limits) > 1:
+            return {**common, "split": limits, "count": count}
+        ((split, limit),) = limits.items()
+        return {**common, "split": split, "count": limit if count is None else min(count, limit or count)}
 
     # Re-alignments: the steps that follow a merge; rows with the same beginning share it.
 

@@ -32,7 +32,18 @@ def problems_of(recipe: Recipe) -> Iterator[str]:
         yield from _row(recipe, row, check_parameters=not wrong_steps)
     if recipe.relate and (recipe.val_images < 16 or len(recipe.tasks) < 2):
         yield "relate needs at least two tasks, and 16 images of the validation split"
+    yield from _align(recipe)
     yield from _gallery(recipe)
+
+
+def _align(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.align_splits:
+        if name == "test":
+            yield "align_split names the test split, which is used only for the reported figures"
+        elif not name or (recipe.data == "rooms" and name not in ("train", "val")):
+            yield f"align_split is {recipe.align_split!r}; use 'train+val', 'train' or 'val'"
+    if len(set(recipe.align_splits)) < len(recipe.align_splits):
+        yield f"align_split is {recipe.align_split!r}; name each split once"
 
 
 def _lists(recipe: Recipe) -> Iterator[str]:

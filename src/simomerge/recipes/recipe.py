@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -166,10 +166,11 @@ class Recipe:
         seeds: Everything but the data is repeated once per seed.
         train_images, val_images, test_images: Number of images of each split. The validation split is the paper's
             D_val: it chooses scales and re-aligns. The test split is used only for the reported figures.
-        align_split: The split whose images the rows without labels use, "val" or "train".
+        align_split: The split or splits (joined with +) whose images the rows without labels use, spread over all.
+        align_images: A folder of pictures, or another dataset, that these rows use instead.
         scale_images: Number of validation images that choose a scale by their labels.
-        choose_images: Number of images of ``align_split`` that choose a scale without labels.
-        auto_images: Number of images of ``align_split`` that the merge "auto" uses, without labels.
+        choose_images: Number of these images that choose a scale without labels.
+        auto_images: Number of these images that the merge "auto" uses.
         probe, tune: The two phases of LP-FT for each expert.
         joint: The second phase of joint MTL.
         joint_weightings: Weightings of the joint losses; "equal" is the row joint-mtl (the paper's), another one, such
@@ -180,10 +181,10 @@ class Recipe:
         merge_settings: Parameters of merge methods by their names, such as ``{"ties": {"density": 0.1}}``; a scale that
             is given is not searched.
         realigned: Rows of the table, ``MERGE+STEP+STEP(KEY=VALUE)``. If the first step needs no labels, neither does
-            the row's merge: its scale is the one that can be folded best. "auto" is the merge and fold that
-            `simomerge.merge` finds by itself, and steps may follow it.
+            the row's merge: its scale is the one whose folded model agrees best with the experts. "auto" is the merge
+            and fold that `simomerge.merge` finds by itself, and steps may follow it.
         realign: Parameters of the re-alignments by step name; ``count`` is the number of images of the validation
-            split, or of ``align_split`` for re-alignments without labels.
+            split, or of the images of ``align_split`` for re-alignments without labels.
         refine: Further parameters of steps that start from a model that was re-aligned before.
         gallery: Rows that are shown as pictures, after the input and the ground truth.
         relate: Also measure how the experts relate to each other, per seed, on the validation split's labels.
@@ -205,7 +206,8 @@ class Recipe:
     train_images: Count = 800
     val_images: Count = 640
     test_images: Count = 256
-    align_split: Literal["val", "train"] = "val"
+    align_split: StrictStr = "train+val"
+    align_images: StrictStr | None = None
     scale_images: Count = 128
     choose_images: Count = 64
     auto_images: Count = 256
@@ -234,6 +236,11 @@ class Recipe:
     refine: _Refine = field(default_factory=lambda: dict(REFINE))
     gallery: RowNames = ("experts", "task-arithmetic", "task-arithmetic+fold-cross", "task-arithmetic+distill-encoder")
     relate: StrictBool = False
+
+    @property
+    def align_splits(self) -> tuple[str, ...]:
+        """The names of the splits whose images the rows without labels use."""
+        return tuple(name.strip() for name in self.align_split.split("+"))
 
     @property
     def rows(self) -> tuple[Row, ...]:

@@ -160,12 +160,16 @@ def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str,
     return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
 
 
-SPLIT_NAMES = {"val": "validation", "train": "training"}
+def _split_name(split: str) -> str:
+    return {"val": "validation", "train": "training"}.get(split, split)
 
 
 def _notes(plan: Plan) -> list[str]:
     """What a reader has to know to judge the figures of this run."""
-    recipe, split = plan.recipe, SPLIT_NAMES[plan.recipe.align_split]
+    recipe = plan.recipe
+    images = (
+        recipe.align_images or f"{' and '.join(map(_split_name, recipe.align_splits))} images, without their labels"
+    )
     searched = any(searches_scale(name, recipe.merge_settings.get(name, {})) for name in recipe.merges)
     notes = {
         "Delta_MTL is the mean relative gain over the experts' own metrics on the test split: 0 equals the experts,"
@@ -174,8 +178,9 @@ def _notes(plan: Plan) -> list[str]:
         "The validation split chose the scales of the merges without a re-alignment.": searched,
         "Where training validates, the validation split chose the checkpoint of experts and joint model. It is the"
         " labelled data of every re-alignment with labels.": True,
-        "Rows with 0 labelled images use no label in the merge either: their scale is the one that can be folded best."
-        f" Their unlabelled images come from the {split} split.": bool(recipe.realigned),
+        "Rows with 0 labelled images use no label in the merge either: their scale is the one whose folded model"
+        " agrees best with the experts on held-out images."
+        f" They use {images}.": bool(recipe.realigned),
         "Rows that start with zero-shot are the controls: the unmerged base, re-aligned in the same way. The value of a"
         " merge is the difference to its control.": any(row.merge == CONTROL for row in recipe.rows),
         "The embedded base was pretrained on other rooms with masked RGB, gradient magnitude and relative depth as"

@@ -21,7 +21,7 @@ from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.datasets.tasks import select_tasks
 from simomerge.models.model import load
-from simomerge.recipes.graph import Data, Graph
+from simomerge.recipes.graph import Data, Graph, open_data
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.results import gallery, summarise
@@ -112,6 +112,9 @@ def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None
         _check_rooms(recipe)
     else:
         _opened(splits, recipe)
+        load_data(recipe.data, recipe.align_split, tasks=[], **recipe.data_options)  # raises for an unknown split
+    if recipe.align_images is not None:
+        open_data({"spec": recipe.align_images, "count": None, "unlabelled": True})  # raises if it is missing
     _check_batches(recipe)
     fingerprint = load(base).encoder_fingerprint()  # fail on a wrong base before rendering
     salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
@@ -125,7 +128,7 @@ def _contents(tasks: Sequence[str]) -> Callable[[Data], str]:
     def contents(data: Data) -> str:
         key = json.dumps(data, sort_keys=True, default=str)
         if data["spec"] != "rooms" and key not in found:
-            found[key] = load_data(**{"tasks": tasks, **data}).fingerprint()
+            found[key] = open_data(data, tasks=tasks).fingerprint()
         return found.get(key, "")
 
     return contents

@@ -25,7 +25,7 @@ from simomerge.core.machine import compute_device
 from simomerge.datasets.load import load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
-from simomerge.recipes.graph import Data, Stage, read_log
+from simomerge.recipes.graph import Data, Stage, open_data, read_log
 from simomerge.recipes.row import AUTO
 from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
@@ -217,7 +217,7 @@ class MergeWithoutLabels(MergingStage):
         return 120.0 if self.method == AUTO else 20.0
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
-        images, experts = load_data(**self.images), _models(self.experts, compute_device())
+        images, experts = open_data(self.images), _models(self.experts, compute_device())
         given = {"scale": None if self.method == AUTO else "auto", **self.parameters}
         base = load(self.base).to(compute_device())
         model = merge(base, experts, self.method, images=images, count=len(images), **given)
@@ -245,7 +245,7 @@ class Realign(LoggedStage):
         return 50.0 if self.method.trains_heads_apart else 50.0 + self.method.training.steps
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
-        start, data, device = load(self.model / "model"), load_data(**self.data), compute_device()
+        start, data, device = load(self.model / "model"), open_data(self.data), compute_device()
         labelled, experts = self.method.teacher == "labels", _models(self.experts, device)
         inputs = {"data": data} if labelled else {"experts": experts, "images": data}
         base = load(self.base).to(device) if self.base else None

@@ -125,7 +125,7 @@ def similarity(base: SimoModel, experts: Mapping[str, SimoModel], images: Any, c
     names = [BASE, *experts]
     sums = [TokenSums.empty(*[width] * len(names)) for width in first.channels]
     done = 0
-    for batch in observe(experts, source, label="CKA"):
+    for batch in observe(experts, source, label="CKA", check=False):
         with autocast(batch.images.device):
             features = [unmerged.encode(batch.images), *batch.features.values()]
         for tap, total in enumerate(sums):
