@@ -229,13 +229,11 @@ def trained_names(model: SimoModel, last_blocks: int) -> set[str]:
     Raises:
         InputError: The encoder has fewer blocks, or its blocks are unknown.
     """
-    from simomerge.merging.engine.depth import Depth
-
     names = [name for name, _ in model.encoder.backbone.named_parameters()]
-    depth = Depth(names)
+    depth = model.encoder.depth(names)
     if last_blocks > depth.blocks:
         raise InputError(
-            f"last_blocks is {last_blocks}, and the names of the encoder's parameters show {depth.blocks} blocks; give"
-            " a smaller number, or 0 to train the whole encoder."
+            f"last_blocks is {last_blocks}, and {depth.blocks} blocks of the encoder are known; give a smaller number,"
+            " or 0 to train the whole encoder. An encoder of your own can declare its blocks."
         )
     return {name for name in names if not last_blocks or depth.position(name) >= depth.blocks - last_blocks}
