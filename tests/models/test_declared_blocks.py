@@ -462,7 +462,7 @@ def test_a_decay_without_blocks_is_refused_before_the_first_phase(tmp_path: Path
 
 def test_distilling_the_last_blocks_trains_them_alone(models: Any) -> None:
     base, experts = models
-    assert trained_names(base, 2) == {
+    assert trained_names(base.encoder, 2) == {
         f"mixers.1.{n}" for n, _ in base.encoder.backbone.mixers[1].named_parameters()
     } | {
         "down.weight",
@@ -473,7 +473,7 @@ def test_distilling_the_last_blocks_trains_them_alone(models: Any) -> None:
     given: dict[str, Any] = {"trains": "encoder", "last_blocks": 2, "steps": 3, "hold_out": 0.0}
     after = weights(sm.realign(merged, experts, list(IMAGES), method="distill", **given))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
-    assert changed and changed <= trained_names(base, 2)
+    assert changed and changed <= trained_names(base.encoder, 2)
     with pytest.raises(InputError, match="last_blocks is 5, and 4 blocks of the encoder are known"):
         sm.realign(merged, experts, list(IMAGES), method="distill", trains="encoder", last_blocks=5)
 

@@ -90,7 +90,6 @@ class BlockDistillation:
 
     def __init__(self, model: SimoModel, base: SimoModel, experts: Mapping[str, SimoModel]) -> None:
         self.model, self.base, self.experts = model, base, experts
-        model.encoder.block_shapes()  # raises if the blocks are unknown, or are not run one after the other
         named = {module: name for name, module in model.encoder.backbone.named_modules()}
         trained = [block for block in model.encoder.layout.blocks if list(block.parameters())]
         self.blocks, self.names = trained, [named[block] for block in trained]

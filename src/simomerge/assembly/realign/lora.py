@@ -69,6 +69,12 @@ class Lora(TrainedRealignment):
     def encoder_change(self) -> str:
         return "lora"
 
+    def check_encoder(self, encoder: Encoder) -> None:
+        super().check_encoder(encoder)
+        lora_config(encoder, self.rank, self.alpha, self.targets)
+        if self.checkpointing:
+            encoder.check_checkpointing()
+
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads
 
