@@ -11,8 +11,12 @@ from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import KINDS, Task, class_colours, colourise, select_tasks
 
 SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa"), colours=((255, 0, 0), (0, 255, 0), (1, 2, 3)))
-TASKS = {"seg": SEG, **{kind: Task(kind) for kind in KINDS if kind != "segmentation"}}
-INVALID = {"segmentation": -1, "edges": -1.0, "normals": 0.0, "depth": 0.0, "disparity": 0.0}  # else NaN
+OWN = {
+    "wind": Task("wind", "regression", channels=2, unit="m/s", norm="l2"),
+    "height": Task("height", "regression", unit="m", range=(-1, 2)),
+}
+TASKS = {"seg": SEG, **{kind: Task(kind) for kind in KINDS if kind != "segmentation"}, **OWN}
+INVALID = {"segmentation": -1, "edges": -1.0, "binary": -1.0, "normals": 0.0, "depth": 0.0, "disparity": 0.0}  # or NaN
 EVERY = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 
 
@@ -27,7 +31,7 @@ def sample(task, seed=0, invalid=True):
     target = torch.rand(2, task.channels, 4, 5, generator=generator) + 0.1
     if task.kind == "normals":
         target = torch.nn.functional.normalize(target - 0.6, dim=1)
-    if task.kind == "edges":
+    if task.kind in ("edges", "binary"):
         target = (target > 0.6).float()
     return logits, torch.where(valid[:, None], target, INVALID.get(task.kind, math.nan)), valid
 
@@ -43,9 +47,14 @@ def loss_of_pixel(task, logits, target):
     if task.kind == "normals":
         length = math.sqrt(sum(value**2 for value in logits))
         return [1 - sum(a * b for a, b in zip(logits, target, strict=True)) / length]
-    if task.kind == "edges":
+    if task.kind in ("edges", "binary"):
         probability = 1 / (1 + math.exp(-logits[0]))
-        return [-2 * math.log(probability) if target[0] == 1 else -math.log(1 - probability)]
+        weight = 2 if task.kind == "edges" else 1
+        return [-weight * math.log(probability) if target[0] == 1 else -math.log(1 - probability)]
+    if task.kind == "flow":
+        return [math.dist(logits, target)]
+    if task.norm == "l2":
+        return [(a - b) ** 2 for a, b in zip(logits, target, strict=True)]
     return [abs(a - b) for a, b in zip(logits, target, strict=True)]
 
 
@@ -149,7 +158,7 @@ def test_activate_has_the_shape_of_the_target(task):
 # Means --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["depth", "disparity", "texture", "keypoints", "autoencoder"])
+@pytest.mark.parametrize("kind", ["depth", "disparity", "texture", "autoencoder", "albedo", "flow", "wind"])
 def test_mean_target_is_the_mean_of_the_valid_pixels_per_channel(kind):
     task = TASKS[kind]
     _, target, valid = sample(task)
@@ -160,7 +169,7 @@ def test_mean_target_is_the_mean_of_the_valid_pixels_per_channel(kind):
     assert task.mean_target(list(target)).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["seg", "normals", "edges"])
+@pytest.mark.parametrize("name", ["seg", "normals", "edges", "binary"])
 def test_mean_target_is_zero_where_logits_have_other_units(name):
     _, target, _ = sample(TASKS[name])
     assert torch.equal(TASKS[name].mean_target(list(target)), torch.zeros(TASKS[name].channels))
@@ -177,9 +186,36 @@ def test_mean_target_of_nothing_valid_is_zero(kind):
 
 def test_kinds_have_the_papers_metrics_and_signs():
     better_higher = {kind for kind, behaviour in KINDS.items() if behaviour.higher_is_better}
-    assert better_higher == {"segmentation", "edges"}
+    assert better_higher == {"segmentation", "edges", "binary"}
     assert {KINDS[kind].metric for kind in ("depth", "disparity", "texture", "keypoints", "autoencoder")} == {"abs_err"}
     assert (KINDS["segmentation"].metric, KINDS["normals"].metric) == ("miou", "mean_angle")
+
+
+def test_a_regression_has_its_own_channels_unit_range_and_norm():
+    wind, height = TASKS["wind"], TASKS["height"]
+    assert (wind.channels, wind.unit, wind.metric) == (2, "m/s", "rmse")
+    assert (height.channels, height.unit, height.metric) == (1, "m", "abs_err")
+    values = torch.tensor([-3.0, 0.5, 7.0]).view(1, 1, 1, 3)
+    assert height.activate(values).flatten().tolist() == [-1, 0.5, 2]
+    assert torch.equal(Task("any", "regression").activate(values), values)
+    assert wind.to_dict() == {"name": "wind", "kind": "regression", "channels": 2, "unit": "m/s", "norm": "l2"}
+    assert Task("depth").to_dict() == {"name": "depth", "kind": "depth"}
+
+
+@EVERY
+def test_distances_from_a_teacher_are_zero_where_they_agree_and_symmetric_means_of_errors(task):
+    logits, teacher = (torch.randn(2, task.channels, 3, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert task.distance(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+    expected = {
+        "flow": (logits - teacher).norm(dim=1).mean(),
+        "wind": (logits - teacher).square().mean(),
+        "height": (logits - teacher).abs().mean(),
+        "albedo": (logits - teacher).abs().mean(),
+    }
+    if task.name in expected:
+        assert task.distance(logits, teacher).item() == pytest.approx(expected[task.name].item(), rel=1e-6)
+    else:
+        assert task.distance(logits, teacher).item() > 0
 
 
 def test_a_task_takes_its_kind_from_its_name_and_channels_from_its_classes():
@@ -200,6 +236,15 @@ def test_a_task_takes_its_kind_from_its_name_and_channels_from_its_classes():
             {"name": "seg", "kind": "segmentation", "classes": ("a", "b"), "colours": ((0, 0, 0),)},
             "2 classes but 1 colours",
         ),
+        ({"name": "depth", "unit": "km"}, "unit is a setting of the kind regression, not of depth"),
+        ({"name": "depth", "channels": 2}, "channels is a setting of the kind regression"),
+        ({"name": "depth", "norm": "l2"}, "norm is a setting of the kind regression"),
+        ({"name": "h", "kind": "regression", "range": (2, 1)}, r"range \(2, 1\); give \[lowest, highest\]"),
+        ({"name": "h", "kind": "regression", "range": 3}, r"range 3; give \[lowest, highest\]"),
+        ({"name": "h", "kind": "regression", "range": (0, math.inf)}, "range .*lowest, highest"),
+        ({"name": "h", "kind": "regression", "channels": -1}, "channels -1; give a whole number"),
+        ({"name": "h", "kind": "regression", "channels": 1.5}, r"channels 1\.5; give a whole number"),
+        ({"name": "h", "kind": "regression", "norm": "L3"}, "norm 'L3'; use l1 or l2"),
     ],
 )
 def test_task_refuses_with_the_remedy(arguments, message):
@@ -269,6 +314,24 @@ def test_gray_maps_run_from_low_to_high(shape):
     assert picture.shape == (1, 3, 3)
     assert picture[0, :2].tolist() == [[0] * 3, [255] * 3]
     assert np.abs(picture[0, 2].astype(int) - 127.5).max() < 2
+
+
+def test_flow_is_coloured_by_direction_and_length():
+    right, down, left, none = (2.0, 0.0), (0.0, 2.0), (-1.0, 0.0), (0.0, 0.0)
+    values = np.array([right, down, left, none, (np.nan, 0.0)], np.float32).T[:, None]
+    picture = colourise(TASKS["flow"], values)[0].tolist()
+    assert picture[0] == [255, 0, 0] and picture[3:] == [[255, 255, 255], [0, 0, 0]]
+    assert picture[1] == [127, 255, 0]  # a quarter of the circle from red
+    assert picture[2] == [127, 255, 255]  # the opposite hue, half as long
+    assert colourise(TASKS["flow"], values, limits=(0, 4))[0, 0].tolist() == [255, 127, 127]
+
+
+def test_a_regression_is_coloured_over_its_range():
+    height = colourise(TASKS["height"], np.array([[-1.0, 2.0, -9.0, np.nan]], np.float32))[0].tolist()
+    own = colourise(Task("h", "regression"), np.array([[-1.0, 2.0]], np.float32))[0].tolist()
+    assert height[:2] == own and height[2] == height[0] and height[3] == [0, 0, 0]
+    colours = Task("c", "regression", channels=3, range=(-1, 1))
+    assert colourise(colours, np.array([-1.0, 0.0, 1.0]).reshape(3, 1, 1)).tolist() == [[[0, 127, 255]]]
 
 
 def test_limits_fix_the_colour_range_and_clip():

@@ -321,11 +321,11 @@ def test_a_schedule_needs_blocks_and_not_more_values_than_blocks() -> None:
     with pytest.raises(InputError, match="schedule of 4 values for 3 blocks: give at most one per block"):
         merge_state_dicts(BASE, MODELS, schedule=[0.1, 0.2, 0.3, 0.4])
     base, models = {"w": np.zeros(2)}, {"a": {"w": np.ones(2)}}
-    with pytest.raises(InputError, match="needs numbered blocks, and the tensors' names have none"):
-        merge_state_dicts(base, models, schedule=[0.1, 0.2])
-    # One number needs no depth, and LiNeS uses alpha for tensors outside the blocks.
+    for schedule in ([0.1, 0.2], "lines", "lines:alpha=0.25"):
+        with pytest.raises(InputError, match="needs blocks, and the tensors' names have no numbered ones"):
+            merge_state_dicts(base, models, schedule=schedule)
+    # One number needs no depth.
     assert merge_state_dicts(base, models, scale=1.0, schedule=[0.5])["w"].tolist() == [0.5, 0.5]
-    assert merge_state_dicts(base, models, scale=1.0, schedule="lines:alpha=0.25")["w"].tolist() == [0.25, 0.25]
 
 
 # What a user writes -------------------------------------------------------------------------------------

@@ -78,6 +78,16 @@ def test_the_readmes_example_runs_and_its_model_loads(example: Any, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
+def test_the_readmes_encoder_merges_with_learned_coefficients(example: Any) -> None:
+    assert example.base.encoder.layout.names == ["stem", "down"]
+    for given in ({"scale": "learned"}, {"method": "auto"}):
+        model = sm.merge(example.base, example.experts, images="photos", size=(24, 32), **given)
+        assert model.predict("photos/0.png")["normals"].shape == (3, 41, 53)
+    learned = sm.merge(example.base, example.experts, scale="learned", images="photos", size=(24, 32))
+    assert {len(scale) for scale in learned.provenance["merge"]["scale"].values()} == {2}
+
+
+@pytest.mark.filterwarnings("ignore:expert .* does not record its base")
 def test_folders_of_custom_encoders_merge_on_disk(example: Any, tmp_path: Path) -> None:
     example.base.save_pretrained("base")
     folders = {task: expert.save_pretrained(task) for task, expert in example.experts.items()}

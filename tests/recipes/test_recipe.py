@@ -9,7 +9,7 @@ import pytest
 
 from simomerge.core.errors import InputError
 from simomerge.recipes.demo import ALL_TASKS, demo_recipe
-from simomerge.recipes.recipe import DEMO_TASKS, Recipe
+from simomerge.recipes.recipe import DEMO_TASKS, Recipe, RecipeError
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,31 @@ from simomerge.recipes.recipe import DEMO_TASKS, Recipe
 def test_a_wrong_recipe_is_refused_before_anything_runs(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Recipe(**changes)
+
+
+def test_all_mistakes_are_reported_at_once_and_none_that_follows_from_another() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe(
+            train_images="many",  # type: ignore[arg-type]
+            hed="dpt",  # type: ignore[call-arg]
+            merges=3,  # type: ignore[arg-type]
+            augmentation="flop",
+            seeds=(1, 1),
+            realigned=("dare+fold",),  # nobody can say whether `merges` has it
+            probe={"steps": 0},  # type: ignore[arg-type]
+            gallery=("nothing",),
+        )
+    found = "\n".join(caught.value.problems)
+    for message in (
+        "train_images is 'many'; give a whole number",
+        "unknown key 'hed' (did you mean 'head'",
+        "merges is 3; give a list",
+        "probe: training: steps must be a number at least 1, got 0",
+        "unknown augmentation 'flop'; choose among: none, flip, scale-crop-flip",
+        "seeds has 1 twice",
+    ):
+        assert message in found, found
+    assert len(caught.value.problems) == 6
 
 
 def test_a_recipe_is_plain_data() -> None:

@@ -15,7 +15,11 @@ from simomerge.datasets.tasks import KINDS, Task
 from simomerge.training.metrics import TaskMetrics
 
 SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa", "bed"))
-TASKS = {"seg": SEG, **{kind: Task(kind) for kind in KINDS if kind != "segmentation"}}
+OWN = {
+    "wind": Task("wind", "regression", channels=2, unit="m/s", norm="l2"),
+    "height": Task("height", "regression", unit="m", range=(-1, 2)),
+}
+TASKS = {"seg": SEG, **{kind: Task(kind) for kind in KINDS if kind != "segmentation"}, **OWN}
 EVERY = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS.keys())
 BATCHES = (3, 1, 4)  # uneven, so that a mean of batch means is wrong
 
@@ -38,7 +42,7 @@ def sample(task, count=8, seed=0):
         prediction = (target + rng.normal(0, 0.3, shape)).astype(np.float32)
         target = (target / np.linalg.norm(target, axis=1, keepdims=True)).astype(np.float32)
         mark = 0.0
-    elif task.kind == "edges":
+    elif task.kind in ("edges", "binary"):
         mark = -1.0
         prediction, target = rng.random(shape, np.float32), (rng.random(shape) > 0.7).astype(np.float32)
     return prediction, np.where(valid[:, None], target, np.float32(mark))
@@ -62,15 +66,22 @@ def reference(task, prediction, target):
         )
         angles = np.array([math.degrees(math.acos(max(-1, min(1, 1 - cosine(p, t))))) for p, t in pairs])
         return {"mean_angle": angles.mean(), "within_11": 100 * np.mean(angles < 11.25)}
-    if task.kind == "edges":
+    if task.kind in ("edges", "binary"):
         p, t = prediction[target >= 0] > 0.5, target[target >= 0] > 0.5
         precision, recall = (p & t).sum() / p.sum(), (p & t).sum() / t.sum()
         f1 = 2 * precision * recall / (precision + recall)
-        return {"f1": 100 * f1, "precision": 100 * precision, "recall": 100 * recall}
+        found = {"f1": 100 * f1, "precision": 100 * precision, "recall": 100 * recall}
+        return {**found, "iou": 100 * (p & t).sum() / (p | t).sum()} if task.kind == "binary" else found
+    if task.kind == "flow":
+        lengths = np.hypot(*(prediction - target).transpose(1, 0, 2, 3))
+        lengths = lengths[~np.isnan(lengths)]
+        return {"epe": lengths.mean(), "within_3": 100 * np.mean(lengths < 3)}
     valid = target > 0 if task.kind in ("depth", "disparity") else ~np.isnan(target)
     p, t = prediction[valid], target[valid]
     unit = 100 if task.unit.startswith("%") else 1
     expected = {"abs_err": unit * np.abs(p - t).mean()}
+    if task.kind == "regression":
+        expected["rmse"] = np.sqrt(np.square(p - t).mean())
     if task.kind == "depth":
         expected["rel_err"] = 100 * (np.abs(p - t) / t).mean()
         expected["delta_1"] = 100 * np.mean(np.maximum(p / t, t / p) < 1.25)
@@ -113,10 +124,10 @@ def test_predictions_in_invalid_pixels_do_not_count(task):
         invalid = target == -1
         changed = np.where(invalid, 3 - prediction, prediction)
     else:
-        invalid = np.isnan(target) | (target == (-1 if task.kind == "edges" else 0))
+        invalid = np.isnan(target) | (target == (-1 if task.kind in ("edges", "binary") else 0))
         if task.kind == "normals":
             invalid = np.broadcast_to(invalid.all(1, keepdims=True), target.shape)
-        elif task.kind == "edges":
+        elif task.kind in ("edges", "binary"):
             invalid = target == -1
         changed = np.where(invalid, np.float32(0.987), prediction)
     assert invalid.any() and (changed != prediction).any()
@@ -147,7 +158,7 @@ def test_a_batch_without_valid_pixels_changes_nothing(task):
     assert stream(task, filled, gap, (3, 2, 5)) == stream(task, prediction, target, (3, 5))
 
 
-@pytest.mark.parametrize("name", ["depth", "disparity", "normals", "texture", "autoencoder"])
+@pytest.mark.parametrize("name", ["depth", "normals", "texture", "autoencoder", "flow", "wind", "height"])
 def test_a_model_that_predicts_nan_is_not_scored_on_the_rest(name):
     prediction, target = sample(TASKS[name])
     prediction[0] = np.nan

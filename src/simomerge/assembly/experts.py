@@ -100,14 +100,15 @@ def with_merged_encoder(
     base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod, schedule: Schedule | None = None
 ) -> SimoModel:
     """Like `assemble`, but without provenance, because its fingerprints take time. Use it for trials."""
+    # The experts may have other taps and another normalisation than the base; the heads need the experts'.
+    encoder = copy.deepcopy(next(iter(experts.values())).encoder)
     weights = merge_state_dicts(
         base.encoder.backbone.state_dict(),
         {task: expert.encoder.backbone.state_dict() for task, expert in experts.items()},
         method,
         schedule,
+        blocks=encoder.layout.names,
     )
-    # The experts may have other taps and another normalisation than the base; the heads need the experts'.
-    encoder = copy.deepcopy(next(iter(experts.values())).encoder)
     encoder.backbone.load_state_dict(weights)
     heads = {task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()}
     return SimoModel(encoder, {task: expert.tasks[task] for task, expert in experts.items()}, heads).eval()

@@ -159,7 +159,12 @@ def _auto(
     images = as_images(images, count or (256 if minutes is None else 1024)).readable(one_size=True)
     few = images if minutes is None else as_images(images, 256)
     aligner = Aligner(base, experts, few, min(len(few), 64))
-    tried = [aligner.best_scale(get_method(name), schedule) for name, schedule in AUTO_METHODS]
+    has_blocks = base.encoder.depth(name for name, _ in base.encoder.backbone.named_parameters()).blocks > 0
+    tried = [
+        aligner.best_scale(get_method(name), schedule)
+        for name, schedule in AUTO_METHODS
+        if schedule is None or has_blocks
+    ]
     plain: Any = tried[0].method
     aligner.try_out(learn_coefficients(base, experts, few, plain.scale, rounds=1))
     merged = _assembled(aligner, aligner.best)

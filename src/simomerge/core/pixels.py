@@ -17,7 +17,8 @@ import numpy as np
 from simomerge.core.orientation import orientation, turned
 
 _PFM, _EXR, _TIFF = (b"PF", b"Pf"), b"v/1\x01", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-OTHER_STARTS = (*_PFM, _EXR, *_TIFF)
+_FLO = b"PIEH"
+OTHER_STARTS = (*_PFM, _EXR, _FLO, *_TIFF)
 """The first bytes of files that Pillow may not know, but `read_pixels` does."""
 _SWAPPED = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
 """Raw modes of compressed TIFF files with the most significant byte first: libtiff has swapped the bytes already."""
@@ -43,6 +44,8 @@ def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
     start = _start(path)
     if start.startswith(_PFM):
         return read_pfm(path)
+    if start == _FLO:
+        return read_flo(path)
     if start == _EXR:
         return _read_exr(path)
     try:
@@ -143,6 +146,19 @@ def read_pfm(path: Path) -> np.ndarray:
     if len(content) - start < 4 * count:
         raise ValueError("the file is truncated")
     return np.frombuffer(content, dtype, count, start).reshape(shape)[::-1].astype(np.float32)
+
+
+def read_flo(path: Path) -> np.ndarray:
+    """The optical flow (H, W, 2) of a Middlebury file: floats, x before y, values above 1e9 where unknown (then NaN).
+
+    Raises ValueError.
+    """
+    content = path.read_bytes()
+    width, height = np.frombuffer(content, "<i4", 2, 4).tolist() if len(content) >= 12 else (0, 0)
+    if min(width, height) < 1 or len(content) < 12 + 8 * width * height:
+        raise ValueError("the file is truncated")
+    flow = np.frombuffer(content, "<f4", 2 * width * height, 12).reshape(height, width, 2).astype(np.float32)
+    return np.where((np.abs(flow) > 1e9).any(-1, keepdims=True), np.float32(np.nan), flow)
 
 
 def _values(image: Any, colours: bool) -> np.ndarray:

@@ -41,8 +41,8 @@ def random_scale_crop(
     """Enlarge a sample by one of the scales and cut a window of its former size out of it. Arguments as `augment`.
 
     It is what a camera of ``scale`` times the focal length sees. Depth is divided by the scale, as if it were seen by
-    the camera of all other images: so size in the image and depth keep the relation that a model learns. Disparity is
-    proportional to the focal length: it is multiplied. Normals are the scene's own and stay.
+    the camera of all other images: so size in the image and depth keep the relation that a model learns. Disparity and
+    optical flow are proportional to the focal length: they are multiplied. Normals are the scene's own and stay.
     """
     scale = float(generator.choice(np.asarray(scales)))
     height, width = sample["image"].shape[-2:]
@@ -69,7 +69,7 @@ def _scaled(kind: str, target: Tensor, scale: float) -> Tensor:
     """The values of a target in an image that was enlarged; those that do not count stay so."""
     if kind == "depth":
         return target / scale
-    if kind == "disparity":
+    if kind in ("disparity", "flow"):
         return target * scale
     if kind == "log_depth":
         return torch.log1p(torch.expm1(target * LOG_DEPTH_RANGE) / scale) / LOG_DEPTH_RANGE

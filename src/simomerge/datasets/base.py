@@ -174,11 +174,11 @@ def check_size(size: Any, place: str = "") -> None:
 
 
 def random_flip(tasks: Mapping[str, Task], sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
-    """Mirror a sample left to right with probability one half. The x component of normals changes its sign."""
+    """Mirror a sample left to right with probability one half; x of normals and of flow changes its sign."""
     if generator.random() < 0.5:
         return sample
     flipped = {key: value.flip(-1) for key, value in sample.items()}
     for name, task in tasks.items():
-        if task.kind == "normals" and name in flipped:
+        if task.behaviour.directed and name in flipped:
             flipped[name][0] = -flipped[name][0]
     return flipped

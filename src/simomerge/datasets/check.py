@@ -20,7 +20,6 @@ from simomerge.datasets.tasks import Task, colourise
 
 MILLIMETRES = 200.0
 """If the median depth is above this many metres, depths are stored in millimetres."""
-_UNIT_INTERVAL = ("edges", "texture", "keypoints", "autoencoder", "log_depth")
 
 
 @dataclass
@@ -39,8 +38,10 @@ class TargetSummary:
 
     def add(self, target: Tensor) -> None:
         kind = self.task.kind
-        # Edges below 0 other than -1 are mistakes, which must be found.
-        valid = (target != -1 if kind == "edges" else self.task.valid(target[None])[0]).numpy()
+        # Edges and masks below 0 other than -1 are mistakes, which must be found.
+        behaviour = self.task.behaviour
+        marked = behaviour.bounded and behaviour.invalid == -1
+        valid = (target != -1 if marked else self.task.valid(target[None])[0]).numpy()
         values = target.numpy()[..., valid]
         self.images += 1
         self.pixels += valid.size
@@ -70,8 +71,13 @@ class TargetSummary:
             yield f"{place}: no valid pixel in {self.images} images."
         elif self.task.kind == "depth" and (median := float(np.median(self.medians))) > MILLIMETRES:
             yield f"{place}: median depth {median:,.0f} m; if these are millimetres, add `scale: 0.001`."
-        elif self.task.kind in _UNIT_INTERVAL and (self.low < 0 or self.high > 1):
+        elif self.task.behaviour.bounded and (self.low < 0 or self.high > 1):
             yield f"{place}: values from {self.low:.3g} to {self.high:.3g}, not in [0, 1]."
+        elif self.task.behaviour.bounded and 0 < self.high <= 1 / 255 + 1e-9:
+            yield f"{place}: no value above {self.high:.3g}; if 0 and 1 are stored, add `scale: 1`."
+        elif self.task.range and (self.low < self.task.range[0] or self.high > self.task.range[1]):
+            low, high = self.task.range
+            yield f"{place}: values from {self.low:.3g} to {self.high:.3g}, not in its range [{low:g}, {high:g}]."
         unused = [name for label, name in enumerate(self.task.classes) if not self.classes[label]]
         if self.task.kind == "segmentation" and self.valid and unused:
             which = "" if self.images == available else f" in the {self.images} of {available} images read"

@@ -18,7 +18,7 @@ MANIFESTS = (".yaml", ".yml", ".csv")
 HINT = "give a manifest, *.yaml or *.csv; it begins with `images:` and `tasks:` (docs/data.md)."
 _COLUMNS = ("image", "split")
 _KEYS = ("tasks", "images", "root", "size")
-_TASK_KEYS = ("kind", "classes", "colours", "scale", "ignore")
+_TASK_KEYS = ("kind", "classes", "colours", "scale", "ignore", "channels", "unit", "range", "norm")
 
 
 def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Manifest:
@@ -110,7 +110,8 @@ def _stored(name: str, description: Any, path: Path) -> Stored:
     if scale is not None and not scale > 0:
         raise InputError(f"{place}: scale {keys['scale']!r}; give a number above 0.")
     try:
-        task = Task(name, kind, tuple(map(str, classes)), tuple(keys.get("colours", ())))
+        more = {key: keys[key] for key in ("channels", "unit", "range", "norm") if key in keys}
+        task = Task(name, kind, tuple(map(str, classes)), tuple(keys.get("colours", ())), **more)
         array = read_picture if kind == "autoencoder" else read_array
         return Stored(task, scale, tuple(float(value) for value in ignore), array)
     except (InputError, TypeError, ValueError) as error:

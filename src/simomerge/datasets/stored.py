@@ -121,14 +121,14 @@ class Stored:
         """
         stored = self.as_stored(path)
         stored, turn = turned_like(stored, path, image)
-        channels = 3 if stored.ndim == 3 else 1
+        own_size = stored.shape[:2]
         if size is not None and self.task.kind != "autoencoder":  # before decoding, which is then of fewer pixels
-            stored = stored[np.ix_(*_nearest(stored.shape[:2], size))]
-        stored = stored[..., :3] if channels == 3 else stored  # drops the transparency of a picture
-        ignored = np.isin(stored, self._ignored(stored.dtype))
-        values = self._decoded(stored, ignored, path)
-        if self.task.kind == "normals":
+            stored = stored[np.ix_(*_nearest(own_size, size))]
+        values = self._decoded(*self._without_transparency(stored), path)
+        if self.task.behaviour.directed:
             values = turned_vectors(values, turn, path)
+        if self.task.kind == "flow" and size is not None:  # in pixels of the image as it is read
+            values *= np.array([size[1] / own_size[1], size[0] / own_size[0]], np.float32)[:, None, None]
         target = torch.from_numpy(np.ascontiguousarray(values))
         return target if size is None else resize_target(self.task, target, size)
 
@@ -137,17 +137,32 @@ class Stored:
         stored = self.array(path)
         if self.task.kind == "segmentation" and self.array is read_array and isinstance(path, Path):
             stored = self._grey_or_index(stored, path)
-        channels = 3 if self.task.kind in ("normals", "autoencoder") else 1
-        if channels == 3 and stored.ndim == 2 and self.array is read_array:
+        channels = 1 if self.task.kind == "segmentation" else self.task.channels
+        if channels > 1 and stored.ndim == 2 and self.array is read_array:
             stored = read_array(path, colours=True)
-        if stored.ndim == 3 and channels == 3 and stored.shape[0] == 3 != stored.shape[2]:
+        if stored.ndim == 3 and channels > 1 and stored.shape[0] == channels != stored.shape[2]:
             stored = stored.transpose(1, 2, 0)
         if stored.ndim == 3 and stored.shape[2] == 1:
             stored = stored[..., 0]
-        if stored.ndim != (3 if channels == 3 else 2) or (channels == 3 and stored.shape[2] < 3):
-            expected = "(H, W, 3)" if channels == 3 else "(H, W)"
+        planes = stored.shape[2] if stored.ndim == 3 else 1
+        if stored.ndim != (3 if channels > 1 else 2) or planes not in (channels, *self._more_planes(stored, channels)):
+            expected = f"(H, W, {channels})" if channels > 1 else "(H, W)"
             raise InputError(f"{path}: {self.task.name} of shape {stored.shape}; give {expected}.")
         return stored
+
+    def _more_planes(self, stored: np.ndarray, channels: int) -> tuple[int, ...]:
+        """Numbers of planes that a file may have in addition to the task's: with transparency, or KITTI's mask."""
+        if self.task.kind == "flow":
+            return (3,) if stored.dtype == np.uint16 else ()
+        return (channels + 1,) if channels == 3 else ()
+
+    def _without_transparency(self, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the task's channels alone, and where they are to be ignored."""
+        if self.task.kind == "flow" and stored.shape[2] == 3:  # KITTI: 64 per pixel from 2^15 on, and a mask
+            values = (stored[..., :2].astype(np.float32) - 2**15) / 64
+            return values, np.broadcast_to(stored[..., 2:] == 0, values.shape)
+        stored = stored[..., : self.task.channels] if stored.ndim == 3 else stored
+        return stored, np.isin(stored, self._ignored(stored.dtype))
 
     def _grey_or_index(self, greys: np.ndarray, path: Path) -> np.ndarray:
         """The labels of a picture with a palette of greys: its greys or its indices, whichever are labels of the task.
@@ -182,13 +197,15 @@ class Stored:
         kind = self.task.kind
         if kind == "segmentation":
             return self._labels(stored, ignored, path)
+        if kind == "binary":
+            return _mask(stored, ignored, self.scale, path)[None]
         values = stored.astype(np.float32) * np.float32(self._unit(stored, path))
         if kind == "normals":
             return _unit_normals(stored, values, np.asarray(ignored.all(-1))).transpose(2, 0, 1)
         if kind in ("depth", "disparity"):
             return np.where(ignored | ~(values > 0) | ~np.isfinite(values), np.float32(0), values)[None]
-        invalid = np.float32(-1 if kind == "edges" else np.nan)
-        if kind == "autoencoder":
+        invalid = np.float32(self.task.behaviour.invalid)
+        if values.ndim == 3:
             invalid_pixels = ignored.all(-1, keepdims=True) | ~np.isfinite(values).all(-1, keepdims=True)
             return np.where(invalid_pixels, invalid, values).transpose(2, 0, 1)
         return np.where(ignored | ~np.isfinite(values), invalid, values)[None]
@@ -196,7 +213,7 @@ class Stored:
     def _unit(self, stored: np.ndarray, path: Source) -> float:
         if self.scale is not None:
             return self.scale
-        if stored.dtype.kind != "u" or self.task.kind in ("depth", "disparity"):
+        if stored.dtype.kind != "u" or not (self.task.behaviour.bounded or self.task.kind == "normals"):
             return 1.0
         if self.array is read_array and isinstance(path, Path):
             return 1 / largest_value(path, stored.dtype)
@@ -214,6 +231,25 @@ class Stored:
                 f" {len(self.task.classes) - 1}; name it under ignore, or add its class."
             )
         return np.where(ignored, IGNORE_LABEL, labels)
+
+
+def _mask(stored: np.ndarray, ignored: np.ndarray, scale: float | None, path: Source) -> np.ndarray:
+    """A mask of zeros and ones, -1 where ignored. Files hold 0 and 1, or 0 and the largest value of their type.
+
+    Raises:
+        InputError: The file has other values and there is no scale.
+    """
+    if scale is not None or stored.dtype.kind == "f":
+        values = stored.astype(np.float32) * np.float32(scale or 1)
+        return np.where(ignored | ~np.isfinite(values), np.float32(-1), values)
+    found = np.unique(stored[~ignored])
+    largest = found.max(initial=0)
+    if len(found) > 2 or (largest > 1 and largest not in (255, np.iinfo(stored.dtype).max)) or found.min(initial=0) < 0:
+        raise InputError(
+            f"{path}: a binary mask with the values {', '.join(map(str, found[:4].tolist()))}; it holds 0 and 1, or 0"
+            " and the largest value of its type. Name others under ignore, or give a scale."
+        )
+    return np.where(ignored, np.float32(-1), (stored > 0).astype(np.float32))
 
 
 def _unit_normals(stored: np.ndarray, values: np.ndarray, ignored: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,10 @@ class Kind:
         unit: unit of that metric, for tables.
         higher_is_better: whether a higher value of that metric is better.
         colour_map: name of a matplotlib colour map for one-channel maps; empty for kinds with other colours.
+        factor: of the main metric in tables: 100 for shares that are shown in percent.
+        invalid: value of pixels that do not count.
+        bounded: whether all values are in [0, 1].
+        directed: whether the first two channels are x and y of the image: a mirror image changes the sign of x.
     """
 
     channels: int | None
@@ -54,6 +58,10 @@ class Kind:
     unit: str
     higher_is_better: bool = False
     colour_map: str = ""
+    factor: float = 1.0
+    invalid: float = math.nan
+    bounded: bool = False
+    directed: bool = False
 
 
 # Losses -------------------------------------------------------------------------------------------------
@@ -71,6 +79,20 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def _l1(logits: Tensor, target: Tensor) -> Tensor:
     return (logits - torch.where(torch.isfinite(target), target, 0.0)).abs()
+
+
+def _l2(logits: Tensor, target: Tensor) -> Tensor:
+    return _l1(logits, target).square()
+
+
+def _end_point(logits: Tensor, target: Tensor) -> Tensor:
+    """Length of the difference of two vectors (B, 2, H, W), the end-point error of optical flow."""
+    # The square root has no gradient at zero; 1e-6 pixels do not matter.
+    return (_l1(logits, target).square().sum(1) + 1e-12).sqrt()
+
+
+def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), reduction="none")
 
 
 def _cosine(logits: Tensor, target: Tensor) -> Tensor:
@@ -108,6 +130,14 @@ def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
     return F.l1_loss(logits.float(), teacher.float())
 
 
+def _squared_difference(logits: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(logits.float(), teacher.float())
+
+
+def _mean_end_point(logits: Tensor, teacher: Tensor) -> Tensor:
+    return (logits.float() - teacher.float()).square().sum(1).sqrt().mean()
+
+
 def _angle(logits: Tensor, teacher: Tensor) -> Tensor:
     wanted = unit_vectors(teacher.float())
     return _masked_mean(_cosine(logits.float(), wanted), wanted.square().sum(1) > 0)
@@ -125,14 +155,41 @@ def _share(colour_map: str = "", channels: int = 1) -> Kind:
     """A kind whose targets are in [0, 1], or NaN where invalid."""
     clamp = partial(torch.clamp, min=0, max=1)
     return Kind(
-        channels, _l1, torch.isfinite, clamp, _absolute_difference, "abs_err", "% of range", colour_map=colour_map
+        channels,
+        _l1,
+        torch.isfinite,
+        clamp,
+        _absolute_difference,
+        "abs_err",
+        "% of range",
+        colour_map=colour_map,
+        factor=100,
+        bounded=True,
     )
 
 
 def _distance_map(smallest: float, unit: str, colour_map: str) -> Kind:
     """A kind whose targets are positive, or 0 where invalid."""
     clamp = partial(torch.clamp, min=smallest)
-    return Kind(1, _l1, lambda t: t > 0, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map)
+    return Kind(1, _l1, lambda t: t > 0, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map, invalid=0)
+
+
+def _mask(losses: Callable[[Tensor, Tensor], Tensor], metric: str) -> Kind:
+    """A kind whose targets are 0 or 1, or -1 where invalid."""
+    return Kind(
+        1,
+        losses,
+        valid=lambda t: t >= 0,
+        activate=torch.sigmoid,
+        distance=_edge_divergence,
+        metric=metric,
+        unit="%",
+        higher_is_better=True,
+        colour_map="gray",
+        factor=100,
+        invalid=-1,
+        bounded=True,
+    )
 
 
 KINDS: dict[str, Kind] = {
@@ -145,28 +202,56 @@ KINDS: dict[str, Kind] = {
         metric="miou",
         unit="%",
         higher_is_better=True,
+        factor=100,
+        invalid=IGNORE_LABEL,
     ),
     "depth": _distance_map(1e-3, "m", "magma_r"),
     "disparity": _distance_map(0, "", "magma"),
     "log_depth": _share("magma_r"),
-    "normals": Kind(3, _cosine, lambda t: t.square().sum(1) > 0, unit_vectors, _angle, "mean_angle", "deg"),
-    "edges": Kind(
-        1,
-        _edge_cross_entropy,
-        valid=lambda t: t >= 0,
-        activate=torch.sigmoid,
-        distance=_edge_divergence,
-        metric="f1",
-        unit="%",
-        higher_is_better=True,
-        colour_map="gray",
+    "normals": Kind(
+        3,
+        _cosine,
+        lambda t: t.square().sum(1) > 0,
+        unit_vectors,
+        _angle,
+        "mean_angle",
+        "deg",
+        invalid=0,
+        directed=True,
     ),
+    "edges": _mask(_edge_cross_entropy, "f1"),
+    "binary": _mask(_binary_cross_entropy, "iou"),
+    "flow": Kind(
+        2,
+        _end_point,
+        lambda t: torch.isfinite(t).all(1),
+        lambda logits: logits,
+        _mean_end_point,
+        "epe",
+        "px",
+        directed=True,
+    ),
+    "albedo": _share(channels=3),
     "texture": _share("gray"),
     "keypoints": _share("inferno"),
     "autoencoder": _share(channels=3),
+    "regression": Kind(
+        1,
+        _l1,
+        torch.isfinite,
+        lambda logits: logits,
+        _absolute_difference,
+        "abs_err",
+        "",
+        colour_map="viridis",
+    ),
 }
-"""All kinds of tasks. Targets are float (B, C, H, W), except labels, which are int64 (B, H, W). Invalid pixels have the
-label -1, depth or disparity 0, normal (0, 0, 0), edge -1, and NaN for all other kinds."""
+"""All kinds of tasks. Targets are float (B, C, H, W), except labels, which are int64 (B, H, W). `Kind.invalid` marks
+pixels that do not count; NaN and infinite values do not count either. A `Task` of kind regression has its own channels,
+unit, range and norm."""
+
+_IN_UNITS = ("abs_err", "rmse", "epe")
+"""Metrics of kinds whose logits are in the units of the target."""
 
 
 @dataclass(frozen=True)
@@ -178,22 +263,34 @@ class Task:
         kind: a key of `KINDS`; the name by default.
         classes: class names, for segmentation.
         colours: one RGB triple (0..255) per class; generated if empty.
+        channels: values per pixel; only a regression may choose it (1 by default).
+        unit: unit of the main metric; only a regression may choose it.
+        range: smallest and largest value of a regression, to which predictions are clipped; none by default.
+        norm: loss and main metric of a regression: "l1" (mean absolute error, the default) or "l2" (mean squared error;
+            the metric is its root).
 
     Raises:
         InputError: the name is not an identifier, the kind is unknown, a segmentation task has fewer than two classes,
-            or there are not as many colours as classes.
+            there are not as many colours as classes, or a setting of regressions is wrong or has another kind.
 
     Example:
         >>> Task("parts", "segmentation", classes=("head", "arm", "rest")).channels
         3
         >>> Task("depth").unit
         'm'
+        >>> wind = Task("wind", "regression", channels=2, unit="m/s", norm="l2")
+        >>> wind.channels, wind.metric, wind.unit
+        (2, 'rmse', 'm/s')
     """
 
     name: str
     kind: str = ""
     classes: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
+    channels: int = 0
+    unit: str = ""
+    range: tuple[float, ...] = ()
+    norm: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", self.kind or self.name)
@@ -207,16 +304,41 @@ class Task:
             raise InputError(f"task {self.name!r}: segmentation needs the names of at least two classes.")
         if self.colours and len(self.colours) != len(self.classes):
             raise InputError(f"task {self.name!r}: {len(self.classes)} classes but {len(self.colours)} colours.")
+        self._complete()
+
+    def _complete(self) -> None:
+        """Check the settings of regressions, and give channels and unit of all other kinds."""
+        own, kind = self.kind == "regression", KINDS[self.kind]
+        fixed: dict[str, Any] = {"channels": kind.channels or len(self.classes), "unit": kind.unit}
+        for name in ("channels", "unit", "range", "norm"):
+            if not own and getattr(self, name) not in (0, "", (), [], fixed.get(name)):
+                raise InputError(f"task {self.name!r}: {name} is a setting of the kind regression, not of {self.kind}.")
+        if own and not (isinstance(self.channels, int) and not isinstance(self.channels, bool) and self.channels >= 0):
+            raise InputError(f"task {self.name!r}: channels {self.channels!r}; give a whole number of at least 1.")
+        if own and self.norm not in ("", "l1", "l2"):
+            raise InputError(f"task {self.name!r}: norm {self.norm!r}; use l1 or l2.")
+        try:
+            limits = tuple(float(value) for value in self.range)
+            usable = len(limits) in (0, 2) and all(map(math.isfinite, limits)) and tuple(sorted(set(limits))) == limits
+        except (TypeError, ValueError):
+            limits, usable = (), False
+        if not usable:
+            raise InputError(f"task {self.name!r}: range {self.range!r}; give [lowest, highest].")
+        object.__setattr__(self, "range", limits)
+        object.__setattr__(self, "unit", str(self.unit) if own else kind.unit)
+        object.__setattr__(self, "channels", (self.channels if own else 0) or fixed["channels"])
 
     @property
     def behaviour(self) -> Kind:
-        """The entry of `KINDS`."""
-        return KINDS[self.kind]
-
-    @property
-    def channels(self) -> int:
-        """Output channels of a head for this task."""
-        return self.behaviour.channels or len(self.classes)
+        """The entry of `KINDS`; for a regression, with its own channels, unit, range and norm."""
+        kind = KINDS[self.kind]
+        if self.kind != "regression":
+            return kind
+        clip = partial(torch.clamp, min=self.range[0], max=self.range[1]) if self.range else kind.activate
+        found = replace(kind, channels=self.channels, unit=self.unit, activate=clip)
+        if self.norm == "l2":
+            found = replace(found, losses=_l2, distance=_squared_difference, metric="rmse")
+        return found
 
     @property
     def metric(self) -> str:
@@ -226,16 +348,12 @@ class Task:
     def higher_is_better(self) -> bool:
         return self.behaviour.higher_is_better
 
-    @property
-    def unit(self) -> str:
-        return self.behaviour.unit
-
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Training loss: a float32 scalar. Shapes as in `KINDS`."""
         return _masked_mean(self.behaviour.losses(logits.float(), target), self.valid(target))
 
     def valid(self, target: Tensor) -> Tensor:
-        """Where a target counts in losses and metrics: bool, of the target's shape, but (B, H, W) for normals."""
+        """Where a target counts in losses and metrics: bool, of the target's shape; (B, H, W) for normals and flow."""
         return self.behaviour.valid(target)
 
     def distance(self, logits: Tensor, teacher: Tensor) -> Tensor:
@@ -252,14 +370,16 @@ class Task:
         A head that starts with this bias does not have to learn a constant first, which takes hundreds of small steps
         with an L1 loss.
         """
-        if self.metric != "abs_err":
+        if self.metric not in _IN_UNITS:
             return torch.zeros(self.channels)
         stacked = torch.stack(list(targets)).transpose(0, 1).flatten(1)
-        valid = torch.isfinite(stacked) & self.valid(stacked)
+        valid = torch.isfinite(stacked) & ((stacked > 0) if self.behaviour.invalid == 0 else True)
         return torch.where(valid, stacked, 0.0).sum(1) / valid.sum(1).clamp(min=1)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value}
+        kind = KINDS[self.kind]
+        known = {"channels": kind.channels or len(self.classes), "unit": kind.unit}
+        return {key: value for key, value in asdict(self).items() if value and value != known.get(key)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Task:
@@ -299,12 +419,14 @@ def colourise(task: Task, values: np.ndarray, limits: Sequence[float] | None = N
 
     Args:
         task: the task of the values.
-        values: labels (H, W), a one-channel map (H, W) or (1, H, W), or vectors (3, H, W).
-        limits: (low, high) of the colour range of one-channel maps; the map's own range by default. Pass the range of
-            the ground truth to make the colours of a prediction comparable with it.
+        values: labels (H, W), a one-channel map (H, W) or (1, H, W), or vectors (C, H, W).
+        limits: (low, high) of the colour range of one-channel maps and of the lengths of flow; by default the range of
+            a regression, or the map's own range. Pass the range of the ground truth to make the colours of a prediction
+            comparable with it.
 
     Returns:
-        uint8 RGB (H, W, 3); invalid pixels are black.
+        uint8 RGB (H, W, 3); invalid pixels are black. Two channels are shown as directions (hue) and lengths
+        (saturation), three as colours, and more as their Euclidean norm.
     """
     values = np.asarray(values)
     if task.kind == "segmentation":
@@ -313,13 +435,33 @@ def colourise(task: Task, values: np.ndarray, limits: Sequence[float] | None = N
     if task.kind == "normals":
         valid = np.square(values).sum(0) > 0
         return (np.where(valid, values * 0.5 + 0.5, 0).clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
-    if values.ndim == 3 and values.shape[0] == 3:
-        return (np.nan_to_num(values).clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
+    limits = limits or task.range or None
+    if values.ndim == 3 and len(values) == 2:
+        return _directions(values, limits)
+    if values.ndim == 3 and len(values) == 3:
+        low, high = (limits or (0, 1)) if task.kind == "regression" else (0, 1)
+        scaled = (np.nan_to_num(values, nan=low) - low) / (high - low)
+        return (scaled.clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
+    if values.ndim == 3 and len(values) > 3:
+        values, limits = np.linalg.norm(values, axis=0), None
     from matplotlib import colormaps
 
     plane = values.reshape(values.shape[-2:]).astype(np.float32)
-    valid = np.isfinite(plane) & ((plane > 0) if task.kind in ("depth", "disparity") else (plane >= 0))
+    valid = np.isfinite(plane) & task.valid(torch.from_numpy(plane)).numpy()
     low, high = limits or (plane[valid].min(initial=np.inf), plane[valid].max(initial=-np.inf))
     scaled = (np.nan_to_num(plane) - low) / max(high - low, 1e-6)
     rgb = colormaps[task.behaviour.colour_map](scaled.clip(0, 1))[..., :3]
     return (np.where(valid[..., None], rgb, 0) * 255).astype(np.uint8)
+
+
+def _directions(vectors: np.ndarray, limits: Sequence[float] | None) -> np.ndarray:
+    """Vectors (2, H, W) as colours: the hue is the direction (red: right, y points down), the saturation the length."""
+    from matplotlib.colors import hsv_to_rgb
+
+    valid = np.isfinite(vectors).all(0)
+    x, y = np.where(valid, vectors, 0).astype(np.float32)
+    length = np.hypot(x, y)
+    longest = max(abs(limits[1]) if limits else float(length.max(initial=0)), 1e-6)
+    hue = (np.arctan2(y, x) / (2 * np.pi)) % 1
+    colours = hsv_to_rgb(np.stack([hue, (length / longest).clip(0, 1), np.ones_like(hue)], -1))
+    return (np.where(valid[..., None], colours, 0) * 255).astype(np.uint8)

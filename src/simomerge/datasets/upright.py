@@ -46,19 +46,19 @@ def turned_like(stored: np.ndarray, path: Any, image: Any) -> tuple[np.ndarray, 
     )
 
 
-def turned_vectors(normals: np.ndarray, tag: int, path: Any) -> np.ndarray:
-    """Normals (3, H, W) of a map that was turned by a tag: mirroring changes the sign of x or y.
+def turned_vectors(vectors: np.ndarray, tag: int, path: Any) -> np.ndarray:
+    """Normals or flow (C, H, W) of a map that was turned by a tag: mirroring changes the sign of x or y.
 
     Raises:
         InputError: they were turned by a quarter, which would need to know whether y points up or down.
     """
     if tag >= 5:
         raise InputError(
-            f"{path}: normals cannot be turned by a quarter (EXIF orientation {tag}), because the file does not say"
-            " whether y points up or down. Save the image and its normals upright, without the tag."
+            f"{path}: normals and flow cannot be turned by a quarter (EXIF orientation {tag}), because the file does"
+            " not say whether y points up or down. Save the image and its target upright, without the tag."
         )
     signs = {2: (-1, 1, 1), 3: (-1, -1, 1), 4: (1, -1, 1)}.get(tag, (1, 1, 1))
-    return normals * np.array(signs, normals.dtype)[:, None, None]
+    return vectors * np.array(signs[: len(vectors)], vectors.dtype)[:, None, None]
 
 
 def _upright_size(image: Path, lying: bool) -> tuple[int, int]:

@@ -76,6 +76,7 @@ def with_experts(
     present: Sequence[str],
     add: Mapping[str, Mapping[str, Any]] | None = None,
     remove: Mapping[str, Mapping[str, Any]] | None = None,
+    blocks: Sequence[str] = (),
     **parameters: Any,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Add experts to a merged model or remove them, given only these experts and the base.
@@ -90,6 +91,7 @@ def with_experts(
         method: The merge method, or its name.
         present: Names of the experts in the merged model.
         add, remove: Expert name -> its weights.
+        blocks: See `merge_tensors`.
         **parameters: The method's parameters, if it is given by name. Give parameters that differ between experts by
             expert name, for all experts that are present, added or removed.
 
@@ -120,20 +122,20 @@ def with_experts(
     check_models(chosen, base, others)
     old, new = (restricted(chosen, names).for_experts(names) for names in (list(present), after))
     assert isinstance(old, LinearMethod) and isinstance(new, LinearMethod)
-    return _reweighted((old, sorted(present)), (new, sorted(after)), base, others)
+    stream = TaskVectorStream(base, others, blocks=blocks)
+    return _reweighted((old, sorted(present)), (new, sorted(after)), base, stream)
 
 
 def _reweighted(
     old: tuple[LinearMethod, list[str]],
     new: tuple[LinearMethod, list[str]],
     base: Mapping[str, Any],
-    others: Mapping[str, Any],
+    stream: TaskVectorStream,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The merge of the old method and experts, changed to that of the new ones.
 
     The task vectors of the merged model, of the added and of the removed experts suffice for this.
     """
-    stream = TaskVectorStream(base, others)
     depths = old[0].prepare(stream), new[0].prepare(stream)
 
     def change(name: str) -> np.ndarray:
@@ -150,7 +152,7 @@ def _reweighted(
         factor = next(iter(factors))
         values, task_vectors = stream.read(name)
         changed = task_vectors.pop(_MERGED) * np.float32(factor)
-        for expert in others:
+        for expert in stream.experts:
             if expert != _MERGED:
                 weight = after[expert] if expert in after else -factor * before.get(expert, 0.0)
                 changed += np.float32(weight) * task_vectors[expert]

@@ -47,7 +47,7 @@ class LinearMethod(MergeMethod):
     elementwise = True
 
     def prepare(self, stream: TaskVectorStream) -> Depth:
-        return Depth(stream.names)
+        return stream.depth
 
     @abstractmethod
     def weights(self, name: str, experts: Collection[str], depth: Depth | None) -> dict[str, float]:
@@ -132,9 +132,9 @@ class TaskArithmetic(LinearMethod):
     )
 
     def prepare(self, stream: TaskVectorStream) -> Depth:
-        depth = Depth(stream.names)
+        depth = stream.depth
         for expert, value in self.scale.items() if isinstance(self.scale, Mapping) else ():
-            if isinstance(value, Sequence) and len(value) != depth.blocks:
+            if isinstance(value, Sequence) and len(value) != max(depth.blocks, 1):
                 raise InputError(
                     f"task-arithmetic: scale of '{expert}' has {len(value)} values for {depth.blocks} blocks: "
                     "give one for each, or one number."

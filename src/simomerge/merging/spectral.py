@@ -11,6 +11,7 @@ public code. See `_MIN_EIGENVALUE` for the matrices to which this does not apply
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.registry import parameter
-from simomerge.merging.engine.stream import TaskVectors
+from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream
 from simomerge.merging.method import MergeMethod, register
 
 _ISO = "No Task Left Behind (Marczak et al., 2025)", "https://arxiv.org/abs/2502.04959"
@@ -41,6 +42,14 @@ class SpectralMethod(MergeMethod):
     @abstractmethod
     def merge_matrices(self, task_vectors: Sequence[np.ndarray]) -> np.ndarray:
         """Merge task vectors (m, n), float32, into one (m, n), float64."""
+
+    def prepare(self, stream: TaskVectorStream) -> None:
+        """Warn if the encoder has no matrices, as a convolutional one."""
+        if not any(len(shape) == 2 for shape in stream.shapes.values()):
+            warnings.warn(
+                f"{self.name} merges matrices, and this encoder has none: the result is the mean of the experts.",
+                stacklevel=2,
+            )
 
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         taus = list(task_vectors.values())

@@ -46,8 +46,8 @@ class StatisticsMethod(MergeMethod):
     scale: float
 
     @abstractmethod
-    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape of the statistics of a tensor with this shape, or None if it has none."""
+    def statistics_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes that the statistics of a tensor with this shape may have; empty if it has none."""
 
     @abstractmethod
     def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
@@ -72,11 +72,10 @@ class StatisticsMethod(MergeMethod):
                 if name not in stream.shapes:
                     raise InputError(f"{place}: the encoders have no such tensor; give statistics of this encoder.")
                 array, shape = np.asarray(given[expert][own_name]), stream.shapes[name]
-                needed = self.statistics_shape(shape)
-                if array.shape != needed:
-                    raise InputError(
-                        f"{place}: the shape is {array.shape}, but a tensor {shape} needs {needed or 'none'}."
-                    )
+                needed = self.statistics_shapes(shape)
+                if array.shape not in needed:
+                    wanted = " or ".join(map(str, needed)) or "none"
+                    raise InputError(f"{place}: the shape is {array.shape}, but a tensor {shape} needs {wanted}.")
                 if not np.isfinite(array).all():
                     raise InputError(f"{place}: holds NaN or infinite values; compute it again.")
                 found[expert][name] = array
@@ -96,7 +95,7 @@ class StatisticsMethod(MergeMethod):
 )
 @dataclass(frozen=True)
 class RegMean(StatisticsMethod):
-    """Regression mean: merge each linear layer so that its outputs change least (Jin et al., 2023).
+    """Regression mean: merge each linear layer and convolution so that its outputs change least (Jin et al., 2023).
 
     For a linear layer with weights W_t (out, in) and Gram matrices G_t (in, in) of its inputs in expert t:
     W = (sum_t W_t G_t) (sum_t G_t)^-1, which minimises sum_t ||X_t W^T - X_t W_t^T||^2. The merged weights are
@@ -104,8 +103,9 @@ class RegMean(StatisticsMethod):
     regmean_reduce_nondiag in the authors' code; reduce_non_diagonal_ratio, 1 by default, in MergeLM and fusion_bench).
 
     Grams are means over tokens, so that each expert has the same weight however many images it saw; the same holds in
-    MergeLM and fusion_bench. Tensors without Grams from all experts are averaged, and so are all tensors that are not
-    2-D (``scale`` applies to the mean).
+    MergeLM and fusion_bench. A convolution is a linear layer whose inputs are the patches under its kernel; one of g
+    groups has the Grams (g, in, in), where ``in`` are the inputs of a group times the places of the kernel. The paper
+    has no convolutions. Tensors without Grams from all experts are averaged (``scale`` applies to the mean).
 
     Where the inputs do not determine W (a channel that is always zero; shrink 1 and fewer tokens than channels), W is
     the mean of the experts: the difference from their mean is solved for, with a ridge of 1e-9 of each channel's mean
@@ -125,13 +125,26 @@ class RegMean(StatisticsMethod):
 
     scale: float = parameter(1.0, low=0.0, help="weight of the merged task vector")
     shrink: float = parameter(0.9, low=0.0, high=1.0, help="factor of the Gram matrices' entries off the diagonal")
-    grams: Statistics = _given("expert -> weight name -> Gram matrix of the layer's inputs (in, in)")
+    grams: Statistics = _given("expert -> weight name -> Gram matrix of the inputs, (in, in) or (groups, in, in)")
 
-    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        return (shape[1], shape[1]) if len(shape) == 2 else None
+    def statistics_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        if len(shape) == 2:
+            return [(shape[1], shape[1])]
+        inputs = int(np.prod(shape[1:]))
+        return [(groups, inputs, inputs) for groups in _divisors(shape[0])] if len(shape) == 4 else []
 
     def combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
-        """(sum_t tau_t G_t) (sum_t G_t)^-1 for task vectors (out, in) and Grams (in, in)."""
+        """(sum_t tau_t G_t) (sum_t G_t)^-1, for each group of a convolution."""
+        shape = task_vectors[0].shape
+        if len(shape) == 2:
+            return self._combine(task_vectors, statistics)
+        groups, inputs, _ = statistics[0].shape
+        rows = [tau.reshape(groups, -1, inputs) for tau in task_vectors]
+        merged = [self._combine([tau[g] for tau in rows], [gram[g] for gram in statistics]) for g in range(groups)]
+        return np.stack(merged).reshape(shape)
+
+    def _combine(self, task_vectors: Sequence[np.ndarray], statistics: Sequence[np.ndarray]) -> np.ndarray:
+        """The same for task vectors (out, in) and Grams (in, in)."""
         mean = _mean(task_vectors)
         total, weighted = np.zeros(statistics[0].shape), np.zeros(mean.shape)
         for tau, gram in zip(task_vectors, statistics, strict=True):
@@ -188,8 +201,8 @@ class Fisher(StatisticsMethod):
     )
     fishers: Statistics = _given("expert -> tensor name -> diagonal Fisher information, of the tensor's shape")
 
-    def statistics_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape
+    def statistics_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [shape]
 
     def prepare(self, stream: TaskVectorStream) -> Statistics:
         """Check the Fishers, key them by expert and canonical name, and normalise them if asked."""
@@ -208,6 +221,10 @@ class Fisher(StatisticsMethod):
             weighted += weight * tau
             total += weight
         return weighted / total
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _mean(taus: Sequence[np.ndarray]) -> np.ndarray:

@@ -17,23 +17,16 @@ Recipe = Any
 """`simomerge.recipes.recipe.Recipe`, which calls this module."""
 
 
-def problems_of(recipe: Recipe) -> Iterator[str]:
-    """Every problem, a sentence each without its full stop."""
-    yield from _lists(recipe)
-    yield from _unknown("augmentation", [recipe.augmentation], AUGMENTATIONS)
-    yield from _unknown("loss weighting", recipe.joint_weightings, WEIGHTINGS)
-    if "equal" not in recipe.joint_weightings:
-        yield "joint_weightings needs 'equal', the joint MTL that everything is compared with"
-    yield from _head(recipe)
-    yield from _merges(recipe)
-    wrong_steps = list(_steps_known(recipe))
-    yield from wrong_steps
-    for row in recipe.realigned:
-        yield from _row(recipe, row, check_parameters=not wrong_steps)
-    if recipe.relate and (recipe.val_images < 16 or len(recipe.tasks) < 2):
-        yield "relate needs at least two tasks, and 16 images of the validation split"
-    yield from _align(recipe)
-    yield from _gallery(recipe)
+def problems_of(recipe: Recipe, unknown: Collection[str] = ()) -> Iterator[str]:
+    """Every problem, a sentence each without its full stop.
+
+    Args:
+        recipe: The recipe to check.
+        unknown: Keys whose values are not known, because they have a wrong type. Checks that need them are left out.
+    """
+    for check, *keys in _CHECKS:
+        if not any(key in unknown for key in keys):
+            yield from check(recipe)
 
 
 def _align(recipe: Recipe) -> Iterator[str]:
@@ -58,6 +51,25 @@ def _lists(recipe: Recipe) -> Iterator[str]:
         yield f"seed {wrong[0]}; use 0 to {2**63 - 1}"
     if wrong_names := [task for task in recipe.tasks if task in ("image", "split")]:
         yield f"no task can be called {wrong_names[0]!r}"
+
+
+def _trainings(recipe: Recipe) -> Iterator[str]:
+    yield from _unknown("augmentation", [recipe.augmentation], AUGMENTATIONS)
+    yield from _unknown("loss weighting", recipe.joint_weightings, WEIGHTINGS)
+    if "equal" not in recipe.joint_weightings:
+        yield "joint_weightings needs 'equal', the joint MTL that everything is compared with"
+
+
+def _relate(recipe: Recipe) -> Iterator[str]:
+    if recipe.relate and (recipe.val_images < 16 or len(recipe.tasks) < 2):
+        yield "relate needs at least two tasks, and 16 images of the validation split"
+
+
+def _rows(recipe: Recipe) -> Iterator[str]:
+    wrong_steps = list(_steps_known(recipe))
+    yield from wrong_steps
+    for row in recipe.realigned:
+        yield from _row(recipe, row, check_parameters=not wrong_steps)
 
 
 def _unknown(what: str, names: Sequence[str], known: Collection[str]) -> Iterator[str]:
@@ -144,3 +156,16 @@ def _gallery(recipe: Recipe) -> Iterator[str]:
         if row not in rows:
             near = nearest(row, rows)
             yield f"gallery has {row!r}, which is no row of the recipe" + (f"; did you mean {near!r}" if near else "")
+
+
+_CHECKS: tuple[tuple[Any, ...], ...] = (
+    (_lists,),
+    (_trainings, "augmentation", "joint_weightings"),
+    (_head, "head", "head_settings"),
+    (_merges, "merges", "merge_settings", "tasks"),
+    (_rows, "realigned", "realign", "refine", "merges"),
+    (_relate, "relate", "val_images", "tasks"),
+    (_align, "align_split", "data"),
+    (_gallery, "gallery", "realigned", "merges", "joint_weightings"),
+)
+"""Every check with the keys of the recipe that it needs."""

@@ -131,16 +131,21 @@ class RecipeError(InputError):
 
 
 def _checked(kind: type[_Class]) -> type[_Class]:
-    """Class decorator: what pydantic or `problems_of` finds is raised as one RecipeError, before any training."""
+    """Class decorator: what pydantic and `problems_of` find is raised as one RecipeError, before any training.
+
+    Keys with a wrong value have their defaults while the others are checked.
+    """
     validate = kind.__init__
 
     def __init__(self: Any, **values: Any) -> None:
-        problems = list(_moved(values))
+        problems, wrong = list(_moved(values)), set[str]()
         try:
             validate(self, **values)
         except ValidationError as error:
-            raise RecipeError([*problems, *validation_problems(error, _known_keys)]) from None
-        problems += problems_of(self)
+            problems += validation_problems(error, _known_keys)
+            wrong = {str(one["loc"][0]) for one in error.errors()}
+            validate(self, **{key: value for key, value in values.items() if key not in wrong})
+        problems += problems_of(self, wrong)
         if problems:
             raise RecipeError(problems)
 

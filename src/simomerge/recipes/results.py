@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from simomerge.assembly.realign.method import realignment_rows
 from simomerge.core.machine import available_cores
 from simomerge.core.registry import summary
@@ -154,8 +156,10 @@ def gallery(plan: Plan, graph: Graph, data: Any, images: int = 4) -> list[dict[s
 
 
 def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    own = task.kind in ("depth", "log_depth", "texture", "keypoints")
+    own = task.kind in ("depth", "log_depth", "texture", "keypoints", "regression")
     known = truth[truth == truth]  # NaN marks pixels without a value
+    if task.kind == "flow":
+        own, known = True, np.hypot(*truth)[np.isfinite(truth).all(0)]
     limits = (float(known.min()), float(known.max())) if own and known.size else (0.0, 1.0)
     return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
 

@@ -21,6 +21,7 @@ from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.datasets.tasks import select_tasks
 from simomerge.models.model import load
+from simomerge.recipes.fitting import check_base
 from simomerge.recipes.graph import Data, Graph, open_data
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
@@ -116,7 +117,9 @@ def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None
     if recipe.align_images is not None:
         open_data({"spec": recipe.align_images, "count": None, "unlabelled": True})  # raises if it is missing
     _check_batches(recipe)
-    fingerprint = load(base).encoder_fingerprint()  # fail on a wrong base before rendering
+    foundation = load(base)  # fail on a wrong base before rendering
+    check_base(recipe, foundation)
+    fingerprint = foundation.encoder_fingerprint()
     salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
     return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks))
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
-from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
 
 ALL = "all"
@@ -88,8 +87,9 @@ def geometry(base: Any, experts: Mapping[str, Any]) -> Geometry:
     """
     weights = {task: _weights(expert) for task, expert in experts.items()}
     check_models(TaskArithmetic(), _weights(base), weights)
-    stream = TaskVectorStream(_weights(base), weights)
-    tasks, depth = list(experts), Depth(stream.names)
+    blocks = base.encoder.layout.names if isinstance(base, SimoModel) else ()
+    stream = TaskVectorStream(_weights(base), weights, blocks=blocks)
+    tasks, depth = list(experts), stream.depth
     totals: dict[str, _Sums] = {}
 
     def sums(name: str) -> _Sums:

@@ -21,6 +21,7 @@ from simomerge.core.files import atomic_write_bytes
 from simomerge.core.machine import autocast, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
+from simomerge.models.encoders import Encoder
 from simomerge.training.evaluate import evaluating
 from simomerge.training.optimizer import make_optimizer
 from simomerge.training.settings import TrainSettings
@@ -161,7 +162,9 @@ class _Trainer:
         named = (*module.named_parameters(), *self.weighting.named_parameters())
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.trainable = list(trainable.values())
-        self.optimizer = make_optimizer(trainable, settings)
+        encoder = getattr(module, "encoder", None)
+        blocks = encoder.layout.names if isinstance(encoder, Encoder) else ()
+        self.optimizer = make_optimizer(trainable, settings, blocks)
         self.task_losses = accelerator.prepare(_TaskLosses(module, objective.losses))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,

@@ -22,6 +22,7 @@ from simomerge.models.model import SimoModel
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS, find
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import Objective, TrainLog, fit
+from simomerge.training.optimizer import check_layer_decay
 from simomerge.training.settings import DEFAULT_OPTIONS, TrainSettings, TuneOptions
 
 ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
@@ -152,7 +153,8 @@ def lpft(
         The logs of the probing of each head (``probe/TASK``) and of the fine-tuning (``tune``).
     """
     if options.checkpointing:
-        model.encoder.check_checkpointing()  # fails before the first phase, not after it
+        model.encoder.check_checkpointing()
+    check_layer_decay(model.encoder, tune)  # both fail before the first phase, not after it
     with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         if not (work / "features").exists():

@@ -1,7 +1,8 @@
 """Streaming metrics of dense tasks, computed by torchmetrics. Invalid pixels do not count.
 
 Metrics and conventions are those of "Single-Input Multi-Output Model Merging" (arXiv 2504.11268): mIoU for
-segmentation, mean angular distance in degrees for normals, absolute error for all others.
+segmentation, mean angular distance in degrees for normals, F1 for edges, and the absolute error for all its others. Own
+additions: the IoU of binary masks, the end-point error of optical flow, and the root mean squared error of regressions.
 """
 
 from __future__ import annotations
@@ -15,8 +16,27 @@ from torch import Tensor, nn
 from simomerge.core import distributed
 from simomerge.datasets.tasks import IGNORE_LABEL, Task, unit_vectors
 
-_FRACTIONS = ("pixel_accuracy", "precision", "recall", "within_11", "rel_err", "delta_1")
+_FRACTIONS = ("pixel_accuracy", "precision", "recall", "f1", "within_11", "within_3", "rel_err", "delta_1")
 """Secondary metrics that are fractions. They are shown in percent, whatever the unit of the main metric is."""
+
+
+_BINARY = {
+    "edges": {"f1": "BinaryF1Score", "precision": "BinaryPrecision", "recall": "BinaryRecall"},
+    "binary": {
+        "iou": "BinaryJaccardIndex",
+        "f1": "BinaryF1Score",
+        "precision": "BinaryPrecision",
+        "recall": "BinaryRecall",
+    },
+}
+"""Metrics of torchmetrics for kinds whose targets are 0 or 1, by name."""
+
+_MEANS = {
+    "normals": ("mean_angle", "within_11"),
+    "depth": ("abs_err", "rel_err", "delta_1"),
+    "flow": ("epe", "within_3"),
+}
+"""Metrics that are means over the valid pixels; for other kinds it is the absolute error."""
 
 
 class TaskMetrics(nn.Module):
@@ -45,11 +65,11 @@ class TaskMetrics(nn.Module):
         self._has_values = True
         if self.task.kind == "segmentation":
             self.metrics.update(prediction, target)
-        elif self.task.kind == "edges":
+        elif self.task.kind in _BINARY:
             self.metrics.update(prediction[valid], (target[valid] > 0.5).long())
         else:
             for name, values in _errors(self.task, prediction, target, valid).items():
-                self.metrics[name].update(values)
+                self.metrics[name].update(*values)
 
     def compute(self) -> dict[str, float]:
         """Metrics of everything added so far, by all processes together; NaN if no pixel was valid."""
@@ -57,13 +77,13 @@ class TaskMetrics(nn.Module):
         distributed.add_up(counted)  # a process without valid pixels takes part too
         if not counted:
             return dict.fromkeys(self.metrics.keys(), math.nan)
-        main = (self.task.metric,) if self.task.unit.startswith("%") else ()
+        factors = {**dict.fromkeys(_FRACTIONS, 100.0), self.task.metric: self.task.behaviour.factor}
         values: dict[str, Any] = self.metrics.compute()
-        return {name: float(value) * (100.0 if name in _FRACTIONS + main else 1.0) for name, value in values.items()}
+        return {name: float(value) * factors.get(name, 1.0) for name, value in values.items()}
 
 
 def _metrics(task: Task) -> dict[str, Any]:
-    from torchmetrics import MeanMetric, classification
+    from torchmetrics import MeanMetric, MeanSquaredError, classification
 
     if task.kind == "segmentation":
         # The checks of torchmetrics sort the labels of every batch, which takes a tenth of an evaluation.
@@ -72,28 +92,29 @@ def _metrics(task: Task) -> dict[str, Any]:
             "miou": classification.MulticlassJaccardIndex(**options),
             "pixel_accuracy": classification.MulticlassAccuracy(average="micro", **options),
         }
-    if task.kind == "edges":
-        return {
-            "f1": classification.BinaryF1Score(),
-            "precision": classification.BinaryPrecision(),
-            "recall": classification.BinaryRecall(),
-        }
-    names = {"normals": ("mean_angle", "within_11"), "depth": ("abs_err", "rel_err", "delta_1")}
+    if task.kind in _BINARY:
+        return {name: getattr(classification, metric)() for name, metric in _BINARY[task.kind].items()}
     # By default NaN values are dropped, and a model that predicts NaN would be scored on its other pixels only.
-    return {name: MeanMetric(nan_strategy=math.nan) for name in names.get(task.kind, ("abs_err",))}
+    found: dict[str, Any] = {name: MeanMetric(nan_strategy=math.nan) for name in _MEANS.get(task.kind, ("abs_err",))}
+    return {**found, "rmse": MeanSquaredError(squared=False)} if task.kind == "regression" else found
 
 
-def _errors(task: Task, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Values to average over the valid pixels, by metric."""
+def _errors(task: Task, prediction: Tensor, target: Tensor, valid: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """What the metrics are updated with: values to average over the valid pixels, or predictions and targets."""
     prediction = prediction.float()
     if task.kind == "normals":
         dot = (unit_vectors(prediction) * target).sum(1)[valid]
         angle = torch.rad2deg(torch.acos(dot.clamp(-1, 1)))
-        return {"mean_angle": angle, "within_11": (angle < 11.25).float()}
+        return {"mean_angle": (angle,), "within_11": ((angle < 11.25).float(),)}
+    if task.kind == "flow":
+        length = (prediction - target).square().sum(1).sqrt()[valid]
+        return {"epe": (length,), "within_3": ((length < 3).float(),)}
     prediction, target = prediction[valid], target[valid]
     error = (prediction - target).abs()
+    if task.kind == "regression":
+        return {"abs_err": (error,), "rmse": (prediction, target)}
     if task.kind != "depth":
-        return {"abs_err": error}
+        return {"abs_err": (error,)}
     positive = prediction.clamp(min=1e-6)
     ratio = torch.maximum(target / positive, positive / target)
-    return {"abs_err": error, "rel_err": error / target, "delta_1": (ratio < 1.25).float()}
+    return {"abs_err": (error,), "rel_err": (error / target,), "delta_1": ((ratio < 1.25).float(),)}

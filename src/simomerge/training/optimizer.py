@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,29 @@ from torch import nn
 
 from simomerge.core.errors import InputError
 from simomerge.merging.engine.depth import Depth
+from simomerge.models.encoders import Encoder
 from simomerge.training.settings import TrainSettings
 
 _ENCODER = "encoder.backbone."
 _COEFFICIENTS = "encoder.coefficients"
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases, norms and merging coefficients; the encoder may have its own rates."""
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, blocks: Sequence[str] = ()
+) -> torch.optim.AdamW:
+    """AdamW without weight decay on biases, norms and merging coefficients; the encoder may have its own rates.
+
+    Args:
+        parameters: The parameters to train, by name in the module that is trained.
+        settings: Of the training.
+        blocks: Names of the blocks in the backbone, if it declares them; see `Depth`.
+
+    Raises:
+        InputError: There is nothing to train, or the rate shall differ between blocks and they are unknown.
+    """
     if not parameters:
         raise InputError("nothing to train: no parameter requires a gradient.")
-    rates = _encoder_rates(parameters, settings)
+    rates = _encoder_rates(parameters, settings, blocks)
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         part, lr = ("encoder", rates[name]) if name in rates else ("heads", settings.lr)
@@ -30,12 +42,30 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: TrainSettin
     return torch.optim.AdamW(groups.values(), fused=True)
 
 
-def _encoder_rates(names: Collection[str], settings: TrainSettings) -> dict[str, float]:
+def check_layer_decay(encoder: Encoder, settings: TrainSettings) -> None:
+    """Check that an encoder has blocks if its learning rate shall differ between them. Raises InputError."""
+    if settings.layer_decay != 1:
+        _check_has_blocks(encoder.depth(name for name, _ in encoder.backbone.named_parameters()), settings)
+
+
+def _check_has_blocks(depth: Depth, settings: TrainSettings) -> None:
+    if not depth.blocks:
+        raise InputError(
+            f"layer_decay is {settings.layer_decay}, and the encoder's blocks are unknown: declare them in its class"
+            " (blocks), or leave layer_decay out."
+        )
+
+
+def _encoder_rates(names: Collection[str], settings: TrainSettings, blocks: Sequence[str]) -> dict[str, float]:
     """The peak learning rate of each parameter of the encoder, lower by ``layer_decay`` per block below the last."""
     if settings.encoder_lr is None and settings.layer_decay == 1:
         return {}
-    inside = [name for name in names if name.startswith(_ENCODER)]
-    depth, top = Depth(name.removeprefix(_ENCODER) for name in inside), settings.encoder_lr or settings.lr
-    below = {name: depth.blocks - 1 - depth.position(name.removeprefix(_ENCODER)) for name in inside}
-    rates = {name: top * settings.layer_decay ** max(below[name], 0) for name in inside}
-    return rates | {name: top for name in names if name.startswith(_COEFFICIENTS)}
+    top = settings.encoder_lr or settings.lr
+    own = {name: name.removeprefix(_ENCODER) for name in names if name.startswith(_ENCODER)}
+    rates = dict.fromkeys([name for name in names if name in own or name.startswith(_COEFFICIENTS)], top)
+    if settings.layer_decay != 1 and own:
+        depth = Depth(own.values(), blocks)
+        _check_has_blocks(depth, settings)
+        last = depth.blocks - 1
+        rates |= {name: top * settings.layer_decay ** (last - depth.position(short)) for name, short in own.items()}
+    return rates

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -29,10 +30,11 @@ from simomerge.training.evaluate import evaluating
 def input_grams(
     encoder: Encoder, images: Any, batch_size: int = 16, label: str = "input Grams"
 ) -> dict[str, np.ndarray]:
-    """Second moments of the inputs of every linear layer of an encoder, X^T X / tokens, for RegMean.
+    """Second moments of the inputs of every linear layer and convolution, X^T X / tokens, for RegMean.
 
-    Each sum is over all tokens of all images: patches, CLS and registers. The memory does not depend on the number of
-    images: one batch and the result, 8 C^2 bytes per layer with C inputs (1.2 GB for a ViT-B).
+    Each sum is over all tokens of all images: patches, CLS and registers. The inputs of a convolution are the patches
+    under its kernel, in the order of its weights, one for each place of its output. The memory does not depend on the
+    number of images: one batch and the result, 8 C^2 bytes per layer with C inputs (1.2 GB for a ViT-B).
 
     Args:
         encoder: The encoder of an expert. It runs in evaluation mode, on its device.
@@ -41,10 +43,10 @@ def input_grams(
         batch_size: Images per batch. It changes the result by rounding only.
 
     Returns:
-        Canonical name of the weight -> float64 (C, C), symmetric.
+        Canonical name of the weight -> float64 (C, C), symmetric; (groups, C, C) for a convolution.
 
     Raises:
-        InputError: There are no images or no linear layers, or values are not finite.
+        InputError: There are no images or no such layers, or values are not finite.
 
     Example:
         >>> grams = {"depth": input_grams(depth_model.encoder, images)}    # doctest: +SKIP
@@ -52,9 +54,12 @@ def input_grams(
     """
     if not len(images):
         raise InputError("input_grams: there are no images; give at least one.")
-    layers = {name: module for name, module in encoder.backbone.named_modules() if isinstance(module, nn.Linear)}
+    layers = {n: layer for n, layer in encoder.backbone.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     if not layers:
-        raise InputError(f"input_grams: {type(encoder.backbone).__name__} has no linear layers; use another method.")
+        raise InputError(
+            f"input_grams: {type(encoder.backbone).__name__} has neither linear layers nor convolutions; use another"
+            " method."
+        )
     moments = {name: _InputMoment(layer) for name, layer in layers.items()}
     device = next(encoder.parameters()).device
     with evaluating(encoder), ExitStack() as hooks:
@@ -69,24 +74,39 @@ def input_grams(
 
 
 class _InputMoment:
-    """A forward pre-hook that sums x x^T over the tokens of a linear layer's inputs, in float64."""
+    """A forward pre-hook that sums x x^T over the inputs of a layer, in float64."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         device = layer.weight.device
         self.device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.total = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=self.device)
+        size = layer.weight[0].numel()
+        shape = (layer.groups, size, size) if isinstance(layer, nn.Conv2d) else (size, size)
+        self.total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         self.tokens = 0
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        tokens = inputs[0].detach().reshape(-1, len(self.total)).to(self.device).double()
-        self.total.addmm_(tokens.T, tokens)
-        self.tokens += len(tokens)
+    def __call__(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        x, size = inputs[0].detach(), self.total.shape[-1]
+        if isinstance(layer, nn.Conv2d):
+            tokens = _patches(layer, x).to(self.device).double()  # (groups, patches, size)
+            self.total.baddbmm_(tokens.mT, tokens)
+        else:
+            tokens = x.reshape(-1, size).to(self.device).double()
+            self.total.addmm_(tokens.T, tokens)
+        self.tokens += tokens.shape[-2]
 
     def mean(self, name: str) -> np.ndarray:
         mean = (self.total / self.tokens).cpu().numpy()
         if not np.isfinite(mean).all():
             raise InputError(f"input_grams: the inputs of '{name}' are not finite; the model or an image is damaged.")
         return mean
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the kernel of a convolution sees at each place, (groups, places, inputs of a group * kernel)."""
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    columns = F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # (B, C * kernel, places)
+    return columns.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def fisher_information(

@@ -239,8 +239,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, "rank must be a number at least 1, got 0"),
     ({"alpha": 0}, "alpha must be a number above 0, got 0"),
     ({"alpha": float("nan")}, "alpha must be .*got nan"),
-    ({"targets": ["fc1", "c1"]}, "no linear layer ends in 'c1'; name some of .*, fc1, fc2, or 'all-linear'"),
-    ({"targets": "norm1"}, "no linear layer ends in 'norm1'.*or 'all-linear'"),
+    (
+        {"targets": ["fc1", "c1"]},
+        "no linear layer or .* ends in 'c1'; name some of .*, fc2, projection, or 'all-linear'",
+    ),
+    ({"targets": "norm1"}, "no linear layer or .* ends in 'norm1'.*or 'all-linear'"),
     ({"targets": []}, "none named; name some of .*fc1"),
 ]
 
@@ -251,9 +254,9 @@ def test_a_mistake_is_named(merged: SimoModel, rooms: DenseDataset, options: dic
         realign(merged, data=rooms, method="lora", training=SETTINGS, **options)
 
 
-def test_an_encoder_without_linear_layers_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
-    merged.encoder.backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8))
-    with pytest.raises(InputError, match="Sequential has no linear layers, and LoRA changes only these"):
+def test_an_encoder_without_layers_that_lora_can_change_is_refused(merged: SimoModel, rooms: DenseDataset) -> None:
+    merged.encoder.backbone = nn.Sequential(nn.Conv2d(3, 9, 3, groups=3), nn.LayerNorm(8))
+    with pytest.raises(InputError, match="Sequential has no linear layers and no convolutions of one group, and LoRA"):
         realign(merged, data=rooms, method="lora", training=SETTINGS)
 
 

@@ -8,6 +8,7 @@ import torch
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import load_backbone, load_encoder
 from simomerge.models.encoders.adapters import Adapters
+from simomerge.models.encoders.layout import BlockShape
 
 TAPS = (1, 2, 3, 4)
 
@@ -90,13 +91,13 @@ def test_gradients_reach_every_adapter_and_not_a_frozen_backbone(tiny_base):
 
 
 def test_a_vit_base_gets_the_papers_third_of_a_million_parameters():
-    count = sum(p.numel() for p in Adapters([768] * 12, rank=16).parameters())
+    count = sum(p.numel() for p in Adapters([BlockShape(768, 768)] * 12, rank=16).parameters())
     assert count == 12 * 2 * 768 * 16 == 294_912  # "0.3 M"
 
 
 def test_settings_rebuild_them():
-    adapters = Adapters([8, 8], rank=2, activation="relu")
-    again = Adapters([8, 8], **adapters.settings)
+    adapters = Adapters([BlockShape(8, 8)] * 2, rank=2, activation="relu")
+    again = Adapters([BlockShape(8, 8)] * 2, **adapters.settings)
     again.load_state_dict(adapters.state_dict())
     assert again.settings == {"rank": 2, "activation": "relu"}
     assert all(adapter.relu for adapter in again)
@@ -105,9 +106,9 @@ def test_settings_rebuild_them():
 @pytest.mark.parametrize("rank", [0, -4])
 def test_a_rank_below_one_is_refused(rank):
     with pytest.raises(InputError, match=f"rank {rank}: .*at least 1"):
-        Adapters([8], rank=rank)
+        Adapters([BlockShape(8, 8)], rank=rank)
 
 
 def test_an_unknown_activation_is_refused():
     with pytest.raises(InputError, match=r"'gelu'.*'none' or 'relu'"):
-        Adapters([8], activation="gelu")
+        Adapters([BlockShape(8, 8)], activation="gelu")

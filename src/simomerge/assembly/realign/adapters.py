@@ -12,6 +12,7 @@ from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkp
 from simomerge.core.registry import parameter
 
 if TYPE_CHECKING:
+    from simomerge.models.encoders import Encoder
     from simomerge.models.model import SimoModel
 
 
@@ -43,6 +44,14 @@ class Adapters(TrainedRealignment):
     @property
     def encoder_change(self) -> str:
         return "adapters"
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        from simomerge.models.encoders.adapters import Adapters as Layers
+
+        super().check_encoder(encoder)
+        Layers(encoder.block_shapes(), self.rank, self.activation, self.last_blocks)
+        if self.checkpointing:
+            encoder.check_checkpointing()
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder, train_with_heads

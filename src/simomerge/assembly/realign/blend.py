@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from simomerge.core.errors import InputError
-from simomerge.merging.engine.depth import Depth
 from simomerge.models.model import SimoModel
+
+_BACKBONE = "backbone."
+"""Where the encoder's parameters are in an `Encoder`."""
 
 
 def task_vectors(base: SimoModel, experts: Mapping[str, SimoModel], part: str = "") -> dict[str, Tensor]:
@@ -105,8 +107,8 @@ class EncoderBlend(Blend):
     """
 
     def __init__(self, model: SimoModel, vectors: Mapping[str, Tensor], least: float = -math.inf) -> None:
-        super().__init__(model.encoder, {f"backbone.{name}": value for name, value in vectors.items()})
-        self.depth = Depth(vectors)
+        super().__init__(model.encoder, {f"{_BACKBONE}{name}": value for name, value in vectors.items()})
+        self.depth = model.encoder.depth(vectors)
         self.least = least
         first = next(iter(vectors.values()))
         self.coefficients = nn.Parameter(first.new_zeros(len(first), max(self.depth.blocks, 1)))
@@ -117,7 +119,7 @@ class EncoderBlend(Blend):
         return self.coefficients.clamp(min=self.least)
 
     def change(self, name: str, vectors: Tensor) -> Tensor:
-        return torch.tensordot(self.scales[:, self.depth.position(name)], vectors, 1)
+        return torch.tensordot(self.scales[:, self.depth.position(name.removeprefix(_BACKBONE))], vectors, 1)
 
 
 class ElementBlend(Blend):

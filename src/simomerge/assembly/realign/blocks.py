@@ -90,14 +90,9 @@ class BlockDistillation:
 
     def __init__(self, model: SimoModel, base: SimoModel, experts: Mapping[str, SimoModel]) -> None:
         self.model, self.base, self.experts = model, base, experts
-        self.blocks = model.encoder.layout.blocks
-        if not self.blocks:
-            raise InputError(
-                f"{type(model.encoder.backbone).__name__} is a custom encoder, whose blocks are unknown. prodistill"
-                " trains block by block; use symerge."
-            )
-        names = {module: name for name, module in model.encoder.backbone.named_modules()}
-        self.names = [names[block] for block in self.blocks]
+        named = {module: name for name, module in model.encoder.backbone.named_modules()}
+        trained = [block for block in model.encoder.layout.blocks if list(block.parameters())]
+        self.blocks, self.names = trained, [named[block] for block in trained]
         task_vectors(base, experts, self.names[0])  # fails before any work if the base does not fit
 
     def run(self, images: Any, settings: TrainSettings, work: Path) -> dict[str, Any]:
@@ -151,7 +146,7 @@ class BlockDistillation:
 
     def _call(self, model: SimoModel, index: int, pixels: Tensor) -> tuple[Call, Tensor]:
         """The call of a model's block for some images, and what the block returns."""
-        block = model.encoder.layout.blocks[index]
+        block = model.encoder.backbone.get_submodule(self.names[index])
         call = call_of(block, partial(model.encode, pixels))
         return call, call.run(block)
 

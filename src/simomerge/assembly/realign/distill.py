@@ -26,6 +26,7 @@ from simomerge.training.choices import AUGMENTATIONS
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from simomerge.models.encoders import Encoder
     from simomerge.models.model import SimoModel
 
 INSIDE = ("adapters", "lora", "encoder")
@@ -140,9 +141,7 @@ class Distill(TrainedRealignment):
 
         if self.trains != "heads":
             check_no_adapters(model, "distill its heads alone, or the model they were made from")
-        inside = self._inside(model)  # fails before any work
-        if self.checkpointing:
-            model.encoder.check_checkpointing()
+        inside = self._inside(model.encoder)
         inputs = replace(inputs, images=inputs.images.readable(one_size=True))
         if not heads_were_changed(model.provenance):
             self._fold(model, inputs)
@@ -152,11 +151,19 @@ class Distill(TrainedRealignment):
             measured = self._train_inside(model, inputs, inside)
         return {"unlabelled_images": len(inputs.images), **measured}
 
-    def _inside(self, model: SimoModel) -> Any:
+    def check_encoder(self, encoder: Encoder) -> None:
+        super().check_encoder(encoder)
+        self._inside(encoder)
+        if self.checkpointing:
+            encoder.check_checkpointing()
+
+    def _inside(self, encoder: Encoder) -> Any:
         """What `_train_inside` needs: the names of the encoder's trained parameters, or the config of LoRA."""
         if self.trains == "encoder":
-            return trained_names(model, self.last_blocks)
-        return lora_config(model.encoder, self.rank) if self.trains == "lora" else None
+            return trained_names(encoder, self.last_blocks)
+        if self.trains == "adapters":
+            encoder.block_shapes()  # raises if the blocks are unknown
+        return lora_config(encoder, self.rank) if self.trains == "lora" else None
 
     def _fold(self, model: SimoModel, inputs: Inputs) -> None:
         """Fold every head that can be folded, in place.
@@ -219,19 +226,17 @@ class Distill(TrainedRealignment):
         return bool(distributed.from_first(not self._needs_live and needed <= budget))
 
 
-def trained_names(model: SimoModel, last_blocks: int) -> set[str]:
+def trained_names(encoder: Encoder, last_blocks: int) -> set[str]:
     """Names of the encoder's parameters that learn: all, or those of the last blocks and what follows them.
 
     Raises:
         InputError: The encoder has fewer blocks, or its blocks are unknown.
     """
-    from simomerge.merging.engine.depth import Depth
-
-    names = [name for name, _ in model.encoder.backbone.named_parameters()]
-    depth = Depth(names)
+    names = [name for name, _ in encoder.backbone.named_parameters()]
+    depth = encoder.depth(names)
     if last_blocks > depth.blocks:
         raise InputError(
-            f"last_blocks is {last_blocks}, and the names of the encoder's parameters show {depth.blocks} blocks; give"
-            " a smaller number, or 0 to train the whole encoder."
+            f"last_blocks is {last_blocks}, and {depth.blocks} blocks of the encoder are known; give a smaller number,"
+            " or 0 to train the whole encoder. An encoder of your own can declare its blocks."
         )
     return {name for name in names if not last_blocks or depth.position(name) >= depth.blocks - last_blocks}

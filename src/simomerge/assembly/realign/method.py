@@ -23,6 +23,7 @@ from simomerge.core.registry import Registry, check_parameters, parameter, range
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from simomerge.models.encoders import Encoder
     from simomerge.models.model import SimoModel
 
 
@@ -97,6 +98,9 @@ class Realignment(ABC):
         """Whether heads are trained independently of each other, so that several workers help."""
         return False
 
+    def check_encoder(self, encoder: Encoder) -> None:  # noqa: B027 - most methods fit every encoder
+        """Check, before any work, that the method can change this encoder. Raises InputError."""
+
     @abstractmethod
     def change(self, model: SimoModel, inputs: Inputs) -> Mapping[str, Any]:
         """Re-align a model in place.
@@ -111,6 +115,7 @@ class Realignment(ABC):
     def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
         """Re-align a copy of a model, and record the method in the copy's provenance."""
         began = time.monotonic()
+        self.check_encoder(model.encoder)
         result = copy.deepcopy(model)
         measured = self.change(result, inputs)
         earlier = result.provenance.get("realign")
@@ -153,6 +158,11 @@ class TrainedRealignment(Realignment):
             raise InputError(f"{self.name}: encoder_lr does nothing, because the encoder's weights do not learn.")
         if self.training.layer_decay != 1 and not self.uses_layer_decay:
             raise InputError(f"{self.name}: layer_decay does nothing, because the encoder's weights do not learn.")
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        from simomerge.training.optimizer import check_layer_decay
+
+        check_layer_decay(encoder, self.training)
 
     @property
     def uses_encoder_lr(self) -> bool:

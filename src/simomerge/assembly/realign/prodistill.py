@@ -20,6 +20,7 @@ from simomerge.assembly.realign.method import Inputs, TrainedRealignment, regist
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from simomerge.models.encoders import Encoder
     from simomerge.models.model import SimoModel
 
 
@@ -52,6 +53,9 @@ class ProDistill(TrainedRealignment):
     @property
     def encoder_change(self) -> str:
         return "coefficients"
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        encoder.block_shapes()  # raises if the blocks are unknown, or are not run one after the other
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.blocks import BlockDistillation

@@ -128,7 +128,9 @@ class _Edit:
         """The tensors of the edited encoder."""
         if isinstance(method, LinearMethod) and schedule is None:
             add, remove = ({task: source.weights for task, source in some.items()} for some in (self.add, self.remove))
-            return with_experts(self.merged.weights, self.base.weights, method, self.present, add, remove)
+            return with_experts(
+                self.merged.weights, self.base.weights, method, self.present, add, remove, self.merged.blocks
+            )
         given = {**self.others, **self.add}
         if missing := [task for task in self.tasks if task not in given]:
             raise InputError(
@@ -136,7 +138,8 @@ class _Edit:
                 f" ({', '.join(missing)})."
             )
         weights = {task: given[task].weights for task in self.tasks}
-        return merge_tensors(self.base.weights, weights, restricted(method, self.tasks), schedule)
+        method = restricted(method, self.tasks)
+        return merge_tensors(self.base.weights, weights, method, schedule, blocks=self.merged.blocks)
 
     def provenance(self, how: Mapping[str, Any]) -> dict[str, Any]:
         """What the edited model records: the added experts, and what the model recorded about the others."""

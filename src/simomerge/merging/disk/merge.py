@@ -59,9 +59,8 @@ def merge_on_disk(
         method, schedule, **parameters: see `simomerge.merging.merge_tensors`.
 
     Raises:
-        InputError: an output that exists or contradicts its settings, a damaged input, models that do not fit
-            together, a base other than the experts record, an unknown method or parameter, no space left. Nothing is
-            written then.
+        InputError: an output that exists or contradicts its settings, a damaged input, models that do not fit, a base
+            other than the experts record, an unknown method or parameter, no space left. Nothing is written then.
 
     Example:
         >>> from simomerge.checkpoints import open_checkpoint, write_safetensors
@@ -90,7 +89,8 @@ def merge_on_disk(
     _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
     how = describe_method(chosen, depthwise)
     layout = storage_layout(foundation.weights, target.storage)
-    tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads)
+    blocks = foundation.blocks or opened[min(opened)].blocks
+    tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads, blocks)
     tensors.prepare()  # in this thread, where Ctrl-C stops it at once, and before anything is written
     if makes_model:
         origins = {task: expert.origin() for task, expert in opened.items()}

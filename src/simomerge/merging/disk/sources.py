@@ -46,6 +46,11 @@ class Source:
         provenance: dict[str, Any] = (self.description or {}).get("provenance", {})
         return provenance
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the modules that its encoder declares as its blocks; none for most encoders."""
+        return tuple((self.description or {}).get("encoder", {}).get("blocks", ()))
+
     @cached_property
     def _fingerprint(self) -> str:
         return fingerprint(self.weights)

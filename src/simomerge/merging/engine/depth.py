@@ -1,35 +1,54 @@
-"""Find the block of the encoder that a tensor belongs to, from its name alone."""
+"""Find the block of the encoder that a tensor belongs to, from its name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+
+from simomerge.core.errors import InputError
 
 _NUMBERED = re.compile(r"(?:^|\.)(?:layers?|blocks?|stages?|resblocks|h)\.(\d+)(?=\.)")
 
 
 class Depth:
-    """The encoder's blocks in order, found from the names of its tensors.
+    """The encoder's blocks in order, found from the names of its tensors, or as the encoder declares them.
 
-    A block is identified by the first two numbers in a name: the stage and the block of a hierarchical encoder, or the
+    In names, a block is identified by the first two numbers: the stage and the block of a hierarchical encoder, or the
     block alone. Other tensors of a stage, such as its downsampling, belong to the last block of the stage.
 
     Args:
         names: Canonical names of all tensors.
+        declared: Names of the modules that are the blocks, in order, for an encoder that declares them.
+        own: Canonical name -> name in the encoder, to which ``declared`` refers; by default both are the same.
 
     Attributes:
         blocks: The number of blocks.
+
+    Raises:
+        InputError: No tensor is in a declared block.
 
     Example:
         >>> depth = Depth(["embeddings.cls_token", "encoder.layer.0.norm1.bias", "encoder.layer.1.norm1.bias"])
         >>> depth.blocks, depth.index("encoder.layer.1.norm1.bias"), depth.index("embeddings.cls_token")
         (2, 1, None)
+        >>> depth = Depth(["stem.weight", "down.weight"], declared=("stem", "down"))
+        >>> depth.blocks, depth.index("down.weight")
+        (2, 1)
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        keys = sorted({key for name in names if (key := _key(name))})
+    def __init__(
+        self, names: Iterable[str], declared: Sequence[str] = (), own: Mapping[str, str] | None = None
+    ) -> None:
+        self._declared, self._own = tuple(declared), own or {}
+        keys = sorted({key for name in names if (key := self._key(name))})
+        if declared and not keys:
+            raise InputError(
+                f"no tensor is in a block that the encoder declares ({', '.join(declared[:3])}); give weights with the"
+                " names of this encoder."
+            )
         longest = max(map(len, keys), default=0)
-        blocks = [key for key in keys if len(key) == longest]
+        blocks: list[tuple[int, ...]] = [(place,) for place in range(len(declared))]
+        blocks = blocks or [key for key in keys if len(key) == longest]
         self.blocks = len(blocks)
         self._index = {key: index for index, key in enumerate(blocks)}
         for key in keys:
@@ -38,7 +57,7 @@ class Depth:
 
     def index(self, name: str) -> int | None:
         """0 to ``blocks - 1``, or None for a tensor outside all blocks (embeddings, final norm)."""
-        return self._index.get(_key(name))
+        return self._index.get(self._key(name))
 
     def position(self, name: str) -> int:
         """Like `index`, but embeddings count as the first block and other tensors outside the blocks as the last."""
@@ -47,6 +66,9 @@ class Depth:
             index = 0 if any(word in name for word in ("embed", "stem", "token", "pre_l")) else self.blocks - 1
         return max(index, 0)
 
-
-def _key(name: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in _NUMBERED.findall(name)[:2])
+    def _key(self, name: str) -> tuple[int, ...]:
+        """What identifies a tensor's block: its place among the declared ones, or the numbers in the name."""
+        if self._declared:
+            own = self._own.get(name, name)
+            return tuple(place for place, block in enumerate(self._declared) if own.startswith(f"{block}."))
+        return tuple(int(number) for number in _NUMBERED.findall(name)[:2])

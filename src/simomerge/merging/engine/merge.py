@@ -31,7 +31,7 @@ class Merged(Mapping[str, np.ndarray]):
 
     Args:
         method: The method.
-        base, experts, schedule, threads: See `merge_tensors`.
+        base, experts, schedule, threads, blocks: See `merge_tensors`.
 
     Raises:
         InputError: What `check_models` raises, or, when a tensor is read, a value that is not finite.
@@ -50,6 +50,7 @@ class Merged(Mapping[str, np.ndarray]):
         experts: Mapping[str, Mapping[str, Any]],
         schedule: Schedule | Sequence[float] | str | None = None,
         threads: int | None = None,
+        blocks: Sequence[str] = (),
     ) -> None:
         check_models(method, base, experts)
         self._schedule = as_schedule(schedule)
@@ -60,7 +61,7 @@ class Merged(Mapping[str, np.ndarray]):
         self._reference = experts[min(experts)] if base is None else base
         self._has_base = base is not None
         self._method = method.for_experts(list(experts))
-        self._stream = TaskVectorStream(self._reference, experts, threads)
+        self._stream = TaskVectorStream(self._reference, experts, threads, blocks)
         self._canonical = {own: name for name, own in canonicalise(self._reference).items()}
         self._is_float = {own: tensor_info(self._reference, own).is_float for own in self._canonical}
         self._lock = Lock()
@@ -138,6 +139,7 @@ def merge_tensors(
     method: str | MergeMethod = "task-arithmetic",
     schedule: Schedule | Sequence[float] | str | None = None,
     threads: int | None = None,
+    blocks: Sequence[str] = (),
     **parameters: Any,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Merge tensor by tensor, with only a few tensors of each model (and the method's statistics) in memory.
@@ -152,6 +154,8 @@ def merge_tensors(
         method: A name from `available`, or a method.
         schedule: Factors over the depth for the merged task vector; see `as_schedule`.
         threads: The number of threads, by default all cores. The result does not depend on it.
+        blocks: Names of the modules that are the encoder's blocks, in order, for an encoder that declares them. By
+            default the blocks are found in the names of the tensors.
         **parameters: The method's parameters, if it is given by name.
 
     Yields:
@@ -172,7 +176,7 @@ def merge_tensors(
         method = get_method(method, **parameters)
     elif parameters:
         raise TypeError("parameters go with a method given by name; a method object has its own")
-    return _in_order(Merged(method, base, experts, schedule, threads), threads)
+    return _in_order(Merged(method, base, experts, schedule, threads, blocks), threads)
 
 
 def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.ndarray]]:
@@ -187,6 +191,7 @@ def merge_state_dicts(
     method: str | MergeMethod = "task-arithmetic",
     schedule: Schedule | Sequence[float] | str | None = None,
     threads: int | None = None,
+    blocks: Sequence[str] = (),
     **parameters: Any,
 ) -> dict[str, Any]:
     """Merge state dicts into one, without any model class.
@@ -195,7 +200,7 @@ def merge_state_dicts(
     The arithmetic is in float32 whatever the dtype. With ``base=None``, the first expert by name takes the base's role.
 
     Args:
-        base, experts, method, schedule, threads, **parameters: See `merge_tensors`.
+        base, experts, method, schedule, threads, blocks, **parameters: See `merge_tensors`.
 
     Returns:
         name -> merged tensor, which shares no memory with the inputs. A Checkpoint as base gives float32 arrays.
@@ -207,7 +212,7 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": np.zeros(1, np.float16)}, {"a": {"w": np.ones(1)}}, scale=0.5)
         {'w': array([0.5], dtype=float16)}
     """
-    merged = merge_tensors(base, experts, method, schedule, threads, **parameters)
+    merged = merge_tensors(base, experts, method, schedule, threads, blocks, **parameters)
     reference = experts[min(experts)] if base is None else base
     return {name: like(array, reference[name], name) for name, array in merged}
 

@@ -44,9 +44,9 @@ class LayerScales:
         return lambda name: float(np.interp(depth.position(name), places, self.values))
 
     def factors(self, method: MergeMethod, stream: TaskVectorStream, statistics: Any) -> Factor:
-        depth = Depth(stream.names)
-        if depth.blocks < 1 < len(self.values):
-            raise InputError("a schedule over the depth needs numbered blocks, and the tensors' names have none.")
+        depth = stream.depth
+        if len(self.values) > 1:
+            _check_has_blocks(depth)
         if len(self.values) > depth.blocks > 0:
             raise InputError(
                 f"a schedule of {len(self.values)} values for {depth.blocks} blocks: give at most one per block."
@@ -85,12 +85,21 @@ class Lines:
         return lambda name: alpha + self.beta * (depth.index(name) or 0) / steps
 
     def factors(self, method: MergeMethod, stream: TaskVectorStream, statistics: Any) -> Factor:
+        _check_has_blocks(stream.depth)
         alpha = self.alpha if self.alpha is not None else _lines_alpha(method, stream, statistics)
-        return self.over(Depth(stream.names), alpha)
+        return self.over(stream.depth, alpha)
 
     def plain(self) -> str:
         alpha = "" if self.alpha is None else f"alpha={float(self.alpha)},"
         return f"lines:{alpha}beta={float(self.beta)}"
+
+
+def _check_has_blocks(depth: Depth) -> None:
+    if not depth.blocks:
+        raise InputError(
+            "a schedule over the depth needs blocks, and the tensors' names have no numbered ones; an encoder of your"
+            " own can declare them (blocks)."
+        )
 
 
 def _lines_alpha(method: MergeMethod, stream: TaskVectorStream, statistics: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from simomerge.checkpoints.names import is_running_statistic
 from simomerge.checkpoints.parts import separated
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
+from simomerge.merging.engine.depth import Depth
 
 BLOCK = 1 << 17
 """Number of entries processed at once by methods that need no whole tensors. They stay in the cache of a core."""
@@ -34,6 +36,7 @@ class TaskVectorStream:
         experts: Expert name -> the same kind of mapping. If an expert has a method ``task_vector(name)`` (an adapter of
             low-rank factors), it is used, because it is more exact than adding to the base and subtracting again.
         threads: The number of threads of `map`; all cores by default.
+        blocks: Names of the modules that are the encoder's blocks, if it declares them; see `Depth`.
 
     Attributes:
         experts: Expert names, sorted, so that no result depends on the order in which they were given.
@@ -52,9 +55,13 @@ class TaskVectorStream:
     """
 
     def __init__(
-        self, base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], threads: int | None = None
+        self,
+        base: Mapping[str, Any],
+        experts: Mapping[str, Mapping[str, Any]],
+        threads: int | None = None,
+        blocks: Sequence[str] = (),
     ) -> None:
-        self._given_base, self._base, self._threads = base, separated(base), threads
+        self._given_base, self._base, self._threads, self._blocks = base, separated(base), threads, blocks
         self._experts = {expert: separated(tensors) for expert, tensors in experts.items()}
         self._base_names = canonicalise(self._base)
         self._expert_names = {expert: canonicalise(tensors) for expert, tensors in self._experts.items()}
@@ -67,6 +74,11 @@ class TaskVectorStream:
         self.sizes = {name: infos[name].size for name in self.names}
         self.changed: set[str] = set()
         self.checked = False
+
+    @cached_property
+    def depth(self) -> Depth:
+        """The encoder's blocks. Raises InputError if no tensor is in one that it declares."""
+        return Depth(self.names, self._blocks, self._base_names)
 
     def base(self, name: str, part: slice | None = None) -> np.ndarray:
         """The base's tensor, float32; with ``part``, that part of the flattened tensor.

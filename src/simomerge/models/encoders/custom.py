@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from simomerge.core.classes import class_path, settings_of
 from simomerge.core.errors import InputError
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.features import Features
-from simomerge.models.encoders.layout import Layout
+from simomerge.models.encoders.layout import BlockShape, Layout
 
 
 class ImageEncoder(Protocol):
     """What an ``nn.Module`` needs to be an encoder.
 
-    It may also have ``has_cls = True`` if it returns `Features` with a CLS token per tap, and ``settings``, the keyword
-    arguments that create it again. A model folder stores the settings together with the name of the class.
+    It may also have
+
+    - ``has_cls = True`` if it returns `Features` with a CLS token per tap,
+    - ``settings``, the keyword arguments that create it again; a model folder stores them together with the name of the
+      class,
+    - ``blocks``, the modules that it runs one after the other: their names in order, such as ``("stem", "stages.0")``,
+      or an ``nn.ModuleList`` or ``nn.Sequential``. Each of them takes a map (B, C, h, w) or tokens (B, N, C) as its
+      first argument and returns one. Adapters, ProDistill, schedules over the depth, coefficients per block and
+      learning rates per block need the blocks.
 
     Attributes:
         channels: Channels of each map it returns.
@@ -39,7 +49,8 @@ class CustomEncoder(Encoder):
         module: An `ImageEncoder`.
 
     Raises:
-        InputError: The module has no ``channels`` or ``strides``, or not equally many.
+        InputError: The module has no ``channels`` or ``strides``, or not equally many, or declares blocks that it does
+            not have.
 
     Example:
         >>> import torch
@@ -58,12 +69,32 @@ class CustomEncoder(Encoder):
                 f"{type(module).__name__} has channels {list(channels)} and strides {list(strides)}."
                 " A custom encoder needs both, one number for each map it returns."
             )
-        layout = Layout(channels, strides, has_cls=bool(getattr(module, "has_cls", False)))
+        names = declared_blocks(module)
+        layout = Layout(
+            channels,
+            strides,
+            blocks=[module.get_submodule(name) for name in names],
+            names=names,
+            has_cls=bool(getattr(module, "has_cls", False)),
+        )
         super().__init__(module, range(1, len(channels) + 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), layout=layout)
+        self._shapes: list[BlockShape] = []
 
     def describe(self) -> dict[str, Any]:
-        """The entry ``encoder`` of simo.json: also the class and the arguments that create it again."""
-        return {**super().describe(), "class": class_path(self.backbone), "settings": settings_of(self.backbone)}
+        """The entry ``encoder`` of simo.json: also its blocks, its class and the arguments that create it again."""
+        blocks = {"blocks": list(self.layout.names)} if self.layout.names else {}
+        made_from = {"class": class_path(self.backbone), "settings": settings_of(self.backbone)}
+        return {**super().describe(), **blocks, **made_from}
+
+    def block_shapes(self) -> Sequence[BlockShape]:
+        """What each block does to the shape of its input, measured on one small image.
+
+        Raises:
+            InputError: No blocks are declared, or they are not run once each, in their order, with a map or tokens.
+        """
+        super().block_shapes()  # raises if there are no blocks
+        self._shapes = self._shapes or _measured_shapes(self)
+        return self._shapes
 
     def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         given = self.backbone(images)
@@ -75,3 +106,81 @@ class CustomEncoder(Encoder):
         if found != self.channels:
             raise InputError(f"{name} gave maps of {found} channels, but it declares {self.channels}.")
         return tuple(maps), tuple(cls)
+
+
+def declared_blocks(module: nn.Module) -> list[str]:
+    """Names of the modules that an encoder declares as its blocks; see `ImageEncoder`.
+
+    Raises:
+        InputError: It has no such module, declares one twice, or one within another.
+
+    Example:
+        >>> class Tiny(nn.Module):
+        ...     blocks = ("stem", "stages")
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.stem = nn.Conv2d(3, 8, 4, 4)
+        ...         self.stages = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 2, 2)])
+        >>> declared_blocks(Tiny())
+        ['stem', 'stages.0', 'stages.1']
+    """
+    kind, given = type(module).__name__, getattr(module, "blocks", ())
+    if isinstance(given, nn.Module):
+        given = _parts(module, "blocks") if isinstance(given, nn.Sequential) else ["blocks"]
+    if isinstance(given, str) or not (isinstance(given, Sequence) and all(isinstance(name, str) for name in given)):
+        raise InputError(
+            f"{kind}.blocks is {given!r}; give the names of the modules that are its blocks, in order, such as"
+            ' ("stem", "stages.0").'
+        )
+    known = dict(module.named_modules())
+    if wrong := [name for name in given if not name or name not in known]:
+        raise InputError(f"{kind}.blocks names {wrong[0]!r}, and the encoder has no such module.")
+    found = [part for name in given for part in _runnable(module, name)]
+    for first, second in combinations(found, 2):
+        if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+            raise InputError(f"{kind}.blocks names {first!r} and {second!r}, which are not two separate modules.")
+    return found
+
+
+def _parts(module: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{part}" for part, _ in module.get_submodule(name).named_children()]
+
+
+def _runnable(module: nn.Module, name: str) -> list[str]:
+    """A module's name, or those of its items if it is a list, which has no forward pass."""
+    if not isinstance(module.get_submodule(name), nn.ModuleList):
+        return [name]
+    return [inner for part in _parts(module, name) for inner in _runnable(module, part)]
+
+
+@torch.no_grad()
+def _measured_shapes(encoder: CustomEncoder) -> list[BlockShape]:
+    """The shapes of the inputs and outputs of all blocks in one forward pass."""
+    kind, calls = type(encoder.backbone).__name__, list[tuple[int, Any, Any]]()
+
+    def note(index: int, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((index, args[0] if args else None, output[0] if isinstance(output, tuple) else output))
+
+    hooks = [block.register_forward_hook(partial(note, index)) for index, block in enumerate(encoder.layout.blocks)]
+    weight, training = next(encoder.backbone.parameters()), encoder.training
+    size = encoder.padded(2 * encoder.multiple, 2 * encoder.multiple)
+    try:
+        encoder.eval()(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
+    finally:
+        encoder.train(training)
+        for hook in hooks:
+            hook.remove()
+    names = encoder.layout.names
+    if [index for index, _, _ in calls] != list(range(len(names))):
+        ran = ", ".join(names[index] for index, _, _ in calls) or "none of them"
+        raise InputError(
+            f"{kind} declares the blocks {', '.join(names)}, but its forward pass runs {ran}; blocks are run once each,"
+            " in their order."
+        )
+    for index, before, after in calls:
+        if not all(isinstance(each, Tensor) and each.ndim in (3, 4) for each in (before, after)):
+            raise InputError(
+                f"{kind}: the block {names[index]} does not take a map (B, C, h, w) or tokens (B, N, C) as its first"
+                " argument and return one; declare other modules as blocks."
+            )
+    return [BlockShape.between(before.shape, after.shape) for _, before, after in calls]

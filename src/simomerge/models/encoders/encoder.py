@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
+from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders.adapters import Adapters
 from simomerge.models.encoders.features import Features
-from simomerge.models.encoders.layout import Layout, find_layout
+from simomerge.models.encoders.layout import BlockShape, Layout, find_layout
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -122,15 +123,27 @@ class Encoder(nn.Module):
         """Add a fresh low-rank adapter to every block, or to the last blocks, and return them; see `Adapters`.
 
         Raises:
-            InputError: Invalid settings, or an encoder whose blocks are unknown, as in a custom encoder.
+            InputError: Invalid settings, or blocks that are unknown or cannot have an adapter.
+        """
+        self.adapters = Adapters(self.block_shapes(), rank, activation, last)
+        return self.adapters
+
+    def block_shapes(self) -> Sequence[BlockShape]:
+        """What each block does to the shape of its input.
+
+        Raises:
+            InputError: The blocks are unknown, as in a custom encoder that does not declare them.
         """
         if not self.layout.blocks:
             raise InputError(
-                f"{type(self.backbone).__name__} is a custom encoder, whose blocks are unknown. Adapters need an"
-                " encoder of transformers; use fold, distill or heads."
+                f"{type(self.backbone).__name__} is a custom encoder, whose blocks are unknown. Declare them in its"
+                " class (blocks), or use a method that needs none, such as fold, heads or distill."
             )
-        self.adapters = Adapters(list(self.layout.widths), rank, activation, last)
-        return self.adapters
+        return self.layout.shapes
+
+    def depth(self, names: Iterable[str]) -> Depth:
+        """The blocks that tensors of the backbone belong to, by their names. Raises InputError as `Depth` does."""
+        return Depth(names, self.layout.names)
 
     def check_checkpointing(self) -> None:
         """Check that `checkpoint_gradients` works for this encoder. Raises InputError."""

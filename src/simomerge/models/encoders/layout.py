@@ -15,6 +15,34 @@ from simomerge.core.errors import InputError
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """What a block does to the shape of its input, which is a map (B, C, h, w) or tokens (B, N, C).
+
+    Attributes:
+        before, after: Channels of input and output.
+        stride: Height of the input over height of the output. Zero if it is no whole number, if tokens differ in their
+            number, or if a map becomes tokens.
+
+    Example:
+        >>> BlockShape.between((1, 16, 8, 8), (1, 32, 4, 4))
+        BlockShape(before=16, after=32, stride=2)
+    """
+
+    before: int
+    after: int
+    stride: int = 1
+
+    @classmethod
+    def between(cls, before: Sequence[int], after: Sequence[int]) -> BlockShape:
+        """From the shapes of input and output."""
+        channels_in, channels_out = (shape[1] if len(shape) == 4 else shape[2] for shape in (before, after))
+        places = [shape[2:] if len(shape) == 4 else shape[1:2] for shape in (before, after)]
+        strides = {b // a if b % a == 0 else 0 for b, a in zip(*places, strict=False)}
+        fits = len(before) == len(after) and len(strides) == 1 and (len(before) == 4 or strides == {1})
+        return cls(channels_in, channels_out, strides.pop() if fits else 0)
+
+
+@dataclass(frozen=True)
 class Layout:
     """The modules and sizes of a backbone that an `Encoder` needs to know.
 
@@ -23,8 +51,10 @@ class Layout:
         strides: Pixels per place of each output that can be tapped.
         tapped: The modules that give these outputs: the blocks of a plain transformer, or the last module of each
             stage of a pyramid.
-        blocks: The residual blocks that keep the shape of their input. Each of them can get an adapter.
-        widths: Channels of each block.
+        blocks: The blocks that can get an adapter: those that keep the shape of their input, or the ones that an
+            encoder of one's own declares.
+        shapes: What each block does to the shape of its input; empty if that is not known before a forward pass.
+        names: Names of the blocks in the backbone, if its class declares them. Other encoders have numbered blocks.
         norm: The final layer norm, if it fits every tapped output.
         has_cls: Whether the first token is a CLS token.
         prefix: Number of tokens before the patches: CLS, registers, and DeiT's distillation token.
@@ -38,7 +68,8 @@ class Layout:
     strides: Sequence[int]
     tapped: Sequence[nn.Module] = ()
     blocks: Sequence[nn.Module] = ()
-    widths: Sequence[int] = ()
+    shapes: Sequence[BlockShape] = ()
+    names: Sequence[str] = ()
     norm: nn.Module | None = None
     has_cls: bool = False
     prefix: int = 0
@@ -79,7 +110,7 @@ def _plain(backbone: Any, arguments: dict[str, Any]) -> Layout:
         strides=[int(config.patch_size)] * len(blocks),
         tapped=blocks,
         blocks=blocks,
-        widths=widths,
+        shapes=[BlockShape(width, width) for width in widths],
         norm=next((norm for norm in norms if norm is not None), None),
         has_cls=has_cls,
         prefix=has_cls + has_distillation + int(getattr(config, "num_register_tokens", 0)),
@@ -103,7 +134,7 @@ def _pyramid(config: Any, stages: Sequence[Any], arguments: dict[str, Any]) -> L
         # A stage of PVT v2 ends with a layer norm, all others end with a block.
         tapped=[getattr(stage, "layer_norm", None) or _blocks_of(stage)[-1] for stage in stages],
         blocks=[block for block, _ in pairs],
-        widths=[width for _, width in pairs],
+        shapes=[BlockShape(width, width) for _, width in pairs],
         arguments=arguments,
         smallest=strides[-1] * int(config.window_size) if windows else 1,
         windows=windows,
