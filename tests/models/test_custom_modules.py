@@ -97,6 +97,7 @@ def test_folders_of_custom_encoders_merge_on_disk(example: Any, tmp_path: Path) 
         torch.testing.assert_close(theirs.encoder.backbone.state_dict()[name], value)
 
 
+@sm.register_encoder
 class Plain(nn.Module):
     channels, strides = (4,), (4,)
 
@@ -108,6 +109,7 @@ class Plain(nn.Module):
         return [self.stem(images)]
 
 
+@sm.register_encoder
 class Pyramid(nn.Module):
     """Two maps, the coarse one first, and a batch norm."""
 
@@ -122,6 +124,7 @@ class Pyramid(nn.Module):
         return self.down(fine.relu()), fine
 
 
+@sm.register_encoder
 class WithCls(Plain):
     has_cls = True
 

@@ -341,7 +341,7 @@ BROKEN = {
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN.keys())
 def test_an_entry_that_makes_no_model_names_the_file(folder, change):
     edit(folder, change)
-    with pytest.raises(InputError, match=r"scene/simo\.json"):
+    with pytest.raises(InputError, match=r"scene/(simo\.json|adapters\.safetensors)"):
         SimoModel.from_pretrained(folder)
 
 

@@ -25,7 +25,7 @@ from simomerge.training.statistics import fisher_information, input_grams
 
 
 def load_experts(**folders: str | Path) -> dict[str, SimoModel]:
-    """Load experts from their folders, by task name.
+    """Load experts from their folders, by task name, each as `simomerge.load` does.
 
     Example:
         >>> experts = load_experts(depth="runs/depth", normals="runs/normals")     # doctest: +SKIP

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
+from simomerge.core.text import markdown, shown
 
 FORMAT = 1
 """Version of the model folder's format."""
@@ -17,7 +19,14 @@ FORMAT = 1
 FILE = "simo.json"
 """The file of the description; a folder that holds it is a model folder."""
 
-_ENTRIES = ("format", "tasks", "heads", "encoder", "adapters", "provenance")
+_ORIGIN = {"source?": str, "fingerprint?": str}
+_SCHEMA = {
+    "tasks": {str: {"kind?": str}},
+    "heads": {str: {"kind": str, "settings": dict}},
+    "encoder": {"taps?": [int], "mean?": [float], "std?": [float], "apply_layernorm?": bool, "class?": str},
+    "adapters": (dict, type(None)),
+    "provenance": {"base?": _ORIGIN, "experts?": {str: _ORIGIN}, "merge?": {"method?": str}, "realign?": dict},
+}
 _REMEDY = "take the model from its source again."
 
 
@@ -30,16 +39,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no {FILE} in it); give a folder that simomerge wrote.")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-    if not isinstance(description, dict):
-        raise InputError(f"{path}: does not describe a model; {_REMEDY}")
-    if missing := [key for key in _ENTRIES if key not in description]:
-        raise InputError(f"{path}: entry {missing[0]!r} is missing; {_REMEDY}")
-    if not isinstance(description["format"], int) or description["format"] > FORMAT:
+    description: dict[str, Any] = read_json(path, _REMEDY, {"format": int})
+    if description["format"] > FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
+    try:
+        check(description, _SCHEMA)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; {_REMEDY}") from error
+    if unnamed := [name for name in description["tasks"] if not name.isidentifier()]:  # it is the name of a file
+        raise InputError(f"{path}: {shown(unnamed[0])} cannot be the name of a task; {_REMEDY}")
     if headless := [name for name in description["tasks"] if name not in description["heads"]]:
         raise InputError(f"{path}: task {headless[0]!r} has no head in it; {_REMEDY}")
     return description
@@ -85,7 +93,10 @@ def existing(path: Path) -> Path:
 def model_card(description: Mapping[str, Any]) -> str:
     """The README.md of a model folder: its tasks, how to use it, and where its weights come from."""
     tasks, heads = description["tasks"], description["heads"]
-    rows = "\n".join(f"| {name} | {task.get('kind', name)} | {heads[name]['kind']} |" for name, task in tasks.items())
+    kinds = {name: (task.get("kind", name), heads[name]["kind"]) for name, task in tasks.items()}
+    rows = "\n".join(f"| {name} | {markdown(kind)} | {markdown(head)} |" for name, (kind, head) in kinds.items())
+    # Names in it must not end the block of code, or begin HTML.
+    provenance = json.dumps(description["provenance"], indent=2).replace("`", "\\u0060").replace("<", "\\u003c")
     return f"""---
 library_name: simomerge
 tags: [model-merging, dense-prediction, multi-task]
@@ -106,6 +117,6 @@ maps = model.predict("photo.jpg")  # one array per task, at the photo's size
 `encoder/` is a plain transformers folder. Where the weights come from:
 
 ```json
-{json.dumps(description["provenance"], indent=2)}
+{provenance}
 ```
 """

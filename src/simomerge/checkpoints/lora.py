@@ -12,7 +12,6 @@ one ``fan_in_fan_out`` for all layers and decides by the class of each, so here 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -28,9 +27,18 @@ from simomerge.checkpoints.names import canonicalise
 from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.checkpoints.tensors import TensorInfo, as_numpy, tensor_info
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 
 _CONFIG = "adapter_config.json"
+_CONFIG_SCHEMA = {
+    "peft_type": str,
+    "r?": int,
+    "lora_alpha?": float,
+    "rank_pattern?": (dict, type(None)),
+    "alpha_pattern?": (dict, type(None)),
+    "modules_to_save?": (list, type(None)),
+}
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 #: Options with which the weights are more than base + scale * B @ A, or belong to more than the base's modules.
@@ -53,6 +61,8 @@ _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>
 _INFIX = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.|$)")  # which peft inserts between a module and its tensors
 _UNTRAINED = ".original_module."  # peft's copy of a module from before the training; not needed
 _CONV1D = re.compile(r"(?:c_attn|c_proj|c_fc|q_attn|\w*conv1d)$", re.IGNORECASE)  # usual names of Conv1D layers
+_WORD = re.compile(r"\w+")
+_SECONDS = 0.02  # for one expression of adapter_config.json and one name
 _LINEAR = re.compile(r"\b(?:lin(?:ear)?\d*|query|key|value|dense|qkv|fc\d*|(?:\w+_)?proj)$")  # and of Linear layers
 
 
@@ -229,12 +239,7 @@ def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraEx
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the folder of a peft adapter.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not JSON ({error}): copy or save the adapter again.") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise InputError(f"{path} is not the configuration of a peft adapter (no 'peft_type'): save it again.")
+    config: dict[str, Any] = read_json(path, "copy or save the adapter again.", _CONFIG_SCHEMA)
     if config["peft_type"] != "LORA":
         raise InputError(f"{path} holds an adapter of type {config['peft_type']}, not LORA: {REMEDY}.")
     for option, variant in _VARIANTS.items():
@@ -370,11 +375,22 @@ def _rank_and_scale(path: Path, config: Mapping[str, Any], module: str) -> tuple
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if isinstance(rank, int) and math.isfinite(scale):
             return rank, float(scale)
-    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error):
+    except (ArithmeticError, AttributeError, TypeError, ValueError):
         pass
     raise InputError(f"{path}: no rank and alpha for '{module}' can be read from it: copy or save the adapter again.")
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     # As peft does: the first expression that matches the end of the name, from the start or after a dot.
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if _ends_with(module, key)), default)
+
+
+def _ends_with(module: str, key: str) -> bool:
+    if _WORD.fullmatch(key):
+        return f".{module}".endswith(f".{key}")
+    import regex  # it can stop: an expression from a file may take forever
+
+    try:
+        return regex.match(rf"(.*\.)?({key})$", module, timeout=_SECONDS) is not None
+    except (regex.error, TimeoutError) as error:
+        raise ValueError(key) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from simomerge.checkpoints.tensors import tensor_info
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 
 #: Tensors that quantising libraries store next to the codes: bitsandbytes, GPTQ and AWQ, FP8, compressed-tensors,
@@ -43,11 +43,7 @@ def check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); take it from its source again.") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
+    found = read_json(path, "take it from its source again.").get("quantization_config")
     if found:
         method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found
         raise InputError(f"{path}: the weights are quantised ({method}). To use the model, {_REMEDY}")

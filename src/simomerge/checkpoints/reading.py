@@ -15,8 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.hub import similar
+from simomerge.core.text import shown
 
 #: Weight files of a transformers folder, in order of preference.
 _WEIGHT_FILES = (
@@ -163,16 +165,14 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
 
 
 def _open_shards(index: Path) -> dict[str, _Entry]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of shards (no 'weight_map'): download it again.") from error
+    weight_map = read_json(index, "download it again.", {"weight_map": {str: str}})["weight_map"]
     opened = {}
-    for shard in shards:
+    for shard in sorted(set(weight_map.values())):
         # Accept only a plain name: an index must not lead out of its folder.
-        if Path(shard).name != shard or not (index.parent / shard).is_file():
-            raise InputError(f"{index} names the shard '{shard}', which is not next to it: download it again.")
+        if "\0" in shard or Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise InputError(f"{index} names the shard {shown(shard)}, which is not next to it: download it again.")
+        if shard.endswith(".json"):
+            raise InputError(f"{index} names the shard {shown(shard)}, which holds no weights: download it again.")
         opened[shard] = _open_file(index.parent / shard)
     for name, shard in weight_map.items():
         if name not in opened[shard]:

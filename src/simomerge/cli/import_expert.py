@@ -66,6 +66,7 @@ def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> di
 )
 @click.option("--mean", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB mean. [default: the encoder's]")
 @click.option("--std", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB standard deviation.")
+@options.trust_code
 @options.output()
 def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Import SOURCE, a model that was trained elsewhere, as an expert.

@@ -45,6 +45,7 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
     type=click.FloatRange(0, min_open=True),
     help="Time for --method auto: it distils the whole model after the fold for the rest of this time.",
 )
+@options.trust_code
 @options.output()
 def command(as_json: bool, **given: Any) -> None:
     """Merge the EXPERTs' encoders, fine-tuned from BASE, into one model with all their heads.

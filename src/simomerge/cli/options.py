@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from simomerge.core.classes import trust
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
 from simomerge.core.schema import plain_value
@@ -89,6 +90,11 @@ def _new_path(context: click.Context, option: Any, path: Path | None) -> Path | 
     return path
 
 
+def _trust_code(context: click.Context, option: Any, given: bool) -> None:
+    if given:
+        trust()
+
+
 def logs_of(output: Path) -> Path:
     """Where trackers write, for an output folder that appears only when all is done."""
     return output.parent / f"{output.name}-logs"
@@ -137,6 +143,13 @@ pictures = together(
         metavar="HEIGHTxWIDTH",
         help="Resize the images, in pixels; own keeps their sizes. [default: the experts' training size]",
     ),
+)
+trust_code = click.option(
+    "--trust-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust_code,
+    help="Run the code of custom encoders and heads that a model folder names.",
 )
 track = click.option(
     "--track",

@@ -15,8 +15,7 @@ from typing import IO, Any
 import click
 
 from simomerge.core.progress import Console, show_progress
-
-_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) != "\n"}
+from simomerge.core.text import printable
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,6 @@ class Table:
             colour = self.colours[number] if self.colours else None
             drawn.add_row(*(Text(printable(cell)) for cell in row), style=colour)
         Terminal(highlight=False).print(drawn)
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which could change the terminal; names from files may contain them."""
-    return text.translate(_CONTROL)
 
 
 def say(as_json: bool, data: dict[str, Any], *shown: str | Table) -> None:

@@ -15,6 +15,7 @@ from simomerge.core.errors import InputError
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @options.folder(None, "Folder to write (OUT).", required=True)
+@options.trust_code
 @options.as_json
 def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) -> None:
     """Predict every task of MODEL for each IMAGE. Writes a coloured PNG and the values as NPY for each task.

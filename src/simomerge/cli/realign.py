@@ -76,6 +76,7 @@ def _help() -> str:
 @options.training()
 @options.workers
 @options.track
+@options.trust_code
 @options.output()
 def command(model: str, experts: dict[str, str], method: str, output: Path, as_json: bool, **given: Any) -> None:
     chosen = _chosen(method)

@@ -19,6 +19,7 @@ from simomerge.cli.output import console, say
 @click.option("--seed", type=int, help="Seed of the sampler. Machines that share a study need different seeds or none.")
 @options.folder(None, "Folder (OUT). [default: the recipe's + -search]")
 @options.workers
+@options.trust_code
 @options.as_json
 def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json: bool, **given: Any) -> None:
     """Search the values that RECIPE names under `search`, with Optuna, on held-out validation images.

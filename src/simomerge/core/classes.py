@@ -1,12 +1,91 @@
-"""Custom classes in a model folder, stored as ``module:Class`` with the arguments that create them again."""
+"""Custom classes in a model folder, stored as ``module:Class`` with the arguments that create them again.
+
+A model folder is data: it never runs code of its own. A class that it names is created only if the caller has
+registered it (`register_encoder`, `register_head`), or trusts the folder's code (`trusting`); nothing is imported
+otherwise.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from simomerge.core.errors import InputError
+
+_Class = TypeVar("_Class", bound=type)
+
+_registered: dict[str, type | None] = {}
+"""The registered classes by their path; None if the class was registered in the process that started this one."""
+_trusted: ContextVar[bool] = ContextVar("simomerge_trusted", default=False)
+
+
+def register_encoder(cls: _Class) -> _Class:
+    """Let model folders name this class as their encoder; use it as a decorator, or call it before `simomerge.load`.
+
+    Args:
+        cls: An `nn.Module` as `simomerge.models.encoders.ImageEncoder` describes it. Folders hold its ``module:Class``
+            and its ``settings``, the keyword arguments that create it again.
+
+    Raises:
+        InputError: The class is defined inside a function, where no other process can find it.
+
+    Example:
+        >>> import simomerge as sm
+        >>> from torch import nn
+        >>> @sm.register_encoder
+        ... class Stem(nn.Conv2d):
+        ...     channels, strides = (8,), (4,)
+    """
+    _registered[_path_of(cls)] = cls
+    return cls
+
+
+def register_head(cls: _Class) -> _Class:
+    """Let model folders name this class as a head; use it as a decorator, or call it before `simomerge.load`.
+
+    Args:
+        cls: An `nn.Module` as `simomerge.models.heads.DenseHead` describes it, with ``settings`` as in
+            `register_encoder`.
+
+    Raises:
+        InputError: The class is defined inside a function, where no other process can find it.
+    """
+    _registered[_path_of(cls)] = cls
+    return cls
+
+
+@contextmanager
+def trusting(code: bool = True) -> Iterator[None]:
+    """Inside the block, model folders may name classes that are not registered: their modules are imported and run.
+
+    With ``code=False`` nothing changes: what a caller higher up has allowed stays allowed.
+    """
+    token = _trusted.set(code or _trusted.get())
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def trust() -> None:
+    """Trust the code that model folders name, for the rest of this process (the option ``--trust-code``)."""
+    _trusted.set(True)
+
+
+def allowed() -> tuple[bool, tuple[str, ...]]:
+    """Whether all code is trusted here, and the paths of the registered classes; see `allow`."""
+    return _trusted.get(), tuple(_registered)
+
+
+def allow(trusted: bool, registered: Iterable[str]) -> None:
+    """Allow in a worker process what is `allowed` in the process that started it."""
+    _trusted.set(trusted)
+    for path in registered:
+        _registered.setdefault(path, None)
 
 
 def class_path(thing: object) -> str:
@@ -20,7 +99,10 @@ def class_path(thing: object) -> str:
         >>> class_path(OrderedDict())
         'collections:OrderedDict'
     """
-    cls = type(thing)
+    return _path_of(type(thing))
+
+
+def _path_of(cls: type) -> str:
     if "<locals>" in cls.__qualname__:
         raise InputError(
             f"{cls.__qualname__} is defined inside a function, so a saved model could not find it. Move it to the top"
@@ -43,14 +125,29 @@ def settings_of(thing: object) -> dict[str, Any]:
     return settings
 
 
-def make(path: str, settings: dict[str, Any], base: type) -> Any:
+def make(path: str, settings: Mapping[str, Any], base: type) -> Any:
     """Create an object of the class ``module:Class``, a subclass of ``base``.
 
-    The module is imported, which runs its code: load such folders only if you would run their code.
-
     Raises:
-        InputError: The module or class does not exist here, the class is no subclass, or it rejects the arguments.
+        InputError: The class is neither registered nor trusted, does not exist here, is no subclass, or rejects the
+            arguments.
     """
+    if path not in _registered and not _trusted.get():
+        raise InputError(
+            f"{path} is a class outside simomerge, and a model folder runs no code unasked. Import the class and"
+            " register it (sm.register_encoder or sm.register_head), or load with trust_code=True (--trust-code)"
+            " if you trust its code."
+        )
+    found = _registered.get(path) or _imported(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"{path}: not a {base.__module__.split('.')[0]} {base.__name__}.")
+    try:
+        return found(**settings)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be created with {settings} ({type(error).__name__}: {error}).") from error
+
+
+def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
@@ -66,9 +163,4 @@ def make(path: str, settings: dict[str, Any], base: type) -> Any:
     except AttributeError as error:
         hint = "" if module != "__main__" else "; it was defined in a script or notebook: move it to a module"
         raise InputError(f"{path}: no such class in the module{hint}.") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise InputError(f"{path}: not a {base.__module__.split('.')[0]} {base.__name__}.")
-    try:
-        return found(**settings)
-    except Exception as error:
-        raise InputError(f"{path}: cannot be created with {settings} ({type(error).__name__}: {error}).") from error
+    return found

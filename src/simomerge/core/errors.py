@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from simomerge.core.text import shortened
+
 
 class InputError(ValueError):
     """A user's input is wrong: a path, a key, a shape or a value.
 
     The message names the input and the remedy in at most three sentences. The command line prints it without a
-    traceback and exits with status 2. In Python it is an ordinary ``ValueError``.
+    traceback and exits with status 2. In Python it is an ordinary ``ValueError``. Messages quote names and values from
+    files, so their text has no control characters and at most 2,000 characters.
     """
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class DivergedError(InputError):

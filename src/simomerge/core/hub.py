@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.assets import resolve_source
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -103,7 +103,8 @@ def _is_complete(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("simo.json", "adapter_config.json")):
         return True
     for index in folder.glob("*.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        content = read_json(index, "download it again.", {"weight_map?": {str: str}})
+        shards = set(content.get("weight_map", {}).values())
         if not all((folder / shard).is_file() for shard in shards):
             return False
     return any((folder / name).is_file() for name in _SETTINGS[1:])

@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.core.errors import InputError
-from simomerge.core.pixels import OTHER_STARTS, is_deep, is_misread, largest_value, opened, read_pixels, upright
-
-MAX_PIXELS = 64_000_000
-"""Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
+from simomerge.core.pixels import (
+    MAX_PIXELS,
+    OTHER_STARTS,
+    is_deep,
+    is_misread,
+    largest_value,
+    opened,
+    read_pixels,
+    upright,
+)
 
 
 def read_image(path: str | Path) -> np.ndarray:

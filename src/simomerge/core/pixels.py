@@ -16,6 +16,8 @@ import numpy as np
 
 from simomerge.core.orientation import orientation, turned
 
+MAX_PIXELS = 64_000_000
+"""Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
 _PFM, _EXR, _TIFF = (b"PF", b"Pf"), b"v/1\x01", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FLO = b"PIEH"
 OTHER_STARTS = (*_PFM, _EXR, _FLO, *_TIFF)
@@ -74,10 +76,23 @@ def opened(path: Path) -> Iterator[Any]:
 
     if _start(path) not in _TIFF:
         with Image.open(path) as image:
-            yield image
+            yield _of_bearable_size(image)
     else:
         with path.open("rb") as handle, Image.open(handle) as image:
-            yield image
+            yield _of_bearable_size(image)
+
+
+def _of_bearable_size(image: Any) -> Any:
+    check_pixels(image.height, image.width)
+    return image
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raise ValueError for the size of a picture that is too large to decode."""
+    if height * width > MAX_PIXELS or height < 1 or width < 1:
+        raise ValueError(
+            f"{width} x {height} pixels; images may have 1 to {MAX_PIXELS // 1_000_000} million pixels: resize it first"
+        )
 
 
 def _start(path: Path) -> bytes:
@@ -143,6 +158,7 @@ def read_pfm(path: Path) -> np.ndarray:
     kind, width, height, scale = words[0], int(words[1]), int(words[2]), float(words[3])
     shape = (height, width, 3) if kind == b"PF" else (height, width)
     dtype, count = ("<f4" if scale < 0 else ">f4"), int(np.prod(shape))
+    check_pixels(height, width)
     if len(content) - start < 4 * count:
         raise ValueError("the file is truncated")
     return np.frombuffer(content, dtype, count, start).reshape(shape)[::-1].astype(np.float32)
@@ -263,6 +279,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         raise ValueError(f"TIFF files of this kind need the package tifffile: {_EXTRA}") from error
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
+        check_pixels(page.imagelength, page.imagewidth)
         array = page.asarray()
         if page.axes.startswith("S"):  # planes first
             array = np.moveaxis(array, 0, -1)
@@ -276,6 +293,9 @@ def _read_exr(path: Path) -> np.ndarray:
         import OpenEXR
     except ImportError as error:
         raise ValueError(f"EXR files need the package OpenEXR: {_EXTRA}") from error
+    with OpenEXR.File(str(path), header_only=True) as file:
+        low, high = file.header()["dataWindow"]
+        check_pixels(int(high[1]) - int(low[1]) + 1, int(high[0]) - int(low[0]) + 1)
     with OpenEXR.File(str(path), separate_channels=True) as file:
         channels = {name: channel.pixels for name, channel in file.channels().items()}
     if {"R", "G", "B"} <= channels.keys():

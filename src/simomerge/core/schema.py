@@ -1,51 +1,13 @@
-"""YAML files that users write: strict reading, and suggestions for misspelt names."""
+"""Values that users write: suggestions for misspelt names, plain values, and what pydantic finds wrong."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from simomerge.core.errors import InputError
-
-
-def read_yaml(path: Path, hint: str) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping.
-
-    Args:
-        path: The file.
-        hint: What to give instead, appended to the error messages.
-
-    Raises:
-        InputError: The file is missing, is not YAML, contains a key twice, or does not contain a mapping.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; {hint}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or an impossible date
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no mapping; {hint}")
-    return content
-
-
-def _strict_loader() -> type:
-    """YAML's safe loader, which in addition rejects duplicate keys."""
-    import yaml
-
-    class Strict(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.YAMLError(f"the key {twice[0]!r} is given twice, line {node.start_mark.line + 1}")
-            return super().construct_mapping(node, deep)
-
-    return Strict
+from simomerge.core.text import shown
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -80,6 +42,7 @@ def plain_value(value: Any) -> Any:
     return value
 
 
+_MOST_PROBLEMS = 20
 _WANTED = {
     "int": "a whole number",
     "float": "a number",
@@ -100,14 +63,14 @@ def validation_problems(error: Any, known: Any) -> list[str]:
         known: A function from the place of an unknown key (a tuple of keys) to the keys that are known there.
     """
     found = []
-    for one in error.errors():
+    for one in error.errors()[:_MOST_PROBLEMS]:
         place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in one["loc"]).removeprefix(".")
         kind = one["type"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             *parents, key = one["loc"]
             near = nearest(str(key), known(tuple(parents)))
             where = f"{'.'.join(map(str, parents))}: " if parents else ""
-            found.append(f"{where}unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
+            found.append(f"{where}unknown key {shown(key)}" + (f" (did you mean {near!r}?)" if near else ""))
         elif kind == "value_error":
             message = str(one["ctx"]["error"]).rstrip(".")
             found.append(f"{place}: {message}" if place else message)
@@ -116,5 +79,5 @@ def validation_problems(error: Any, known: Any) -> list[str]:
             remedy = f"give {wanted}" if wanted and kind.endswith(("_type", "_parsing", "_from_float")) else one["msg"]
             remedy = f"use at least {one['ctx']['ge']}" if kind == "greater_than_equal" else remedy
             remedy = f"use {one['ctx']['expected']}" if kind == "literal_error" else remedy
-            found.append(f"{place} is {one['input']!r}; {remedy}")
+            found.append(f"{place} is {shown(one['input'])}; {remedy}")
     return found

@@ -6,8 +6,9 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.documents import read_yaml
 from simomerge.core.errors import InputError
-from simomerge.core.schema import nearest, read_yaml
+from simomerge.core.schema import nearest
 from simomerge.datasets.base import check_size
 from simomerge.datasets.rows import SPLIT_NAMES, SPLITS, Manifest, Row, known_split
 from simomerge.datasets.stored import Stored, read_array, read_picture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image, resized
-from simomerge.core.pixels import OTHER_STARTS, grey_palette_indices, largest_value, read_pixels
+from simomerge.core.pixels import MAX_PIXELS, OTHER_STARTS, grey_palette_indices, largest_value, read_pixels
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
 from simomerge.datasets.upright import turned_like, turned_vectors
@@ -40,14 +41,39 @@ def read_array(path: Source, colours: bool = False) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
-        if path.suffix.lower() != ".npy":
-            return read_pixels(path, colours)
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.ndarray):
-            raise ValueError("it holds several arrays")
-        return loaded
+        if path.suffix.lower() == ".npy":
+            return _read_npy(path)
+        return read_pixels(path, colours)
+    except InputError:
+        raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise InputError(f"{path}: cannot be read ({error}); give a PNG, TIFF, PFM, JPEG or NPY file.") from error
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    """The numbers in an NPY file, after checking its header. Raises ValueError."""
+    with path.open("rb") as handle:
+        shape, dtype = _npy_header(handle)
+        if dtype.kind not in "buif":
+            raise ValueError(f"it holds {dtype.name} instead of numbers")
+        count = math.prod(shape)
+        if not 0 < count <= 4 * MAX_PIXELS:  # at most four values for each pixel
+            raise ValueError(f"its shape is {shape}, but a map has 1 to {MAX_PIXELS:,} pixels")
+        if handle.tell() + count * dtype.itemsize > path.stat().st_size:
+            raise ValueError("its end is missing")
+    loaded: np.ndarray = np.load(path, allow_pickle=False)
+    return loaded
+
+
+def _npy_header(handle: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and dtype that the header of an NPY file names. Raises ValueError or EOFError."""
+    version = np.lib.format.read_magic(handle)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, _, dtype = read(handle)
+    except (SyntaxError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        raise ValueError("its header is not that of an NPY file") from error
+    return shape, dtype
 
 
 def read_picture(path: Source) -> np.ndarray:
@@ -81,11 +107,9 @@ def may_be_truncated(file: Path) -> bool:
 def _npy_size(handle: Any) -> float:
     """The size in bytes that the header of an NPY file implies; infinite if there is no valid header."""
     try:
-        version = np.lib.format.read_magic(handle)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(handle)
-        return float(handle.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
-    except (ValueError, EOFError):
+        shape, dtype = _npy_header(handle)
+        return float(handle.tell() + math.prod(shape) * dtype.itemsize)
+    except (ValueError, EOFError, OverflowError):
         return float("inf")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.checkpoints import FORMAT, read_description
-from simomerge.checkpoints.description import existing, head_file, model_folder
+from simomerge.checkpoints.description import FILE, existing, head_file, model_folder
 from simomerge.checkpoints.experts import own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
-from simomerge.core.classes import make, settings_of
+from simomerge.core.classes import make, settings_of, trusting
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, load_backbone, load_encoder, timm
+from simomerge.models.encoders.allocation import check_tensors
 from simomerge.models.encoders.loading import quiet
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
@@ -171,8 +173,12 @@ class SimoModel(nn.Module):
         return {"encoder": self.encoder.describe(), "adapters": adapters.settings if adapters is not None else None}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SimoModel:
+    def from_pretrained(cls, folder: str | Path, trust_code: bool = False) -> SimoModel:
         """Read a model folder.
+
+        Args:
+            folder: The folder.
+            trust_code: Import and run custom classes that it names and that are not registered; see `load`.
 
         Raises:
             InputError: A file is missing, truncated or belongs to another model; the message names it.
@@ -184,50 +190,60 @@ class SimoModel(nn.Module):
         for file in (folder / "encoder").glob("*.safetensors"):
             check_safetensors(file)
         try:
-            model = cls._from_description(description, folder / "encoder")
+            with trusting(trust_code):
+                model = cls._from_description(description, folder)
+        except InputError as error:
+            raise error if str(folder) in str(error) else InputError(f"{folder / FILE}: {error}") from error
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{folder / 'simo.json'}: does not describe a model ({type(error).__name__}: {error});"
+                f"{folder / FILE}: does not describe a model ({type(error).__name__}: {error});"
                 " take the model from its source again."
             ) from error
-        for name, head in model.heads.items():
-            _load_tensors(head, head_file(folder, name))
-        if model.encoder.adapters is not None:
-            _load_tensors(model.encoder.adapters, folder / "adapters.safetensors")
         return model.eval()
 
     @classmethod
-    def _from_description(cls, description: dict[str, Any], weights: Path) -> SimoModel:
-        """The model that simo.json describes. The weights of heads and adapters are not loaded yet."""
-        settings = description["encoder"]
+    def _from_description(cls, description: dict[str, Any], folder: Path) -> SimoModel:
+        """The model that simo.json in a folder describes, with its weights."""
+        settings, weights = description["encoder"], folder / "encoder"
         encoder: Encoder
         if "class" in settings:
-            encoder = CustomEncoder(make(settings["class"], settings["settings"], nn.Module))
-            _load_tensors(encoder.backbone, weights / "model.safetensors")
+            create = partial(make, settings["class"], settings["settings"], nn.Module)
+            encoder = CustomEncoder(_with_tensors(create, weights / "model.safetensors"))
         else:
             how = (settings[name] for name in ("taps", "mean", "std", "apply_layernorm"))
             encoder = Encoder(load_backbone(weights), *how)
         if description["adapters"]:
-            encoder.add_adapters(**description["adapters"])
+            create = partial(encoder.add_adapters, **description["adapters"])
+            _with_tensors(create, folder / "adapters.safetensors")
         tasks = {name: Task.from_dict(data) for name, data in description["tasks"].items()}
         heads = {}
         for name, task in tasks.items():
             spec = description["heads"][name]
-            heads[name] = build_head(spec["kind"], encoder.channels, task.channels, spec["settings"])
+            create = partial(build_head, spec["kind"], encoder.channels, task.channels, spec["settings"])
+            heads[name] = _with_tensors(create, head_file(folder, name))
         return cls(encoder, tasks, heads, description["provenance"])
 
 
-def load(source: str | Path) -> SimoModel:
+def load(source: str | Path, trust_code: bool = False) -> SimoModel:
     """Load a model folder, or a foundation encoder without heads: a hub id, a transformers folder, or ``timm:NAME``.
 
+    Loading runs no code of the folder. An encoder or a head of a class outside simomerge is created only if the class
+    is registered (`register_encoder`, `register_head`), or with ``trust_code``.
+
+    Args:
+        source: The folder or name.
+        trust_code: Import the modules of classes that the folder names, and run their code. Only for folders whose
+            origin you trust.
+
     Raises:
-        InputError: No such source, no network for a hub id, or a file that cannot be read.
+        InputError: No such source, no network for a hub id, a file that cannot be read, or a class that is neither
+            registered nor trusted.
     """
     folder = local_source(source)
     if str(source).startswith(timm.PREFIX):
         model = SimoModel(timm.TimmEncoder(str(source).removeprefix(timm.PREFIX), pretrained=True), {}, {})
     elif (Path(folder) / "simo.json").exists():
-        model = SimoModel.from_pretrained(folder)
+        model = SimoModel.from_pretrained(folder, trust_code)
     else:
         model = SimoModel(load_encoder(folder), {}, {})
     model.source = str(source)
@@ -292,12 +308,15 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
-def _load_tensors(module: nn.Module, path: Path) -> None:
+def _with_tensors(create: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """A module with the tensors of a file. It is created only if it has exactly these tensors."""
     from safetensors.torch import load_file
 
-    check_safetensors(existing(path))
+    check_tensors(existing(path), create)
+    module = create()
     try:
         module.load_state_dict(load_file(path))
     except RuntimeError as error:
         first_line = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: does not fit simo.json ({first_line}).") from error
+    return module

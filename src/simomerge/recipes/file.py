@@ -10,9 +10,11 @@ from pydantic import TypeAdapter
 
 from simomerge.assembly.realign import realignments
 from simomerge.assembly.realign.method import TrainedRealignment
+from simomerge.core.documents import read_yaml
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
-from simomerge.core.schema import plain_value, read_yaml
+from simomerge.core.schema import plain_value
+from simomerge.core.text import shown
 from simomerge.merging import available
 from simomerge.recipes.recipe import REALIGN, REFINE, Recipe, RecipeError, steps_of
 
@@ -46,7 +48,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
         _set(content, key, value)
     untyped = {key: plain_value(content[key]) for key in _UNTYPED if key in content}
     given: dict[str, Any] = {"output": f"runs/{path.stem}", "title": path.stem, **content, **untyped}
-    errors = [f"unknown key {key!r}" for key in given if not isinstance(key, str)]
+    errors = [f"unknown key {shown(key)}" for key in given if not isinstance(key, str)]
     given = {key: value for key, value in given.items() if isinstance(key, str)}
     errors += [*_epochs(given), *_misplaced(given)]
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from simomerge.core import distributed
+from simomerge.core.documents import read_json
 from simomerge.core.files import remove_leftovers
 from simomerge.core.progress import labelled_progress, progress
 from simomerge.datasets.base import DenseDataset
@@ -155,7 +156,7 @@ class Graph:
 
 def read_log(output: Path) -> dict[str, Any]:
     """The log of a finished stage: what it cost and found."""
-    log: dict[str, Any] = json.loads((output / "log.json").read_text(encoding="utf-8"))
+    log: dict[str, Any] = read_json(output / "log.json", "remove the stage's folder, and run the recipe again.")
     return log
 
 

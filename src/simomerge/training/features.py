@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from simomerge.core import distributed
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, Features
+
+_META = {"taps": int, "cls": int, "image_size": [int], "padded_size": [int]}
 
 
 class CachedFeatures(Dataset[dict[str, Any]]):
@@ -45,7 +48,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         self.folder = Path(folder)
         self.dataset = dataset
         self.tasks = list(tasks)
-        meta = json.loads((self.folder / "features.json").read_text(encoding="utf-8"))
+        meta = read_json(self.folder / "features.json", "remove this folder.", _META)
         self.image_size = tuple(meta["image_size"])
         self.padded_size = tuple(meta["padded_size"])
         self.maps = [np.load(self.folder / f"map{i}.npy", mmap_mode="r") for i in range(meta["taps"])]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from simomerge.core.classes import allow, allowed
 from simomerge.core.distributed import processes
 from simomerge.core.errors import InputError
 from simomerge.core.machine import available_cores, limit_threads, share_cores
@@ -66,7 +67,7 @@ class WorkerPool:
                 self.workers,
                 context=context,
                 initializer=_start_worker,
-                initargs=(self._messages, tracking.current(), self.workers),
+                initargs=(self._messages, tracking.current(), self.workers, allowed()),
             )
             self._thread = threading.Thread(target=self._forward_progress, args=(current_sink(),), daemon=True)
             self._thread.start()
@@ -126,10 +127,11 @@ class WorkerPool:
 _messages: Any = None
 
 
-def _start_worker(messages: Any, reports: tracking.Tracking | None, workers: int) -> None:
+def _start_worker(messages: Any, reports: tracking.Tracking | None, workers: int, classes: Any) -> None:
     global _messages
     _messages = messages
     tracking.use(reports)
+    allow(*classes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers; one traceback is enough
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     limit_threads(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import realign
+from simomerge.core.classes import register_encoder, register_head
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.batches import training_batches
@@ -189,6 +190,7 @@ def test_large_images_are_downscaled_as_in_a_prediction(
     assert np.load(tmp_path / "features-depth" / "cls3.npy").shape == (4, 32)
 
 
+@register_encoder
 class Tiny(nn.Module):
     """A custom encoder without CLS tokens, of two taps that differ in width and stride."""
 
@@ -203,6 +205,7 @@ class Tiny(nn.Module):
         return [first, self.second(first.relu())]
 
 
+@register_head
 class OwnHead(nn.Module):
     """A custom head."""
 

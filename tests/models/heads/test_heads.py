@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simomerge.core.classes import register_head
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import Features, load_encoder
 from simomerge.models.heads import HEADS, Foldable, build_head, head_for, head_kind
@@ -71,6 +72,7 @@ class TestTransformersHead(ImportedHeadContract):
         return settings["config"].get("readout_type") == "project"
 
 
+@register_head
 class CustomHead(Foldable, nn.Module):
     """A custom head on the second and fourth tap."""
 

@@ -29,9 +29,11 @@ from simomerge.checkpoints.parts import joined, separated
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.checkpoints.tensors import FLOATS, TensorInfo, decode, encode, tensor_info
 from simomerge.checkpoints.writing import write_safetensors
+from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_absent
 from simomerge.core.progress import progress
+from simomerge.core.text import shown
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
@@ -151,9 +153,14 @@ def _thresholds(threshold: float | str) -> tuple[float, ...]:
 
 
 def _file_name(task: str) -> str:
-    if not task or Path(task).name != task:  # it must not lead out of the folder
+    if not _is_file_name(task):
         raise InputError(f"{task!r} cannot be the name of a task, for it becomes the name of a file: choose another.")
     return task
+
+
+def _is_file_name(task: str) -> bool:
+    """Whether a task can name a file, which must not lead out of its folder."""
+    return bool(task) and Path(task).name == task and "\0" not in task and len(task.encode()) < 200
 
 
 def _small_files(expert: Source) -> dict[str, Path]:
@@ -377,16 +384,14 @@ def _read_compressed(folder: Path) -> dict[str, Any]:
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise InputError(f"{folder} is not a compressed folder (no {_DESCRIPTION} in it): give one of compress.")
+    remedy = "copy the folder from its source again."
+    description: dict[str, Any] = read_json(path, remedy, {"format": int})
+    if description["format"] > FORMAT:
+        raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        if description["format"] > FORMAT:
-            raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
-        for task, entry in description["tasks"].items():
-            if Path(task).name != task or not all(math.isfinite(entry[key]) for key in Fit.__dataclass_fields__):
-                raise ValueError(f"task {task!r}")
-        int(description["bytes_before"])
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): copy the folder from its source again.") from error
+        check(description, {"tasks": {str: dict.fromkeys(Fit.__dataclass_fields__, float)}, "bytes_before": float})
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+    if unnamed := [task for task in description["tasks"] if not _is_file_name(task)]:
+        raise InputError(f"{path} is damaged (task {shown(unnamed[0])} cannot be a file's name): {remedy}")
     return description

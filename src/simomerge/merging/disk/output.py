@@ -13,6 +13,7 @@ from simomerge.checkpoints.description import existing, head_file, model_folder
 from simomerge.checkpoints.experts import check_same_encoder, only_task
 from simomerge.checkpoints.tensors import TensorInfo
 from simomerge.checkpoints.writing import Tensors, write_safetensors, write_sharded
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_absent
 from simomerge.merging.disk.sources import CONFIGS, Source
@@ -147,7 +148,7 @@ def _copy_configs(source: Path, target: Path, layout: Mapping[str, TensorInfo]) 
     dtype = next((name for name, code in _DTYPES.items() if {code} == stored), None)
     if dtype is None or not config.is_file():
         return
-    described = json.loads(config.read_text(encoding="utf-8"))
+    described = read_json(config, "take it from its source again.")
     changed = {key: dtype for key in ("dtype", "torch_dtype") if described.get(key, dtype) != dtype}
     if changed:
         config.write_text(json.dumps(described | changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from simomerge.checkpoints.quantised import check_config
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
 from simomerge.core.hub import is_only_a_path, local_source, similar
+from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
 from simomerge.models.encoders.preprocessing import read_normalisation
@@ -121,33 +123,44 @@ def quiet() -> Iterator[None]:
 
 
 def _check_folder(source: str) -> None:
-    """Check that a source that can only be a folder exists."""
-    if not Path(source).is_dir() and is_only_a_path(source):
+    """Check that a source that can only be a folder exists, and holds a whole encoder in floating point."""
+    folder = Path(source)
+    if not folder.is_dir() and is_only_a_path(source):
         raise InputError(
             f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
             f"{similar(source)}"
         )
+    if (folder / "adapter_config.json").is_file():  # transformers would load the model that this file names
+        raise InputError(
+            f"{source}: a peft adapter, not an encoder. Merge it into its base: simomerge merge BASE task={source}."
+        )
+    check_config(folder)
 
 
 def _read(source: str) -> tuple[Any, dict[str, Any]]:
     """The vision encoder, and what transformers reports about its tensors."""
     import transformers
 
-    model_type = transformers.PretrainedConfig.get_config_dict(source)[0].get("model_type")
+    settings = transformers.PretrainedConfig.get_config_dict(source)[0]
+    check_numbers(Path(source) / "config.json", settings)
+    model_type = settings.get("model_type")
     if model_type and model_type not in transformers.CONFIG_MAPPING:
         raise unknown_encoder(source, model_type)
-    config = transformers.AutoConfig.from_pretrained(source)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     config = getattr(config, "vision_config", None) or config
     if config.model_type == "vit_mae":  # its own class hides most of the image
         config = transformers.ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"})
     if hasattr(config, "vision_use_head"):  # SigLIP's pooler
         config.vision_use_head = False
     narrow = not torch.cuda.is_available() and getattr(config, "hidden_size", 0) <= 256
-    attention = {"attn_implementation": "eager"} if narrow else {}
+    # Never what the file names, which may be code on the hub or another file. None is the choice of transformers.
+    config._attn_implementation = "eager" if narrow else None
+    config.transformers_weights = None
     family = family_of(config.model_type)
     loader = getattr(transformers, family.loads_as if family and family.loads_as else "AutoModel")
+    check_size(source, config, getattr(loader, "from_config", loader))
     found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
-        source, config=config, dtype=torch.float32, output_loading_info=True, **attention
+        source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     return found
 

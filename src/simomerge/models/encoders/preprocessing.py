@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
+from simomerge.core.text import shown
 from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
 _RESCALE = 1 / 255
+_LARGEST = 1e6
 _OTHER_PIXELS = {
     "do_flip_channel_order": "swaps the colours (BGR)",
     "do_grayscale": "removes the colours",
@@ -61,8 +63,8 @@ def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[fl
 
 def _number(path: str, name: str, settings: Mapping[str, Any]) -> float:
     value = settings.get(name, _RESCALE)
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise InputError(f"{path}: {name} is {value!r}; give a number above 0, such as 1/255 = {_RESCALE}.")
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < _LARGEST):
+        raise InputError(f"{path}: {name} is {shown(value)}; give a number above 0, such as 1/255 = {_RESCALE}.")
     return float(value)
 
 
@@ -72,9 +74,9 @@ def _channels(path: str, name: str, settings: Mapping[str, Any]) -> Sequence[flo
     if not (
         isinstance(values, Sequence)
         and len(values) == 3
-        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+        and all(isinstance(v, (int, float)) and abs(v) < _LARGEST for v in values)
     ):
-        raise InputError(f"{path}: {name} is {values!r}; give three numbers, or remove it to use the default.")
+        raise InputError(f"{path}: {name} is {shown(values)}; give three numbers, or remove it to use the default.")
     return values
 
 
@@ -86,7 +88,8 @@ def _default(path: str, name: str, settings: Mapping[str, Any]) -> Any:
     if not given:
         return {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}[name]
     kind = str(given).removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
-    for candidate in (f"{kind}Pil", kind):  # transformers 5 has variants that need no torchvision
+    candidates = (f"{kind}Pil", kind) if kind.endswith("ImageProcessor") else ()
+    for candidate in candidates:  # transformers 5 has variants that need no torchvision
         try:
             return getattr(getattr(transformers, candidate)(), name)
         except (AttributeError, ImportError, TypeError, ValueError):
@@ -103,13 +106,8 @@ def _image_processor(source: str) -> tuple[str, Mapping[str, Any]]:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
             if not path:
                 continue
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            settings = content.get(key, {}) if key else content
-            if not isinstance(settings, Mapping):
-                raise ValueError("no mapping")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); fix it, or remove it to use ImageNet's.") from error
         except OSError:
             continue
-        return str(path), settings
+        content = read_json(Path(path), "fix it, or remove it to use ImageNet's.", {f"{key}?": dict} if key else dict)
+        return str(path), content.get(key, {}) if key else content
     return source, {}

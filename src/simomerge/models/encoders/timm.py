@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simomerge.core.classes import register_encoder
 from simomerge.core.errors import InputError
 from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
@@ -15,6 +16,7 @@ PREFIX = "timm:"
 """Prefix of a timm model wherever a base can be given, as in ``timm:convnext_tiny``."""
 
 
+@register_encoder
 class TimmEncoder(nn.Module):
     """An `ImageEncoder` around a model of timm: its last four feature maps.
 

@@ -22,7 +22,8 @@ def build_head(
     """A freshly initialised head.
 
     Args:
-        kind: A key of `HEADS`, or ``module:Class`` of a custom head, which gets its settings only.
+        kind: A key of `HEADS`, or ``module:Class`` of a custom head, which gets its settings only; see
+            `simomerge.core.classes.make`.
         in_channels: Channels of each tap.
         out_channels: Channels of the task.
         settings: Further keyword arguments of the head's class.

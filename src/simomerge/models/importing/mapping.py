@@ -10,6 +10,7 @@ from torch import nn
 
 from simomerge.checkpoints import Checkpoint, canonical_name, canonicalise, fingerprint, open_checkpoint
 from simomerge.checkpoints.quantised import check_not_quantised
+from simomerge.core.classes import trusting
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.heads import HEADS, head_for
@@ -32,7 +33,8 @@ def read_mapped(file: Path, task: str, options: ImportOptions) -> SimoModel:
     weights = open_checkpoint(file)
     encoder = options.load_encoder()
     described = Task(task, options.kind, tuple(options.classes))
-    head = head_for(encoder, options.head, described.channels, **options.head_settings)
+    with trusting():  # the caller names the class, not a file
+        head = head_for(encoder, options.head, described.channels, **options.head_settings)
     expert = as_imported(encoder, described, head, str(file), "mapping")
     modules = {options.head_prefix: head}
     if prefix:

@@ -82,7 +82,9 @@ def source_model(source: str) -> nn.Module | None:
     if getattr(backbone, "num_register_tokens", 0) and not getattr(backbone, "reshape_hidden_states", True):
         return None  # transformers takes the registers for patches and fails
     with quiet():
-        model: nn.Module = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32)
+        model: nn.Module = getattr(transformers, architecture).from_pretrained(
+            source, dtype=torch.float32, attn_implementation=None, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -124,7 +126,7 @@ def _config(source: str) -> Any:
 
     with quiet():
         try:
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
             raise InputError(
                 f"{source}: not a model folder, not a weight file, and as a hub id it cannot be loaded"
@@ -146,7 +148,8 @@ def _encoder(config: Any, source: str) -> Encoder:
             backbone = DPTModel(config, add_pooling_layer=False)
             taps = [int(index) + 1 for index in config.backbone_out_indices]
         else:
-            backbone = without_pooler(AutoModel.from_config(backbone_config, dtype=torch.float32))
+            model = AutoModel.from_config(backbone_config, dtype=torch.float32, trust_remote_code=False)
+            backbone = without_pooler(model)
             taps = [int(index) for index in backbone_config.out_indices]
     layout = find_layout(backbone)
     if layout.is_pyramid:

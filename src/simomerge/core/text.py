@@ -1,0 +1,75 @@
+"""Text that came from files, as people may see it: in terminals, in Markdown and in error messages."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+LONGEST_MESSAGE = 2000
+"""Characters of an error message."""
+
+_CONTROL = {
+    code: None
+    for code in (
+        *range(32),
+        *range(127, 160),
+        *range(0x200E, 0x2010),  # marks of the direction of writing, which can show a text in another order
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        *range(0xD800, 0xE000),  # halves of characters, which no encoding can write
+    )
+    if chr(code) != "\n"
+}
+_MARKDOWN = {ord(sign): f"\\{sign}" for sign in "\\`*_{}[]<>#|!~"} | {ord("\n"): " "}
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 6
+_short.maxlevel = 3
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could change a terminal; names from files may contain them.
+
+    Example:
+        >>> printable("a\\x1b[31mb")
+        'a[31mb'
+    """
+    return text.translate(_CONTROL)
+
+
+def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """A text without control characters, of at most ``most`` characters; what is too much is cut from its middle.
+
+    Example:
+        >>> shortened("x" * 100, 9)
+        'xx ... xx'
+    """
+    text = printable(text)
+    if len(text) <= most:
+        return text
+    half = (most - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message quotes it: `repr`, in bounded time and length.
+
+    Example:
+        >>> shown("depth"), shown("x" * 100)[:10], shown(list(range(100)))
+        ("'depth'", "'xxxxxxxxx", '[0, 1, 2, 3, 4, 5, ...]')
+    """
+    try:
+        return printable(_short.repr(value))
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def markdown(text: object) -> str:
+    """A text as plain words in Markdown: no markup, no HTML, no new line.
+
+    Example:
+        >>> markdown("<b>depth|x")
+        '\\\\<b\\\\>depth\\\\|x'
+    """
+    return printable(str(text).translate(_MARKDOWN))

@@ -1,0 +1,81 @@
+"""Compare what a description would allocate with what a file holds, before any of it is allocated.
+
+A description of a few bytes can ask for any amount of memory. Modules are therefore first created on torch's "meta"
+device, where tensors have shapes but no values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from simomerge.checkpoints import Checkpoint, open_checkpoint
+from simomerge.core.errors import InputError
+
+LARGEST_NUMBER = 1_000_000
+"""No size or count in a configuration of a vision encoder comes near: vocabularies of text encoders have 256,000."""
+MOST_BLOCKS = 1000
+_COUNTS_BLOCKS = ("num_hidden_layers", "depths", "depth", "num_layers", "n_layers", "num_encoder_blocks")
+_SPARE = 20_000_000
+"""Parameters that a file may lack, such as a pooler, which is left out after loading (17 million at width 4096)."""
+
+
+def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError if a number in a configuration is larger than those of any real encoder."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            check_numbers(file, value)
+            continue
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, (int, float))]
+        blocks = sum(numbers) if key in _COUNTS_BLOCKS else 0
+        if any(abs(number) > LARGEST_NUMBER for number in numbers) or blocks > MOST_BLOCKS:
+            raise InputError(
+                f"{file}: {key} is {str(value)[:40]}, which no encoder has; take the file from its source again."
+            )
+
+
+def check_size(source: str, config: Any, create: Callable[[Any], nn.Module]) -> None:
+    """Raise InputError if an encoder would hold many more parameters than the weights in its folder.
+
+    Args:
+        source: The folder.
+        config: The configuration of transformers.
+        create: Configuration -> the model, with random weights.
+    """
+    weights = open_checkpoint(source)
+    held = sum(weights.info(name).size for name in weights)
+    with torch.device("meta"):
+        model = create(config)
+    wanted = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))
+    if wanted > held + _SPARE:
+        raise InputError(
+            f"{source}: config.json describes an encoder of {wanted / 1e6:,.0f} million parameters, but the weights"
+            f" hold {held / 1e6:,.1f} million. The file is incomplete, or its config.json belongs to another model."
+        )
+
+
+def check_tensors(file: Path, create: Callable[[], nn.Module]) -> None:
+    """Raise InputError if a module that a description creates would not have exactly the tensors of a file."""
+    weights = open_checkpoint(file)
+    try:
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in create().state_dict().items()}
+    except Exception:  # some custom modules need values: they fit or fail when they are created
+        return
+    if problem := _difference(wanted, weights):
+        raise InputError(f"{file}: does not fit simo.json ({problem}); take the model from its source again.")
+
+
+def _difference(wanted: Mapping[str, tuple[int, ...]], weights: Checkpoint) -> str:
+    for name, shape in wanted.items():
+        if name not in weights:
+            return f"'{name[:200]}' of shape {shape} is missing"
+        if weights.info(name).shape != shape:
+            return f"'{name[:200]}' has shape {weights.info(name).shape}, not {shape}"
+    unknown = next((name for name in weights if name not in wanted), "")
+    return f"'{unknown[:200]}' belongs to nothing" if unknown else ""
