@@ -12,7 +12,10 @@ from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
 
 FORMAT = 1
-"""Version of the model folder's format."""
+"""Version of the model folder's format, if all tasks share one encoder."""
+
+TREE_FORMAT = 2
+"""Version of the format if the encoder is a tree of shared blocks, which older versions of simomerge cannot read."""
 
 FILE = "simo.json"
 """The file of the description; a folder that holds it is a model folder."""
@@ -38,7 +41,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: does not describe a model; {_REMEDY}")
     if missing := [key for key in _ENTRIES if key not in description]:
         raise InputError(f"{path}: entry {missing[0]!r} is missing; {_REMEDY}")
-    if not isinstance(description["format"], int) or description["format"] > FORMAT:
+    if not isinstance(description["format"], int) or description["format"] > TREE_FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     if headless := [name for name in description["tasks"] if name not in description["heads"]]:
         raise InputError(f"{path}: task {headless[0]!r} has no head in it; {_REMEDY}")
@@ -75,6 +78,11 @@ def head_file(folder: Path, task: str) -> Path:
     return folder / "heads" / f"{task}.safetensors"
 
 
+def branch_file(folder: Path, task: str) -> Path:
+    """The file of a branch of a tree in a model folder; the task is the first one of its leaf."""
+    return folder / "branches" / f"{task}.safetensors"
+
+
 def existing(path: Path) -> Path:
     """The path of a file of a model folder. Raises InputError if there is no such file."""
     if not path.is_file():
@@ -82,15 +90,22 @@ def existing(path: Path) -> Path:
     return path
 
 
+def _shared_blocks(tree: str) -> str:
+    return f"""Which tasks share which blocks, by the last block of each level: `{tree}`. `encoder/` is a plain
+transformers folder with the blocks of the first task, `branches/` has the blocks that it does not share."""
+
+
 def model_card(description: Mapping[str, Any]) -> str:
     """The README.md of a model folder: its tasks, how to use it, and where its weights come from."""
     tasks, heads = description["tasks"], description["heads"]
+    tree = description["encoder"].get("tree")
+    parts = "One encoder" if not tree else "Shared and own blocks"
     rows = "\n".join(f"| {name} | {task.get('kind', name)} | {heads[name]['kind']} |" for name, task in tasks.items())
     return f"""---
 library_name: simomerge
 tags: [model-merging, dense-prediction, multi-task]
 ---
-# One encoder, {len(tasks)} task{"s" if len(tasks) != 1 else ""}
+# {parts}, {len(tasks)} task{"s" if len(tasks) != 1 else ""}
 
 | task | kind | head |
 | --- | --- | --- |
@@ -103,7 +118,7 @@ model = sm.load("this/folder")
 maps = model.predict("photo.jpg")  # one array per task, at the photo's size
 ```
 
-`encoder/` is a plain transformers folder. Where the weights come from:
+{_shared_blocks(tree) if tree else "`encoder/` is a plain transformers folder."} Where the weights come from:
 
 ```json
 {json.dumps(description["provenance"], indent=2)}

@@ -61,6 +61,9 @@ class CustomEncoder(Encoder):
         layout = Layout(channels, strides, has_cls=bool(getattr(module, "has_cls", False)))
         super().__init__(module, range(1, len(channels) + 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), layout=layout)
 
+    def around(self, backbone: nn.Module) -> CustomEncoder:
+        return CustomEncoder(backbone)
+
     def describe(self) -> dict[str, Any]:
         """The entry ``encoder`` of simo.json: also the class and the arguments that create it again."""
         return {**super().describe(), "class": class_path(self.backbone), "settings": settings_of(self.backbone)}
