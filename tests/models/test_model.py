@@ -345,7 +345,7 @@ def test_an_entry_that_makes_no_model_names_the_file(folder, change):
         SimoModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("number", [2, 99])
+@pytest.mark.parametrize("number", [3, 99])
 def test_a_newer_format_asks_for_an_upgrade(folder, number):
     edit(folder, lambda d: d.update(format=number))
     with pytest.raises(InputError, match=rf"simo\.json: format {number} is newer .*upgrade"):

@@ -16,13 +16,20 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
+from simomerge.relations.figures import (
+    cka_figure,
+    cosine_figure,
+    norm_figure,
+    pair_figure,
+    sharing_figure,
+    sweep_figure,
+)
 from simomerge.relations.page import FIGURES, relation_tables, seeds_section, write_relations
 from simomerge.report.drawing import NothingToDraw, inline_svg, png
 from simomerge.report.table import aligned
 
 Draw = Callable[[Any], Figure]
-DRAWN = [sweep_figure, pair_figure, norm_figure, cosine_figure, cka_figure]
+DRAWN = [sweep_figure, pair_figure, norm_figure, cosine_figure, cka_figure, sharing_figure]
 
 
 def sample(count: int = 4) -> dict[str, Any]:
@@ -45,6 +52,11 @@ def sample(count: int = 4) -> dict[str, Any]:
          "gains": dict.fromkeys(tasks, float(k - count)), "measured": k != 2}
         for k in range(1, count + 1)
     ]  # fmt: skip
+    shared = [
+        {"budget": cost, "cost": cost, "tree": f"3: {'+'.join(tasks)}", "shared": dict.fromkeys(tasks, 3),
+         "gain": cost - count, "gains": dict.fromkeys(tasks, cost - count)}
+        for cost in (1.0, 1.5, float(count))
+    ]  # fmt: skip
     return {
         "format": 1, "tasks": tasks, "judged_by": "labels", "images": 16,
         "verdict": ["One encoder would do.", "So would two."],
@@ -57,6 +69,7 @@ def sample(count: int = 4) -> dict[str, Any]:
         "cka": {"names": ["base", *tasks], "taps": [2, 4], "cka": [table(count + 1), table(count + 1)], "images": 8},
         "alignment": [{"task": "depth", "tap": 2, "r2_before": 0.1, "r2_after": 0.9, "cka_before": None,
                        "cka_after": 0.8}],
+        "sharing": shared,
     }  # fmt: skip
 
 
@@ -88,7 +101,7 @@ def test_the_folder_holds_everything_and_the_page_needs_nothing_else(tmp_path: P
     html = page.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html) and "<script" not in html
     assert "One encoder would do." in html and "a task &lt;with&gt; $a$ long name" in html and "<with>" not in html
-    assert html.count("<figure>") == html.count("<svg ") == 5
+    assert html.count("<figure>") == html.count("<svg ") == 6
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
@@ -106,6 +119,7 @@ def test_tables_for_a_terminal() -> None:
     assert any(re.match(r" +1 +-3.0 +depth \+ normals", line) for line in lines)
     assert any(re.match(r" +2 +-2.0 \*", line) for line in lines)  # predicted, not measured
     assert any(re.match(r"depth +2 +0.100 +0.900 +– +0.800", line) for line in lines)
+    assert any(re.match(r" *1.50 +-2.5 +3: depth\+normals", line) for line in lines)
     (_, first), *others = relation_tables(sample(), budget=3)
     assert [row[0] for row in first[1:]] == ["3"]
     assert not any(row[0].isdigit() for _, table in others for row in table)

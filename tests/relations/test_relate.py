@@ -38,6 +38,20 @@ def test_everything_at_once(base: SimoModel, experts: dict[str, SimoModel], data
     assert sm.relate is relate
 
 
+def test_the_curve_of_shared_blocks_goes_from_one_encoder_to_the_experts(
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset
+) -> None:
+    some = {task: experts[task] for task in ("depth", "normals")}
+    found = relate(base, some, dataset, sections=["sharing"])
+    curve = found.to_dict()["sharing"]
+    costs = [each["cost"] for each in curve]
+    assert costs == sorted(costs) and costs[0] == 1 and costs[-1] == 2
+    assert all(each["cost"] <= each["budget"] + 1e-6 for each in curve)
+    assert curve[0]["shared"] == {"depth": 4, "normals": 4} and curve[-1]["shared"] == {"depth": 0, "normals": 0}
+    assert curve[-1]["gain"] == pytest.approx(0, abs=1e-3) and curve[0]["gain"] < 0
+    assert found.verdict()[0].startswith("Shared blocks: at the cost of ")
+
+
 def test_labels_judge_if_given(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
     found = relate(base, experts, data=dataset, sections=["groups"], count=16)
     assert found.judged_by == "labels" and found.images == 16 and found.sweeps is None

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from simomerge.checkpoints.experts import (
     check_base,
@@ -55,8 +55,8 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
 
 def comparable(model: SimoModel) -> dict[str, Any]:
     """The description of a model in memory that `check_same_encoder` compares with others."""
-    description, kind = model.encoder_description(), type(model.encoder.backbone)
-    more = {"architecture": f"{kind.__module__}.{kind.__qualname__}", "patch_size": model.encoder.multiple}
+    description = model.encoder_description()
+    more = {"architecture": model.encoder.architecture, "patch_size": model.encoder.multiple}
     return {**description, "encoder": {**description["encoder"], **more}}
 
 
@@ -96,19 +96,26 @@ def assemble(
     return model
 
 
-def with_merged_encoder(
+def merged_weights(
     base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod, schedule: Schedule | None = None
-) -> SimoModel:
-    """Like `assemble`, but without provenance, because its fingerprints take time. Use it for trials."""
-    # The experts may have other taps and another normalisation than the base; the heads need the experts'.
-    encoder = copy.deepcopy(next(iter(experts.values())).encoder)
-    weights = merge_state_dicts(
+) -> dict[str, Tensor]:
+    """The merged weights of the experts' encoders, as a state dict of the backbone."""
+    return merge_state_dicts(
         base.encoder.backbone.state_dict(),
         {task: expert.encoder.backbone.state_dict() for task, expert in experts.items()},
         method,
         schedule,
-        blocks=encoder.layout.names,
+        blocks=next(iter(experts.values())).encoder.layout.names,
     )
+
+
+def with_merged_encoder(
+    base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod, schedule: Schedule | None = None
+) -> SimoModel:
+    """Like `assemble`, but without provenance, because its fingerprints take time. Use it for trials."""
+    weights = merged_weights(base, experts, method, schedule)
+    # The experts may have other taps and another normalisation than the base; the heads need the experts'.
+    encoder = copy.deepcopy(next(iter(experts.values())).encoder)
     encoder.backbone.load_state_dict(weights)
     heads = {task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()}
     return SimoModel(encoder, {task: expert.tasks[task] for task, expert in experts.items()}, heads).eval()

@@ -15,9 +15,13 @@ from simomerge.assembly.experts import assemble, check_experts, with_parameters,
 from simomerge.assembly.images import prepare
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
+from simomerge.assembly.sharing.grow import Grower, share_blocks
+from simomerge.assembly.sharing.search import choose_tree
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
+from simomerge.merging.tree import Tree, check_sharing
+from simomerge.models.encoders.tree import unit_names
 from simomerge.models.model import SimoModel, as_model, as_models
 
 AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
@@ -39,6 +43,8 @@ def merge(
     count: int | None = None,
     size: tuple[int, int] | str | None = None,
     minutes: float | None = None,
+    share: int | str | Mapping[Any, Any] | None = None,
+    budget: float | None = None,
     **parameters: Any,
 ) -> SimoModel:
     """Merge the experts' encoders into one model that has the head of every expert.
@@ -60,6 +66,10 @@ def merge(
             the experts' training size, if that is recorded; ``"own"`` keeps their sizes.
         minutes: For ``"auto"``: distil the whole model after the fold for the rest of this time, if it suffices for
             50 steps.
+        share: Which tasks share which blocks: the number of blocks that all share before each goes its own way, or a
+            tree such as ``"6: all | each"``; see `simomerge.merging.tree`. The heads are folded on ``images``. By
+            default all tasks share all blocks.
+        budget: Choose the tree on ``images`` for this cost, in units of one encoder.
         **parameters: Further parameters of the method.
 
     Returns:
@@ -75,9 +85,13 @@ def merge(
     Example:
         >>> model = merge(base, experts, "ties", density=0.2, scale=0.4)          # doctest: +SKIP
         >>> model = merge(base, experts, "auto", images="photos/")                # doctest: +SKIP
+        >>> model = merge(base, experts, budget=1.5, images="photos/")            # doctest: +SKIP
     """
     base, experts, plan = as_model(base), as_models(experts), as_schedule(schedule)
     pictures = None if images is None else prepare(images, experts, size=size)
+    if share is not None or budget is not None:
+        given = {"method": method, "scale": scale, "validation": validation, "minutes": minutes}
+        return _shared(base, experts, pictures, (share, budget), given, plan, count, parameters)
     if method == "auto":
         given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
         return _auto(base, experts, pictures, count, minutes, given)
@@ -95,6 +109,55 @@ def merge(
         raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
     searched = with_parameters(method, {**parameters, "scale": 1.0})
     return _with_best_scale(base, experts, searched, validation, pictures, count, plan)
+
+
+def _shared(
+    base: SimoModel,
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    wanted: tuple[Any, float | None],
+    given: Mapping[str, Any],
+    schedule: Schedule | None,
+    count: int | None,
+    parameters: Mapping[str, Any],
+) -> SimoModel:
+    """Share blocks as a tree says, or as a budget allows. A scale of "auto" is chosen for each group of tasks."""
+    (share, budget), method, scale = wanted, given["method"], given["scale"]
+    check_sharing(share, budget, list(experts))
+    if method == "auto" or scale == "learned" or given["minutes"] is not None:
+        raise InputError("a tree of shared blocks needs a merge method, and a number or 'auto' as scale.")
+    if given["validation"] is not None:
+        raise InputError("a tree of shared blocks is fitted on images without labels; leave validation out.")
+    if images is None:
+        raise InputError("a tree of shared blocks is fitted on images without labels: give images=, such as a folder.")
+    searched = isinstance(scale, str)
+    if searched and scale != "auto":
+        raise InputError(f"scale {scale!r}: give a number, or 'auto'.")
+    if scale is not None:
+        parameters = {**parameters, "scale": 1.0 if searched else scale}
+    chosen = with_parameters(method, parameters)
+    if chosen.needs_labels:
+        raise InputError(f"{chosen.name} needs labels, and a tree of shared blocks uses none: give another method.")
+    experts = check_experts(base, experts)
+    blocks = len(unit_names(next(iter(experts.values())).encoder))
+    tree = None if budget is not None else Tree.of(share, list(experts), blocks)
+    images = as_images(images, count or 256).readable()
+    chosen = with_statistics(chosen, experts, images)
+
+    def with_best_scale(group: Sequence[str]) -> MergeMethod:
+        return Aligner(base, {task: experts[task] for task in group}, images, 64).best_scale(chosen, schedule).method
+
+    grower = Grower(base, experts, with_best_scale if searched else chosen, schedule)
+    if tree is not None:
+        return share_blocks(grower, tree, images)
+    assert budget is not None
+    found = choose_tree(grower, images, budget)
+    model = share_blocks(grower, found.tree, images)
+    model.provenance["merge"] |= {
+        "budget": budget,
+        "disagreement": {task: round(loss, 4) for task, loss in found.losses.items()},
+    }
+    return model
 
 
 def _with_best_scale(

@@ -14,7 +14,10 @@ from simomerge.core.files import atomic_folder
 from simomerge.core.text import markdown, shown
 
 FORMAT = 1
-"""Version of the model folder's format."""
+"""Version of the model folder's format, if all tasks share one encoder."""
+
+TREE_FORMAT = 2
+"""Version of the format if the encoder is a tree of shared blocks, which older versions of simomerge cannot read."""
 
 FILE = "simo.json"
 """The file of the description; a folder that holds it is a model folder."""
@@ -23,7 +26,14 @@ _ORIGIN = {"source?": str, "fingerprint?": str}
 _SCHEMA = {
     "tasks": {str: {"kind?": str}},
     "heads": {str: {"kind": str, "settings": dict}},
-    "encoder": {"taps?": [int], "mean?": [float], "std?": [float], "apply_layernorm?": bool, "class?": str},
+    "encoder": {
+        "taps?": [int],
+        "mean?": [float],
+        "std?": [float],
+        "apply_layernorm?": bool,
+        "class?": str,
+        "tree?": dict,
+    },
     "adapters": (dict, type(None)),
     "provenance": {"base?": _ORIGIN, "experts?": {str: _ORIGIN}, "merge?": {"method?": str}, "realign?": dict},
 }
@@ -40,7 +50,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no {FILE} in it); give a folder that simomerge wrote.")
     description: dict[str, Any] = read_json(path, _REMEDY, {"format": int})
-    if description["format"] > FORMAT:
+    if description["format"] > TREE_FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     try:
         check(description, _SCHEMA)
@@ -83,6 +93,11 @@ def head_file(folder: Path, task: str) -> Path:
     return folder / "heads" / f"{task}.safetensors"
 
 
+def branch_file(folder: Path, task: str) -> Path:
+    """The file of a branch of a tree in a model folder; the task is the first one of its leaf."""
+    return folder / "branches" / f"{task}.safetensors"
+
+
 def existing(path: Path) -> Path:
     """The path of a file of a model folder. Raises InputError if there is no such file."""
     if not path.is_file():
@@ -90,18 +105,25 @@ def existing(path: Path) -> Path:
     return path
 
 
+def _shared_blocks(tree: str) -> str:
+    return f"""Which tasks share which blocks, by the last block of each level: `{tree}`. `encoder/` is a plain
+transformers folder with the blocks of the first task, `branches/` has the blocks that it does not share."""
+
+
 def model_card(description: Mapping[str, Any]) -> str:
     """The README.md of a model folder: its tasks, how to use it, and where its weights come from."""
     tasks, heads = description["tasks"], description["heads"]
     kinds = {name: (task.get("kind", name), heads[name]["kind"]) for name, task in tasks.items()}
     rows = "\n".join(f"| {name} | {markdown(kind)} | {markdown(head)} |" for name, (kind, head) in kinds.items())
+    tree = description["encoder"].get("tree")
+    parts = "One encoder" if not tree else "Shared and own blocks"
     # Names in it must not end the block of code, or begin HTML.
     provenance = json.dumps(description["provenance"], indent=2).replace("`", "\\u0060").replace("<", "\\u003c")
     return f"""---
 library_name: simomerge
 tags: [model-merging, dense-prediction, multi-task]
 ---
-# One encoder, {len(tasks)} task{"s" if len(tasks) != 1 else ""}
+# {parts}, {len(tasks)} task{"s" if len(tasks) != 1 else ""}
 
 | task | kind | head |
 | --- | --- | --- |
@@ -114,7 +136,7 @@ model = sm.load("this/folder")
 maps = model.predict("photo.jpg")  # one array per task, at the photo's size
 ```
 
-`encoder/` is a plain transformers folder. Where the weights come from:
+{_shared_blocks(tree) if tree else "`encoder/` is a plain transformers folder."} Where the weights come from:
 
 ```json
 {provenance}

@@ -73,8 +73,18 @@ def only_task(description: Mapping[str, Any], task: str) -> dict[str, Any]:
 # Experts of one encoder ---------------------------------------------------------------------------------
 
 
-def check_no_adapters(task: str, description: Mapping[str, Any]) -> None:
-    """Raise InputError if an expert has adapters in addition to its blocks."""
+def without_additions(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description without the adapters and branches that an expert must not have."""
+    return {**description, "adapters": None, "encoder": {**description["encoder"], "tree": None}}
+
+
+def check_plain(task: str, description: Mapping[str, Any]) -> None:
+    """Raise InputError if an expert has adapters in addition to its blocks, or is a tree of shared blocks."""
+    if description.get("encoder", {}).get("tree"):
+        raise InputError(
+            f"expert {task!r} is a tree of shared blocks, which cannot be merged again: give the experts that it was"
+            " made from."
+        )
     if description.get("adapters"):
         raise InputError(
             f"expert {task!r} has adapters in addition to its blocks, and merging weights would lose them: give an"
@@ -94,7 +104,7 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
         InputError: an expert with adapters, or two that differ in a setting.
     """
     for task, description in descriptions.items():
-        check_no_adapters(task, description)
+        check_plain(task, description)
     first = next(iter(descriptions))
     reference = descriptions[first]["encoder"]
     for task, description in descriptions.items():

@@ -33,6 +33,9 @@ def command(path: str, as_json: bool) -> None:
         from simomerge.checkpoints import read_description
 
         found["model"] = read_description(Path(source))
+        files = [*Path(source).glob("branches/*.safetensors"), *Path(source).glob("stitches.safetensors")]
+        parts = list(map(open_checkpoint, sorted(files)))
+        found["branch_parameters"] = sum(part.info(name).size for part in parts for name in part)
     say(as_json, found, *_lines(found))
 
 
@@ -50,6 +53,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  task {name}: {task.get('kind', name)}, {head} head")
     encoder = model["encoder"]
     lines.append(f"  taps {encoder['taps']}, final layer norm {'on' if encoder['apply_layernorm'] else 'off'}")
+    if encoder.get("tree"):
+        from simomerge.merging.tree import Tree
+
+        tree = Tree.read(encoder["tree"])
+        lines.append(
+            f"  shared blocks, {tree.cost():.2f} encoders if all blocks cost the same;"
+            f" {found['branch_parameters'] / 1e6:.2f} M parameters more in branches and stitches:"
+        )
+        lines += [f"    {line}" for line in tree.drawing().splitlines()]
     if model["adapters"]:
         lines.append(f"  adapters of rank {model['adapters']['rank']}")
     for key, value in model["provenance"].items():

@@ -45,6 +45,13 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
     type=click.FloatRange(0, min_open=True),
     help="Time for --method auto: it distils the whole model after the fold for the rest of this time.",
 )
+@click.option("--branch", type=int, metavar="K", help="All tasks share K blocks, then each has its own.")
+@click.option(
+    "--share",
+    metavar="TREE",
+    help="Which tasks share which blocks, as '6: a+b, c | each' or a YAML file; see docs/sharing.md.",
+)
+@click.option("--budget", type=float, help="Choose what is shared for this cost: 1 is one encoder.")
 @options.trust_code
 @options.output()
 def command(as_json: bool, **given: Any) -> None:
@@ -62,13 +69,15 @@ def command(as_json: bool, **given: Any) -> None:
     wanted = _Wanted(**given)
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
-    details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in ("method", "tried", "then"))
+    unseen = ("method", "tried", "then", "tree", "groups", "stitches")
+    details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in unseen)
     say(
         as_json,
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
         *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
         f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
-        *(["The heads are folded."] if wanted.method == "auto" else []),
+        *_tree_lines(made),
+        *(["The heads are folded."] if wanted.method == "auto" or wanted.shares_blocks else []),
         *([made["then"]] if "then" in made else []),
         f"{'Model' if tasks else 'Weights'}: {wanted.output}",
         f"Next: {wanted.next_step(bool(tasks))}",
@@ -92,8 +101,38 @@ class _Wanted:
     data: str
     count: int | None
     minutes: float | None
+    branch: int | None
+    share: str | None
+    budget: float | None
     output: Path
     overwrite: bool
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether tasks share blocks as a tree says."""
+        return any(given is not None for given in (self.branch, self.share, self.budget))
+
+    def tree(self) -> Any:
+        """The tree as `simomerge.merge` takes it; None if it is chosen."""
+        from simomerge.core.documents import read_yaml
+
+        if self.share is not None and Path(self.share).suffix in (".yaml", ".yml"):
+            return read_yaml(Path(self.share), "give a tree, such as '6: all | each' (docs/sharing.md).")
+        return self.branch if self.share is None else self.share
+
+    def check_tree(self) -> None:
+        """Reject a tree or budget that can be rejected before a file is read."""
+        from simomerge.merging.tree import check_sharing
+
+        given = {"--branch": self.branch, "--share": self.share, "--budget": self.budget}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise InputError(f"{names[0]} and {names[1]} both say what is shared: give one of them.")
+        if self.method == "auto" or self.scale == "learned":
+            raise InputError(f"{names[0]} needs a merge method, and a number or 'auto' as --scale.")
+        if self.images is None:
+            raise InputError(f"{names[0]} fits the branches on images without labels: give --images FOLDER.")
+        check_sharing(self.tree(), self.budget, list(self.experts))
 
     @property
     def searched(self) -> bool:
@@ -105,7 +144,7 @@ class _Wanted:
         """Whether the merge computes with images."""
         from simomerge.merging import available
 
-        if self.searched or self.method == "auto":
+        if self.searched or self.shares_blocks or self.method == "auto":
             return True
         return available()[self.method].needs_data or available()[self.method].needs_labels
 
@@ -132,6 +171,8 @@ class _Wanted:
         from simomerge.merging import as_schedule, get_method
 
         given = self.given()
+        if self.shares_blocks:
+            self.check_tree()
         if (self.method == "auto" or self.scale == "learned") and self.images is None:
             what = "--method auto" if self.method == "auto" else "--scale learned"
             raise InputError(f"{what} uses images without labels: give --images FOLDER.")
@@ -142,7 +183,7 @@ class _Wanted:
         as_schedule(self.schedule)
         files = [path for path in (self.base, *self.experts.values()) if Path(path).suffix in _FILES]
         if self.uses_images and files:
-            what = f"--scale {self.scale}" if self.searched else self.method
+            what = f"--scale {self.scale}" if self.searched else "a tree" if self.shares_blocks else self.method
             raise InputError(
                 f"{files[0]} is a weight file, and {what} computes with images: give folders with config.json."
             )
@@ -173,9 +214,10 @@ class _Wanted:
         foundation, loaded = load(self.base), load_experts(**self.experts)
         parameters = self.given()
         scale = self.scale if self.searched else parameters.pop("scale", None)
-        inputs = self._inputs() if self.uses_images else {}
+        inputs = {**(self._inputs() if self.uses_images else {}), "minutes": self.minutes}
+        inputs |= {"share": self.tree(), "budget": self.budget} if self.shares_blocks else {}
         with console():
-            model = merge(foundation, loaded, self.method, scale=scale, **inputs, minutes=self.minutes, **parameters)
+            model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
         model.save_pretrained(self.output, self.overwrite)
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
 
@@ -192,7 +234,7 @@ class _Wanted:
         """The command that usually follows."""
         if not model:
             return f"simomerge diff {self.base} {self.output}   (how far it is from the base)"
-        if self.method == "auto":
+        if self.method == "auto" or self.shares_blocks:
             return f"simomerge evaluate {self.output} --data {self.data}"
         experts = " ".join(f"{task}={expert}" for task, expert in self.experts.items())
         folded = f"simomerge realign {self.output} {experts} --images FOLDER -o {self.output}-folded"
@@ -210,6 +252,20 @@ def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:
     shown = ", ".join(f"{task} {ratio:.2f}" for task, ratio in ratios.items())
     judged = f" The distances to the experts on held-out images are these times those of the fold: {shown}."
     return {"then": f"Then it was distilled for {choice['steps']} steps.{judged if shown else ''}"}
+
+
+def _tree_lines(made: dict[str, Any]) -> list[str]:
+    """The tree of shared blocks, and how well its stitches fit."""
+    if "tree" not in made:
+        return []
+    from simomerge.merging.tree import Tree
+
+    fits = [
+        f"  stitch {name}: R2 of the hidden states on held-out images {fit['r2_before']:.3f} -> {fit['r2']:.3f}"
+        for name, fit in made.get("stitches", {}).items()
+        if "r2" in fit
+    ]
+    return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + fits
 
 
 def _trial(trial: dict[str, Any]) -> str:

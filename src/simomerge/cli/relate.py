@@ -26,7 +26,8 @@ from simomerge.core.errors import InputError
 @click.option("--merged", metavar="MODEL", help="Also measure how well this merge of the experts aligns with them.")
 @click.option(
     "--sections",
-    help="Some of groups,sweeps,geometry,cka,alignment. geometry needs no images. [default: all that the inputs allow]",
+    help="Some of groups,sweeps,geometry,cka,alignment,sharing. geometry needs no images."
+    " [default: all that the inputs allow, but not sharing]",
 )
 @options.trust_code
 @options.output(required=False)

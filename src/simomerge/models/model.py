@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.checkpoints import FORMAT, read_description
-from simomerge.checkpoints.description import FILE, existing, head_file, model_folder
+from simomerge.checkpoints.description import FILE, TREE_FORMAT, branch_file, existing, head_file, model_folder
 from simomerge.checkpoints.experts import own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
@@ -23,7 +23,8 @@ from simomerge.core.classes import make, settings_of, trusting
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task, select_tasks
-from simomerge.models.encoders import CustomEncoder, Encoder, Features, load_backbone, load_encoder, timm
+from simomerge.merging.tree import Tree
+from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.encoders.allocation import check_tensors
 from simomerge.models.encoders.loading import quiet
 from simomerge.models.fingerprints import fingerprint_of
@@ -62,47 +63,56 @@ class SimoModel(nn.Module):
         if set(tasks) != set(heads):
             raise InputError(f"tasks {sorted(tasks)} and heads {sorted(heads)} must have the same names.")
         self.encoder = encoder if isinstance(encoder, Encoder) else CustomEncoder(encoder)
+        branches = self.encoder.tree.tasks if isinstance(self.encoder, TreeEncoder) else list(tasks)
+        if missing := [task for task in tasks if task not in branches]:
+            raise InputError(f"the encoder has no branch for task {missing[0]!r}; it has {', '.join(branches)}.")
         self.tasks = dict(tasks)
         self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
         self.provenance: dict[str, Any] = dict(provenance or {})
         self.source = ""  # the folder or hub id from which it was loaded
 
-    def encode(self, images: Tensor) -> Features:
-        """Float images (B, 3, H, W), RGB in [0, 1] -> Features, which all heads share."""
-        return self.encoder(images)
+    def encode(self, images: Tensor, tasks: Iterable[str] | None = None) -> Features:
+        """Float images (B, 3, H, W), RGB in [0, 1] -> Features for the heads of some tasks; of all tasks by default."""
+        return self.encoder(images, list(self.tasks if tasks is None else tasks))
 
     def decode(self, features: Features, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Features -> logits (B, C, H, W) by task, at the size of the encoded images."""
         height, width = features.image_size
         return {
-            name: self.heads[name](features)[..., :height, :width] for name in (self.tasks if tasks is None else tasks)
+            name: self.heads[name](features.of(name))[..., :height, :width]
+            for name in (self.tasks if tasks is None else tasks)
         }
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Float images (B, 3, H, W), RGB in [0, 1] -> logits by task."""
-        return self.decode(self.encode(images))
+    def forward(self, images: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Float images (B, 3, H, W), RGB in [0, 1] -> logits by task, for all tasks or some."""
+        asked = list(self.tasks if tasks is None else tasks)
+        return self.decode(self.encode(images, asked), asked)
 
     @torch.no_grad()
-    def predict(self, image: Any, max_patches: int = MAX_PATCHES) -> dict[str, np.ndarray]:
-        """Predict every task for one image.
+    def predict(
+        self, image: Any, max_patches: int = MAX_PATCHES, tasks: str | list[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Predict every task, or some, for one image.
 
         Args:
             image: A path, a PIL image, an array or a tensor of any size; see `simomerge.core.images.to_tensor`.
             max_patches: An image with more patches is downscaled for the encoder, and the predictions are upscaled to
                 its size.
+            tasks: The tasks to predict; all by default. A tree encodes only what these tasks need.
 
         Returns:
             Task -> prediction at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
             target's units; float32 (3, H, W) for normals and RGB.
 
         Raises:
-            InputError: Not an image, or too large.
+            InputError: Not an image, too large, or a task that the model does not have.
         """
+        asked = list(self.tasks if tasks is None else select_tasks(self.tasks, tasks))
         tensor = images.to_tensor(image).to(next(self.parameters()).device)
         training = self.training
         self.eval()
         try:
-            logits = self(self.fit(tensor, max_patches))
+            logits = self(self.fit(tensor, max_patches), asked)
         finally:
             self.train(training)
         maps = {name: self.tasks[name].activate(_upscaled(value, tensor))[0] for name, value in logits.items()}
@@ -138,7 +148,7 @@ class SimoModel(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write the model folder: simo.json, encoder/, heads/, adapters.safetensors, README.md.
+        """Write the model folder: simo.json, encoder/, heads/, README.md, and adapters or branches if it has some.
 
         The folder is written under a temporary name and renamed, so a crash never leaves an incomplete model.
 
@@ -148,7 +158,10 @@ class SimoModel(nn.Module):
         from safetensors.torch import save_file
 
         with model_folder(folder, self.description(), overwrite) as target:
-            _save_encoder(self.encoder, target / "encoder")
+            if isinstance(self.encoder, TreeEncoder):
+                _save_tree(self.encoder, target)
+            else:
+                _save_encoder(self.encoder, target / "encoder")
             for name, head in self.heads.items():
                 save_file(_tensors(head), head_file(target, name))
             if self.encoder.adapters is not None:
@@ -158,7 +171,7 @@ class SimoModel(nn.Module):
     def description(self) -> dict[str, Any]:
         """The content of simo.json."""
         return {
-            "format": FORMAT,
+            "format": TREE_FORMAT if isinstance(self.encoder, TreeEncoder) else FORMAT,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "heads": {
                 name: {"kind": head_kind(head), "settings": settings_of(head)} for name, head in self.heads.items()
@@ -199,6 +212,8 @@ class SimoModel(nn.Module):
                 f"{folder / FILE}: does not describe a model ({type(error).__name__}: {error});"
                 " take the model from its source again."
             ) from error
+        if isinstance(model.encoder, TreeEncoder):
+            _load_branches(model.encoder, folder)
         return model.eval()
 
     @classmethod
@@ -212,6 +227,8 @@ class SimoModel(nn.Module):
         else:
             how = (settings[name] for name in ("taps", "mean", "std", "apply_layernorm"))
             encoder = Encoder(load_backbone(weights), *how)
+        if settings.get("tree"):
+            encoder = TreeEncoder(Tree.read(settings["tree"]), encoder)
         if description["adapters"]:
             create = partial(encoder.add_adapters, **description["adapters"])
             _with_tensors(create, folder / "adapters.safetensors")
@@ -298,6 +315,30 @@ def _save_encoder(encoder: Encoder, folder: Path) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _save_tree(encoder: TreeEncoder, folder: Path) -> None:
+    """Write the first path of a tree as a complete encoder, what every other path has of its own, and the stitches."""
+    from safetensors.torch import save_file
+
+    with encoder.plain(0):
+        _save_encoder(encoder.paths[0], folder / "encoder")
+    (folder / "branches").mkdir()
+    for place, leaf in enumerate(encoder.tree.leaves):
+        if place:
+            own = {name: _stored(tensor) for name, tensor in encoder.branch_tensors(place).items()}
+            save_file(own, branch_file(folder, encoder.tree.nodes[leaf].tasks[0]))
+    if encoder.stitches:
+        save_file(_tensors(nn.ModuleDict(encoder.stitches)), folder / "stitches.safetensors")
+
+
+def _load_branches(encoder: TreeEncoder, folder: Path) -> None:
+    for place, leaf in enumerate(encoder.tree.leaves):
+        if place:
+            path = branch_file(folder, encoder.tree.nodes[leaf].tasks[0])
+            _load(partial(encoder.load_branch, place), path)
+    if encoder.stitches:
+        _load(nn.ModuleDict(encoder.stitches).load_state_dict, folder / "stitches.safetensors")
+
+
 def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
     """Logits at the size of an image, which may have been downscaled for the encoder."""
     size = image.shape[-2:]
@@ -305,18 +346,28 @@ def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return {name: _stored(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def _with_tensors(create: Callable[[], nn.Module], path: Path) -> nn.Module:
     """A module with the tensors of a file. It is created only if it has exactly these tensors."""
-    from safetensors.torch import load_file
-
     check_tensors(existing(path), create)
     module = create()
+    _load(module.load_state_dict, path)
+    return module
+
+
+def _load(assign: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
+    """Read a file and assign its tensors. Raises InputError if they do not fit."""
+    from safetensors.torch import load_file
+
+    check_safetensors(existing(path))
     try:
-        module.load_state_dict(load_file(path))
+        assign(load_file(path))
     except RuntimeError as error:
         first_line = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: does not fit simo.json ({first_line}).") from error
-    return module

@@ -207,7 +207,7 @@ def alignment(
         with evaluating(model), autocast(batch.images.device):
             merged = model.encode(batch.images)
         for task, features in batch.features.items():
-            for tap, ours, theirs in zip(taps, merged.maps, features.maps, strict=True):
+            for tap, ours, theirs in zip(taps, merged.of(task).maps, features.maps, strict=True):
                 for sums, chosen in zip(pairs[task, tap], (~batch.held_out, batch.held_out), strict=True):
                     sums.add([ours[chosen], theirs[chosen]])
     return [_measure(task, tap, *sums) for (task, tap), sums in pairs.items()]

@@ -68,6 +68,29 @@ def pair_figure(found: Found) -> Figure:
 
 
 @figure_style()
+def sharing_figure(found: Found) -> Figure:
+    """The mean gain, and that of every task, against the cost of trees of shared blocks and of whole encoders."""
+    curve = _section(found, "sharing")
+    figure = new_figure(WIDTH, 3.0)
+    axes = figure.subplots()
+    costs = [each["cost"] for each in curve]
+    for task, colour in _coloured(found["tasks"]):
+        axes.plot(costs, numbers([each["gains"][task] for each in curve]), color=colour, lw=1.3)
+    axes.plot(costs, numbers([each["gain"] for each in curve]), color=LIGHT["ink"], lw=2.4, marker="o", ms=3.5)
+    if groups := found.get("groups"):
+        encoders = [len(choice["groups"]) for choice in groups["choices"]]
+        axes.scatter(
+            encoders, numbers([choice["gain"] for choice in groups["choices"]]), color=LIGHT["muted"], marker="s"
+        )
+    axes.axhline(0, color=LIGHT["muted"], lw=0.8, ls="--")
+    axes.grid(axis="y")
+    axes.set_xlabel("cost, in encoders")
+    axes.set_title("gain over the experts, in %: mean (thick) and by task; squares: whole encoders for groups of tasks")
+    _task_legend(figure, found["tasks"])
+    return figure
+
+
+@figure_style()
 def norm_figure(found: Found) -> Figure:
     """The norm of every task vector, relative to the base's weights, block by block."""
     blocks, tasks = _blocks(found), found["tasks"]

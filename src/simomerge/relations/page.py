@@ -12,7 +12,14 @@ from typing import Any
 from markupsafe import Markup
 
 from simomerge.core.files import atomic_write_text
-from simomerge.relations.figures import cka_figure, cosine_figure, norm_figure, pair_figure, sweep_figure
+from simomerge.relations.figures import (
+    cka_figure,
+    cosine_figure,
+    norm_figure,
+    pair_figure,
+    sharing_figure,
+    sweep_figure,
+)
 from simomerge.report.drawing import NothingToDraw, inline_figures, png
 from simomerge.report.facts import MISSING, signed
 from simomerge.report.page import render_html
@@ -25,6 +32,7 @@ Table = list[list[str]]
 
 FIGURES = {
     "Pairs": pair_figure,
+    "Sharing": sharing_figure,
     "Sweeps": sweep_figure,
     "Norms": norm_figure,
     "Cosines": cosine_figure,
@@ -105,6 +113,9 @@ def relation_tables(found: Found, budget: int | None = None) -> Iterator[tuple[s
         chosen = [c for c in found["groups"]["choices"] if budget in (None, c["budget"])]
         rows = [[str(c["budget"]), signed(c["gain"]) + ("" if c["measured"] else " *"), _named(c)] for c in chosen]
         yield "", [["encoders", "gain %", "groups"], *rows]
+    if "sharing" in found:
+        rows = [[f"{each['cost']:.2f}", signed(each["gain"]), each["tree"]] for each in found["sharing"]]
+        yield "Shared blocks", [["encoders", "gain %", "tree"], *rows]
     if "sweeps" in found:
         yield "Sensitivity and effects", _sweep_table(found["sweeps"], tasks)
     if "geometry" in found:

@@ -19,11 +19,15 @@ from simomerge.models.model import SimoModel, as_model, as_models
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
 from simomerge.relations.geometry import Geometry, geometry
 from simomerge.relations.grouping import Grouping, group_tasks
+from simomerge.relations.sharing import SharedBlocks, sharing_curve
 from simomerge.relations.sweep import LAMBDAS, Sweeps, check_lambdas, sweep
 from simomerge.relations.verdict import verdict
 
 SECTIONS = ("groups", "sweeps", "geometry", "cka", "alignment")
-"""What `relate` can measure; docs/relations.md describes the numbers of each section."""
+"""What `relate` measures by default; docs/relations.md describes the numbers of each section."""
+
+ON_REQUEST = ("sharing",)
+"""Sections that take longer and are measured only if they are named."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Relations:
         tasks: the tasks in order.
         judged_by: "labels", "the experts' predictions", or "" if nothing was judged.
         images: number of images.
-        groups, sweeps, geometry, cka, alignment: the sections.
+        groups, sweeps, geometry, cka, alignment, sharing: the sections.
     """
 
     tasks: list[str]
@@ -45,6 +49,7 @@ class Relations:
     geometry: Geometry | None = None
     cka: Similarity | None = None
     alignment: list[TapAlignment] | None = None
+    sharing: list[SharedBlocks] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with None for numbers that do not exist; docs/relations.md explains the content."""
@@ -58,6 +63,7 @@ class Relations:
             "geometry": self.geometry and [asdict(part) for part in self.geometry.parts],
             "cka": self.cka and asdict(self.cka),
             "alignment": None if self.alignment is None else [asdict(row) for row in self.alignment],
+            "sharing": [{**asdict(each), "gain": each.gain} for each in self.sharing or ()] or None,
         }
         found = {"format": 1, "tasks": self.tasks, "judged_by": self.judged_by, "images": self.images, **sections}
         plain = {key: _plain(value) for key, value in found.items() if value is not None}
@@ -99,7 +105,7 @@ def relate(
             read.
         data: a dataset with labels of every task; never the test split.
         merged: a model merged from these experts, for the section "alignment".
-        sections: names of `SECTIONS`; by default all that the other arguments allow.
+        sections: names of `SECTIONS` or `ON_REQUEST`; by default all of `SECTIONS` that the other arguments allow.
         count: number of images. With labels use more, since every score contains the expert's own errors.
         size: (height, width) that the pictures of a folder or list are resized to, or "own"; see `simomerge.merge`.
         lambdas: values of lambda in the sweeps; must contain 0 and 1.
@@ -140,13 +146,15 @@ def _measure(
     if "geometry" in chosen:
         found["geometry"] = geometry(base, experts)
     fold_images, judge_images = halves(source)
-    if {"groups", "sweeps"} & set(chosen):
+    if {"groups", "sweeps", "sharing"} & set(chosen):
         judge = Judge(experts, judge_images, labelled)
         found["judged_by"] = "labels" if labelled else "the experts' predictions"
         if "sweeps" in chosen:
             found["sweeps"] = sweep(base, experts, judge, lambdas)
         if "groups" in chosen:
             found["groups"] = group_tasks(base, experts, fold_images, judge)
+        if "sharing" in chosen:
+            found["sharing"] = sharing_curve(base, experts, fold_images, judge)
     if "cka" in chosen:
         found["cka"] = similarity(base, experts, judge_images, None)
     if "alignment" in chosen and merged is not None:
@@ -155,7 +163,7 @@ def _measure(
 
 
 def check_sections(sections: Iterable[str] | None, has_images: bool, has_merged: bool) -> list[str]:
-    """The sections to measure, in the order of `SECTIONS`.
+    """The sections to measure, in the order of `SECTIONS`, then `ON_REQUEST`.
 
     Args:
         sections: requested names; None for all that are possible.
@@ -170,16 +178,17 @@ def check_sections(sections: Iterable[str] | None, has_images: bool, has_merged:
             raise InputError("relate looks at images: give images or labelled data, or ask for 'geometry' alone.")
         return [name for name in SECTIONS if has_merged or name != "alignment"]
     asked = [sections] if isinstance(sections, str) else list(sections)
+    known = (*SECTIONS, *ON_REQUEST)
     for name in asked:
-        if name not in SECTIONS:
-            raise InputError(f"no section {name!r}{suggestion(name, SECTIONS)}")
+        if name not in known:
+            raise InputError(f"no section {name!r}{suggestion(name, known)}")
         if not has_images and name != "geometry":
             raise InputError(f"the section {name!r} looks at images: give images or labelled data.")
         if name == "alignment" and not has_merged:
             raise InputError("the section 'alignment' compares a merged model with its experts: give the merged model.")
     if not asked:
-        raise InputError(f"no section requested; choose from {', '.join(SECTIONS)}.")
-    return [name for name in SECTIONS if name in asked]
+        raise InputError(f"no section requested; choose from {', '.join(known)}.")
+    return [name for name in known if name in asked]
 
 
 def _check_experts(

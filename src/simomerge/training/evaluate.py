@@ -69,7 +69,7 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
     with evaluating(model):
         for batch in ordered_batches(dataset.select(shared), batch_size, shared=True):
             with autocast(device):
-                logits = model.decode(model.encode(batch["image"].to(device)), shared)
+                logits = model(batch["image"].to(device), shared)
             for name in shared:
                 metrics[name].update(model.tasks[name].activate(logits[name].float()), batch[name].to(device))
             done += len(batch["image"]) * distributed.processes()

@@ -136,6 +136,10 @@ class Distill(TrainedRealignment):
     def encoder_change(self) -> str:
         return "" if self.trains == "heads" else self.trains
 
+    @property
+    def takes_trees(self) -> bool:
+        return self.trains in ("heads", "encoder")
+
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, distil_heads
 

@@ -111,7 +111,7 @@ class ExpertDistances:
         targets, layers = self._predicted(batch["image"], model)
         found = {name: task.distance(logits[name], targets[name]) for name, task in model.tasks.items()}
         for name, wanted in layers.items():
-            given = [projection(features) for projection in _projections(model, name)]
+            given = [projection(features.of(name)) for projection in _projections(model, name)]
             found[f"{name}/features"] = torch.stack(list(map(_relative_error, given, wanted))).mean()
         return found
 

@@ -56,6 +56,10 @@ class Fold(Realignment):
     def phrase(self) -> str:
         return "folding its heads" + (" cross tap" if self.variant == "cross-tap" else "")
 
+    @property
+    def takes_trees(self) -> bool:
+        return True
+
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.agreement import Agreement
         from simomerge.assembly.realign.sums import fold_heads, head_targets

@@ -45,6 +45,10 @@ class Heads(TrainedRealignment):
     def phrase(self) -> str:
         return "re-aligning its heads"
 
+    @property
+    def takes_trees(self) -> bool:
+        return True
+
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import train_heads
         from simomerge.checkpoints import parse_size

@@ -50,13 +50,14 @@ class FoldLayout:
                     self.parts.append(Part(task, index, piece, system, slice(first, self.outputs[system])))
 
     def _system(self, task: str, piece: Projection) -> System:
+        source = self.model.encoder.source(task)
         if self.variant == "per-tap":
-            return System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid)
+            return System(tuple(sorted(piece.maps)), tuple(sorted(piece.cls)), piece.grid, source)
         head: Any = self.model.heads[task]
         taps = tuple(range(len(self.model.encoder.channels))) if getattr(head, "widens", False) else piece.taps
         # Taps of equal stride have the same grid, so that their projections share one system.
         strides = self.model.encoder.strides
-        return System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]))
+        return System(taps, taps if piece.cls else (), strides.index(strides[piece.grid]), source)
 
     def targets(self, experts: Mapping[str, Features]) -> list[Tensor]:
         """The target of each part from the experts' features by task: (B, n, O) per part."""
@@ -70,5 +71,6 @@ class FoldLayout:
         found = {}
         for system, pairs in members.items():
             target = torch.cat([value for _, value in pairs], 2)
-            found[system] = target, target - torch.cat([tokens(part.projection(features)) for part, _ in pairs], 2)
+            outputs = [tokens(part.projection(features.of(part.task))) for part, _ in pairs]
+            found[system] = target, target - torch.cat(outputs, 2)
         return found

@@ -94,6 +94,11 @@ class Realignment(ABC):
         return bool(self.encoder_change)
 
     @property
+    def takes_trees(self) -> bool:
+        """Whether the model's encoder may be a tree of shared blocks."""
+        return False
+
+    @property
     def trains_heads_apart(self) -> bool:
         """Whether heads are trained independently of each other, so that several workers help."""
         return False

@@ -120,7 +120,7 @@ class HeadSums:
             targets: The result of `FoldLayout.targets` for the same images.
             held_out: Which of the images are held out, bool (B,).
         """
-        self._compare(features.maps[0])
+        self._compare(features.of(next(iter(self.layout.projections))).maps[0])
         for system, (target, residual) in self.layout.residuals(features, targets).items():
             patches, cls = system.inputs(features)
             for sums, chosen in zip(self.equations[system], (~held_out, held_out), strict=True):
@@ -202,8 +202,10 @@ class HeadSums:
             hold_out: Leave out the held-out images, so that these can judge the heads.
         """
         equations = {system: train if hold_out else train + out for system, (train, out) in self.equations.items()}
-        solved, moments = self._solve_all(ridges, equations), self._moments(equations)
-        return {task: self._head(task, solved, moments) for task in self.layout.projections}
+        solved, source = self._solve_all(ridges, equations), self.layout.model.encoder.source
+        return {
+            task: self._head(task, solved, self._moments(equations, source(task))) for task in self.layout.projections
+        }
 
     def _all(self) -> Iterator[NormalEquations]:
         return (sums for pair in self.equations.values() for sums in pair)
@@ -261,10 +263,12 @@ class HeadSums:
         head: Any = self.layout.model.heads[task]
         return head.with_projections(projections, moments).eval()
 
-    def _moments(self, equations: Mapping[System, NormalEquations]) -> Moments:
+    def _moments(self, equations: Mapping[System, NormalEquations], source: str) -> Moments:
         maps: dict[int, tuple[Tensor, Tensor]] = {}
         cls: dict[int, tuple[Tensor, Tensor]] = {}
         for system, sums in equations.items():
+            if system.source != source:
+                continue
             widths = system.widths(self.channels)
             pieces = list(zip(sums.mean.split(widths), sums.variance.split(widths), strict=True))
             maps |= dict(zip(system.maps, pieces, strict=False))

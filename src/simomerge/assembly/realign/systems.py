@@ -17,11 +17,15 @@ from simomerge.models.heads.resize import resize
 
 
 class System(NamedTuple):
-    """The inputs of one system: patches of some taps and CLS tokens of some taps, on the grid of one tap."""
+    """The inputs of one system: patches of some taps and CLS tokens of some taps, on the grid of one tap.
+
+    ``source`` names the features, if the encoder is a tree: `Encoder.source`.
+    """
 
     maps: tuple[int, ...]
     cls: tuple[int, ...]
     grid: int
+    source: str = ""
 
     def widths(self, channels: Sequence[int]) -> list[int]:
         """Number of inputs per tap: first of the patches, then of the CLS tokens."""
@@ -32,6 +36,7 @@ class System(NamedTuple):
 
     def inputs(self, features: Features) -> tuple[Tensor, Tensor]:
         """The patches (B, n, D_z) and the CLS tokens (B, D_c)."""
+        features = features.of(self.source)
         size = (features.maps[self.grid].shape[-2], features.maps[self.grid].shape[-1])
         patches = [tokens(resize(features.maps[tap].float(), size)) for tap in self.maps]
         cls = [features.cls[tap].float() for tap in self.cls]

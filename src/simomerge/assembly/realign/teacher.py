@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simomerge.assembly.experts import comparable
 from simomerge.assembly.images import check_images
-from simomerge.checkpoints.experts import check_merged_from, check_same_encoder
+from simomerge.checkpoints.experts import check_merged_from, check_same_encoder, without_additions
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
@@ -94,8 +94,8 @@ def matching_experts(model: SimoModel, experts: Mapping[str, SimoModel] | None) 
     if unknown:
         raise InputError(f"expert {unknown[0]!r}: the model has no such task; it has {', '.join(model.tasks)}.")
     named = {task: as_expert(experts[task], task) for task in model.tasks}
-    # The model may have adapters: they are a part of the encoder whose features the heads read.
-    merged = {**comparable(model), "adapters": None}
+    # The model may have adapters or be a tree: these are parts of the encoder whose features the heads read.
+    merged = without_additions(comparable(model))
     check_same_encoder({"the model": merged, **{task: comparable(expert) for task, expert in named.items()}})
     for task, expert in named.items():
         _check_device_and_task(model, task, expert)

@@ -84,10 +84,14 @@ def train_heads(
         cache_budget: Bytes that the features may take on disk.
     """
     work, data = inputs.work_folder, inputs.data
-    if not (work / "features").exists():
-        cache_features(model.encoder, data, work / "features", budget=cache_budget)
     common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
-    jobs = [(_train_one, {"head": head, "task": model.tasks[name], **common}) for name, head in model.heads.items()]
+    jobs = []
+    for name, head in model.heads.items():
+        source = model.encoder.source(name)
+        features = work / (f"features-{source}" if source else "features")
+        if not features.exists():
+            cache_features(model.encoder.branch(name), data, features, budget=cache_budget)
+        jobs.append((_train_one, {"head": head, "task": model.tasks[name], "features": features, **common}))
     with WorkerPool(min(inputs.workers, len(jobs))) as pool:
         outcomes = pool.run(jobs)
     for head, (state, _log) in zip(model.heads.values(), outcomes, strict=True):
@@ -127,13 +131,13 @@ def distil_heads(
 
 
 def _train_one(
-    head: nn.Module, task: Task, data: Any, settings: TrainSettings, work: Path, criterion: str
+    head: nn.Module, task: Task, features: Path, data: Any, settings: TrainSettings, work: Path, criterion: str
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     """Weights (as arrays, which are cheap to send between processes) and log of one head's training."""
     log = train_head(
         head,
         task,
-        CachedFeatures(work / "features", data, [task.name]),
+        CachedFeatures(features, data, [task.name]),
         settings,
         state_file=work / f"{task.name}.pt",
         label=f"{'head' if criterion == 'loss' else 'distill'} {task.name}",

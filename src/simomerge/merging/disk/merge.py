@@ -10,7 +10,7 @@ from typing import Any
 
 from simomerge.checkpoints.experts import (
     check_base,
-    check_no_adapters,
+    check_plain,
     merge_provenance,
     warn_of_unrecorded_base,
 )
@@ -78,7 +78,7 @@ def merge_on_disk(
     opened = {name: open_source(path, foundation.weights) for name, path in experts.items()}
     target.check([foundation, *opened.values()])
     for name, expert in opened.items():
-        check_no_adapters(name, expert.description or {})
+        check_plain(name, expert.description or {})
     makes_model = not target.is_file and bool(opened) and all(expert.description for expert in opened.values())
     if makes_model:
         describe_heads(opened)  # reports heads that do not fit before the long work

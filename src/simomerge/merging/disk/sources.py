@@ -18,6 +18,7 @@ from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.quantised import check_config
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.core.assets import EMBEDDED_BASE
+from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 
 CONFIGS = ("config.json", "preprocessor_config.json")
@@ -81,7 +82,7 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     """Open a base or, with ``base``, an expert of it, without reading a value; by its path, hub id or embedded name.
 
     Raises:
-        InputError: nothing there, a damaged file, or quantised weights.
+        InputError: nothing there, a damaged file, quantised weights, or a tree of shared blocks.
     """
     given = os.fspath(path)
     path = Path(local_source(given, bare=False))
@@ -89,6 +90,11 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     if base is not None and is_lora_folder(path):
         return Source(path, open_lora(path, base), None, hub_id)
     description = read_description(path) if (path / FILE).is_file() else None
+    if description and description["encoder"].get("tree"):
+        raise InputError(
+            f"{given}: a tree of shared blocks, which has no single set of encoder weights. Give one encoder, or the"
+            " experts that the tree was made from."
+        )
     source = Source(path, open_checkpoint(path), description, hub_id)
     if path.is_dir():
         check_config(source.encoder_folder())

@@ -63,7 +63,7 @@ class Depth:
         """Like `index`, but embeddings count as the first block and other tensors outside the blocks as the last."""
         index = self.index(name)
         if index is None:
-            index = 0 if any(word in name for word in ("embed", "stem", "token", "pre_l")) else self.blocks - 1
+            index = 0 if comes_first(name) else self.blocks - 1
         return max(index, 0)
 
     def _key(self, name: str) -> tuple[int, ...]:
@@ -72,3 +72,11 @@ class Depth:
             own = self._own.get(name, name)
             return tuple(place for place, block in enumerate(self._declared) if own.startswith(f"{block}."))
         return tuple(int(number) for number in _NUMBERED.findall(name)[:2])
+
+
+def comes_first(name: str) -> bool:
+    """Whether a tensor outside all blocks belongs before the first one, judged by its name.
+
+    A table of relative positions that all blocks share does, too.
+    """
+    return any(word in name for word in ("embed", "stem", "token", "pre_l", "position_bias"))

@@ -80,6 +80,9 @@ class CustomEncoder(Encoder):
         super().__init__(module, range(1, len(channels) + 1), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), layout=layout)
         self._shapes: list[BlockShape] = []
 
+    def around(self, backbone: nn.Module) -> CustomEncoder:
+        return CustomEncoder(backbone)
+
     def describe(self) -> dict[str, Any]:
         """The entry ``encoder`` of simo.json: also its blocks, its class and the arguments that create it again."""
         blocks = {"blocks": list(self.layout.names)} if self.layout.names else {}

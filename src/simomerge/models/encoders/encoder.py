@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -115,6 +116,16 @@ class Encoder(nn.Module):
             for name, buffer in (("mean", self.mean), ("std", self.std))
         }
 
+    @property
+    def architecture(self) -> str:
+        """The class of the backbone."""
+        return f"{type(self.backbone).__module__}.{type(self.backbone).__qualname__}"
+
+    def around(self, backbone: nn.Module) -> Encoder:
+        """An encoder with the same settings around another backbone of the same architecture."""
+        mean, std = self.preprocessing["mean"], self.preprocessing["std"]
+        return Encoder(backbone, self.taps, mean, std, self.apply_layernorm)
+
     def describe(self) -> dict[str, Any]:
         """The entry ``encoder`` of simo.json."""
         return {"taps": list(self.taps), "apply_layernorm": self.apply_layernorm, **self.preprocessing}
@@ -183,19 +194,45 @@ class Encoder(nn.Module):
         step, least = self.multiple, self.layout.smallest
         return max(-(-height // step) * step, least), max(-(-width // step) * step, least)
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, tasks: Iterable[str] | None = None) -> Features:
         """Encode images.
 
         Args:
             images: Float (B, 3, H, W), RGB in [0, 1], of any size. They are padded on the right and bottom by
                 repeating the last column and row.
+            tasks: The tasks that need the features. Only a tree encodes less for fewer tasks.
         """
         height, width = images.shape[-2:]
         padded = self.padded(height, width)
         if padded != (height, width):
             images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
+        return self._features(images, (height, width), tasks)
+
+    def source(self, task: str) -> str:
+        """A name for the features that a task's head reads: tasks with the same name share them."""
+        return ""
+
+    def branch(self, task: str) -> Encoder:
+        """The encoder whose features a task's head reads."""
+        return self
+
+    def _features(self, images: Tensor, size: tuple[int, int], tasks: Iterable[str] | None) -> Features:
+        """The Features of padded images."""
         maps, cls = self._encode(images)
-        return Features(maps, cls, (height, width), padded)
+        height, width = images.shape[-2:]
+        return Features(maps, cls, size, (height, width))
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect the outputs of tapped modules inside the block. Inside another such block it changes nothing."""
+        if self._outputs is not None:
+            yield
+            return
+        self._outputs = {}
+        try:
+            yield
+        finally:
+            self._outputs = None
 
     def restore_windows(self) -> None:
         """Undo what an earlier forward pass did to shifted windows; see `Layout.windows`."""
@@ -205,12 +242,10 @@ class Encoder(nn.Module):
     def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Maps (B, C, h, w) and CLS tokens (B, C) of padded images, one per tap."""
         self.restore_windows()
-        self._outputs = {}
-        try:
+        with self.collecting():
+            assert self._outputs is not None
             self.backbone(pixel_values=(images - self.mean) / self.std, **self.layout.arguments)
             outputs = [self._outputs[tap] for tap in self.taps]
-        finally:
-            self._outputs = None
         if self.apply_layernorm:
             assert self.layout.norm is not None
             outputs = [self.layout.norm(output) for output in outputs]

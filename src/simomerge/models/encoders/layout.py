@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -62,6 +62,9 @@ class Layout:
         smallest: Minimum height and width of an image in pixels.
         windows: Blocks with shifted windows, each with its shift and window size. Swin changes both on small images
             and does not restore them.
+        units: The modules between which a tree of shared blocks can split: the blocks of a plain transformer, or the
+            stages of a pyramid. They run one after the other, and the hidden states are their first argument.
+        before: The modules that run before the units, as far as they are known.
     """
 
     channels: Sequence[int]
@@ -76,6 +79,8 @@ class Layout:
     arguments: dict[str, Any] = field(default_factory=dict)
     smallest: int = 1
     windows: Sequence[tuple[Any, Any, Any]] = ()
+    units: Sequence[nn.Module] = ()
+    before: Sequence[nn.Module] = ()
 
     @property
     def is_pyramid(self) -> bool:
@@ -93,13 +98,20 @@ def find_layout(backbone: Any) -> Layout:
     known = inspect.signature(backbone.forward).parameters
     arguments = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
     stages = _stages(backbone)
-    return _pyramid(backbone.config, stages, arguments) if stages else _plain(backbone, arguments)
+    found = _pyramid(backbone.config, stages, arguments) if stages else _plain(backbone, arguments)
+    first = (getattr(_core(backbone), name, None) for name in ("embeddings", "embedder", "pre_layrnorm"))
+    return replace(found, units=stages or found.blocks, before=[module for module in first if module is not None])
+
+
+def _core(backbone: Any) -> Any:
+    """The module that holds embeddings, blocks and norm."""
+    return getattr(backbone, "vision_model", backbone)  # a wrapper in transformers 4
 
 
 def _plain(backbone: Any, arguments: dict[str, Any]) -> Layout:
     config = backbone.config
     blocks = _block_list(backbone)
-    core = getattr(backbone, "vision_model", backbone)  # a wrapper in transformers 4
+    core = _core(backbone)
     norms = [getattr(core, name, None) for name in ("layernorm", "norm", "post_layernorm", "layer_norm")]
     embeddings = getattr(core, "embeddings", core)
     widths = [int(config.hidden_size)] * len(blocks)

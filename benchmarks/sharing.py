@@ -1,0 +1,208 @@
+"""Shared and own blocks: Delta_MTL against cost, for chosen trees, single splits and whole encoders for groups.
+
+    simomerge run recipes/rooms-distill.yaml --set "seeds=[0]" --set "realigned=[]" --set "merges=[average]" \\
+        --set "joint.steps=1" --set "joint_weightings=[equal]" -o runs/rooms-sharing
+    python benchmarks/sharing.py --run runs/rooms-sharing [--seeds 0] -o runs/sharing.json
+
+Uses the experts of a finished run, but not its joint model. Merges are task arithmetic; the scale of each group of
+tasks is chosen by alignment on 64 images without labels. Trees are chosen on the same 64 images. Stitches and the
+cross-tap fold of each final model use 128 images of the validation split, without labels. Delta_MTL is that on the
+run's test split.
+
+- ``chosen``: the tree for each budget, in steps of a quarter of an encoder.
+- ``branch``: all tasks share the first k blocks, and then each has its own.
+- ``groups``: whole encoders for groups of tasks. The partition has the best Delta_MTL on the test split itself, so
+  that no way to choose one without labels could be better.
+- ``every tree`` (``--exhaustive``): the best tree within each budget, likewise by the test split itself.
+
+Results are written after every model, and a second call resumes. `--show` prints the results and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simomerge.assembly.alignment import Aligner
+from simomerge.assembly.experts import check_experts
+from simomerge.assembly.sharing.grow import Grower, share_blocks
+from simomerge.assembly.sharing.search import TreeSearch, path_of
+from simomerge.assembly.sharing.stitches import Known
+from simomerge.core.assets import resolve_source
+from simomerge.core.files import atomic_write_text
+from simomerge.datasets import load_data
+from simomerge.datasets.pictures import as_images
+from simomerge.merging import MergeMethod, TaskArithmetic
+from simomerge.merging.tree import Group, Partition, Tree
+from simomerge.models.model import load
+from simomerge.recipes.results import machine, spread
+from simomerge.training.evaluate import evaluate
+
+STITCHED = 128
+"""Images for the stitches and the fold of each final model."""
+
+
+class Bench:
+    """The experts of one seed, the images, and what is measured so far."""
+
+    def __init__(self, run: Path, seed: int, found: dict[str, Any]) -> None:
+        recipe = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
+        self.tasks, self.found = list(recipe["tasks"]), found
+        base = load(resolve_source("rooms-base"))
+        experts = check_experts(base, {task: load(_expert(run, task, seed)) for task in self.tasks})
+        pool = load_data("rooms", split="val", count=recipe["val_images"], tasks=self.tasks)
+        self.few, self.images = as_images(pool, 64), as_images(pool, STITCHED)
+        self.test = load_data("rooms", split="test", count=recipe["test_images"], tasks=self.tasks)
+        self.grower = Grower(base, experts, self._method)
+        self.known: Known = {}
+        self.baseline = {task: evaluate(expert, self.test)[task] for task, expert in experts.items()}
+
+    def _method(self, group: Group) -> MergeMethod:
+        some = {task: self.grower.experts[task] for task in group}
+        return Aligner(self.grower.base, some, self.few, None).best_scale(TaskArithmetic()).method
+
+    def tree(self, given: Any) -> Tree:
+        return Tree.of(given, self.tasks, self.grower.blocks)
+
+    def delta(self, tree: Tree) -> float:
+        """Delta_MTL of a tree on the test split. What a task gains is kept by its path."""
+        gains = self.found.setdefault("gains", {})
+        keys = {task: f"{task}: {path_of(tree, task)}" for task in self.tasks}
+        missing = [task for task in self.tasks if keys[task] not in gains]
+        if missing:
+            model = share_blocks(self.grower, tree, self.images, self.known)
+            for task, metrics in evaluate(model.select(missing), self.test).items():
+                metric, about = model.tasks[task].metric, model.tasks[task]
+                change = metrics[metric] / self.baseline[task][metric] - 1
+                gains[keys[task]] = 100 * (change if about.higher_is_better else -change)
+        return statistics.mean(gains[key] for key in keys.values())
+
+
+def _expert(run: Path, task: str, seed: int) -> Path:
+    """The newest finished expert of a run."""
+    found = [p for p in (run / "stages").glob(f"expert-{task}-seed-{seed}-*/model") if ".work" not in str(p)]
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def measure(run: Path, seed: int, results: dict[str, Any], output: Path, exhaustive: bool) -> None:
+    """Measure what the results do not have yet of one seed, and write them after every model."""
+    found = results["seeds"].setdefault(str(seed), {"rows": []})
+    bench, began = Bench(run, seed, found), time.monotonic()
+    done = {(row["kind"], row["asked"]) for row in found["rows"]}
+
+    def add(kind: str, asked: float, tree: Tree, **more: Any) -> None:
+        row = {"kind": kind, "asked": asked, "cost": tree.cost(), "tree": str(tree), "delta": bench.delta(tree), **more}
+        found["rows"].append(row)
+        atomic_write_text(output, json.dumps(results, indent=1) + "\n")
+        print(
+            f"  {time.monotonic() - began:5.0f} s  seed {seed} {kind:8} cost {row['cost']:.3f}"
+            f" {row['delta']:+.2f}  {tree}",
+            flush=True,
+        )
+
+    blocks, count = bench.grower.blocks, len(bench.tasks)
+    for shared in range(blocks, -1, -1):
+        if ("branch", shared) not in done:
+            add("branch", shared, bench.tree(shared))
+    for encoders in range(2, count):
+        for tree in (bench.tree({blocks: groups}) for groups in partitions(bench.tasks) if len(groups) == encoders):
+            if ("groups", str(tree)) not in done:
+                add("groups", str(tree), tree)  # type: ignore[arg-type]
+    budgets = [1 + step / 4 for step in range(1, 4 * (count - 1))]
+    missing = [budget for budget in budgets if ("chosen", budget) not in done]
+    search = TreeSearch(bench.grower, bench.few) if missing else None
+    for budget in missing if search else ():
+        start = time.monotonic()
+        best = search.best(budget)
+        add("chosen", budget, best.tree, losses=best.losses, seconds=round(time.monotonic() - start, 1))
+    for number, tree in enumerate(every_tree(bench.tasks, blocks) if exhaustive else ()):
+        if ("every", number) not in done:
+            add("every", number, tree)
+
+
+def partitions(tasks: Sequence[str]) -> Iterator[Partition]:
+    """Every partition of the tasks. Groups keep the order of the tasks."""
+    if not tasks:
+        yield ()
+        return
+    first, *others = tasks
+    for chosen in range(1 << len(others)):
+        group = (first, *(task for place, task in enumerate(others) if chosen >> place & 1))
+        for rest in partitions([task for task in others if task not in group]):
+            yield (group, *rest)
+
+
+def every_tree(tasks: Sequence[str], blocks: int) -> Iterator[Tree]:
+    """Every tree of these tasks over these blocks."""
+
+    def grown(before: list[Partition]) -> Iterator[list[Partition]]:
+        if len(before) == blocks:
+            yield before
+            return
+        for partition in partitions(tasks):
+            if not before or all(any(set(g) <= set(wider) for wider in before[-1]) for g in partition):
+                yield from grown([*before, partition])
+
+    yield from (Tree(tuple(levels)) for levels in grown([]))
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print Delta_MTL by cost, over the seeds."""
+    seeds = [found["rows"] for found in results["seeds"].values()]
+    costs = sorted({row["asked"] for row in seeds[0] if row["kind"] == "chosen"})
+    has_all = any(row["kind"] == "every" for row in seeds[0])
+    names = ["chosen", "best single split", "best whole groups", *(["best of every tree"] if has_all else [])]
+    print("| cost at most | " + " | ".join(names) + " |\n| --: |" + " --: |" * len(names))
+    for cost in (1.0, *costs, float(len(costs) // 4 + 2)):
+        cells = []
+        for kind in ("chosen", "branch", "groups", "every")[: len(names)]:
+            values = [_best(rows, kind, cost) for rows in seeds]
+            found = spread(values)
+            cells.append(f"{found['mean']:+.2f}" + (f" ± {found['std']:.2f}" if found["std"] else ""))
+        print(f"| {cost:.2f} | {' | '.join(cells)} |")
+    for seed, found in results["seeds"].items():
+        for row in found["rows"]:
+            if row["kind"] == "chosen":
+                print(f"seed {seed}, {row['asked']:.2f}: {row['tree']}")
+
+
+def _best(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
+    """The Delta_MTL for a cost; for kinds other than "chosen", the best on the test split itself."""
+    single = {row["asked"]: row["delta"] for row in rows if row["kind"] == "branch"}
+    ends: list[float] = [single[max(single)]]  # one encoder
+    if kind == "chosen":
+        asked = {row["asked"]: row["delta"] for row in rows if row["kind"] == kind}
+        return float(asked.get(cost, ends[0] if cost == 1 else 0.0))
+    return max(ends + [row["delta"] for row in rows if row["kind"] == kind and row["cost"] <= cost + 1e-9])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--exhaustive", action="store_true", help="Also measure every tree (three tasks at most).")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--show", action="store_true", help="Print the content of OUTPUT; measure nothing.")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {"machine": machine(), "run": options.run.name, "seeds": {}}
+    if options.output.exists():
+        results = json.loads(options.output.read_text(encoding="utf-8"))
+    for seed in () if options.show else options.seeds:
+        measure(options.run, seed, results, options.output, options.exhaustive)
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

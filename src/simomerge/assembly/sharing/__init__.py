@@ -1,0 +1,1 @@
+"""Models between one encoder and one per task: trees of shared blocks."""

@@ -1,0 +1,208 @@
+"""Choose a tree of shared blocks for a budget, without labels: greedily, from one encoder for all tasks.
+
+Every tree that is tried is grown, stitched and folded on some of the images, and compared with the experts on the
+others. What a task loses depends only on the path from the first block to its head: on the groups of tasks that it
+shares blocks with. Losses are therefore kept by path, and most of a new tree is known already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from simomerge.assembly.judging import Judge
+from simomerge.assembly.realign.sums import head_sums, head_targets, with_heads
+from simomerge.assembly.sharing.grow import Grower
+from simomerge.assembly.sharing.stitches import Known, fit_stitches
+from simomerge.core.errors import InputError
+from simomerge.core.progress import progress
+from simomerge.datasets.groups import held_out
+from simomerge.datasets.pictures import as_images
+from simomerge.merging.tree import Group, Partition, Tree
+from simomerge.models.encoders import TreeEncoder
+from simomerge.models.heads.projections import is_foldable
+from simomerge.models.model import SimoModel
+
+SEARCH_IMAGES = 64
+"""Images that a search uses; the chosen tree is then stitched and folded on more."""
+
+LEAST_LOSS = 0.01
+"""The smallest unit of a task's loss: a task that merging hardly changes does not outweigh the others."""
+
+SPLITS = 8
+"""Number of blocks after which a search considers a split; deeper encoders are searched in larger steps."""
+
+EVERY_PAIR = 4
+"""Groups of up to this many tasks are split in two in every way; larger ones one task at a time, or all at once."""
+
+TaskPath = tuple[tuple[Group, int], ...]
+"""The groups that a task shares blocks with, with the last block of each."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A tree that a search tried.
+
+    Attributes:
+        tree: The tree.
+        cost: In units of one encoder.
+        losses: By task, the disagreement with the expert on held-out images, relative to that with one encoder.
+    """
+
+    tree: Tree
+    cost: float
+    losses: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean of the fourth powers over the tasks: 1 for one encoder, 0 for one encoder per task.
+
+        Independent errors add in squares, so that a small disagreement costs accuracy in squares. Squared once more,
+        losses count more the more they differ between tasks: without labels it is unknown which task's disagreement
+        costs most, so none is given up for another.
+        """
+        return sum(loss**4 for loss in self.losses.values()) / len(self.losses)
+
+
+class TreeSearch:
+    """Tries trees on the same experts and images.
+
+    Args:
+        grower: Grows the trees.
+        images: Images without labels, as `simomerge.datasets.pictures.as_images` takes them.
+
+    Attributes:
+        tried: All trees so far, in order; the first is one encoder.
+
+    Raises:
+        InputError: There are fewer than eight images, or a head cannot be folded.
+    """
+
+    def __init__(self, grower: Grower, images: Any) -> None:
+        self.grower, self.experts = grower, grower.experts
+        self.images = as_images(images, SEARCH_IMAGES).readable()
+        judged = held_out(self.images)
+        if len(judged) < 2:
+            raise InputError(
+                f"{len(self.images)} images: a choice without labels judges on a quarter; give at least 8."
+            )
+        if rigid := [task for task, expert in self.experts.items() if not is_foldable(expert.heads[task])]:
+            raise InputError(f"a budget needs heads that can be folded, and {rigid[0]!r} cannot: give a tree instead.")
+        self._judge = Judge(self.experts, self.images._subset(judged), labelled=False, lenient=True)
+        self._targets = {
+            task: list(head_targets(expert, {task: expert}, self.images)) for task, expert in self.experts.items()
+        }
+        self._stitches: Known = {}
+        self._losses: dict[TaskPath, dict[str, float]] = {}
+        self._units: dict[str, float] = {}
+        one = Tree.of("all", list(self.experts), grower.blocks)
+        each = TreeEncoder(Tree.of(0, list(self.experts), grower.blocks), next(iter(self.experts.values())).encoder)
+        self.shares = each.shares()
+        start = self._disagreements(grower.grow(one), list(self.experts))
+        self._units = {task: max(value, LEAST_LOSS) for task, value in start.items()}
+        self.tried: list[Tried] = []
+        self.try_out(one)
+
+    def try_out(self, tree: Tree) -> Tried:
+        """Grow, stitch, fold and compare with the experts; only for tasks whose path is new."""
+        paths = {task: path_of(tree, task) for task in tree.tasks}
+        known = {task: 0.0 for task, path in paths.items() if len(path[0][0]) == 1}  # the expert itself
+        known |= {task: self._losses[path][task] for task, path in paths.items() if task in self._losses.get(path, {})}
+        if missing := [task for task in tree.tasks if task not in known]:
+            model = self.grower.grow(tree)
+            if isinstance(model.encoder, TreeEncoder):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # the final stitches will say it again
+                    fit_stitches(model, self.experts, self.images, self._stitches, hold_out=True)
+            for task, value in self._disagreements(model, missing).items():
+                known[task] = self._losses.setdefault(paths[task], {})[task] = value / self._units.get(task, 1.0)
+        losses = {task: known[task] for task in tree.tasks if task in self._units}
+        tried = Tried(tree, tree.cost(self.shares), losses)
+        if all(tried.tree != other.tree for other in self.tried):
+            self.tried.append(tried)
+        return tried
+
+    def _disagreements(self, model: SimoModel, tasks: Sequence[str]) -> dict[str, float]:
+        """1 minus the agreement with the expert, by task, after the fold per tap; not for tasks that do not count."""
+        batches = zip(*(self._targets[task] for task in tasks), strict=True)
+        joined = [replace(b[0], targets=[target for each in b for target in each.targets]) for b in batches]
+        some = model.select(list(tasks))
+        sums = head_sums(some, joined)
+        folded = with_heads(some, sums.heads({t: fit.ridge for t, fit in sums.choose().items()}, hold_out=True))
+        agreement = self._judge.performance(self._judge.scores(folded))
+        return {task: max(1 - value, 0.0) for task, value in agreement.items()} | dict.fromkeys(
+            (task for task in tasks if task not in agreement), 0.0
+        )
+
+    def best(self, budget: float) -> Tried:
+        """The best tree that costs at most as much, by greedy search.
+
+        Each step takes the change that gains most per cost: a group splits after some block, or a split moves up.
+        """
+        current = self.tried[0]
+        while True:
+            affordable = [tree for tree in changes(current.tree) if tree.cost(self.shares) <= budget + 1e-6]
+            trials = []
+            for done, tree in enumerate(affordable, start=1):
+                trials.append(self.try_out(tree))
+                shown = f"cost {trials[-1].cost:.2f}, loss {trials[-1].loss:.3f}: {tree}"
+                progress(f"trees from cost {current.cost:.2f}", done, len(affordable), shown)
+            gains = [(current.loss - each.loss) / max(each.cost - current.cost, 1e-9) for each in trials]
+            if not gains or max(gains) <= 0:
+                break
+            current = trials[gains.index(max(gains))]
+        within = [each for each in self.tried if each.cost <= budget + 1e-6]
+        return min(within, key=lambda each: (each.loss, each.cost))
+
+
+def choose_tree(grower: Grower, images: Any, budget: float) -> Tried:
+    """The best tree for a budget in units of one encoder; see `TreeSearch`."""
+    return TreeSearch(grower, images).best(budget)
+
+
+def path_of(tree: Tree, task: str) -> TaskPath:
+    """The groups that a task shares blocks with, from the first block to the last, with the last block of each."""
+    return tuple((tree.nodes[place].tasks, tree.nodes[place].last) for place in tree.path(tree.leaf_of(task)))
+
+
+def changes(tree: Tree) -> Iterator[Tree]:
+    """The trees that cost more than this one by one change: a group that splits, or a split that moves up."""
+    places = sorted({round(place * (tree.blocks - 1) / (SPLITS - 1)) for place in range(SPLITS)})
+    for leaf in tree.leaves:
+        node = tree.nodes[leaf]
+        for block in places:
+            if block >= node.first - 1:
+                for parts in partitions(node.tasks):
+                    yield _with_split(tree, node.tasks, parts, block)
+    for node in tree.nodes:
+        if node.children:
+            parts = tuple(tree.nodes[child].tasks for child in node.children)
+            for block in places:
+                if node.first - 1 <= block < node.last:
+                    yield _with_split(tree, node.tasks, parts, block)
+
+
+def partitions(group: Group) -> Iterator[Partition]:
+    """The ways in which a group may split: in two, and into single tasks."""
+    if len(group) < 2:
+        return
+    sizes = range(1, len(group) // 2 + 1) if len(group) <= EVERY_PAIR else (1,)
+    for size in sizes:
+        for part in combinations(group, size):
+            rest = tuple(task for task in group if task not in part)
+            if len(part) < len(rest) or part < rest:
+                yield tuple(sorted((part, rest), key=lambda each: group.index(each[0])))
+    if len(group) > 2:
+        yield tuple((task,) for task in group)
+
+
+def _with_split(tree: Tree, group: Group, parts: Partition, block: int) -> Tree:
+    """The tree in which a group is split into parts in every block after this one where it was together."""
+    levels: Mapping[int, Any] = {
+        number: [part for other in groups for part in (parts if other == group and number > block else (other,))]
+        for number, groups in enumerate(tree.partitions, start=1)
+    }
+    return Tree.of(levels, tree.tasks, tree.blocks)

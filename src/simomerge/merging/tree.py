@@ -1,0 +1,314 @@
+"""Trees of shared blocks: for every block of an encoder a partition of the tasks, never coarser than that before it.
+
+One encoder for all tasks, one encoder per task and whole encoders for groups of tasks are special cases. A tree is
+written level by level: the last block of the level, a colon, and the groups, such as
+``4: depth+normals+edges | 6: edges, depth+normals | depth, normals, edges``. ``all`` stands for one group of all tasks
+and ``each`` for one group per task; the last level may leave its number out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from simomerge.core.errors import InputError
+from simomerge.core.registry import suggestion
+
+Group = tuple[str, ...]
+Partition = tuple[Group, ...]
+Levels = tuple[tuple[int | None, Partition], ...]
+"""The last block of each level, counted from 1, and the groups of tasks there; None is the last block of the encoder"""
+
+EXAMPLE = "'6: all | each', or '4: all | 6: edges, depth+normals | each'"
+
+
+@dataclass(frozen=True)
+class Node:
+    """Consecutive blocks that a group of tasks shares.
+
+    Attributes:
+        tasks: The group.
+        first, last: The blocks, counted from 1.
+        parent: Position of the node that it follows, in `Tree.nodes`; None at the first block.
+        children: Positions of the nodes that follow it.
+    """
+
+    tasks: Group
+    first: int
+    last: int
+    parent: int | None = None
+    children: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A name that no other node of the tree has, for files and tensors."""
+        return f"{self.first}-{self.tasks[0]}"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Which tasks share which blocks of an encoder.
+
+    Attributes:
+        partitions: The groups at each block. Tasks are in the order of the first block's groups, and groups in the
+            order of their first tasks.
+
+    Raises:
+        InputError: There is no block, or a level does not refine the one before it.
+
+    Example:
+        >>> tree = Tree.of("2: all | 3: edges, depth+normals | each", ["depth", "normals", "edges"], blocks=4)
+        >>> tree.cost(), str(tree)
+        (2.0, '2: depth+normals+edges | 3: depth+normals, edges | 4: depth, normals, edges')
+        >>> print(tree.drawing())
+        blocks 1-2: depth + normals + edges
+        |-- block 3: depth + normals
+        |   |-- block 4: depth
+        |   `-- block 4: normals
+        `-- blocks 3-4: edges
+    """
+
+    partitions: tuple[Partition, ...]
+
+    def __post_init__(self) -> None:
+        if not self.partitions:
+            raise InputError("a tree of shared blocks needs an encoder with at least one block.")
+        for block, (before, after) in enumerate(zip(self.partitions, self.partitions[1:], strict=False), start=2):
+            check_refines(before, after, block)
+
+    @classmethod
+    def of(cls, given: Any, tasks: Sequence[str], blocks: int) -> Tree:
+        """The tree that a user describes.
+
+        Args:
+            given: The number of blocks that all tasks share, or the levels as `read_levels` takes them.
+            tasks: All tasks in order.
+            blocks: Number of blocks of the encoder.
+
+        Raises:
+            InputError: As `read_levels`, or the tree does not fit the number of blocks.
+        """
+        if isinstance(given, Tree):
+            given = dict(given.levels())
+        levels = read_levels(given, tasks)
+        deepest = max(last or 0 for last, _ in levels)
+        if deepest > blocks:
+            raise InputError(f"the tree splits after block {deepest}, but the encoder has {blocks} blocks.")
+        last, groups = levels[-1]
+        if last is not None and last < blocks:
+            raise InputError(
+                f"the tree ends at block {last}, but the encoder has {blocks} blocks: add the groups of blocks"
+                f" {last + 1} to {blocks}, such as '| each'."
+            )
+        partitions: list[Partition] = []
+        for last, groups in levels:
+            partitions += [groups] * ((blocks if last is None else last) - len(partitions))
+        return cls(tuple(partitions))
+
+    @classmethod
+    def read(cls, text: str) -> Tree:
+        """The tree whose text, as `str` gives it, this is. Raises InputError if it is no such text."""
+        last = str(text).rpartition("|")[2].partition(":")[0].strip()
+        if not last.isdecimal():
+            raise InputError(f"{text!r} is no tree of shared blocks, such as '4: a+b | 6: a, b'.")
+        groups = text.partition("|")[0].partition(":")[2]
+        tasks = [task.strip() for group in groups.split(",") for task in group.split("+")]
+        return cls.of(text, tasks, int(last))
+
+    @property
+    def blocks(self) -> int:
+        return len(self.partitions)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks in order."""
+        return [task for group in self.partitions[0] for task in group]
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether all tasks share all blocks."""
+        return len(self.partitions[-1]) == 1
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes in order of their first blocks. A parent comes before its children."""
+        found: list[Node] = []
+        open_nodes: dict[Group, int] = {}
+        for block, groups in enumerate(self.partitions, start=1):
+            ending = {group: place for group, place in open_nodes.items() if group not in groups}
+            for place in ending.values():
+                found[place] = _changed(found[place], last=block - 1)
+            for group in groups:
+                if group not in open_nodes:
+                    parent = next((place for other, place in ending.items() if set(group) <= set(other)), None)
+                    open_nodes[group] = len(found)
+                    if parent is not None:
+                        found[parent] = _changed(found[parent], children=(*found[parent].children, len(found)))
+                    found.append(Node(group, block, self.blocks, parent))
+            open_nodes = {group: place for group, place in open_nodes.items() if group in groups}
+        return tuple(found)
+
+    @property
+    def leaves(self) -> list[int]:
+        """Positions of the nodes that reach the last block, in the order of their tasks."""
+        ends = [place for place, node in enumerate(self.nodes) if not node.children]
+        return sorted(ends, key=lambda place: self.partitions[-1].index(self.nodes[place].tasks))
+
+    def path(self, node: int) -> list[int]:
+        """Positions of the nodes from the first block to a node, which is included."""
+        parent = self.nodes[node].parent
+        return [*([] if parent is None else self.path(parent)), node]
+
+    def leaf_of(self, task: str) -> int:
+        """Position of the leaf that a task's head reads."""
+        return next(place for place in self.leaves if task in self.nodes[place].tasks)
+
+    def cost(self, shares: Sequence[float] | None = None) -> float:
+        """The number of groups, summed over the blocks, in units of one encoder.
+
+        Args:
+            shares: Share of each block in the cost of one encoder; equal by default.
+        """
+        weights = shares or [1 / self.blocks] * self.blocks
+        return sum(share * len(groups) for share, groups in zip(weights, self.partitions, strict=True))
+
+    def levels(self) -> list[tuple[int, Partition]]:
+        """The last block of each level, and its groups."""
+        following = (*self.partitions[1:], None)
+        pairs = enumerate(zip(self.partitions, following, strict=True), start=1)
+        return [(last, groups) for last, (groups, then) in pairs if groups != then]
+
+    def __str__(self) -> str:
+        return " | ".join(f"{last}: {', '.join(map('+'.join, groups))}" for last, groups in self.levels())
+
+    def drawing(self) -> str:
+        """The tree as lines of text."""
+        roots = [place for place, node in enumerate(self.nodes) if node.parent is None]
+        return "\n".join(line for root in roots for line in self._lines(root))
+
+    def _lines(self, place: int) -> list[str]:
+        node = self.nodes[place]
+        where = f"block {node.first}" if node.first == node.last else f"blocks {node.first}-{node.last}"
+        lines = [f"{where}: {' + '.join(node.tasks)}"]
+        for number, child in enumerate(node.children, start=1):
+            last = number == len(node.children)
+            first_line, *others = self._lines(child)
+            lines.append(f"{'`' if last else '|'}-- {first_line}")
+            lines += [f"{' ' if last else '|'}   {line}" for line in others]
+        return lines
+
+
+def read_levels(given: Any, tasks: Sequence[str]) -> Levels:
+    """The levels that a user describes, checked in everything that needs no encoder.
+
+    Args:
+        given: The number of blocks that all tasks share before each goes its own way; a text such as
+            ``"6: all | each"``; or a mapping from the last block of each level to its groups, as text or as lists.
+        tasks: All tasks in order.
+
+    Raises:
+        InputError: Not a tree, an unknown, missing or repeated task, levels out of order, or groups that join again.
+
+    Example:
+        >>> read_levels("6: all | each", ["depth", "edges"])
+        ((6, (('depth', 'edges'),)), (None, (('depth',), ('edges',))))
+    """
+    if isinstance(given, bool) or not isinstance(given, (int, str, Mapping)) or given in ("", {}):
+        raise InputError(f"{given!r} is no tree of shared blocks: give the number of shared blocks, or {EXAMPLE}.")
+    if isinstance(given, int):
+        if given < 0:
+            raise InputError(f"the tasks cannot leave after block {given}: give 0 or a number of blocks.")
+        shared: list[tuple[Any, Any]] = [(given, "all")] if given else []
+        given = [*shared, (None, "each")]
+    elif isinstance(given, str):
+        given = [_level(text) for text in given.split("|")]
+    else:
+        given = list(given.items())
+    levels: list[tuple[int | None, Partition]] = []
+    for number, (last, groups) in enumerate(given, start=1):
+        end = _last_block(last, is_final=number == len(given))
+        before = levels[-1][0] or 0 if levels else 0
+        if end is not None and end <= before:
+            raise InputError(f"the levels of a tree go up: block {end} comes after block {before}.")
+        partition = _partition(groups, tasks)
+        tasks = [task for group in (levels[0][1] if levels else partition) for task in group]
+        if levels:
+            check_refines(levels[-1][1], partition, before + 1)
+        levels.append((end, partition))
+    return tuple(levels)
+
+
+def check_sharing(share: Any, budget: float | None, tasks: Sequence[str]) -> None:
+    """Raise InputError for a tree or a budget that no encoder can have, or if both are given."""
+    if share is not None and budget is not None:
+        raise InputError("a budget chooses the tree of shared blocks: give one of the two.")
+    if budget is None:
+        read_levels(share, tasks)
+        return
+    valid = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not valid or not 1 <= budget <= len(tasks):
+        raise InputError(
+            f"a budget of {budget} encoders: give a number from 1 (one encoder) to {len(tasks)} (one per task)."
+        )
+
+
+def check_refines(before: Partition, after: Partition, block: int) -> None:
+    """Check that no group of ``after``, the groups at a block, joins tasks that were apart before it.
+
+    Raises:
+        InputError: One does; the message names it.
+    """
+    for group in after:
+        if not any(set(group) <= set(wider) for wider in before):
+            raise InputError(
+                f"{'+'.join(group)} at block {block} joins tasks that were apart before it"
+                f" ({', '.join(map('+'.join, before))}): tasks that have split cannot share a block again."
+            )
+
+
+def _level(text: str) -> tuple[Any, str]:
+    last, colon, groups = text.partition(":")
+    return (last.strip(), groups) if colon else (None, text)
+
+
+def _last_block(given: Any, is_final: bool) -> int | None:
+    if given is None or str(given).strip() == "end":
+        if is_final:
+            return None
+        raise InputError(f"every level of a tree but the last one starts with its last block, as in {EXAMPLE}.")
+    try:
+        number = int(given)
+    except (TypeError, ValueError):
+        number = 0
+    if isinstance(given, (bool, float)) or number < 1:
+        raise InputError(f"{given!r} is not the last block of a level: give a number of at least 1, as in {EXAMPLE}.")
+    return number
+
+
+def _partition(given: Any, tasks: Sequence[str]) -> Partition:
+    """Groups of tasks in the order of the tasks."""
+    if isinstance(given, str):
+        words = given.strip()
+        if words in ("all", "each") and words not in tasks:
+            return (tuple(tasks),) if words == "all" else tuple((task,) for task in tasks)
+        given = [[name.strip() for name in group.split("+")] for group in words.split(",")]
+    if not isinstance(given, Iterable) or not all(isinstance(group, (str, list, tuple)) for group in given):
+        raise InputError(f"{given!r} is no list of groups of tasks: give a tree such as {EXAMPLE}.")
+    groups = [group.split("+") if isinstance(group, str) else list(group) for group in given]
+    names = [name for group in groups for name in group]
+    for name in names:
+        if name not in tasks:
+            raise InputError(f"the tree names {name!r}, which is no task here{suggestion(str(name), tasks)}")
+        if names.count(name) > 1:
+            raise InputError(f"the tree has task {name!r} in one level twice: give it once in every level.")
+    if missing := [task for task in tasks if task not in names]:
+        raise InputError(f"the tree leaves out task {missing[0]!r}: every level has all of {', '.join(tasks)}.")
+    order = list(tasks)
+    sorted_groups = [tuple(sorted(group, key=order.index)) for group in groups if group]
+    return tuple(sorted(sorted_groups, key=lambda group: order.index(group[0])))
+
+
+def _changed(node: Node, **changes: Any) -> Node:
+    return Node(**{**vars(node), **changes})

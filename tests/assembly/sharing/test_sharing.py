@@ -1,0 +1,494 @@
+"""Models with shared and own blocks: the merge and the experts are special cases; branches do not interfere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Dinov2Config, Dinov2Model
+
+from simomerge.assembly.experts import check_experts
+from simomerge.assembly.merge import merge
+from simomerge.assembly.realign import realign
+from simomerge.assembly.realign.blocks import call_of
+from simomerge.assembly.sharing.grow import Grower, share_blocks
+from simomerge.assembly.sharing.stitches import fit_stitches
+from simomerge.core import machine
+from simomerge.core.errors import InputError
+from simomerge.datasets.pictures import Images, as_images
+from simomerge.datasets.tasks import Task
+from simomerge.merging import MergeMethod, get_method
+from simomerge.merging.tree import Tree
+from simomerge.models.encoders import Encoder, TreeEncoder
+from simomerge.models.heads import build_head
+from simomerge.models.model import SimoModel, load
+from simomerge.training import loop
+
+TASKS = {"depth": Task("depth"), "normals": Task("normals"), "parts": Task("parts", "segmentation", classes=("x", "y"))}
+METHOD = get_method("task-arithmetic", scale=0.4)
+pytestmark = pytest.mark.filterwarnings("ignore:.*stays (close|near):UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def always_float32() -> Iterator[None]:
+    """Like the fixture `float32`, for the models that several tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (machine, loop):
+            patch.setattr(module, "mixed_precision", lambda device=None: "no")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    generator = torch.Generator().manual_seed(0)
+    return as_images(torch.rand(12, 3, 3, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+
+@pytest.fixture(scope="module")
+def base(make_model: Callable[..., SimoModel]) -> SimoModel:
+    return make_model({})
+
+
+@pytest.fixture(scope="module")
+def experts(make_model: Callable[..., SimoModel], base: SimoModel) -> dict[str, SimoModel]:
+    """Fine-tuned by dice, with heads that have something to say."""
+    found = {}
+    for seed, (name, task) in enumerate(TASKS.items(), start=1):
+        expert = make_model({name: task}, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in expert.encoder.backbone.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            head: Any = expert.heads[name]
+            head.output.weight.normal_(generator=generator).mul_(0.3)
+        expert.provenance = {"base": {"source": "the-base", "fingerprint": base.encoder_fingerprint()}}
+        found[name] = expert
+    return found
+
+
+@pytest.fixture(scope="module")
+def grower(base: SimoModel, experts: dict[str, SimoModel]) -> Grower:
+    return Grower(base, check_experts(base, experts), METHOD)
+
+
+@pytest.fixture(scope="module")
+def picture(images: Images) -> Tensor:
+    return torch.stack([images.image(0), images.image(5)])
+
+
+@torch.no_grad()
+def predicted(model: SimoModel, picture: Tensor, tasks: list[str] | None = None) -> dict[str, Tensor]:
+    return model.eval()(picture, tasks)
+
+
+def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def tree(text: Any) -> Tree:
+    return Tree.of(text, list(TASKS), 4)
+
+
+MANY = ("2: all | 3: depth, normals+parts | each", "1: depth+parts, normals | each", "3: all | depth+normals, parts")
+
+
+# Special cases ------------------------------------------------------------------------------------------
+
+
+def test_a_trivial_tree_is_the_merge(
+    base: SimoModel, experts: dict[str, SimoModel], grower: Grower, images: Images, picture: Tensor
+) -> None:
+    merged = merge(base, experts, METHOD)
+    shared = share_blocks(grower, tree(4))
+    assert type(shared.encoder) is type(merged.encoder)
+    assert shared.provenance["merge"] == merged.provenance["merge"]
+    assert equal(predicted(shared, picture), predicted(merged, picture))
+    folded = realign(merged, experts, images, variant="cross-tap")
+    given = merge(base, experts, METHOD, share="all", images=images)
+    assert equal(predicted(given, picture), predicted(folded, picture))
+
+
+def test_the_finest_tree_is_the_experts_bit_for_bit(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor
+) -> None:
+    model = merge(base, experts, METHOD, share=0, images=images)
+    found = predicted(model, picture)
+    for task, expert in experts.items():
+        assert torch.equal(found[task], predicted(expert, picture)[task])
+
+
+def test_whole_groups_are_their_own_merges(
+    base: SimoModel, experts: dict[str, SimoModel], grower: Grower, picture: Tensor
+) -> None:
+    """Tasks that leave at once do not disturb the others: these are the merge without them, exactly."""
+    model = grower.grow(tree("depth, normals+parts"))
+    others = merge(base, {task: experts[task] for task in ("normals", "parts")}, METHOD)
+    found = predicted(model, picture)
+    assert equal({task: found[task] for task in others.tasks}, predicted(others, picture))
+
+
+def test_blocks_after_a_split_are_merges_of_those_that_stay(
+    base: SimoModel, experts: dict[str, SimoModel], grower: Grower
+) -> None:
+    encoder = grower.grow(tree("2: all | depth, normals+parts")).encoder
+    assert isinstance(encoder, TreeEncoder)
+    whole = merge(base, experts, METHOD).encoder.backbone.state_dict()
+    others = merge(base, {task: experts[task] for task in ("normals", "parts")}, METHOD).encoder.backbone.state_dict()
+    own = experts["depth"].encoder.backbone.state_dict()
+    for path, last in enumerate((own, others)):
+        with encoder.plain(path) as backbone:
+            state = backbone.state_dict()
+        for name, value in state.items():
+            late = any(part in name for part in ("layer.2.", "layer.3.", "layernorm")) or name.startswith("norm")
+            assert torch.equal(value, (last if late else whole)[name]), name
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(list(TASKS)), text=st.sampled_from(MANY))
+def test_the_order_of_tasks_does_not_matter(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, order: list[str], text: str
+) -> None:
+    one = merge(base, experts, METHOD, share=text, images=images)
+    other = merge(base, {task: experts[task] for task in order}, METHOD, share=text, images=images)
+    found, expected = predicted(other, picture), predicted(one, picture)
+    for task in TASKS:
+        torch.testing.assert_close(found[task], expected[task], rtol=1e-3, atol=1e-4)
+
+
+# Running ------------------------------------------------------------------------------------------------
+
+
+def random_stitches(model: SimoModel) -> SimoModel:
+    assert isinstance(model.encoder, TreeEncoder)
+    with torch.no_grad():
+        for seed, stitch in enumerate(model.encoder.stitches.values()):
+            generator = torch.Generator().manual_seed(seed)
+            stitch.weight.add_(0.3 * torch.randn(stitch.weight.shape, generator=generator))
+            stitch.bias.add_(0.3 * torch.randn(stitch.bias.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("text", MANY)
+def test_a_task_alone_gives_what_it_gives_together(grower: Grower, picture: Tensor, text: str) -> None:
+    model = random_stitches(grower.grow(tree(text)))
+    together = predicted(model, picture)
+    for task in TASKS:
+        assert equal(predicted(model, picture, [task]), {task: together[task]})
+
+
+def test_a_branch_is_its_blocks_after_its_stitch(
+    grower: Grower, experts: dict[str, SimoModel], picture: Tensor
+) -> None:
+    """The same path by hand: blocks 1 and 2 of the merge, the stitch, blocks 3 and 4 of the expert."""
+    model = random_stitches(grower.grow(tree(2)))
+    merged = grower.grow(tree(4)).encoder
+    own = experts["normals"].encoder
+    with torch.no_grad():
+        call = call_of(merged.layout.units[2], lambda: merged(picture))
+        hidden = model.encoder.stitches["3-normals"](call.hidden)  # type: ignore[union-attr, operator]
+        for block in own.layout.units[2:]:
+            hidden = call.replaced(hidden).run(block)
+        expected = own.layout.norm(hidden)[:, 1:]  # type: ignore[misc]
+        found = model.encode(picture, ["normals"]).of("normals").maps[-1]
+    torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "runs"), [(None, [3, 2, 2, 4]), (["normals"], [1, 1, 1, 1]), (["depth", "parts"], [2, 2, 2, 2])]
+)
+def test_blocks_run_once_and_only_where_they_are_needed(
+    grower: Grower, picture: Tensor, tasks: list[str] | None, runs: list[int]
+) -> None:
+    """Runs of each block over all its nodes, for a tree that splits at once and again before block 4."""
+    model = grower.grow(tree("2: depth+normals, parts | each"))
+    encoder = model.encoder
+    assert isinstance(encoder, TreeEncoder)
+    counts = [0] * 4
+    for node, units in zip(encoder.tree.nodes, encoder.nodes, strict=True):
+        for block, unit in enumerate(units, start=node.first - 1):
+
+            def count(*_: Any, block: int = block) -> None:
+                counts[block] += 1
+
+            unit.inner.register_forward_hook(count)
+    predicted(model, picture, tasks)
+    expected = [sum(1 for _ in {encoder.tree.path(encoder.tree.leaf_of(t))[0] for t in tasks or TASKS})]
+    assert counts[0] == expected[0] and counts[3] == len(tasks or TASKS)
+    assert all(unit._result is None for units in encoder.nodes for unit in units)
+
+
+def test_a_deep_copy_is_a_tree_of_its_own(grower: Grower, picture: Tensor) -> None:
+    model = random_stitches(grower.grow(tree(2)))
+    before = predicted(model, picture)
+    twin = copy.deepcopy(model)
+    assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        for parameter in twin.encoder.parameters():
+            parameter.zero_()
+    assert equal(predicted(model, picture), before)
+    assert not equal(predicted(twin, picture), before)
+
+
+def test_shared_blocks_are_counted_once(grower: Grower) -> None:
+    one, tree_model = (sum(p.numel() for p in grower.grow(tree(k)).encoder.parameters()) for k in (4, 2))
+    block = sum(p.numel() for p in grower.grow(tree(4)).encoder.layout.units[0].parameters())
+    assert tree_model - one == 4 * block + 3 * (32 * 32 + 32) + 2 * 2 * 32  # two more tails, stitches, final norms
+
+
+@pytest.mark.parametrize("text", ["9: all | each", "4: all | 8: a, b+c | each"])
+def test_operations_and_parameters_follow_the_cost(text: str) -> None:
+    """At the size of a ViT-S, with everything outside the blocks and the stitches, and for a task alone."""
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=98)
+    one = Encoder(Dinov2Model(config)).eval()
+    shape = Tree.of(text, ["a", "b", "c"], 12)
+    shared = TreeEncoder(shape, one).eval()
+
+    def operations(encoder: Encoder, tasks: list[str] | None = None) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(torch.zeros(1, 3, 98, 98), tasks)
+        return counter.get_total_flops()
+
+    sizes = [sum(parameter.numel() for parameter in encoder.parameters()) for encoder in (one, shared)]
+    assert operations(shared) / operations(one) == pytest.approx(shape.cost(), rel=0.03)
+    assert operations(shared, ["b"]) / operations(one) == pytest.approx(1, rel=0.03)
+    assert sizes[1] / sizes[0] == pytest.approx(shape.cost(), rel=0.03)
+
+
+# Stitches -----------------------------------------------------------------------------------------------
+
+
+def test_a_stitch_is_the_ridge_solution(grower: Grower, experts: dict[str, SimoModel], images: Images) -> None:
+    """Least squares on stacked rows, with the ridge as further rows, gives the same map."""
+    model = grower.grow(tree("2: all | depth, normals+parts"))
+    merged = grower.grow(tree(4)).encoder
+    fits = fit_stitches(model, experts, images)
+    pixels = torch.stack([images.image(index) for index in range(len(images))])
+    with torch.no_grad():
+        x = call_of(merged.layout.units[2], lambda: merged(pixels)).hidden.double().flatten(0, 1)
+        for name, tasks in (("3-depth", ["depth"]), ("3-normals", ["normals", "parts"])):
+            encoders = [experts[task].encoder for task in tasks]
+            z = torch.stack([call_of(e.layout.units[2], lambda e=e: e(pixels)).hidden for e in encoders]).mean(0)
+            z = z.double().flatten(0, 1)
+            fit = fits[name]
+            centred, target = x - x.mean(0), (z - x) - (z - x).mean(0)
+            penalty = (fit.ridge * float(centred.square().sum(0).mean())) ** 0.5
+            rows = torch.cat([centred, penalty * torch.eye(32, dtype=torch.float64)])
+            change = torch.linalg.lstsq(rows, torch.cat([target, torch.zeros(32, 32, dtype=torch.float64)])).solution.T
+            torch.testing.assert_close(fit.weight, change + torch.eye(32, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fit.bias, (z - x @ fit.weight.T).mean(0), rtol=1e-4, atol=1e-4)
+            assert fit.r2 >= fit.r2_before
+            stitch = model.encoder.stitches[name]  # type: ignore[union-attr]
+            torch.testing.assert_close(stitch.weight.double(), fit.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_stitches_bring_the_tokens_closer_to_the_experts(
+    grower: Grower, experts: dict[str, SimoModel], images: Images, picture: Tensor
+) -> None:
+    model = grower.grow(tree(2))
+
+    def distance() -> float:
+        with torch.no_grad():
+            given = model.encode(picture).of("depth").maps[-1]
+            return float((given - experts["depth"].encode(picture).maps[-1]).square().mean())
+
+    before = distance()
+    fit_stitches(model, experts, images)
+    assert distance() < 0.8 * before
+
+
+def test_too_few_images_for_a_stitch_are_said(grower: Grower, experts: dict[str, SimoModel], images: Images) -> None:
+    with pytest.warns(UserWarning, match="too few images .*stay near the identity"):
+        fits = fit_stitches(grower.grow(tree(2)), experts, images._subset([0, 1]))
+    weight = next(iter(fits.values())).weight
+    assert float((weight - torch.eye(32)).abs().max()) < 0.7
+
+
+# Folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared(base: SimoModel, experts: dict[str, SimoModel], images: Images) -> SimoModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return merge(base, experts, METHOD, share=MANY[0], images=images)
+
+
+@pytest.mark.parametrize("text", MANY)
+def test_a_saved_tree_loads_to_equal_predictions(grower: Grower, picture: Tensor, tmp_path: Path, text: str) -> None:
+    model = random_stitches(grower.grow(tree(text)))
+    loaded = load(model.save_pretrained(tmp_path / "scene"))
+    assert equal(predicted(loaded, picture), predicted(model, picture))
+    assert str(loaded.encoder.tree) == str(tree(text))  # type: ignore[union-attr]
+    assert loaded.encoder_fingerprint() == model.encoder_fingerprint()
+
+
+def test_what_a_folder_holds(shared: SimoModel, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import Dinov2Model
+
+    folder = shared.save_pretrained(tmp_path / "scene")
+    description = json.loads((folder / "simo.json").read_text())
+    assert description["format"] == 2
+    assert (
+        description["encoder"]["tree"] == "2: depth+normals+parts | 3: depth, normals+parts | 4: depth, normals, parts"
+    )
+    assert sorted(path.name for path in (folder / "branches").iterdir()) == ["normals.safetensors", "parts.safetensors"]
+    blocks = {
+        path.stem: {key.split(".")[2] for key in load_file(path) if "layer." in key}
+        for path in (folder / "branches").iterdir()
+    }
+    assert blocks == {"normals": {"2", "3"}, "parts": {"3"}}
+    assert set(load_file(folder / "stitches.safetensors")) == {
+        f"{node}.{part}" for node in ("3-depth", "3-normals", "4-normals", "4-parts") for part in ("weight", "bias")
+    }
+    first = Dinov2Model.from_pretrained(folder / "encoder")  # the path of the first task is a plain encoder
+    with shared.encoder.plain(0) as backbone:  # type: ignore[union-attr, operator]
+        assert equal(first.state_dict(), backbone.state_dict())
+    assert f"`{description['encoder']['tree']}`" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["branches/normals.safetensors", "stitches.safetensors"])
+def test_a_missing_or_foreign_file_is_named(shared: SimoModel, tmp_path: Path, name: str) -> None:
+    folder = shared.save_pretrained(tmp_path / "scene")
+    (folder / name).write_bytes((folder / "heads" / "depth.safetensors").read_bytes())
+    with pytest.raises(InputError, match=rf"{name.rpartition('/')[2]}: does not fit simo\.json"):
+        load(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"{name.rpartition('/')[2]}: missing"):
+        load(folder)
+
+
+def test_a_damaged_tree_is_refused(shared: SimoModel, tmp_path: Path) -> None:
+    folder = shared.save_pretrained(tmp_path / "scene")
+    description = json.loads((folder / "simo.json").read_text())
+    for wrong in ("2: depth | 1: depth", 7, "x"):
+        description["encoder"]["tree"] = wrong
+        (folder / "simo.json").write_text(json.dumps(description))
+        with pytest.raises(InputError):
+            load(folder)
+
+
+# What else works on a tree, and what does not -----------------------------------------------------------
+
+
+def test_heads_are_folded_on_what_reaches_them(
+    shared: SimoModel, grower: Grower, experts: dict[str, SimoModel], images: Images, picture: Tensor
+) -> None:
+    """The fold of a tree is that of each path alone."""
+    unfolded = grower.grow(tree(MANY[0]))
+    fit_stitches(unfolded, experts, images)
+    for task in TASKS:
+        alone = realign(unfolded.select(task), {task: experts[task]}, images, variant="cross-tap")
+        expected = predicted(alone, picture)[task]
+        torch.testing.assert_close(predicted(shared, picture)[task], expected, rtol=1e-4, atol=1e-5)
+    assert shared.provenance["realign"]["method"] == "fold"
+    assert shared.provenance["merge"]["cost"] == 1.75
+
+
+@pytest.mark.parametrize("name", ["distill", "distill-encoder"])
+def test_a_tree_is_distilled(
+    shared: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, name: str
+) -> None:
+    kept = {"hold_out": 0.0} if name == "distill-encoder" else {}
+    distilled = realign(shared, experts, images, method=name, steps=3, batch_size=4, **kept)
+    assert not equal(predicted(distilled, picture), predicted(shared, picture))
+    before, after = (dict(model.encoder.named_parameters()) for model in (shared, distilled))
+    moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    if name == "distill":
+        assert not moved
+    else:
+        assert any("stitch" in key for key in moved) and any(".layer.0." in key for key in moved)
+
+
+@pytest.mark.parametrize("name", ["adapters", "lora", "react", "surgery", "symerge", "prodistill"])
+def test_other_realignments_refuse_a_tree(
+    shared: SimoModel, base: SimoModel, experts: dict[str, SimoModel], images: Images, name: str
+) -> None:
+    with pytest.raises(InputError, match="tree of shared blocks"):
+        realign(shared, experts, images, data=images, method=name, base=base)
+
+
+def test_a_tree_is_no_expert(shared: SimoModel, base: SimoModel, experts: dict[str, SimoModel]) -> None:
+    with pytest.raises(InputError, match="expert 'depth' is a tree of shared blocks"):
+        merge(base, {**experts, "depth": shared}, METHOD)
+
+
+def wrong_calls() -> Iterator[tuple[dict[str, Any], str]]:
+    yield {"share": 2}, "fitted on images without labels: give images="
+    yield {"share": 5, "images": "IMAGES"}, "splits after block 5, but the encoder has 4 blocks"
+    yield {"share": 2, "budget": 2.0, "images": "IMAGES"}, "give one of the two"
+    yield {"budget": 3.5, "images": "IMAGES"}, r"from 1 .* to 3"
+    yield {"share": 2, "images": "IMAGES", "method": "auto"}, "needs a merge method"
+    yield {"share": 2, "images": "IMAGES", "scale": "learned"}, "a number or 'auto' as scale"
+    yield {"share": 2, "images": "IMAGES", "minutes": 3}, "needs a merge method"
+
+
+@pytest.mark.parametrize(("given", "message"), list(wrong_calls()))
+def test_wrong_calls(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, given: dict[str, Any], message: str
+) -> None:
+    filled = {key: images if value == "IMAGES" else value for key, value in given.items()}
+    with pytest.raises(InputError, match=message):
+        merge(base, experts, **{"method": METHOD, **filled})
+
+
+class Own(torch.nn.Module):
+    channels, strides = (4,), (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 4, 4)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.stem(images)]
+
+
+def test_a_custom_encoder_has_no_known_blocks(base: SimoModel, images: Images) -> None:
+    own, experts = SimoModel(Own(), {}, {}), {}
+    for task in ("depth", "normals"):
+        head = build_head("linear", (4,), TASKS[task].channels, {"cls": False})
+        experts[task] = SimoModel(copy.deepcopy(own.encoder), {task: TASKS[task]}, {task: head})
+    with pytest.warns(UserWarning, match="does not record"), pytest.raises(InputError, match="blocks are unknown"):
+        merge(own, experts, METHOD, share=1, images=images)
+
+
+# Choosing -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def method() -> MergeMethod:
+    return METHOD
+
+
+def test_a_budget_of_one_encoder_is_the_merge_and_of_all_is_the_experts(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, method: MergeMethod
+) -> None:
+    one = merge(base, experts, method, budget=1, images=images)
+    assert not isinstance(one.encoder, TreeEncoder)
+    some = {task: experts[task] for task in ("depth", "normals")}
+    two = merge(base, some, method, budget=2, images=images)
+    found = predicted(two, picture)
+    for task, expert in some.items():
+        assert torch.equal(found[task], predicted(expert, picture)[task])
+
+
+def test_the_chosen_tree_keeps_to_the_budget_and_beats_one_encoder(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images
+) -> None:
+    model = merge(base, experts, METHOD, budget=1.75, images=images)
+    record = model.provenance["merge"]
+    assert record["budget"] == 1.75 and 1 < record["cost"] <= 1.75
+    assert max(record["disagreement"].values()) < 1.5 and min(record["disagreement"].values()) < 1

@@ -1,0 +1,111 @@
+"""Trees of shared blocks on the command line: merge, inspect, predict, edit, and what is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from .conftest import Story, assert_mistake, simomerge
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for seed in range(8):
+        coarse = np.random.default_rng(seed).integers(0, 255, (4, 5, 3)).astype(np.uint8)
+        Image.fromarray(coarse.repeat(8, 0).repeat(8, 1)).save(folder / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared(story: Story, tiny_base: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared") / "scene"
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    done = simomerge(
+        "merge", tiny_base, *experts, "--scale", "0.5", "--branch", 3, "--images", photos, "-o", folder, "--json"
+    )
+    assert done.code == 0, done.err
+    assert done.json["merge"]["tree"] == "3: depth+normals | 4: depth, normals" and done.json["merge"]["cost"] == 1.25
+    return folder
+
+
+def test_inspect_draws_the_tree(shared: Path) -> None:
+    done = simomerge("inspect", shared)
+    assert "    blocks 1-3: depth + normals\n    |-- block 4: depth\n    `-- block 4: normals\n" in done.out
+    assert "shared blocks, 1.25 encoders" in done.out
+    block = sum(
+        np.prod(t.shape)
+        for name, t in load_file(shared / "encoder" / "model.safetensors").items()
+        if "layer.3." in name
+    )
+    assert simomerge("inspect", shared, "--json").json["branch_parameters"] == block + 2 * 32 + 2 * (32 * 32 + 32)
+
+
+def test_a_tree_predicts(shared: Path, photos: Path, tmp_path: Path) -> None:
+    done = simomerge("predict", shared, photos / "0.png", "-o", tmp_path / "maps")
+    assert done.code == 0, done.err
+    assert np.load(tmp_path / "maps" / "0-depth.npy").shape == (32, 40)
+
+
+@pytest.mark.parametrize("form", ["text", "yaml", "budget"])
+def test_other_ways_to_say_it(story: Story, tiny_base: Path, photos: Path, tmp_path: Path, form: str) -> None:
+    (tmp_path / "tree.yaml").write_text("3: all\n4: [[normals], [depth]]\n")
+    ways = {
+        "text": ("--share", "3: all | each"),
+        "yaml": ("--share", tmp_path / "tree.yaml"),
+        "budget": ("--budget", "1.3"),
+    }
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    done = simomerge(
+        "merge", tiny_base, *experts, "--scale", "0.5", *ways[form], "--images", photos, "-o", tmp_path / "scene"
+    )
+    assert done.code == 0, done.err
+    if form != "budget":
+        assert "  |-- block 4: depth\n" in done.out and "stitch 4-normals" in done.out
+    assert "The heads are folded." in done.out
+
+
+MERGE = ("merge", "BASE", "depth=./nowhere", "normals=./nowhere", "-o", "OUT")
+MISTAKES = {
+    "no images": (("--branch", 2), "--branch fits the branches on images without labels: give --images"),
+    "two ways": (("--branch", 2, "--budget", 1.5, "--images", "x"), "--branch and --budget both say what is shared"),
+    "joins again": (("--share", "2: depth, normals | all", "--images", "x"), r"depth\+normals at block 3 joins tasks"),
+    "unknown task": (("--share", "2: all | depth, edges", "--images", "x"), "names 'edges', which is no task"),
+    "missing task": (("--share", "2: all | depth", "--images", "x"), "leaves out task 'normals'"),
+    "budget": (("--budget", 2.5, "--images", "x"), "a budget of 2.5 encoders: give a number from 1 .* to 2"),
+    "auto": (("--budget", 1.5, "--images", "x", "--method", "auto"), "--budget needs a merge method"),
+    "no file": (("--share", "nowhere.yaml", "--images", "x"), r"nowhere\.yaml: no such file; give a tree"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_that_need_no_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = MISTAKES[name]
+    assert_mistake(simomerge(*MERGE, *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tree_is_too_deep(story: Story, tiny_base: Path, photos: Path, tmp_path: Path) -> None:
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    done = simomerge("merge", tiny_base, *experts, "--branch", 5, "--images", photos, "-o", tmp_path / "out")
+    assert_mistake(done, "splits after block 5, but the encoder has 4 blocks")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["edit", "merge", "diff"])
+def test_a_tree_has_no_single_set_of_weights(
+    shared: Path, story: Story, tiny_base: Path, tmp_path: Path, command: str
+) -> None:
+    given = {
+        "edit": ("edit", shared, "--base", tiny_base, "--remove", f"depth={story / 'depth'}", "-o", tmp_path / "out"),
+        "merge": ("merge", tiny_base, f"depth={shared}", f"normals={story / 'normals'}", "-o", tmp_path / "out"),
+        "diff": ("diff", tiny_base, shared),
+    }
+    assert_mistake(simomerge(*given[command]), "a tree of shared blocks, which has no single set of encoder weights")
