@@ -64,7 +64,7 @@ class Images(DenseDataset):
         if self.is_dataset:
             raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
         chosen = copy.copy(self)
-        chosen.size, chosen._memory = _parse_size(size), _Memory()
+        chosen.size, chosen._memory = parse_size(size), _Memory()
         return chosen
 
     def readable(self, one_size: bool = False) -> Images:
@@ -205,7 +205,7 @@ def _sequence(source: Any) -> Any:
     return list(source)
 
 
-def _parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
+def parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
     parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
