@@ -34,7 +34,7 @@ def broken_torchvision() -> str:
     return ""
 
 
-_OF_TORCH = ("accelerate", "jinja2", "loky", "markupsafe", "matplotlib", "PIL", "pydantic", "torch", "torchmetrics")
+_OF_TORCH = ("accelerate", "loky", "matplotlib", "PIL", "pydantic", "torch", "torchmetrics")
 """Packages of the extra "torch", with transformers. The core is installed without them."""
 
 

@@ -193,7 +193,7 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
 def _sequence(source: Any) -> Any:
     """A dataset as it is, and everything else as a list of at least one image."""
     if isinstance(source, (str, Path)):
-        return _files(Path(source))
+        return picture_files(Path(source))
     if hasattr(source, "image") and hasattr(source, "__len__"):
         if not len(source):
             raise InputError("the dataset has no images; give at least one.")
@@ -212,7 +212,8 @@ def parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _files(path: Path) -> list[Path]:
+def picture_files(path: Path) -> list[Path]:
+    """A picture, or all pictures of a folder and its subfolders, in order. Raises InputError if there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
