@@ -38,6 +38,7 @@ GROUPS = {
     "Use": {
         "predict": "Predict every task for your own images or videos.",
         "export": "Write a model as one file for ONNX Runtime, OpenVINO, TensorRT or torch.",
+        "benchmark": "Time models and exported files on this machine.",
     },
     "Run benchmarks": {
         "run": "Run a recipe: a benchmark described in one file.",
