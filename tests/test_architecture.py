@@ -25,11 +25,11 @@ ROOT = PACKAGE.parent.parent
 
 LAYERS = [
     {"core"},
-    {"checkpoints", "report"},
+    {"checkpoints", "report", "runtime"},
     {"datasets", "merging"},
     {"models"},
     {"training"},
-    {"assembly"},
+    {"assembly", "exporting"},
     {"relations"},
     {"recipes"},
     {"cli"},

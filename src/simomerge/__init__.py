@@ -18,6 +18,7 @@ _WHERE = {
     "data": "datasets.load:load_data",
     "delta_mtl": "training.evaluate",
     "evaluate": "training.evaluate",
+    "export": "exporting.export",
     "import_expert": "models.importing",
     "load": "models.model",
     "load_experts": "assembly.experts",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from simomerge.core.classes import register_encoder, register_head
     from simomerge.datasets.load import load_data as data
     from simomerge.datasets.tasks import Task
+    from simomerge.exporting.export import export
     from simomerge.models.encoders import Features
     from simomerge.models.heads import Foldable
     from simomerge.models.importing import import_expert
@@ -55,6 +57,7 @@ __all__ = [
     "data",
     "delta_mtl",
     "evaluate",
+    "export",
     "import_expert",
     "load",
     "load_experts",

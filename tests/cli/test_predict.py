@@ -6,13 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from simomerge.core import images
-from simomerge.datasets.tasks import Task
+from simomerge.core.errors import InputError
+from simomerge.core.images import read_image
+from simomerge.datasets.stored import Stored
+from simomerge.datasets.tasks import Task, colourise
+from simomerge.models import prediction
 from simomerge.models.model import SimoModel
+from simomerge.models.prediction import find_sources
 
-from .conftest import simomerge
+from .conftest import assert_mistake, simomerge
 
 
 @pytest.fixture
@@ -28,19 +34,19 @@ def photos(tmp_path: Path) -> list[Path]:
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of images as they are read, and "predicted"."""
     found: list[str] = []
-    read, predict = images.read_image, SimoModel.predict
+    read, predict = images.read_image, SimoModel.predict_batch
 
     def noted(path: str | Path) -> np.ndarray:
         found.append(Path(path).name)
         return read(path)
 
-    def after(self: SimoModel, *given: object) -> dict[str, np.ndarray]:
-        made = predict(self, *given)
+    def after(self: SimoModel, *given: object, **options: object) -> dict[str, torch.Tensor]:
+        made = predict(self, *given, **options)
         found.append("predicted")
         return made
 
-    monkeypatch.setattr(images, "read_image", noted)
-    monkeypatch.setattr(SimoModel, "predict", after)
+    monkeypatch.setattr(prediction, "read_image", noted)
+    monkeypatch.setattr(SimoModel, "predict_batch", after)
     return found
 
 
@@ -78,3 +84,153 @@ def test_nothing_is_predicted_if_a_file_cannot_be_read(
     assert done.code == 2 and str(last) in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists() and "predicted" not in events
     assert events in ([], [last.name])  # only what may be damaged is read before
+
+
+# Kinds of input -----------------------------------------------------------------------------------------
+
+
+def test_folders_patterns_and_files_come_in_the_order_given(photos: list[Path], tmp_path: Path) -> None:
+    deep = tmp_path / "deep" / "down"
+    deep.mkdir(parents=True)
+    for name in ("b.jpg", "a.png"):
+        Image.new("RGB", (5, 4)).save(deep / name)
+    found = find_sources([str(photos[1]), str(tmp_path / "deep"), str(tmp_path / "[03].png")])
+    assert [(Path(source.path).name, source.name) for source in found] == [
+        (name, Path(name).stem) for name in ("2.png", "a.png", "b.jpg", "0.png", "3.png")
+    ]
+    again = find_sources([str(photos[0]), str(photos[0])])
+    assert [source.name for source in again] == ["3-1", "3-2"]
+    with pytest.raises(InputError, match="no file matches"):
+        find_sources([str(tmp_path / "*.gif")])
+    with pytest.raises(InputError, match="no such image file"):
+        find_sources([str(tmp_path / "nowhere.png")])
+
+
+def test_batches_give_what_single_images_give(photos: list[Path], make_model, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20), (200, 9, 9)).save(tmp_path / "odd.png")
+    make_model([Task("depth"), Task("normals")]).save_pretrained(tmp_path / "m")
+    given = ("predict", tmp_path / "m", *photos[:3], tmp_path / "odd.png", photos[3])
+    for out, options in (("one", ()), ("many", ("--batch-size", "3"))):
+        done = simomerge(*given, "-o", tmp_path / out, *options, "--as", "npz")
+        assert done.code == 0, done.err
+        assert [Path(name).name for name in done.out.split()] == ["3.npz", "2.npz", "1.npz", "odd.npz", "0.npz"]
+    for file in (tmp_path / "one").iterdir():
+        one, many = np.load(file), np.load(tmp_path / "many" / file.name)
+        assert set(one) == {"depth", "normals"}
+        for task in one:
+            np.testing.assert_allclose(many[task], one[task], rtol=1e-4, atol=1e-5)
+
+
+def test_a_list_of_images_gives_a_list_and_a_tensor_gives_tensors(photos: list[Path], make_model) -> None:
+    model = make_model([Task("depth"), Task("parts", "segmentation", classes=("a", "b", "c"))])
+    one_by_one = [model.predict(photo) for photo in photos]
+    for ours, theirs in zip(model.predict(photos), one_by_one, strict=True):
+        assert all(np.array_equal(ours[task], theirs[task]) for task in theirs)
+    batch = torch.stack([torch.from_numpy(read_image(photo).copy()).permute(2, 0, 1) for photo in photos]).float() / 255
+    model.train()
+    found = model.predict_batch(batch)
+    assert model.training and not found["depth"].requires_grad
+    assert found["depth"].shape == (4, 20, 24) and found["parts"].dtype == torch.int64
+    np.testing.assert_allclose(found["depth"][2], one_by_one[2]["depth"], rtol=1e-4)
+    assert set(model.predict(photos[0], tasks=["depth"])) == {"depth"}
+    with pytest.raises(InputError, match=r"batch of \(3, 20, 24\)"):
+        model.predict_batch(batch[0])
+
+
+def test_a_size_is_for_the_encoder_only(photos: list[Path], make_model) -> None:
+    model = make_model([Task("depth")])
+    small, own = model.predict(photos[0], size=(8, 8))["depth"], model.predict(photos[0])["depth"]
+    assert small.shape == own.shape == (20, 24) and not np.allclose(small, own)
+    image = torch.nn.functional.interpolate(images.to_tensor(photos[0]), (8, 8), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        wanted = torch.nn.functional.interpolate(model(image)["depth"], (20, 24), mode="bilinear")
+    np.testing.assert_allclose(small, wanted[0, 0].clamp(min=1e-3), rtol=1e-4)
+
+
+# Kinds of output ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["depth", "normals", "edges", "parts"])
+def test_pictures_of_16_bits_hold_the_values(photos: list[Path], make_model, tmp_path: Path, task: str) -> None:
+    about = Task("parts", "segmentation", classes=("a", "b", "c")) if task == "parts" else Task(task)
+    model = make_model([about])
+    with torch.no_grad():
+        model.heads[task].output.bias.add_(1.0)
+    model.save_pretrained(tmp_path / "m")
+    done = simomerge("predict", tmp_path / "m", photos[0], "-o", tmp_path / "out", "--as", "png16,npy")
+    assert done.code == 0, done.err
+    values = np.load(tmp_path / "out" / f"3-{task}.npy")
+    again = Stored(about, scale=0.001 if task == "depth" else None).read(tmp_path / "out" / f"3-{task}-16.png")
+    step = {"depth": 5e-4, "normals": 1e-4, "edges": 1e-5, "parts": 0}[task]
+    np.testing.assert_allclose(again.numpy().reshape(values.shape), values, atol=step * 1.01)
+
+
+def test_an_overlay_is_half_image_and_half_colours(photos: list[Path], make_model, tmp_path: Path) -> None:
+    model = make_model([Task("depth")])
+    model.save_pretrained(tmp_path / "m")
+    given = ("predict", tmp_path / "m", photos[0], "-o", tmp_path / "out", "--as", "colours")
+    assert simomerge(*given, "--overlay").code == 0
+    colours = colourise(Task("depth"), model.predict(photos[0])["depth"])
+    assert np.array_equal(read_image(tmp_path / "out" / "3-depth.png"), read_image(photos[0]) // 2 + colours // 2)
+    assert_mistake(simomerge(*given), "out has files in it; choose another folder, or give --overwrite")
+    assert simomerge(*given, "--overwrite").code == 0
+    assert np.array_equal(read_image(tmp_path / "out" / "3-depth.png"), colours)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--as", "gif"), "unknown kind of output 'gif'; choose some of colours, npy"),
+        (("--tasks", "dept"), "did you mean 'depth'"),
+        (("--size", "big"), "size big: give HEIGHTxWIDTH"),
+        (("--device", "cuda:77"), "device 'cuda:77' cannot be used here"),
+        (("--device", "toaster"), "device 'toaster' cannot be used here"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_and_writes_nothing(
+    photos: list[Path], make_model, tmp_path: Path, options: tuple[str, str], message: str
+) -> None:
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    assert_mistake(simomerge("predict", tmp_path / "m", photos[0], "-o", tmp_path / "out", *options), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_changes_little(photos: list[Path], make_model, tmp_path: Path) -> None:
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    for out, options in (("full", ()), ("half", ("--half",))):
+        done = simomerge("predict", tmp_path / "m", photos[0], "-o", tmp_path / out, "--as", "npy", *options)
+        assert done.code == 0, done.err
+    full, half = (np.load(tmp_path / out / "3-depth.npy") for out in ("full", "half"))
+    assert half.dtype == np.float32 and 0 < np.abs(full - half).max() < 0.05
+
+
+# Video --------------------------------------------------------------------------------------------------
+
+
+def test_a_video_in_and_a_video_out(make_model, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "drive.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for level in (40, 120, 200):
+            image = np.full((32, 48, 3), level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    make_model([Task("depth"), Task("edges")]).save_pretrained(tmp_path / "m")
+    done = simomerge("predict", tmp_path / "m", tmp_path / "drive.mp4", "-o", tmp_path / "out", "--as", "npz,video")
+    assert done.code == 0, done.err
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"drive.mp4", "drive-000001.npz", "drive-000002.npz", "drive-000003.npz"}
+    shown = list(prediction.video_frames(tmp_path / "out" / "drive.mp4"))
+    assert len(shown) == 3 and shown[0].shape == (32, 3 * 48, 3)
+    levels = [frame[:, :48].mean() for frame in shown]  # the left third is the input
+    assert np.abs(np.array(levels) - [40, 120, 200]).max() < 6
+
+
+def test_a_video_that_cannot_be_read_is_named(make_model, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "broken.mp4").write_text("no video")
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    done = simomerge("predict", tmp_path / "m", tmp_path / "broken.mp4", "-o", tmp_path / "out")
+    assert_mistake(done, r"broken\.mp4: cannot be read as a video")
+    assert not (tmp_path / "out").exists()

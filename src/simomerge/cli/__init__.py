@@ -34,7 +34,11 @@ GROUPS = {
         "relate": "Measure which tasks help or hurt each other, and which to merge.",
         "diff": "Compare two checkpoints, or the task vectors of two experts.",
         "inspect": "Show what a model folder or a checkpoint contains and its origin.",
-        "predict": "Predict every task for your own images.",
+    },
+    "Use": {
+        "predict": "Predict every task for your own images or videos.",
+        "export": "Write a model as one file for ONNX Runtime, OpenVINO, TensorRT or torch.",
+        "benchmark": "Time models and exported files on this machine.",
     },
     "Run benchmarks": {
         "run": "Run a recipe: a benchmark described in one file.",
@@ -139,9 +143,9 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return "out of memory; use fewer --workers, a smaller --batch-size or smaller images."
     if isinstance(error, ImportError):
-        from simomerge.core.environment import broken_torchvision
+        from simomerge.core.environment import broken_torchvision, missing_extra
 
-        return broken_torchvision() or None
+        return broken_torchvision() or missing_extra(error) or None
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}."
     return None

@@ -77,6 +77,14 @@ def _parameters(context: click.Context, option: Any, given: Sequence[str]) -> di
     return {name: parse_value(value) for name, value in parse_pairs(given, "KEY=VALUE").items()}
 
 
+def _numbers(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, Any]:
+    values = {name: _number(value) for name, value in parse_pairs(given, "TASK=NUMBER").items()}
+    for name, value in values.items():
+        if isinstance(value, str):
+            raise InputError(f"{option.opts[-1]} {name}={value}: give a number.")
+    return values
+
+
 def _bytes(context: click.Context, option: Any, text: str | None) -> int | None:
     from simomerge.checkpoints import parse_size
 
@@ -166,16 +174,21 @@ def pairs(option: str, name: str, help: str) -> Decorator:
     return click.option(option, name, multiple=True, metavar="TASK=EXPERT", callback=_pairs, help=help)
 
 
+def numbers(option: str, name: str, help: str) -> Decorator:
+    """An option that takes TASK=NUMBER and may be repeated; the command receives a dictionary."""
+    return click.option(option, name, multiple=True, metavar="TASK=NUMBER", callback=_numbers, help=help)
+
+
 def size_in_bytes(option: str, help: str) -> Decorator:
     """An option that takes a size such as 20GB; the command receives bytes or None."""
     return click.option(option, metavar="SIZE", callback=_bytes, help=help)
 
 
-def output(required: bool = True) -> Decorator:
+def output(required: bool = True, help: str = "Folder to write (OUT).") -> Decorator:
     """-o and --overwrite: a file or folder that must not exist, except with --overwrite; and --json."""
     path = click.Path(path_type=Path)
     return together(
-        click.option("-o", "--output", type=path, required=required, callback=_new_path, help="Folder to write (OUT)."),
+        click.option("-o", "--output", type=path, required=required, callback=_new_path, help=help),
         click.option("--overwrite", is_flag=True, is_eager=True, help="Replace OUT if it exists."),
         as_json,
     )

@@ -15,43 +15,60 @@ from simomerge.core.errors import InputError
 @click.argument("model")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @options.folder(None, "Folder to write (OUT).", required=True)
+@click.option("--overwrite", is_flag=True, help="Write into OUT even if it has files; those of one name are replaced.")
+@click.option(
+    "--as",
+    "kinds",
+    default="colours,npy",
+    show_default=True,
+    metavar="KIND,...",
+    help="Files to write: colours, npy, npz, png16, video.",
+)
+@click.option("--overlay", is_flag=True, help="Draw the colours over the image.")
+@click.option("--tasks", default="all", show_default=True, metavar="TASK,...", help="Tasks to predict.")
+@click.option(
+    "--size", metavar="HEIGHTxWIDTH", help="Resize images for the encoder. Predictions keep the image's size."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images of one size at once.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: a GPU if there is one]")
+@click.option("--half", is_flag=True, help="Compute in half precision.")
 @options.trust_code
 @options.as_json
-def command(model: str, images: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Predict every task of MODEL for each IMAGE. Writes a coloured PNG and the values as NPY for each task.
+def command(
+    model: str, images: tuple[str, ...], output: Path, overwrite: bool, as_json: bool, size: str | None, **given: str
+) -> None:
+    """Predict every task of MODEL for each IMAGE.
 
-    All files are checked first, then each image is read when its turn comes.
+    An IMAGE is a picture, a folder, a pattern such as "day/*.jpg", a video file, or a camera such as camera:0. All
+    pictures are checked first, then each is read when its turn comes, in the order given.
     """
-    import numpy as np
-    from PIL import Image
-
-    from simomerge.core.files import atomic_file
-    from simomerge.core.images import check_image, read_image
+    from simomerge.core.machine import named_device
     from simomerge.core.progress import progress
-    from simomerge.datasets.stored import may_be_truncated
-    from simomerge.datasets.tasks import colourise
+    from simomerge.datasets.pictures import parse_size
+    from simomerge.datasets.tasks import select_tasks
     from simomerge.models.model import load
+    from simomerge.models.prediction import check_sources, find_sources, frames_of, predict_frames
+    from simomerge.models.saving import Saver
 
-    for path in images:  # before anything is written
-        check_image(path)
-        if may_be_truncated(Path(path)):
-            read_image(path)
-    stems = [Path(path).stem for path in images]
-    unique = len(set(stems)) == len(stems)
-    names = stems if unique else [f"{stem}-{i}" for i, stem in enumerate(stems, start=1)]
+    height_width = parse_size(size) if size else None
+    device = named_device(given["device"])
+    sources = find_sources(images)
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"{output} has files in it; choose another folder, or give --overwrite.")
+    check_sources(sources)  # before anything is written
     predictor = load(model)
     if not predictor.tasks:
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
+    tasks = select_tasks(predictor.tasks, given["tasks"])
+    saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]))
+    written: list[str] = []
+    total = 0 if any(source.is_video for source in sources) else len(sources)
     with console():
-        for done, (name, path) in enumerate(zip(names, images, strict=True), start=1):
-            for task, values in predictor.predict(path).items():
-                with atomic_file(output / f"{name}-{task}.npy") as file:
-                    np.save(file, values)
-                picture = output / f"{name}-{task}.png"
-                with atomic_file(picture) as file:
-                    Image.fromarray(colourise(predictor.tasks[task], values)).save(file, "PNG")
-                written.append(str(picture))
-            progress("predict", done, len(names), "")
+        predictor.to(device)
+        batch, half = int(given["batch_size"]), bool(given["half"])
+        frames = predict_frames(predictor, frames_of(sources), batch, list(tasks), height_width, half)
+        for done, (frame, maps) in enumerate(frames, start=1):
+            written += map(str, saver.save(frame, maps))
+            progress("predict", done, total or done, "")
+        saver.close()
     say(as_json, {"written": written}, *written)

@@ -32,3 +32,20 @@ def broken_torchvision() -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+_OF_TORCH = ("accelerate", "loky", "matplotlib", "PIL", "pydantic", "torch", "torchmetrics")
+"""Packages of the extra "torch", with transformers. The core is installed without them."""
+
+
+def missing_extra(error: ImportError) -> str:
+    """The message about a package of an extra that is not installed; empty for any other error.
+
+    Example:
+        >>> missing_extra(ModuleNotFoundError("No module named 'torch'", name="torch"))
+        "this needs torch, which is not installed: pip install 'simomerge[torch]'."
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in (*_OF_TORCH, "transformers"):
+        return ""
+    return f"this needs {package}, which is not installed: pip install 'simomerge[torch]'."

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from simomerge.core.errors import InputError
+
 
 def available_cores() -> int:
     """Number of cores that this process may use."""
@@ -59,3 +61,15 @@ def mixed_precision(device: torch.device | str | None = None) -> str:
 def autocast(device: torch.device | str) -> torch.autocast:
     """The mixed precision of training on this device, for inference."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")
+
+
+def named_device(name: str | None) -> torch.device:
+    """A device by its name, such as "cuda:1"; by default as `compute_device`. Raises InputError if there is none."""
+    if name is None:
+        return compute_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:100]}).") from error
+    return device

@@ -82,7 +82,7 @@ class Images(DenseDataset):
         if self.is_dataset:
             raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
         chosen = copy.copy(self)
-        chosen.size, chosen.crop, chosen._memory = _parse_size(size), crop, _Memory()
+        chosen.size, chosen.crop, chosen._memory = parse_size(size), crop, _Memory()
         return chosen
 
     def readable(self, one_size: bool = False) -> Images:
@@ -214,7 +214,7 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
 def _sequence(source: Any) -> Any:
     """A dataset as it is, and everything else as a list of at least one image."""
     if isinstance(source, (str, Path)):
-        return _files(Path(source))
+        return picture_files(Path(source))
     if hasattr(source, "image") and hasattr(source, "__len__"):
         if not len(source):
             raise InputError("the dataset has no images; give at least one.")
@@ -226,14 +226,15 @@ def _sequence(source: Any) -> Any:
     return list(source)
 
 
-def _parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
+def parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
     parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
     return int(parts[0]), int(parts[1])
 
 
-def _files(path: Path) -> list[Path]:
+def picture_files(path: Path) -> list[Path]:
+    """A picture, or all pictures of a folder and its subfolders, in order. Raises InputError if there is none."""
     if path.is_file():
         return [path]
     if not path.is_dir():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,35 +87,73 @@ class SimoModel(nn.Module):
         asked = list(self.tasks if tasks is None else tasks)
         return self.decode(self.encode(images, asked), asked)
 
-    @torch.no_grad()
     def predict(
-        self, image: Any, max_patches: int = MAX_PATCHES, tasks: str | list[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Predict every task, or some, for one image.
+        self,
+        image: Any,
+        max_patches: int = MAX_PATCHES,
+        tasks: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Any:
+        """Predict every task for one image, or for each image of a list.
 
         Args:
-            image: A path, a PIL image, an array or a tensor of any size; see `simomerge.core.images.to_tensor`.
+            image: A path, a PIL image, an array or a tensor of any size; see `simomerge.core.images.to_tensor`. Or a
+                list of them, which are read one at a time.
             max_patches: An image with more patches is downscaled for the encoder, and the predictions are upscaled to
                 its size.
-            tasks: The tasks to predict; all by default. A tree encodes only what these tasks need.
+            tasks: Some of the tasks; all by default. A tree encodes only what these tasks need.
+            size: (height, width) in pixels to which an image is resized for the encoder.
 
         Returns:
             Task -> prediction at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
-            target's units; float32 (3, H, W) for normals and RGB.
+            target's units; float32 (3, H, W) for normals and RGB. A list of them for a list.
 
         Raises:
-            InputError: Not an image, too large, or a task that the model does not have.
+            InputError: Not an image, or too large; or an unknown task.
         """
-        asked = list(self.tasks if tasks is None else select_tasks(self.tasks, tasks))
-        tensor = images.to_tensor(image).to(next(self.parameters()).device)
+        if isinstance(image, (list, tuple)):
+            return [self.predict(each, max_patches, tasks, size) for each in image]
+        found = self.predict_batch(images.to_tensor(image), max_patches, tasks, size)
+        return {name: value[0].cpu().numpy() for name, value in found.items()}
+
+    @torch.no_grad()
+    def predict_batch(
+        self,
+        batch: Tensor,
+        max_patches: int = MAX_PATCHES,
+        tasks: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Predict every task for a batch of images. Nothing leaves the model's device.
+
+        Args:
+            batch: Float images (B, 3, H, W), RGB in [0, 1], on any device.
+            max_patches, tasks, size: As in `predict`.
+
+        Returns:
+            Task -> predictions at the size of the images, on the model's device: int64 (B, H, W), float32 (B, H, W), or
+            float32 (B, 3, H, W).
+
+        Raises:
+            InputError: Not such a tensor, or an unknown task.
+
+        Example:
+            >>> model.predict_batch(torch.rand(4, 3, 480, 640, device="cuda"))["depth"].shape    # doctest: +SKIP
+            torch.Size([4, 480, 640])
+        """
+        if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
+            raise InputError(f"batch of {tuple(batch.shape)} {batch.dtype}; give float images (B, 3, H, W) in [0, 1].")
+        chosen = self.tasks if tasks is None else select_tasks(self.tasks, tasks)
+        batch = batch.to(next(self.parameters()).device)
         training = self.training
         self.eval()
         try:
-            logits = self(self.fit(tensor, max_patches), asked)
+            given = self.fit(batch, max_patches) if size is None else images.resized(batch, size)
+            logits = self(given, chosen)
         finally:
             self.train(training)
-        maps = {name: self.tasks[name].activate(_upscaled(value, tensor))[0] for name, value in logits.items()}
-        return {name: (m[0] if m.ndim == 3 and m.shape[0] == 1 else m).cpu().numpy() for name, m in maps.items()}
+        maps = {name: chosen[name].activate(_upscaled(value.float(), batch)) for name, value in logits.items()}
+        return {name: value[:, 0] if value.ndim == 4 and value.shape[1] == 1 else value for name, value in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
         """Images (B, 3, H, W), downscaled if they have more than ``max_patches`` patches."""

@@ -15,6 +15,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
     On a CPU, two matrix products, one per axis, give the same numbers two to three times as fast as
     `F.interpolate`, forwards and backwards. For many channels in channels-last memory, `F.interpolate` is faster.
+    Exported and compiled graphs hold `F.interpolate` too: other runtimes have one operator for it.
 
     Example:
         >>> resize(torch.rand(1, 3, 8, 10), (64, 80)).shape
@@ -24,7 +25,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if old == new:
         return x
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if x.device.type != "cpu" or (x.shape[1] >= 16 and channels_last):
+    if x.device.type != "cpu" or (x.shape[1] >= 16 and channels_last) or torch.compiler.is_compiling():
         return F.interpolate(x, new, mode="bilinear", align_corners=False)
     rows, columns = (torch.from_numpy(_weights(n, m)).to(x.dtype) for n, m in zip(old, new, strict=True))
     with torch.autocast("cpu", enabled=False):

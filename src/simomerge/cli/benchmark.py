@@ -1,0 +1,91 @@
+"""simomerge benchmark"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from simomerge.cli import options
+from simomerge.cli.output import Table, console, say
+
+
+@click.command("benchmark")
+@click.argument("targets", nargs=-1, required=True, metavar="MODEL|FILE...")
+@click.option("--size", required=True, metavar="HEIGHTxWIDTH", help="Size of the images in pixels.")
+@click.option("--images", metavar="FOLDER", help="Images to predict. [default: rendered rooms]")
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(1), help="Batch size; may be repeated. [default: 1]"
+)
+@click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Timed runs of each batch size.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--provider", metavar="NAME", help="Execution provider of onnxruntime. [default: cpu]")
+@click.option(
+    "--data", metavar="DATA", help="Also evaluate on this dataset, and give Delta_MTL against the first target."
+)
+@click.option("--split", default="test", show_default=True)
+@click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Images to evaluate on.")
+@options.as_json
+def command(
+    targets: tuple[str, ...], size: str, data: str | None, split: str, count: int, as_json: bool, **given: Any
+) -> None:
+    """Time models and exported files on this machine, each in a process of its own.
+
+    Models joined by "+" run one after the other: `runs/depth+runs/normals` are two experts. Differences are those from
+    the first target.
+    """
+    from simomerge.datasets.load import load_data
+    from simomerge.datasets.pictures import parse_size
+    from simomerge.exporting.benchmark import benchmark
+
+    given["batches"] = given["batches"] or (1,)
+    dataset = load_data(data, split=split, count=count) if data else None
+    with console():
+        rows = benchmark(targets, parse_size(size), **given)
+        if dataset is not None:
+            add_scores(rows, dataset, given["threads"], given["provider"])
+    say(as_json, {"rows": rows, "threads": given["threads"], "size": size}, *tables(rows))
+
+
+def add_scores(rows: list[dict[str, Any]], dataset: Any, threads: int, provider: str | None) -> None:
+    """Add the metrics of every target on a dataset, and Delta_MTL against the first one."""
+    from pathlib import Path
+
+    from simomerge.exporting.benchmark import evaluate_file
+    from simomerge.models.model import load
+    from simomerge.training.evaluate import delta_mtl, evaluate
+
+    for row in rows:
+        row["scores"] = {}
+        for part in row["target"].split("+"):
+            is_file = Path(part).suffix in (".onnx", ".xml")
+            scores = evaluate_file(part, dataset, threads, provider) if is_file else evaluate(load(part), dataset)
+            row["scores"] |= scores
+        baseline = rows[0]["scores"]
+        shared = {task: scores for task, scores in row["scores"].items() if task in baseline}
+        row["delta_mtl"] = delta_mtl(shared, baseline, dataset.tasks)
+
+
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """One row per target: time, throughput, memory, size, differences, and metrics if there are any."""
+    from simomerge.runtime import MEASURES
+
+    batches = list(rows[0]["per_second"])
+    speeds = [f"images/s at {size}" for size in batches]
+    head = ["target", "ms", "5 to 95 %", *speeds, "memory MB", "disk MB", "difference"]
+    cells = []
+    for row in rows:
+        ms, size = row["milliseconds"], (f"{row['memory'] / 1e6:.0f}", f"{row['disk'] / 1e6:.1f}")
+        apart = (f"{name} {each['value']:.2g} {MEASURES[each['measure']]}" for name, each in row["difference"].items())
+        speeds = [f"{row['per_second'][batch]:.2f}" for batch in batches]
+        range_ = f"{ms['low']:.1f} to {ms['high']:.1f}"
+        cells.append((row["target"], f"{ms['median']:.1f}", range_, *speeds, *size, "; ".join(apart)))
+    shown = [Table(head, cells)]
+    if "scores" in rows[0]:
+        main = {task: next(iter(scores)) for task, scores in rows[0]["scores"].items()}
+        lines = []
+        for row in rows:
+            values = [f"{row['scores'][task][metric]:.4g}" for task, metric in main.items() if task in row["scores"]]
+            lines.append((row["target"], *values, f"{row['delta_mtl']:+.2f}"))
+        shown.append(Table(["target", *(f"{task} {metric}" for task, metric in main.items()), "Delta_MTL %"], lines))
+    return shown

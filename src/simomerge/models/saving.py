@@ -1,0 +1,147 @@
+"""Saves predictions: coloured pictures, values as 16-bit PNG, NPY or NPZ, and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_file
+from simomerge.core.png16 import write_png16
+from simomerge.datasets.tasks import Task, colourise
+from simomerge.models.prediction import Frame, Source
+
+KINDS = ("colours", "npy", "npz", "png16", "video")
+"""What can be written: a coloured PNG per task; the values of a task as NPY or as PNG of 16 bits; the values of all
+tasks in one NPZ; one MP4 per video with the image and all tasks next to each other."""
+
+Maps = Mapping[str, np.ndarray]
+
+
+def stored16(task: Task, values: np.ndarray) -> np.ndarray:
+    """Predictions as uint16: labels as they are, metres as millimetres, normals from -1..1 and others from 0..1.
+
+    A manifest reads depth of this form with ``scale: 0.001``, and all others without a scale.
+
+    Example:
+        >>> stored16(Task("depth"), np.array([[1.234, 99.0]], np.float32)).tolist()
+        [[1234, 65535]]
+    """
+    if task.kind == "segmentation":
+        return values.astype(np.uint16)
+    if task.kind in ("depth", "disparity"):
+        return np.rint(values * 1000.0).clip(0, 65535).astype(np.uint16)
+    scaled = values * 0.5 + 0.5 if task.kind == "normals" else values
+    scaled = np.rint(scaled * 65535.0).clip(0, 65535).astype(np.uint16)
+    return scaled.transpose(1, 2, 0) if scaled.ndim == 3 else scaled
+
+
+class Saver:
+    """Writes predictions into a folder.
+
+    Args:
+        folder: The folder; it is created when the first file is written.
+        tasks: The tasks.
+        kinds: Some of `KINDS`.
+        overlay: Draw colours over the image, half and half.
+
+    Raises:
+        InputError: An unknown kind.
+    """
+
+    def __init__(self, folder: Path, tasks: Mapping[str, Task], kinds: Sequence[str], overlay: bool = False) -> None:
+        for kind in kinds:
+            if kind not in KINDS:
+                raise InputError(f"unknown kind of output {kind!r}; choose some of {', '.join(KINDS)}.")
+        self.folder, self.tasks, self.kinds, self.overlay = folder, tasks, kinds, overlay
+        self._video: _Video | None = None
+        self._limits: dict[tuple[Source, str], tuple[float, float]] = {}
+
+    def save(self, frame: Frame, maps: Maps) -> list[Path]:
+        """Write the files of one frame, and return their paths: the pictures, or what else was asked for."""
+        written: dict[str, list[Path]] = {kind: [] for kind in self.kinds}
+        for task, values in maps.items():
+            start = self.folder / f"{frame.name}-{task}"
+            if "npy" in self.kinds:
+                with atomic_file(start.with_name(f"{start.name}.npy")) as file:
+                    np.save(file, values)
+                written["npy"].append(start.with_name(f"{start.name}.npy"))
+            if "png16" in self.kinds:
+                path = start.with_name(f"{start.name}-16.png")
+                with atomic_file(path) as file:
+                    write_png16(file, stored16(self.tasks[task], values))
+                written["png16"].append(path)
+            if "colours" in self.kinds:
+                written["colours"].append(self._picture(start, self._coloured(frame, task, values)))
+        if "npz" in self.kinds:
+            path = self.folder / f"{frame.name}.npz"
+            with atomic_file(path) as file:
+                np.savez_compressed(file, allow_pickle=False, **maps)
+            written["npz"].append(path)
+        if "video" in self.kinds:
+            written["video"] += self._add_to_video(frame, maps)
+        return written.get("colours") or [path for paths in written.values() for path in paths]
+
+    def _picture(self, start: Path, colours: np.ndarray) -> Path:
+        from PIL import Image
+
+        path = start.with_name(f"{start.name}.png")
+        with atomic_file(path) as file:
+            Image.fromarray(colours).save(file, "PNG")
+        return path
+
+    def _coloured(self, frame: Frame, task: str, values: np.ndarray) -> np.ndarray:
+        """The colours of a task. All frames of a video share the range of its first one."""
+        limits = None
+        if frame.source.is_video and values.ndim == 2 and self.tasks[task].kind != "segmentation":
+            own = float(values.min()), float(values.max())
+            limits = self._limits.setdefault((frame.source, task), own)
+        colours = colourise(self.tasks[task], values, limits)
+        return (frame.image // 2 + colours // 2) if self.overlay else colours
+
+    def _add_to_video(self, frame: Frame, maps: Maps) -> list[Path]:
+        path, new = self.folder / f"{frame.source.name}.mp4", self._video is None
+        if self._video is None or self._video.path != path:
+            self.close()
+            self._video, new = _Video(path), True
+        images = [frame.image, *(self._coloured(frame, task, values) for task, values in maps.items())]
+        self._video.add(np.concatenate(images, 1))
+        return [path] if new else []
+
+    def close(self) -> None:
+        """Finish the video that is being written."""
+        if self._video is not None:
+            self._video.close()
+            self._video = None
+
+
+class _Video:
+    """An MP4 file of 25 frames per second; under a temporary name until it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import av
+        except ImportError as error:
+            raise InputError(f"{path}: video needs PyAV: pip install 'simomerge[video]'.") from error
+        self.av: Any = av
+        self.path, self.unfinished = path, path.with_name(f".{path.stem}.unfinished.mp4")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.container = av.open(str(self.unfinished), "w")
+        self.stream: Any = None
+
+    def add(self, image: np.ndarray) -> None:
+        height, width = (side // 2 * 2 for side in image.shape[:2])  # the codec halves the colours' resolution
+        if self.stream is None:
+            self.stream = self.container.add_stream("libx264", rate=25)
+            self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), format="rgb24")
+        self.container.mux(self.stream.encode(frame))
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.container.mux(self.stream.encode())
+        self.container.close()
+        self.unfinished.replace(self.path)

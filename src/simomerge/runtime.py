@@ -1,0 +1,462 @@
+"""Run an exported model without torch: ``Scene("scene.onnx").predict(frame)``.
+
+This file needs numpy, and onnxruntime (for .onnx files) or openvino (for .xml files). Nothing else of simomerge is
+needed, so it can also be copied alone. `simomerge export` writes the files; docs/export.md describes them.
+
+    python -m simomerge.runtime check scene.onnx        # compare with scene.golden.npz, on the device
+    python -m simomerge.runtime info scene.onnx         # the description in the file
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    from simomerge.core.errors import InputError
+except ImportError:  # this file was copied alone
+
+    class InputError(ValueError):  # type: ignore[no-redef]
+        """A user's input is wrong; the message names the remedy."""
+
+
+FORMAT = 1
+"""Version of the description in an exported file. Files with a higher number are refused."""
+
+_CHECKSUM = re.compile(rb"simomerge_sha256[^0-9a-f]{1,8}([0-9a-f]{64})")
+
+Maps = dict[str, np.ndarray]
+"""Output -> array of one frame."""
+
+
+class Scene:
+    """An exported model: frames in, a map per task out.
+
+    Args:
+        file: ``scene.onnx``, ``scene.xml`` (OpenVINO), or the ``scene.encoder.onnx`` of a split export, whose heads lie
+            next to it.
+        providers: Execution providers of onnxruntime in the order of preference, such as ``["tensorrt", "cuda"]``, or
+            the device of OpenVINO, such as ``"GPU"``; the CPU by default.
+        threads: Threads of one operation; by default as many as the engine chooses.
+
+    Attributes:
+        info: The description in the file: tasks with classes, colours and kinds, units, size, provenance, verification.
+        size: (height, width) of the images of the graph in pixels; None if it takes any size.
+
+    Raises:
+        InputError: The file is missing, damaged, was changed after its export, comes from a newer version or another
+            program, or a provider is not available.
+
+    Example:
+        >>> scene = Scene("scene.onnx", threads=1)                                            # doctest: +SKIP
+        >>> scene.predict(np.zeros((480, 640, 3), np.uint8))["depth"].shape                   # doctest: +SKIP
+        (480, 640)
+    """
+
+    def __init__(
+        self, file: str | Path, providers: str | Sequence[str] | None = None, threads: int | None = None
+    ) -> None:
+        self.file = Path(file)
+        self._engine = open_engine(self.file, providers, threads)
+        self.info = self._engine.info
+        if self.info["part"] == "head":
+            raise InputError(f"{self.file}: one head of a split export; open the file {self.info['encoder']} instead.")
+        size = self.info["input"]["size"]
+        self.size: tuple[int, int] | None = (size[0], size[1]) if size else None
+        self._heads = {
+            task: open_engine(self.file.with_name(name), providers, threads)
+            for task, name in self.info["heads"].items()
+        }
+        self.outputs: dict[str, dict[str, Any]] = dict(self.info["outputs"])
+        for head in self._heads.values():
+            self.outputs |= head.info["outputs"]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(self.info["tasks"])
+
+    def predict(self, frames: Any, tasks: Sequence[str] | None = None) -> Any:
+        """Predict every task, or some, for one frame or for a list of frames.
+
+        Args:
+            frames: An RGB frame as uint8 (H, W, 3), or as floats in [0, 1], or the path of a picture (needs Pillow);
+                or a list of them, or an array (B, H, W, 3), which run as one batch.
+            tasks: The tasks to return. A split export runs only their heads.
+
+        Returns:
+            Output -> array at the frame's size, or a list of such dictionaries for several frames: int64 labels (H, W);
+            float32 (H, W) in the task's unit; float32 (3, H, W) for normals, colours, probabilities and logits. Frames
+            of another size than that of the graph are resized for it, and each pixel gets the value of the nearest one.
+
+        Raises:
+            InputError: Not a frame, frames of several sizes, or an unknown task.
+        """
+        wanted = self._outputs_of(tasks)
+        batch, single = as_batch(frames)
+        found = self._decode(self._encode(batch), wanted, batch.shape[1:3])
+        each = [{name: values[index] for name, values in found.items()} for index in range(len(batch))]
+        return each[0] if single else each
+
+    def encode(self, frame: Any) -> list[np.ndarray]:
+        """What the encoder of a split export gives for one frame, for `decode`."""
+        if not self._heads:
+            raise InputError(f"{self.file}: encoder and heads are one graph; export with --split to run them apart.")
+        return self._encode(as_batch(frame)[0])
+
+    def decode(self, features: list[np.ndarray], tasks: Sequence[str] | None = None) -> Maps:
+        """The maps of some tasks from the features of one frame, at the size of the graph."""
+        return {name: values[0] for name, values in self._decode(features, self._outputs_of(tasks), None).items()}
+
+    def warm_up(self, runs: int = 2, batch: int = 1) -> None:
+        """Predict zeros, so that the next prediction is not slowed down by what engines do at first."""
+        height, width = self.size or [2 * side for side in self.info["input"]["smallest"]]
+        for _ in range(runs):
+            self.predict(np.zeros((batch, height, width, 3), np.uint8))
+
+    def _outputs_of(self, tasks: Sequence[str] | None) -> list[str]:
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        for task in tasks or ():
+            if task not in self.tasks:
+                raise InputError(f"unknown task {task!r}; {self.file} predicts {', '.join(self.tasks)}.")
+        return [name for name, output in self.outputs.items() if tasks is None or output["task"] in tasks]
+
+    def _encode(self, batch: np.ndarray) -> list[np.ndarray]:
+        """The graph's own outputs, in their order."""
+        about = self.info["input"]
+        if self.size is not None:
+            batch = resized(batch, self.size)
+        else:
+            padding = [
+                max(-(-side // about["multiple"]) * about["multiple"], least) - side
+                for side, least in zip(batch.shape[1:3], about["smallest"], strict=True)
+            ]
+            batch = np.pad(batch, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)), mode="edge")
+        if about["layout"] == "floats":
+            batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+        return self._engine.run([np.ascontiguousarray(batch)])
+
+    def _decode(self, given: list[np.ndarray], wanted: list[str], size: tuple[int, int] | None) -> Maps:
+        if self._heads:
+            tasks = {self.outputs[name]["task"] for name in wanted}
+            found: Maps = {}
+            for task in (task for task in self.tasks if task in tasks):
+                head = self._heads[task]
+                found |= dict(zip(head.info["outputs"], head.run(given), strict=True))
+        else:
+            found = dict(zip(self.info["outputs"], given, strict=True))
+        return {name: self._at_size(found[name], size) for name in wanted}
+
+    def _at_size(self, values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+        if size is None or values.shape[-2:] == tuple(size):
+            return values
+        if self.size is None:  # the frame was padded at the bottom and on the right
+            return values[..., : size[0], : size[1]]
+        rows, columns = (
+            ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
+            for old, new in zip(values.shape[-2:], size, strict=True)
+        )
+        return values[..., rows[:, None], columns]
+
+
+# Frames -------------------------------------------------------------------------------------------------
+
+
+def as_batch(frames: Any) -> tuple[np.ndarray, bool]:
+    """Frames as uint8 (B, H, W, 3), and whether it was a single one. Raises InputError."""
+    single = isinstance(frames, (str, Path)) or getattr(frames, "ndim", 0) in (2, 3)
+    if not single and not len(frames):
+        raise InputError("no frames given.")
+    batch = [_as_frame(frame) for frame in ([frames] if single else frames)]
+    if len({frame.shape for frame in batch}) > 1:
+        raise InputError("the frames of a batch differ in size; predict them one at a time.")
+    return np.stack(batch), single
+
+
+def _as_frame(frame: Any) -> np.ndarray:
+    if isinstance(frame, (str, Path)):
+        frame = read_picture(frame)
+    frame = np.asarray(frame)
+    frame = np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame
+    if frame.ndim != 3 or frame.shape[2] not in (3, 4) or not frame.size:
+        raise InputError(f"frame of shape {frame.shape}; give RGB frames (H, W, 3).")
+    frame = frame[..., :3]
+    if frame.dtype == np.uint8:
+        return frame
+    if frame.dtype.kind != "f" or not (frame.min() >= -1e-3 and frame.max() <= 1 + 1e-3):
+        raise InputError(f"frame of dtype {frame.dtype}; give uint8 in 0..255 or floats in [0, 1].")
+    return np.rint(frame.clip(0, 1) * 255).astype(np.uint8)
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """A picture as uint8 RGB (H, W, 3), turned upright by its EXIF tag; needs Pillow. Raises InputError."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise InputError(f"{path}: pictures need Pillow: pip install pillow; or give the frame as an array.") from error
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise InputError(f"{path}: cannot be read as an image ({error}).") from error
+
+
+def video_frames(source: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, or of a camera ("camera:0"), as uint8 RGB (H, W, 3); needs PyAV.
+
+    Raises:
+        InputError: PyAV is not installed, or the video cannot be read.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise InputError(f"{source}: video needs PyAV: pip install 'simomerge[video]'.") from error
+    name = str(source)
+    options: dict[str, str] = {}
+    if name.startswith("camera:"):
+        name = name.removeprefix("camera:") if sys.platform == "darwin" else f"/dev/video{name[7:]}"
+        options = {"format": "avfoundation"} if sys.platform == "darwin" else {}
+    try:
+        with av.open(name, **options) as container:
+            if not container.streams.video:
+                raise InputError(f"{source}: has no video in it.")
+            for frame in container.decode(video=0):
+                turns = round(getattr(frame, "rotation", 0) / 90)
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    except (av.error.FFmpegError, OSError) as error:
+        raise InputError(f"{source}: cannot be read as a video ({error}).") from error
+
+
+def resized(batch: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 frames (B, H, W, 3) resized to (height, width), bilinearly with antialiasing."""
+    if batch.shape[1:3] == tuple(size):
+        return batch
+    rows, columns = (_weights(old, new) for old, new in zip(batch.shape[1:3], size, strict=True))
+    wide = np.tensordot(batch.astype(np.float32), columns, (2, 1))  # (B, H, 3, width)
+    both = np.tensordot(wide, rows, (1, 1))  # (B, 3, width, height)
+    return np.rint(both.transpose(0, 3, 2, 1)).clip(0, 255).astype(np.uint8)
+
+
+def _weights(old: int, new: int) -> np.ndarray:
+    """(new, old): the weight of each old place in each new one. The triangle widens where the size shrinks."""
+    centres, reach = (np.arange(new) + 0.5) * (old / new), max(old / new, 1.0)
+    weights = np.maximum(1 - np.abs(np.arange(old) + 0.5 - centres[:, None]) / reach, 0)
+    return np.asarray(weights / weights.sum(1, keepdims=True), np.float32)
+
+
+# Engines ------------------------------------------------------------------------------------------------
+
+
+def open_engine(file: Path, providers: str | Sequence[str] | None = None, threads: int | None = None) -> Any:
+    """The engine for a file, with ``info`` and ``run(inputs) -> outputs``. Raises InputError."""
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; `simomerge export` writes one.")
+    names = [providers] if isinstance(providers, str) else list(providers or [])
+    if file.suffix == ".onnx":
+        return _Onnx(file, names, threads)
+    if file.suffix == ".xml":
+        return _OpenVino(file, names, threads)
+    remedy = "load it with torch.export.load" if file.suffix == ".pt2" else "give an .onnx or .xml file"
+    raise InputError(f"{file}: this runtime does not run such files; {remedy}.")
+
+
+class _Onnx:
+    def __init__(self, file: Path, providers: list[str], threads: int | None) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise InputError(f"{file}: needs onnxruntime: pip install onnxruntime.") from error
+        available = ort.get_available_providers()
+        chosen = [next((p for p in available if p.lower().startswith(n.lower())), n) for n in providers or ["CPU"]]
+        if missing := [name for name in chosen if name not in available]:
+            raise InputError(
+                f"provider {missing[0]!r} is not in this onnxruntime, which has {', '.join(available)}; install a"
+                " package of onnxruntime that has it, such as onnxruntime-gpu."
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        content = file.read_bytes()
+        try:
+            self.session = ort.InferenceSession(str(file), options, providers=chosen)
+        except Exception as error:  # onnxruntime has its own classes of errors
+            raise InputError(f"{file}: cannot be loaded ({_first_line(error)}).") from error
+        if (got := self.session.get_providers()[0]) != chosen[0]:
+            raise InputError(f"{file}: {chosen[0]} could not start, onnxruntime would use {got}; check its libraries.")
+        self.info = _described(file, self.session.get_modelmeta().custom_metadata_map.get("simomerge"))
+        if checksum(content) is None:
+            raise InputError(f"{file}: was changed after its export, or is incomplete; export the model again.")
+        self._inputs = [each.name for each in self.session.get_inputs()]
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        found: list[np.ndarray] = self.session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        return found
+
+
+class _OpenVino:
+    def __init__(self, file: Path, providers: list[str], threads: int | None) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise InputError(f"{file}: needs openvino: pip install openvino.") from error
+        core, device = openvino.Core(), (providers or ["CPU"])[0].upper()
+        if device not in ("AUTO", *core.available_devices):
+            raise InputError(f"device {device!r} is not available to OpenVINO, which has {core.available_devices}.")
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"} if device == "CPU" else {}
+        settings |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        try:
+            model = core.read_model(str(file))
+            text = model.get_rt_info("simomerge").value if model.has_rt_info("simomerge") else None
+            self.info = _described(file, text)
+            if self.info["sha256"] != hashlib.sha256(file.with_suffix(".bin").read_bytes()).hexdigest():
+                raise InputError(f"{file.with_suffix('.bin')}: was changed after its export; export the model again.")
+            self.model = core.compile_model(model, device, settings)
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{file}: cannot be loaded ({_first_line(error)}).") from error
+
+    def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        found = self.model(inputs)
+        return [np.asarray(found[index]) for index in range(len(self.model.outputs))]
+
+
+def _described(file: Path, text: str | None) -> dict[str, Any]:
+    """The description in an exported file. Raises InputError."""
+    if text is None:
+        raise InputError(f"{file}: was not written by `simomerge export`; it holds no description of tasks.")
+    info: dict[str, Any] = json.loads(text)
+    if info["format"] > FORMAT:
+        raise InputError(
+            f"{file}: comes from simomerge {info['simomerge']}, whose format {info['format']} is newer than this"
+            " runtime reads; upgrade simomerge, or copy the new runtime.py."
+        )
+    return info
+
+
+def checksum(content: bytes) -> str | None:
+    """The sha256 that an ONNX file holds of itself, with zeros in its place; None if it is not right."""
+    found = _CHECKSUM.search(content)
+    if found is None:
+        return None
+    start, end = found.span(1)
+    digest = hashlib.sha256(content[:start])
+    digest.update(b"0" * 64)
+    digest.update(content[end:])
+    return digest.hexdigest() if digest.hexdigest().encode() == found[1] else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# Comparing ----------------------------------------------------------------------------------------------
+
+MEASURES = {
+    "labels": "% other labels",
+    "angle": "deg, mean",
+    "relative": "%, mean relative",
+    "range": "% of range, mean",
+    "largest": "largest / range",
+}
+"""How two predictions are compared, and the unit of the result. 0 means equal."""
+
+
+def difference(measure: str, found: np.ndarray, wanted: np.ndarray) -> float:
+    """How far a prediction is from the wanted one, in one of the `MEASURES`; infinite where it is not finite.
+
+    Example:
+        >>> difference("labels", np.array([0, 1, 2, 2]), np.array([0, 1, 2, 3]))
+        25.0
+    """
+    if measure == "labels":
+        return float((found != wanted).mean() * 100)
+    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    if not np.isfinite(a).all():
+        return float("inf")
+    if measure == "angle":
+        a, b = (each / np.maximum(np.linalg.norm(each, axis=-3, keepdims=True), 1e-12) for each in (a, b))
+        chord = np.linalg.norm(a - b, axis=-3)  # exact for small angles, where the arc cosine is not
+        return float(np.rad2deg(2 * np.arcsin((chord / 2).clip(0, 1))).mean())
+    if measure == "relative":
+        return float((np.abs(a - b) / np.maximum(np.abs(b), 1e-6)).mean() * 100)
+    if measure == "range":
+        return float(np.abs(a - b).mean() * 100)
+    return float(np.abs(a - b).max() / max(np.ptp(b), 1e-12))
+
+
+def compare(outputs: dict[str, Any], found: Maps, wanted: Maps) -> list[dict[str, Any]]:
+    """One row per output: its difference from what is wanted, and whether that is within the limit."""
+    rows = []
+    for name, about in outputs.items():
+        value = difference(about["measure"], found[name], wanted[name])
+        row = {"output": name, "difference": value, "limit": about["limit"], "ok": value <= about["limit"]}
+        rows.append({**row, "measure": MEASURES[about["measure"]]})
+    return rows
+
+
+def check(file: str | Path, providers: str | Sequence[str] | None = None, threads: int | None = None) -> dict[str, Any]:
+    """Run the golden frame next to an exported file, and compare with what torch predicted at the export.
+
+    Returns:
+        ``rows`` as of `compare`, ``ok``, and ``milliseconds``, the median time of a prediction.
+
+    Raises:
+        InputError: As of `Scene`; or there is no golden file, or it belongs to another export.
+    """
+    scene = Scene(file, providers, threads)
+    golden = golden_file(scene.file)
+    try:
+        with np.load(golden, allow_pickle=False) as stored:
+            kept = dict(stored)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{golden}: cannot be read ({error}); copy it next to {scene.file.name}.") from error
+    if str(kept.pop("export")) != scene.info["export"]:
+        raise InputError(f"{golden}: belongs to another export than {scene.file.name}; copy both again.")
+    frame, seconds = kept.pop("image"), []
+    found = scene.predict(frame)
+    for _ in range(5):
+        start = time.perf_counter()
+        scene.predict(frame)
+        seconds.append(time.perf_counter() - start)
+    rows = compare(scene.outputs, found, kept)
+    return {"rows": rows, "ok": all(row["ok"] for row in rows), "milliseconds": 1000 * sorted(seconds)[2]}
+
+
+def golden_file(file: Path) -> Path:
+    """The path of the golden frame and its predictions of an exported file."""
+    return file.with_name(f"{file.stem.removesuffix('.encoder')}.golden.npz")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0, 1 if a check failed, or 2 if the input is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m simomerge.runtime", description="Check an exported model.")
+    parser.add_argument("command", choices=("check", "info"), help="compare with torch, or show the description")
+    parser.add_argument("file", help="scene.onnx, scene.xml or scene.encoder.onnx")
+    parser.add_argument("--provider", action="append", help="cpu, cuda, tensorrt, ...; may be repeated")
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "info":
+            print(json.dumps(Scene(given.file, given.provider, given.threads).info, indent=2))
+            return 0
+        result = check(given.file, given.provider, given.threads)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    for row in result["rows"]:
+        verdict = "ok" if row["ok"] else "DIFFERS"
+        print(f"{row['output']:<20} {row['difference']:.4g} (limit {row['limit']:g}) {row['measure']}  {verdict}")
+    print(f"{result['milliseconds']:.1f} ms per frame")
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What an export of any model must do, as tests to inherit. A test class gives a fixture ``model``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simomerge.exporting.export import export
+from simomerge.models.model import SimoModel
+from simomerge.runtime import Scene, check
+
+from .conftest import frames_of
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    """Labels equal on 99.9 % of the pixels, other maps up to 1e-4 of their range."""
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape and found[name].dtype == value.dtype
+        if value.dtype == np.int64:
+            assert (found[name] == value).mean() >= 0.999
+        else:
+            assert np.abs(found[name] - value).max() <= 1e-4 * np.abs(value).max()
+
+
+class ExportContract:
+    """Fixed and free sizes, batches of 1 and 3, sizes that are no whole patches, one file or several."""
+
+    size = (60, 90)
+
+    @pytest.fixture
+    def model(self) -> SimoModel:
+        raise NotImplementedError
+
+    def export(self, model: SimoModel, folder: Path, **options: Any) -> Scene:
+        said = export(model, folder / "scene.onnx", self.size, images=frames_of(self.size, 2), **options)
+        assert all(row["ok"] for row in said["verification"])
+        return Scene(said["files"][0], threads=1)
+
+    def assert_predicts(self, scene: Scene, model: SimoModel, size: tuple[int, int]) -> None:
+        frames = frames_of(size, 3)
+        wanted = [model.predict(frame) for frame in frames]
+        for found, expected in zip(scene.predict(frames), wanted, strict=True):
+            assert_same(found, expected)
+        assert_same(scene.predict(frames[0]), wanted[0])
+
+    def test_one_file_of_a_fixed_size(self, model: SimoModel, tmp_path: Path) -> None:
+        scene = self.export(model, tmp_path)
+        self.assert_predicts(scene, model, self.size)
+        assert check(scene.file, threads=1)["ok"]
+
+    def test_free_sizes_and_files_of_their_own(self, model: SimoModel, tmp_path: Path) -> None:
+        scene = self.export(model, tmp_path, split=True, dynamic=True)
+        assert len(list(tmp_path.glob("*.onnx"))) == 1 + len(model.tasks)
+        for size in (self.size, (97, 65)):
+            self.assert_predicts(scene, model, size)
+
+    def test_the_model_itself_is_left_as_it_was(self, model: SimoModel, tmp_path: Path) -> None:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        model.train()
+        self.export(model, tmp_path, tasks=list(model.tasks)[:1])
+        assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,105 @@
+"""simomerge benchmark: every target in a process of its own, with the difference from the first one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from cli.conftest import assert_mistake, simomerge
+from simomerge.core.errors import InputError
+from simomerge.exporting.benchmark import evaluate_file
+from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import evaluate
+
+from .conftest import SIZE, Exported, frames_of
+
+
+def test_a_file_beside_itself_differs_by_nothing(exported: Exported) -> None:
+    done = simomerge(
+        "benchmark", exported.file, exported.file, "--size", "30x42", "--batch", 1, "--batch", 2, "--runs", 5, "--json"
+    )
+    assert done.code == 0, done.err
+    first, second = done.json["rows"]
+    for row in (first, second):
+        ms = row["milliseconds"]
+        assert 0 < ms["low"] <= ms["median"] <= ms["high"] and set(row["per_second"]) == {"1", "2"}
+        assert row["disk"] == exported.file.stat().st_size and 10e6 < row["memory"] < 400e6  # no torch in it
+        assert {name: each["value"] for name, each in row["difference"].items()} == dict.fromkeys(
+            ["parts", "parts_probabilities", "depth", "normals"], 0
+        )
+    assert first["difference"]["normals"]["measure"] == "angle"
+
+
+def test_what_cannot_be_timed_is_named(exported: Exported, tmp_path: Path) -> None:
+    done = simomerge("benchmark", tmp_path / "no.onnx", "--size", "30x42")
+    assert_mistake(done, r"no\.onnx: no such file")
+    done = simomerge("benchmark", exported.file, "--size", "30x42", "--provider", "tensorrt")
+    assert_mistake(done, "provider 'tensorrt' is not in this onnxruntime")
+
+
+class Frames:
+    """Frames with the model's own predictions, a little off, as labels."""
+
+    def __init__(self, model: SimoModel) -> None:
+        self.tasks = {name: model.tasks[name] for name in ("parts", "depth")}
+        self.samples = []
+        for frame in frames_of(SIZE, 3):
+            found = model.predict(frame)
+            labels = np.where(np.arange(SIZE[1]) < 4, 0, found["parts"])
+            sample = {"image": torch.from_numpy(frame).permute(2, 0, 1).float() / 255}
+            sample |= {"parts": torch.from_numpy(labels), "depth": torch.from_numpy(found["depth"])[None] * 1.1}
+            self.samples.append(sample)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+    def select(self, tasks: object) -> Frames:
+        return self
+
+
+def test_metrics_of_a_file_are_those_of_the_model(exported: Exported, float32: None) -> None:
+    frames = Frames(exported.model)
+    found = evaluate_file(exported.file, frames, threads=1)
+    wanted = evaluate(exported.model, frames, batch_size=1)
+    assert set(found) == {"parts", "depth"}
+    for task, scores in found.items():
+        assert scores == pytest.approx({name: wanted[task][name] for name in scores}, rel=1e-4)
+    assert found["depth"]["rel_err"] == pytest.approx(100 * 0.1 / 1.1, rel=1e-4)
+    frames.tasks = {}
+    with pytest.raises(InputError, match=r"predicts parts, depth, normals, the data has"):
+        evaluate_file(exported.file, frames)
+
+
+@pytest.mark.slow
+def test_experts_run_one_after_the_other_and_models_get_scores(exported: Exported, tmp_path: Path) -> None:
+    exported.model.save_pretrained(tmp_path / "all")
+    exported.model.select("depth").save_pretrained(tmp_path / "depth")
+    exported.model.select("normals").save_pretrained(tmp_path / "normals")
+    both = f"{tmp_path / 'depth'}+{tmp_path / 'normals'}"
+    done = simomerge(
+        "benchmark",
+        both,
+        tmp_path / "all",
+        exported.file,
+        "--size",
+        "30x42",
+        "--runs",
+        3,
+        "--data",
+        "rooms",
+        "--count",
+        4,
+    )
+    assert done.code == 0, done.err
+    table, scores = done.out.split("Delta_MTL %")
+    assert len(table.strip().splitlines()) == 5 and "deg, mean" in table
+    assert [line.split()[-1] for line in scores.strip().splitlines()] == ["+0.00"] * 3

@@ -1,0 +1,255 @@
+"""simomerge export: options, formats, precisions, and what happens if something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from cli.conftest import assert_mistake, simomerge
+from simomerge.cli import COMMANDS
+from simomerge.core.errors import InputError
+from simomerge.exporting import verification
+from simomerge.exporting.export import export
+from simomerge.exporting.precision import score_nodes
+from simomerge.models.model import SimoModel
+from simomerge.runtime import Scene, check
+
+from .conftest import SIZE, Exported, frames_of
+from .modules import TASKS, SecretEncoder, SortingHead, small_model
+
+
+def listing(folder: Path) -> set[str]:
+    return {file.name for file in folder.rglob("*")}
+
+
+# What it writes -----------------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_output_on_random_and_real_images(exported: Exported) -> None:
+    rows = exported.said["verification"]
+    outputs = ["parts", "parts_probabilities", "depth", "normals"]
+    assert [(row["output"], row["images"]) for row in rows] == [
+        (output, source) for source in ("random", "given") for output in outputs
+    ]
+    assert all(row["ok"] and 0 <= row["difference"] <= row["limit"] for row in rows)
+    assert {row["output"]: row["measure"] for row in rows}["normals"] == "deg, mean"
+    assert Scene(exported.file).info["verification"] == rows
+    assert listing(exported.file.parent) == {"scene.onnx", "scene.golden.npz"}
+
+
+def test_the_graph_is_plain_onnx_with_baked_constants(exported: Exported) -> None:
+    import onnx
+
+    model = onnx.load(exported.file)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 18)]
+    assert [each.name for each in model.graph.output] == ["parts", "parts_probabilities", "depth", "normals"]
+    kinds = {node.op_type for node in model.graph.node}
+    assert "Resize" in kinds and not kinds & {"BatchNormalization", "If", "Loop", "Constant"}
+
+
+def test_its_provenance_and_normalisation_are_in_the_file(exported: Exported) -> None:
+    info = Scene(exported.file).info
+    assert info["mean"] == [0, 0, 0] and info["std"] == [1, 1, 1] and info["precision"] == "fp32"
+    assert info["provenance"] == exported.model.provenance
+
+
+# Wrong input, found before any work ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": "scene.tflite"}, "the suffix chooses the format; use .onnx, .xml, .pt2"),
+        ({"size": "big"}, "size big: give HEIGHTxWIDTH"),
+        ({"size": (0, 4)}, "give HEIGHTxWIDTH"),
+        ({"precision": "int4"}, "unknown precision 'int4'"),
+        ({"precision": "int8"}, "int8 is calibrated on images"),
+        ({"precision": "int8", "images": "nowhere"}, "nowhere: no such folder"),
+        ({"precision": "fp16", "output": "scene.pt2"}, "torch files are in fp32"),
+        ({"split": True, "output": "scene.xml"}, "--split writes .onnx files"),
+        ({"opset": 11}, "opset 11: torch's exporter writes 18 to"),
+        ({"layout": "bgr"}, "unknown layout 'bgr'"),
+        ({"tasks": "dept"}, "did you mean 'depth'"),
+        ({"limits": {"colour": 1}}, "a limit for 'colour', but the export has depth, parts"),
+        ({"limits": {"depth": -1}}, "the limit -1 for 'depth'"),
+        ({"raw": True, "probabilities": True}, "--raw gives logits only"),
+        ({"sizes": 3}, "unexpected keyword argument 'sizes'; the options are precision, dynamic"),
+        ({"count": 0}, "0 images to calibrate on"),
+    ],
+)
+def test_a_wrong_option_is_named_and_nothing_is_written(tmp_path: Path, change: dict, message: str) -> None:
+    given = {"output": "scene.onnx", "size": SIZE, **change}
+    output = tmp_path / "new" / given.pop("output")
+    with pytest.raises(InputError, match=re.escape(message) if "." in message else message):
+        export(small_model(), output, **given)
+    assert listing(tmp_path) == set()
+
+
+def test_an_encoder_without_heads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an encoder without heads predicts nothing"):
+        export(SimoModel(small_model().encoder, {}, {}), tmp_path / "scene.onnx", SIZE)
+
+
+def test_files_that_exist_are_not_replaced(exported: Exported) -> None:
+    before = exported.file.read_bytes()
+    with pytest.raises(InputError, match=r"scene\.onnx already exists"):
+        export(exported.model, exported.file, SIZE)
+    assert exported.file.read_bytes() == before
+
+
+def test_packages_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))
+    with pytest.raises(InputError, match=r"openvino needs openvino: pip install 'simomerge\[export,openvino\]'"):
+        export(small_model(), tmp_path / "scene.xml", SIZE)
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"none of the 1 images can be read, first .*a\.png"):
+        export(small_model(), tmp_path / "scene.onnx", SIZE, images=tmp_path / "photos", precision="int8")
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "m")
+    done = simomerge("export", tmp_path / "m", "-o", tmp_path / "s.onnx", "--size", "30x42", "--limit", "depth=much")
+    assert_mistake(done, "--limit depth=much: give a number")
+    assert "export" in COMMANDS and not (tmp_path / "s.onnx").exists()
+
+
+# Verification -------------------------------------------------------------------------------------------
+
+
+def rows_for(found: np.ndarray, wanted: np.ndarray, limit: float) -> list[dict]:
+    outputs = {"depth": {"task": "depth", "measure": "relative", "limit": limit}}
+    frames = {"given": [np.zeros((2, 2, 3), np.uint8)]}
+    return verification.verify(
+        lambda given: [{"depth": found}] * len(given), frames, {"given": [{"depth": wanted}]}, outputs
+    )
+
+
+def test_a_difference_beyond_the_limit_is_an_error_that_names_it() -> None:
+    rows = rows_for(np.full((2, 2), 1.03), np.ones((2, 2)), 1.0)
+    assert rows[0]["difference"] == pytest.approx(3) and not rows[0]["ok"]
+    with pytest.raises(InputError, match=r"nothing was written, because depth differs from torch by 3 \(%, mean rel"):
+        verification.check_rows(rows, "scene.onnx")
+    verification.check_rows(rows_for(np.full((2, 2), 1.03), np.ones((2, 2)), 4.0), "scene.onnx")
+
+
+def test_images_to_calibrate_on_are_others_than_those_to_compare() -> None:
+    images = frames_of((8, 10), 12)
+    calibration, real = verification.real_frames(images, (8, 10), 64)
+    both = {frame.tobytes() for frame in calibration} & {frame.tobytes() for frame in real}
+    assert (len(calibration), len(real), both) == (8, 4, set())
+    calibration, real = verification.real_frames(images[:2], (16, 20), 64)
+    assert len(calibration) == len(real) == 2 and real[0].shape == (16, 20, 3)
+
+
+def test_scores_of_attention_are_found() -> None:
+    from onnx import helper
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["q"], "project"),
+        helper.make_node("MatMul", ["q", "k"], ["s"], "scores"),
+        helper.make_node("Mul", ["s", "c"], ["m"], "scale"),
+        helper.make_node("Add", ["m", "mask"], ["a"], "masked"),
+        helper.make_node("Softmax", ["a"], ["p"], "softmax"),
+        helper.make_node("MatMul", ["p", "v"], ["o"], "values"),
+    ]
+    assert sorted(score_nodes(helper.make_model(helper.make_graph(nodes, "g", [], [])))) == [
+        "masked",
+        "scale",
+        "scores",
+    ]
+
+
+# Whole exports ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_precisions_and_formats(tmp_path: Path, suffix: str, precision: str) -> None:
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    model, file = small_model(), tmp_path / f"scene{suffix}"
+    said = export(model, file, SIZE, precision=precision, images=frames_of(SIZE, 12))
+    assert check(file, threads=1)["ok"] and Scene(file).info["precision"] == precision
+    frame = frames_of(SIZE, 5)[0]
+    depth, wanted = Scene(file, threads=1).predict(frame)["depth"], model.predict(frame)["depth"]
+    error = float(np.abs(depth / wanted - 1).mean())
+    low, high = {"fp32": (0, 1e-6), "fp16": (1e-6, 1e-3), "int8": (1e-5, 2e-2)}[precision]
+    assert low <= error <= high and said["bytes"] > 1000
+
+
+@pytest.mark.slow
+def test_a_file_of_torch_holds_the_same(tmp_path: Path) -> None:
+    model, (frame,) = small_model(), frames_of(SIZE, 1)
+    export(model, tmp_path / "scene.pt2", SIZE, images=frames_of(SIZE, 2), layout="floats")
+    extra = {"simomerge.json": ""}
+    module = torch.export.load(tmp_path / "scene.pt2", extra_files=extra).module()
+    info = json.loads(extra["simomerge.json"])
+    image = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+    found = dict(zip(info["outputs"], module(image), strict=True))
+    np.testing.assert_allclose(found["depth"][0].detach(), model.predict(frame)["depth"], rtol=1e-5)
+    assert info["verification"] and info["input"]["layout"] == "floats"
+
+
+@pytest.mark.slow
+def test_heads_of_a_split_export_run_at_their_own_rates(tmp_path: Path) -> None:
+    model, (frame,) = small_model(), frames_of(SIZE, 1)
+    said = export(model, tmp_path / "scene.onnx", SIZE, images=frames_of(SIZE, 2), split=True, raw=True)
+    names = ["scene.encoder.onnx", "scene.parts.onnx", "scene.depth.onnx", "scene.golden.npz"]
+    assert [Path(file).name for file in said["files"]] == names
+    scene = Scene(tmp_path / names[0], threads=1)
+    features = scene.encode(frame)
+    assert set(scene.decode(features, ["depth"])) == {"depth_logits"}
+    with torch.no_grad():
+        logits = model(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255)
+    for task, value in logits.items():
+        np.testing.assert_allclose(scene.decode(features)[f"{task}_logits"], value[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"one head of a split export; open the file scene\.encoder\.onnx"):
+        Scene(tmp_path / "scene.depth.onnx")
+    (tmp_path / "scene.depth.onnx").unlink()
+    with pytest.raises(InputError, match=r"scene\.depth\.onnx: no such file"):
+        Scene(tmp_path / names[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["encoder", "head", "limit"])
+def test_what_cannot_be_exported_is_named_and_nothing_is_written(tmp_path: Path, part: str) -> None:
+    model, limits = small_model(("depth",)), {}
+    if part == "encoder":
+        model, message = small_model(encoder=SecretEncoder()), "the encoder .*SecretEncoder.* depends on the values"
+    elif part == "head":
+        heads = {"depth": model.heads["depth"], "edges": SortingHead()}
+        model = SimoModel(model.encoder, {name: TASKS[name] for name in heads}, heads)
+        message = "the head of 'edges' .*SortingHead.* operation .*bessel_j0.* export the others with --tasks depth"
+    else:
+        limits, message = {"depth": 0}, "nothing was written, because depth differs"
+    with pytest.raises(InputError, match=message):
+        export(model, tmp_path / "scene.onnx", SIZE, images=frames_of(SIZE, 2), limits=limits)
+    assert listing(tmp_path) == set()
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_file_and_prints_the_table(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "m")
+    given = ("export", tmp_path / "m", "-o", tmp_path / "s.onnx", "--size", "30x42", "--tasks", "depth")
+    done = simomerge(*given)
+    assert done.code == 0, done.err
+    assert "Difference from torch:" in done.out and "2 rooms" in done.out and "2 random" in done.out
+    assert f"python -m simomerge.runtime check {tmp_path / 's.onnx'}" in done.out
+    assert Scene(tmp_path / "s.onnx").tasks == ("depth",)
+    assert_mistake(simomerge(*given), r"s\.onnx exists")
