@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simomerge.datasets.check import check, contact_sheet
+from simomerge.datasets.check import check
 from simomerge.datasets.load import find_manifest
+from simomerge.datasets.sheet import contact_sheet
 
 
 def save(path: Path, array: np.ndarray) -> Path:
@@ -36,4 +37,4 @@ def nothing_to_fix(spec: str, but: str = "no pixel of") -> None:
     found = check(manifest)
     assert [problem for problem in found.problems if but not in problem] == []
     assert sum(found.images.values()) == sum(map(len, manifest.rows.values()))
-    assert contact_sheet(manifest, images=2, height=20).height == 2 * 24
+    assert contact_sheet(manifest, images=2, height=20).height >= 2 * 40

@@ -11,8 +11,9 @@ from PIL import Image
 
 from simomerge.core.errors import InputError
 from simomerge.datasets import load_data
-from simomerge.datasets.check import check, contact_sheet
+from simomerge.datasets.check import check
 from simomerge.datasets.manifest import read_manifest
+from simomerge.datasets.sheet import contact_sheet
 from simomerge.datasets.stored import Stored
 from simomerge.datasets.tasks import Task
 
@@ -129,7 +130,7 @@ def test_normals_are_mirrored_with_their_map(tag: int, signs: tuple[int, ...], t
 def test_normals_are_not_turned_by_a_quarter(tag: int, tmp_path: Path) -> None:
     normals = np.zeros((H, W, 3), np.float32)
     normals[..., 2] = 1
-    with pytest.raises(InputError, match=rf"n\.npy: normals cannot be turned by a quarter \(EXIF orientation {tag}\)"):
+    with pytest.raises(InputError, match=rf"normals and flow cannot be turned by a quarter \(EXIF orientation {tag}\)"):
         load_data(dataset(tmp_path, tag, normals, "n.npy", "normals"), "val")[0]
     upright_ones = np.ascontiguousarray(normals.swapaxes(0, 1))
     found = load_data(dataset(tmp_path, tag, upright_ones, "n.npy", "normals"), "val")[0]["normals"]

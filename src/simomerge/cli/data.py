@@ -31,8 +31,9 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     """
     from simomerge.core.errors import InputError
     from simomerge.core.files import atomic_file
-    from simomerge.datasets.check import check, contact_sheet
+    from simomerge.datasets.check import check
     from simomerge.datasets.load import find_manifest
+    from simomerge.datasets.sheet import contact_sheet
 
     manifest = find_manifest(data)
     with console():
@@ -55,6 +56,50 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
     say(as_json, result, *lines, *verdict)
     if problems:
         raise click.exceptions.Exit(1)
+
+
+@command.command("init")
+@click.argument("images", type=click.Path(path_type=Path))
+@click.argument("targets", nargs=-1, required=True)
+@click.option("--kind", "kinds", multiple=True, metavar="TASK=KIND", help="Kind of a task, if the guess is wrong.")
+@options.folder(Path("data.yaml"), "Manifest to write; the table of images is written next to it, as .csv.")
+@click.option("--overwrite", is_flag=True, help="Replace the manifest if it exists.")
+@options.as_json
+def init_command(
+    images: Path, targets: tuple[str, ...], kinds: tuple[str, ...], output: Path, overwrite: bool, as_json: bool
+) -> None:
+    """Draft the manifest of a dataset from a folder of IMAGES and the folders of its TARGETS.
+
+    Each of TARGETS is a folder, whose name is the name of the task, or TASK=FOLDER. A target belongs to the image of
+    the same name. Splits, kinds, units and ignored values are guessed, and every guess is printed.
+
+    Example: simomerge data init photos/ masks/ depth/ -o data.yaml
+    """
+    from simomerge.core.errors import InputError
+    from simomerge.core.files import check_absent
+    from simomerge.datasets.check import check
+    from simomerge.datasets.draft import draft_manifest, write_draft
+    from simomerge.datasets.manifest import read_manifest
+
+    if output.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{output}: a manifest ends in .yaml; name it so, such as data.yaml.")
+    check_absent(output, overwrite)
+    folders: dict[str, Path] = {}
+    for text in targets:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        task = name if equals else path.resolve().name.replace("-", "_")
+        if task in folders:
+            raise InputError(f"two folders of {task!r}: {folders[task]} and {path}; name them as TASK=FOLDER.")
+        folders[task] = path
+    with console():
+        draft = draft_manifest(images, folders, output.resolve().parent, options.parse_pairs(kinds, "TASK=KIND"))
+        write_draft(draft, output, overwrite)
+        problems = check(read_manifest(output)).problems
+    plain = {"manifest": str(output), "images": len(draft.rows), "tasks": draft.tasks, "notes": draft.notes}
+    lines = [*draft.notes, f"Manifest of {len(draft.rows)} images: {output}"]
+    lines += [f"To fix ({len(problems)}):", *(f"  {problem}" for problem in problems)] if problems else []
+    say(as_json, {**plain, "problems": problems}, *lines, f"Next: simomerge data check {output}")
 
 
 def _split_lines(split: str, what: dict[str, Any]) -> list[str]:

@@ -43,7 +43,8 @@ def parse_pairs(pairs: Sequence[str], form: str = "TASK=EXPERT") -> dict[str, st
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals and value):
-            example = "depth=runs/depth" if form == "TASK=EXPERT" else "density=0.2"
+            examples = {"TASK=EXPERT": "depth=runs/depth", "TASK=KIND": "parts=segmentation"}
+            example = examples.get(form, "density=0.2")
             raise InputError(f"{pair!r}: give {form}, such as {example}.")
         if name in parsed:
             what = "experts for task" if form == "TASK=EXPERT" else "values for"

@@ -18,9 +18,9 @@ from simomerge.core.orientation import orientation, turned
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
-_PFM, _EXR, _TIFF = (b"PF", b"Pf"), b"v/1\x01", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PFM, _EXR, TIFF_STARTS = (b"PF", b"Pf"), b"v/1\x01", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FLO = b"PIEH"
-OTHER_STARTS = (*_PFM, _EXR, _FLO, *_TIFF)
+OTHER_STARTS = (*_PFM, _EXR, _FLO, *TIFF_STARTS)
 """The first bytes of files that Pillow may not know, but `read_pixels` does."""
 _SWAPPED = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
 """Raw modes of compressed TIFF files with the most significant byte first: libtiff has swapped the bytes already."""
@@ -56,7 +56,7 @@ def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
                 values = _deep_colours(image, path) if is_deep(image) else _values(image, colours)
                 return upright(values, image, path)
     except UnidentifiedImageError:
-        if start not in _TIFF:
+        if start not in TIFF_STARTS:
             raise
     return _read_tiff(path)
 
@@ -74,7 +74,7 @@ def opened(path: Path) -> Iterator[Any]:
     """
     from PIL import Image
 
-    if _start(path) not in _TIFF:
+    if _start(path) not in TIFF_STARTS:
         with Image.open(path) as image:
             yield _of_bearable_size(image)
     else:

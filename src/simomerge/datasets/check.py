@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.datasets.rows import Manifest, Row
-from simomerge.datasets.stored import Source, Stored
-from simomerge.datasets.tasks import Task, colourise
+from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
+from simomerge.datasets.tasks import Task
 
 MILLIMETRES = 200.0
 """If the median depth is above this many metres, depths are stored in millimetres."""
@@ -118,12 +119,15 @@ def check(manifest: Manifest, count: int = 100) -> Check:
     result = Check({split: len(rows) for split, rows in splits.items()}, [message for message in missing if message])
     result.problems += [*_missing_files(manifest), *_images_in_two_splits(manifest), *_missing_targets(manifest)]
     found: list[tuple[Source, str]] = []
+    read: set[Source] = set()
     for split, rows in splits.items():
         chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
         result.sizes[split], result.summaries[split] = Counter(), {}
         for done, row in enumerate(chosen, start=1):
             found += _check_row(row, manifest, result.sizes[split], result.summaries[split])
+            read |= {row.image, *row.targets.values()}
             progress(f"check {split}", done, len(chosen), "")
+    found += _truncated_files(manifest, read)
     result.problems += _counted(found)
     sizes = {size for found in result.sizes.values() for size in found}
     if len(sizes) > 1 and manifest.size is None:
@@ -151,6 +155,19 @@ def _missing_files(manifest: Manifest) -> Iterable[str]:
     if missing := [path for path in dict.fromkeys(files) if not path.is_file()]:
         shown = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
         yield f"{len(missing)} of {len(files)} files are not there: {shown}"
+
+
+def _truncated_files(manifest: Manifest, read: Container[Source]) -> Iterable[tuple[Source, str]]:
+    """The files that are damaged among those that were not read, from their first and last bytes."""
+    rows = chain.from_iterable(manifest.rows.values())
+    for path in dict.fromkeys(path for row in rows for path in (row.image, *row.targets.values())):
+        if path in read or not isinstance(path, Path) or not path.is_file() or path.suffix == ".mat":
+            continue
+        try:
+            if may_be_truncated(path):
+                read_array(path)
+        except (InputError, OSError) as error:
+            yield path, str(error)
 
 
 def _images_in_two_splits(manifest: Manifest) -> Iterable[str]:
@@ -213,47 +230,3 @@ def _wrong_lengths(stored: Stored, path: Source) -> Iterable[str]:
     length = length[(length > 0.1) & (length < 1.7)] if integers else length[length > 0.1]  # black has length 1.73
     if length.size and abs((median := float(np.median(length))) - 1) > 0.1:
         yield f"{path}: normals of length {median:.2f}, not 1; not normals, or stored in another way?"
-
-
-def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any:
-    """A PIL image: a row per image that can be read, from all splits in turn, with its targets in colour.
-
-    Raises:
-        InputError: no image can be read.
-    """
-    from PIL import Image
-
-    splits = [rows for rows in manifest.rows.values() if rows]
-    spread = ([rows[i * len(rows) // images % len(rows)] for i in range(images)] for rows in splits)
-    in_turn = {row.image: row for turn in zip(*spread, strict=True) for row in turn}
-    readable = (cells for row in in_turn.values() if (cells := _cells(manifest, row)))
-    pictures = ([Image.fromarray(cell) for cell in cells] for cells in islice(readable, images))
-    shown = [[cell.resize((max(1, cell.width * height // cell.height), height)) for cell in row] for row in pictures]
-    if not shown:
-        raise InputError(f"{manifest.path}: no image can be shown with its targets; fix what is reported first.")
-    width = max(sum(cell.width + 4 for cell in row) for row in shown)
-    sheet = Image.new("RGB", (width, (height + 4) * len(shown)), "white")
-    for number, row in enumerate(shown):
-        left = 0
-        for cell in row:
-            sheet.paste(cell, (left, number * (height + 4)))
-            left += cell.width + 4
-    return sheet
-
-
-def _cells(manifest: Manifest, row: Row) -> Sequence[np.ndarray]:
-    """An image and those of its targets that can be read, as uint8 RGB; nothing if the image cannot be read."""
-    try:
-        image = manifest.image(row.image)
-    except InputError:
-        return []
-    if image.dtype != np.uint8:
-        image = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
-    cells = [image]
-    for name, path in row.targets.items():
-        stored = manifest.stored[name]
-        try:
-            cells.append(colourise(stored.task, stored.read(path, image=row.image).numpy()))
-        except InputError:  # `check` reports it
-            continue
-    return cells

@@ -40,7 +40,7 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
     table = _read_csv(path.parent / images) if isinstance(images, str) else images
     if not isinstance(table, Sequence) or not table or not all(isinstance(row, Mapping) for row in table):
         raise InputError(f"{path}: 'images' is neither a CSV file nor a list of at least one image with its targets.")
-    table = table if keys.get("tasks") else _lower(table, KINDS)
+    table = table if keys.get("tasks") else _lower(table, KINDS, path)
     columns = [column for column in table[0] if column not in _COLUMNS]
     tasks = keys.get("tasks") or {column: {} for column in columns}
     if not isinstance(tasks, Mapping):
@@ -54,6 +54,7 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
             f"{path}: column {unknown[0]!r} is not one of its tasks; name it under tasks{_near(unknown[0], names)}"
         )
     root = path.parent / str(keys.get("root", "."))
+    _check_split_names(table, path)
     rows: dict[str, list[Row]] = {}
     for number, row in enumerate(table, start=1):
         split = _split(row, f"{path}: image {number}")
@@ -79,11 +80,16 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; 'images' names a CSV in the folder of the manifest.")
     rows = read_table(path, "image")
-    return _lower(rows, _COLUMNS)
+    return _lower(rows, _COLUMNS, path)
 
 
-def _lower(table: Iterable[Mapping[Any, Any]], known: Container[str]) -> list[dict[Any, Any]]:
-    """A table whose columns of known names are in lower case."""
+def _lower(table: Sequence[Mapping[Any, Any]], known: Container[str], path: Path) -> list[dict[Any, Any]]:
+    """A table whose columns of known names are in lower case. Raises InputError for two that are the same then."""
+    columns = list(map(str, table[0])) if table else []
+    for name in columns:
+        alike = [other for other in columns if other.lower() == name.lower()]
+        if name.lower() in known and len(alike) > 1:
+            raise InputError(f"{path}: the columns {alike[0]!r} and {alike[1]!r} are the same; remove one of them.")
     return [
         {str(key).lower() if str(key).lower() in known else key: value for key, value in row.items()} for row in table
     ]
@@ -100,8 +106,11 @@ def _stored(name: str, description: Any, path: Path) -> Stored:
         raise InputError(f"{place} is of unknown kind {kind!r}{_near(kind, KINDS)}")
     ignore, classes = keys.get("ignore", ()), keys.get("classes", ())
     ignore = ignore if isinstance(ignore, (list, tuple)) else (ignore,)
-    if not all(isinstance(value, (int, float)) for value in ignore):
-        raise InputError(f"{place}: ignore {keys['ignore']!r}; give numbers, such as [255].")
+    colours = [value for value in ignore if isinstance(value, (list, tuple))]
+    ignore = [value for value in ignore if not isinstance(value, (list, tuple))]
+    whole = [value for colour in colours for value in colour]
+    if not all(isinstance(v, (int, float)) for v in [*ignore, *whole]) or any(len(colour) != 3 for colour in colours):
+        raise InputError(f"{place}: ignore {keys['ignore']!r}; give numbers, such as [255], or colours [[0, 0, 0]].")
     if not isinstance(classes, (list, tuple)) or len(set(map(str, classes))) != len(classes):
         raise InputError(f"{place}: classes {classes!r}; give a list of names, each once.")
     try:
@@ -114,7 +123,8 @@ def _stored(name: str, description: Any, path: Path) -> Stored:
         more = {key: keys[key] for key in ("channels", "unit", "range", "norm") if key in keys}
         task = Task(name, kind, tuple(map(str, classes)), tuple(keys.get("colours", ())), **more)
         array = read_picture if kind == "autoencoder" else read_array
-        return Stored(task, scale, tuple(float(value) for value in ignore), array)
+        ignored = tuple((int(r), int(g), int(b)) for r, g, b in colours)
+        return Stored(task, scale, tuple(float(value) for value in ignore), array, ignored)
     except (InputError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -127,6 +137,19 @@ def _split(row: Mapping[str, Any], place: str) -> str:
     if split not in SPLITS and near and _is_misspelt(split.lower(), near):
         raise InputError(f"{place} is in split {word!r}; did you mean {known_split(near)!r}?")
     return split
+
+
+def _check_split_names(table: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Refuse two names of one split, such as val and dev: one of them may be meant as another split."""
+    words = dict.fromkeys(str(row["split"]).strip().lower() for row in table if row.get("split") not in (None, ""))
+    first: dict[str, str] = {}
+    for word in words:
+        other = first.setdefault(known_split(word), word)
+        if other != word:
+            raise InputError(
+                f"{path}: its images are in the splits {other!r} and {word!r}, which both mean {known_split(word)!r};"
+                " use one name for them, or another one for a split of its own."
+            )
 
 
 def _is_misspelt(word: str, near: str) -> bool:

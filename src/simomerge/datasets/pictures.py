@@ -237,11 +237,20 @@ def picture_files(path: Path) -> list[Path]:
     """A picture, or all pictures of a folder and its subfolders, in order. Raises InputError if there is none."""
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder of images.")
-    found = sorted(p for p in _all_files(path, set()) if p.suffix.lower() in SUFFIXES and p.is_file())
+    return files_of(path, SUFFIXES)
+
+
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a folder, its subfolders and linked folders with one of some suffixes, by name.
+
+    Raises:
+        InputError: no such folder, or no such file in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of images.")
+    found = sorted(p for p in _all_files(folder, set()) if p.suffix.lower() in suffixes and p.is_file())
     if not found:
-        raise InputError(f"{path}: no picture in it (looked for {', '.join(SUFFIXES)}, also in subfolders).")
+        raise InputError(f"{folder}: no picture in it (looked for {', '.join(suffixes)}, also in subfolders).")
     return found
 
 

@@ -138,6 +138,7 @@ class Rows(DenseDataset):
         folder = self.path if self.path.is_dir() else self.path.parent
         chosen = [(name, self._stored[name]) for name in sorted(self.tasks)]
         lines = [str(self.size), *(f"{name} {s.task} {s.scale} {s.ignore}" for name, s in chosen)]
+        lines += [f"{name} {s.ignored_colours}" for name, s in chosen if s.ignored_colours]
         stat = lru_cache(maxsize=None)(_size_and_date)
         for row in self.rows:
             targets = [row.targets[name] for name, _ in chosen]

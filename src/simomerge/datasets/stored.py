@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import struct
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image, resized
-from simomerge.core.pixels import MAX_PIXELS, OTHER_STARTS, grey_palette_indices, largest_value, read_pixels
+from simomerge.core.pixels import (
+    MAX_PIXELS,
+    OTHER_STARTS,
+    TIFF_STARTS,
+    grey_palette_indices,
+    largest_value,
+    read_pixels,
+)
+from simomerge.datasets.colours import is_grey, labels_of_colours, labels_of_palette
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
 from simomerge.datasets.upright import turned_like, turned_vectors
@@ -87,7 +98,8 @@ def may_be_truncated(file: Path) -> bool:
     """Whether an NPY file or picture is or may be truncated, from its first and last bytes: quick for many files.
 
     Some complete files may seem truncated, such as a PNG with many bytes after its end: read those to be sure. A
-    truncated picture is found only if it is a PNG or JPEG file; of other pictures only the first bytes are checked.
+    truncated picture is found only if it is a PNG, JPEG or TIFF file; of other pictures only the first bytes are
+    checked.
 
     Raises:
         OSError: the file cannot be opened.
@@ -97,11 +109,36 @@ def may_be_truncated(file: Path) -> bool:
         if file.suffix.lower() == ".npy":
             return _npy_size(handle) > size
         start = handle.read(8)
+        if start.startswith(TIFF_STARTS):
+            return _tiff_size(file) > size
         handle.seek(max(0, size - 64))
         for kind, end in _PICTURE_ENDS.items():
             if start.startswith(kind):
                 return end not in handle.read()
         return not start.startswith(_PICTURE_STARTS)
+
+
+def _tiff_size(file: Path) -> float:
+    """The size in bytes that the directory of a TIFF file implies; infinite if the directory cannot be read."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), file.open("rb") as handle, Image.open(handle) as image:
+            warnings.simplefilter("ignore")  # of a directory that is cut off
+            tags: Any = getattr(image, "tag_v2", {})
+            strips = ((tags.get(offsets, ()), tags.get(counts, ())) for offsets, counts in ((273, 279), (324, 325)))
+            ends = [offset + count for pair in strips for offset, count in zip(*pair, strict=False)]
+            return float(max(ends, default=np.inf))
+    except UnidentifiedImageError:  # kinds that only tifffile knows, or files whose directory is cut off
+        with file.open("rb") as handle:
+            start = handle.read(16)
+        order, wide = ("<" if start[:1] == b"I" else ">"), start[2:4] in (b"+\0", b"\0+")
+        if len(start) < 16:
+            return float("inf")
+        (offset,) = struct.unpack(f"{order}Q", start[8:16]) if wide else struct.unpack(f"{order}I", start[4:8])
+        return float(offset + 2)
+    except Exception:  # Pillow raises many kinds of errors for damaged files
+        return float("inf")
 
 
 def _npy_size(handle: Any) -> float:
@@ -124,12 +161,14 @@ class Stored:
         ignore: stored values of pixels that do not count.
         array: reads the numbers (H, W) or (H, W, 3) of a source. It decodes what is special to a dataset; NaN marks
             pixels without a value.
+        ignored_colours: like ``ignore``, for labels that are stored as colours.
     """
 
     task: Task
     scale: float | None = None
     ignore: tuple[float, ...] = ()
     array: Callable[[Any], np.ndarray] = read_array
+    ignored_colours: tuple[tuple[int, int, int], ...] = ()
 
     def read(self, path: Source, size: tuple[int, int] | None = None, image: Source | None = None) -> Tensor:
         """The target in a file, as `simomerge.datasets.tasks.KINDS` describes it.
@@ -160,13 +199,15 @@ class Stored:
         """The numbers (H, W) or (H, W, C) of a target. Raises InputError if the shape is not that of the task."""
         stored = self.array(path)
         if self.task.kind == "segmentation" and self.array is read_array and isinstance(path, Path):
-            stored = self._grey_or_index(stored, path)
+            stored = self._of_colours(self._grey_or_index(stored, path), path)
         channels = 1 if self.task.kind == "segmentation" else self.task.channels
         if channels > 1 and stored.ndim == 2 and self.array is read_array:
             stored = read_array(path, colours=True)
         if stored.ndim == 3 and channels > 1 and stored.shape[0] == channels != stored.shape[2]:
             stored = stored.transpose(1, 2, 0)
-        if stored.ndim == 3 and stored.shape[2] == 1:
+        picture = isinstance(path, Path) and path.suffix.lower() != ".npy"
+        grey_planes = (1, 3, 4) if picture else (1,)
+        if stored.ndim == 3 and channels == 1 and stored.shape[2] in grey_planes and is_grey(stored):
             stored = stored[..., 0]
         planes = stored.shape[2] if stored.ndim == 3 else 1
         if stored.ndim != (3 if channels > 1 else 2) or planes not in (channels, *self._more_planes(stored, channels)):
@@ -187,6 +228,18 @@ class Stored:
             return values, np.broadcast_to(stored[..., 2:] == 0, values.shape)
         stored = stored[..., : self.task.channels] if stored.ndim == 3 else stored
         return stored, np.isin(stored, self._ignored(stored.dtype))
+
+    def _of_colours(self, stored: np.ndarray, path: Path) -> np.ndarray:
+        """The labels of a picture whose colours are those of the classes; every other file as it is."""
+        if not self.task.colours or stored.dtype != np.uint8 or path.suffix.lower() == ".npy":
+            return stored
+        if stored.ndim == 3 and stored.shape[2] in (3, 4) and not is_grey(stored):
+            found: np.ndarray = labels_of_colours(stored, self.task, self.ignored_colours, path)
+            return found
+        colours = read_array(path, colours=True)
+        if stored.ndim == 2 and colours.ndim == 3:
+            return labels_of_palette(stored, colours, self.task, self.ignored_colours, path)
+        return stored
 
     def _grey_or_index(self, greys: np.ndarray, path: Path) -> np.ndarray:
         """The labels of a picture with a palette of greys: its greys or its indices, whichever are labels of the task.

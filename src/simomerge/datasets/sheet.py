@@ -1,0 +1,124 @@
+"""The contact sheet: images with their targets in colour, and what the colours mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from simomerge.core.errors import InputError
+from simomerge.datasets.rows import Manifest, Row
+from simomerge.datasets.tasks import Task, class_colours, colourise
+
+GAP, LINE = 4, 16
+"""Pixels between pictures, and the height of a line of text."""
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A picture of the sheet: the image ("image") or a target, with the range of a one-channel map's values."""
+
+    name: str
+    picture: np.ndarray
+    limits: tuple[float, float] | None = None
+
+
+def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any:
+    """A PIL image: a row per image that can be read, from all splits in turn, with its targets in colour.
+
+    Above each picture stands the name of the task and, for maps, the lowest and the highest value. Below the rows,
+    segmentations have a legend of their classes.
+
+    Raises:
+        InputError: no image can be read.
+    """
+    from PIL import Image, ImageDraw
+
+    splits = [rows for rows in manifest.rows.values() if rows]
+    spread = ([rows[i * len(rows) // images % len(rows)] for i in range(images)] for rows in splits)
+    in_turn = {row.image: row for turn in zip(*spread, strict=True) for row in turn}
+    readable = (cells for row in in_turn.values() if (cells := _cells(manifest, row)))
+    shown = [[(cell, _at_height(cell.picture, height)) for cell in cells] for cells in islice(readable, images)]
+    if not shown:
+        raise InputError(f"{manifest.path}: no image can be shown with its targets; fix what is reported first.")
+    width = max(sum(picture.width + GAP for _, picture in row) for row in shown)
+    legend = _legend({name: stored.task for name, stored in manifest.stored.items()}, width)
+    step = height + GAP + LINE
+    sheet = Image.new("RGB", (width, step * len(shown) + LINE * len(legend)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(shown):
+        left = 0
+        for cell, picture in row:
+            room = picture.width
+            draw.text((left, number * step + 2), _fitting(_title(cell), room, draw), fill="black")
+            sheet.paste(picture, (left, number * step + LINE))
+            left += room + GAP
+    for number, entries in enumerate(legend, start=0):
+        top = step * len(shown) + number * LINE
+        for left, text, colour in entries:
+            if colour is not None:
+                draw.rectangle((left, top + 3, left + 9, top + 12), fill=colour, outline="black")
+            draw.text((left + (14 if colour is not None else 0), top + 2), text, fill="black")
+    return sheet
+
+
+def _at_height(picture: np.ndarray, height: int) -> Any:
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    return image.resize((max(1, image.width * height // image.height), height))
+
+
+def _title(cell: _Cell) -> str:
+    return cell.name if cell.limits is None else f"{cell.name} {cell.limits[0]:.3g} to {cell.limits[1]:.3g}"
+
+
+def _fitting(text: str, width: int, draw: Any) -> str:
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    return text
+
+
+def _legend(tasks: Mapping[str, Task], width: int) -> list[list[tuple[int, str, tuple[int, ...] | None]]]:
+    """Lines of entries (left, text, colour): the name of each segmentation, then its classes."""
+    lines: list[list[tuple[int, str, tuple[int, ...] | None]]] = []
+    for name, task in tasks.items():
+        if task.kind != "segmentation":
+            continue
+        colours = task.colours or tuple(map(tuple, class_colours(len(task.classes)).tolist()))
+        lines.append([])
+        left = 0
+        for text, colour in ((f"{name}:", None), *zip(task.classes, colours, strict=True)):
+            room = 7 * len(text) + 26  # the built-in font is about six pixels wide
+            if left and left + room > width:
+                lines.append([])
+                left = 0
+            lines[-1].append((left, text, colour))
+            left += room
+    return lines
+
+
+def _cells(manifest: Manifest, row: Row) -> Sequence[_Cell]:
+    """An image and those of its targets that can be read; nothing if the image cannot be read."""
+    try:
+        image = manifest.image(row.image)
+    except InputError:
+        return []
+    if image.dtype != np.uint8:
+        image = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8)
+    cells = [_Cell("image", image)]
+    for name, path in row.targets.items():
+        stored = manifest.stored[name]
+        try:
+            target = stored.read(path, image=row.image)
+        except InputError:  # `check` reports it
+            continue
+        limits = None
+        if stored.task.kind != "segmentation" and len(target) == 1:
+            values = target[stored.task.valid(target[None])[0]]
+            limits = (float(values.min()), float(values.max())) if len(values) else None
+        cells.append(_Cell(name, colourise(stored.task, target.numpy()), limits))
+    return cells
