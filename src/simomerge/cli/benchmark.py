@@ -25,6 +25,7 @@ from simomerge.cli.output import Table, console, say
 )
 @click.option("--split", default="test", show_default=True)
 @click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Images to evaluate on.")
+@options.trust_code
 @options.as_json
 def command(
     targets: tuple[str, ...], size: str, data: str | None, split: str, count: int, as_json: bool, **given: Any

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.classes import allowed
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.exporting.verification import real_frames
@@ -56,7 +57,12 @@ def benchmark(
         np.save(Path(folder) / "frames.npy", np.stack(frames))
         for number, target in enumerate(targets):
             given = {"target": target, "batches": list(batches), "runs": runs, "threads": threads}
-            given |= {"frames": f"{folder}/frames.npy", "out": f"{folder}/maps.npz", "provider": provider}
+            given |= {
+                "frames": f"{folder}/frames.npy",
+                "out": f"{folder}/maps.npz",
+                "provider": provider,
+                "allowed": allowed(),
+            }
             measured = _measure(given)
             with np.load(f"{folder}/maps.npz") as stored:
                 maps = dict(stored)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.classes import allow
 from simomerge.runtime import Scene
 
 Predict = Callable[[np.ndarray], list[dict[str, np.ndarray]]]
@@ -98,11 +99,12 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         given: ``target`` (paths joined by "+"), ``frames`` (an NPY file), ``out`` (an NPZ file for the predictions),
-            ``batches``, ``runs``, ``threads``, ``provider``.
+            ``batches``, ``runs``, ``threads``, ``provider``, ``allowed`` (the code of models that may run).
 
     Returns:
         ``seconds`` by batch size, ``memory``, the peak of the process in bytes, and ``measures`` by output.
     """
+    allow(*given["allowed"])
     parts = [opened(part, given["threads"], given["provider"]) for part in given["target"].split("+")]
     frames = np.load(given["frames"])
 
