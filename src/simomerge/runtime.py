@@ -364,6 +364,7 @@ MEASURES = {
     "angle": "deg, mean",
     "relative": "%, mean relative",
     "range": "% of range, mean",
+    "spread": "% of largest - smallest, mean",
     "largest": "largest / range",
 }
 """How two predictions are compared, and the unit of the result. 0 means equal."""
@@ -389,7 +390,8 @@ def difference(measure: str, found: np.ndarray, wanted: np.ndarray) -> float:
         return float((np.abs(a - b) / np.maximum(np.abs(b), 1e-6)).mean() * 100)
     if measure == "range":
         return float(np.abs(a - b).mean() * 100)
-    return float(np.abs(a - b).max() / max(np.ptp(b), 1e-12))
+    apart = np.abs(a - b) / max(float(np.ptp(b)), 1e-12)
+    return float(apart.mean() * 100 if measure == "spread" else apart.max())
 
 
 def compare(outputs: dict[str, Any], found: Maps, wanted: Maps) -> list[dict[str, Any]]:

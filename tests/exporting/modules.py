@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from simomerge.core.classes import register_encoder
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Features
 from simomerge.models.heads import head_for
@@ -22,6 +23,7 @@ TASKS = {
 }
 
 
+@register_encoder
 class SmallEncoder(nn.Module):
     """Two maps at strides 4 and 8."""
 

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from models.encoders.families import TINY, save_tiny
+from simomerge.core.errors import InputError
+from simomerge.exporting.export import export
+from simomerge.merging.tree import Tree
 from simomerge.models.encoders import load_encoder
+from simomerge.models.encoders.tree import TreeEncoder
 from simomerge.models.heads import head_for
 from simomerge.models.heads.building import build_head
 from simomerge.models.model import SimoModel
@@ -76,3 +80,25 @@ class TestOwnModules(ExportContract):
     @pytest.fixture
     def model(self) -> SimoModel:
         return small_model(("parts", "depth", "normals", "edges"))
+
+
+class TestTrees(ExportContract):
+    """Tasks share the first blocks of the encoder and have their own last ones."""
+
+    splits = False
+
+    @pytest.fixture
+    def model(self, tiny_base: Path) -> SimoModel:
+        torch.manual_seed(0)
+        plain = load_encoder(tiny_base)
+        encoder = TreeEncoder(Tree.of(2, ["parts", "normals"], blocks=4), plain)
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        heads = {"parts": head_for(encoder, "linear", 3), "normals": head_for(encoder, "linear", 3)}
+        return shaken(SimoModel(encoder, {name: TASKS[name] for name in heads}, heads))
+
+    def test_it_is_not_split(self, model: SimoModel, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="the heads of this model read different branches; export it as one file"):
+            export(model, tmp_path / "scene.onnx", self.size, split=True)
+        assert list(tmp_path.iterdir()) == []

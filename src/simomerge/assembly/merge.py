@@ -69,7 +69,8 @@ def merge(
         share: Which tasks share which blocks: the number of blocks that all share before each goes its own way, or a
             tree such as ``"6: all | each"``; see `simomerge.merging.tree`. The heads are folded on ``images``. By
             default all tasks share all blocks.
-        budget: Choose the tree on ``images`` for this cost, in units of one encoder.
+        budget: Choose the tree for this cost, in units of one encoder: on ``images``, or by the labels of
+            ``validation`` if that is given, too.
         **parameters: Further parameters of the method.
 
     Returns:
@@ -126,8 +127,11 @@ def _shared(
     check_sharing(share, budget, list(experts))
     if method == "auto" or scale == "learned" or given["minutes"] is not None:
         raise InputError("a tree of shared blocks needs a merge method, and a number or 'auto' as scale.")
-    if given["validation"] is not None:
-        raise InputError("a tree of shared blocks is fitted on images without labels; leave validation out.")
+    data = given["validation"]
+    if data is not None and budget is None:
+        raise InputError("labels choose a tree for a budget only; leave validation out.")
+    if data is not None and (missing := [task for task in experts if task not in data.tasks]):
+        raise InputError(f"budget={budget}: the validation data has no labels of {', '.join(missing)}.")
     if images is None:
         raise InputError("a tree of shared blocks is fitted on images without labels: give images=, such as a folder.")
     searched = isinstance(scale, str)
@@ -151,11 +155,11 @@ def _shared(
     if tree is not None:
         return share_blocks(grower, tree, images)
     assert budget is not None
-    found = choose_tree(grower, images, budget)
+    found = choose_tree(grower, images, budget, data)
     model = share_blocks(grower, found.tree, images)
     model.provenance["merge"] |= {
         "budget": budget,
-        "disagreement": {task: round(loss, 4) for task, loss in found.losses.items()},
+        "disagreement" if data is None else "loss": {task: round(loss, 4) for task, loss in found.losses.items()},
     }
     return model
 

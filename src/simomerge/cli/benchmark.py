@@ -25,6 +25,7 @@ from simomerge.cli.output import Table, console, say
 )
 @click.option("--split", default="test", show_default=True)
 @click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Images to evaluate on.")
+@options.trust_code
 @options.as_json
 def command(
     targets: tuple[str, ...], size: str, data: str | None, split: str, count: int, as_json: bool, **given: Any
@@ -72,14 +73,16 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
 
     batches = list(rows[0]["per_second"])
     speeds = [f"images/s at {size}" for size in batches]
-    head = ["target", "ms", "5 to 95 %", *speeds, "memory MB", "disk MB", "difference"]
+    head = ["target", "ms", "5 to 95 %", "CPU ms", *speeds, "memory MB", "disk MB", "difference"]
     cells = []
     for row in rows:
         ms, size = row["milliseconds"], (f"{row['memory'] / 1e6:.0f}", f"{row['disk'] / 1e6:.1f}")
         apart = (f"{name} {each['value']:.2g} {MEASURES[each['measure']]}" for name, each in row["difference"].items())
         speeds = [f"{row['per_second'][batch]:.2f}" for batch in batches]
         range_ = f"{ms['low']:.1f} to {ms['high']:.1f}"
-        cells.append((row["target"], f"{ms['median']:.1f}", range_, *speeds, *size, "; ".join(apart)))
+        cells.append(
+            (row["target"], f"{ms['median']:.1f}", range_, f"{ms['cpu']:.1f}", *speeds, *size, "; ".join(apart))
+        )
     shown = [Table(head, cells)]
     if "scores" in rows[0]:
         main = {task: next(iter(scores)) for task, scores in rows[0]["scores"].items()}

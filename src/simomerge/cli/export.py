@@ -26,6 +26,7 @@ from simomerge.cli.output import Table, console, say
 @click.option("--layout", type=options.Name(("bytes", "floats")), default="bytes", show_default=True)
 @click.option("--opset", type=int, default=18, show_default=True, help="Version of ONNX's operators.")
 @options.numbers("--limit", "limits", "Largest difference from torch for a task; may be repeated.")
+@options.trust_code
 def command(
     model: str, output: Path, size: str, tasks: str, images: str | None, as_json: bool, overwrite: bool, **settings: Any
 ) -> None:

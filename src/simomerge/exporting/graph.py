@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
-from simomerge.datasets.tasks import Task
+from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel
 
-MEASURES = {"segmentation": "labels", "normals": "angle", "depth": "relative", "disparity": "relative"}
-"""How predictions of a kind are compared; all other kinds by their range. See `simomerge.runtime.MEASURES`."""
+
+def measure_of(task: Task) -> str:
+    """How predictions of a task are compared; a key of `simomerge.runtime.MEASURES`.
+
+    Example:
+        >>> measure_of(Task("normals")), measure_of(Task("edges")), measure_of(Task("flow"))
+        ('angle', 'range', 'spread')
+    """
+    known = {"segmentation": "labels", "normals": "angle", "depth": "relative", "disparity": "relative"}
+    return known.get(task.kind) or ("range" if KINDS[task.kind].bounded else "spread")
 
 
 class Outputs:
@@ -36,8 +44,8 @@ class Outputs:
             if self.raw:
                 found[f"{name}_logits"] = {"task": name, "unit": "", "measure": "largest"}
                 continue
-            unit = {"depth": "m", "segmentation": "class"}.get(task.kind, "")
-            found[name] = {"task": name, "unit": unit, "measure": MEASURES.get(task.kind, "range")}
+            unit = {"depth": "m", "segmentation": "class", "flow": "px", "regression": task.unit}.get(task.kind, "")
+            found[name] = {"task": name, "unit": unit, "measure": measure_of(task)}
             if self.probabilities and task.kind == "segmentation":
                 found[f"{name}_probabilities"] = {"task": name, "unit": "", "measure": "largest"}
         return found
@@ -65,7 +73,8 @@ class WholeGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Images, see `as_floats` -> outputs (B, H, W) or (B, C, H, W) at the size of the images."""
-        return self.outputs(self.model.decode(self.model.encode(as_floats(image)), self.outputs.tasks))
+        tasks = list(self.outputs.tasks)
+        return self.outputs(self.model.decode(self.model.encode(as_floats(image), tasks), tasks))
 
 
 class EncoderGraph(nn.Module):
@@ -77,8 +86,8 @@ class EncoderGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.model.encode(as_floats(image))
-        if type(features) is not Features:
-            raise InputError("the heads of this model read different features; export it as one file, without --split.")
+        if features.branches:
+            raise InputError("the heads of this model read different branches; export it as one file, without --split.")
         return (*features.maps, *features.cls)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.classes import allow
 from simomerge.runtime import Scene
 
 Predict = Callable[[np.ndarray], list[dict[str, np.ndarray]]]
@@ -71,15 +72,15 @@ def _of_model(target: str) -> tuple[Predict, dict[str, str]]:
     return predict, _measures(Outputs(model.tasks).described())
 
 
-def timed(predict: Predict, frames: np.ndarray, runs: int) -> list[float]:
-    """Seconds of each of some runs, after two that do not count."""
-    for _ in range(2):
+def timed(predict: Predict, frames: np.ndarray, runs: int) -> dict[str, list[float]]:
+    """Seconds on the clock ("wall") and of the processor ("cpu") of each of some runs, after two that do not count."""
+    seconds: dict[str, list[float]] = {"wall": [], "cpu": []}
+    for run in range(runs + 2):
+        start = time.perf_counter(), time.process_time()
         predict(frames)
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        predict(frames)
-        seconds.append(time.perf_counter() - start)
+        if run >= 2:
+            seconds["wall"].append(time.perf_counter() - start[0])
+            seconds["cpu"].append(time.process_time() - start[1])
     return seconds
 
 
@@ -98,11 +99,12 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         given: ``target`` (paths joined by "+"), ``frames`` (an NPY file), ``out`` (an NPZ file for the predictions),
-            ``batches``, ``runs``, ``threads``, ``provider``.
+            ``batches``, ``runs``, ``threads``, ``provider``, ``allowed`` (the code of models that may run).
 
     Returns:
         ``seconds`` by batch size, ``memory``, the peak of the process in bytes, and ``measures`` by output.
     """
+    allow(*given["allowed"])
     parts = [opened(part, given["threads"], given["provider"]) for part in given["target"].split("+")]
     frames = np.load(given["frames"])
 

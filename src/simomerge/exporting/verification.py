@@ -14,9 +14,9 @@ from simomerge.datasets.pictures import Images, as_images
 from simomerge.runtime import MEASURES, Maps, difference
 
 LIMITS = {
-    "fp32": {"labels": 0.1, "angle": 0.01, "relative": 0.01, "range": 0.01, "largest": 1e-4},
-    "fp16": {"labels": 1.0, "angle": 0.5, "relative": 1.0, "range": 0.5, "largest": 0.02},
-    "int8": {"labels": 10.0, "angle": 5.0, "relative": 10.0, "range": 5.0, "largest": 0.3},
+    "fp32": {"labels": 0.1, "angle": 0.01, "relative": 0.01, "range": 0.01, "spread": 0.01, "largest": 1e-4},
+    "fp16": {"labels": 1.0, "angle": 0.5, "relative": 1.0, "range": 0.5, "spread": 0.5, "largest": 0.02},
+    "int8": {"labels": 10.0, "angle": 5.0, "relative": 10.0, "range": 5.0, "spread": 5.0, "largest": 0.3},
 }
 """Precision -> measure -> the largest difference with which a file is written."""
 

@@ -18,6 +18,8 @@ KINDS = ("colours", "npy", "npz", "png16", "video")
 """What can be written: a coloured PNG per task; the values of a task as NPY or as PNG of 16 bits; the values of all
 tasks in one NPZ; one MP4 per video with the image and all tasks next to each other."""
 
+_STORED16 = ("segmentation", "depth", "disparity", "normals")
+
 Maps = Mapping[str, np.ndarray]
 
 
@@ -56,6 +58,9 @@ class Saver:
         for kind in kinds:
             if kind not in KINDS:
                 raise InputError(f"unknown kind of output {kind!r}; choose some of {', '.join(KINDS)}.")
+        unbounded = [name for name, task in tasks.items() if not (task.kind in _STORED16 or task.behaviour.bounded)]
+        if "png16" in kinds and unbounded:
+            raise InputError(f"task {unbounded[0]!r} has values of any size, which 16 bits cannot hold; use npy.")
         self.folder, self.tasks, self.kinds, self.overlay = folder, tasks, kinds, overlay
         self._video: _Video | None = None
         self._limits: dict[tuple[Source, str], tuple[float, float]] = {}

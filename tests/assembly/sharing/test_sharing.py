@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from simomerge.assembly.merge import merge
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.blocks import call_of
 from simomerge.assembly.sharing.grow import Grower, share_blocks
+from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.assembly.sharing.stitches import fit_stitches
 from simomerge.core import machine
 from simomerge.core.errors import InputError
+from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import Images, as_images
 from simomerge.datasets.tasks import Task
 from simomerge.merging import MergeMethod, get_method
@@ -402,8 +404,7 @@ def test_heads_are_folded_on_what_reaches_them(
 def test_a_tree_is_distilled(
     shared: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, name: str
 ) -> None:
-    kept = {"hold_out": 0.0} if name == "distill-encoder" else {}
-    distilled = realign(shared, experts, images, method=name, steps=3, batch_size=4, **kept)
+    distilled = realign(shared, experts, images, method=name, steps=3, batch_size=4, hold_out=0.0)
     assert not equal(predicted(distilled, picture), predicted(shared, picture))
     before, after = (dict(model.encoder.named_parameters()) for model in (shared, distilled))
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
@@ -483,6 +484,34 @@ def test_a_budget_of_one_encoder_is_the_merge_and_of_all_is_the_experts(
     found = predicted(two, picture)
     for task, expert in some.items():
         assert torch.equal(found[task], predicted(expert, picture)[task])
+
+
+class Labelled(DenseDataset):
+    """Random images with random labels."""
+
+    def __init__(self, images: Images) -> None:
+        super().__init__({task: TASKS[task] for task in ("depth", "normals")}, 8)
+        self.images = images
+
+    def image(self, index: int) -> Tensor:
+        return self.images.image(index)
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(index)
+        made = torch.rand(3, 24, 32, generator=generator) + 0.1
+        return {task: made[:1] if task == "depth" else torch.nn.functional.normalize(made, dim=0) for task in tasks}
+
+
+def test_labels_rank_the_trees_if_given(base: SimoModel, experts: dict[str, SimoModel], images: Images) -> None:
+    some = {task: experts[task] for task in ("depth", "normals")}
+    search = TreeSearch(Grower(base, some, METHOD), images, Labelled(images))
+    one = search.tried[0]
+    assert one.loss == pytest.approx(sum(one.losses.values()) / 2)  # minus Delta_MTL
+    best = search.best(2)
+    assert best.loss == min(each.loss for each in search.tried) <= one.loss
+    assert search.try_out(Tree.of(0, list(some), 4)).losses == {"depth": 0, "normals": 0}
+    with pytest.raises(InputError, match="labels choose a tree for a budget only"):
+        merge(base, some, METHOD, share=2, images=images, validation=Labelled(images))
 
 
 def test_the_chosen_tree_keeps_to_the_budget_and_beats_one_encoder(

@@ -29,6 +29,13 @@ from simomerge.models.model import SimoModel
 SEARCH_IMAGES = 64
 """Images that a search uses; the chosen tree is then stitched and folded on more."""
 
+POWER = 4
+"""Without labels, the power of the disagreements.
+
+Independent errors add in squares, so that a small disagreement costs accuracy in squares. They are squared once more
+because it is unknown without labels which task's disagreement costs most: no task is then given up for another.
+"""
+
 LEAST_LOSS = 0.01
 """The smallest unit of a task's loss: a task that merging hardly changes does not outweigh the others."""
 
@@ -49,22 +56,20 @@ class Tried:
     Attributes:
         tree: The tree.
         cost: In units of one encoder.
-        losses: By task, the disagreement with the expert on held-out images, relative to that with one encoder.
+        losses: By task, the disagreement with the expert on held-out images, relative to that with one encoder. With
+            labels, the loss of the metric against the expert in percent.
+        power: What the losses are raised to before their mean; see `POWER`.
     """
 
     tree: Tree
     cost: float
     losses: dict[str, float]
+    power: int
 
     @property
     def loss(self) -> float:
-        """The mean of the fourth powers over the tasks: 1 for one encoder, 0 for one encoder per task.
-
-        Independent errors add in squares, so that a small disagreement costs accuracy in squares. Squared once more,
-        losses count more the more they differ between tasks: without labels it is unknown which task's disagreement
-        costs most, so none is given up for another.
-        """
-        return sum(loss**4 for loss in self.losses.values()) / len(self.losses)
+        """What a search minimises. Without labels it is 1 for one encoder and 0 for one encoder per task."""
+        return sum(loss**self.power for loss in self.losses.values()) / len(self.losses)
 
 
 class TreeSearch:
@@ -73,6 +78,8 @@ class TreeSearch:
     Args:
         grower: Grows the trees.
         images: Images without labels, as `simomerge.datasets.pictures.as_images` takes them.
+        data: A dataset with labels that judges the trees, other than the images. By default a quarter of the images
+            does, by the experts' predictions.
 
     Attributes:
         tried: All trees so far, in order; the first is one encoder.
@@ -81,7 +88,7 @@ class TreeSearch:
         InputError: There are fewer than eight images, or a head cannot be folded.
     """
 
-    def __init__(self, grower: Grower, images: Any) -> None:
+    def __init__(self, grower: Grower, images: Any, data: Any = None) -> None:
         self.grower, self.experts = grower, grower.experts
         self.images = as_images(images, SEARCH_IMAGES).readable()
         judged = held_out(self.images)
@@ -91,18 +98,19 @@ class TreeSearch:
             )
         if rigid := [task for task, expert in self.experts.items() if not is_foldable(expert.heads[task])]:
             raise InputError(f"a budget needs heads that can be folded, and {rigid[0]!r} cannot: give a tree instead.")
-        self._judge = Judge(self.experts, self.images._subset(judged), labelled=False, lenient=True)
+        self._labelled = data is not None
+        source = data if self._labelled else self.images._subset(judged)
+        self._judge = Judge(self.experts, source, self._labelled, lenient=True)
         self._targets = {
             task: list(head_targets(expert, {task: expert}, self.images)) for task, expert in self.experts.items()
         }
         self._stitches: Known = {}
         self._losses: dict[TaskPath, dict[str, float]] = {}
-        self._units: dict[str, float] = {}
         one = Tree.of("all", list(self.experts), grower.blocks)
         each = TreeEncoder(Tree.of(0, list(self.experts), grower.blocks), next(iter(self.experts.values())).encoder)
         self.shares = each.shares()
-        start = self._disagreements(grower.grow(one), list(self.experts))
-        self._units = {task: max(value, LEAST_LOSS) for task, value in start.items()}
+        start = self._measured(grower.grow(one), list(self.experts))
+        self._units = {task: 1.0 if self._labelled else max(value, LEAST_LOSS) for task, value in start.items()}
         self.tried: list[Tried] = []
         self.try_out(one)
 
@@ -117,25 +125,25 @@ class TreeSearch:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # the final stitches will say it again
                     fit_stitches(model, self.experts, self.images, self._stitches, hold_out=True)
-            for task, value in self._disagreements(model, missing).items():
-                known[task] = self._losses.setdefault(paths[task], {})[task] = value / self._units.get(task, 1.0)
-        losses = {task: known[task] for task in tree.tasks if task in self._units}
-        tried = Tried(tree, tree.cost(self.shares), losses)
+            for task, value in self._measured(model, missing).items():
+                known[task] = self._losses.setdefault(paths[task], {})[task] = value / self._units[task]
+        losses = {task: known[task] for task in tree.tasks}
+        tried = Tried(tree, tree.cost(self.shares), losses, 1 if self._labelled else POWER)
         if all(tried.tree != other.tree for other in self.tried):
             self.tried.append(tried)
         return tried
 
-    def _disagreements(self, model: SimoModel, tasks: Sequence[str]) -> dict[str, float]:
-        """1 minus the agreement with the expert, by task, after the fold per tap; not for tasks that do not count."""
+    def _measured(self, model: SimoModel, tasks: Sequence[str]) -> dict[str, float]:
+        """The loss against the expert, by task, after the fold per tap; 0 for tasks that do not count."""
         batches = zip(*(self._targets[task] for task in tasks), strict=True)
         joined = [replace(b[0], targets=[target for each in b for target in each.targets]) for b in batches]
         some = model.select(list(tasks))
         sums = head_sums(some, joined)
         folded = with_heads(some, sums.heads({t: fit.ridge for t, fit in sums.choose().items()}, hold_out=True))
-        agreement = self._judge.performance(self._judge.scores(folded))
-        return {task: max(1 - value, 0.0) for task, value in agreement.items()} | dict.fromkeys(
-            (task for task in tasks if task not in agreement), 0.0
-        )
+        gains = self._judge.gains(self._judge.scores(folded))
+        if self._labelled:
+            return {task: -gain for task, gain in gains.items()}
+        return {task: max(-gains[task] / 100, 0.0) if task in gains else 0.0 for task in tasks}
 
     def best(self, budget: float) -> Tried:
         """The best tree that costs at most as much, by greedy search.
@@ -158,9 +166,9 @@ class TreeSearch:
         return min(within, key=lambda each: (each.loss, each.cost))
 
 
-def choose_tree(grower: Grower, images: Any, budget: float) -> Tried:
+def choose_tree(grower: Grower, images: Any, budget: float, data: Any = None) -> Tried:
     """The best tree for a budget in units of one encoder; see `TreeSearch`."""
-    return TreeSearch(grower, images).best(budget)
+    return TreeSearch(grower, images, data).best(budget)
 
 
 def path_of(tree: Tree, task: str) -> TaskPath:
