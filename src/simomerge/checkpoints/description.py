@@ -32,7 +32,7 @@ _SCHEMA = {
         "std?": [float],
         "apply_layernorm?": bool,
         "class?": str,
-        "tree?": dict,
+        "tree?": str,
     },
     "adapters": (dict, type(None)),
     "provenance": {"base?": _ORIGIN, "experts?": {str: _ORIGIN}, "merge?": {"method?": str}, "realign?": dict},
