@@ -35,7 +35,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float32: None) -> A
     ]
     (tmp_path / "photos").mkdir()
     random = np.random.default_rng(0)
-    for index in range(6):
+    for index in range(8):
         Image.fromarray(random.integers(0, 255, (41, 53, 3), dtype=np.uint8)).save(tmp_path / f"photos/{index}.png")
     module = types.ModuleType("readme_example")
     monkeypatch.setitem(sys.modules, "readme_example", module)

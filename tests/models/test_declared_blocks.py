@@ -42,6 +42,7 @@ class Mixer(nn.Module):
         return x + self.norm(self.conv(x)).relu()
 
 
+@sm.register_encoder
 class Cnn(nn.Module):
     """Blocks that keep the size, halve it and change the width; ``first`` is no block."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import simomerge as sm
+from simomerge.core.classes import trusting
 from simomerge.core.errors import InputError
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import plan_of, run_recipe
@@ -21,6 +22,7 @@ STEPS = TrainSettings(steps=2, batch_size=2, lr=1e-3)
 PART = {"steps": 2, "batch_size": 2}
 
 
+@sm.register_encoder
 class Plain(nn.Module):
     channels, strides = (6, 10), (4, 8)
 
@@ -33,6 +35,7 @@ class Plain(nn.Module):
         return [fine, self.down(fine).relu()]
 
 
+@sm.register_encoder
 class Declared(Plain):
     blocks = ("stem", "down")
 
@@ -98,5 +101,8 @@ def test_a_class_that_cannot_be_imported_is_named_before_any_work(tmp_path: Path
     code = "import simomerge as sm, mycode; sm.SimoModel(mycode.Mine(), {}, {}).save_pretrained('base')"
     there = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(tmp_path)])}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=there, check=True)
-    with pytest.raises(InputError, match=r"module 'mycode' cannot be imported .*PYTHONPATH"):
-        plan_of(recipe(str(tmp_path / "base"), "average+fold"), tmp_path / "run")
+    wanted = recipe(str(tmp_path / "base"), "average+fold")
+    with pytest.raises(InputError, match=r"mycode:Mine is a class outside simomerge.*trust_code=True \(--trust-code\)"):
+        plan_of(wanted, tmp_path / "run")
+    with trusting(True), pytest.raises(InputError, match=r"module 'mycode' cannot be imported .*PYTHONPATH"):
+        plan_of(wanted, tmp_path / "run")

@@ -27,7 +27,7 @@ def write(path: Path, array: np.ndarray) -> None:
 
 
 def nyuv2(root: Path, rng: np.random.Generator) -> None:
-    for part, count in (("train", 4), ("val", 60)):  # of each twenty of val, twelve or so are the split val
+    for part, count in (("train", 8), ("val", 60)):  # of each twenty of val, twelve or so are the split val
         for i in range(count):
             normals = rng.standard_normal((H, W, 3)).astype(np.float32)
             write(root / part / f"image/{i}.npy", rng.random((H, W, 3), np.float32))
@@ -71,7 +71,7 @@ def test_a_recipe_of_the_paper_goes_from_its_data_to_its_report(
     make(tmp_path / "data", np.random.default_rng(0))
     changes = [
         *(f"base={tiny_base}", f"data={name}:{tmp_path / 'data'}", f"data_options={{size: [{H}, {W}]}}"),
-        *("train_images=4", "val_images=4", "test_images=2", "scale_images=2"),
+        *("train_images=8", "val_images=8", "test_images=2", "scale_images=2", "align_split=train+val"),
         *(SHORT if name == "nyuv2" else [*SHORT, "head_settings={fusion_channels: 8}"]),
         "realign.adapters.rank=2",
         "realigned=[task-arithmetic+heads, ties+adapters, task-arithmetic+fold-cross]",

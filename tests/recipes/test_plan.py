@@ -20,7 +20,7 @@ RECIPE = replace(
         *("task-arithmetic+fold(count=3)", "task-arithmetic+fold-cross", "task-arithmetic+distill", "auto"),
     ),
     realign={"fold-cross": {"count": 12}, "distill": {"count": None}},
-    choose_images=4,
+    choose_images=8,
     auto_images=99,
 )
 
@@ -39,7 +39,7 @@ def data_of(**changes: Any) -> dict[str, dict[str, Any]]:
 def test_rows_without_labels_use_images_of_the_align_split(split: str, most: int) -> None:
     found = data_of(align_split=split)
     counts = {
-        "task-arithmetic without labels": 4,
+        "task-arithmetic without labels": min(8, most),
         "task-arithmetic+fold(count=3)": 3,
         "task-arithmetic+fold-cross": min(12, most),
         "task-arithmetic+distill": most,

@@ -14,7 +14,7 @@ from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.sums import head_sums, head_targets, with_heads
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
-from simomerge.datasets.groups import held_out
+from simomerge.datasets.groups import LEAST_IMAGES, held_out
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, Schedule, ZeroShot, describe_method
 from simomerge.models.model import SimoModel
@@ -81,9 +81,9 @@ class Aligner:
         self.experts = check_experts(base, experts)
         self.images = as_images(images, count).readable()
         judging = held_out(self.images)
-        if len(judging) < 2:
+        if len(self.images) < LEAST_IMAGES:
             raise InputError(
-                f"{len(self.images)} images: a choice without labels judges on a quarter; give at least 8."
+                f"{len(self.images)} images: a choice without labels judges on a quarter; give at least {LEAST_IMAGES}."
             )
         self.trials: list[Trial] = []
         unmerged = with_merged_encoder(base, self.experts, ZeroShot())

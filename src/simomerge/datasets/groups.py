@@ -15,6 +15,9 @@ import numpy as np
 SHARE = 0.25
 """Share of the images that is held out, unless it is given."""
 
+LEAST_IMAGES = 8
+"""With fewer images, no choice by held-out images is made."""
+
 RUN = 4
 """Runs that are shorter than this are joined, so that fewer neighbours are on both sides."""
 

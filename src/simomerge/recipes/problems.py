@@ -8,6 +8,7 @@ from typing import Any
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.datasets.groups import LEAST_IMAGES
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
 from simomerge.recipes.row import AUTO, Row
@@ -37,6 +38,9 @@ def _align(recipe: Recipe) -> Iterator[str]:
             yield f"align_split is {recipe.align_split!r}; use 'train+val', 'train' or 'val'"
     if len(set(recipe.align_splits)) < len(recipe.align_splits):
         yield f"align_split is {recipe.align_split!r}; name each split once"
+    for key in ("choose_images", "auto_images"):
+        if getattr(recipe, key) < LEAST_IMAGES:
+            yield f"{key} is {getattr(recipe, key)}; a choice without labels takes at least {LEAST_IMAGES} images"
 
 
 def _lists(recipe: Recipe) -> Iterator[str]:
@@ -165,7 +169,7 @@ _CHECKS: tuple[tuple[Any, ...], ...] = (
     (_merges, "merges", "merge_settings", "tasks"),
     (_rows, "realigned", "realign", "refine", "merges"),
     (_relate, "relate", "val_images", "tasks"),
-    (_align, "align_split", "data"),
+    (_align, "align_split", "data", "choose_images", "auto_images"),
     (_gallery, "gallery", "realigned", "merges", "joint_weightings"),
 )
 """Every check with the keys of the recipe that it needs."""
