@@ -101,7 +101,7 @@ def merge(
     if not isinstance(scale, str):
         chosen = with_parameters(method, {**parameters, "scale": scale} if scale is not None else parameters)
         experts = check_experts(base, experts)
-        data = as_images(pictures, count or 256) if validation is None and pictures is not None else validation
+        data = _statistics_data(chosen, images, pictures, count) if validation is None else validation
         return assemble(base, experts, with_statistics(chosen, experts, data), plan)
     if scale == "learned":
         with_parameters(method, parameters)  # raises for a misspelt parameter
@@ -110,6 +110,19 @@ def merge(
         raise InputError(f"scale {scale!r}: give a number, 'auto' or 'learned'.")
     searched = with_parameters(method, {**parameters, "scale": 1.0})
     return _with_best_scale(base, experts, searched, validation, pictures, count, plan)
+
+
+def _statistics_data(method: MergeMethod, given: Any, pictures: Any, count: int | None) -> Any:
+    """What the statistics of a method are computed on: the images, with their labels if it needs them."""
+    if pictures is None:
+        return None
+    if method.needs_labels:
+        if not getattr(given, "tasks", None):
+            raise InputError(
+                f"{method.name!r} computes with labels: give validation=, or a dataset with labels as images."
+            )
+        return given.take(min(count or 256, len(given)))
+    return as_images(pictures, count or 256)
 
 
 def _shared(

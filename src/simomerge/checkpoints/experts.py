@@ -6,12 +6,14 @@ the same functions. These work on plain data: the content of simo.json and finge
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from simomerge.core.errors import InputError
+from simomerge.core.schema import nearest
 
 _SETTINGS = {
     "architecture": ("architecture",),
@@ -44,10 +46,12 @@ class Recorded(Protocol):
 def own_task(tasks: Collection[str], task: str) -> str:
     """Choose the task of an expert that is given as ``task=EXPERT``.
 
-    An expert with one task accepts any name for it. One with several must have a task of that name.
+    An expert with one task accepts any name for it, unless that is nearly its own: such a name is a mistake. An ending
+    such as ``depth_2`` or ``depth_indoor`` is not. An expert with several tasks must have a task of that name.
 
     Raises:
-        InputError: the expert has several tasks and none has this name, or the name is not an identifier.
+        InputError: the expert has several tasks and none has this name, the name is a misspelling of its own task, or
+            it is not an identifier.
 
     Example:
         >>> own_task(["depth"], "distance"), own_task(["depth", "normals"], "normals")
@@ -59,7 +63,10 @@ def own_task(tasks: Collection[str], task: str) -> str:
         return task
     if len(tasks) != 1:
         raise InputError(f"expert {task!r} has the tasks {', '.join(tasks) or 'none'}; name one of them.")
-    return next(iter(tasks))
+    own = next(iter(tasks))
+    if nearest(task, [own]) and not re.fullmatch(rf"(\w+_)?{own}(_\w+|\d+)?", task):
+        raise InputError(f"expert {task!r} is one of {own!r}: write {own}=..., or give it a name that is less alike.")
+    return own
 
 
 def only_task(description: Mapping[str, Any], task: str) -> dict[str, Any]:

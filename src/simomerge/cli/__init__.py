@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -78,6 +79,14 @@ class _LazyGroup(click.Group):
         for purpose, group in GROUPS.items():
             with formatter.section(purpose):
                 formatter.write_dl([(f"{name:<8}", text) for name, text in group.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command. If nobody reads its output any more, as in ``| head``, it ends quietly."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would turn it into exit code 1
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - Python flushes it when it ends
+            ctx.exit(0)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:

@@ -26,7 +26,7 @@ def command(model: str, experts: dict[str, str], data: str, split: str, count: i
     from simomerge.core.machine import compute_device
     from simomerge.datasets import load_data
     from simomerge.models.model import as_expert, load
-    from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
+    from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance, shared_tasks
 
     join_processes()
     evaluated = load(model)
@@ -36,6 +36,12 @@ def command(model: str, experts: dict[str, str], data: str, split: str, count: i
             raise InputError(f"{model} does not predict {task!r}; it has {', '.join(tasks) or 'no heads'}.")
     expert_models = {task: as_expert(expert, task) for task, expert in load_experts(**experts).items()}
     dataset = load_data(data, split=split, count=count)
+    options.note_count(count, len(dataset), f"{data} ({split})")
+    judged = shared_tasks(tasks, dataset.tasks)
+    for task, expert in expert_models.items():
+        if task not in judged:
+            raise InputError(f"{data} ({split}) has no labels of {task!r}; leave its expert out, or give other data.")
+        shared_tasks(expert.tasks, dataset.tasks)
     with console():
         device = compute_device()
         scores = evaluate(evaluated.to(device), dataset)
@@ -50,9 +56,17 @@ def command(model: str, experts: dict[str, str], data: str, split: str, count: i
         shown += ["Experts:", score_table(baseline, tasks)]
         shown += [
             "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
-            f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)",
+            f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)" + _partial(baseline, scores),
         ]
     say(as_json, result, *shown)
+
+
+def _partial(baseline: dict[str, Any], scores: dict[str, Any]) -> str:
+    """What to say about a Delta_MTL over some of the tasks."""
+    if len(baseline) == len(scores):
+        return ""
+    missing = ", ".join(task for task in scores if task not in baseline)
+    return f". It is over {', '.join(baseline)} only: give the experts of {missing} too for that of the model."
 
 
 def score_table(scores: dict[str, dict[str, float]], tasks: dict[str, Any]) -> Table:

@@ -9,6 +9,7 @@ import click
 
 from simomerge.cli import options
 from simomerge.cli.output import say
+from simomerge.core.text import plain
 
 
 @click.command("inspect")
@@ -52,7 +53,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         head = model["heads"][name]["kind"]
         lines.append(f"  task {name}: {task.get('kind', name)}, {head} head")
     encoder = model["encoder"]
-    lines.append(f"  taps {encoder['taps']}, final layer norm {'on' if encoder['apply_layernorm'] else 'off'}")
+    taps, norm = ", ".join(map(str, encoder["taps"])), "on" if encoder["apply_layernorm"] else "off"
+    lines.append(f"  taps {taps}, final layer norm {norm}")
     if encoder.get("tree"):
         from simomerge.merging.tree import Tree
 
@@ -67,7 +69,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for key, value in model["provenance"].items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())
-        lines.append(f"  {key}: {value}")
+        lines.append(f"  {key}: {plain(value)}")
     return lines
 
 
@@ -75,7 +77,5 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):  # The merges that were tried.
         return f"{len(value)} merges"
     if isinstance(value, dict):
-        return str(value.get("source") or value.get("fingerprint", "")[:12] or value.get("method") or value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+        return str(value.get("source") or value.get("fingerprint", "")[:12] or value.get("method") or plain(value))
+    return value[:12] if isinstance(value, str) and len(value) == 64 else plain(value)

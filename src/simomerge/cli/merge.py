@@ -10,7 +10,9 @@ import click
 
 from simomerge.cli import options
 from simomerge.cli.output import console, say
+from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
+from simomerge.core.text import plain
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -70,7 +72,7 @@ def command(as_json: bool, **given: Any) -> None:
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
     unseen = ("method", "tried", "then", "tree", "groups", "stitches")
-    details = ", ".join(f"{key} {value}" for key, value in made.items() if key not in unseen)
+    details = ", ".join(f"{key} {_shown(value)}" for key, value in made.items() if key not in unseen)
     say(
         as_json,
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
@@ -211,6 +213,7 @@ class _Wanted:
         from simomerge.assembly.merge import merge
         from simomerge.models.model import load
 
+        options.note_images(self.images, self.count)
         foundation, loaded = load(self.base), load_experts(**self.experts)
         parameters = self.given()
         scale = self.scale if self.searched else parameters.pop("scale", None)
@@ -218,8 +221,18 @@ class _Wanted:
         inputs |= {"share": self.tree(), "budget": self.budget} if self.shares_blocks else {}
         with console():
             model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
-        model.save_pretrained(self.output, self.overwrite)
+        model.save_pretrained(self.output, self.overwrite, self._stored_dtype())
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
+
+    def _stored_dtype(self) -> str | None:
+        """The dtype in which all experts store their encoders, if it is a half one."""
+        from simomerge.merging.disk.sources import open_source
+
+        found = set[str]()
+        for path in self.experts.values():
+            weights = open_source(path).weights
+            found |= {info.dtype for name in weights if (info := weights.info(name)).is_float}
+        return {"F16": "float16", "BF16": "bfloat16"}.get(found.pop()) if len(found) == 1 else None
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""
@@ -237,8 +250,10 @@ class _Wanted:
         if self.method == "auto" or self.shares_blocks:
             return f"simomerge evaluate {self.output} --data {self.data}"
         experts = " ".join(f"{task}={expert}" for task, expert in self.experts.items())
-        folded = f"simomerge realign {self.output} {experts} --images FOLDER -o {self.output}-folded"
-        return f"{folded}   (the heads no longer fit)"
+        images = self.images or (self.data if self.uses_images or self.base == EMBEDDED_BASE else "photos/")
+        folded = f"simomerge realign {self.output} {experts} --images {images} -o {self.output}-folded"
+        where = "; photos/ stands for a folder of your images" if images == "photos/" else ""
+        return f"{folded}   (the heads no longer fit{where})"
 
 
 def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -266,6 +281,15 @@ def _tree_lines(made: dict[str, Any]) -> list[str]:
         if "r2" in fit
     ]
     return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + fits
+
+
+def _shown(value: Any) -> str:
+    """A parameter of a merge, as text: many scales as their range for each expert."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_shown(one)}" for name, one in value.items())
+    if isinstance(value, list) and value and all(isinstance(one, (int, float)) for one in value):
+        return f"{min(value):.3g} to {max(value):.3g} over {len(value)} blocks" if len(value) > 1 else f"{value[0]:.3g}"
+    return plain(value)
 
 
 def _trial(trial: dict[str, Any]) -> str:

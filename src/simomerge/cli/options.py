@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from simomerge.cli.output import warning
 from simomerge.core.classes import trust
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
@@ -204,6 +205,23 @@ def folder(default: Path | None, help: str, required: bool = False) -> Decorator
         "help": help,
     }
     return click.option("-o", "--output", type=click.Path(path_type=Path), **settings)
+
+
+def note_count(count: int | None, available: int, what: str) -> None:
+    """Say it if ``--count`` was given, and fewer images are there."""
+    source = click.get_current_context().get_parameter_source("count")
+    if count is not None and available < count and source is click.core.ParameterSource.COMMANDLINE:
+        warning(f"--count {count}: {what} has {available} images; all of them are used.")
+
+
+def note_images(images: str | None, count: int | None) -> None:
+    """`note_count` for ``--images``, if that is a folder."""
+    if images is not None and count is not None and Path(images).is_dir() and not Path(images, "simo.json").exists():
+        from simomerge.datasets.manifest import MANIFESTS
+        from simomerge.datasets.pictures import SUFFIXES, files_of
+
+        if not any(Path(images, f"data{suffix}").is_file() for suffix in MANIFESTS):
+            note_count(count, len(files_of(Path(images), SUFFIXES)), images)
 
 
 # Options from parameters --------------------------------------------------------------------------------

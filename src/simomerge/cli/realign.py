@@ -88,6 +88,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     from simomerge.training.tracking import track
 
     join_processes()
+    options.note_images(given["images"], given["count"])
     merged = load(model)
     inputs = _inputs(chosen, experts, list(merged.tasks), given)
     inputs |= {"base": load(given["base"])} if chosen.needs_base else {}

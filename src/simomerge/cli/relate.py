@@ -58,7 +58,7 @@ def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> 
         shown.append(f"Judged by {judge}, on half of {found['images']} images.")
     if page:
         shown.append(f"Page: {page}")
-    shown.append(f"Next: {_next(base, experts, found, budget)}")
+    shown.append(f"Next: {_next(base, experts, found, budget, given['images'] or given['data'])}")
     say(as_json, {**found, **({"output": str(output)} if output else {})}, *shown)
 
 
@@ -91,6 +91,9 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
     if given["budget"] is not None and "groups" not in sections:
         raise InputError("--budget requires the section 'groups', which uses images: give --images or --data.")
     dataset = load_data(data, split=given["split"], count=count, tasks=list(experts)) if data is not None else None
+    options.note_images(images, given["count"])
+    if dataset is not None:
+        options.note_count(given["count"], len(dataset), f"{data} ({given['split']})")
     foundation = load(base)
     if foundation.tasks:
         raise InputError(
@@ -103,7 +106,7 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
         return relate(foundation, loaded, images, dataset, model, sections, count, size=size).to_dict()
 
 
-def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int | None) -> str:
+def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int | None, images: str | None) -> str:
     """The command that makes the first merge of the answer."""
     members = list(experts)
     if "groups" in found:
@@ -111,4 +114,5 @@ def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int
     if len(members) == 1:
         return "keep the experts: under this budget no merge is better than none."
     pairs = " ".join(f"{task}={experts[task]}" for task in members)
-    return f"simomerge merge {base} {pairs} --method auto --images FOLDER -o OUT"
+    chosen = f" --method auto --images {images}" if images else ""
+    return f"simomerge merge {base} {pairs}{chosen} -o merged"

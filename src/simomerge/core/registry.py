@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.core.text import plain
 
 
 def parameter(
@@ -115,7 +116,7 @@ def _allowed(spec: Field[Any]) -> str:
 def range_text(spec: Field[Any]) -> str:
     """Default and range of a parameter for tables, such as ``0.2; > 0, ≤ 1``."""
     limits = spec.metadata
-    text = f"{spec.default!r}" if isinstance(spec.default, str) else f"{spec.default}"
+    text = plain(spec.default)
     if limits["choices"]:
         return f"{text}; {' or '.join(limits['choices'])}"
     if limits["kind"] in (str, bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 LONGEST_MESSAGE = 2000
@@ -73,3 +74,23 @@ def markdown(text: object) -> str:
         '\\\\<b\\\\>depth\\\\|x'
     """
     return printable(str(text).translate(_MARKDOWN))
+
+
+def plain(value: Any) -> str:
+    """A value as a recipe or the command line would have it, not as Python writes it.
+
+    Example:
+        >>> plain(None), plain(True), plain(0.30000000000000004), plain(["a", 1]), plain({"a": None})
+        ('none', 'true', '0.3', '[a, 1]', '{a: none}')
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {plain(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(plain, value))}]"
+    return str(value)

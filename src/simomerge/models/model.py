@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -184,13 +185,19 @@ class SimoModel(nn.Module):
         model.source = self.source
         return model
 
-    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False, dtype: str | None = None) -> Path:
         """Write the model folder: simo.json, encoder/, heads/, README.md, and adapters or branches if it has some.
 
         The folder is written under a temporary name and renamed, so a crash never leaves an incomplete model.
 
+        Args:
+            folder: Where to write it.
+            overwrite: Replace the folder if it exists.
+            dtype: Storage of the encoder's floats, "float16" or "bfloat16"; as they are by default.
+
         Raises:
-            InputError: The folder exists and ``overwrite`` is false, or the disk is full.
+            InputError: The folder exists and ``overwrite`` is false, a weight is too large for ``dtype``, or the disk
+                is full.
         """
         from safetensors.torch import save_file
 
@@ -198,7 +205,7 @@ class SimoModel(nn.Module):
             if isinstance(self.encoder, TreeEncoder):
                 _save_tree(self.encoder, target)
             else:
-                _save_encoder(self.encoder, target / "encoder")
+                _save_encoder(self.encoder, target / "encoder", dtype)
             for name, head in self.heads.items():
                 save_file(_tensors(head), head_file(target, name))
             if self.encoder.adapters is not None:
@@ -334,22 +341,32 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     return result
 
 
-def _save_encoder(encoder: Encoder, folder: Path) -> None:
+def _save_encoder(encoder: Encoder, folder: Path, dtype: str | None = None) -> None:
     """Write a transformers folder, or the tensors and the description of a custom encoder."""
+    backbone = encoder.backbone if dtype is None else _in_dtype(encoder.backbone, dtype)
     if isinstance(encoder, CustomEncoder):
         from safetensors.torch import save_file
 
         folder.mkdir()
-        save_file(_tensors(encoder.backbone), folder / "model.safetensors")
+        save_file(_tensors(backbone), folder / "model.safetensors")
         file, content = folder / "config.json", encoder.describe()
     else:
         with quiet():
-            encoder.backbone.save_pretrained(folder)
+            backbone.save_pretrained(folder)
         file = folder / "preprocessor_config.json"
         mean, std = encoder.preprocessing["mean"], encoder.preprocessing["std"]
         content = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std}
         content |= {"do_resize": False, "do_center_crop": False}
     file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _in_dtype(backbone: nn.Module, dtype: str) -> Any:
+    """A copy of a backbone with floats of another dtype. Raises InputError if a weight is too large for it."""
+    rounded = copy.deepcopy(backbone).to(getattr(torch, dtype))
+    for name, value in rounded.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{name} has values that are too large for {dtype}; store the encoder as float32.")
+    return rounded
 
 
 def _save_tree(encoder: TreeEncoder, folder: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from simomerge.assembly.realign import realignments
 from simomerge.core import distributed
 from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
@@ -24,7 +26,7 @@ from simomerge.models.model import load
 from simomerge.recipes.fitting import check_base
 from simomerge.recipes.graph import Data, Graph, open_data
 from simomerge.recipes.plan import Plan
-from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
 from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
@@ -112,8 +114,8 @@ def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None
     if recipe.data == "rooms":
         _check_rooms(recipe)
     else:
-        _opened(splits, recipe)
-        load_data(recipe.data, recipe.align_split, tasks=[], **recipe.data_options)  # raises for an unknown split
+        unlabelled = load_data(recipe.data, recipe.align_split, tasks=[], **recipe.data_options)  # or an unknown split
+        _note_counts(recipe, _opened(splits, recipe), len(unlabelled))
     if recipe.align_images is not None:
         open_data({"spec": recipe.align_images, "count": None, "unlabelled": True})  # raises if it is missing
     _check_batches(recipe)
@@ -122,6 +124,21 @@ def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None
     fingerprint = foundation.encoder_fingerprint()
     salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
     return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks))
+
+
+def _note_counts(recipe: Recipe, opened: Mapping[str, DenseDataset], unlabelled: int) -> None:
+    """Say it if a recipe asks for more images than there are, other than by its defaults."""
+    wanted = {f"{split}_images": (getattr(recipe, f"{split}_images"), len(data)) for split, data in opened.items()}
+    defaults = {name: getattr(Recipe, name) for name in wanted}
+    for name, parameters in recipe.realign.items():
+        count = parameters.get("count")
+        if isinstance(count, int) and (recipe.align_images is None or realignments()[name].teacher == "labels"):
+            there = unlabelled if realignments()[name].teacher == "experts" else len(opened["val"])
+            wanted[f"realign.{name}.count"] = count, there
+            defaults[f"realign.{name}.count"] = REALIGN.get(name, {}).get("count")
+    for key, (asked, there) in wanted.items():
+        if asked > there and asked != defaults[key]:
+            warnings.warn(f"recipe: {key} is {asked}, and there are {there} images; all are used.", stacklevel=3)
 
 
 def _contents(tasks: Sequence[str]) -> Callable[[Data], str]:

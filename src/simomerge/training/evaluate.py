@@ -62,7 +62,7 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
     model = as_model(model)
     if isinstance(dataset, (str, Path)):
         raise InputError(f"dataset is the text {str(dataset)!r}: give sm.data({str(dataset)!r}, split='test').")
-    shared = _shared_tasks(model.tasks, dataset.tasks)
+    shared = shared_tasks(model.tasks, dataset.tasks)
     device = next(model.parameters()).device
     metrics = {name: TaskMetrics(model.tasks[name]).to(device) for name in shared}
     done = 0
@@ -77,7 +77,12 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
     return {name: metric.compute() for name, metric in metrics.items()}
 
 
-def _shared_tasks(predicted: Mapping[str, Task], labelled: Mapping[str, Task]) -> list[str]:
+def shared_tasks(predicted: Mapping[str, Task], labelled: Mapping[str, Task]) -> list[str]:
+    """The tasks that a model predicts and a dataset has labels of.
+
+    Raises:
+        InputError: There is none, or tasks of one name differ in kind or channels.
+    """
     shared = [name for name in predicted if name in labelled]
     if not shared:
         raise InputError(
