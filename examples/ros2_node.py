@@ -1,7 +1,7 @@
 """A ROS 2 node: images in, depth and labels out, without torch. UNTESTED: ROS was not available where this was written.
 
-    pip install "simomerge[runtime]"
-    python ros2_node.py --ros-args -p file:=scene.onnx -r image:=/camera/image_raw
+pip install "simomerge[runtime]"
+python ros2_node.py --ros-args -p file:=scene.onnx -r image:=/camera/image_raw
 """
 
 from __future__ import annotations
