@@ -65,36 +65,47 @@ def export(
         ['scene.onnx', 'scene.golden.npz']
     """
     start, target = time.perf_counter(), Path(output)
-    chosen = _options(options)
-    form = chosen.format_of(target, images)
-    check_packages(form)
-    height_width = parse_size(size)
-    job = Job(_prepared(model, tasks), target.name, form, height_width, chosen, Outputs({}))
-    job.outputs = Outputs(job.model.tasks, chosen.raw, chosen.probabilities)
-    for name in (target.name, golden_file(target).name, *([job.file_of("encoder")] if chosen.split else [])):
-        check_absent(target.with_name(name), overwrite)
+    job = _job(model, target, parse_size(size), tasks, images, options)
+    for part in ("encoder", *job.model.tasks) if job.options.split else ("model",):
+        check_absent(target.with_name(job.file_of(part)), overwrite)
+    check_absent(golden_file(target), overwrite)
     described = job.outputs.described()
-    for name, limit in verification.limits_of(described, chosen.precision, limits or {}).items():
+    for name, limit in verification.limits_of(described, job.options.precision, limits or {}).items():
         described[name]["limit"] = limit
-    calibration, frames = _frames(images, height_width, chosen)
-    wanted = _wanted(job, list(described), frames)
+    calibration, frames = _frames(images, job.size, job.options)
     with tempfile.TemporaryDirectory(dir=_existing(target.parent), prefix=".export-") as folder:
-        files = write(job, Path(folder), calibration)
-        description = _description(job, described, files)
-        _describe(files, description, described)
-        rows = verification.verify(_predictor(job, files), frames, wanted, described)
-        verification.check_rows(rows, str(target))
-        _describe(files, {**description, "verification": rows}, described)
-        real = next(reversed(frames))
-        golden = golden_file(Path(folder) / target.name)
-        np.savez_compressed(
-            golden, allow_pickle=False, export=description["export"], image=frames[real][0], **wanted[real][0]
-        )
-        moved = _move(Path(folder), target.parent, [*(file.name for file in files.values()), golden.name])
-    written = [file for file in moved if file.suffix != ".npz"]
-    seconds = time.perf_counter() - start
-    found = {"files": [str(file) for file in moved], "bytes": sum(file.stat().st_size for file in written)}
-    return {**found, "seconds": seconds, "verification": rows}
+        names, rows = _write_verified(job, Path(folder), described, calibration, frames)
+        moved = _move(Path(folder), target.parent, names)
+    size_on_disk = sum(file.stat().st_size for file in moved if file.suffix != ".npz")
+    found = {"files": [str(file) for file in moved], "bytes": size_on_disk}
+    return {**found, "seconds": time.perf_counter() - start, "verification": rows}
+
+
+def _write_verified(
+    job: Job, folder: Path, described: dict[str, Any], calibration: verification.Frames, frames: dict[str, Any]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Write all files into a folder and compare them with torch. Returns their names and the rows of the comparison."""
+    wanted = _wanted(job, list(described), frames)
+    files = write(job, folder, calibration)
+    description = _description(job, described, files)
+    _describe(files, description, described)
+    rows = verification.verify(_predictor(job, files), frames, wanted, described)
+    verification.check_rows(rows, job.name)
+    _describe(files, {**description, "verification": rows}, described)
+    real = next(reversed(frames))
+    golden = golden_file(folder / job.name)
+    pair = {"image": frames[real][0], **wanted[real][0]}
+    np.savez_compressed(golden, allow_pickle=False, export=description["export"], **pair)
+    return [*(file.name for file in files.values()), golden.name], rows
+
+
+def _job(model: Any, target: Path, size: tuple[int, int], tasks: Any, images: Any, given: dict[str, Any]) -> Job:
+    """What is to be done, with all that can be checked before any work."""
+    options = _options(given)
+    form = options.format_of(target, images)
+    check_packages(form)
+    prepared = _prepared(model, tasks)
+    return Job(prepared, target.name, form, size, options, Outputs(prepared.tasks, options.raw, options.probabilities))
 
 
 def _options(given: dict[str, Any]) -> Options:

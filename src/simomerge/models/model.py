@@ -30,6 +30,7 @@ from simomerge.models.encoders.loading import quiet
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
 
+Size = tuple[int, int] | None
 MAX_PATCHES = 4096
 """Images with more patches are downscaled for the encoder: attention needs memory quadratic in their number."""
 
@@ -89,25 +90,19 @@ class SimoModel(nn.Module):
         return self.decode(self.encode(images, asked), asked)
 
     def predict(
-        self,
-        image: Any,
-        max_patches: int = MAX_PATCHES,
-        tasks: Sequence[str] | None = None,
-        size: tuple[int, int] | None = None,
+        self, image: Any, max_patches: int = MAX_PATCHES, tasks: Sequence[str] | None = None, size: Size = None
     ) -> Any:
         """Predict every task for one image, or for each image of a list.
 
         Args:
-            image: A path, a PIL image, an array or a tensor of any size; see `simomerge.core.images.to_tensor`. Or a
-                list of them, which are read one at a time.
-            max_patches: An image with more patches is downscaled for the encoder, and the predictions are upscaled to
-                its size.
+            image: A path, PIL image, array or tensor, see `simomerge.core.images.to_tensor`; or a list of them.
+            max_patches: An image with more patches is downscaled for the encoder, and the predictions are upscaled.
             tasks: Some of the tasks; all by default. A tree encodes only what these tasks need.
             size: (height, width) in pixels to which an image is resized for the encoder.
 
         Returns:
-            Task -> prediction at the image's size: int64 labels (H, W); float32 (H, W) for one-channel maps in the
-            target's units; float32 (3, H, W) for normals and RGB. A list of them for a list.
+            Task -> prediction at the image's size: int64 labels (H, W), or float32 (H, W) or (C, H, W) in the target's
+            units. A list of them for a list.
 
         Raises:
             InputError: Not an image, or too large; or an unknown task.
@@ -123,7 +118,7 @@ class SimoModel(nn.Module):
         batch: Tensor,
         max_patches: int = MAX_PATCHES,
         tasks: Sequence[str] | None = None,
-        size: tuple[int, int] | None = None,
+        size: Size = None,
     ) -> dict[str, Tensor]:
         """Predict every task for a batch of images. Nothing leaves the model's device.
 
@@ -132,15 +127,10 @@ class SimoModel(nn.Module):
             max_patches, tasks, size: As in `predict`.
 
         Returns:
-            Task -> predictions at the size of the images, on the model's device: int64 (B, H, W), float32 (B, H, W), or
-            float32 (B, 3, H, W).
+            Task -> int64 (B, H, W), float32 (B, H, W) or float32 (B, C, H, W), at the images' size, on the device.
 
         Raises:
             InputError: Not such a tensor, or an unknown task.
-
-        Example:
-            >>> model.predict_batch(torch.rand(4, 3, 480, 640, device="cuda"))["depth"].shape    # doctest: +SKIP
-            torch.Size([4, 480, 640])
         """
         if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
             raise InputError(f"batch of {tuple(batch.shape)} {batch.dtype}; give float images (B, 3, H, W) in [0, 1].")

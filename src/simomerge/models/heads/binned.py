@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
@@ -76,5 +77,5 @@ class BinnedDepthHead(Foldable, nn.Module):
         weights = resize(logits, (height * self.upsample, width * self.upsample)).relu() + 0.1
         low, high = self.limits
         bins = torch.linspace(low, high, weights.shape[1], device=weights.device)
-        depth = torch.einsum("bkhw,k->bhw", weights, bins) / weights.sum(1)
-        return resize(depth[:, None].clamp(low, high), features.padded_size)
+        depth = F.conv2d(weights, bins.view(1, -1, 1, 1)) / weights.sum(1, keepdim=True)
+        return resize(depth.clamp(low, high), features.padded_size)

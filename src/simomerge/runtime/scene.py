@@ -1,20 +1,15 @@
-"""Run an exported model without torch: ``Scene("scene.onnx").predict(frame)``.
+"""Exported models as Python objects: ``Scene("scene.onnx").predict(frame)``, without torch.
 
 This file needs numpy, and onnxruntime (for .onnx files) or openvino (for .xml files). Nothing else of simomerge is
 needed, so it can also be copied alone. `simomerge export` writes the files; docs/export.md describes them.
-
-    python -m simomerge.runtime check scene.onnx        # compare with scene.golden.npz, on the device
-    python -m simomerge.runtime info scene.onnx         # the description in the file
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -336,7 +331,7 @@ def _described(file: Path, text: str | None) -> dict[str, Any]:
     if info["format"] > FORMAT:
         raise InputError(
             f"{file}: comes from simomerge {info['simomerge']}, whose format {info['format']} is newer than this"
-            " runtime reads; upgrade simomerge, or copy the new runtime.py."
+            " runtime reads; upgrade simomerge, or copy the new scene.py."
         )
     return info
 
@@ -355,110 +350,3 @@ def checksum(content: bytes) -> str | None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-# Comparing ----------------------------------------------------------------------------------------------
-
-MEASURES = {
-    "labels": "% other labels",
-    "angle": "deg, mean",
-    "relative": "%, mean relative",
-    "range": "% of range, mean",
-    "spread": "% of largest - smallest, mean",
-    "largest": "largest / range",
-}
-"""How two predictions are compared, and the unit of the result. 0 means equal."""
-
-
-def difference(measure: str, found: np.ndarray, wanted: np.ndarray) -> float:
-    """How far a prediction is from the wanted one, in one of the `MEASURES`; infinite where it is not finite.
-
-    Example:
-        >>> difference("labels", np.array([0, 1, 2, 2]), np.array([0, 1, 2, 3]))
-        25.0
-    """
-    if measure == "labels":
-        return float((found != wanted).mean() * 100)
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
-    if not np.isfinite(a).all():
-        return float("inf")
-    if measure == "angle":
-        a, b = (each / np.maximum(np.linalg.norm(each, axis=-3, keepdims=True), 1e-12) for each in (a, b))
-        chord = np.linalg.norm(a - b, axis=-3)  # exact for small angles, where the arc cosine is not
-        return float(np.rad2deg(2 * np.arcsin((chord / 2).clip(0, 1))).mean())
-    if measure == "relative":
-        return float((np.abs(a - b) / np.maximum(np.abs(b), 1e-6)).mean() * 100)
-    if measure == "range":
-        return float(np.abs(a - b).mean() * 100)
-    apart = np.abs(a - b) / max(float(np.ptp(b)), 1e-12)
-    return float(apart.mean() * 100 if measure == "spread" else apart.max())
-
-
-def compare(outputs: dict[str, Any], found: Maps, wanted: Maps) -> list[dict[str, Any]]:
-    """One row per output: its difference from what is wanted, and whether that is within the limit."""
-    rows = []
-    for name, about in outputs.items():
-        value = difference(about["measure"], found[name], wanted[name])
-        row = {"output": name, "difference": value, "limit": about["limit"], "ok": value <= about["limit"]}
-        rows.append({**row, "measure": MEASURES[about["measure"]]})
-    return rows
-
-
-def check(file: str | Path, providers: str | Sequence[str] | None = None, threads: int | None = None) -> dict[str, Any]:
-    """Run the golden frame next to an exported file, and compare with what torch predicted at the export.
-
-    Returns:
-        ``rows`` as of `compare`, ``ok``, and ``milliseconds``, the median time of a prediction.
-
-    Raises:
-        InputError: As of `Scene`; or there is no golden file, or it belongs to another export.
-    """
-    scene = Scene(file, providers, threads)
-    golden = golden_file(scene.file)
-    try:
-        with np.load(golden, allow_pickle=False) as stored:
-            kept = dict(stored)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{golden}: cannot be read ({error}); copy it next to {scene.file.name}.") from error
-    if str(kept.pop("export")) != scene.info["export"]:
-        raise InputError(f"{golden}: belongs to another export than {scene.file.name}; copy both again.")
-    frame, seconds = kept.pop("image"), []
-    found = scene.predict(frame)
-    for _ in range(5):
-        start = time.perf_counter()
-        scene.predict(frame)
-        seconds.append(time.perf_counter() - start)
-    rows = compare(scene.outputs, found, kept)
-    return {"rows": rows, "ok": all(row["ok"] for row in rows), "milliseconds": 1000 * sorted(seconds)[2]}
-
-
-def golden_file(file: Path) -> Path:
-    """The path of the golden frame and its predictions of an exported file."""
-    return file.with_name(f"{file.stem.removesuffix('.encoder')}.golden.npz")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, 1 if a check failed, or 2 if the input is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m simomerge.runtime", description="Check an exported model.")
-    parser.add_argument("command", choices=("check", "info"), help="compare with torch, or show the description")
-    parser.add_argument("file", help="scene.onnx, scene.xml or scene.encoder.onnx")
-    parser.add_argument("--provider", action="append", help="cpu, cuda, tensorrt, ...; may be repeated")
-    parser.add_argument("--threads", type=int)
-    given = parser.parse_args(arguments)
-    try:
-        if given.command == "info":
-            print(json.dumps(Scene(given.file, given.provider, given.threads).info, indent=2))
-            return 0
-        result = check(given.file, given.provider, given.threads)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    for row in result["rows"]:
-        verdict = "ok" if row["ok"] else "DIFFERS"
-        print(f"{row['output']:<20} {row['difference']:.4g} (limit {row['limit']:g}) {row['measure']}  {verdict}")
-    print(f"{result['milliseconds']:.1f} ms per frame")
-    return 0 if result["ok"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
