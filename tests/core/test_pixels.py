@@ -6,6 +6,7 @@ import struct
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
