@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from simomerge.core import exclusive
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_bytes, atomic_write_text
 
@@ -87,6 +88,7 @@ def test_a_failed_second_rename_brings_the_old_folder_back(tmp_path: Path, monke
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", second_fails)
+    monkeypatch.setattr(exclusive, "_exchanged", lambda first, second: False)
     with pytest.raises(OSError, match="io"), atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("x")
     assert names(target) == ["old"] and names(tmp_path) == ["scene"]

@@ -66,6 +66,7 @@ class Undeclared(Cnn):
     blocks = ()
 
 
+@sm.register_head
 class Head(sm.Foldable, nn.Module):
     reads: ClassVar = {"fine": (0,), "coarse": (1,)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder
+from simomerge.core.files import atomic_folder, check_absent, check_not_current
 from simomerge.core.text import markdown, shown
 
 FORMAT = 1
@@ -22,6 +23,14 @@ TREE_FORMAT = 2
 FILE = "simo.json"
 """The file of the description; a folder that holds it is a model folder."""
 
+_MARKS = (FILE, "compressed.json", "config.json", "model.safetensors", "model.safetensors.index.json")
+"""One of these is in every folder that simomerge or transformers writes."""
+_FOLDERS = ("encoder", "heads", "masks", "experts")
+_FILES = re.compile(
+    r"(?:simo|compressed|config|(?:pre)?processor_config|generation_config|adapter_config)\.json|README\.md"
+    r"|(?:model|base|merged|adapters|adapter_model)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
+    r"|model\.safetensors\.index\.json|pytorch_model\.bin|\.gitattributes|\.DS_Store|Thumbs\.db|\..*\.(?:lock|tmp)"
+)
 _ORIGIN = {"source?": str, "fingerprint?": str}
 _SCHEMA = {
     "tasks": {str: {"kind?": str}},
@@ -69,6 +78,39 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     (folder / "README.md").write_text(model_card(description), encoding="utf-8")
 
 
+def check_output(path: Path, overwrite: bool) -> None:
+    """Check that a model or weights may be written to a path.
+
+    Raises:
+        InputError: It exists and ``overwrite`` is false, or is a folder that holds something that neither simomerge nor
+            transformers writes, or it lies inside a model folder, or is the current folder.
+    """
+    check_not_current(path)
+    target = path.resolve()
+    for parent in target.parents:
+        if (parent / FILE).is_file():
+            raise InputError(f"{path} lies inside the model folder {parent}: choose a path outside it.")
+    check_absent(path, overwrite)
+    if not target.is_dir():
+        return
+    entries = [entry.relative_to(target) for entry in target.rglob("*")]
+    if entries and not any((target / name).is_file() for name in _MARKS):
+        raise InputError(f"{path} holds no model that could be replaced: choose another path.")
+    if foreign := [entry for entry in entries if not _is_ours(entry, target)]:
+        raise InputError(
+            f"{path} holds {shown(str(foreign[0]))}, which simomerge did not write and would delete: move it, or choose"
+            " another path."
+        )
+
+
+def _is_ours(entry: Path, folder: Path) -> bool:
+    """Whether an entry of a model folder is one that simomerge, transformers or a file manager writes."""
+    if (folder / entry).is_dir() and not (folder / entry).is_symlink():
+        return entry.parts[0] in _FOLDERS
+    in_own_folder = len(entry.parts) > 1 and entry.parts[0] in ("heads", "masks", "experts")
+    return bool(_FILES.fullmatch(entry.name)) or (in_own_folder and entry.suffix == ".safetensors")
+
+
 @contextmanager
 def model_folder(
     path: str | Path, description: Mapping[str, Any], overwrite: bool = False, durable: bool = True
@@ -82,6 +124,7 @@ def model_folder(
         path, overwrite, durable: see `simomerge.core.files.atomic_folder`.
         description: the content of simo.json.
     """
+    check_output(Path(path), overwrite)
     with atomic_folder(path, overwrite, durable) as folder:
         write_description(folder, description)
         (folder / "heads").mkdir()

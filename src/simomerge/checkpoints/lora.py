@@ -138,6 +138,10 @@ class LoraExpert(Mapping[str, np.ndarray]):
             return TensorInfo(info.shape, self._adapter.info(self._replaced[name].key).dtype)
         return info
 
+    def check_unchanged(self) -> None:
+        """Raise InputError if the adapter's file is not what it was when it was opened."""
+        self._adapter.check_unchanged()
+
     def task_vector(self, name: str) -> np.ndarray | None:
         """The tensor minus the base's, float32, or None if the adapter does not change it. Raises KeyError.
 

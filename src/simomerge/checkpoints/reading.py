@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from simomerge.checkpoints.stored import Pieces, WeightFile
 from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
@@ -32,7 +33,8 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 class _Entry(NamedTuple):
     info: TensorInfo
-    stored: Any  # a flat numpy view of the file in the storage dtype, or a torch tensor
+    stored: Any  # a flat array or `Pieces` in the storage dtype, or a torch tensor
+    file: WeightFile
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -54,13 +56,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return self._entries[name].info
 
     def __getitem__(self, name: str) -> np.ndarray:
-        info, stored = self._entries[name]
-        return decode(stored, info).reshape(info.shape) if isinstance(stored, np.ndarray) else as_numpy(stored, name)
+        info, stored, _ = self._entries[name]
+        if isinstance(stored, (np.ndarray, Pieces)):
+            return decode(stored[:], info).reshape(info.shape)
+        return as_numpy(stored, name)
 
     def flat(self, name: str, part: slice = slice(None)) -> np.ndarray:
         """A part of a tensor's flattened values; only this part is read. Raises KeyError."""
-        info, stored = self._entries[name]
-        if isinstance(stored, np.ndarray):
+        info, stored, _ = self._entries[name]
+        if isinstance(stored, (np.ndarray, Pieces)):
             return decode(stored[part], info)
         return as_numpy(stored.reshape(-1)[part], name)
 
@@ -72,6 +76,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def check_unchanged(self) -> None:
+        """Raise InputError if a file is not what it was when it was opened: values may be of two versions."""
+        for file in {id(entry.file): entry.file for entry in self._entries.values()}.values():
+            file.check_unchanged()
 
     def only(self, names: Iterable[str]) -> Checkpoint:
         """The same file, reduced to some of its tensors. Raises KeyError."""
@@ -151,7 +160,7 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
     with file.open("rb") as handle:
         header_length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(header_length))
-    content = np.memmap(file, dtype=np.uint8, mode="r")[8 + header_length :]
+    weights = WeightFile(file)
     entries = {}
     for name, spec in header.items():
         if name == "__metadata__":
@@ -159,8 +168,8 @@ def _open_safetensors(file: Path) -> dict[str, _Entry]:
         if spec["dtype"] not in STORAGE:
             raise InputError(f"{file}: '{name}' is stored as {spec['dtype']}: convert it to F32, F16 or BF16.")
         info = TensorInfo(tuple(spec["shape"]), spec["dtype"])
-        begin, end = spec["data_offsets"]
-        entries[name] = _Entry(info, np.asarray(content[begin:end]).view(STORAGE[info.dtype]))
+        stored = weights.array(8 + header_length + spec["data_offsets"][0], STORAGE[info.dtype], info.size)
+        entries[name] = _Entry(info, stored, weights)
     return entries
 
 
@@ -201,7 +210,8 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error
     state = _state_dict(loaded, file)
-    return {name: _Entry(value_info(tensor, name), tensor) for name, tensor in state.items()}
+    weights = WeightFile(file)
+    return {name: _Entry(value_info(tensor, name), tensor, weights) for name, tensor in state.items()}
 
 
 def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:

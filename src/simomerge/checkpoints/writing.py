@@ -43,6 +43,7 @@ def write_safetensors(
     layout: _Layout | None = None,
     threads: int | None = None,
     durable: bool = True,
+    check: Callable[[], None] | None = None,
 ) -> Path:
     """Write named tensors to one safetensors file, with one tensor per thread in memory.
 
@@ -59,6 +60,7 @@ def write_safetensors(
         layout: name -> TensorInfo of everything that ``tensors`` delivers; required for an iterable.
         threads: threads that read a mapping; all cores by default.
         durable: see `simomerge.core.files.atomic_file`.
+        check: called when all tensors are written, before the file appears; an exception discards it.
 
     Raises:
         InputError: an unknown dtype, a value too large for it, a tensor that is missing in ``layout`` or has another
@@ -72,6 +74,8 @@ def write_safetensors(
     layout = storage_layout(tensors, dtypes, layout)
     with _open(path, layout, durable) as write:
         _write_all(path, write, tensors, layout, threads)
+        if check is not None:
+            check()
     return path
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -110,10 +112,12 @@ def cli() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 a check found something to fix, 2 the input is wrong, 130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 a check found something to fix, 2 the input is wrong, 130 stopped by Ctrl-C (or SIGTERM or
+    SIGHUP).
     """
     from simomerge.cli import output
 
+    _stop_like_ctrl_c()
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -137,6 +141,21 @@ def main() -> None:
         sys.exit(code)
 
 
+def _stop_like_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does: nothing stays half-written."""
+    owner = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a process that was forked from this one
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
+
+
 def _message(error: Exception) -> str | None:
     """What to print instead of a traceback: "" if the help was printed; None for an error in simomerge itself."""
     from simomerge.core.errors import InputError
@@ -150,11 +169,16 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MemoryError):
-        return "out of memory; use fewer --workers, a smaller --batch-size or smaller images."
+        return (
+            "out of memory; free some, raise the limit of this shell (ulimit -v), or use fewer --workers, a smaller"
+            " --batch-size or smaller images."
+        )
     if isinstance(error, ImportError):
         from simomerge.core.environment import broken_torchvision, missing_extra
 
         return broken_torchvision() or missing_extra(error) or None
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return "too many open files; raise the limit of this shell (ulimit -n 1024)."
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}."
     return None

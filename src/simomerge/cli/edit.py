@@ -26,8 +26,10 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
     \b
     simomerge edit runs/scene --base rooms-base --add edges=runs/edges -o runs/scene-2
     """
+    from simomerge.core.files import explain_lost_pages
     from simomerge.merging.disk.edit import edit_on_disk
 
+    explain_lost_pages()
     with console():
         result = edit_on_disk(
             model, base, output, experts["added"], experts["removed"], experts["staying"], overwrite=overwrite

@@ -199,9 +199,11 @@ class _Wanted:
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Merge from disk to disk, without torch."""
+        from simomerge.core.files import explain_lost_pages
         from simomerge.merging.disk.merge import merge_on_disk
         from simomerge.merging.disk.output import Output
 
+        explain_lost_pages()
         output = Output(self.output, self.dtype, self.max_shard_size, self.overwrite)
         with console():
             result = merge_on_disk(self.base, self.experts, output, self.method, self.schedule, **self.given())

@@ -95,8 +95,19 @@ def _bytes(context: click.Context, option: Any, text: str | None) -> int | None:
 
 def _new_path(context: click.Context, option: Any, path: Path | None) -> Path | None:
     """Reject an output that exists, before any work starts."""
-    if path is not None and path.exists() and not context.params["overwrite"]:
+    overwrite = context.params["overwrite"]
+    if path is not None and path.exists() and path.resolve() != Path.cwd() and not overwrite:
         raise InputError(f"{path} exists; choose another folder, or give --overwrite.")
+    return path
+
+
+def _new_model(context: click.Context, option: Any, path: Path | None) -> Path | None:
+    """Reject an output that exists, or that must not be replaced by a model."""
+    from simomerge.checkpoints.description import check_output
+
+    if _new_path(context, option, path) is not None:
+        assert path is not None
+        check_output(path, context.params["overwrite"])
     return path
 
 
@@ -186,11 +197,11 @@ def size_in_bytes(option: str, help: str) -> Decorator:
     return click.option(option, metavar="SIZE", callback=_bytes, help=help)
 
 
-def output(required: bool = True, help: str = "Folder to write (OUT).") -> Decorator:
-    """-o and --overwrite: a file or folder that must not exist, except with --overwrite; and --json."""
-    path = click.Path(path_type=Path)
+def output(required: bool = True, model: bool = True, help: str = "Folder to write (OUT).") -> Decorator:
+    """-o and --overwrite: a file or folder (of a model) that must not exist, except with --overwrite; and --json."""
+    path, callback = click.Path(path_type=Path), _new_model if model else _new_path
     return together(
-        click.option("-o", "--output", type=path, required=required, callback=_new_path, help=help),
+        click.option("-o", "--output", type=path, required=required, callback=callback, help=help),
         click.option("--overwrite", is_flag=True, is_eager=True, help="Replace OUT if it exists."),
         as_json,
     )

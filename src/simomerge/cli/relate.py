@@ -30,7 +30,7 @@ from simomerge.core.errors import InputError
     " [default: all that the inputs allow, but not sharing]",
 )
 @options.trust_code
-@options.output(required=False)
+@options.output(required=False, model=False)
 def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> None:
     """Measure which tasks help or hurt each other, which are sensitive, and which of the EXPERTs to merge.
 

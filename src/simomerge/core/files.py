@@ -1,26 +1,33 @@
 """Files and folders that appear complete or not at all.
 
-Content goes to a temporary sibling on the same file system, which is then renamed; a rename is atomic. After an
-exception, a full disk or a kill, the old content is still there. Small files and replacements are flushed to the disk
-before the rename. A large new file that can be made again need not wait for that (``durable=False``): a power failure
-within seconds may lose it, and nothing else.
+Content goes to a temporary sibling on the same file system, which is then renamed, or exchanged with the old folder;
+both are atomic. After an exception, a full disk or a kill, the old content is still there. Only one process at a time
+writes a path, and it removes what killed writers of that path left behind (see `simomerge.core.exclusive`). Small files
+and replacements are flushed to the disk before the rename. A large new file that can be made again need not wait for
+that (``durable=False``): a power failure within seconds may lose it, and nothing else.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from simomerge.core.errors import InputError
+from simomerge.core.exclusive import alone, in_use, put_in_place, remove, sibling
+from simomerge.core.text import shown
 
 _LARGE = 64_000_000
+_on_bus_error: Any = None  # ctypes needs it to stay alive
+_OF_THE_PLACE = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EFBIG", "ENOTEMPTY", "EEXIST")
+)
+"""Errors that say something about the place to write. Others come from what is read, or from the machine."""
 
 
 @contextmanager
@@ -42,25 +49,23 @@ def atomic_file(
         >>> with atomic_file("notes.bin") as handle:
         ...     _ = handle.write(b"all or nothing")
     """
-    target = Path(path)
-    temporary = _temporary_sibling(target)
+    target = _destination(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if needed_bytes is not None:
-            check_room(target, needed_bytes)
-        with temporary.open("xb") as handle:
-            yield handle
-            handle.flush()
-            if durable or _must_flush(handle.tell() if needed_bytes is None else needed_bytes, target):
-                os.fsync(handle.fileno())
-        temporary.replace(target)
-        _sync(target.parent)
+        _make_folder(target.parent)
+        with alone(target), _temporary(target) as temporary:
+            if needed_bytes is not None:
+                check_room(target, needed_bytes)
+            with temporary.open("xb") as handle:
+                yield handle
+                handle.flush()
+                if durable or _must_flush(handle.tell() if needed_bytes is None else needed_bytes, target):
+                    os.fsync(handle.fileno())
+            _keep_mode(temporary, target)
+            temporary.replace(target)
+            _sync(target.parent)
     except OSError as error:
         size = "" if needed_bytes is None else f" ({needed_bytes:,} bytes)"
         raise InputError(f"Cannot write {target}{size}: {error.strerror or error}{_remedy(error)}.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def check_room(path: Path, needed: int) -> None:
@@ -96,8 +101,9 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, durable
 
     Args:
         path: the folder to create; missing parent folders are created.
-        overwrite: replace an existing folder **and everything in it**. The old folder is moved aside, the new one is
-            moved in, then the old one is deleted: at every moment one of the two is complete.
+        overwrite: replace an existing folder **and everything in it**. The two folders are exchanged in one step, then
+            the old one is deleted. Where the system cannot do that, the old one is moved aside first; if the process is
+            killed then, the next writer of the path brings it back.
         durable: see :func:`atomic_file`.
 
     Raises:
@@ -108,26 +114,39 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, durable
         >>> with atomic_folder("scene") as folder:
         ...     _ = (folder / "simo.json").write_text("{}", encoding="utf-8")
     """
-    target = Path(path).resolve()
+    target = _destination(path)
     _check_target(target, overwrite)
-    temporary = _temporary_sibling(target)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for written in temporary.rglob("*"):
-            if durable or _must_flush(written.stat().st_size, target):
-                _sync(written)
-        _check_target(target, overwrite)
-        _swap(temporary, target)
-        _sync(target.parent)
-    except (PermissionError, NotADirectoryError) as error:  # not a directory: a parent is a file
-        raise InputError(f"Cannot write {error.filename or target}: {error.strerror}.") from error
-    except Exception as error:
+        _make_folder(target.parent)
+        with alone(target), _temporary(target) as temporary:
+            _check_target(target, overwrite)
+            temporary.mkdir()
+            yield temporary
+            for written in temporary.rglob("*"):
+                if durable or _must_flush(written.stat().st_size, target):
+                    _sync(written)
+            _check_target(target, overwrite)
+            _keep_mode(temporary, target)
+            put_in_place(temporary, target)
+            _sync(target.parent)
+    except OSError as error:
+        if _is_full(error):
+            raise InputError(f"Cannot write the folder {target}: no space left{_remedy(error)}.") from error
+        if error.errno not in _OF_THE_PLACE:
+            raise
+        place = f" ({error.filename})" if error.filename and str(target) not in str(error.filename) else ""
+        raise InputError(f"Cannot write {target}: {error.strerror}{place}{_remedy(error)}.") from error
+    except Exception as error:  # safetensors and torch have exceptions of their own
         if not isinstance(error, InputError) and _is_full(error):
             raise InputError(f"Cannot write the folder {target}: no space left{_remedy(error)}.") from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_not_current(path: Path) -> None:
+    """Raise InputError if a path is the current folder or one that holds it, which cannot be replaced."""
+    target, here = path.resolve(), Path.cwd()
+    if target == here or target in here.parents:
+        raise InputError(f"{str(path)!r} is the current folder or holds it: name a new folder.")
 
 
 def check_absent(target: Path, overwrite: bool) -> None:
@@ -136,36 +155,74 @@ def check_absent(target: Path, overwrite: bool) -> None:
         raise InputError(f"{target} already exists: choose another path, or pass overwrite to replace it.")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of killed writers of ``path``. Call it only where no other process can be writing it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+def explain_lost_pages() -> None:
+    """End with a message, and without leftovers, where a file that is mapped into memory becomes shorter.
+
+    The system then sends SIGBUS in the middle of the arithmetic, which no exception can follow. For programs, not for
+    libraries: it changes how the process ends.
+    """
+    import ctypes
+    import signal
+
+    if not hasattr(signal, "SIGBUS"):
+        return
+
+    def end(number: int) -> None:
+        os.write(2, b"Error: a file became shorter while it was read: repeat this when nobody writes it.\n")
+        for left in in_use:
+            remove(left)
+        os._exit(2)
+
+    global _on_bus_error
+    _on_bus_error = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    ctypes.CDLL(None).signal(int(signal.SIGBUS), _on_bus_error)
+
+
+def _destination(path: str | os.PathLike[str]) -> Path:
+    """The absolute path to write, behind links, which stay. Raises InputError for a link that leads nowhere."""
+    given = Path(path)
+    try:
+        target = given.resolve()
+        if given.is_symlink() and not target.exists():
+            raise InputError(f"{given} is a link to {target}, which does not exist: remove the link.")
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a name that no system takes
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"Cannot write {shown(str(given))}: {error}.") from error
+    return target
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
+    check_not_current(target)
     check_absent(target, overwrite)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file: choose the path of a folder.")
 
 
-def _swap(temporary: Path, target: Path) -> None:
-    """Two renames; if the second fails, the first is undone."""
-    if not target.exists():
-        temporary.rename(target)
-        return
-    aside = _temporary_sibling(target)
-    target.rename(aside)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _temporary_sibling(target: Path) -> Path:
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """The path of a temporary sibling, which is removed at the end, if it is there."""
     # tempfile would make folders that only their owner can read, and the result would inherit that.
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = sibling(target, "tmp")
+    in_use.add(temporary)
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
+        in_use.discard(temporary)
+
+
+def _keep_mode(temporary: Path, target: Path) -> None:
+    """Give what replaces a file or folder its permissions."""
+    with suppress(OSError):
+        temporary.chmod(target.stat().st_mode & 0o7777)
 
 
 def _must_flush(size: int, target: Path) -> bool:

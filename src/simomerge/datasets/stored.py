@@ -82,7 +82,9 @@ def _npy_header(handle: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, _, dtype = read(handle)
-    except (SyntaxError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+    except (ValueError, EOFError):
+        raise
+    except Exception as error:  # Python reads the header: damaged ones raise many kinds of errors
         raise ValueError("its header is not that of an NPY file") from error
     return shape, dtype
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from simomerge.core import distributed
 from simomerge.core.documents import read_json
-from simomerge.core.files import remove_leftovers
+from simomerge.core.exclusive import remove_leftovers
 from simomerge.core.progress import labelled_progress, progress
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.load import load_data, load_images

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     Dinov2Backbone,
     Dinov2Config,
@@ -261,3 +263,24 @@ def test_a_path_below_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="runs/deth: no such folder"):
         load_backbone("runs/deth")
+
+
+def test_the_fast_attention_is_used_where_no_gradient_is_needed(make_model: Any, monkeypatch: Any) -> None:
+    encoder = make_model({}).encoder
+    config = encoder.backbone.config
+    assert config._attn_implementation == "eager"
+    used: list[str] = []
+    run = encoder._encode
+
+    def noted(pixels: Tensor) -> Any:
+        used.append(config._attn_implementation)
+        return run(pixels)
+
+    monkeypatch.setattr(encoder, "_encode", noted)
+    images = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    slow = encoder(images)
+    with torch.no_grad():
+        fast = encoder(images)
+    assert used == ["eager", "sdpa"] and config._attn_implementation == "eager"
+    for ours, theirs in zip(fast.maps, slow.maps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

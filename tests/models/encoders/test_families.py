@@ -136,6 +136,7 @@ def test_every_block_gets_an_adapter(folders, model_type):
     assert all(adapter.down.weight.grad.abs().sum() > 0 for adapter in adapters)
     twin = copy.deepcopy(encoder)
     with torch.no_grad():
+        after = encoder(images)
         twin.adapters[0].up.weight.zero_()
         assert all(torch.equal(a, b) for a, b in zip(after.maps, encoder(images).maps, strict=True))
 

@@ -21,7 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints.description import FILE, existing, head_file, read_description, write_description
+from simomerge.checkpoints.description import (
+    FILE,
+    check_output,
+    existing,
+    head_file,
+    read_description,
+    write_description,
+)
 from simomerge.checkpoints.experts import check_base
 from simomerge.checkpoints.lora import is_lora_folder
 from simomerge.checkpoints.names import canonicalise, is_running_statistic
@@ -31,7 +38,7 @@ from simomerge.checkpoints.tensors import FLOATS, TensorInfo, decode, encode, te
 from simomerge.checkpoints.writing import write_safetensors
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder, check_absent
+from simomerge.core.files import atomic_folder
 from simomerge.core.progress import progress
 from simomerge.core.text import shown
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
@@ -129,6 +136,7 @@ def compress(
     check_models(TaskArithmetic(), foundation.weights, {task: expert.weights for task, expert in opened.items()})
     check_base(foundation, opened)
     files = {task: _small_files(expert) for task, expert in opened.items()}
+    check_output(Path(output), overwrite)
     with atomic_folder(output, overwrite) as folder:
         fits = _write_tensors(folder, foundation, opened, thresholds, dtype)
         for task in opened:
@@ -140,6 +148,8 @@ def compress(
             "tasks": {task: {**opened[task].origin(), **asdict(fit)} for task, fit in fits.items()},
             "bytes_before": sum(_expert_size(expert, files[task]) for task, expert in opened.items()),
         }
+        for source in (foundation, *opened.values()):
+            source.weights.check_unchanged()
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return Compression(description["bytes_before"], _size(Path(output)), fits)
 
@@ -341,8 +351,8 @@ def restore(
     base = open_checkpoint(folder / _BASE)
     tensors = _restored_tensors(folder, base, task)
     layout = {name: base.info(name) for name in base}
+    check_output(output, overwrite)
     if output.suffix == ".safetensors":
-        check_absent(output, overwrite)
         write_safetensors(output, tensors, layout=layout)
     else:
         with atomic_folder(output, overwrite) as target:

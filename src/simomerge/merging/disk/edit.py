@@ -79,7 +79,9 @@ def edit_on_disk(
     how = {**merged.provenance["merge"], **describe_method(restricted(method, edit.tasks), schedule)}
     stored = {name: merged.weights.info(name).dtype for name in merged.weights}
     heads = {task: edit.add.get(task, merged) for task in edit.tasks}
-    write_model(target, heads, edit.provenance(how), tensors, storage_layout(foundation.weights, stored))
+    layout = storage_layout(foundation.weights, stored)
+    read = [foundation, merged, *edit.remove.values(), *edit.others.values()]
+    write_model(target, heads, edit.provenance(how), tensors, layout, read)
     return MergedOnDisk(target.path, how, tuple(edit.tasks))
 
 

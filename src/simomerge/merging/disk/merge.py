@@ -94,9 +94,10 @@ def merge_on_disk(
     tensors.prepare()  # in this thread, where Ctrl-C stops it at once, and before anything is written
     if makes_model:
         origins = {task: expert.origin() for task, expert in opened.items()}
-        write_model(target, opened, merge_provenance(foundation.origin(), origins, how), tensors, layout)
+        provenance = merge_provenance(foundation.origin(), origins, how)
+        write_model(target, opened, provenance, tensors, layout, [foundation])
     else:
-        write_weights(target, foundation, tensors, layout)
+        write_weights(target, [foundation, *opened.values()], tensors, layout)
     tensors.warn_of_unchanged()
     return MergedOnDisk(target.path, how, tuple(opened) if makes_model else ())
 

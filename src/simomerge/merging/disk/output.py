@@ -6,16 +6,17 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from simomerge.checkpoints.description import existing, head_file, model_folder
+from simomerge.checkpoints.description import check_output, existing, head_file, model_folder
 from simomerge.checkpoints.experts import check_same_encoder, only_task
 from simomerge.checkpoints.tensors import TensorInfo
 from simomerge.checkpoints.writing import Tensors, write_safetensors, write_sharded
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder, check_absent
+from simomerge.core.files import atomic_folder, check_not_current
 from simomerge.merging.disk.sources import CONFIGS, Source
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -63,31 +64,39 @@ class Output:
         return self.dtype and _DTYPES.get(self.dtype, self.dtype)
 
     def check(self, inputs: Sequence[Source]) -> None:
-        """Raise InputError if the path exists and must not be replaced, or is a folder that holds an input."""
-        check_absent(self.path, self.overwrite)
+        """Raise InputError if the path must not be written: see `check_output`; or it holds an input or lies in one."""
+        check_not_current(self.path)
+        target = self.path.resolve()
         for source in inputs:
-            if self.path.exists() and self.path.resolve() in source.path.resolve().parents:
+            given = source.path.resolve()
+            if self.path.exists() and target in given.parents:
                 raise InputError(
                     f"{self.path} holds the input {source.path} and would be replaced: choose another path."
                 )
+            if given.is_dir() and given in target.parents:
+                raise InputError(f"{self.path} lies inside the input {source.path}: choose a path outside it.")
+        check_output(self.path, self.overwrite)
 
 
-def write_weights(output: Output, base: Source, tensors: Tensors, layout: Mapping[str, TensorInfo]) -> None:
+def write_weights(output: Output, inputs: Sequence[Source], tensors: Tensors, layout: Mapping[str, TensorInfo]) -> None:
     """Write weights alone, to a file or a transformers folder with the base's configurations.
 
     Args:
+        inputs: what the tensors are computed from, the base first.
         tensors, layout: see `simomerge.checkpoints.write_sharded`.
 
     Raises:
-        InputError: no space left, or a value too large for its dtype.
+        InputError: no space left, a value too large for its dtype, or an input that changed meanwhile.
     """
     # The inputs still exist, so this can be made again: nothing waits until the disk has it.
     if output.is_file:
-        write_safetensors(output.path, tensors, None, layout, output.threads, durable=False)
+        check = partial(_check_unchanged, inputs)
+        write_safetensors(output.path, tensors, None, layout, output.threads, durable=False, check=check)
         return
     with atomic_folder(output.path, output.overwrite, durable=False) as folder:
         write_sharded(folder, tensors, None, layout, output.max_shard_size, output.threads, durable=False)
-        _copy_configs(base.encoder_folder(), folder, layout)
+        _copy_configs(inputs[0].encoder_folder(), folder, layout)
+        _check_unchanged(inputs)
 
 
 def write_model(
@@ -96,6 +105,7 @@ def write_model(
     provenance: Mapping[str, Any],
     tensors: Tensors,
     layout: Mapping[str, TensorInfo],
+    others: Sequence[Source] = (),
 ) -> None:
     """Write a model folder of merged weights.
 
@@ -103,9 +113,11 @@ def write_model(
         heads: task -> the model folder that lends its head and its definition of the task.
         provenance: what simo.json records about where the weights come from.
         tensors, layout: see `simomerge.checkpoints.write_sharded`.
+        others: what else the tensors are computed from.
 
     Raises:
-        InputError: heads that cannot share one encoder, a missing head, no space left.
+        InputError: heads that cannot share one encoder, a missing head, no space left, or an input that changed
+            meanwhile.
     """
     described = describe_heads(heads)
     # Taps and normalisation are those of the experts, which may differ from the base folder's.
@@ -123,6 +135,12 @@ def write_model(
         encoder = folder / "encoder"
         write_sharded(encoder, tensors, None, layout, output.max_shard_size, output.threads, durable=False)
         _copy_configs(next(iter(heads.values())).encoder_folder(), encoder, layout)
+        _check_unchanged([*heads.values(), *others])
+
+
+def _check_unchanged(inputs: Sequence[Source]) -> None:
+    for source in inputs:
+        source.weights.check_unchanged()
 
 
 def describe_heads(heads: Mapping[str, Source]) -> dict[str, dict[str, Any]]:

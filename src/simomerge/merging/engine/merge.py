@@ -17,7 +17,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
 from simomerge.merging.engine.checks import check_models
 from simomerge.merging.engine.schedule import Factor, Schedule, as_schedule
-from simomerge.merging.engine.stream import TaskVectorStream
+from simomerge.merging.engine.stream import TaskVectorStream, all_finite
 from simomerge.merging.method import MergeMethod, get_method
 
 
@@ -97,6 +97,11 @@ class Merged(Mapping[str, np.ndarray]):
             if factors is not None:
                 values = base + np.float32(factors(name)) * (values - base)
             flat[part] = values.reshape(-1)
+        if not all_finite(merged):
+            raise InputError(
+                f"'{name}' of the merged model is too large for float32 ({method.name}): use a smaller scale, or leave"
+                " out the expert with such values."
+            )
         return merged
 
     def __contains__(self, own_name: object) -> bool:

@@ -87,7 +87,7 @@ class TaskVectorStream:
             InputError: The tensor contains NaN or infinite values.
         """
         values = _values(self._base, self._base_names[name], part)
-        if not _all_finite(values):
+        if not all_finite(values):
             raise InputError(
                 f"'{name}' of the base{_place(self._base)} holds NaN or infinite values: the checkpoint is damaged."
             )
@@ -106,7 +106,7 @@ class TaskVectorStream:
         """
         base = self.base(name, part) if base is None else base
         tau = self._difference(expert, name, base, part)
-        if not _all_finite(tau):
+        if not all_finite(tau):
             raise InputError(
                 f"'{name}' of the expert '{expert}'{_place(self._experts[expert])} holds NaN or infinite values: "
                 "its training diverged or the checkpoint is damaged."
@@ -181,7 +181,7 @@ class TaskVectorStream:
         # Task vectors of low-rank factors are not computed from the base, so the base is then checked as well.
         in_workspace = all(tau.base is workspace for tau in taus.values())
         to_check = [rows] if in_workspace else [base, *taus.values()]
-        if not (self.checked or all(map(_all_finite, to_check))):
+        if not (self.checked or all(map(all_finite, to_check))):
             return self.read(name, part)  # Raises the error for the tensor at fault.
         for expert, tau in taus.items():
             self._note_change(expert, tau)
@@ -226,10 +226,11 @@ def _place(source: Mapping[str, Any]) -> str:
     return f" ({path})" if path is not None else ""
 
 
-def _all_finite(values: np.ndarray) -> bool:
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
     # The dot product with itself is finite only if every entry is, and costs a fraction of testing each entry. It may
     # overflow for large finite values, so a failure is tested entry by entry.
     if values.ndim > 1 and not values.flags.c_contiguous:
-        return all(map(_all_finite, values))
+        return all(map(all_finite, values))
     flat = values.reshape(-1)
     return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(flat).all())

@@ -206,7 +206,25 @@ class Encoder(nn.Module):
         padded = self.padded(height, width)
         if padded != (height, width):
             images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height), mode="replicate")
-        return self._features(images, (height, width), tasks)
+        with self._attention():
+            return self._features(images, (height, width), tasks)
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Use scaled_dot_product_attention inside the block where no gradient is needed, if the backbone has it.
+
+        Narrow models on a CPU are loaded with the eager attention, which is faster in training only.
+        """
+        config: Any = getattr(self.backbone, "config", None)
+        eager = getattr(config, "_attn_implementation", None) == "eager" and getattr(self.backbone, "_supports_sdpa", 0)
+        if torch.is_grad_enabled() or not eager:
+            yield
+            return
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = "eager"
 
     def source(self, task: str) -> str:
         """A name for the features that a task's head reads: tasks with the same name share them."""

@@ -1,0 +1,155 @@
+"""One writer for each path: a lock next to it, what killed writers left behind, and the exchange of old and new.
+
+A writer of ``scene`` holds ``.scene.lock`` and makes ``.scene.XXXX.tmp``. Whoever holds the lock may remove every other
+temporary sibling, because nobody is writing it any more. The system frees the lock of a process that was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from simomerge.core.errors import InputError
+
+_PATIENCE = 2.0
+"""Seconds to wait for another writer. Small files are written in less."""
+_LONGEST_NAME = 200
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+in_use: set[Path] = set()
+"""The temporary files, folders and locks of this process."""
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Hold the lock of a path while the block writes it, after removing what killed writers left.
+
+    Where the disk cannot lock, the block runs without a lock, and nothing is removed. Inside a temporary folder of this
+    process there is no other writer, and no lock.
+
+    Raises:
+        InputError: Another process is writing it.
+    """
+    if any(parent.name.startswith(".") and parent.suffix == ".tmp" for parent in target.parents):
+        yield
+        return
+    lock = target.with_name(f".{target.name[:_LONGEST_NAME]}.lock")
+    descriptor = _acquired(lock, target)
+    try:
+        if descriptor is not None:
+            in_use.add(lock)
+            _recover(target)
+            remove_leftovers(target)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                lock.unlink()  # while it is held, so that no other process can hold it
+            in_use.discard(lock)
+            os.close(descriptor)
+
+
+def sibling(target: Path, kind: str) -> Path:
+    """A new name next to a path, for a temporary file or folder of this kind."""
+    return target.with_name(f".{target.name[:_LONGEST_NAME]}.{uuid.uuid4().hex[:12]}.{kind}")
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary files of killed writers of a path. Call it only where no other process can be writing it."""
+    for left in _siblings(target, "tmp"):
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with its content, if it is there, as far as the system lets us."""
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a folder to ``target``. A folder that is there is exchanged with it, so the temporary name holds the old.
+
+    Raises:
+        OSError: It cannot be renamed; everything is as before.
+    """
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchanged(temporary, target):
+        aside = sibling(target, "old")
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        remove(aside)
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    return list(target.parent.glob(f".{glob.escape(target.name[:_LONGEST_NAME])}.{'[0-9a-f]' * 12}.{kind}"))
+
+
+def _recover(target: Path) -> None:
+    """Bring back a folder that a killed writer had moved aside, or remove it if the new one is in place."""
+    for aside in _siblings(target, "old"):
+        if target.exists():
+            remove(aside)
+        else:
+            aside.rename(target)
+
+
+def _acquired(lock: Path, target: Path) -> int | None:
+    """The descriptor of a locked file; None where nothing can be locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None  # writing next to it will fail with the better message
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+            os.close(descriptor)  # its last holder has removed the file
+        except FileNotFoundError:
+            os.close(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() > end:
+                raise InputError(
+                    f"{target}: another process is writing it. Wait until it has ended, or choose another path."
+                ) from None
+            time.sleep(0.01)
+        except OSError:  # no lock service, as on some network disks
+            os.close(descriptor)
+            lock.unlink(missing_ok=True)
+            return None
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Exchange two paths in one step; False where the system or the disk cannot do that."""
+    import ctypes
+
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if exchange is None:
+        return False
+    if exchange(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
