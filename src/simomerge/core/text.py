@@ -93,4 +93,4 @@ def plain(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {plain(one)}" for key, one in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(plain, value))}]"
-    return str(value)
+    return str(value) or '""'
