@@ -10,6 +10,7 @@ cross-tap fold of each final model use 128 images of the validation split, witho
 run's test split.
 
 - ``chosen``: the tree for each budget, in steps of a quarter of an encoder.
+- ``labelled``: the same, chosen by the labels of 128 other validation images.
 - ``branch``: all tasks share the first k blocks, and then each has its own.
 - ``groups``: whole encoders for groups of tasks. The partition has the best Delta_MTL on the test split itself, so
   that no way to choose one without labels could be better.
@@ -49,6 +50,9 @@ from simomerge.training.evaluate import evaluate
 STITCHED = 128
 """Images for the stitches and the fold of each final model."""
 
+LABELLED = 128
+"""Other images, whose labels choose the trees of the rows ``labelled``."""
+
 
 class Bench:
     """The experts of one seed, the images, and what is measured so far."""
@@ -60,6 +64,7 @@ class Bench:
         experts = check_experts(base, {task: load(_expert(run, task, seed)) for task in self.tasks})
         pool = load_data("rooms", split="val", count=recipe["val_images"], tasks=self.tasks)
         self.few, self.images = as_images(pool, 64), as_images(pool, STITCHED)
+        self.labelled = pool.skip(STITCHED).take(LABELLED)
         self.test = load_data("rooms", split="test", count=recipe["test_images"], tasks=self.tasks)
         self.grower = Grower(base, experts, self._method)
         self.known: Known = {}
@@ -117,12 +122,13 @@ def measure(run: Path, seed: int, results: dict[str, Any], output: Path, exhaust
             if ("groups", str(tree)) not in done:
                 add("groups", str(tree), tree)  # type: ignore[arg-type]
     budgets = [1 + step / 4 for step in range(1, 4 * (count - 1))]
-    missing = [budget for budget in budgets if ("chosen", budget) not in done]
-    search = TreeSearch(bench.grower, bench.few) if missing else None
-    for budget in missing if search else ():
-        start = time.monotonic()
-        best = search.best(budget)
-        add("chosen", budget, best.tree, losses=best.losses, seconds=round(time.monotonic() - start, 1))
+    for kind, data in (("chosen", None), ("labelled", bench.labelled)):
+        missing = [budget for budget in budgets if (kind, budget) not in done]
+        search = TreeSearch(bench.grower, bench.few, data) if missing else None
+        for budget in missing if search else ():
+            start = time.monotonic()
+            best = search.best(budget)
+            add(kind, budget, best.tree, losses=best.losses, seconds=round(time.monotonic() - start, 1))
     for number, tree in enumerate(every_tree(bench.tasks, blocks) if exhaustive else ()):
         if ("every", number) not in done:
             add("every", number, tree)
@@ -159,26 +165,27 @@ def show(results: dict[str, Any]) -> None:
     seeds = [found["rows"] for found in results["seeds"].values()]
     costs = sorted({row["asked"] for row in seeds[0] if row["kind"] == "chosen"})
     has_all = any(row["kind"] == "every" for row in seeds[0])
-    names = ["chosen", "best single split", "best whole groups", *(["best of every tree"] if has_all else [])]
+    names = ["chosen", "chosen by labels", "best single split", "best whole groups"]
+    names += ["best of every tree"] if has_all else []
     print("| cost at most | " + " | ".join(names) + " |\n| --: |" + " --: |" * len(names))
     for cost in (1.0, *costs, float(len(costs) // 4 + 2)):
         cells = []
-        for kind in ("chosen", "branch", "groups", "every")[: len(names)]:
+        for kind in ("chosen", "labelled", "branch", "groups", "every")[: len(names)]:
             values = [_best(rows, kind, cost) for rows in seeds]
             found = spread(values)
             cells.append(f"{found['mean']:+.2f}" + (f" ± {found['std']:.2f}" if found["std"] else ""))
         print(f"| {cost:.2f} | {' | '.join(cells)} |")
     for seed, found in results["seeds"].items():
         for row in found["rows"]:
-            if row["kind"] == "chosen":
-                print(f"seed {seed}, {row['asked']:.2f}: {row['tree']}")
+            if row["kind"] in ("chosen", "labelled"):
+                print(f"seed {seed}, {row['kind']} {row['asked']:.2f}: {row['tree']}")
 
 
 def _best(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
-    """The Delta_MTL for a cost; for kinds other than "chosen", the best on the test split itself."""
+    """The Delta_MTL for a cost; for kinds that are not chosen, the best on the test split itself."""
     single = {row["asked"]: row["delta"] for row in rows if row["kind"] == "branch"}
     ends: list[float] = [single[max(single)]]  # one encoder
-    if kind == "chosen":
+    if kind in ("chosen", "labelled"):
         asked = {row["asked"]: row["delta"] for row in rows if row["kind"] == kind}
         return float(asked.get(cost, ends[0] if cost == 1 else 0.0))
     return max(ends + [row["delta"] for row in rows if row["kind"] == kind and row["cost"] <= cost + 1e-9])

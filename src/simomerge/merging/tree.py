@@ -21,6 +21,9 @@ Partition = tuple[Group, ...]
 Levels = tuple[tuple[int | None, Partition], ...]
 """The last block of each level, counted from 1, and the groups of tasks there; None is the last block of the encoder"""
 
+MOST_BLOCKS = 10_000
+"""Deeper trees are refused: the number may come from a file."""
+
 EXAMPLE = "'6: all | each', or '4: all | 6: edges, depth+normals | each'"
 
 
@@ -111,10 +114,12 @@ class Tree:
     def read(cls, text: str) -> Tree:
         """The tree whose text, as `str` gives it, this is. Raises InputError if it is no such text."""
         last = str(text).rpartition("|")[2].partition(":")[0].strip()
-        if not last.isdecimal():
+        if not last.isdecimal() or len(last) > 6 or int(last) > MOST_BLOCKS:
             raise InputError(f"{text!r} is no tree of shared blocks, such as '4: a+b | 6: a, b'.")
         groups = text.partition("|")[0].partition(":")[2]
         tasks = [task.strip() for group in groups.split(",") for task in group.split("+")]
+        if wrong := [task for task in tasks if not task.isidentifier()]:  # some become names of files
+            raise InputError(f"the tree names {wrong[0]!r}, which cannot be the name of a task.")
         return cls.of(text, tasks, int(last))
 
     @property

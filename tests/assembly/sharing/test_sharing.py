@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
+import simomerge
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.merge import merge
 from simomerge.assembly.realign import realign
@@ -464,6 +465,43 @@ def test_a_custom_encoder_has_no_known_blocks(base: SimoModel, images: Images) -
         experts[task] = SimoModel(copy.deepcopy(own.encoder), {task: TASKS[task]}, {task: head})
     with pytest.warns(UserWarning, match="does not record"), pytest.raises(InputError, match="blocks are unknown"):
         merge(own, experts, METHOD, share=1, images=images)
+
+
+class Declared(torch.nn.Module):
+    """Maps at two strides, with something before and after its blocks."""
+
+    channels, strides, blocks = (6, 8), (4, 8), ("fine", "coarse")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colours, self.fine = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 6, 4, 4)
+        self.coarse, self.out = torch.nn.Conv2d(6, 8, 2, 2), torch.nn.Conv2d(8, 8, 1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        fine = self.fine(self.colours(images).relu()).relu()
+        return [fine, self.out(self.coarse(fine).relu())]
+
+
+@torch.no_grad()
+def test_an_encoder_that_declares_its_blocks(images: Images, picture: Tensor, tmp_path: Path) -> None:
+    base, experts = SimoModel(Declared(), {}, {}), {}
+    for seed, task in enumerate(("depth", "normals")):
+        torch.manual_seed(seed)
+        head = build_head("linear", (6, 8), TASKS[task].channels, {"cls": False})
+        experts[task] = SimoModel(Declared(), {task: TASKS[task]}, {task: head})
+    model = Grower(base, experts, METHOD).grow(Tree.of(1, list(experts), 2))
+    random_stitches(model)
+    merged = simomerge.merge(base, experts, METHOD).encoder.backbone
+    for task, expert in experts.items():
+        own, stitch = expert.encoder.backbone, model.encoder.stitches[f"2-{task}"]  # type: ignore[union-attr]
+        fine = merged.fine(merged.colours(picture).relu()).relu()
+        coarse = own.out(own.coarse(stitch(fine)).relu())
+        found = model.encode(picture, [task]).of(task).maps
+        torch.testing.assert_close(found, (fine, coarse))
+    loaded = load(model.save_pretrained(tmp_path / "scene"), trust_code=True)
+    assert equal(predicted(loaded, picture), predicted(model, picture))
+    shared = simomerge.merge(base, experts, METHOD, share=1, images=images)
+    assert shared.provenance["merge"]["tree"] == "1: depth+normals | 2: depth, normals"
 
 
 # Choosing -----------------------------------------------------------------------------------------------

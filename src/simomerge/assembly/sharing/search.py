@@ -29,11 +29,11 @@ from simomerge.models.model import SimoModel
 SEARCH_IMAGES = 64
 """Images that a search uses; the chosen tree is then stitched and folded on more."""
 
-POWER = 4
-"""Without labels, the power of the disagreements.
+POWER = 8
+"""Without labels, the power of the disagreements before their mean.
 
-Independent errors add in squares, so that a small disagreement costs accuracy in squares. They are squared once more
-because it is unknown without labels which task's disagreement costs most: no task is then given up for another.
+It is unknown without labels which task's disagreement with its expert costs accuracy. With a high power the tasks that
+lose most decide, so that no task is given up for another.
 """
 
 LEAST_LOSS = 0.01

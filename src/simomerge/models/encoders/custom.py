@@ -70,10 +70,12 @@ class CustomEncoder(Encoder):
                 " A custom encoder needs both, one number for each map it returns."
             )
         names = declared_blocks(module)
+        blocks = [module.get_submodule(name) for name in names]
         layout = Layout(
             channels,
             strides,
-            blocks=[module.get_submodule(name) for name in names],
+            blocks=blocks,
+            units=blocks,
             names=names,
             has_cls=bool(getattr(module, "has_cls", False)),
         )

@@ -62,9 +62,9 @@ class Layout:
         smallest: Minimum height and width of an image in pixels.
         windows: Blocks with shifted windows, each with its shift and window size. Swin changes both on small images
             and does not restore them.
-        units: The modules between which a tree of shared blocks can split: the blocks of a plain transformer, or the
-            stages of a pyramid. They run one after the other, and the hidden states are their first argument.
-        before: The modules that run before the units, as far as they are known.
+        units: The modules between which a tree of shared blocks can split: the blocks of a plain transformer, the
+            stages of a pyramid, or the blocks that an encoder of one's own declares. They run one after the other, and
+            the hidden states are their first argument.
     """
 
     channels: Sequence[int]
@@ -80,7 +80,6 @@ class Layout:
     smallest: int = 1
     windows: Sequence[tuple[Any, Any, Any]] = ()
     units: Sequence[nn.Module] = ()
-    before: Sequence[nn.Module] = ()
 
     @property
     def is_pyramid(self) -> bool:
@@ -99,19 +98,13 @@ def find_layout(backbone: Any) -> Layout:
     arguments = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in known else {}
     stages = _stages(backbone)
     found = _pyramid(backbone.config, stages, arguments) if stages else _plain(backbone, arguments)
-    first = (getattr(_core(backbone), name, None) for name in ("embeddings", "embedder", "pre_layrnorm"))
-    return replace(found, units=stages or found.blocks, before=[module for module in first if module is not None])
-
-
-def _core(backbone: Any) -> Any:
-    """The module that holds embeddings, blocks and norm."""
-    return getattr(backbone, "vision_model", backbone)  # a wrapper in transformers 4
+    return replace(found, units=stages or found.blocks)
 
 
 def _plain(backbone: Any, arguments: dict[str, Any]) -> Layout:
     config = backbone.config
     blocks = _block_list(backbone)
-    core = _core(backbone)
+    core = getattr(backbone, "vision_model", backbone)  # a wrapper in transformers 4
     norms = [getattr(core, name, None) for name in ("layernorm", "norm", "post_layernorm", "layer_norm")]
     embeddings = getattr(core, "embeddings", core)
     widths = [int(config.hidden_size)] * len(blocks)

@@ -8,6 +8,7 @@ starts with a *stitch*, an affine map of the hidden states.
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints.names import canonicalise
 from simomerge.core.errors import InputError
-from simomerge.merging.engine.depth import comes_first
+from simomerge.merging.engine.depth import Depth, comes_first
 from simomerge.merging.tree import Group, Tree
 from simomerge.models.encoders.adapters import Adapters
 from simomerge.models.encoders.encoder import Encoder
@@ -106,10 +107,8 @@ class TreeEncoder(Encoder):
         names = unit_names(encoder)
         if len(names) != tree.blocks:
             raise InputError(f"the tree has {tree.blocks} blocks, but the encoder has {len(names)}.")
-        inside = {id(module): name for name, module in encoder.backbone.named_modules()}
-        before = [inside[id(module)] for module in encoder.layout.before]
-        plain, widths = _without_hooks(encoder), _widths(encoder)
-        loose = [value for name, value in plain.named_parameters() if comes_first(name) and not _within(name, names)]
+        plain, (widths, before) = _without_hooks(encoder), _probed(encoder, names)
+        loose = [value for name, value in plain.named_parameters() if not _within(name, names) and comes_first(name)]
         nodes: list[list[Unit]] = []
         for node in tree.nodes:
             first, *others = (copy.deepcopy(plain.get_submodule(name)) for name in names[node.first - 1 : node.last])
@@ -129,12 +128,13 @@ class TreeEncoder(Encoder):
             paths.append(encoder.around(copy.deepcopy(plain, memo)))
             units_of.append(units)
             _replace(paths[-1].backbone, units)
-        layout = replace(paths[0].layout, blocks=(), tapped=(), windows=(), units=(), before=())
+        layout = replace(paths[0].layout, blocks=(), tapped=(), windows=(), units=())
         how = (paths[0].preprocessing["mean"], paths[0].preprocessing["std"], paths[0].apply_layernorm)
         super().__init__(nn.ModuleList(paths), paths[0].taps, *how, layout=layout)
         self.tree = tree
         self.nodes = nodes
         self._units = units_of
+        self._before = before
         self.to(next(encoder.parameters()).device)
 
     @property
@@ -223,8 +223,9 @@ class TreeEncoder(Encoder):
 
     def _unit_of(self, name: str, units: Sequence[str]) -> int:
         """Position of the unit that a tensor belongs to. Tensors outside belong to the first or the last one."""
-        inside = _within(name, units)
-        return units.index(inside) if inside else 0 if comes_first(name) else len(units) - 1
+        if inside := _within(name, units):
+            return units.index(inside)
+        return 0 if _within(name, self._before) or comes_first(name) else len(units) - 1
 
     # Encoding -----------------------------------------------------------------------------------------------
 
@@ -253,6 +254,12 @@ class TreeEncoder(Encoder):
                 stack.enter_context(self.paths[path].collecting())
             yield
 
+    def depth(self, names: Iterable[str]) -> Depth:
+        """The blocks that tensors belong to, by their names in `backbone`, in which each path has a number."""
+        given = list(names)
+        own = {name: re.sub(r"^\d+\.backbone\.", "", name).replace(".inner.", ".") for name in given}
+        return Depth(given, self.layout.names, own)
+
     # What a tree does not have ------------------------------------------------------------------------------
 
     def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
@@ -271,13 +278,9 @@ def unit_names(encoder: Encoder) -> list[str]:
     """The names, in the backbone, of the modules between which a tree can split.
 
     Raises:
-        InputError: They are unknown.
+        InputError: They are unknown; the message says how an encoder of one's own declares them.
     """
-    if not encoder.layout.units:
-        raise InputError(
-            f"{type(encoder.backbone).__name__} is a custom encoder, whose blocks are unknown, so that no tree can"
-            " split it. Use an encoder of transformers, or share whole encoders."
-        )
+    encoder.block_shapes()  # raises if they are unknown
     names = {id(module): name for name, module in encoder.backbone.named_modules()}
     return [names[id(unit)] for unit in encoder.layout.units]
 
@@ -306,19 +309,31 @@ def _without_hooks(encoder: Encoder) -> nn.Module:
 
 
 @torch.no_grad()
-def _widths(encoder: Encoder) -> list[int]:
-    """Channels of the hidden states that reach each unit, found by encoding a small image."""
-    found: dict[nn.Module, int] = {}
+def _probed(encoder: Encoder, units: Sequence[str]) -> tuple[list[int], list[str]]:
+    """What encoding a small image shows.
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        found[module] = hidden.shape[1 if hidden.ndim == 4 else -1]
+    Returns:
+        Channels of the hidden states that reach each unit; and the names of the modules that run before the first unit,
+        once each, without those inside of others.
+    """
+    widths: dict[str, int] = {}
+    earlier: Counter[str] = Counter()
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in units:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            widths[name] = hidden.shape[1 if hidden.ndim == 4 else -1]
+        elif not widths or name in earlier:
+            earlier[name] += 1
 
     training = encoder.training
     with ExitStack() as stack:
         stack.callback(encoder.train, training)
-        for unit in encoder.layout.units:
-            stack.callback(unit.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for name, module in encoder.backbone.named_modules():
+            around = any(unit.startswith(f"{name}.") for unit in units)
+            if not around and not _within(name, units):
+                stack.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
         encoder.eval()
         encoder(torch.zeros(1, 3, *encoder.padded(1, 1), device=next(encoder.parameters()).device))
-    return [found[unit] for unit in encoder.layout.units]
+    once = [name for name, count in earlier.items() if name and count == 1]
+    return [widths[unit] for unit in units], [name for name in once if not _within(name, once)]

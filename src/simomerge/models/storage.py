@@ -1,0 +1,144 @@
+"""The tensors of a model folder: encoder, branches of a tree, heads and adapters."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simomerge.checkpoints.description import branch_file, existing
+from simomerge.checkpoints.reading import check_safetensors
+from simomerge.core.errors import InputError
+from simomerge.merging.tree import Tree
+from simomerge.models.encoders import CustomEncoder, Encoder, TreeEncoder
+from simomerge.models.encoders.allocation import check_tensors
+from simomerge.models.encoders.loading import quiet
+
+STITCHES = "stitches.safetensors"
+
+
+def save_encoder(encoder: Encoder, folder: Path, dtype: str | None = None) -> None:
+    """Write the encoder into a model folder: ``encoder/`` and, for a tree, what every branch has of its own.
+
+    Args:
+        dtype: Of the floats, such as "float16"; as they are by default.
+
+    Raises:
+        InputError: A weight is too large for the dtype.
+    """
+    if isinstance(encoder, TreeEncoder):
+        _save_tree(encoder, folder, dtype)
+    else:
+        _save_plain(encoder, folder / "encoder", dtype)
+
+
+def _save_plain(encoder: Encoder, folder: Path, dtype: str | None) -> None:
+    """Write a transformers folder, or the tensors and the description of a custom encoder."""
+    backbone = encoder.backbone if dtype is None else _in_dtype(encoder.backbone, dtype)
+    if isinstance(encoder, CustomEncoder):
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        save_file(stored_tensors(backbone), folder / "model.safetensors")
+        file, content = folder / "config.json", encoder.describe()
+    else:
+        with quiet():
+            backbone.save_pretrained(folder)
+        file = folder / "preprocessor_config.json"
+        mean, std = encoder.preprocessing["mean"], encoder.preprocessing["std"]
+        content = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std}
+        content |= {"do_resize": False, "do_center_crop": False}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _in_dtype(backbone: nn.Module, dtype: str) -> Any:
+    """A copy of a backbone with floats of another dtype. Raises InputError if a weight is too large for it."""
+    rounded = copy.deepcopy(backbone).to(getattr(torch, dtype))
+    _check_finite(rounded.state_dict(), dtype)
+    return rounded
+
+
+def _check_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{name} has values that are too large for {dtype}; store the encoder as float32.")
+
+
+def _save_tree(encoder: TreeEncoder, folder: Path, dtype: str | None) -> None:
+    """Write the first path of a tree as a complete encoder, what every other path has of its own, and the stitches."""
+    from safetensors.torch import save_file
+
+    with encoder.plain(0):
+        _save_plain(encoder.paths[0], folder / "encoder", dtype)
+    (folder / "branches").mkdir()
+    for place, leaf in enumerate(encoder.tree.leaves):
+        if place:
+            own = _rounded(encoder.branch_tensors(place), dtype)
+            save_file(own, branch_file(folder, encoder.tree.nodes[leaf].tasks[0]))
+    if encoder.stitches:
+        save_file(_rounded(nn.ModuleDict(encoder.stitches).state_dict(), dtype), folder / STITCHES)
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+    """Tensors as a file stores them, with floats of another dtype. Raises InputError as `_in_dtype`."""
+    kind = getattr(torch, dtype) if dtype else None
+    found = {name: _stored(value.to(kind) if value.is_floating_point() else value) for name, value in tensors.items()}
+    if dtype:
+        _check_finite(found, dtype)
+    return found
+
+
+def load_tree(text: Any, first: Encoder, folder: Path) -> TreeEncoder:
+    """The tree of a model folder, given as text in simo.json.
+
+    Args:
+        first: The path of the first leaf.
+
+    Raises:
+        InputError: The text is no tree for this encoder, or a file is missing or does not fit.
+    """
+    tree = Tree.read(text)
+    for leaf in tree.leaves[1:]:  # before memory is used for every branch
+        existing(branch_file(folder, tree.nodes[leaf].tasks[0]))
+    encoder = TreeEncoder(tree, first)
+    for place, leaf in enumerate(encoder.tree.leaves):
+        if place:
+            _load(partial(encoder.load_branch, place), branch_file(folder, tree.nodes[leaf].tasks[0]))
+    if encoder.stitches:
+        _load(nn.ModuleDict(encoder.stitches).load_state_dict, folder / STITCHES)
+    return encoder
+
+
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module by name, as a file stores them."""
+    return {name: _stored(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def with_tensors(create: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """A module with the tensors of a file. It is created only if it has exactly these tensors."""
+    check_tensors(existing(path), create)
+    module = create()
+    _load(module.load_state_dict, path)
+    return module
+
+
+def _load(assign: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
+    """Read a file and assign its tensors. Raises InputError if they do not fit."""
+    from safetensors.torch import load_file
+
+    check_safetensors(existing(path))
+    try:
+        assign(load_file(path))
+    except RuntimeError as error:
+        first_line = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: does not fit simo.json ({first_line}).") from error
