@@ -17,6 +17,7 @@ from simomerge.core.errors import InputError
 @options.data
 @click.option("--split", default="test", show_default=True)
 @click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Number of images.")
+@options.precision
 @options.trust_code
 @options.as_json
 def command(model: str, experts: dict[str, str], data: str, split: str, count: int, as_json: bool) -> None:

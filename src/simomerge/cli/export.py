@@ -13,7 +13,7 @@ from simomerge.cli.output import Table, console, say
 
 @click.command("export")
 @click.argument("model")
-@options.output(help="File to write (OUT): .onnx, .xml (OpenVINO) or .pt2 (torch.export).")
+@options.output(model=False, help="File to write (OUT): .onnx, .xml (OpenVINO) or .pt2 (torch.export).")
 @click.option("--size", required=True, metavar="HEIGHTxWIDTH", help="Size of the images in pixels.")
 @click.option("--precision", type=options.Name(("fp32", "fp16", "int8")), default="fp32", show_default=True)
 @click.option("--tasks", default="all", show_default=True, metavar="TASK,...", help="Tasks to export.")

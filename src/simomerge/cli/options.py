@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -178,6 +179,21 @@ track = click.option(
     multiple=True,
     type=click.Choice(TRACKERS),
     help="Also report losses and learning rates to this tracker; may be repeated.",
+)
+
+
+def _precision(context: click.Context, option: Any, chosen: str | None) -> None:
+    """Choose the precision of this process and of those that it starts."""
+    if chosen is not None:
+        os.environ["SIMOMERGE_PRECISION"] = chosen
+
+
+precision = click.option(
+    "--precision",
+    type=click.Choice(("auto", "fp32", "bf16")),
+    callback=_precision,
+    expose_value=False,
+    help="Precision of products. [default: auto, bf16 where the machine computes faster in it]",
 )
 workers = click.option("--workers", type=click.IntRange(1), help="Parallel processes. [default: one per core]")
 

@@ -17,7 +17,7 @@ from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 
-_EVERY = ("method", "count", "output", "overwrite", "as_json", "model", "experts")
+_EVERY = ("precision", "method", "count", "output", "overwrite", "as_json", "model", "experts")
 """Options and arguments that every re-alignment accepts, although some check `experts`."""
 
 
@@ -76,6 +76,7 @@ def _help() -> str:
 @options.training()
 @options.workers
 @options.track
+@options.precision
 @options.trust_code
 @options.output()
 def command(model: str, experts: dict[str, str], method: str, output: Path, as_json: bool, **given: Any) -> None:

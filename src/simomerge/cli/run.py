@@ -20,6 +20,7 @@ from simomerge.cli.output import console, report_run, say
 @options.folder(None, "Folder of the run. [default: the recipe's]")
 @options.workers
 @options.track
+@options.precision
 @options.trust_code
 @options.as_json
 def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, as_json: bool, **given: Any) -> None:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     "--gradient-checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, slower."
 )
 @options.track
+@options.precision
 @options.trust_code
 @options.output()
 def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:

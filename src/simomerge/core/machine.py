@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from simomerge.core.errors import InputError
 
@@ -42,20 +43,38 @@ def limit_threads(count: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def mixed_precision(device: torch.device | str | None = None) -> str:
-    """ "bf16" if the device has instructions for products in bfloat16 (a GPU, or a CPU with AMX or AVX512-BF16).
+PRECISION = "SIMOMERGE_PRECISION"
+"""The environment variable that chooses the precision of computations: auto, fp32 or bf16."""
 
-    Otherwise "no". Without these instructions a CPU would emulate bfloat16, which is slower than float32.
+
+def mixed_precision(device: torch.device | str | None = None, trained: nn.Module | None = None) -> str:
+    """ "bf16" or "no": the mixed precision of computations on a device.
+
+    The environment variable `PRECISION` may choose it. By default it is bf16 if the device has instructions for
+    products in bfloat16 (a GPU, or a CPU with AMX or AVX512-BF16). Without them a CPU would emulate bfloat16, which is
+    slower than float32. So is the training of depthwise convolutions in bfloat16 on a CPU.
 
     Args:
         device: The default is the device that training uses.
+        trained: The module, if it is trained.
     """
     kind = torch.device(device).type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = os.environ.get(PRECISION, "auto")
+    if chosen not in ("auto", "fp32", "bf16"):
+        raise InputError(f"{PRECISION} is {chosen!r}; use auto, fp32 or bf16.")
+    if chosen != "auto":
+        return "bf16" if chosen == "bf16" else "no"
     if kind == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     has_them = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in instructions)
-    return "bf16" if kind == "cpu" and has_them else "no"
+    return "bf16" if kind == "cpu" and has_them and not (trained and _is_depthwise(trained)) else "no"
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Whether a part that is trained has a depthwise convolution."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.weight.requires_grad)
+    return any(layer.groups == layer.in_channels > 1 for layer in layers)
 
 
 def autocast(device: torch.device | str) -> torch.autocast:

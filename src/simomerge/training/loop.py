@@ -103,7 +103,7 @@ def fit(
     home = next(module.parameters()).device
     # Under torchrun: encoders have parameters that no loss depends on, such as the mask token.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    options = {"mixed_precision": mixed_precision(), "kwargs_handlers": [ddp]}
+    options = {"mixed_precision": mixed_precision(trained=module), "kwargs_handlers": [ddp]}
     with tracked_accelerator(label, vars(settings), **options) as accelerator:
         trainer = _Trainer(accelerator, module, objective, settings, label, state_file)
         try:

@@ -81,9 +81,10 @@ class LinearHead(nn.Module):
 
     def _without_norm(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (O, inputs) and bias of the linear map that equals the batch norm and the convolution."""
-        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
-        weight = self.output.weight.flatten(1)
-        return weight * scale, self.output.bias + weight @ (self.norm.bias - mean * scale)
+        # In float32 also if the model is in half precision, because variances of features exceed its range.
+        scale = self.norm.weight.float() * torch.rsqrt(variance.float() + self.norm.eps)
+        weight = self.output.weight.flatten(1).float()
+        return weight * scale, self.output.bias.float() + weight @ (self.norm.bias.float() - mean.float() * scale)
 
     def projections(self) -> list[Projection]:
         """One projection of all taps, which includes the batch norm in evaluation mode."""
