@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.checkpoints import FORMAT, read_description
-from simomerge.checkpoints.description import FILE, TREE_FORMAT, branch_file, existing, head_file, model_folder
+from simomerge.checkpoints.description import FILE, TREE_FORMAT, head_file, model_folder
 from simomerge.checkpoints.experts import own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
@@ -25,10 +23,9 @@ from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.merging.tree import Tree
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
-from simomerge.models.encoders.allocation import check_tensors
-from simomerge.models.encoders.loading import quiet
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
+from simomerge.models.storage import load_branches, save_encoder, save_tree, tensors_of, with_tensors
 
 Size = tuple[int, int] | None
 MAX_PATCHES = 4096
@@ -193,13 +190,13 @@ class SimoModel(nn.Module):
 
         with model_folder(folder, self.description(), overwrite) as target:
             if isinstance(self.encoder, TreeEncoder):
-                _save_tree(self.encoder, target)
+                save_tree(self.encoder, target)
             else:
-                _save_encoder(self.encoder, target / "encoder", dtype)
+                save_encoder(self.encoder, target / "encoder", dtype)
             for name, head in self.heads.items():
-                save_file(_tensors(head), head_file(target, name))
+                save_file(tensors_of(head), head_file(target, name))
             if self.encoder.adapters is not None:
-                save_file(_tensors(self.encoder.adapters), target / "adapters.safetensors")
+                save_file(tensors_of(self.encoder.adapters), target / "adapters.safetensors")
         return Path(folder)
 
     def description(self) -> dict[str, Any]:
@@ -247,7 +244,7 @@ class SimoModel(nn.Module):
                 " take the model from its source again."
             ) from error
         if isinstance(model.encoder, TreeEncoder):
-            _load_branches(model.encoder, folder)
+            load_branches(model.encoder, folder)
         return model.eval()
 
     @classmethod
@@ -257,7 +254,7 @@ class SimoModel(nn.Module):
         encoder: Encoder
         if "class" in settings:
             create = partial(make, settings["class"], settings["settings"], nn.Module)
-            encoder = CustomEncoder(_with_tensors(create, weights / "model.safetensors"))
+            encoder = CustomEncoder(with_tensors(create, weights / "model.safetensors"))
         else:
             how = (settings[name] for name in ("taps", "mean", "std", "apply_layernorm"))
             encoder = Encoder(load_backbone(weights), *how)
@@ -265,13 +262,13 @@ class SimoModel(nn.Module):
             encoder = TreeEncoder(Tree.read(settings["tree"]), encoder)
         if description["adapters"]:
             create = partial(encoder.add_adapters, **description["adapters"])
-            _with_tensors(create, folder / "adapters.safetensors")
+            with_tensors(create, folder / "adapters.safetensors")
         tasks = {name: Task.from_dict(data) for name, data in description["tasks"].items()}
         heads = {}
         for name, task in tasks.items():
             spec = description["heads"][name]
             create = partial(build_head, spec["kind"], encoder.channels, task.channels, spec["settings"])
-            heads[name] = _with_tensors(create, head_file(folder, name))
+            heads[name] = with_tensors(create, head_file(folder, name))
         return cls(encoder, tasks, heads, description["provenance"])
 
 
@@ -331,87 +328,7 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     return result
 
 
-def _save_encoder(encoder: Encoder, folder: Path, dtype: str | None = None) -> None:
-    """Write a transformers folder, or the tensors and the description of a custom encoder."""
-    backbone = encoder.backbone if dtype is None else _in_dtype(encoder.backbone, dtype)
-    if isinstance(encoder, CustomEncoder):
-        from safetensors.torch import save_file
-
-        folder.mkdir()
-        save_file(_tensors(backbone), folder / "model.safetensors")
-        file, content = folder / "config.json", encoder.describe()
-    else:
-        with quiet():
-            backbone.save_pretrained(folder)
-        file = folder / "preprocessor_config.json"
-        mean, std = encoder.preprocessing["mean"], encoder.preprocessing["std"]
-        content = {"image_processor_type": "BitImageProcessor", "image_mean": mean, "image_std": std}
-        content |= {"do_resize": False, "do_center_crop": False}
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _in_dtype(backbone: nn.Module, dtype: str) -> Any:
-    """A copy of a backbone with floats of another dtype. Raises InputError if a weight is too large for it."""
-    rounded = copy.deepcopy(backbone).to(getattr(torch, dtype))
-    for name, value in rounded.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{name} has values that are too large for {dtype}; store the encoder as float32.")
-    return rounded
-
-
-def _save_tree(encoder: TreeEncoder, folder: Path) -> None:
-    """Write the first path of a tree as a complete encoder, what every other path has of its own, and the stitches."""
-    from safetensors.torch import save_file
-
-    with encoder.plain(0):
-        _save_encoder(encoder.paths[0], folder / "encoder")
-    (folder / "branches").mkdir()
-    for place, leaf in enumerate(encoder.tree.leaves):
-        if place:
-            own = {name: _stored(tensor) for name, tensor in encoder.branch_tensors(place).items()}
-            save_file(own, branch_file(folder, encoder.tree.nodes[leaf].tasks[0]))
-    if encoder.stitches:
-        save_file(_tensors(nn.ModuleDict(encoder.stitches)), folder / "stitches.safetensors")
-
-
-def _load_branches(encoder: TreeEncoder, folder: Path) -> None:
-    for place, leaf in enumerate(encoder.tree.leaves):
-        if place:
-            path = branch_file(folder, encoder.tree.nodes[leaf].tasks[0])
-            _load(partial(encoder.load_branch, place), path)
-    if encoder.stitches:
-        _load(nn.ModuleDict(encoder.stitches).load_state_dict, folder / "stitches.safetensors")
-
-
 def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
     """Logits at the size of an image, which may have been downscaled for the encoder."""
     size = image.shape[-2:]
     return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: _stored(tensor) for name, tensor in module.state_dict().items()}
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
-
-
-def _with_tensors(create: Callable[[], nn.Module], path: Path) -> nn.Module:
-    """A module with the tensors of a file. It is created only if it has exactly these tensors."""
-    check_tensors(existing(path), create)
-    module = create()
-    _load(module.load_state_dict, path)
-    return module
-
-
-def _load(assign: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
-    """Read a file and assign its tensors. Raises InputError if they do not fit."""
-    from safetensors.torch import load_file
-
-    check_safetensors(existing(path))
-    try:
-        assign(load_file(path))
-    except RuntimeError as error:
-        first_line = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: does not fit simo.json ({first_line}).") from error
