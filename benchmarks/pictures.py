@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from simomerge.datasets import DenseDataset, load_data
-from simomerge.datasets.tasks import colourise
+from simomerge.datasets.colours import colourise
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import run_recipe
 

@@ -12,8 +12,9 @@ from PIL import Image
 from simomerge.core import images
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image
+from simomerge.datasets.colours import colourise
 from simomerge.datasets.stored import Stored
-from simomerge.datasets.tasks import Task, colourise
+from simomerge.datasets.tasks import Task
 from simomerge.models import prediction
 from simomerge.models.model import SimoModel
 from simomerge.models.prediction import find_sources

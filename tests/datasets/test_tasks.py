@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.datasets.tasks import KINDS, Task, class_colours, colourise, select_tasks
+from simomerge.datasets.colours import class_colours, colourise
+from simomerge.datasets.tasks import KINDS, Task, select_tasks
 
 SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa"), colours=((255, 0, 0), (0, 255, 0), (1, 2, 3)))
 OWN = {

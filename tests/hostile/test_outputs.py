@@ -87,7 +87,7 @@ def test_no_output_lies_inside_an_input(make_model: Any, tmp_path: Path, monkeyp
     for name in ("base", "depth"):
         make_model([sm.Task("depth")] if name == "depth" else []).save_pretrained(name)
     for output in ("depth/encoder", "depth/new", "base/new"):
-        with pytest.raises(InputError, match="lies inside the (model folder|input)"):
+        with pytest.raises(InputError, match=r"lies inside the (model folder|input)"):
             merge_on_disk("base", {"depth": "depth"}, Output(Path(output), overwrite=True))
     with pytest.raises(InputError, match="lies inside the model folder"):
         make_model([]).save_pretrained("depth/encoder", overwrite=True)
@@ -100,7 +100,7 @@ def test_links_stay_and_dangling_ones_are_named(files: dict[str, Path], tmp_path
     merge(files, "link.safetensors")
     assert Path("link.safetensors").is_symlink() and Path("real.safetensors").stat().st_mode & 0o777 == 0o640
     Path("gone.safetensors").symlink_to("nowhere")
-    with pytest.raises(InputError, match="is a link to .*nowhere, which does not exist"):
+    with pytest.raises(InputError, match=r"is a link to .*nowhere, which does not exist"):
         merge(files, "gone.safetensors")
     Path("loop").symlink_to("loop")
     with pytest.raises(InputError, match="loop"):
@@ -183,7 +183,8 @@ def slow(self, name):
     time.sleep(0.4)
     return read(self, name)
 Merged.__getitem__ = slow
-sys.argv = ["simomerge", "merge", "base.safetensors", "depth=depth.safetensors", "normals=normals.safetensors", "-o", sys.argv[1]]
+given = ["merge", "base.safetensors", "depth=depth.safetensors", "normals=normals.safetensors", "-o", sys.argv[1]]
+sys.argv = ["simomerge", *given]
 from simomerge.cli import main
 main()
 """

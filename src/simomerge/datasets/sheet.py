@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.datasets.colours import class_colours, colourise
 from simomerge.datasets.rows import Manifest, Row
-from simomerge.datasets.tasks import Task, class_colours, colourise
+from simomerge.datasets.tasks import Task
 
 GAP, LINE = 4, 16
 """Pixels between pictures, and the height of a line of text."""

@@ -8,12 +8,11 @@ evaluation for the metric, the report for the colours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -209,15 +208,7 @@ KINDS: dict[str, Kind] = {
     "disparity": _distance_map(0, "", "magma"),
     "log_depth": _share("magma_r"),
     "normals": Kind(
-        3,
-        _cosine,
-        lambda t: t.square().sum(1) > 0,
-        unit_vectors,
-        _angle,
-        "mean_angle",
-        "deg",
-        invalid=0,
-        directed=True,
+        3, _cosine, lambda t: t.square().sum(1) > 0, unit_vectors, _angle, "mean_angle", "deg", invalid=0, directed=True
     ),
     "edges": _mask(_edge_cross_entropy, "f1"),
     "binary": _mask(_binary_cross_entropy, "iou"),
@@ -236,14 +227,7 @@ KINDS: dict[str, Kind] = {
     "keypoints": _share("inferno"),
     "autoencoder": _share(channels=3),
     "regression": Kind(
-        1,
-        _l1,
-        torch.isfinite,
-        lambda logits: logits,
-        _absolute_difference,
-        "abs_err",
-        "",
-        colour_map="viridis",
+        1, _l1, torch.isfinite, lambda logits: logits, _absolute_difference, "abs_err", "", colour_map="viridis"
     ),
 }
 """All kinds of tasks. Targets are float (B, C, H, W), except labels, which are int64 (B, H, W). `Kind.invalid` marks
@@ -404,64 +388,3 @@ def select_tasks(available: Mapping[str, Task], names: str | Iterable[str]) -> d
             raise InputError(f"task {name!r} is given twice.")
         chosen[name] = available[name]
     return chosen
-
-
-def class_colours(count: int) -> np.ndarray:
-    """``count`` colours, well separated up to 20, uint8 (count, 3)."""
-    from matplotlib import colormaps
-
-    table = colormaps["tab20"](np.arange(count) % 20)[:, :3]
-    return (table * 255).astype(np.uint8)
-
-
-def colourise(task: Task, values: np.ndarray, limits: Sequence[float] | None = None) -> np.ndarray:
-    """Colours for a prediction or target of one image.
-
-    Args:
-        task: the task of the values.
-        values: labels (H, W), a one-channel map (H, W) or (1, H, W), or vectors (C, H, W).
-        limits: (low, high) of the colour range of one-channel maps and of the lengths of flow; by default the range of
-            a regression, or the map's own range. Pass the range of the ground truth to make the colours of a prediction
-            comparable with it.
-
-    Returns:
-        uint8 RGB (H, W, 3); invalid pixels are black. Two channels are shown as directions (hue) and lengths
-        (saturation), three as colours, and more as their Euclidean norm.
-    """
-    values = np.asarray(values)
-    if task.kind == "segmentation":
-        colours = np.asarray(task.colours, np.uint8) if task.colours else class_colours(len(task.classes))
-        return np.where((values >= 0)[..., None], colours[np.clip(values, 0, len(colours) - 1)], 0).astype(np.uint8)
-    if task.kind == "normals":
-        valid = np.square(values).sum(0) > 0
-        return (np.where(valid, values * 0.5 + 0.5, 0).clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
-    limits = limits or task.range or None
-    if values.ndim == 3 and len(values) == 2:
-        return _directions(values, limits)
-    if values.ndim == 3 and len(values) == 3:
-        low, high = (limits or (0, 1)) if task.kind == "regression" else (0, 1)
-        scaled = (np.nan_to_num(values, nan=low) - low) / (high - low)
-        return (scaled.clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
-    if values.ndim == 3 and len(values) > 3:
-        values, limits = np.linalg.norm(values, axis=0), None
-    from matplotlib import colormaps
-
-    plane = values.reshape(values.shape[-2:]).astype(np.float32)
-    valid = np.isfinite(plane) & task.valid(torch.from_numpy(plane)).numpy()
-    low, high = limits or (plane[valid].min(initial=np.inf), plane[valid].max(initial=-np.inf))
-    scaled = (np.nan_to_num(plane) - low) / max(high - low, 1e-6)
-    rgb = colormaps[task.behaviour.colour_map](scaled.clip(0, 1))[..., :3]
-    return (np.where(valid[..., None], rgb, 0) * 255).astype(np.uint8)
-
-
-def _directions(vectors: np.ndarray, limits: Sequence[float] | None) -> np.ndarray:
-    """Vectors (2, H, W) as colours: the hue is the direction (red: right, y points down), the saturation the length."""
-    from matplotlib.colors import hsv_to_rgb
-
-    valid = np.isfinite(vectors).all(0)
-    x, y = np.where(valid, vectors, 0).astype(np.float32)
-    length = np.hypot(x, y)
-    longest = max(abs(limits[1]) if limits else float(length.max(initial=0)), 1e-6)
-    hue = (np.arctan2(y, x) / (2 * np.pi)) % 1
-    colours = hsv_to_rgb(np.stack([hue, (length / longest).clip(0, 1), np.ones_like(hue)], -1))
-    return (np.where(valid[..., None], colours, 0) * 255).astype(np.uint8)

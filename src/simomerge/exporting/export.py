@@ -16,8 +16,9 @@ import torch
 from simomerge.core.errors import InputError
 from simomerge.core.files import check_absent
 from simomerge.core.version import __version__
+from simomerge.datasets.colours import class_colours
 from simomerge.datasets.pictures import parse_size
-from simomerge.datasets.tasks import Task, class_colours
+from simomerge.datasets.tasks import Task
 from simomerge.exporting import verification
 from simomerge.exporting.graph import Outputs, WholeGraph
 from simomerge.exporting.options import Options, check_packages

@@ -11,7 +11,8 @@ import numpy as np
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file
 from simomerge.core.png16 import write_png16
-from simomerge.datasets.tasks import Task, colourise
+from simomerge.datasets.colours import colourise
+from simomerge.datasets.tasks import Task
 from simomerge.models.prediction import Frame, Source
 
 KINDS = ("colours", "npy", "npz", "png16", "video")

@@ -16,7 +16,8 @@ import numpy as np
 from simomerge.assembly.realign.method import realignment_rows
 from simomerge.core.machine import available_cores
 from simomerge.core.registry import summary
-from simomerge.datasets.tasks import Task, colourise
+from simomerge.datasets.colours import colourise
+from simomerge.datasets.tasks import Task
 from simomerge.models.model import load
 from simomerge.recipes.graph import Graph
 from simomerge.recipes.plan import Plan
