@@ -1,11 +1,14 @@
 """Speed, memory and agreement of exported files against torch, for a ViT of real size or for a model of one's own.
 
     python benchmarks/export.py --vit small --size 476x630 -o runs/export-vit-small
-    python benchmarks/export.py --model runs/scene --size 64x80 --images photos/ --data rooms -o runs/export-rooms
+    python benchmarks/export.py --run runs/rooms --size 64x80 --data rooms -o runs/export-rooms
+    python benchmarks/export.py --model runs/scene --size 480x640 --images photos/ -o runs/export-scene
 
-A ViT has random weights, three tasks with DPT heads, and DINOv2's shape; its figures of speed are those of a trained
-model, its differences are not. All runs use one thread. The table names the processor's time, because the clock also
-counts what other programs do; both are in OUT/results.json.
+``--run`` merges the experts of a finished run on rooms (seed 0) by task arithmetic, scale 0.4, and folds the heads
+cross-tap on 128 images of the validation split; int8 is calibrated on the same images. A ViT has random weights, three
+tasks with DPT heads, and DINOv2's shape; its figures of speed are those of a trained model, its differences are not.
+All runs use one thread. The table names the processor's time, because the clock also counts what other programs do;
+both are in OUT/results.json.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import simomerge as sm
 from simomerge.cli.benchmark import add_scores
 from simomerge.core.files import atomic_write_text
 from simomerge.core.progress import Console, show_progress
@@ -55,14 +59,25 @@ def vit(name: str) -> SimoModel:
     return SimoModel(encoder, tasks, made).eval()
 
 
+def merged(run: Path, images: Any) -> SimoModel:
+    """The experts of a run as one model, re-aligned without labels."""
+    found = {path.name.split("-")[1]: path / "model" for path in run.glob("stages/expert-*-seed-0-*")}
+    experts = sm.load_experts(**{task: str(folder) for task, folder in sorted(found.items())})
+    model = sm.merge("rooms-base", experts, "task-arithmetic", scale=0.4)
+    return sm.realign(model, experts, images, method="fold-cross", count=128)
+
+
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Export in every format, then time all of them and the model itself."""
     folder, size = Path(arguments.output), parse_size(arguments.size)
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(arguments.model) if arguments.model else folder / "model"
-    if not model.exists():
-        vit(arguments.vit).save_pretrained(model)
     images: Any = arguments.images
+    if arguments.run:
+        images = load_data("rooms", split="val", count=128)
+    if not model.exists():
+        made = merged(Path(arguments.run), images) if arguments.run else vit(arguments.vit)
+        made.save_pretrained(model)
     if images is None:
         images = [np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8) for seed in range(8)]
     limits = dict.fromkeys(("segmentation", "depth", "normals"), 1e9)  # the differences are a result here
@@ -96,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vit", choices=WIDTHS, default="small")
     parser.add_argument("--model", help="a model folder, in place of a ViT")
+    parser.add_argument("--run", help="the folder of a finished run on rooms, in place of a ViT")
     parser.add_argument("--size", required=True)
     parser.add_argument("--images", help="images to calibrate on; noise by default")
     parser.add_argument("--data", help="also evaluate on the test split of this dataset")

@@ -19,7 +19,7 @@ from simomerge.cli import COMMANDS
 from simomerge.core.errors import InputError
 from simomerge.exporting import verification
 from simomerge.exporting.export import export
-from simomerge.exporting.precision import score_nodes
+from simomerge.exporting.precision import outer_layers, score_nodes
 from simomerge.models.model import SimoModel
 from simomerge.runtime import Scene, check
 
@@ -172,6 +172,27 @@ def test_scores_of_attention_are_found() -> None:
         "scale",
         "scores",
     ]
+
+
+def test_the_outer_layers_are_those_next_to_images_and_outputs() -> None:
+    from onnx import TensorProto, helper
+
+    def value(name: str) -> object:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+
+    nodes = [
+        helper.make_node("Cast", ["image"], ["x"], "cast", to=1),
+        helper.make_node("Conv", ["x", "w1"], ["a"], "patches"),
+        helper.make_node("MatMul", ["a", "w2"], ["b"], "block"),
+        helper.make_node("MatMul", ["b", "a"], ["c"], "attention"),
+        helper.make_node("MatMul", ["c", "w3"], ["d"], "depth"),
+        helper.make_node("Clip", ["d"], ["out"], "clip"),
+        helper.make_node("Conv", ["c", "w4"], ["logits"], "labels"),
+        helper.make_node("ArgMax", ["logits"], ["other"], "argmax"),
+    ]
+    weights = [helper.make_tensor(name, TensorProto.FLOAT, [1], [1.0]) for name in ("w1", "w2", "w3", "w4")]
+    graph = helper.make_graph(nodes, "g", [value("image")], [value("out"), value("other")], weights)
+    assert sorted(outer_layers(helper.make_model(graph))) == ["depth", "labels", "patches"]
 
 
 # Whole exports ------------------------------------------------------------------------------------------

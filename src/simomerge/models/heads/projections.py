@@ -60,7 +60,7 @@ class Projection:
                 total = total + torch.einsum("oc,bchw->bohw", weight.float(), patches)
             for tap, weight in self.cls.items():
                 total = total + (features.cls[tap].float() @ weight.float().T)[..., None, None]
-        return total.expand(len(features), -1, *size)
+        return total.expand(features.maps[0].shape[0], -1, *size)  # not len(): it makes the batch of an export fixed
 
     def split(self) -> list[Projection]:
         """One projection per tap; they add up to this one. The first has the bias."""
