@@ -22,10 +22,10 @@ OWN_SIZE = "own"
 FEW_IMAGES = 16
 """With fewer images a warning says so."""
 
-FAR = 1.5
+FAR = 1.1
 """A shift above this, in standard deviations of the training images, is a warning."""
 
-ALIKE = 0.5
+ALIKE = 0.65
 """A spread below this, relative to the training images, is a warning."""
 
 OTHER_SIZE = 2.0

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import get_realignment, realign
+from simomerge.assembly.realign.agreement import Agreement
 from simomerge.assembly.realign.fold import VARIANTS
 from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES, Fit, HeadSums, fold_heads, head_targets
 from simomerge.core.errors import InputError
 from simomerge.datasets import groups
+from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Features
 from simomerge.models.heads import HEADS, LinearHead, build_head
@@ -890,3 +892,45 @@ def test_two_processes_have_the_sums_of_one(shares: Path, how: str) -> None:
             for sums, wanted in zip(pair, expected, strict=True):
                 for name, value in vars(wanted).items():
                     torch.testing.assert_close(sums[name], value, rtol=1e-10, atol=1e-10, msg=f"{how}: {name}")
+
+
+# A fold that does harm ----------------------------------------------------------------------------------
+
+
+def test_a_head_that_the_fold_moves_away_from_its_expert_is_kept(
+    scene: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distances decide, task by task, whatever R^2 says."""
+    found = iter([{"depth": 1.0, "normals": 1.0}, {"depth": 0.5, "normals": 1.25}])
+    monkeypatch.setattr(Agreement, "distances", lambda self, model: next(found))
+    with pytest.warns(UserWarning, match="normals: on held-out images the folded head is 25 % further from its expert"):
+        result = realign(scene, experts, IMAGES)
+    record = result.provenance["realign"]
+    assert record["ridge"]["normals"] == "none" != record["ridge"]["depth"]
+    assert record["r2"]["normals"] == record["r2_before"]["normals"]
+    assert record["distance_ratio"] == {"depth": 0.5, "normals": 1.0}
+    batch = batch_of(IMAGES[:4])
+    with torch.no_grad():
+        torch.testing.assert_close(result(batch)["normals"], scene(batch)["normals"], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(result(batch)["depth"], scene(batch)["depth"], rtol=1e-2)
+
+
+@pytest.mark.usefixtures("float32")
+def test_distances_are_those_of_heads_that_have_not_seen_the_held_out_images(
+    scene: SimoModel, experts: dict[str, SimoModel]
+) -> None:
+    images = as_images(IMAGES)
+    agreement = Agreement(experts)
+    folded = fold_heads(scene, head_targets(scene, experts, images, agreement=agreement), agreement=agreement)
+    kept, out = groups.training_images(images, groups.SHARE), groups.held_out(images)
+    blind = fold_heads(scene, list(head_targets(scene, experts, images._subset(kept))), ridge=1.0)
+    given = dict.fromkeys(experts, 1.0)
+    heads = folded.sums.heads(given, hold_out=True)
+    batch = batch_of([IMAGES[index] for index in out])
+    with torch.no_grad():
+        features = scene.encode(batch)
+        for task, expert in experts.items():
+            torch.testing.assert_close(heads[task](features), blind.model.heads[task](features), rtol=1e-3, atol=1e-4)
+            wanted = expert(batch)[task].half().float()
+            before = float(scene.tasks[task].distance(scene(batch)[task], wanted))
+            assert folded.before[task] == pytest.approx(before, rel=1e-3)

@@ -1,0 +1,144 @@
+"""Images for merging and re-alignment: at the experts' training size, with a warning where they do not suit them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simomerge.assembly.images import prepare, training_size
+from simomerge.assembly.realign.teacher import observe
+from simomerge.core.errors import InputError
+from simomerge.core.images import cropped
+from simomerge.core.progress import show_progress
+from simomerge.datasets.load import load_data, load_images
+from simomerge.datasets.pictures import as_images
+from simomerge.datasets.tasks import Task
+from simomerge.models.model import SimoModel
+from simomerge.training.familiarity import training_images
+
+
+def picture(seed: int, height: int = 24, width: int = 32, mean: float = 128, spread: float = 50) -> np.ndarray:
+    coarse = np.random.default_rng(seed).normal(mean, spread, (3, 4, 3)).clip(0, 255).astype(np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
+
+
+@pytest.fixture
+def experts(make_model: Callable[..., SimoModel]) -> dict[str, SimoModel]:
+    """An expert that records what it was trained on: 40 pictures of 24 x 32 pixels."""
+    expert = make_model([Task("depth")])
+    trained = training_images(expert, as_images([picture(seed) for seed in range(40)]))
+    expert.provenance = {"training": trained}
+    return {"depth": expert}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed, (height, width) in enumerate([(48, 64), (48, 64), (90, 60)] * 6):
+        Image.fromarray(picture(seed, height, width)).save(tmp_path / f"{seed:02}.png")
+    return tmp_path
+
+
+def test_pictures_get_the_training_size_undistorted_and_a_line_says_so(
+    experts: dict[str, SimoModel], folder: Path
+) -> None:
+    lines: list[str] = []
+    with show_progress(lambda label, done, total, note: lines.append(f"{label} {done}/{total} {note}")):
+        images = prepare(folder, experts, count=9)
+    assert len(images) == 9 and {tuple(images.image(index).shape) for index in range(9)} == {(3, 24, 32)}
+    assert lines == ["images 9/9 cut and resized to 32 x 24 pixels, the experts' training size; size own keeps theirs"]
+    tall = torch.from_numpy(picture(2, 90, 60).copy()).permute(2, 0, 1)[None]
+    middle = torch.nn.functional.interpolate(tall[:, :, 22:67], (24, 32), mode="bilinear", antialias=True)
+    every = prepare(folder, experts)
+    torch.testing.assert_close(every.image(2), middle[0].float() / 255, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "shapes"),
+    [("own", {(48, 64), (90, 60)}), ("12x20", {(12, 20)}), ((12, 20), {(12, 20)})],
+)
+def test_another_size_can_be_asked_for(
+    experts: dict[str, SimoModel], folder: Path, size: Any, shapes: set[tuple[int, int]]
+) -> None:
+    images = prepare(folder, experts, size=size)
+    assert {tuple(images.image(index).shape[1:]) for index in range(3)} == shapes
+
+
+def test_without_one_recorded_size_pictures_keep_theirs(experts: dict[str, SimoModel], folder: Path) -> None:
+    other = dict(experts)
+    other["normals"] = SimoModel(experts["depth"].encoder, {}, {}, {"training": {"size": [10, 10]}})
+    for given in ({"depth": SimoModel(experts["depth"].encoder, {}, {})}, other):
+        assert prepare(folder, given).image(0).shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize("recorded", [None, [24], [24, "32"], [24, -1], "24x32", [24, True]])
+def test_a_size_that_is_none_is_not_used(make_model: Callable[..., SimoModel], recorded: Any) -> None:
+    assert training_size(SimoModel(make_model({}).encoder, {}, {}, {"training": {"size": recorded}})) is None
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (1, 1), (7, 5)])
+def test_a_crop_is_the_largest_part_at_the_centre(shape: tuple[int, int]) -> None:
+    image = torch.arange(40 * 60).reshape(1, 1, 40, 60)
+    found = cropped(image, shape)
+    height, width = found.shape[2:]
+    assert abs(height / width - shape[0] / shape[1]) < 0.05 and (height == 40 or width == 60)
+    top, left = divmod(int(found[0, 0, 0, 0]), 60)
+    assert abs(top - (40 - height) / 2) <= 0.5 and abs(left - (60 - width) / 2) <= 0.5
+
+
+# Warnings -----------------------------------------------------------------------------------------------
+
+
+def messages(experts: dict[str, SimoModel], pictures: list[np.ndarray]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(observe(experts, as_images(pictures)))
+    return [str(each.message) for each in caught]
+
+
+def test_images_like_those_of_the_training_are_no_reason_to_warn(experts: dict[str, SimoModel]) -> None:
+    assert messages(experts, [picture(seed) for seed in range(100, 132)]) == []
+
+
+def test_unsuitable_images_are_a_warning_with_the_evidence(experts: dict[str, SimoModel]) -> None:
+    (few,) = messages(experts, [picture(seed) for seed in range(100, 108)])
+    assert few.startswith("8 images are few")
+    unlike = messages(experts, [picture(seed, mean=20, spread=10) for seed in range(32)])
+    assert any("standard deviations away (expert depth)" in text for text in unlike)
+    alike = messages(experts, [picture(0) + np.uint8(seed % 2) for seed in range(32)])
+    assert any(text.startswith("the images are alike") for text in alike)
+    large = messages(experts, [picture(seed, 48, 64) for seed in range(32)])
+    assert any("have 64 x 48 pixels, those that the experts were trained on 32 x 24" in text for text in large)
+
+
+# What may be given --------------------------------------------------------------------------------------
+
+
+def test_images_may_be_a_dataset_by_name_with_all_splits_but_the_test_split() -> None:
+    joined = load_data("rooms", {"train": 6, "val": 4}, tasks=["depth"])
+    assert len(joined) == 10 and list(joined.tasks) == ["depth"]
+    train, val = load_data("rooms", "train", 6), load_data("rooms", "val", 4)
+    assert torch.equal(joined[5]["image"], train[5]["image"]) and torch.equal(joined[6]["image"], val[0]["image"])
+    assert torch.equal(joined[9]["depth"], val[3]["depth"])
+    some = joined.take(4)
+    assert len(some) == 4 and len({float(some[index]["image"].sum()) for index in range(4)}) == 4
+    assert len(load_images("rooms", "val")) == 256
+
+
+def test_a_folder_with_a_manifest_is_a_dataset_and_its_labels_are_no_pictures(folder: Path) -> None:
+    rows = "".join(f"{index:02}.png,{'test' if index > 11 else 'train'},{index:02}.png\n" for index in range(18))
+    (folder / "images.csv").write_text("image,split,texture\n" + rows)
+    (folder / "data.yaml").write_text("images: images.csv\ntasks: {texture: {}}\nsize: [24, 32]\n")
+    found = load_images(folder)
+    assert len(found) == 12 and not found.tasks
+    assert len(load_images(folder, "train+test")) == 18
+    (folder / "data.yaml").unlink()
+    assert load_images(folder) == folder
+    with pytest.raises(InputError, match="is a folder of pictures and has no splits"):
+        load_images(folder, "train")
