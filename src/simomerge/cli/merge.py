@@ -71,7 +71,7 @@ def command(as_json: bool, **given: Any) -> None:
     wanted = _Wanted(**given)
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
-    unseen = ("method", "tried", "then", "tree", "groups", "stitches")
+    unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement")
     details = ", ".join(f"{key} {_shown(value)}" for key, value in made.items() if key not in unseen)
     say(
         as_json,
@@ -282,7 +282,9 @@ def _tree_lines(made: dict[str, Any]) -> list[str]:
         for name, fit in made.get("stitches", {}).items()
         if "r2" in fit
     ]
-    return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + fits
+    judged = ", ".join(f"{task} {value:.2f}" for task, value in made.get("disagreement", {}).items())
+    lines = [f"  disagreement with the experts, relative to one encoder: {judged}"] if judged else []
+    return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + fits + lines
 
 
 def _shown(value: Any) -> str:

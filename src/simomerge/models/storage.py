@@ -88,7 +88,10 @@ def _save_tree(encoder: TreeEncoder, folder: Path, dtype: str | None) -> None:
 def _rounded(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
     """Tensors as a file stores them, with floats of another dtype. Raises InputError as `_in_dtype`."""
     kind = getattr(torch, dtype) if dtype else None
-    found = {name: _stored(value.to(kind) if value.is_floating_point() else value) for name, value in tensors.items()}
+    found = {
+        name: _stored(value.to(kind) if kind and value.is_floating_point() else value)
+        for name, value in tensors.items()
+    }
     if dtype:
         _check_finite(found, dtype)
     return found

@@ -29,7 +29,7 @@ from simomerge.models.model import SimoModel
 SEARCH_IMAGES = 64
 """Images that a search uses; the chosen tree is then stitched and folded on more."""
 
-POWER = 8
+POWER = 16
 """Without labels, the power of the disagreements before their mean.
 
 It is unknown without labels which task's disagreement with its expert costs accuracy. With a high power the tasks that
