@@ -42,6 +42,7 @@ _SCHEMA = {
         "apply_layernorm?": bool,
         "class?": str,
         "tree?": str,
+        "blocks?": [str],
     },
     "adapters": (dict, type(None)),
     "provenance": {"base?": _ORIGIN, "experts?": {str: _ORIGIN}, "merge?": {"method?": str}, "realign?": dict},
