@@ -70,6 +70,15 @@ def test_its_own_outputs_are_replaced(files: dict[str, Path], make_model: Any) -
     assert {path.name for path in Path("scene").iterdir()} == {"model.safetensors"}
 
 
+def test_models_of_all_kinds_are_replaced(files: dict[str, Path], make_model: Any) -> None:
+    """The tensors of a tree of encoders and of adapters have files of their own."""
+    make_model([sm.Task("depth")]).save_pretrained("scene")
+    for name in ("branches/depth", "stitches", "adapters"):
+        write_safetensors(f"scene/{name}.safetensors", {"w": np.ones(1, "f4")})
+    make_model([sm.Task("depth")]).save_pretrained("scene", overwrite=True)
+    assert not Path("scene/branches").exists()
+
+
 @pytest.mark.parametrize("output", [".", "", "..", "inside/../."])
 def test_the_current_folder_is_no_output(files: dict[str, Path], output: str) -> None:
     with pytest.raises(InputError, match="is the current folder or holds it"):
