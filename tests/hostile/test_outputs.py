@@ -45,21 +45,18 @@ def names() -> set[str]:
 # What must not be replaced --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "foreign", ["thesis.txt", "model.safetensors/thesis.txt", "encoder/thesis.txt", "photos/1.jpg"]
-)
+@pytest.mark.parametrize("foreign", ["thesis.txt", "model/thesis.txt", "encoder/thesis.txt", "photos/1.jpg"])
 def test_overwrite_replaces_only_models(files: dict[str, Path], foreign: str) -> None:
     place = Path("home") / foreign
     place.parent.mkdir(parents=True)
     place.write_text("precious")
     with pytest.raises(InputError, match="holds no model that could be replaced"):
         merge(files, "home")
-    if "model" not in foreign:
-        write_safetensors("home/model.safetensors", {"w": np.ones(1, "f4")})
-        with pytest.raises(InputError, match="which simomerge did not write and would delete"):
-            merge(files, "home")
-        with pytest.raises(InputError, match="did not write"):
-            compress(files["base"], {"depth": files["depth"]}, "home", overwrite=True)
+    write_safetensors("home/model.safetensors", {"w": np.ones(1, "f4")})
+    with pytest.raises(InputError, match="which simomerge did not write and would delete"):
+        merge(files, "home")
+    with pytest.raises(InputError, match="did not write"):
+        compress(files["base"], {"depth": files["depth"]}, "home", overwrite=True)
     assert place.read_text() == "precious"
 
 
@@ -71,6 +68,15 @@ def test_its_own_outputs_are_replaced(files: dict[str, Path], make_model: Any) -
     merge(files, "scene")
     merge(files, "scene")
     assert {path.name for path in Path("scene").iterdir()} == {"model.safetensors"}
+
+
+def test_models_of_all_kinds_are_replaced(files: dict[str, Path], make_model: Any) -> None:
+    """The tensors of a tree of encoders and of adapters have files of their own."""
+    make_model([sm.Task("depth")]).save_pretrained("scene")
+    for name in ("branches/depth", "stitches", "adapters"):
+        write_safetensors(f"scene/{name}.safetensors", {"w": np.ones(1, "f4")})
+    make_model([sm.Task("depth")]).save_pretrained("scene", overwrite=True)
+    assert not Path("scene/branches").exists()
 
 
 @pytest.mark.parametrize("output", [".", "", "..", "inside/../."])

@@ -25,10 +25,10 @@ FILE = "simo.json"
 
 _MARKS = (FILE, "compressed.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 """One of these is in every folder that simomerge or transformers writes."""
-_FOLDERS = ("encoder", "heads", "masks", "experts")
+_FOLDERS = ("encoder", "heads", "branches", "masks", "experts")
 _FILES = re.compile(
     r"(?:simo|compressed|config|(?:pre)?processor_config|generation_config|adapter_config)\.json|README\.md"
-    r"|(?:model|base|merged|adapters|adapter_model)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
+    r"|(?:model|base|merged|adapters|stitches|adapter_model)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
     r"|model\.safetensors\.index\.json|pytorch_model\.bin|\.gitattributes|\.DS_Store|Thumbs\.db|\..*\.(?:lock|tmp)"
 )
 _ORIGIN = {"source?": str, "fingerprint?": str}
@@ -108,7 +108,7 @@ def _is_ours(entry: Path, folder: Path) -> bool:
     """Whether an entry of a model folder is one that simomerge, transformers or a file manager writes."""
     if (folder / entry).is_dir() and not (folder / entry).is_symlink():
         return entry.parts[0] in _FOLDERS
-    in_own_folder = len(entry.parts) > 1 and entry.parts[0] in ("heads", "masks", "experts")
+    in_own_folder = len(entry.parts) > 1 and entry.parts[0] in _FOLDERS[1:]
     return bool(_FILES.fullmatch(entry.name)) or (in_own_folder and entry.suffix == ".safetensors")
 
 
