@@ -105,11 +105,9 @@ def float32(monkeypatch):
     """Training and inference in float32: comparisons to the last bit must not depend on the machine."""
     from accelerate.state import AcceleratorState
 
-    from simomerge.core import machine as devices
-    from simomerge.training import loop
+    from simomerge.core.machine import PRECISION
 
-    monkeypatch.setattr(devices, "mixed_precision", lambda device=None: "no")
-    monkeypatch.setattr(loop, "mixed_precision", lambda device=None: "no")
+    monkeypatch.setenv(PRECISION, "fp32")
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision it was made with
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -137,3 +137,11 @@ def test_a_better_row_without_labels_follows_the_story() -> None:
     assert sentences({"rows": rows})[1] == "Without any label, auto stands at -4.0 % on 256 unlabelled images."
     rows[2]["delta_mtl"] = {"mean": -6.0}
     assert len(sentences({"rows": rows})) == 1
+
+
+def test_few_test_images_are_a_warning_at_the_end() -> None:
+    run = {"rows": [{"family": "merge", "method": "ties", "merge": "ties", "delta_mtl": {"mean": -20.0}}]}
+    (plain,) = sentences(run)
+    assert sentences({**run, "test_images": 100}) == [plain]
+    warning = "These figures come from 99 test images only, so small differences may be chance."
+    assert sentences({**run, "test_images": 99}) == [plain, warning]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from simomerge.core.errors import InputError
+from simomerge.core.machine import PRECISION
 from simomerge.core.progress import show_progress
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.tasks import Task
@@ -128,7 +129,7 @@ class Random(DenseDataset):
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
     """Use float32: in bfloat16, batches of different sizes differ in the third digit."""
-    monkeypatch.setattr("simomerge.core.machine.mixed_precision", lambda device=None: "no")
+    monkeypatch.setenv(PRECISION, "fp32")
 
 
 def test_evaluate_equals_predicting_one_image_at_a_time(make_model):

@@ -27,8 +27,12 @@ from simomerge.recipes.stages import searches_scale
 from simomerge.training.evaluate import delta_mtl, normalised_performance
 
 
-def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """The results of a run whose stages are done: the content of ``results.json`` (docs/formats.md)."""
+def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task], test_images: int) -> dict[str, Any]:
+    """The results of a run whose stages are done: the content of ``results.json`` (docs/formats.md).
+
+    Args:
+        test_images: Number of images of the test split that there really are.
+    """
     return {
         "format": 1,
         "title": plan.recipe.title,
@@ -39,6 +43,7 @@ def summarise(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> dict[str, 
             {"name": t.name, "metric": t.metric, "unit": t.unit, "higher_is_better": t.higher_is_better}
             for t in tasks.values()
         ],
+        "test_images": test_images,
         "rows": [_row(plan, graph, tasks, row) for row in ("experts", *plan.rows)],
         "realignments": _realignments(plan),
         "scale_curves": _curves(plan, graph),

@@ -57,7 +57,7 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | 
     test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, graph)))["test"]
     with WorkerPool(workers) as pool:
         graph.build(plan.wanted(), pool)
-    results = summarise(plan, graph, test.tasks)
+    results = summarise(plan, graph, test.tasks, len(test))
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
     if distributed.is_first():
         atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")

@@ -24,6 +24,9 @@ FAMILIES = {
 }
 """The families of rows and their meaning."""
 
+FEW_TEST_IMAGES = 100
+"""With fewer test images, the sentences end with a warning."""
+
 ROUNDING = 0.05
 """Smaller differences of Delta_MTL, in points, do not show in one decimal."""
 
@@ -169,11 +172,19 @@ def sentences(results: Results) -> list[str]:
     recovery = _recovery(before, after, len(paired)) if after else "; nothing was re-aligned"
     story = [f"{_cost(before)}{recovery}.", *_without_labels(re_aligned, after)]
     control = _best(row for row in standings if row.family == "control")
-    if control is None:
-        return story
-    # Adapters have more parameters than heads, so the control is compared with a merge after the same steps.
-    counterpart = _best(row for row in paired if row.steps == control.steps)
-    return [*story, _control(control, before, counterpart or before)]
+    if control is not None:
+        # Adapters have more parameters than heads, so the control is compared with a merge after the same steps.
+        counterpart = _best(row for row in paired if row.steps == control.steps)
+        story.append(_control(control, before, counterpart or before))
+    return [*story, *_few_images(results)]
+
+
+def _few_images(results: Results) -> list[str]:
+    """A warning if the figures come from few test images."""
+    count = finite(results.get("test_images"))
+    if count is None or count >= FEW_TEST_IMAGES:
+        return []
+    return [f"These figures come from {count:.0f} test images only, so small differences may be chance."]
 
 
 def _standing(row: Row) -> Standing:

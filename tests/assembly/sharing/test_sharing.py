@@ -36,7 +36,6 @@ from simomerge.merging.tree import Tree
 from simomerge.models.encoders import Encoder, TreeEncoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel, load
-from simomerge.training import loop
 
 TASKS = {"depth": Task("depth"), "normals": Task("normals"), "parts": Task("parts", "segmentation", classes=("x", "y"))}
 METHOD = get_method("task-arithmetic", scale=0.4)
@@ -47,8 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*stays (close|near):UserWarning
 def always_float32() -> Iterator[None]:
     """Like the fixture `float32`, for the models that several tests share."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (machine, loop):
-            patch.setattr(module, "mixed_precision", lambda device=None: "no")
+        patch.setenv(machine.PRECISION, "fp32")
         AcceleratorState._reset_state(reset_partial_state=True)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)

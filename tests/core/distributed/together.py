@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -14,13 +15,12 @@ import torch
 from simomerge.assembly import budget
 from simomerge.assembly.realign import realign
 from simomerge.core import distributed
-from simomerge.core import machine as devices
+from simomerge.core.machine import PRECISION
 from simomerge.datasets import load_data
 from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.models.encoders import load_encoder
 from simomerge.models.model import SimoModel
-from simomerge.training import loop
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import cache_features
 from simomerge.training.lpft import finetune, fresh_head, image_losses, lpft
@@ -33,8 +33,7 @@ HEADS = {"linear": {}, "dpt": {"fusion_channels": 8}}
 
 def in_float32() -> None:
     """Use float32: in bfloat16 a share of a batch is rounded differently from the full batch."""
-    devices.mixed_precision = lambda device=None: "no"
-    loop.mixed_precision = devices.mixed_precision
+    os.environ[PRECISION] = "fp32"
 
 
 def model_of(base: Path, data: Any, kinds: dict[str, str]) -> SimoModel:
