@@ -39,6 +39,9 @@ lose most decide, so that no task is given up for another.
 LEAST_LOSS = 0.01
 """The smallest unit of a task's loss: a task that merging hardly changes does not outweigh the others."""
 
+VARIANT = "cross-tap"
+"""Variant of the fold, that of the chosen model: which trees are best depends on it."""
+
 SPLITS = 8
 """Number of blocks after which a search considers a split; deeper encoders are searched in larger steps."""
 
@@ -102,7 +105,8 @@ class TreeSearch:
         source = data if self._labelled else self.images._subset(judged)
         self._judge = Judge(self.experts, source, self._labelled, lenient=True)
         self._targets = {
-            task: list(head_targets(expert, {task: expert}, self.images)) for task, expert in self.experts.items()
+            task: list(head_targets(expert, {task: expert}, self.images, VARIANT))
+            for task, expert in self.experts.items()
         }
         self._stitches: Known = {}
         self._losses: dict[TaskPath, dict[str, float]] = {}
@@ -134,11 +138,11 @@ class TreeSearch:
         return tried
 
     def _measured(self, model: SimoModel, tasks: Sequence[str]) -> dict[str, float]:
-        """The loss against the expert, by task, after the fold per tap; 0 for tasks that do not count."""
+        """The loss against the expert, by task, after the fold; 0 for tasks that do not count."""
         batches = zip(*(self._targets[task] for task in tasks), strict=True)
         joined = [replace(b[0], targets=[target for each in b for target in each.targets]) for b in batches]
         some = model.select(list(tasks))
-        sums = head_sums(some, joined)
+        sums = head_sums(some, joined, VARIANT)
         folded = with_heads(some, sums.heads({t: fit.ridge for t, fit in sums.choose().items()}, hold_out=True))
         gains = self._judge.gains(self._judge.scores(folded))
         if self._labelled:
