@@ -11,6 +11,7 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.exporting.export import export
+from simomerge.models.heads import head_kind
 from simomerge.models.model import SimoModel
 from simomerge.runtime import Scene, check
 
@@ -67,7 +68,9 @@ class ExportContract:
 
     def promised(self, model: SimoModel) -> bool:
         """Whether docs/export.md promises free sizes for a model."""
-        return getattr(model.encoder, "architecture", "") in ("Dinov2Model", "DINOv3ViTModel", "SmallEncoder")
+        kinds = {head_kind(head) for head in model.heads.values()}
+        encoder = type(model.encoder.backbone).__name__
+        return encoder in ("Dinov2Model", "DINOv3ViTModel", "SmallEncoder") and kinds <= {"linear", "dpt"}
 
     def test_the_model_itself_is_left_as_it_was(self, model: SimoModel, tmp_path: Path) -> None:
         before = {name: value.clone() for name, value in model.state_dict().items()}
