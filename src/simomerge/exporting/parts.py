@@ -77,7 +77,8 @@ def parts_of(model: SimoModel, outputs: Outputs, options: Options, size: tuple[i
 
 def _example(model: SimoModel, options: Options, size: tuple[int, int]) -> Tensor:
     """Two black images; in whole patches if sizes are free."""
-    height, width = model.encoder.padded(*size) if options.dynamic else size
+    least = LEAST_PATCHES * model.encoder.multiple
+    height, width = model.encoder.padded(*(max(side, least) for side in size)) if options.dynamic else size
     if options.layout == "bytes":
         return torch.zeros(2, height, width, 3, dtype=torch.uint8)
     return torch.zeros(2, 3, height, width)

@@ -114,7 +114,8 @@ def _reason(error: BaseException | None) -> str:
         return "what it does depends on the values of the images, which a graph cannot express"
     operation = re.search(r"\b(?:aten|prims|torchvision)[.:]+\w+", text)
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()] or [type(chain[-1]).__name__]
-    return (f"operation {operation[0]}: " if operation else "") + lines[0][:160].rstrip(". ")
+    first = lines[0].partition(" For more information")[0][:160].rstrip(".! ")
+    return (f"operation {operation[0]}: " if operation else "") + first
 
 
 # Precision and formats ----------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
         torch.Size([1, 3, 64, 80])
     """
     old, new = x.shape[-2:], tuple(size)
-    if old == new:
+    free = any(isinstance(side, torch.SymInt) for side in (*old, *new))  # an exported graph of any size
+    if not free and old == new:
         return x
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if x.device.type != "cpu" or (x.shape[1] >= 16 and channels_last) or torch.compiler.is_compiling():
