@@ -3,8 +3,9 @@
     python benchmarks/hardening.py --inputs 20000 --kills 100 -o hardening.json
 
 Every reader gets valid files with random damage: changed bytes and values, other types, deep and huge content. Each
-input must be accepted or give an `InputError`, within ten seconds of a core and 2 GB. Then commands that write are killed at
-random moments, run beside each other, and run into limits of the system. The exit code is 1 if anything was found.
+input must be accepted or give an `InputError`, within ten seconds of a core and 2 GB. Then commands that write are
+killed at random moments, run at the same time, and run into limits of the system. The exit code is 1 if anything was
+found.
 """
 
 from __future__ import annotations
