@@ -3,8 +3,9 @@
     python benchmarks/hardening.py --inputs 20000 --kills 100 -o hardening.json
 
 Every reader gets valid files with random damage: changed bytes and values, other types, deep and huge content. Each
-input must be accepted or give an `InputError`, within ten seconds and 2 GB. Then commands that write are killed at
-random moments, run beside each other, and run into limits of the system. The exit code is 1 if anything was found.
+input must be accepted or give an `InputError`, within ten seconds of a core and 2 GB. Then commands that write are
+killed at random moments, run at the same time, and run into limits of the system. The exit code is 1 if anything was
+found.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ YAML = [
 
 
 class Hang(BaseException):
-    """A reader took longer than `SECONDS`."""
+    """A reader needed more than `SECONDS` of a core, or waited twenty times as long."""
 
 
 class Tally:
@@ -60,7 +61,8 @@ class Tally:
     def run(self, read: Callable[[], Any], label: str = "") -> None:
         """Read one input."""
         before = _peak()
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, 20 * SECONDS)
         try:
             read()
             found = "accepted"
@@ -74,6 +76,7 @@ class Tally:
             place = [frame for frame in traceback.extract_tb(error.__traceback__) if "simomerge" in frame.filename][-1:]
             found = f"escape: {type(error).__name__} at {place[0].name if place else '?'}"
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
         self.counts["tried"] += 1
         self.counts[found] += 1
@@ -245,6 +248,7 @@ def readers(folder: Path) -> dict[str, Reader]:
 def fuzz(count: int, seed: int = 0) -> Iterator[Tally]:
     """Give every reader ``count`` damaged files."""
     signal.signal(signal.SIGALRM, _hang)
+    signal.signal(signal.SIGPROF, _hang)
     with tempfile.TemporaryDirectory() as given, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, (place, damage, read) in readers(Path(given)).items():

@@ -9,6 +9,7 @@ from typing import Any
 LONGEST_MESSAGE = 2000
 """Characters of an error message."""
 
+_LONGEST_VALUE = 300
 _CONTROL = {
     code: None
     for code in (
@@ -61,7 +62,7 @@ def shown(value: Any) -> str:
         ("'depth'", "'xxxxxxxxx", '[0, 1, 2, 3, 4, 5, ...]')
     """
     try:
-        return printable(_short.repr(value))
+        return shortened(_short.repr(value), _LONGEST_VALUE)
     except (ValueError, RecursionError):  # an integer of thousands of digits
         return f"a {type(value).__name__}"
 

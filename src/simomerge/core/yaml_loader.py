@@ -10,8 +10,23 @@ _MOST_MERGED = 10_000
 """Keys that ``<<`` may bring into one mapping. Each use copies the keys of a mapping, so nested ones multiply."""
 
 
+_DEEPEST = 100
+
+
 class StrictLoader(yaml.SafeLoader):
-    """The loader. It rejects keys that are given twice and merges that multiply."""
+    """The loader. It rejects keys that are given twice, merges that multiply, and values that are nested too deeply."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > _DEEPEST:  # each level costs more than the one before
+            raise yaml.YAMLError("it is nested too deeply")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def flatten_mapping(self, node: Any) -> None:
         before = len(node.value)
