@@ -54,8 +54,8 @@ def test_mirroring_reverses_the_columns_of_everything_and_negates_the_x_of_norma
     assert flipped.keys() == sample.keys()
     for name, value in sample.items():
         expected = torch.from_numpy(np.ascontiguousarray(value.numpy()[..., ::-1]))
-        if name == "normals":
-            expected = expected * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
+        if name in ("normals", "flow"):
+            expected = torch.cat([-expected[:1], expected[1:]])
         assert torch.equal(flipped[name], expected), name
 
 

@@ -27,7 +27,7 @@ def always_float32(float32: None) -> None:
 
 @pytest.fixture(scope="module")
 def rooms() -> DenseDataset:
-    return load_data("rooms", split="val", count=6, size=(40, 56)).select(["depth", "normals"])
+    return load_data("rooms", split="val", count=16, size=(40, 56)).select(["depth", "normals"])
 
 
 def perturbed(base: SimoModel, rooms: DenseDataset, task: str, head: str, seed: int) -> SimoModel:

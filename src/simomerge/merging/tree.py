@@ -64,7 +64,7 @@ class Tree:
     Example:
         >>> tree = Tree.of("2: all | 3: edges, depth+normals | each", ["depth", "normals", "edges"], blocks=4)
         >>> tree.cost(), str(tree)
-        (2.0, '2: depth+normals+edges | 3: depth+normals, edges | 4: depth, normals, edges')
+        (1.75, '2: depth+normals+edges | 3: depth+normals, edges | 4: depth, normals, edges')
         >>> print(tree.drawing())
         blocks 1-2: depth + normals + edges
         |-- block 3: depth + normals

@@ -114,8 +114,9 @@ def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None
     if recipe.data == "rooms":
         _check_rooms(recipe)
     else:
+        opened = _opened(splits, recipe)
         unlabelled = load_data(recipe.data, recipe.align_split, tasks=[], **recipe.data_options)  # or an unknown split
-        _note_counts(recipe, _opened(splits, recipe), len(unlabelled))
+        _note_counts(recipe, opened, len(unlabelled))
     if recipe.align_images is not None:
         open_data({"spec": recipe.align_images, "count": None, "unlabelled": True})  # raises if it is missing
     _check_batches(recipe)

@@ -214,7 +214,7 @@ def test_normalisation_of_a_processor_that_transformers_5_wrote(tiny_base, tmp_p
     assert load_encoder(folder).preprocessing == {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
 
 
-@pytest.mark.parametrize(("text", "message"), [('{"image_mean": null}', "image_mean is None"), ("[]", "no mapping")])
+@pytest.mark.parametrize(("text", "message"), [('{"image_mean": null}', "image_mean is None"), ("[]", "not a mapping")])
 def test_a_strange_preprocessor_is_refused_by_name(tiny_base, tmp_path, text, message):
     folder = copy_with(tiny_base, tmp_path / "strange")
     (folder / "preprocessor_config.json").write_text(text)

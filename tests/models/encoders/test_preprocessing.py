@@ -72,7 +72,7 @@ def test_the_usual_file_is_read_to_the_last_digit(tmp_path: Path) -> None:
         ({"rescale_factor": 0}, "rescale_factor is 0; give a number above 0"),
         ({"rescale_factor": "1/255"}, "rescale_factor is '1/255'"),
         ({"image_std": [1, 0, 1]}, "image_std is"),
-        ({"image_mean": [float("nan")] * 3}, "image_mean is"),
+        ({"image_mean": [float("nan")] * 3}, "cannot be read .NaN is not a number"),
         ({"image_mean": 0.5}, "image_mean is 0.5; give three numbers"),
         ({"image_processor_type": "MyProcessor"}, "names no image_mean, and the default of MyProcessor is unknown"),
     ],

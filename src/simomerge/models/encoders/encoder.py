@@ -215,16 +215,17 @@ class Encoder(nn.Module):
 
         Narrow models on a CPU are loaded with the eager attention, which is faster in training only.
         """
-        config: Any = getattr(self.backbone, "config", None)
-        eager = getattr(config, "_attn_implementation", None) == "eager" and getattr(self.backbone, "_supports_sdpa", 0)
-        if torch.is_grad_enabled() or not eager:
-            yield
-            return
-        config._attn_implementation = "sdpa"
+        changed: list[Any] = []
+        if not torch.is_grad_enabled() and any(getattr(each, "_supports_sdpa", False) for each in self.modules()):
+            configs = {id(config): config for each in self.modules() if (config := getattr(each, "config", None))}
+            changed = [each for each in configs.values() if getattr(each, "_attn_implementation", None) == "eager"]
         try:
+            for config in changed:
+                config._attn_implementation = "sdpa"
             yield
         finally:
-            config._attn_implementation = "eager"
+            for config in changed:
+                config._attn_implementation = "eager"
 
     def source(self, task: str) -> str:
         """A name for the features that a task's head reads: tasks with the same name share them."""
