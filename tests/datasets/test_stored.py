@@ -77,12 +77,14 @@ def in_palette(path: Path, indices: list[int], greys: list[int]) -> Path:
 
 def test_labels_in_a_palette_of_greys_are_greys_or_indices_whichever_are_labels(tmp_path: Path) -> None:
     indices = in_palette(tmp_path / "indices.png", [0, 1, 1], [0, 255])
-    greys = in_palette(tmp_path / "greys.png", [0, 1, 2], [0, 2, 1])
+    greys = in_palette(tmp_path / "greys.png", [0, 1, 1], [0, 2])
     assert Stored(PARTS).read(indices).tolist() == [[0, 1, 1]]
     with pytest.raises(InputError, match="greys of its palette are labels of parts, and so are its indices"):
         Stored(PARTS).read(greys)
     with pytest.raises(InputError, match="greys of its palette are labels"):
         Stored(PARTS, ignore=(255.0,)).read(indices)
+    unordered = in_palette(tmp_path / "unordered.png", [0, 1, 2], [0, 2, 1])
+    assert Stored(PARTS).read(unordered).tolist() == [[0, 2, 1]]
     only_greys = in_palette(tmp_path / "only.png", [3, 4, 5], [9, 9, 9, 0, 2, 1])
     assert Stored(PARTS).read(only_greys).tolist() == [[0, 2, 1]]
 

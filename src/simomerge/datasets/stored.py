@@ -247,12 +247,17 @@ class Stored:
         """The labels of a picture with a palette of greys: its greys or its indices, whichever are labels of the task.
 
         Programs that compress PNG files give a grey picture such a palette, and other programs store indices in one.
+        The greys of the latter rise with the index; greys in another order are the values themselves.
 
         Raises:
-            InputError: Both are labels of the task, and they differ.
+            InputError: Both are labels of the task, they differ, and the greys rise with the index.
         """
         indices = None if path.suffix.lower() == ".npy" else grey_palette_indices(path)
         if indices is None or np.array_equal(indices, greys) or not self._are_labels(indices):
+            return greys
+        _, first = np.unique(indices, return_index=True)
+        rise = bool((np.diff(greys.reshape(-1)[first].astype(int)) > 0).all())
+        if self._are_labels(greys) and not rise:
             return greys
         if self._are_labels(greys):
             raise InputError(
