@@ -67,8 +67,11 @@ def command(
         predictor.to(device)
         batch, half = int(given["batch_size"]), bool(given["half"])
         frames = predict_frames(predictor, frames_of(sources), batch, list(tasks), height_width, half)
-        for done, (frame, maps) in enumerate(frames, start=1):
-            written += map(str, saver.save(frame, maps))
-            progress("predict", done, total or done, "")
-        saver.close()
+        try:
+            for done, (frame, maps) in enumerate(frames, start=1):
+                written += map(str, saver.save(frame, maps))
+                progress("predict", done, total or done, "")
+            saver.close()
+        finally:
+            saver.discard()  # after an error or Ctrl-C no half video stays
     say(as_json, {"written": written}, *written)

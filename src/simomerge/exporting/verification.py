@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import Images, as_images
@@ -82,16 +81,6 @@ def _bytes(image: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
     bytes_: np.ndarray = (resized(image[None], size)[0] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return np.ascontiguousarray(bytes_)
-
-
-@torch.no_grad()
-def predicted_by_torch(graph: nn.Module, names: list[str], frames: Frames) -> list[Maps]:
-    """The outputs of a graph in torch, by name, for each frame."""
-    found = []
-    for frame in frames:
-        values = graph(torch.from_numpy(frame)[None])
-        found.append({name: value[0].numpy() for name, value in zip(names, values, strict=True)})
-    return found
 
 
 def verify(

@@ -123,6 +123,13 @@ class Saver:
             self._video.close()
             self._video = None
 
+    def discard(self) -> None:
+        """Remove the video that is being written, if it was not finished."""
+        if self._video is not None:
+            self._video.container.close()
+            self._video.unfinished.unlink(missing_ok=True)
+            self._video = None
+
 
 class _Video:
     """An MP4 file of 25 frames per second; under a temporary name until it is closed."""
