@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
+from simomerge.core.machine import PRECISION
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
 from simomerge.training.loop import TrainLog, _State, fit, validation_loss
@@ -374,3 +376,17 @@ def test_the_learning_rate_decays_from_the_last_block_to_the_first() -> None:
     }
     assert rates(TrainSettings(lr=1e-2, layer_decay=0.5))["encoder.backbone.layers.1.weight"] == 5e-3
     assert set(rates(TrainSettings(lr=1e-2)).values()) == {1e-2}
+
+
+def test_trainings_of_one_process_may_differ_in_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head trains in bfloat16 where an encoder with depthwise convolutions trains in float32."""
+    for precision in ("bf16", "fp32", "bf16"):
+        monkeypatch.setenv(PRECISION, precision)
+        model = nn.Linear(2, 1)
+
+        def losses(batch: Any, model: nn.Module = model) -> dict[str, Tensor]:
+            return {"a": model(batch["x"]).square().mean()}
+
+        log = fit(model, losses, [{"x": torch.ones(2)}] * 4, TrainSettings(steps=1))
+        assert log.steps == 1 and AcceleratorState().mixed_precision == ("no" if precision == "fp32" else "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)

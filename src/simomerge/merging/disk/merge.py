@@ -87,8 +87,7 @@ def merge_on_disk(
     check_models(chosen, foundation.weights, weights)
     unrecorded = check_base(foundation, opened)
     _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
-    how = describe_method(chosen, depthwise)
-    layout = storage_layout(foundation.weights, target.storage)
+    how, layout = describe_method(chosen, depthwise), storage_layout(foundation.weights, target.storage)
     blocks = foundation.blocks or opened[min(opened)].blocks
     tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads, blocks)
     tensors.prepare()  # in this thread, where Ctrl-C stops it at once, and before anything is written
