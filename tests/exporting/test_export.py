@@ -145,6 +145,8 @@ def test_a_difference_beyond_the_limit_is_an_error_that_names_it() -> None:
     with pytest.raises(InputError, match=r"nothing was written, because depth differs from torch by 3 \(%, mean rel"):
         verification.check_rows(rows, "scene.onnx")
     verification.check_rows(rows_for(np.full((2, 2), 1.03), np.ones((2, 2)), 4.0), "scene.onnx")
+    with pytest.raises(InputError, match="Sizes cannot be free here: leave out --dynamic"):
+        verification.check_rows([{**rows[0], "images": verification.OTHER_SIZE}], "scene.onnx")
 
 
 def test_images_to_calibrate_on_are_others_than_those_to_compare() -> None:

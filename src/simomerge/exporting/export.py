@@ -132,7 +132,7 @@ def _frames(images: Any, size: tuple[int, int], options: Options) -> tuple[verif
     if options.precision != "int8":  # its scales fit images, not noise
         frames["random"] = verification.random_frames(size)
         if options.dynamic:
-            frames["random, other size"] = verification.random_frames((size[0] * 2 // 3 + 1, size[1] * 3 // 4 + 1))
+            frames[verification.OTHER_SIZE] = verification.random_frames((size[0] * 2 // 3 + 1, size[1] * 3 // 4 + 1))
     frames["rooms" if images is None else "given"] = real
     return calibration, frames
 

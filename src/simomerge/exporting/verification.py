@@ -22,6 +22,9 @@ LIMITS = {
 HELD_OUT = 4
 """Images of a folder on which a file is verified; int8 is calibrated on others, if there are enough."""
 
+OTHER_SIZE = "random, other size"
+"""The source of frames that have another size than the traced ones."""
+
 Frames = list[np.ndarray]
 """uint8 RGB (H, W, 3) each."""
 
@@ -105,6 +108,12 @@ def verify(
     return rows
 
 
+def _remedy(images: str) -> str:
+    if images == OTHER_SIZE:
+        return "Sizes cannot be free here: leave out --dynamic."
+    return "Choose a higher precision, or accept it with --limit."
+
+
 def check_rows(rows: list[dict[str, Any]], file: str) -> None:
     """Raise InputError for the row that is furthest beyond its limit."""
     wrong = [row for row in rows if not row["ok"]]
@@ -112,6 +121,5 @@ def check_rows(rows: list[dict[str, Any]], file: str) -> None:
         row = max(wrong, key=lambda row: row["difference"] / max(row["limit"], 1e-12))
         raise InputError(
             f"{file}: nothing was written, because {row['output']} differs from torch by {row['difference']:.3g}"
-            f" ({row['measure']}; limit {row['limit']:g}) on {row['images']} images. Choose a higher precision, or"
-            f" accept it with --limit."
+            f" ({row['measure']}; limit {row['limit']:g}) on {row['images']} images. {_remedy(row['images'])}"
         )
