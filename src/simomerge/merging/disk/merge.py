@@ -87,15 +87,14 @@ def merge_on_disk(
     check_models(chosen, foundation.weights, weights)
     unrecorded = check_base(foundation, opened)
     _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
-    how = describe_method(chosen, depthwise)
-    layout = storage_layout(foundation.weights, target.storage)
+    how, layout = describe_method(chosen, depthwise), storage_layout(foundation.weights, target.storage)
     blocks = foundation.blocks or opened[min(opened)].blocks
     tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads, blocks)
     tensors.prepare()  # in this thread, where Ctrl-C stops it at once, and before anything is written
     if makes_model:
         origins = {task: expert.origin() for task, expert in opened.items()}
-        provenance = merge_provenance(foundation.origin(), origins, how)
-        write_model(target, opened, provenance, tensors, layout, [foundation])
+        recorded = merge_provenance(foundation.origin(), origins, how)
+        write_model(target, opened, recorded, tensors, layout, [foundation])
     else:
         write_weights(target, [foundation, *opened.values()], tensors, layout)
     tensors.warn_of_unchanged()
