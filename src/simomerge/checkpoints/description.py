@@ -142,6 +142,18 @@ def branch_file(folder: Path, task: str) -> Path:
     return folder / "branches" / f"{task}.safetensors"
 
 
+def is_file_name(task: str) -> bool:
+    """Whether a task can name a file, which must not lead out of its folder."""
+    return bool(task) and Path(task).name == task and "\0" not in task and len(task.encode()) < 200
+
+
+def file_name(task: str) -> str:
+    """The task, which is to become the name of a file. Raises InputError if it cannot be one."""
+    if not is_file_name(task):
+        raise InputError(f"{task!r} cannot be the name of a task, for it becomes the name of a file: choose another.")
+    return task
+
+
 def existing(path: Path) -> Path:
     """The path of a file of a model folder. Raises InputError if there is no such file."""
     if not path.is_file():

@@ -25,7 +25,9 @@ from simomerge.checkpoints.description import (
     FILE,
     check_output,
     existing,
+    file_name,
     head_file,
+    is_file_name,
     read_description,
     write_description,
 )
@@ -44,11 +46,12 @@ from simomerge.core.text import shown
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
-from simomerge.merging.disk.sources import CONFIGS, Source, open_source
+from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged, open_source
 
 FORMAT = 1
 """Version of the compressed folder's format."""
 
+_REMEDY = "copy the folder from its source again."
 _DESCRIPTION, _BASE, _MERGED = "compressed.json", "base.safetensors", "merged.safetensors"
 _SCALES = "simomerge.scales"  # in a mask file: float32, one per mask, in the order of their sorted names
 
@@ -132,7 +135,7 @@ def compress(
     if dtype not in FLOATS:
         raise InputError(f"The merged task vector cannot be stored as {dtype!r}: use one of F16, BF16, F32.")
     foundation = open_source(base)
-    opened = {_file_name(task): open_source(path, foundation.weights) for task, path in experts.items()}
+    opened = {file_name(task): open_source(path, foundation.weights) for task, path in experts.items()}
     check_models(TaskArithmetic(), foundation.weights, {task: expert.weights for task, expert in opened.items()})
     check_base(foundation, opened)
     files = {task: _small_files(expert) for task, expert in opened.items()}
@@ -148,8 +151,7 @@ def compress(
             "tasks": {task: {**opened[task].origin(), **asdict(fit)} for task, fit in fits.items()},
             "bytes_before": sum(_expert_size(expert, files[task]) for task, expert in opened.items()),
         }
-        for source in (foundation, *opened.values()):
-            source.weights.check_unchanged()
+        check_unchanged([foundation, *opened.values()])
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return Compression(description["bytes_before"], _size(Path(output)), fits)
 
@@ -162,22 +164,11 @@ def _thresholds(threshold: float | str) -> tuple[float, ...]:
     return (float(threshold),)
 
 
-def _file_name(task: str) -> str:
-    if not _is_file_name(task):
-        raise InputError(f"{task!r} cannot be the name of a task, for it becomes the name of a file: choose another.")
-    return task
-
-
-def _is_file_name(task: str) -> bool:
-    """Whether a task can name a file, which must not lead out of its folder."""
-    return bool(task) and Path(task).name == task and "\0" not in task and len(task.encode()) < 200
-
-
 def _small_files(expert: Source) -> dict[str, Path]:
     """Everything but weights that a restored folder needs: place in that folder -> file of the expert."""
     files = {}
     if expert.description:
-        required = [expert.path / FILE, *(head_file(expert.path, _file_name(t)) for t in expert.description["tasks"])]
+        required = [expert.path / FILE, *(head_file(expert.path, file_name(t)) for t in expert.description["tasks"])]
         required += [expert.path / "adapters.safetensors"] * bool(expert.description["adapters"])
         files = {str(file.relative_to(expert.path)): existing(file) for file in required}
     if expert.path.is_dir():
@@ -377,9 +368,9 @@ def _restored_tensors(folder: Path, base: Checkpoint, task: str) -> Iterator[tup
     measured = {name: base.info(name).shape for name in base if is_running_statistic(name) and name not in merged}
     layout = _mask_layout({name: merged.info(name).size for name in merged}, measured)
     if {name: masks.info(name) for name in masks} != layout:
-        raise InputError(f"{file} does not fit {folder / _MERGED}: copy the folder from its source again.")
+        raise InputError(f"{file} does not fit {folder / _MERGED}: {_REMEDY}")
     if any(name not in parts or tensor_info(parts, name).shape != merged.info(name).shape for name in merged):
-        raise InputError(f"{folder / _MERGED} does not fit {folder / _BASE}: copy the folder from its source again.")
+        raise InputError(f"{folder / _MERGED} does not fit {folder / _BASE}: {_REMEDY}")
     scales = dict(zip(sorted(merged), masks[_SCALES].tolist(), strict=True))
 
     def value(name: str) -> np.ndarray:
@@ -394,14 +385,13 @@ def _read_compressed(folder: Path) -> dict[str, Any]:
     path = folder / _DESCRIPTION
     if not path.is_file():
         raise InputError(f"{folder} is not a compressed folder (no {_DESCRIPTION} in it): give one of compress.")
-    remedy = "copy the folder from its source again."
-    description: dict[str, Any] = read_json(path, remedy, {"format": int})
+    description: dict[str, Any] = read_json(path, _REMEDY, {"format": int})
     if description["format"] > FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     try:
         check(description, {"tasks": {str: dict.fromkeys(Fit.__dataclass_fields__, float)}, "bytes_before": float})
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from error
-    if unnamed := [task for task in description["tasks"] if not _is_file_name(task)]:
-        raise InputError(f"{path} is damaged (task {shown(unnamed[0])} cannot be a file's name): {remedy}")
+        raise InputError(f"{path} is damaged ({error}): {_REMEDY}") from error
+    if unnamed := [task for task in description["tasks"] if not is_file_name(task)]:
+        raise InputError(f"{path} is damaged (task {shown(unnamed[0])} cannot be a file's name): {_REMEDY}")
     return description

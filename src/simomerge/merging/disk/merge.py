@@ -93,8 +93,8 @@ def merge_on_disk(
     tensors.prepare()  # in this thread, where Ctrl-C stops it at once, and before anything is written
     if makes_model:
         origins = {task: expert.origin() for task, expert in opened.items()}
-        provenance = merge_provenance(foundation.origin(), origins, how)
-        write_model(target, opened, provenance, tensors, layout, [foundation])
+        recorded = merge_provenance(foundation.origin(), origins, how)
+        write_model(target, opened, recorded, tensors, layout, [foundation])
     else:
         write_weights(target, [foundation, *opened.values()], tensors, layout)
     tensors.warn_of_unchanged()

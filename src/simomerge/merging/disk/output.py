@@ -17,7 +17,7 @@ from simomerge.checkpoints.writing import Tensors, write_safetensors, write_shar
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_not_current
-from simomerge.merging.disk.sources import CONFIGS, Source
+from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -90,13 +90,13 @@ def write_weights(output: Output, inputs: Sequence[Source], tensors: Tensors, la
     """
     # The inputs still exist, so this can be made again: nothing waits until the disk has it.
     if output.is_file:
-        check = partial(_check_unchanged, inputs)
+        check = partial(check_unchanged, inputs)
         write_safetensors(output.path, tensors, None, layout, output.threads, durable=False, check=check)
         return
     with atomic_folder(output.path, output.overwrite, durable=False) as folder:
         write_sharded(folder, tensors, None, layout, output.max_shard_size, output.threads, durable=False)
         _copy_configs(inputs[0].encoder_folder(), folder, layout)
-        _check_unchanged(inputs)
+        check_unchanged(inputs)
 
 
 def write_model(
@@ -135,12 +135,7 @@ def write_model(
         encoder = folder / "encoder"
         write_sharded(encoder, tensors, None, layout, output.max_shard_size, output.threads, durable=False)
         _copy_configs(next(iter(heads.values())).encoder_folder(), encoder, layout)
-        _check_unchanged([*heads.values(), *others])
-
-
-def _check_unchanged(inputs: Sequence[Source]) -> None:
-    for source in inputs:
-        source.weights.check_unchanged()
+        check_unchanged([*heads.values(), *others])
 
 
 def describe_heads(heads: Mapping[str, Source]) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,12 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     if path.is_dir():
         check_config(source.encoder_folder())
     return source
+
+
+def check_unchanged(inputs: Iterable[Source]) -> None:
+    """Raise InputError if the weights of one are no longer what they were when it was opened."""
+    for source in inputs:
+        source.weights.check_unchanged()
 
 
 def without_extras(base: Source, experts: Mapping[str, Source]) -> Source:
