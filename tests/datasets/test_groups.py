@@ -6,12 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simomerge.datasets.groups import held_out, training_images
+from simomerge.datasets.groups import LEAST_IMAGES, held_out, training_images
 from simomerge.datasets.pictures import as_images
+
+
+class Folders(list[str]):
+    """Images, each of which is the name of its folder."""
+
+    def group(self, index: int) -> str:
+        return self[index]
+
 
 SHARES = st.sampled_from([0.1, 0.125, 0.2, 0.25, 0.3, 0.5])
 
@@ -24,6 +32,14 @@ def test_about_the_share_is_held_out_and_nothing_is_in_both_parts(count: int, sh
     assert bool(out) == (share * count >= 1)
     if count >= 8 / share:
         assert len(out) >= 0.6 * share * count
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
+@example([7, 1])
+@example([3, 1, 4])
+def test_two_of_the_least_images_are_held_out_whatever_their_folders(sizes: list[int]) -> None:
+    folders = Folders(str(number) for number, size in enumerate(sizes) for _ in range(size))
+    assert len(held_out(folders)) >= (2 if len(folders) >= LEAST_IMAGES else 0)
 
 
 @given(st.integers(32, 500), SHARES)

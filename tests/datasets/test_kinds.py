@@ -52,6 +52,8 @@ def test_masks_with_other_values_are_refused_unless_they_are_named(tmp_path: Pat
         MASK.read(file)
     assert Stored(MASK.task, ignore=(128,)).read(file).tolist() == [[[0, -1, 1]]]
     assert Stored(MASK.task, scale=1 / 255).read(file).flatten().tolist() == pytest.approx([0, 128 / 255, 1])
+    with pytest.raises(InputError, match="binary mask with the values 1, 255"):  # 255 may mark unknown pixels
+        MASK.read(saved(tmp_path / "void.png", np.array([[1, 255]], np.uint8)))
     with pytest.raises(InputError, match="binary mask with the values 0, 7"):
         MASK.read(saved(tmp_path / "seven.png", np.array([[0, 7]], np.uint8)))
     floats = saved(tmp_path / "mask.npy", np.array([[0.0, 1.0, np.nan, 0.5]], np.float32))

@@ -33,7 +33,8 @@ def held_out(images: Any, share: float = SHARE) -> list[int]:
         share: Share of the images to hold out, from 0 to 0.5.
 
     Returns:
-        No index if there are fewer than ``1 / share`` images.
+        No index if there are fewer than ``1 / share`` images. At least two for the default share of
+        `LEAST_IMAGES` images or more, because predictions for two images are compared.
 
     Example:
         >>> held_out([None] * 32)
@@ -45,7 +46,7 @@ def held_out(images: Any, share: float = SHARE) -> list[int]:
     if share * count < 1 - 1e-9:
         return []
     by_folder = _every_nth(_folders(images), share)
-    return by_folder if len(by_folder) >= share * count / 2 else _every_nth(_runs(count, share), share)
+    return by_folder if len(by_folder) > share * count / 2 else _every_nth(_runs(count, share), share)
 
 
 def training_images(images: Any, share: float) -> list[int]:
