@@ -106,7 +106,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "no photo": (("predict", "SCENE", "./nowhere.png", "-o", "OUT"), "nowhere.png: no such image file"),
     "no picture": (("predict", "SCENE", "PHOTO", "TEXT", "-o", "OUT"), "cannot be read as an image"),
     "broken picture": (("predict", "SCENE", "BROKEN", "-o", "OUT"), "cannot be read as an image"),
-    "photo of a file": (("predict", "SCENE", "PHOTO", "-o", "TEXT"), "File exists"),
+    "photo of a file": (("predict", "SCENE", "PHOTO", "-o", "TEXT"), "is a file; give a folder to write into"),
     "inspected path": (("inspect", "./nowhere"), "does not exist"),
     "inspected file": (("inspect", "TEXT"), "not a weight file"),
     "inspected folder": (("inspect", "FOLDER"), "holds no weights"),

@@ -53,6 +53,8 @@ def command(
     height_width = parse_size(size) if size else None
     device = named_device(given["device"])
     sources = find_sources(images)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; give a folder to write into.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output} has files in it; choose another folder, or give --overwrite.")
     check_sources(sources)  # before anything is written
