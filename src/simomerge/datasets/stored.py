@@ -328,7 +328,11 @@ def _mask(stored: np.ndarray, ignored: np.ndarray, scale: float | None, path: So
         return np.where(ignored | ~np.isfinite(values), np.float32(-1), values)
     found = np.unique(stored[~ignored])
     largest = found.max(initial=0)
-    if (found != 0).sum() > 1 or (largest > 1 and largest not in (255, np.iinfo(stored.dtype).max)) or found.min(initial=0) < 0:
+    if (
+        (found != 0).sum() > 1
+        or (largest > 1 and largest not in (255, np.iinfo(stored.dtype).max))
+        or found.min(initial=0) < 0
+    ):
         raise InputError(
             f"{path}: a binary mask with the values {', '.join(map(str, found[:4].tolist()))}; it holds 0 and 1, or 0"
             " and the largest value of its type. Name others under ignore, or give a scale."
