@@ -196,6 +196,23 @@ def test_grey_pictures_stored_in_colour_are_read_as_grey(tmp_path: Path) -> None
     assert Stored(Task("depth")).read(file).tolist() == [[[0, 1, 2]]]
 
 
+def test_black_next_to_a_single_colour_is_a_class(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    red = np.zeros((6, 8, 3), np.uint8)
+    red[:2] = 255, 0, 0
+    tasks = drafted(tmp_path, masks=fill(tmp_path / "masks", lambda: red))
+    assert tasks["masks"]["colours"] == [[0, 0, 0], [255, 0, 0]] and "ignore" not in tasks["masks"]
+    only = fill(tmp_path / "only", lambda: red[:2])
+    with pytest.raises(InputError, match=r"one colour \[255, 0, 0\], but a segmentation has two classes"):
+        draft_manifest(tmp_path / "photos", {"only": only}, tmp_path, {"only": "segmentation"})
+
+
+@pytest.mark.parametrize(("name", "message"), [("one two", "letters, digits"), ("split", "no task can be called")])
+def test_a_name_that_no_task_can_have_is_refused_before_files_are_read(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        draft_manifest(tmp_path / "missing", {name: tmp_path / name}, tmp_path)
+
+
 # What a manifest must not merge -------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from simomerge.recipes.recipe import DEMO_TASKS, Recipe, RecipeError
         ({"relate": True, "val_images": 6}, "relate needs at least two tasks, and 16 images"),
         ({"relate": True, "tasks": ("depth",)}, "relate needs at least two tasks"),
         ({"align_split": "test"}, "align_split names the test split"),
+        ({"align_split": "train + Testing", "data": "data.yaml"}, "align_split names the test split"),
+        ({"align_split": "val+dev", "data": "data.yaml"}, "name each split once"),
         ({"seeds": ()}, "at least one seed"),
         ({"seeds": (1, 2, 1)}, "seeds has 1 twice"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,9 @@ import numpy as np
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text, check_absent
 from simomerge.datasets.pictures import SUFFIXES, files_of
-from simomerge.datasets.rows import SPLITS, known_split
+from simomerge.datasets.rows import COLUMNS, SPLITS, known_split
 from simomerge.datasets.stored import read_array
-from simomerge.datasets.tasks import KINDS
+from simomerge.datasets.tasks import KINDS, Task
 
 TARGET_SUFFIXES = (*SUFFIXES, ".npy", ".pfm", ".exr", ".flo")
 SAMPLES = 24
@@ -70,15 +71,20 @@ def draft_manifest(
         kinds: the kinds of some tasks; the others are guessed.
 
     Raises:
-        InputError: a folder has no files, no target belongs to an image, or a kind cannot be guessed.
+        InputError: a task cannot have its name, a folder has no files, no target belongs to an image, or a kind cannot
+            be guessed.
     """
     kinds = dict(kinds or {})
     if wrong := [task for task in kinds if task not in targets]:
         raise InputError(f"kind of {wrong[0]!r}: there is no folder of that task; it has {', '.join(targets)}.")
+    for task in targets:
+        Task(task, "depth")  # raises for a name that a manifest refuses
+        if task in COLUMNS:
+            raise InputError(f"{targets[task]}: no task can be called {task!r}; name it as TASK=FOLDER.")
     draft, pictures = Draft(root), files_of(images, SUFFIXES)
     draft.rows = [{"image": _relative(path, root)} for path in pictures]
     keys = [_key(path, images) for path in pictures]
-    if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+    if twice := [key for key, number in Counter(keys).items() if number > 1]:
         raise InputError(f"{images}: two images are named {twice[0]!r} (with other suffixes); keep one of them.")
     for task, folder in targets.items():
         files = files_of(folder, TARGET_SUFFIXES)
@@ -259,8 +265,11 @@ def _labels(arrays: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[str]]:
         colours = [tuple(colour) for colour in _colours_of(arrays).tolist()]
         if len(colours) > MANY_COLOURS:
             raise InputError(f"{len(colours)} different colours in the masks; save labels without compression by JPEG.")
-        ignored = [list(c) for c in colours if c == (0, 0, 0)]
-        kept = [list(c) for c in colours if c != (0, 0, 0)]
+        # Next to a single colour, black is the other class.
+        ignored = [list(c) for c in colours if c == (0, 0, 0)] if len(colours) > 2 else []
+        kept = [list(c) for c in colours if list(c) not in ignored]
+        if len(kept) < 2:
+            raise InputError(f"all masks have the one colour {kept[0]}, but a segmentation has two classes or more.")
         names = ["colour_{:02x}{:02x}{:02x}".format(*colour) for colour in kept]
         entry = {"kind": "segmentation", "classes": names, "colours": kept}
         said = [f"{len(kept)} classes by their colours, in the order of their frequency; name them."]

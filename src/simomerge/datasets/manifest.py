@@ -10,14 +10,13 @@ from simomerge.core.documents import read_yaml
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
 from simomerge.datasets.base import check_size
-from simomerge.datasets.rows import SPLIT_NAMES, SPLITS, Manifest, Row, known_split
+from simomerge.datasets.rows import COLUMNS, SPLIT_NAMES, SPLITS, Manifest, Row, known_split
 from simomerge.datasets.stored import Stored, read_array, read_picture
 from simomerge.datasets.tables import read_table
 from simomerge.datasets.tasks import KINDS, Task
 
 MANIFESTS = (".yaml", ".yml", ".csv")
 HINT = "give a manifest, *.yaml or *.csv; it begins with `images:` and `tasks:` (docs/data.md)."
-_COLUMNS = ("image", "split")
 _KEYS = ("tasks", "images", "root", "size")
 _TASK_KEYS = ("kind", "classes", "colours", "scale", "ignore", "channels", "unit", "range", "norm")
 
@@ -41,13 +40,13 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
     if not isinstance(table, Sequence) or not table or not all(isinstance(row, Mapping) for row in table):
         raise InputError(f"{path}: 'images' is neither a CSV file nor a list of at least one image with its targets.")
     table = table if keys.get("tasks") else _lower(table, KINDS, path)
-    columns = [column for column in table[0] if column not in _COLUMNS]
+    columns = [column for column in table[0] if column not in COLUMNS]
     tasks = keys.get("tasks") or {column: {} for column in columns}
     if not isinstance(tasks, Mapping):
         raise InputError(f"{path}: 'tasks' is a {type(tasks).__name__}; give a mapping from names to descriptions.")
     names = [str(name) for name in tasks]
     stored = [_stored(str(name), description or {}, path) for name, description in tasks.items()]
-    if reserved := set(_COLUMNS).intersection(names):
+    if reserved := set(COLUMNS).intersection(names):
         raise InputError(f"{path}: no task can be called {min(reserved)!r}; give it another name.")
     if unknown := [column for column in columns if column not in names]:
         raise InputError(
@@ -80,7 +79,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; 'images' names a CSV in the folder of the manifest.")
     rows = read_table(path, "image")
-    return _lower(rows, _COLUMNS, path)
+    return _lower(rows, COLUMNS, path)
 
 
 def _lower(table: Sequence[Mapping[Any, Any]], known: Container[str], path: Path) -> list[dict[Any, Any]]:
@@ -160,7 +159,7 @@ def _is_misspelt(word: str, near: str) -> bool:
 def _row(row: Mapping[str, Any], root: Path, tasks: Sequence[str], place: str) -> Row:
     if not row.get("image"):
         raise InputError(f"{place} has no 'image' (its columns are {', '.join(map(str, row))}).")
-    _check_keys(row, (*_COLUMNS, *tasks), f"{place}: ")
+    _check_keys(row, (*COLUMNS, *tasks), f"{place}: ")
     targets = {name: root / str(row[name]) for name in tasks if row.get(name)}
     return Row(root / str(row["image"]), targets)
 

@@ -23,6 +23,7 @@ from simomerge.assembly.realign import Realignment, get_realignment, realignment
 from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
 from simomerge.core.errors import InputError
 from simomerge.core.schema import validation_problems
+from simomerge.datasets.rows import known_split
 from simomerge.recipes.problems import problems_of
 from simomerge.recipes.row import AUTO, Row
 from simomerge.recipes.space import SearchSettings
@@ -245,7 +246,7 @@ class Recipe:
     @property
     def align_splits(self) -> tuple[str, ...]:
         """The names of the splits whose images the rows without labels use."""
-        return tuple(name.strip() for name in self.align_split.split("+"))
+        return tuple(map(known_split, self.align_split.split("+")))
 
     @property
     def rows(self) -> tuple[Row, ...]:

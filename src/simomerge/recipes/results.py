@@ -162,7 +162,7 @@ def gallery(plan: Plan, graph: Graph, data: Any, images: int = 4) -> list[dict[s
 
 
 def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
-    own = task.kind in ("depth", "log_depth", "texture", "keypoints", "regression")
+    own = task.kind in ("depth", "disparity", "log_depth", "texture", "keypoints", "regression")
     known = truth[truth == truth]  # NaN marks pixels without a value
     if task.kind == "flow":
         own, known = True, np.hypot(*truth)[np.isfinite(truth).all(0)]
