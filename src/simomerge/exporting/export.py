@@ -69,7 +69,9 @@ def export(
     job = _job(model, target, parse_size(size), tasks, images, options)
     for part in ("encoder", *job.model.tasks) if job.options.split else ("model",):
         check_absent(target.with_name(job.file_of(part)), overwrite)
-    check_absent(golden_file(target), overwrite)
+    beside = [golden_file(target), *([target.with_suffix(".bin")] if job.form == "openvino" else [])]
+    for file in beside:
+        check_absent(file, overwrite)
     described = job.outputs.described()
     for name, limit in verification.limits_of(described, job.options.precision, limits or {}).items():
         described[name]["limit"] = limit
