@@ -260,7 +260,7 @@ def test_a_provider_that_is_absent_is_named(exported: Exported) -> None:
 def test_a_golden_frame_that_was_copied_in_part_is_named(copied: Path, kept: int) -> None:
     golden = runtime.golden_file(copied)
     golden.write_bytes(golden.read_bytes()[:kept])
-    with pytest.raises(InputError, match="scene.golden.npz: cannot be read"):
+    with pytest.raises(InputError, match=r"scene\.golden\.npz: cannot be read"):
         check(copied)
 
 
