@@ -297,6 +297,13 @@ def test_report_and_merging_run_without_torch() -> None:
     assert not loaded & {"torch", "transformers", "torchmetrics", "accelerate"}
 
 
+def test_a_public_name_that_needs_torch_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None\nimport simomerge as sm\nsm.merging\nsm.load"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    wanted = "ImportError: simomerge.load: this needs torch, which is not installed: pip install 'simomerge[torch]'."
+    assert done.stderr.splitlines()[-1] == wanted
+
+
 def test_every_public_name_resolves_and_nothing_else_does() -> None:
     assert set(simomerge.__all__) <= set(dir(simomerge))
     for name in simomerge.__all__:

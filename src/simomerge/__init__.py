@@ -76,7 +76,14 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'simomerge' has no attribute {name!r}")
     module, _, attribute = _WHERE[name].partition(":")
-    found = import_module(f"simomerge.{module}")
+    try:
+        found = import_module(f"simomerge.{module}")
+    except ImportError as error:
+        from simomerge.core.environment import missing_extra
+
+        if message := missing_extra(error):
+            raise ImportError(f"simomerge.{name}: {message}", name=error.name) from error
+        raise
     value = found if module == name else getattr(found, attribute or name)
     globals()[name] = value
     return value

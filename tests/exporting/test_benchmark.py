@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript")
 
 from cli.conftest import assert_mistake, simomerge
 from simomerge.core.errors import InputError
-from simomerge.exporting.benchmark import evaluate_file
+from simomerge.exporting.benchmark import benchmark, evaluate_file
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluate
 
@@ -41,6 +41,15 @@ def test_what_cannot_be_timed_is_named(exported: Exported, tmp_path: Path) -> No
     assert_mistake(done, r"no\.onnx: no such file")
     done = simomerge("benchmark", exported.file, "--size", "30x42", "--provider", "tensorrt")
     assert_mistake(done, "provider 'tensorrt' is not in this onnxruntime")
+
+
+def test_modules_in_the_current_folder_are_not_run(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "resource.py").write_text("raise RuntimeError('this code ran')")
+    monkeypatch.chdir(tmp_path)
+    (row,) = benchmark([str(exported.file)], SIZE, frames_of(SIZE, 1), runs=1)
+    assert row["memory"] > 0
 
 
 class Frames:

@@ -107,6 +107,30 @@ def test_files_that_exist_are_not_replaced(exported: Exported) -> None:
     assert exported.file.read_bytes() == before
 
 
+def test_the_weights_of_another_file_are_not_replaced(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    (tmp_path / "scene.bin").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"scene\.bin already exists"):
+        export(small_model(("depth",)), tmp_path / "scene.xml", SIZE)
+    assert [file.name for file in tmp_path.iterdir()] == ["scene.bin"]
+    assert (tmp_path / "scene.bin").read_bytes() == b"mine"
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".scene.onnx.0123456789ab.tmp").mkdir()
+    seen = []
+
+    def stopped(job: object, folder: Path, *rest: object) -> None:
+        seen.extend([folder.parent, listing(tmp_path)])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simomerge.exporting.export._write_verified", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        export(small_model(("depth",)), tmp_path / "scene.onnx", SIZE)
+    assert seen[0] == tmp_path and ".scene.onnx.lock" in seen[1] and len(seen[1]) == 2
+    assert not listing(tmp_path)
+
+
 def test_packages_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))

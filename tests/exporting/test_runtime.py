@@ -18,6 +18,7 @@ pytest.importorskip("onnxscript")
 
 from simomerge import runtime
 from simomerge.core.errors import InputError
+from simomerge.exporting.writing import describe
 from simomerge.runtime import Scene, check, difference, resized
 from simomerge.runtime import scene as scene_file
 from simomerge.runtime.__main__ import main
@@ -253,3 +254,22 @@ def test_a_provider_that_is_absent_is_named(exported: Exported) -> None:
     with pytest.raises(InputError, match=r"provider 'tensorrt' is not in this onnxruntime, which has .*CPU"):
         Scene(exported.file, providers=["tensorrt", "cpu"])
     assert Scene(exported.file, providers="cpu").tasks == ("parts", "depth", "normals")
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_golden_frame_that_was_copied_in_part_is_named(copied: Path, kept: int) -> None:
+    golden = runtime.golden_file(copied)
+    golden.write_bytes(golden.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"scene\.golden\.npz: cannot be read"):
+        check(copied)
+
+
+def test_a_head_of_another_export_is_refused(copied: Path) -> None:
+    head = copied.with_name("scene.depth.onnx")
+    info = Scene(copied).info
+    describe(Path(shutil.copy(copied, head)), {**info, "part": "head", "encoder": copied.name, "export": "other"})
+    describe(copied, {**info, "part": "encoder", "heads": {"depth": head.name}, "outputs": {}})
+    with pytest.raises(InputError, match=r"scene\.depth\.onnx: belongs to another export than scene\.onnx"):
+        Scene(copied)
+    describe(head, {**info, "part": "head", "encoder": copied.name})
+    assert set(Scene(copied).outputs) == set(info["outputs"])

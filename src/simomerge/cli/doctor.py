@@ -13,7 +13,7 @@ import click
 
 from simomerge.cli import options
 from simomerge.cli.output import Table, say
-from simomerge.core.environment import torchvision_version
+from simomerge.core.environment import missing_extra, torchvision_version
 
 PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
 
@@ -44,7 +44,9 @@ def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
     try:
         return {"name": name, "ok": True, "found": check()}
     except Exception as error:  # Whatever is broken, the other checks still run.
-        return {"name": name, "ok": False, "found": " ".join(str(error).split())[:200] or type(error).__name__}
+        missing = missing_extra(error) if isinstance(error, ImportError) else ""
+        found = missing or " ".join(str(error).split())[:200] or type(error).__name__
+        return {"name": name, "ok": False, "found": found}
 
 
 def _import(name: str) -> str:

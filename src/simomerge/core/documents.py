@@ -7,6 +7,7 @@ bytes can stand for any number of values, how many values there are.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ def _check_values(content: Any) -> None:
                 _check_text(value)
             elif isinstance(value, int) and abs(value) >= _LARGEST:
                 raise ValueError("it contains a whole number of more than 64 bits")
+            elif isinstance(value, float) and not math.isfinite(value):  # also 1e999
+                raise ValueError(f"{value} is not a finite number")
             elif value is not None and not isinstance(value, (bool, int, float)):
                 raise ValueError(f"{shown(value)} is a {type(value).__name__}: put it in quotes if it is meant as text")
             if count + len(inner) > MOST_VALUES:

@@ -142,6 +142,24 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, durable
         raise
 
 
+@contextmanager
+def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder next to ``path``, for the files of an output that has several; it is removed at the end.
+
+    Like the writers above it is alone, and it removes what killed writers of the path left.
+
+    Raises:
+        InputError: Another process is writing the path, or there can be no folder.
+    """
+    target = Path(path).absolute()
+    with alone(target), _temporary(target) as temporary:
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise InputError(f"Cannot write {target}: {error.strerror}{_remedy(error)}.") from error
+        yield temporary
+
+
 def check_not_current(path: Path) -> None:
     """Raise InputError if a path is the current folder or one that holds it, which cannot be replaced."""
     target, here = path.resolve(), Path.cwd()

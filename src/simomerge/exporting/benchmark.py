@@ -77,7 +77,9 @@ def benchmark(
 def _measure(given: dict[str, Any]) -> dict[str, Any]:
     """What `simomerge.exporting.timing` measures, in a process with as many threads as asked for."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(given["threads"]))
-    command = [sys.executable, "-m", "simomerge.exporting.timing", json.dumps(given)]
+    # Python would look for modules in the current folder first, where files may be anyone's.
+    code = "import sys; sys.path[:] = filter(None, sys.path); from simomerge.exporting.timing import run; run()"
+    command = [sys.executable, "-c", code, json.dumps(given)]
     # Modules of one's own are found where this process finds them.
     environment = {**os.environ, **limits, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.core.files import check_absent
+from simomerge.core.files import check_absent, temporary_folder
 from simomerge.core.version import __version__
 from simomerge.datasets.colours import class_colours
 from simomerge.datasets.pictures import parse_size
@@ -69,14 +68,16 @@ def export(
     job = _job(model, target, parse_size(size), tasks, images, options)
     for part in ("encoder", *job.model.tasks) if job.options.split else ("model",):
         check_absent(target.with_name(job.file_of(part)), overwrite)
-    check_absent(golden_file(target), overwrite)
+    beside = [golden_file(target), *([target.with_suffix(".bin")] if job.form == "openvino" else [])]
+    for file in beside:
+        check_absent(file, overwrite)
     described = job.outputs.described()
     for name, limit in verification.limits_of(described, job.options.precision, limits or {}).items():
         described[name]["limit"] = limit
     calibration, frames = _frames(images, job.size, job.options)
-    with tempfile.TemporaryDirectory(dir=_existing(target.parent), prefix=".export-") as folder:
-        names, rows = _write_verified(job, Path(folder), described, calibration, frames)
-        moved = _move(Path(folder), target.parent, names)
+    with temporary_folder(_existing(target.parent) / target.name) as folder:
+        names, rows = _write_verified(job, folder, described, calibration, frames)
+        moved = _move(folder, target.parent, names)
     size_on_disk = sum(file.stat().st_size for file in moved if file.suffix != ".npz")
     found = {"files": [str(file) for file in moved], "bytes": size_on_disk}
     return {**found, "seconds": time.perf_counter() - start, "verification": rows}

@@ -1,6 +1,6 @@
 """Times one target in a process of its own, so that its memory is its own. Files need no torch, and import none.
 
-`simomerge.exporting.benchmark` starts this with one argument, a JSON object.
+`simomerge.exporting.benchmark` calls `run` with one argument, a JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.classes import allow
+from simomerge.core.errors import InputError
 from simomerge.runtime import Scene
 
 Predict = Callable[[np.ndarray], list[dict[str, np.ndarray]]]
@@ -120,9 +121,8 @@ def main(given: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "memory": peak_memory(), "measures": measures}
 
 
-if __name__ == "__main__":
-    from simomerge.core.errors import InputError
-
+def run() -> None:
+    """Print as JSON what `main` returns for the first argument, or the entry ``error`` with a message."""
     try:
         print(json.dumps(main(json.loads(sys.argv[1]))))
     except InputError as error:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def check(file: str | Path, providers: str | Sequence[str] | None = None, thread
     try:
         with np.load(golden, allow_pickle=False) as stored:
             kept = dict(stored)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:  # what numpy raises for damaged files
         raise InputError(f"{golden}: cannot be read ({error}); copy it next to {scene.file.name}.") from error
     if str(kept.pop("export")) != scene.info["export"]:
         raise InputError(f"{golden}: belongs to another export than {scene.file.name}; copy both again.")

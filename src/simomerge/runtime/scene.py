@@ -72,7 +72,10 @@ class Scene:
             for task, name in self.info["heads"].items()
         }
         self.outputs: dict[str, dict[str, Any]] = dict(self.info["outputs"])
-        for head in self._heads.values():
+        for task, head in self._heads.items():
+            if head.info["export"] != self.info["export"]:
+                name = self.file.with_name(self.info["heads"][task])
+                raise InputError(f"{name}: belongs to another export than {self.file.name}; copy all files again.")
             self.outputs |= head.info["outputs"]
 
     @property
