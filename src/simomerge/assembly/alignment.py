@@ -5,6 +5,7 @@ Each merge is folded. On held-out images, its predictions are then compared with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,9 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The mean agreement of the tasks, a proxy for Delta_MTL."""
-        return sum(self.agreement.values()) / len(self.agreement)
+        """The mean agreement of the tasks, a proxy for Delta_MTL; minus infinity if it is not a number."""
+        mean = sum(self.agreement.values()) / len(self.agreement)
+        return -math.inf if math.isnan(mean) else mean
 
     def describe(self) -> dict[str, Any]:
         """As plain data, for provenance."""

@@ -72,7 +72,7 @@ class Judge:
         self.batch_size = batch_size
         self.device = next(next(iter(experts.values())).parameters()).device
         if len(self.source) < 2:
-            raise InputError("one image: how experts relate takes at least two images to judge on.")
+            raise InputError("one image: agreement with the experts is judged on at least two images; give more.")
         # Kept, because every model that is judged would otherwise cost another pass of all experts.
         self._predicted = [] if labelled else list(self._predictions())
         self.best, self.chance = (self._expert_metrics(), {}) if labelled else self._agreement_range()

@@ -93,7 +93,11 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
         return path
     if split is None:
         names = ("train", "val") if spec == "rooms" else tuple(find_manifest(spec).rows)
-        split = "+".join(name for name in names if name != "test") or "test"
+        split = "+".join(name for name in names if name != "test")
+        if not split:
+            raise InputError(
+                f"{spec} has a test split only, which is for reported figures; name it as the split to use it."
+            )
     return load_data(spec, split, tasks=[])
 
 

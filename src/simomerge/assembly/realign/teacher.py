@@ -68,7 +68,7 @@ def observe(
         batch = first.fit(batch.to(device))
         with evaluating(*experts.values()), autocast(device):
             features = {task: expert.encode(batch) for task, expert in experts.items()}
-        size = (batch.shape[-2], batch.shape[-1])
+        size = size if done else (batch.shape[-2], batch.shape[-1])
         for task, each in features.items():
             sketches[task].append(sketch(each))
         yield Observation(indices, batch, features, torch.tensor([index in out for index in indices]))
