@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from simomerge.core.errors import InputError
 from simomerge.exporting.graph import EncoderGraph, HeadGraph, Outputs, WholeGraph, feature_names
 from simomerge.exporting.onnx_file import traced
 from simomerge.exporting.options import Options
@@ -60,6 +61,8 @@ def parts_of(model: SimoModel, outputs: Outputs, options: Options, size: tuple[i
         described = outputs.described()
         yield Part("model", WholeGraph(model, outputs), image, free, ["image"], list(described), described)
         return
+    if wrong := [name for name in outputs.tasks if name in ("encoder", "model")]:
+        raise InputError(f"the file of task {wrong[0]!r} would have the name of another part: export without split.")
     names, encoder = feature_names(model), EncoderGraph(model)
     yield Part("encoder", encoder, image, free, ["image"], names)
     with torch.no_grad():

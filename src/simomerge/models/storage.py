@@ -19,6 +19,7 @@ from simomerge.merging.tree import Tree
 from simomerge.models.encoders import CustomEncoder, Encoder, TreeEncoder
 from simomerge.models.encoders.allocation import check_tensors
 from simomerge.models.encoders.loading import quiet
+from simomerge.models.encoders.tree import unit_names
 
 STITCHES = "stitches.safetensors"
 
@@ -107,8 +108,7 @@ def load_tree(text: Any, first: Encoder, folder: Path) -> TreeEncoder:
         InputError: The text is no tree for this encoder, or a file is missing or does not fit.
     """
     tree = Tree.read(text)
-    for leaf in tree.leaves[1:]:  # before memory is used for every branch
-        existing(branch_file(folder, tree.nodes[leaf].tasks[0]))
+    _check_branches(tree, first, folder)
     encoder = TreeEncoder(tree, first)
     for place, leaf in enumerate(encoder.tree.leaves):
         if place:
@@ -116,6 +116,20 @@ def load_tree(text: Any, first: Encoder, folder: Path) -> TreeEncoder:
     if encoder.stitches:
         _load(nn.ModuleDict(encoder.stitches).load_state_dict, folder / STITCHES)
     return encoder
+
+
+def _check_branches(tree: Tree, first: Encoder, folder: Path) -> None:
+    """Check that the files of branches can hold the tree's weights, before memory is used for every branch."""
+    files = [existing(branch_file(folder, tree.nodes[leaf].tasks[0])) for leaf in tree.leaves[1:]]
+    names, shared = unit_names(first), set(tree.path(tree.leaves[0]))
+    own = [name for n, node in enumerate(tree.nodes) if n not in shared for name in names[node.first - 1 : node.last]]
+    sizes = {name: sum(value.numel() for value in first.backbone.get_submodule(name).parameters()) for name in names}
+    needed, stored = sum(sizes[name] for name in own), sum(file.stat().st_size for file in files)
+    if stored < needed:  # at least one byte per parameter
+        raise InputError(
+            f"{folder}: its branches hold {stored:,} bytes, but the tree {str(tree)!r} needs {needed:,} parameters;"
+            " take the model from its source again."
+        )
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -330,8 +330,12 @@ def _described(file: Path, text: str | None) -> dict[str, Any]:
     """The description in an exported file. Raises InputError."""
     if text is None:
         raise InputError(f"{file}: was not written by `simomerge export`; it holds no description of tasks.")
-    info: dict[str, Any] = json.loads(text)
-    if info["format"] > FORMAT:
+    try:
+        info: dict[str, Any] = json.loads(text)
+        newer = info["format"] > FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: its description is damaged ({error}); export the model again.") from error
+    if newer:
         raise InputError(
             f"{file}: comes from simomerge {info['simomerge']}, whose format {info['format']} is newer than this"
             " runtime reads; upgrade simomerge, or copy the new scene.py."

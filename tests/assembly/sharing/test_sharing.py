@@ -565,3 +565,14 @@ def test_the_chosen_tree_keeps_to_the_budget_and_beats_one_encoder(
     record = model.provenance["merge"]
     assert record["budget"] == 1.75 and 1 < record["cost"] <= 1.75
     assert max(record["disagreement"].values()) < 1.5 and min(record["disagreement"].values()) < 1
+
+
+def test_a_tree_that_its_files_cannot_hold_is_refused_before_it_is_built(
+    base: SimoModel, experts: dict[str, SimoModel], images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(base, experts, METHOD, share=2, images=images).save_pretrained(tmp_path / "scene")
+    for file in (tmp_path / "scene" / "branches").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    monkeypatch.setattr("simomerge.models.storage.TreeEncoder", lambda *_: pytest.fail("built"))
+    with pytest.raises(InputError, match=r"branches hold \d+ bytes, but the tree .* needs [\d,]+ parameters"):
+        load(tmp_path / "scene")
