@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from simomerge.checkpoints import experts
+from simomerge.checkpoints.experts import KIND_NAMES, own_task
 from simomerge.core.errors import InputError
 
 ENCODER = {"taps": [1, 2], "apply_layernorm": True, "mean": [0.5] * 3, "std": [0.2] * 3}
@@ -126,3 +127,15 @@ def test_sources_are_named_without_their_path(tmp_path: Any) -> None:
     (tmp_path / "depth").mkdir()
     assert experts.source_name(tmp_path / "depth") == "depth"
     assert experts.source_name("facebook/dinov2-small") == "facebook/dinov2-small" and experts.source_name("") == ""
+
+
+def test_the_kinds_of_tasks_are_those_of_the_datasets() -> None:
+    from simomerge.datasets.tasks import KINDS
+
+    assert set(KINDS) == KIND_NAMES
+
+
+def test_an_expert_of_another_kind_of_task_is_refused_unless_its_name_is_no_kind() -> None:
+    with pytest.raises(InputError, match="expert 'depth' is a model of normals"):
+        own_task(["normals"], "depth")
+    assert own_task(["normals"], "surface") == "normals" and own_task(["parts"], "depth") == "parts"

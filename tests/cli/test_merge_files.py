@@ -393,7 +393,7 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
         f"Merged depth, normals, edges by task-arithmetic, as {tmp_path / '1'} was.",
         f"Model: {tmp_path / '2'}",
         f"Next: simomerge realign {tmp_path / '2'} depth=EXPERT normals=EXPERT {pairs['edges']} --images FOLDER"
-        f" -o {tmp_path / '2'}-folded   (the heads no longer fit)",
+        f" -o {tmp_path / '2'}-folded   # the heads no longer fit",
     ]
     remove = ("--remove", pairs["depth"], "--remove", pairs["edges"])
     done = simomerge("edit", tmp_path / "2", "--base", tiny_base, *remove, "-o", tmp_path / "3", "--json")

@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "unshared expert": (("evaluate", "DEPTH", "normals=NORMALS", "--count", "4"), "does not predict 'normals'"),
     "expert without the task": (
         ("evaluate", "SCENE", "normals=DEPTH", "--count", "4"),
-        "is depth of 1 channels in the model",
+        "expert 'normals' is a model of depth: write depth=...",
     ),
     "predicting base": (("predict", "BASE", "PHOTO", "-o", "OUT"), "without heads predicts nothing"),
     "no photo": (("predict", "SCENE", "./nowhere.png", "-o", "OUT"), "nowhere.png: no such image file"),

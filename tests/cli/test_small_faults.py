@@ -35,7 +35,7 @@ def test_a_misspelt_task_is_refused_with_the_near_one(name: str) -> None:
         own_task(["depth"], name)
 
 
-@pytest.mark.parametrize("name", ["depth", "distance", "depth2", "depth_indoor", "indoor_depth", "normals", "z"])
+@pytest.mark.parametrize("name", ["depth", "distance", "depth2", "depth_indoor", "indoor_depth", "z"])
 def test_a_name_on_purpose_is_taken(name: str) -> None:
     assert own_task(["depth"], name) == "depth"
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simomerge.core import images
 from simomerge.core.errors import InputError
-from simomerge.core.images import read_image, to_tensor
+from simomerge.core.images import read_image, resized, to_tensor
 
 
 @pytest.fixture
@@ -204,3 +204,12 @@ def test_the_size_limit_holds_for_arrays_and_tensors(picture, monkeypatch):
     for form in (picture, torch.from_numpy(picture).permute(2, 0, 1), Image.fromarray(picture)):
         with pytest.raises(InputError, match=r"14 x 9 pixels.*resize it"):
             to_tensor(form)
+
+
+def test_a_large_jpeg_that_becomes_small_is_nearly_the_same(tmp_path):
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    coarse.resize((1200, 900), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    whole = resized(to_tensor(tmp_path / "a.jpg"), (60, 80))
+    assert read_image(tmp_path / "a.jpg", (60, 80)).shape == (225, 300, 3)
+    assert (to_tensor(tmp_path / "a.jpg", (60, 80)) - whole).abs().max() < 0.03
+    assert read_image(tmp_path / "a.jpg", (800, 900)).shape == (900, 1200, 3)

@@ -43,15 +43,36 @@ class Recorded(Protocol):
 # The task of an expert ----------------------------------------------------------------------------------
 
 
+KIND_NAMES = frozenset(
+    [
+        "segmentation",
+        "binary",
+        "depth",
+        "disparity",
+        "log_depth",
+        "normals",
+        "edges",
+        "flow",
+        "albedo",
+        "texture",
+        "keypoints",
+        "autoencoder",
+        "regression",
+    ]
+)
+"""The names of the kinds of tasks (the keys of `simomerge.datasets.tasks.KINDS`), which needs no torch here."""
+
+
 def own_task(tasks: Collection[str], task: str) -> str:
     """Choose the task of an expert that is given as ``task=EXPERT``.
 
-    An expert with one task accepts any name for it, unless that is nearly its own: such a name is a mistake. An ending
-    such as ``depth_2`` or ``depth_indoor`` is not. An expert with several tasks must have a task of that name.
+    An expert with one task accepts any name for it, unless that is another kind of task, or nearly its own: such names
+    are mistakes. An ending such as ``depth_2`` or ``depth_indoor`` is not. An expert with several tasks must have a
+    task of that name.
 
     Raises:
-        InputError: the expert has several tasks and none has this name, the name is a misspelling of its own task, or
-            it is not an identifier.
+        InputError: the expert has several tasks and none has this name, the name is another kind of task or a
+            misspelling of its own task, or it is not an identifier.
 
     Example:
         >>> own_task(["depth"], "distance"), own_task(["depth", "normals"], "normals")
@@ -64,6 +85,8 @@ def own_task(tasks: Collection[str], task: str) -> str:
     if len(tasks) != 1:
         raise InputError(f"expert {task!r} has the tasks {', '.join(tasks) or 'none'}; name one of them.")
     own = next(iter(tasks))
+    if {own, task} <= KIND_NAMES:
+        raise InputError(f"expert {task!r} is a model of {own}: write {own}=..., or a name that is no kind of task.")
     if nearest(task, [own]) and not re.fullmatch(rf"(\w+_)?{own}(_\w+|\d+)?", task):
         raise InputError(f"expert {task!r} is one of {own!r}: write {own}=..., or give it a name that is less alike.")
     return own

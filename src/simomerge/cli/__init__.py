@@ -124,9 +124,8 @@ def main() -> None:
     try:
         code = cli.main(prog_name="simomerge", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "Stopped. No file is half-written; `train`, `demo` and `run` resume if you repeat the command.", err=True
-        )
+        resumes = any(word in ("train", "demo", "run") for word in sys.argv[1:2])
+        click.echo(f"Stopped. No file is half-written{'; repeat the command to resume.' if resumes else '.'}", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

@@ -41,5 +41,5 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
         {"output": str(output), "tasks": list(result.tasks), "merge": result.merge},
         f"Merged {', '.join(result.tasks)} by {result.merge['method']}, as {model} was.",
         f"Model: {output}",
-        f"Next: simomerge realign {output} {pairs} --images FOLDER -o {output}-folded   (the heads no longer fit)",
+        f"Next: simomerge realign {output} {pairs} --images FOLDER -o {output}-folded   # the heads no longer fit",
     )

@@ -255,7 +255,7 @@ class _Wanted:
         images = self.images or (self.data if self.uses_images or self.base == EMBEDDED_BASE else "photos/")
         folded = f"simomerge realign {self.output} {experts} --images {images} -o {self.output}-folded"
         where = "; photos/ stands for a folder of your images" if images == "photos/" else ""
-        return f"{folded}   (the heads no longer fit{where})"
+        return f"{folded}   # the heads no longer fit{where}"
 
 
 def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,15 @@ from simomerge.core.pixels import (
 )
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, least: tuple[int, int] | None = None) -> np.ndarray:
     """An image file as uint8 RGB (H, W, 3), turned upright by its EXIF tag.
 
     Values of 16 bits and floats in [0, 1] are rounded to 8 bits.
+
+    Args:
+        path: the file.
+        least: (height, width) to which the image will be resized. A JPEG file of at least four times that size is
+            decoded at a smaller size, which is several times as fast.
 
     Raises:
         InputError: the file is missing, not an image, truncated, has more than `MAX_PIXELS` pixels, floats outside
@@ -39,6 +44,8 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         try:
             with opened(path) as image:
+                if least is not None and image.format == "JPEG":
+                    image.draft(None, (2 * max(least), 2 * max(least)))  # it may be turned by its tag later
                 if not (is_deep(image) or is_misread(image) or image.mode.startswith(("I", "F"))):
                     return upright(np.asarray(image.convert("RGB")), image, path)
         except UnidentifiedImageError:
@@ -88,7 +95,7 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None, crop: bool = Fals
         InputError: the image has another shape, dtype or range, or more than `MAX_PIXELS` pixels.
     """
     if isinstance(image, (str, Path)):
-        image = read_image(image)
+        image = read_image(image, size)
     elif not isinstance(image, (np.ndarray, Tensor)):
         if not hasattr(image, "convert"):
             raise InputError(f"{type(image).__name__} is not an image; give a path, a PIL image, an array or a tensor.")
