@@ -100,6 +100,21 @@ def make_model(tiny_base):
     return make
 
 
+@pytest.fixture(scope="session")
+def nudged():
+    """Add noise to the weights of a model's backbone, as fine-tuning would; returns the generator for further noise."""
+    import torch
+
+    def nudge(model, seed, size):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.encoder.backbone.parameters():
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+        return generator
+
+    return nudge
+
+
 @pytest.fixture
 def float32(monkeypatch):
     """Training and inference in float32: comparisons to the last bit must not depend on the machine."""

@@ -168,7 +168,14 @@ class Judge:
         return best, chance
 
     def _check_range(self, lenient: bool) -> None:
-        """Check that full agreement and none can be told apart in every task; ``lenient`` leaves the others out."""
+        """Check for every task that the metric of full agreement differs from that of another image's prediction.
+
+        Args:
+            lenient: leave out tasks where it does not differ, with a warning, if others remain.
+
+        Raises:
+            InputError: the metrics of a task are equal or not finite.
+        """
         ranges = {name: self.best[name] - self.chance[name] for name in self.tasks}
         for name, width in ranges.items():
             if not math.isfinite(width):

@@ -64,15 +64,15 @@ def base(make_model: Callable[..., SimoModel]) -> SimoModel:
 
 
 @pytest.fixture(scope="module")
-def experts(make_model: Callable[..., SimoModel], base: SimoModel) -> dict[str, SimoModel]:
+def experts(
+    make_model: Callable[..., SimoModel], nudged: Callable[..., torch.Generator], base: SimoModel
+) -> dict[str, SimoModel]:
     """Fine-tuned by dice, with heads that have something to say."""
     found = {}
     for seed, (name, task) in enumerate(TASKS.items(), start=1):
         expert = make_model({name: task}, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
+        generator = nudged(expert, seed, 0.05)
         with torch.no_grad():
-            for parameter in expert.encoder.backbone.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
             head: Any = expert.heads[name]
             head.output.weight.normal_(generator=generator).mul_(0.3)
         expert.provenance = {"base": {"source": "the-base", "fingerprint": base.encoder_fingerprint()}}

@@ -22,7 +22,7 @@ LARGEST_NUMBER = 1_000_000
 MOST_BLOCKS = 1000
 _COUNTS_BLOCKS = ("num_hidden_layers", "depths", "depth", "num_layers", "n_layers", "num_encoder_blocks")
 _SPARE = 20_000_000
-"""Parameters that a file may lack, such as a pooler, which is left out after loading (17 million at width 4096)."""
+"""Number of parameters that may be missing from a file. A pooler, which is not loaded, has 17 million at width 4096."""
 
 
 def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
