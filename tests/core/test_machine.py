@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from simomerge.core import machine as devices
@@ -39,3 +40,9 @@ def test_depthwise_convolutions_train_in_single_precision_on_a_cpu(monkeypatch: 
     plain, depthwise = nn.Sequential(nn.Conv2d(4, 8, 3)), nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
     assert [devices.mixed_precision("cpu", each) for each in (plain, depthwise)] == ["bf16", "no"]
     assert devices.mixed_precision("cpu", depthwise.requires_grad_(False)) == devices.mixed_precision("cpu") == "bf16"
+
+
+def test_depthwise_convolutions_have_channels_last_and_others_do_not() -> None:
+    plain, depthwise = nn.Sequential(nn.Conv2d(4, 8, 3)), nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
+    formats = [devices.convolution_format(each) for each in (plain, depthwise)]
+    assert formats == [torch.contiguous_format, torch.channels_last]

@@ -68,13 +68,26 @@ def mixed_precision(device: torch.device | str | None = None, trained: nn.Module
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     has_them = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in instructions)
-    return "bf16" if kind == "cpu" and has_them and not (trained and _is_depthwise(trained)) else "no"
+    slow = trained is not None and any(layer.weight.requires_grad for layer in _depthwise(trained))
+    return "bf16" if kind == "cpu" and has_them and not slow else "no"
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    """Whether a part that is trained has a depthwise convolution."""
-    layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.weight.requires_grad)
-    return any(layer.groups == layer.in_channels > 1 for layer in layers)
+def _depthwise(module: nn.Module) -> list[nn.Conv2d]:
+    """The depthwise convolutions of a module."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+    return [layer for layer in layers if layer.groups == layer.in_channels > 1]
+
+
+def convolution_format(module: nn.Module) -> torch.memory_format:
+    """The layout of convolutions' weights that is fastest on a CPU.
+
+    Depthwise convolutions are faster with channels last: an EfficientNet-Lite0 trains 1.4 times as fast, and predicts
+    1.5 times as fast in float32 and twice as fast in bfloat16. Values change by rounding only.
+
+    Args:
+        module: The module that is moved, by ``module.to(memory_format=...)``.
+    """
+    return torch.channels_last if _depthwise(module) else torch.contiguous_format
 
 
 def autocast(device: torch.device | str) -> torch.autocast:
