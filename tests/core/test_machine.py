@@ -42,7 +42,14 @@ def test_depthwise_convolutions_train_in_single_precision_on_a_cpu(monkeypatch: 
     assert devices.mixed_precision("cpu", depthwise.requires_grad_(False)) == devices.mixed_precision("cpu") == "bf16"
 
 
-def test_depthwise_convolutions_have_channels_last_and_others_do_not() -> None:
-    plain, depthwise = nn.Sequential(nn.Conv2d(4, 8, 3)), nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))
-    formats = [devices.convolution_format(each) for each in (plain, depthwise)]
-    assert formats == [torch.contiguous_format, torch.channels_last]
+def test_depthwise_convolutions_get_channels_last_and_others_do_not() -> None:
+    plain, depthwise = (
+        nn.Sequential(nn.Conv2d(4, 8, 3)),
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8)),
+    )
+    images = torch.rand(2, 4, 6, 5)
+    before = depthwise(images)
+    assert devices.arrange_convolutions(plain)[0].weight.is_contiguous()
+    assert devices.arrange_convolutions(depthwise) is depthwise
+    assert depthwise[0].weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(depthwise(images), before)

@@ -19,7 +19,7 @@ from simomerge.cli import COMMANDS
 from simomerge.core.errors import InputError
 from simomerge.exporting import verification
 from simomerge.exporting.export import export
-from simomerge.exporting.precision import outer_layers, score_nodes
+from simomerge.exporting.precision import outer_layers, products_of_activations, score_nodes
 from simomerge.models.model import SimoModel
 from simomerge.runtime import Scene, check
 
@@ -208,7 +208,10 @@ def test_the_outer_layers_are_those_next_to_images_and_outputs() -> None:
 
     nodes = [
         helper.make_node("Cast", ["image"], ["x"], "cast", to=1),
-        helper.make_node("Conv", ["x", "w1"], ["a"], "patches"),
+        helper.make_node("Conv", ["x", "w1"], ["maps"], "patches"),
+        helper.make_node("Shape", ["x"], ["size"], "size"),
+        helper.make_node("Expand", ["w1", "size"], ["token"], "token"),
+        helper.make_node("Concat", ["maps", "token"], ["a"], "tokens"),
         helper.make_node("MatMul", ["a", "w2"], ["b"], "block"),
         helper.make_node("MatMul", ["b", "a"], ["c"], "attention"),
         helper.make_node("MatMul", ["c", "w3"], ["d"], "depth"),
@@ -219,6 +222,7 @@ def test_the_outer_layers_are_those_next_to_images_and_outputs() -> None:
     weights = [helper.make_tensor(name, TensorProto.FLOAT, [1], [1.0]) for name in ("w1", "w2", "w3", "w4")]
     graph = helper.make_graph(nodes, "g", [value("image")], [value("out"), value("other")], weights)
     assert sorted(outer_layers(helper.make_model(graph))) == ["depth", "labels", "patches"]
+    assert products_of_activations(helper.make_model(graph)) == ["attention"]
 
 
 # Whole exports ------------------------------------------------------------------------------------------

@@ -78,16 +78,15 @@ def _depthwise(module: nn.Module) -> list[nn.Conv2d]:
     return [layer for layer in layers if layer.groups == layer.in_channels > 1]
 
 
-def convolution_format(module: nn.Module) -> torch.memory_format:
-    """The layout of convolutions' weights that is fastest on a CPU.
+def arrange_convolutions(module: nn.Module) -> nn.Module:
+    """Give the weights of convolutions the layout that is fastest on a CPU, in place; the module itself.
 
     Depthwise convolutions are faster with channels last: an EfficientNet-Lite0 trains 1.4 times as fast, and predicts
     1.5 times as fast in float32 and twice as fast in bfloat16. Values change by rounding only.
-
-    Args:
-        module: The module that is moved, by ``module.to(memory_format=...)``.
     """
-    return torch.channels_last if _depthwise(module) else torch.contiguous_format
+    if _depthwise(module):
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own types omit it
+    return module
 
 
 def autocast(device: torch.device | str) -> torch.autocast:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from simomerge.core.errors import InputError
+from simomerge.exporting.attention import without_masks
 
 _MAX_BYTES = 2_000_000_000
 """A protobuf file cannot be larger."""
@@ -49,7 +50,7 @@ def write_onnx(
     """Write a program as ONNX, simplified.
 
     onnxruntime computes everything that depends on constants alone, such as position embeddings in another size, and
-    removes what has no effect. Only operators of the ONNX standard remain.
+    removes what has no effect. Attention loses masks that hide nothing. Only operators of the ONNX standard remain.
 
     Raises:
         InputError: The file would be too large for its format.
@@ -79,6 +80,7 @@ def write_onnx(
     options.log_severity_level = 3
     ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     simple = onnx.load(file)
+    without_masks(simple.graph)
     used = {node.domain for node in simple.graph.node}
     for entry in [each for each in simple.opset_import if each.domain not in used]:
         simple.opset_import.remove(entry)

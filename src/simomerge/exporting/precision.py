@@ -61,8 +61,8 @@ def outer_layers(model: Any) -> list[str]:
             users.setdefault(name, []).append(node)
     before = _nearest(
         weights,
-        [node for each in model.graph.input for node in users.get(each.name, [])],
-        lambda node: [user for name in node.output for user in users.get(name, [])],
+        [node for each in model.graph.input for node in users.get(each.name, []) if node.op_type != "Shape"],
+        lambda node: [user for name in node.output for user in users.get(name, []) if user.op_type != "Shape"],
     )
     after = _nearest(
         weights,
@@ -70,6 +70,12 @@ def outer_layers(model: Any) -> list[str]:
         lambda node: [makers[name] for name in node.input if name in makers],
     )
     return [*before, *after]
+
+
+def products_of_activations(model: Any) -> list[str]:
+    """The matrix products without weights, such as attention: 8 bits lose much there, and their softmax is slower."""
+    weights = {each.name for each in model.graph.initializer}
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and not weights.intersection(node.input)]
 
 
 def _nearest(weights: set[str], start: list[Any], following: Callable[[Any], list[Any]]) -> list[str]:
@@ -114,6 +120,7 @@ def to_int8(file: Path, batches: Sequence[dict[str, np.ndarray]]) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
+    model = onnx.load(file)
     root = logging.getLogger()
     level, target = root.level, file.with_suffix(".int8.onnx")
     root.setLevel(logging.ERROR)
@@ -127,9 +134,8 @@ def to_int8(file: Path, batches: Sequence[dict[str, np.ndarray]]) -> None:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=outer_layers(onnx.load(file)),
+            nodes_to_exclude=[*outer_layers(model), *products_of_activations(model)],
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"MatMulConstBOnly": True},
         )
     finally:
         root.setLevel(level)

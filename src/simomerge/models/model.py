@@ -20,7 +20,7 @@ from simomerge.core import images
 from simomerge.core.classes import make, settings_of, trusting
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
-from simomerge.core.machine import convolution_format
+from simomerge.core.machine import arrange_convolutions
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
@@ -290,7 +290,8 @@ def load(source: str | Path, trust_code: bool = False) -> SimoModel:
     else:
         model = SimoModel(load_encoder(folder), {}, {})
     model.source = str(source)
-    return model.to(memory_format=convolution_format(model))
+    arrange_convolutions(model)
+    return model
 
 
 def as_model(given: Any) -> SimoModel:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_bytes
-from simomerge.core.machine import autocast, convolution_format, loader_workers, mixed_precision
+from simomerge.core.machine import arrange_convolutions, autocast, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches, training_batches
 from simomerge.models.encoders import Encoder
@@ -158,7 +158,7 @@ class _Trainer:
         self.accelerator, self.module, self.objective = accelerator, module, objective
         self.settings, self.label = settings, label
         self.weighting = objective.weighting.to(accelerator.device)
-        module.to(accelerator.device, memory_format=convolution_format(module))
+        arrange_convolutions(module.to(accelerator.device))
         named = (*module.named_parameters(), *self.weighting.named_parameters())
         trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.trainable = list(trainable.values())
