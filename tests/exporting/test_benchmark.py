@@ -41,6 +41,8 @@ def test_what_cannot_be_timed_is_named(exported: Exported, tmp_path: Path) -> No
     assert_mistake(done, r"no\.onnx: no such file")
     done = simomerge("benchmark", exported.file, "--size", "30x42", "--provider", "tensorrt")
     assert_mistake(done, "provider 'tensorrt' is not in this onnxruntime")
+    done = simomerge("benchmark", exported.file, "scene.pt2", "--size", "30x42", "--data", "rooms")
+    assert_mistake(done, r"scene\.pt2: --data evaluates model folders, \.onnx and \.xml files")
 
 
 def test_modules_in_the_current_folder_are_not_run(

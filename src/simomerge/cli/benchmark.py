@@ -8,6 +8,7 @@ import click
 
 from simomerge.cli import options
 from simomerge.cli.output import Table, console, say
+from simomerge.core.errors import InputError
 
 
 @click.command("benchmark")
@@ -40,6 +41,8 @@ def command(
     from simomerge.exporting.benchmark import benchmark
 
     given["batches"] = given["batches"] or (1,)
+    if data and (file := next((part for each in targets for part in each.split("+") if part.endswith(".pt2")), None)):
+        raise InputError(f"{file}: --data evaluates model folders, .onnx and .xml files; leave this one out.")
     dataset = load_data(data, split=split, count=count) if data else None
     with console():
         rows = benchmark(targets, parse_size(size), **given)

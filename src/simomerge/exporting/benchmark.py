@@ -109,7 +109,8 @@ def _bytes(target: str) -> int:
     if path.suffix == ".xml":
         files.append(path.with_suffix(".bin"))
     elif path.name.endswith(".encoder.onnx"):
-        files = list(path.parent.glob(path.name.replace(".encoder.onnx", ".*.onnx")))
+        start = path.name.removesuffix("encoder.onnx")
+        files = [each for each in path.parent.iterdir() if each.name.startswith(start) and each.suffix == ".onnx"]
     return sum(file.stat().st_size for file in files)
 
 
