@@ -9,6 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from simomerge.datasets.tasks import Task
+from simomerge.models.heads import build_head
+from simomerge.models.model import SimoModel, load
+
 from .conftest import Story, assert_mistake, simomerge
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -99,12 +103,46 @@ def test_a_tree_is_too_deep(story: Story, tiny_base: Path, photos: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["edit", "merge", "diff"])
+@pytest.fixture(scope="module")
+def edges(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An expert of a third task."""
+    other = load(story / "normals")
+    head = build_head("linear", other.encoder.channels, 1, {})
+    folder = tmp_path_factory.mktemp("edges") / "expert"
+    SimoModel(other.encoder, {"edges": Task("edges")}, {"edges": head}, other.provenance).save_pretrained(folder)
+    return folder
+
+
+def test_edit_adds_a_task_and_removes_one(
+    shared: Path, story: Story, edges: Path, tiny_base: Path, photos: Path, tmp_path: Path
+) -> None:
+    depth, normals = (f"{task}={story / task}" for task in ("depth", "normals"))
+    added = ("--add", f"edges={edges}", "--expert", depth, "--expert", normals)
+    done = simomerge("edit", shared, "--base", tiny_base, *added, "--images", photos, "-o", tmp_path / "more")
+    assert done.code == 0, done.err
+    assert "  blocks 1-3: depth + normals + edges\n" in done.out and "  |-- block 4: depth\n" in done.out
+    removed = ("--remove", depth, "--expert", normals, "--expert", f"edges={edges}", "--share", "2: all | each")
+    given = ("edit", tmp_path / "more", "--base", tiny_base, *removed, "-o", tmp_path / "less", "--json")
+    assert_mistake(simomerge(*given), "its branches are fitted on images without labels: give --images FOLDER")
+    done = simomerge(*given, "--images", photos)
+    assert done.json["tasks"] == ["normals", "edges"] and done.json["merge"]["tree"].startswith("2: normals+edges |")
+    assert list(load(tmp_path / "less").tasks) == ["normals", "edges"]
+
+
+def test_labels_choose_for_a_budget_only(story: Story, tiny_base: Path, photos: Path, tmp_path: Path) -> None:
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    given = ("merge", tiny_base, *experts, "--scale", "0.5", "--images", photos, "-o", tmp_path / "scene")
+    assert_mistake(simomerge(*given, "--labels", "rooms"), "--labels chooses what is shared for a --budget")
+    done = simomerge(*given, "--budget", "1.5", "--labels", "rooms")
+    assert done.code == 0, done.err
+    assert "  loss in %: depth " in done.out and "disagreement" not in done.out
+
+
+@pytest.mark.parametrize("command", ["merge", "diff"])
 def test_a_tree_has_no_single_set_of_weights(
     shared: Path, story: Story, tiny_base: Path, tmp_path: Path, command: str
 ) -> None:
     given = {
-        "edit": ("edit", shared, "--base", tiny_base, "--remove", f"depth={story / 'depth'}", "-o", tmp_path / "out"),
         "merge": ("merge", tiny_base, f"depth={shared}", f"normals={story / 'normals'}", "-o", tmp_path / "out"),
         "diff": ("diff", tiny_base, shared),
     }

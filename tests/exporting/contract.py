@@ -29,10 +29,11 @@ def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> 
 
 
 class ExportContract:
-    """Fixed and free sizes, batches of 1 and 3, sizes that are no whole patches, one file or several."""
+    """Fixed and free sizes, batches of 1 and 3, sizes that are no whole patches, one file or several, and 8 bits."""
 
     size = (60, 90)
     splits = True
+    quantised = False
 
     @pytest.fixture
     def model(self) -> SimoModel:
@@ -65,6 +66,16 @@ class ExportContract:
         assert len(list(tmp_path.glob("*.onnx"))) == (1 + len(model.tasks) if self.splits else 1)
         for size in (self.size, (97, 65)):
             self.assert_predicts(scene, model, size)
+
+    def test_eight_bits_cost_little(self, model: SimoModel, tmp_path: Path) -> None:
+        if not self.quantised:
+            pytest.skip("tested for one encoder with every kind of head")
+        images = frames_of(self.size, 12)
+        said = export(model, tmp_path / "scene.onnx", self.size, images=images, precision="int8")
+        onnx = pytest.importorskip("onnx")
+        kinds = {node.op_type for node in onnx.load(said["files"][0]).graph.node}
+        assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+        assert all(row["ok"] and row["difference"] > 0 for row in said["verification"])
 
     def promised(self, model: SimoModel) -> bool:
         """Whether docs/export.md promises free sizes for a model."""

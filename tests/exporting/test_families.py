@@ -51,6 +51,8 @@ class TestFamilies(ExportContract):
 class TestHeads(ExportContract):
     """The other heads, and adapters in the encoder."""
 
+    quantised = True
+
     @pytest.fixture(params=["binned-depth", "surgery", "depth-anything", "dpt-segmentation", "subpixels", "adapters"])
     def model(self, request: pytest.FixtureRequest, tiny_base: Path) -> SimoModel:
         torch.manual_seed(0)
@@ -86,6 +88,7 @@ class TestTrees(ExportContract):
     """Tasks share the first blocks of the encoder and have their own last ones."""
 
     splits = False
+    quantised = True
 
     @pytest.fixture
     def model(self, tiny_base: Path) -> SimoModel:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from simomerge.cli import options
 from simomerge.cli.output import console, say
+from simomerge.core.errors import InputError
 
 
 @click.command("edit")
@@ -16,12 +18,15 @@ from simomerge.cli.output import console, say
 @options.pairs("--add", "added", "A task to add; may be repeated.")
 @options.pairs("--remove", "removed", "A task to remove; may be repeated.")
 @options.pairs("--expert", "staying", "An expert that stays, for methods that need it; may be repeated.")
+@options.pictures
+@click.option("--share", metavar="TREE", help="The new tree of a MODEL with shared and own blocks.")
+@options.trust_code
 @options.output()
-def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool, **experts: dict[str, str]) -> None:
+def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Add tasks to a merged MODEL or remove some, with the merge method and parameters recorded in it.
 
     Task arithmetic and averages need no other expert. All other methods merge again, and need each expert that stays as
-    --expert.
+    --expert. So does a MODEL with shared and own blocks, whose branches are fitted again on --images.
 
     \b
     simomerge edit runs/scene --base rooms-base --add edges=runs/edges -o runs/scene-2
@@ -29,6 +34,12 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
     from simomerge.core.files import explain_lost_pages
     from simomerge.merging.disk.edit import edit_on_disk
 
+    experts = {name: given[name] for name in ("added", "removed", "staying")}
+    if _has_tree(model):
+        _edit_tree(model, base, output, overwrite, as_json, **given)
+        return
+    if given["share"] or given["images"]:
+        raise InputError(f"{model}: its tasks share one encoder, so --share and --images do not apply; leave them out.")
     explain_lost_pages()
     with console():
         result = edit_on_disk(
@@ -42,4 +53,48 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
         f"Merged {', '.join(result.tasks)} by {result.merge['method']}, as {model} was.",
         f"Model: {output}",
         f"Next: simomerge realign {output} {pairs} --images FOLDER -o {output}-folded   # the heads no longer fit",
+    )
+
+
+def _has_tree(model: str) -> bool:
+    """Whether this is the folder of a model with shared and own blocks."""
+    from simomerge.checkpoints import read_description
+    from simomerge.checkpoints.description import FILE
+    from simomerge.core.hub import local_source
+
+    folder = Path(local_source(model))
+    return (folder / FILE).is_file() and bool(read_description(folder)["encoder"].get("tree"))
+
+
+def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
+    """Edit a model with shared and own blocks."""
+    from simomerge.assembly.experts import load_experts
+    from simomerge.assembly.sharing.edit import edit_tree
+    from simomerge.cli.merge import tree_lines
+    from simomerge.core.files import check_absent
+    from simomerge.models.model import load
+
+    check_absent(output, overwrite)
+    if given["images"] is None:
+        raise InputError(f"{model}: its branches are fitted on images without labels: give --images FOLDER.")
+    experts = {**given["staying"], **given["added"]}
+    with console():
+        edited = edit_tree(
+            load(model),
+            load(base),
+            load_experts(**experts),
+            given["images"],
+            remove=list(given["removed"]),
+            share=given["share"],
+            size=given["size"],
+        )
+        edited.save_pretrained(output, overwrite)
+    made = edited.provenance["merge"]
+    say(
+        as_json,
+        {"output": str(output), "tasks": list(edited.tasks), "merge": made},
+        f"Merged {', '.join(edited.tasks)} by {made['method']}, as {model} was.",
+        *tree_lines(made),
+        f"Model: {output}",
+        f"Next: simomerge inspect {output}",
     )

@@ -54,6 +54,7 @@ _FILES = (".safetensors", ".pt", ".pth", ".bin")
     help="Which tasks share which blocks, as '6: a+b, c | each' or a YAML file; see docs/sharing.md.",
 )
 @click.option("--budget", type=float, help="Choose what is shared for this cost: 1 is one encoder.")
+@click.option("--labels", metavar="DATA", help="Choose for --budget by the labels of this dataset's validation split.")
 @options.trust_code
 @options.output()
 def command(as_json: bool, **given: Any) -> None:
@@ -71,14 +72,14 @@ def command(as_json: bool, **given: Any) -> None:
     wanted = _Wanted(**given)
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
-    unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement")
+    unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement", "loss")
     details = ", ".join(f"{key} {_shown(value)}" for key, value in made.items() if key not in unseen)
     say(
         as_json,
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
         *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
         f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
-        *_tree_lines(made),
+        *tree_lines(made),
         *(["The heads are folded."] if wanted.method == "auto" or wanted.shares_blocks else []),
         *([made["then"]] if "then" in made else []),
         f"{'Model' if tasks else 'Weights'}: {wanted.output}",
@@ -106,6 +107,7 @@ class _Wanted:
     branch: int | None
     share: str | None
     budget: float | None
+    labels: str | None
     output: Path
     overwrite: bool
 
@@ -173,6 +175,8 @@ class _Wanted:
         from simomerge.merging import as_schedule, get_method
 
         given = self.given()
+        if self.labels is not None and self.budget is None:
+            raise InputError("--labels chooses what is shared for a --budget; give one, or leave it out.")
         if self.shares_blocks:
             self.check_tree()
         if (self.method == "auto" or self.scale == "learned") and self.images is None:
@@ -238,10 +242,12 @@ class _Wanted:
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""
-        if self.images is not None:
-            return {"images": self.images, "size": self.size, "count": self.count}
         from simomerge.datasets.load import load_data
 
+        if self.images is not None:
+            tasks = list(self.experts)
+            labelled = None if self.labels is None else load_data(self.labels, split="val", count=256, tasks=tasks)
+            return {"images": self.images, "size": self.size, "count": self.count, "validation": labelled}
         data = load_data(self.data, split="val", count=self.count or 256, tasks=list(self.experts))
         return {"validation": data}
 
@@ -271,7 +277,7 @@ def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:
     return {"then": f"Then it was distilled for {choice['steps']} steps.{judged if shown else ''}"}
 
 
-def _tree_lines(made: dict[str, Any]) -> list[str]:
+def tree_lines(made: dict[str, Any]) -> list[str]:
     """The tree of shared blocks, and how well its stitches fit."""
     if "tree" not in made:
         return []
@@ -282,8 +288,12 @@ def _tree_lines(made: dict[str, Any]) -> list[str]:
         for name, fit in made.get("stitches", {}).items()
         if "r2" in fit
     ]
-    judged = ", ".join(f"{task} {value:.2f}" for task, value in made.get("disagreement", {}).items())
-    lines = [f"  disagreement with the experts, relative to one encoder: {judged}"] if judged else []
+    losses = {"disagreement": "disagreement with the experts, relative to one encoder", "loss": "loss in %"}
+    lines = [
+        f"  {what}: {', '.join(f'{task} {value:.2f}' for task, value in made[key].items())}"
+        for key, what in losses.items()
+        if key in made
+    ]
     return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + fits + lines
 
 

@@ -8,7 +8,7 @@ and ``each`` for one group per task; the last level may leave its number out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -178,6 +178,26 @@ class Tree:
         """
         weights = shares or [1 / self.blocks] * self.blocks
         return sum(share * len(groups) for share, groups in zip(weights, self.partitions, strict=True))
+
+    def without(self, tasks: Collection[str]) -> Tree:
+        """The tree of the other tasks.
+
+        Example:
+            >>> str(Tree.of("2: all | 3: a, b+c | each", ["a", "b", "c"], blocks=4).without(["a"]))
+            '3: b+c | 4: b, c'
+        """
+        kept = [[[task for task in group if task not in tasks] for group in groups] for groups in self.partitions]
+        return Tree(tuple(tuple(tuple(group) for group in groups if group) for groups in kept))
+
+    def joined_by(self, task: str) -> Tree:
+        """The tree with one more task. It shares the blocks that all tasks share, and then has its own.
+
+        Example:
+            >>> str(Tree.of("2: all | each", ["a", "b"], blocks=4).joined_by("c"))
+            '2: a+b+c | 4: a, b, c'
+        """
+        together = (((*groups[0], task),) if len(groups) == 1 else (*groups, (task,)) for groups in self.partitions)
+        return Tree(tuple(together))
 
     def levels(self) -> list[tuple[int, Partition]]:
         """The last block of each level, and its groups."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,84 +18,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 import simomerge
-from simomerge.assembly.experts import check_experts
 from simomerge.assembly.merge import merge
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.blocks import call_of
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.assembly.sharing.stitches import fit_stitches
-from simomerge.core import machine
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
-from simomerge.datasets.pictures import Images, as_images
-from simomerge.datasets.tasks import Task
-from simomerge.merging import MergeMethod, get_method
+from simomerge.datasets.pictures import Images
+from simomerge.merging import MergeMethod
 from simomerge.merging.tree import Tree
 from simomerge.models.encoders import Encoder, TreeEncoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel, load
 
-TASKS = {"depth": Task("depth"), "normals": Task("normals"), "parts": Task("parts", "segmentation", classes=("x", "y"))}
-METHOD = get_method("task-arithmetic", scale=0.4)
+from .conftest import METHOD, TASKS, equal, predicted
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*stays (close|near):UserWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def always_float32() -> Iterator[None]:
-    """Like the fixture `float32`, for the models that several tests share."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(machine.PRECISION, "fp32")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def images() -> Images:
-    generator = torch.Generator().manual_seed(0)
-    return as_images(torch.rand(12, 3, 3, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3))
-
-
-@pytest.fixture(scope="module")
-def base(make_model: Callable[..., SimoModel]) -> SimoModel:
-    return make_model({})
-
-
-@pytest.fixture(scope="module")
-def experts(
-    make_model: Callable[..., SimoModel], nudged: Callable[..., torch.Generator], base: SimoModel
-) -> dict[str, SimoModel]:
-    """Fine-tuned by dice, with heads that have something to say."""
-    found = {}
-    for seed, (name, task) in enumerate(TASKS.items(), start=1):
-        expert = make_model({name: task}, seed=seed)
-        generator = nudged(expert, seed, 0.05)
-        with torch.no_grad():
-            head: Any = expert.heads[name]
-            head.output.weight.normal_(generator=generator).mul_(0.3)
-        expert.provenance = {"base": {"source": "the-base", "fingerprint": base.encoder_fingerprint()}}
-        found[name] = expert
-    return found
-
-
-@pytest.fixture(scope="module")
-def grower(base: SimoModel, experts: dict[str, SimoModel]) -> Grower:
-    return Grower(base, check_experts(base, experts), METHOD)
-
-
-@pytest.fixture(scope="module")
-def picture(images: Images) -> Tensor:
-    return torch.stack([images.image(0), images.image(5)])
-
-
-@torch.no_grad()
-def predicted(model: SimoModel, picture: Tensor, tasks: list[str] | None = None) -> dict[str, Tensor]:
-    return model.eval()(picture, tasks)
-
-
-def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
 
 
 def tree(text: Any) -> Tree:
@@ -407,7 +346,7 @@ def test_heads_are_folded_on_what_reaches_them(
     assert shared.provenance["merge"]["cost"] == 1.75
 
 
-@pytest.mark.parametrize("name", ["distill", "distill-encoder"])
+@pytest.mark.parametrize("name", ["distill", "distill-adapters", "distill-encoder"])
 def test_a_tree_is_distilled(
     shared: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, name: str
 ) -> None:
@@ -415,13 +354,43 @@ def test_a_tree_is_distilled(
     assert not equal(predicted(distilled, picture), predicted(shared, picture))
     before, after = (dict(model.encoder.named_parameters()) for model in (shared, distilled))
     moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
-    if name == "distill":
+    if name == "distill-adapters":
+        assert not moved and any(value.any() for key, value in after.items() if key.endswith("up.weight"))
+    elif name == "distill":
         assert not moved
     else:
         assert any("stitch" in key for key in moved) and any(".layer.0." in key for key in moved)
 
 
-@pytest.mark.parametrize("name", ["adapters", "lora", "react", "surgery", "symerge", "prodistill"])
+@pytest.mark.parametrize("text", MANY)
+def test_shared_blocks_share_their_adapters(grower: Grower, picture: Tensor, tmp_path: Path, text: str) -> None:
+    """Every path of a tree is the plain encoder with its weights and the adapters of its blocks."""
+    model = grower.grow(tree(text))
+    encoder, before = model.encoder, predicted(model, picture)
+    adapters = encoder.add_adapters(rank=3, activation="relu", last=2)
+    assert equal(predicted(model, picture), before)  # a fresh adapter adds nothing
+    with torch.no_grad():
+        for seed, adapter in enumerate(adapters):
+            adapter.up.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    given, found, known = iter(adapters), predicted(model, picture), dict[Any, torch.nn.Module]()
+    for path, leaf in enumerate(encoder.tree.leaves):
+        task = encoder.tree.nodes[leaf].tasks[0]
+        alone = copy.deepcopy(grower.experts[task])
+        with encoder.plain(path) as backbone:
+            alone.encoder.backbone.load_state_dict(backbone.state_dict())
+        for block, adapter in enumerate(alone.encoder.add_adapters(rank=3, activation="relu", last=2), start=2):
+            group = next(group for group in encoder.tree.partitions[block] if task in group)
+            if (block, group) not in known:
+                known[block, group] = next(given)
+            adapter.load_state_dict(known[block, group].state_dict())
+        torch.testing.assert_close(predicted(alone, picture)[task], found[task])
+    assert next(given, None) is None and len(known) == len(adapters)
+    model.save_pretrained(tmp_path / "model")
+    assert equal(predicted(load(tmp_path / "model"), picture), found)
+    assert equal(predicted(copy.deepcopy(model), picture), found)
+
+
+@pytest.mark.parametrize("name", ["lora", "distill-lora", "react", "surgery", "symerge", "prodistill"])
 def test_other_realignments_refuse_a_tree(
     shared: SimoModel, base: SimoModel, experts: dict[str, SimoModel], images: Images, name: str
 ) -> None:

@@ -45,6 +45,10 @@ class Adapters(TrainedRealignment):
     def encoder_change(self) -> str:
         return "adapters"
 
+    @property
+    def takes_trees(self) -> bool:
+        return True
+
     def check_encoder(self, encoder: Encoder) -> None:
         from simomerge.models.encoders.adapters import Adapters as Layers
 

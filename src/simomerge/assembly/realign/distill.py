@@ -138,7 +138,7 @@ class Distill(TrainedRealignment):
 
     @property
     def takes_trees(self) -> bool:
-        return self.trains in ("heads", "encoder")
+        return self.trains != "lora"
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, distil_heads

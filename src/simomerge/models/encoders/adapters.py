@@ -79,3 +79,37 @@ class Adapters(nn.ModuleList):
     def of_block(self, block: int) -> Any:
         """The `Adapter` of a block (counted from 0), or None."""
         return self[block - self.first] if block >= self.first else None
+
+
+class TreeAdapters(nn.ModuleList):
+    """The adapters of a tree of shared blocks: one per block, which all tasks that share the block share too.
+
+    Args:
+        paths: The `Adapters` that each complete encoder of the tree would have alone.
+        owners: For each path, the number of the path that a block's adapter belongs to: the first one with the block.
+
+    Attributes:
+        paths: For each path, what stands for its `Adapters`.
+    """
+
+    def __init__(self, paths: Sequence[Adapters], owners: Sequence[Sequence[int]]) -> None:
+        own = [
+            [block for block, owner in enumerate(blocks) if owner == path and paths[path].of_block(block) is not None]
+            for path, blocks in enumerate(owners)
+        ]
+        super().__init__(paths[path].of_block(block) for path, blocks in enumerate(own) for block in blocks)
+        self.settings = paths[0].settings
+        self.paths = [
+            PathAdapters({block: paths[path].of_block(block) for block in blocks}) for path, blocks in enumerate(own)
+        ]
+
+
+class PathAdapters:
+    """The adapters that belong to one path of a tree, by block (counted from 0)."""
+
+    def __init__(self, adapters: dict[int, Adapter]) -> None:
+        self.adapters = adapters
+
+    def of_block(self, block: int) -> Any:
+        """As `Adapters.of_block`. The adapter of a shared block belongs to its first path: a block gets it once."""
+        return self.adapters.get(block)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.merging.engine.depth import Depth
-from simomerge.models.encoders.adapters import Adapters
+from simomerge.models.encoders.adapters import Adapters, TreeAdapters
 from simomerge.models.encoders.features import Features
 from simomerge.models.encoders.layout import BlockShape, Layout, find_layout
 
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
             )
         self.backbone: Any = backbone
         self.apply_layernorm = layout.norm is not None if apply_layernorm is None else apply_layernorm
-        self.adapters: Adapters | None = None
+        self.adapters: Adapters | TreeAdapters | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._outputs: dict[int, Tensor] | None = None
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         """The entry ``encoder`` of simo.json."""
         return {"taps": list(self.taps), "apply_layernorm": self.apply_layernorm, **self.preprocessing}
 
-    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
+    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters | TreeAdapters:
         """Add a fresh low-rank adapter to every block, or to the last blocks, and return them; see `Adapters`.
 
         Raises:
@@ -288,7 +288,8 @@ class Encoder(nn.Module):
         self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Forward hook of a block: add the output of its adapter, if it has one."""
-        adapter = self.adapters.of_block(index) if self.adapters is not None else None
+        adapters: Any = self.adapters
+        adapter = adapters.of_block(index) if adapters is not None else None
         if adapter is None:
             return output
         tokens, *rest = output if isinstance(output, tuple) else (output,)

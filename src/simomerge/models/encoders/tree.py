@@ -23,9 +23,10 @@ from simomerge.checkpoints.names import canonicalise
 from simomerge.core.errors import InputError
 from simomerge.merging.engine.depth import Depth, comes_first
 from simomerge.merging.tree import Group, Tree
-from simomerge.models.encoders.adapters import Adapters
+from simomerge.models.encoders.adapters import Adapters, TreeAdapters
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.features import Features
+from simomerge.models.encoders.layout import BlockShape
 
 
 class Stitch(nn.Linear):
@@ -260,10 +261,31 @@ class TreeEncoder(Encoder):
         own = {name: re.sub(r"^\d+\.backbone\.", "", name).replace(".inner.", ".") for name in given}
         return Depth(given, self.layout.names, own)
 
-    # What a tree does not have ------------------------------------------------------------------------------
+    # Adapters and checkpointing -----------------------------------------------------------------------------
 
-    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> Adapters:
-        raise InputError("a tree of shared blocks cannot have adapters; distil its encoder, or use one encoder.")
+    def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> TreeAdapters:
+        """Add a fresh adapter to every block of every node, or to those of the last blocks; see `Encoder`."""
+        alone = [Adapters(path.block_shapes(), rank, activation, last) for path in self.paths]
+        units = [[self._unit_at(path, block) for block in each.layout.blocks] for path, each in enumerate(self.paths)]
+        owners = [
+            [
+                next(other for other, theirs in enumerate(units) if theirs[block] is unit)
+                for block, unit in enumerate(mine)
+            ]
+            for mine in units
+        ]
+        self.adapters = TreeAdapters(alone, owners)
+        for path, adapters in zip(self.paths, self.adapters.paths, strict=True):
+            # Not a submodule: the tensors of a path are those of a plain encoder.
+            object.__setattr__(path, "adapters", adapters)
+        return self.adapters
+
+    def block_shapes(self) -> Sequence[BlockShape]:
+        return self.paths[0].block_shapes()
+
+    def _unit_at(self, path: int, block: nn.Module) -> Unit:
+        """The unit of a path that a block is or belongs to."""
+        return next(unit for unit in self._units[path].values() if any(each is block for each in unit.inner.modules()))
 
     def check_checkpointing(self) -> None:
         for path in self.paths:
