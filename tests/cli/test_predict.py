@@ -1,4 +1,4 @@
-"""simomerge predict reads images one at a time, in the order given, after a check of all files."""
+"""simomerge predict checks all files, and reads them one at a time, in the order given."""
 
 from __future__ import annotations
 
@@ -61,9 +61,39 @@ def test_each_image_is_read_when_its_turn_comes(
     assert [Path(name).name for name in done.json["written"]] == [f"{photo.stem}-depth.png" for photo in photos]
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "gone", "huge"])
-def test_nothing_is_predicted_if_a_file_cannot_be_read(
-    damage: str,
+def damage(file: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:200])
+    elif how == "text":
+        file.write_text("no picture")
+    elif how == "inside":  # only decoding finds it
+        content = bytearray(file.read_bytes())
+        content[200:230] = bytes(30)
+        file.write_bytes(content)
+    else:
+        Image.new("RGB", (30, 30)).save(file)
+        monkeypatch.setattr(images, "MAX_PIXELS", 20 * 24)
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "huge"])
+def test_nothing_is_loaded_if_no_file_can_be_read(
+    how: str, photos: list[Path], events: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for photo in photos[:2]:
+        damage(photo, how, monkeypatch)
+    one, two = (
+        simomerge("predict", tmp_path / "no model", *photos[:count], "-o", tmp_path / "out") for count in (1, 2)
+    )
+    assert_mistake(one, "3.png")
+    assert (two.code, two.out) == (2, "") and two.err.count("Warning: ") == 2
+    last = two.err.splitlines()[-1]
+    assert last == f"Error: 2 of 2 images cannot be read ({photos[0]}, {photos[1]}); nothing is predicted."
+    assert not (tmp_path / "out").exists() and "predicted" not in events
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "huge", "inside"])
+def test_a_file_that_cannot_be_read_is_left_out_and_named_at_the_end(
+    how: str,
     photos: list[Path],
     events: list[str],
     make_model,
@@ -71,20 +101,28 @@ def test_nothing_is_predicted_if_a_file_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_model([Task("depth")]).save_pretrained(tmp_path / "m")
-    last = photos[-1]
-    if damage == "cut":
-        last.write_bytes(last.read_bytes()[:200])
-    elif damage == "text":
-        last.write_text("no picture")
-    elif damage == "gone":
-        last.unlink()
-    else:
-        Image.new("RGB", (30, 30)).save(last)
-        monkeypatch.setattr(images, "MAX_PIXELS", 20 * 24)
+    damage(photos[1], how, monkeypatch)
+    done = simomerge("predict", tmp_path / "m", *photos, "-o", tmp_path / "out", "--json")
+    assert done.code == 2 and list(done.json["broken"]) == [str(photos[1])]
+    *_, message, last = done.err.splitlines()
+    assert message == f"Warning: {done.json['broken'][str(photos[1])]}" and str(photos[1]) in message
+    assert last == f"Error: 1 of 4 images cannot be read ({photos[1]}); the others are predicted."
+    assert [Path(name).name for name in done.json["written"]] == [f"{name}-depth.png" for name in (3, 1, 0)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.npy")) == [f"{name}-depth.npy" for name in (0, 1, 3)]
+    assert events.count("predicted") == 3
+
+
+def test_progress_is_reported_from_the_first_second_on(
+    photos: list[Path], make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    clock = iter(range(10**6))
+    monkeypatch.setattr(prediction.time, "monotonic", lambda: next(clock))  # each look at a file takes a second
     done = simomerge("predict", tmp_path / "m", *photos, "-o", tmp_path / "out")
-    assert done.code == 2 and str(last) in done.err and "Traceback" not in done.err
-    assert not (tmp_path / "out").exists() and "predicted" not in events
-    assert events in ([], [last.name])  # only what may be damaged is read before
+    assert done.code == 0
+    lines = [" ".join(line.split()) for line in done.err.splitlines()]
+    assert lines[:2] == ["load 0/1", "check 1/4"] and lines.index("check 4/4") < lines.index("load 1/1")
+    assert lines[lines.index("load 1/1") + 1] == "predict 1/4" and lines[-1] == "predict 4/4"
 
 
 # Kinds of input -----------------------------------------------------------------------------------------

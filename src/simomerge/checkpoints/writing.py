@@ -29,7 +29,8 @@ Tensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
 _Layout = Mapping[str, TensorInfo]
 _Dtypes = str | Mapping[str, str] | None
-_Write = Callable[[str, Any], None]
+_Write = Callable[[str, Any, int | None], None]
+"""Writes a tensor; or, with a place in the flattened tensor, values over a part of one that is written."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -54,7 +55,9 @@ def write_safetensors(
     Args:
         path: the file to write or replace; it appears complete or not at all.
         tensors: name -> numpy array or torch tensor, or an iterable of such pairs in any order. Several threads read
-            a mapping, which may compute its tensors when they are read.
+            a mapping, which may compute its tensors when they are read. If it has a method ``corrections()``, this is
+            called when all tensors are written, and yields what to write over them: the name, the place in the
+            flattened tensor, and the values.
         dtypes: storage dtype of the floats, ``"F32"``, ``"F16"`` or ``"BF16"``, for all or by name. By default each
             keeps its dtype. Tensors that are not floats always do.
         layout: name -> TensorInfo of everything that ``tensors`` delivers; required for an iterable.
@@ -187,17 +190,22 @@ class _Shards:
         self.writers: dict[Path, tuple[ExitStack, _Write]] = {}
         self.lock = Lock()
 
-    def write(self, name: str, value: Any) -> None:
-        """Write one tensor to its shard; several threads may call it."""
+    def write(self, name: str, value: Any, place: int | None = None) -> None:
+        """Write one tensor to its shard, or a part of one; several threads may call it."""
         file = self.file_of.get(name)
         if file is None:
             raise InputError(f"{self.folder}: got '{name}', expected no such tensor.")
+        if place is not None:  # Every tensor is written, so the file is complete.
+            layout = self.layouts[file]
+            with file.open("r+b") as handle:
+                _positional(handle)(*_stored_part(layout, _header(layout), name, value, place))
+            return
         with self.lock:
             if file not in self.writers:
                 stack = self.opened.enter_context(ExitStack())
                 self.writers[file] = stack, stack.enter_context(_open(file, self.layouts[file], self.durable))
         stack, write = self.writers[file]
-        write(name, value)
+        write(name, value, None)
         with self.lock:
             self.missing[file] -= 1
             last = not self.missing[file]
@@ -210,7 +218,7 @@ def _write_all(path: Path, write: _Write, tensors: Tensors, layout: _Layout, thr
 
     def put(pair: tuple[str, Any]) -> str:
         name, value = pair
-        write(name, tensors[name] if isinstance(tensors, Mapping) else value)
+        write(name, tensors[name] if isinstance(tensors, Mapping) else value, None)
         return name
 
     pairs = ((name, None) for name in tensors) if isinstance(tensors, Mapping) else tensors
@@ -223,6 +231,9 @@ def _write_all(path: Path, write: _Write, tensors: Tensors, layout: _Layout, thr
                 progress("write", len(layout) - len(missing), len(layout), "")
     if missing:
         raise InputError(f"{path}: {len(missing)} of {len(layout)} tensors never came, the first is '{min(missing)}'.")
+    corrections = getattr(tensors, "corrections", None)
+    for name, place, values in corrections() if callable(corrections) else ():
+        write(name, values, place)
 
 
 @contextmanager
@@ -234,18 +245,28 @@ def _open(path: Path, layout: _Layout, durable: bool) -> Iterator[_Write]:
     with atomic_file(path, size, durable) as handle:
         write_at = _positional(handle)
 
-        def write(name: str, value: Any) -> None:
+        def write(name: str, value: Any, place: int | None) -> None:
+            if place is not None:
+                write_at(*_stored_part(layout, (header, offsets), name, value, place))
+                return
             array = as_numpy(value, name)
             if name not in pending or array.shape != layout[name].shape:
                 expected = f"{layout[name].shape} once" if name in layout else "no such tensor"
                 raise InputError(f"{path}: got '{name}' of shape {array.shape}, expected {expected}.")
-            # This passes on the memory of the array itself: a float32 array is written without a copy.
-            stored = encode(array, layout[name].dtype, name).reshape(-1).view(np.uint8)
-            write_at(stored.data, len(header) + offsets[name])
+            write_at(*_stored_part(layout, (header, offsets), name, array, 0))
             pending.remove(name)
 
         write_at(memoryview(header), 0)
         yield write
+
+
+def _stored_part(
+    layout: _Layout, header: tuple[bytes, Mapping[str, int]], name: str, values: np.ndarray, place: int
+) -> tuple[memoryview, int]:
+    """The bytes of values from a place in the flattened tensor on, and where they begin in the file."""
+    # This passes on the memory of the array itself: a float32 array is written without a copy.
+    stored = encode(values, layout[name].dtype, name).reshape(-1)
+    return stored.view(np.uint8).data, len(header[0]) + header[1][name] + place * stored.itemsize
 
 
 def _positional(handle: BinaryIO) -> Callable[[memoryview, int], None]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from simomerge.cli import options
-from simomerge.cli.output import console, say
+from simomerge.cli.output import console, say, warning
 from simomerge.core.errors import InputError
+from simomerge.core.progress import progress
 
 
 @click.command("predict")
@@ -40,40 +43,65 @@ def command(
     """Predict every task of MODEL for each IMAGE.
 
     An IMAGE is a picture, a folder, a pattern such as "day/*.jpg", a video file, or a camera such as camera:0. All
-    pictures are checked first, then each is read when its turn comes, in the order given.
+    pictures are checked first, then each is read when its turn comes, in the order given. Those that cannot be read are
+    left out and named at the end; the exit code is 2 then.
     """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; give a folder to write into.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"{output} has files in it; choose another folder, or give --overwrite.")
+    with console():
+        progress("load", 0, 1)  # torch alone takes seconds
+        written, broken, count = _predict(model, images, output, size, given)
+    say(as_json, {"written": written, "broken": broken}, *written)
+    if broken:
+        _report_broken(broken, count, len(written))
+
+
+def _predict(
+    model: str, images: Sequence[str], output: Path, size: str | None, given: Mapping[str, str]
+) -> tuple[list[str], dict[str, str], int]:
+    """What was written, path -> what is wrong for each image that cannot be read, and the number of images."""
     from simomerge.core.machine import named_device
-    from simomerge.core.progress import progress
     from simomerge.datasets.pictures import parse_size
     from simomerge.datasets.tasks import select_tasks
     from simomerge.models.model import load
-    from simomerge.models.prediction import check_sources, find_sources, frames_of, predict_frames
+    from simomerge.models.prediction import find_sources, find_unreadable, frames_of, predict_frames
     from simomerge.models.saving import Saver
 
     height_width = parse_size(size) if size else None
     device = named_device(given["device"])
     sources = find_sources(images)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; give a folder to write into.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError(f"{output} has files in it; choose another folder, or give --overwrite.")
-    check_sources(sources)  # before anything is written
+    broken = find_unreadable(sources)
+    readable = [source for source in sources if source.path not in broken]
+    if not readable:  # before anything is loaded or written
+        _report_broken(broken, len(sources), 0)
     predictor = load(model)
+    progress("load", 1, 1)
     if not predictor.tasks:
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     tasks = select_tasks(predictor.tasks, given["tasks"])
     saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]))
+    predictor.to(device)
+    batch, half = int(given["batch_size"]), bool(given["half"])
+    frames = predict_frames(predictor, frames_of(readable, broken), batch, list(tasks), height_width, half)
+    total = 0 if any(source.is_video for source in readable) else len(readable)
     written: list[str] = []
-    total = 0 if any(source.is_video for source in sources) else len(sources)
-    with console():
-        predictor.to(device)
-        batch, half = int(given["batch_size"]), bool(given["half"])
-        frames = predict_frames(predictor, frames_of(sources), batch, list(tasks), height_width, half)
-        try:
-            for done, (frame, maps) in enumerate(frames, start=1):
-                written += map(str, saver.save(frame, maps))
-                progress("predict", done, total or done, "")
-            saver.close()
-        finally:
-            saver.discard()  # after an error or Ctrl-C no half video stays
-    say(as_json, {"written": written}, *written)
+    try:
+        for done, (frame, maps) in enumerate(frames, start=1):
+            written += map(str, saver.save(frame, maps))
+            progress("predict", done, total or done)
+        saver.close()
+    finally:
+        saver.discard()  # after an error or Ctrl-C no half video stays
+    return written, broken, len(sources)
+
+
+def _report_broken(broken: Mapping[str, str], given: int, written: int) -> NoReturn:
+    """Name every image that cannot be read. Raises InputError."""
+    if given == 1:
+        raise InputError(*broken.values())
+    for message in broken.values():
+        warning(message)
+    others = "the others are predicted" if written else "nothing is predicted"
+    raise InputError(f"{len(broken)} of {given} images cannot be read ({', '.join(broken)}); {others}.")

@@ -24,6 +24,29 @@ PerExpert: TypeAlias = float | Sequence[float] | Mapping[str, float]
 _Method = TypeVar("_Method", bound="MergeMethod")
 
 
+class Provisional(ABC):
+    """A merge that finds its last statistics while it merges: one pass fewer. See `MergeMethod.provisional`.
+
+    Several threads may merge at the same time.
+    """
+
+    @abstractmethod
+    def merge(self, base: np.ndarray, task_vectors: TaskVectors) -> tuple[np.ndarray, slice | None]:
+        """Merge one block, once.
+
+        Args:
+            base, task_vectors: See `MergeMethod.merge_tensor`.
+
+        Returns:
+            The merged block, and the part of it that depends on blocks which were not merged yet (None if nothing
+            does). In this part, entries may have the base's value.
+        """
+
+    @abstractmethod
+    def statistics(self) -> Any:
+        """What `MergeMethod.prepare` would have returned. Call it when every block has been merged."""
+
+
 @dataclass(frozen=True)
 class MergeMethod(ABC):
     """Base class of all merge methods. The module ``linear`` has the shortest ones.
@@ -59,6 +82,14 @@ class MergeMethod(ABC):
 
     def prepare(self, stream: TaskVectorStream) -> Any:
         """Compute the statistics of whole models that ``merge_tensor`` then receives, in a pass over all tensors."""
+        return None
+
+    def provisional(self, stream: TaskVectorStream) -> Provisional | None:
+        """Prepare a merge that completes its own statistics, or None if that is impossible or would take longer.
+
+        The engine merges every block with it, then merges the parts that it named again with the complete statistics.
+        Only for methods that are ``elementwise``.
+        """
         return None
 
     def shares(self, name: str, experts: Collection[str], statistics: Any) -> dict[str, float]:

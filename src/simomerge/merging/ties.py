@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from heapq import nlargest
+from threading import Lock
 
 import numpy as np
 
 from simomerge.core.registry import parameter
 from simomerge.merging.engine.ranks import kth_smallest, magnitudes
-from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream, stacked
-from simomerge.merging.method import MergeMethod, register
+from simomerge.merging.engine.stream import BLOCK, TaskVectors, TaskVectorStream, stacked
+from simomerge.merging.method import MergeMethod, Provisional, register
 
 _SIGN = np.int32(-(2**31))
 """The sign bit of a float32."""
+_LOOK = 16, 1 << 16
+"""How many tensors, and how many entries of each, are read to see how many entries cancel."""
+_MOST_UNDECIDED = 1 / BLOCK
+"""The share of entries that cancel above which most blocks would have to be merged twice."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +78,23 @@ class Ties(MergeMethod):
         return self.trim == "global"
 
     def prepare(self, stream: TaskVectorStream) -> TiesStatistics | None:
-        """The exact threshold of each expert, without holding a task vector in memory."""
+        """The exact threshold of each expert, without holding a task vector in memory, and the majority sign."""
         if self.trim == "tensor":
             return None
-        total = sum(stream.sizes.values())
-        rank = total - int(total * self.density)
-        thresholds = dict.fromkeys(stream.experts, 0.0)
-        if rank > 0 and stream.experts:
-            found = kth_smallest(stream, magnitudes, {expert: [rank] for expert in stream.experts})
-            thresholds = {expert: threshold for expert, (threshold,) in found.items()}
-        trimmed = TiesStatistics(thresholds)
-        if len(thresholds) < 2:  # Nothing can cancel.
+        trimmed = self._trimmed(stream)
+        if len(trimmed.thresholds) < 2:  # Nothing can cancel.
             return trimmed
         return replace(trimmed, majority_is_positive=sum(_balances(stream, trimmed)) > 0)
+
+    def provisional(self, stream: TaskVectorStream) -> Provisional | None:
+        """Count the majority sign while merging. Only the few entries that cancel exactly have to wait for it.
+
+        None if many entries cancel, as they do in weights of half precision: counting first is then faster.
+        """
+        if self.trim == "tensor" or len(stream.experts) < 2:
+            return None
+        trimmed = self._trimmed(stream)
+        return None if _cancelling(stream, trimmed) > _MOST_UNDECIDED else _Election(self, trimmed)
 
     def merge_tensor(
         self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: TiesStatistics | None
@@ -93,22 +103,72 @@ class Ties(MergeMethod):
             merged = disjoint_mean(np.stack([_keep_largest(tau, self.density) for tau in task_vectors.values()]))
         else:
             merged = disjoint_mean(statistics.keep(task_vectors), statistics.majority_is_positive)
+        return self._added(base, merged)
+
+    def _added(self, base: np.ndarray, merged: np.ndarray) -> np.ndarray:
+        """The base plus ``scale`` times the merged task vector, which is overwritten."""
         merged *= np.float32(self.scale)
         merged += base
         return merged
 
+    def _trimmed(self, stream: TaskVectorStream) -> TiesStatistics:
+        """The thresholds alone."""
+        total = sum(stream.sizes.values())
+        rank = total - int(total * self.density)
+        if rank <= 0 or not stream.experts:
+            return TiesStatistics(dict.fromkeys(stream.experts, 0.0))
+        found = kth_smallest(stream, magnitudes, {expert: [rank] for expert in stream.experts})
+        return TiesStatistics({expert: threshold for expert, (threshold,) in found.items()})
+
+
+class _Election(Provisional):
+    """TIES with known thresholds, which counts the signs of the sums while it merges."""
+
+    def __init__(self, method: Ties, trimmed: TiesStatistics) -> None:
+        self._method, self._trimmed, self._balance, self._lock = method, trimmed, 0, Lock()
+
+    def merge(self, base: np.ndarray, task_vectors: TaskVectors) -> tuple[np.ndarray, slice | None]:
+        kept = self._trimmed.keep(task_vectors)
+        total = _sum(kept)
+        balance = _balance(total)
+        with self._lock:
+            self._balance += balance
+        mean = _mean_of_elected(kept, total, zero_is_positive=False)
+        # The majority decides where values cancel, and whether a base of -0.0 keeps its sign.
+        waits = (total == 0) & ((mean != 0) | (_bits(base) == _SIGN))
+        merged = self._method._added(base, mean)
+        if not waits.any():
+            return merged, None
+        undecided = np.flatnonzero(waits)
+        merged[undecided] = base[undecided]
+        return merged, slice(int(undecided[0]), int(undecided[-1]) + 1)
+
+    def statistics(self) -> TiesStatistics:
+        return replace(self._trimmed, majority_is_positive=self._balance > 0)
+
 
 def _balances(stream: TaskVectorStream, trimmed: TiesStatistics) -> Iterator[int]:
-    """Per tensor, the number of entries with a positive sum minus the number of those with a negative sum."""
+    """The balance of each tensor."""
 
     def balance(name: str) -> int:
-        found = 0
-        for _, _, task_vectors in stream.read_blocks(name):
-            total = trimmed.keep(task_vectors).sum(0)
-            found += int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
-        return found
+        return sum(_balance(_sum(trimmed.keep(task_vectors))) for _, _, task_vectors in stream.read_blocks(name))
 
     return (found for _, found in stream.map(balance))
+
+
+def _balance(total: np.ndarray) -> int:
+    """The number of entries with a positive sum minus the number of those with a negative sum."""
+    return int(np.count_nonzero(total > 0)) - int(np.count_nonzero(total < 0))
+
+
+def _cancelling(stream: TaskVectorStream, trimmed: TiesStatistics) -> float:
+    """An estimate of the share of entries whose kept values cancel, from the first entries of the largest tensors."""
+    cancelled = seen = 0
+    for name in nlargest(_LOOK[0], stream.names, stream.sizes.__getitem__):
+        kept = trimmed.keep(stream.read(name, slice(0, _LOOK[1]))[1])
+        cancelled += int(np.count_nonzero((_sum(kept) == 0) & (kept != 0).any(0)))
+        seen += kept.shape[1]
+    return cancelled / max(seen, 1)
 
 
 def _keep_largest(tau: np.ndarray, density: float) -> np.ndarray:
@@ -137,17 +197,20 @@ def disjoint_mean(kept: np.ndarray, zero_is_positive: bool = True) -> np.ndarray
         array([ 2., -2.], dtype=float32)
     """
     kept = np.asarray(kept, np.float32)
-    total = _sum(kept)
+    return _mean_of_elected(kept, _sum(kept), zero_is_positive)
+
+
+def _mean_of_elected(kept: np.ndarray, total: np.ndarray, zero_is_positive: bool) -> np.ndarray:
     # Signs are bits, which can be compared and flipped without a cast. A sum that cancels is +0.0, because x - x rounds
     # to it. The bit pattern that precedes +0.0 is negative.
     sign = _bits(total) & _SIGN if zero_is_positive else (_bits(total) - 1) & _SIGN
     np.bitwise_xor(_bits(kept), sign, out=_bits(kept))  # Values with the elected sign are now positive.
     np.maximum(kept, 0, out=kept)
-    total = _sum(kept)
+    mean = _sum(kept)
     count = (kept > 0).view(np.uint8).sum(0, dtype=np.uint8 if len(kept) < 256 else np.uint16)
-    total /= np.maximum(count, 1, out=count).astype(np.float32)
-    np.bitwise_xor(_bits(total), sign, out=_bits(total))
-    return total
+    mean /= np.maximum(count, 1, out=count).astype(np.float32)
+    np.bitwise_xor(_bits(mean), sign, out=_bits(mean))
+    return mean
 
 
 def _bits(values: np.ndarray) -> np.ndarray:

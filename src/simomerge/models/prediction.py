@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import check_image, read_image, to_tensor
+from simomerge.core.progress import progress
 from simomerge.datasets.pictures import picture_files
 from simomerge.datasets.stored import may_be_truncated
 from simomerge.models.model import SimoModel
@@ -88,23 +90,40 @@ def find_sources(given: Sequence[str]) -> list[Source]:
     ]
 
 
-def check_sources(sources: Sequence[Source]) -> None:
-    """Check that all pictures can be read, before any work. Raises InputError for the first that cannot."""
-    for source in sources:
-        if not source.is_video:
+def find_unreadable(sources: Sequence[Source]) -> dict[str, str]:
+    """Path -> what is wrong, for each picture that cannot be read, from its first and last bytes: quick for many."""
+    broken: dict[str, str] = {}
+    began = time.monotonic()
+    for done, source in enumerate(sources, start=1):
+        if source.is_video:
+            continue
+        try:
             check_image(source.path)
             if may_be_truncated(Path(source.path)):
                 read_image(source.path)
+        except (InputError, OSError) as error:
+            broken[source.path] = str(error)
+        if time.monotonic() - began > 0.5:  # a short check reports no progress
+            progress("check", done, len(sources))
+    return broken
 
 
-def frames_of(sources: Sequence[Source]) -> Iterator[Frame]:
-    """The images of sources, each read when it is asked for. Frames of a video are numbered from 1."""
+def frames_of(sources: Sequence[Source], broken: dict[str, str]) -> Iterator[Frame]:
+    """The images of sources, each read when it is asked for. Frames of a video are numbered from 1.
+
+    Args:
+        sources: The sources.
+        broken: Path -> what is wrong: those that cannot be read are left out, and entered here.
+    """
     for source in sources:
-        if not source.is_video:
-            yield Frame(source.name, read_image(source.path), source)
-            continue
-        for number, image in enumerate(video_frames(source.path), start=1):
-            yield Frame(f"{source.name}-{number:06d}", image, source)
+        try:
+            if not source.is_video:
+                yield Frame(source.name, read_image(source.path), source)
+                continue
+            for number, image in enumerate(video_frames(source.path), start=1):
+                yield Frame(f"{source.name}-{number:06d}", image, source)
+        except InputError as error:
+            broken[source.path] = str(error)
 
 
 def predict_frames(

@@ -89,8 +89,8 @@ def merge_on_disk(
     _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
     how, layout = describe_method(chosen, depthwise), storage_layout(foundation.weights, target.storage)
     blocks = foundation.blocks or opened[min(opened)].blocks
-    tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads, blocks)
-    tensors.prepare()  # in this thread, where Ctrl-C stops it at once, and before anything is written
+    # The first pass is made in this thread, where Ctrl-C stops it at once, and before anything is written.
+    tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads, blocks).at_once()
     if makes_model:
         origins = {task: expert.origin() for task, expert in opened.items()}
         recorded = merge_provenance(foundation.origin(), origins, how)

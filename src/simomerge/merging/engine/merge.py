@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints import TensorInfo, as_numpy, canonicalise, tensor_info
-from simomerge.checkpoints.parts import joined
+from simomerge.checkpoints.parts import joined, parts_of
 from simomerge.checkpoints.tensors import encode, value_info
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
 from simomerge.merging.engine.checks import check_models
 from simomerge.merging.engine.schedule import Factor, Schedule, as_schedule
 from simomerge.merging.engine.stream import TaskVectorStream, all_finite
-from simomerge.merging.method import MergeMethod, get_method
+from simomerge.merging.method import MergeMethod, Provisional, get_method
 
 
 class Merged(Mapping[str, np.ndarray]):
@@ -96,13 +96,33 @@ class Merged(Mapping[str, np.ndarray]):
             values = method.merge_tensor(name, base, task_vectors, statistics)
             if factors is not None:
                 values = base + np.float32(factors(name)) * (values - base)
-            flat[part] = values.reshape(-1)
+            flat[part] = self._checked(name, values).reshape(-1)
+        return merged
+
+    def _checked(self, name: str, merged: np.ndarray) -> np.ndarray:
         if not all_finite(merged):
             raise InputError(
-                f"'{name}' of the merged model is too large for float32 ({method.name}): use a smaller scale, or leave"
-                " out the expert with such values."
+                f"'{name}' of the merged model is too large for float32 ({self._method.name}): use a smaller scale, or"
+                " leave out the expert with such values."
             )
         return merged
+
+    def at_once(self) -> Merged:
+        """The same tensors for a reader who reads each of them once, and then `corrections`.
+
+        Some methods need one pass fewer over the models then, see `MergeMethod.provisional`. Call it instead of
+        `prepare`, which it includes.
+        """
+        with self._lock:
+            provisional = self._method.provisional(self._stream) if self._schedule is None else None
+        if provisional is not None:
+            return _Provisional(self, provisional)
+        self.prepare()
+        return self
+
+    def corrections(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """What to write over tensors that were read: the name, the place in the flattened tensor, the values."""
+        return iter(())
 
     def __contains__(self, own_name: object) -> bool:
         return own_name in self._canonical
@@ -126,6 +146,45 @@ class Merged(Mapping[str, np.ndarray]):
                 f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.",
                 stacklevel=stacklevel + 1,
             )
+
+
+class _Provisional(Merged):
+    """See `Merged.at_once`. It shares everything with the merge that it comes from."""
+
+    def __init__(self, merged: Merged, provisional: Provisional) -> None:
+        vars(self).update(vars(merged))
+        self._provisional = provisional
+        self._undecided: dict[str, list[slice]] = {}
+
+    def prepare(self) -> None:
+        """Nothing is left to compute before the first tensor."""
+
+    def _merged(self, name: str) -> np.ndarray:
+        stream = self._stream
+        if name in stream.averaged:
+            return stream.average(name, self._method.shares(name, stream.experts, None)).reshape(stream.shapes[name])
+        merged, parts = np.empty(stream.shapes[name], np.float32), []
+        flat = merged.reshape(-1)
+        for part, base, task_vectors in stream.read_blocks(name):
+            values, undecided = self._provisional.merge(base, task_vectors)
+            flat[part] = self._checked(name, values)
+            if undecided is not None:
+                parts.append(slice(part.start + undecided.start, part.start + undecided.stop))
+        if parts:
+            self._undecided[name] = parts
+        return merged
+
+    def corrections(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        statistics, stream = self._provisional.statistics(), self._stream
+        for own_name, name in self._canonical.items():
+            start = 0
+            for piece in parts_of(name):
+                for part in self._undecided.get(piece, ()):
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        values = self._method.merge_tensor(piece, *stream.read(piece, part), statistics)
+                        values = self._checked(piece, values)
+                    yield own_name, start + part.start, values
+                start += stream.sizes.get(piece, 0)
 
 
 def _keep_freed_memory() -> None:
@@ -177,11 +236,7 @@ def merge_tensors(
         >>> dict(merge_tensors({"w": np.zeros(1)}, {"a": {"w": np.ones(1)}}, "task-arithmetic", scale=0.5))
         {'w': array([0.5], dtype=float32)}
     """
-    if isinstance(method, str):
-        method = get_method(method, **parameters)
-    elif parameters:
-        raise TypeError("parameters go with a method given by name; a method object has its own")
-    return _in_order(Merged(method, base, experts, schedule, threads, blocks), threads)
+    return _in_order(Merged(_with(method, parameters), base, experts, schedule, threads, blocks), threads)
 
 
 def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.ndarray]]:
@@ -217,9 +272,23 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": np.zeros(1, np.float16)}, {"a": {"w": np.ones(1)}}, scale=0.5)
         {'w': array([0.5], dtype=float16)}
     """
-    merged = merge_tensors(base, experts, method, schedule, threads, blocks, **parameters)
+    merged = Merged(_with(method, parameters), base, experts, schedule, threads, blocks).at_once()
     reference = experts[min(experts)] if base is None else base
-    return {name: like(array, reference[name], name) for name, array in merged}
+    arrays = ordered_map(lambda name: (name, merged[name]), merged, threads)
+    result = {name: like(array, reference[name], name) for name, array in arrays}
+    for name, start, values in merged.corrections():
+        result[name].reshape(-1)[start : start + values.size] = like(values, reference[name], name)
+    merged.warn_of_unchanged()
+    return result
+
+
+def _with(method: str | MergeMethod, parameters: Mapping[str, Any]) -> MergeMethod:
+    """The method, which has parameters here only if it is given by name."""
+    if isinstance(method, str):
+        return get_method(method, **parameters)
+    if parameters:
+        raise TypeError("parameters go with a method given by name; a method object has its own")
+    return method
 
 
 def like(array: np.ndarray, original: Any, name: str) -> Any:
