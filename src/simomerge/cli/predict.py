@@ -25,6 +25,12 @@ from simomerge.core.errors import InputError
     help="Files to write: colours, npy, npz, png16, video.",
 )
 @click.option("--overlay", is_flag=True, help="Draw the colours over the image.")
+@click.option(
+    "--legend/--no-legend",
+    default=True,
+    show_default=True,
+    help="Write below each picture what its colours mean. Without it, pictures have the size of the image.",
+)
 @click.option("--tasks", default="all", show_default=True, metavar="TASK,...", help="Tasks to predict.")
 @click.option(
     "--size", metavar="HEIGHTxWIDTH", help="Resize images for the encoder. Predictions keep the image's size."
@@ -62,7 +68,7 @@ def command(
     if not predictor.tasks:
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     tasks = select_tasks(predictor.tasks, given["tasks"])
-    saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]))
+    saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]), bool(given["legend"]))
     written: list[str] = []
     total = 0 if any(source.is_video for source in sources) else len(sources)
     with console():
