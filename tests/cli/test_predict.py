@@ -13,6 +13,7 @@ from simomerge.core import images
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image
 from simomerge.datasets.colours import colourise
+from simomerge.datasets.legend import legend_of
 from simomerge.datasets.stored import Stored
 from simomerge.datasets.tasks import Task
 from simomerge.models import prediction
@@ -207,13 +208,26 @@ def test_pictures_of_16_bits_hold_the_values(photos: list[Path], make_model, tmp
 def test_an_overlay_is_half_image_and_half_colours(photos: list[Path], make_model, tmp_path: Path) -> None:
     model = make_model([Task("depth")])
     model.save_pretrained(tmp_path / "m")
-    given = ("predict", tmp_path / "m", photos[0], "-o", tmp_path / "out", "--as", "colours")
+    given = ("predict", tmp_path / "m", photos[0], "-o", tmp_path / "out", "--as", "colours", "--no-legend")
     assert simomerge(*given, "--overlay").code == 0
     colours = colourise(Task("depth"), model.predict(photos[0])["depth"])
     assert np.array_equal(read_image(tmp_path / "out" / "3-depth.png"), read_image(photos[0]) // 2 + colours // 2)
     assert_mistake(simomerge(*given), "out has files in it; choose another folder, or give --overwrite")
     assert simomerge(*given, "--overwrite").code == 0
     assert np.array_equal(read_image(tmp_path / "out" / "3-depth.png"), colours)
+
+
+def test_below_a_picture_stands_what_its_colours_mean(photos: list[Path], make_model, tmp_path: Path) -> None:
+    model = make_model([Task("depth")])
+    model.save_pretrained(tmp_path / "m")
+    assert simomerge("predict", tmp_path / "m", photos[0], "-o", tmp_path / "out", "--as", "colours").code == 0
+    values = model.predict(photos[0])["depth"]
+    written, colours = read_image(tmp_path / "out" / "3-depth.png"), colourise(Task("depth"), values)
+    assert np.array_equal(written[:20, :24], colours) and (written[:20, 24:] == 255).all()
+    legend = legend_of(Task("depth"), values)
+    below = written[20:].reshape(-1, 3)
+    assert {tuple(colour) for colour in legend.bar} <= {tuple(colour) for colour in below}
+    assert float(legend.low) == pytest.approx(values.min(), rel=0.01) and legend.high.endswith(" m")
 
 
 @pytest.mark.parametrize(

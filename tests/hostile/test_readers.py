@@ -169,6 +169,6 @@ def test_a_model_card_holds_no_markup_from_files() -> None:
         "provenance": {"base": {"source": evil}},
     }
     card = model_card(description)
-    assert "<script>" not in card and "\x1b" not in card and card.count("```") == 4
+    assert "<script>" not in card and "\x1b" not in card and card.count("```") == 6
     block = card.rpartition("```json\n")[2].partition("\n```")[0]
     assert json.loads(block) == description["provenance"]

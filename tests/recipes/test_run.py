@@ -25,7 +25,8 @@ from simomerge.training.pool import WorkerPool
 from .conftest import MICRO, SHORT, STEPS, Finished, on
 
 ROWS = ["experts", "joint-mtl", *MICRO.merges, *MICRO.realigned]
-STAGES = 1 + 2 + 3 + 2 + 2 + 2 + 7  # features, probes, tunings, val scores, merges, re-alignments, test scores
+STAGES = 1 + 2 + 3 + 2 + 2 + 2 + 7 + 2
+"""Features, probes, tunings, val scores of experts, merges, re-alignments, test scores, val scores of candidates."""
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_results_json_is_what_was_returned_and_has_no_nan(finished: Finished) ->
     assert stored == json.loads(json.dumps(returned))
     assert set(stored) == {
         *("format", "title", "created", "machine", "recipe", "test_images", "tasks", "rows", "realignments"),
-        *("scale_curves", "notes"),
+        *("scale_curves", "notes", "model"),
         "seconds_of_this_call",
     }
     assert stored["format"] == 1 and stored["recipe"] == json.loads(json.dumps(MICRO.to_dict()))
@@ -186,8 +187,9 @@ def test_a_second_run_does_nothing_again_even_in_another_place(
     assert (copied / "results.json").is_file()
 
 
-HEADS_ROW = {"task-arithmetic+heads seed 0", "score task-arithmetic+heads seed 0"}
-ADAPTERS_ROW = {"average+adapters seed 0", "score average+adapters seed 0"}
+HEADS_ROW, ADAPTERS_ROW = (
+    {f"{prefix}{row} seed 0" for prefix in ("", "score ", "validate ")} for row in MICRO.realigned
+)
 MERGED = {f"{prefix}{name} seed 0" for name in MICRO.merges for prefix in ("", "score ")} | HEADS_ROW | ADAPTERS_ROW
 TEST_SCORES = {f"score {row} seed 0" for row in ROWS[1:]} | {f"score expert {task} test seed 0" for task in MICRO.tasks}
 EXPERTS = {

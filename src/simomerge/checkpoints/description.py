@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from simomerge.checkpoints.card import PICTURE, model_card
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder, check_absent, check_not_current
-from simomerge.core.text import markdown, shown
+from simomerge.core.files import atomic_folder, atomic_write_text, check_absent, check_not_current
+from simomerge.core.text import shown
 
 FORMAT = 1
 """Version of the model folder's format, if all tasks share one encoder."""
@@ -29,9 +30,17 @@ _FOLDERS = ("encoder", "heads", "branches", "masks", "experts")
 _FILES = re.compile(
     r"(?:simo|compressed|config|(?:pre)?processor_config|generation_config|adapter_config)\.json|README\.md"
     r"|(?:model|base|merged|adapters|stitches|adapter_model)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
-    r"|model\.safetensors\.index\.json|pytorch_model\.bin|\.gitattributes|\.DS_Store|Thumbs\.db|\..*\.(?:lock|tmp)"
+    r"|model\.safetensors\.index\.json|picture\.png|pytorch_model\.bin|\.gitattributes|\.DS_Store|Thumbs\.db|\..*\.(?:lock|tmp)"
 )
-_ORIGIN = {"source?": str, "fingerprint?": str}
+_ORIGIN = {"source?": str, "fingerprint?": str, "license?": str}
+_METRIC = {
+    "task": str,
+    "metric": str,
+    "unit": str,
+    "value": float,
+    "higher_is_better": bool,
+    "expert?": (float, type(None)),
+}
 _SCHEMA = {
     "tasks": {str: {"kind?": str}},
     "heads": {str: {"kind": str, "settings": dict}},
@@ -46,6 +55,14 @@ _SCHEMA = {
     },
     "adapters": (dict, type(None)),
     "provenance": {"base?": _ORIGIN, "experts?": {str: _ORIGIN}, "merge?": {"method?": str}, "realign?": dict},
+    "evaluation?": {
+        "data": str,
+        "split": str,
+        "images": int,
+        "metrics": [_METRIC],
+        "delta_mtl?": (float, type(None)),
+        "weights?": str,
+    },
 }
 _REMEDY = "take the model from its source again."
 
@@ -76,7 +93,19 @@ def read_description(folder: Path) -> dict[str, Any]:
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Write simo.json and the model card README.md into a folder."""
     (folder / FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(description), encoding="utf-8")
+    card = model_card(description, (folder / PICTURE).is_file())
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+    """Enter measured figures into simo.json and the model card of an existing model folder; both are replaced.
+
+    Args:
+        evaluation: ``data``, ``split``, ``images``, ``metrics`` and perhaps ``delta_mtl`` (docs/formats.md).
+    """
+    description = {**read_description(folder), "evaluation": dict(evaluation)}
+    atomic_write_text(folder / FILE, json.dumps(description, indent=2) + "\n")
+    atomic_write_text(folder / "README.md", model_card(description, (folder / PICTURE).is_file()))
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -159,42 +188,3 @@ def existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: missing; {_REMEDY}")
     return path
-
-
-def _shared_blocks(tree: str) -> str:
-    return f"""Which tasks share which blocks, by the last block of each level: `{tree}`. `encoder/` is a plain
-transformers folder with the blocks of the first task, `branches/` has the blocks that it does not share."""
-
-
-def model_card(description: Mapping[str, Any]) -> str:
-    """The README.md of a model folder: its tasks, how to use it, and where its weights come from."""
-    tasks, heads = description["tasks"], description["heads"]
-    kinds = {name: (task.get("kind", name), heads[name]["kind"]) for name, task in tasks.items()}
-    rows = "\n".join(f"| {name} | {markdown(kind)} | {markdown(head)} |" for name, (kind, head) in kinds.items())
-    tree = description["encoder"].get("tree")
-    parts = "One encoder" if not tree else "Shared and own blocks"
-    # Names in it must not end the block of code, or begin HTML.
-    provenance = json.dumps(description["provenance"], indent=2).replace("`", "\\u0060").replace("<", "\\u003c")
-    return f"""---
-library_name: simomerge
-tags: [model-merging, dense-prediction, multi-task]
----
-# {parts}, {len(tasks)} task{"s" if len(tasks) != 1 else ""}
-
-| task | kind | head |
-| --- | --- | --- |
-{rows}
-
-```python
-import simomerge as sm
-
-model = sm.load("this/folder")
-maps = model.predict("photo.jpg")  # one array per task, at the photo's size
-```
-
-{_shared_blocks(tree) if tree else "`encoder/` is a plain transformers folder."} Where the weights come from:
-
-```json
-{provenance}
-```
-"""

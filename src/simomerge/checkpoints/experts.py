@@ -37,7 +37,7 @@ class Recorded(Protocol):
         """Where it was read from, for messages; "the given model" if it was not read."""
 
     def origin(self) -> dict[str, str]:
-        """``source``, a name without its folder, and ``fingerprint`` of its encoder's weights."""
+        """``source``, a name without its folder, ``fingerprint`` of its encoder, and ``license``, if it is known."""
 
 
 # The task of an expert ----------------------------------------------------------------------------------
@@ -97,7 +97,8 @@ def only_task(description: Mapping[str, Any], task: str) -> dict[str, Any]:
     tasks = description["tasks"]
     own = own_task(tasks, task)
     renamed = tasks[own] if own == task else {"kind": own, **tasks[own], "name": task}
-    return {**description, "tasks": {task: renamed}, "heads": {task: description["heads"][own]}}
+    kept = {key: value for key, value in description.items() if key != "evaluation"}  # figures of the whole model
+    return {**kept, "tasks": {task: renamed}, "heads": {task: description["heads"][own]}}
 
 
 # Experts of one encoder ---------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     from simomerge.report import text_table, write_report
     from simomerge.report.drawing import FAMILY_COLOURS, LIGHT
     from simomerge.report.facts import family, rows
+    from simomerge.report.recommendation import recommendation
     from simomerge.report.table import blocks
 
     if not is_first():
@@ -126,5 +127,8 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
             shown += [Table(["\n".join(column.head) for column in block], cells, colours), ""]
     else:
         shown = [text_table(results, ascii_only=ascii_only), ""]
-    files = f"Results: {folder / 'results.json'}", f"Report:  {report}"
+    files = [f"Results: {folder / 'results.json'}", f"Report:  {report}"]
+    if advice := recommendation(results, folder.as_posix()):
+        shown += [*advice.sentences, ""]
+        files += [f"Model:   {advice.folder}", f"Next: simomerge inspect {advice.folder}"]
     say(as_json, {**results, "report": str(report)}, *shown, *files)

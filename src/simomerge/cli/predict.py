@@ -28,6 +28,12 @@ from simomerge.core.progress import progress
     help="Files to write: colours, npy, npz, png16, video.",
 )
 @click.option("--overlay", is_flag=True, help="Draw the colours over the image.")
+@click.option(
+    "--legend/--no-legend",
+    default=True,
+    show_default=True,
+    help="Write below each picture what its colours mean. Without it, pictures have the size of the image.",
+)
 @click.option("--tasks", default="all", show_default=True, metavar="TASK,...", help="Tasks to predict.")
 @click.option(
     "--size", metavar="HEIGHTxWIDTH", help="Resize images for the encoder. Predictions keep the image's size."
@@ -81,7 +87,7 @@ def _predict(
     if not predictor.tasks:
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     tasks = select_tasks(predictor.tasks, given["tasks"])
-    saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]))
+    saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]), bool(given["legend"]))
     predictor.to(device)
     batch, half = int(given["batch_size"]), bool(given["half"])
     frames = predict_frames(predictor, frames_of(readable, broken), batch, list(tasks), height_width, half)

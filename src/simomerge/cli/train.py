@@ -86,14 +86,14 @@ def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> 
     from simomerge.training.lpft import fresh_head, lpft
 
     seed, data = given["seed"], given["data"]
-    encoder = load(given["base"]).encoder
+    base = load(given["base"])
+    origin, encoder = base.origin(), base.encoder
     head_settings = ROOMS_HEADS[given["head"]] if data == "rooms" else {}
     heads = {
         name: fresh_head(encoder, task, train, given["head"], seed, **head_settings)
         for name, task in train.tasks.items()
     }
     model = SimoModel(encoder, train.tasks, heads)
-    fingerprint = model.encoder_fingerprint()
     common = {"batch_size": given["batch_size"], "seed": seed}
     probe = TrainSettings(steps=given["probe_steps"], lr=2 * given["lr"], **common)
     tune = TrainSettings(given["steps"], lr=given["lr"], encoder_lr=given["encoder_lr"], validate_every=50, **common)
@@ -101,12 +101,12 @@ def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> 
     how = {"probe": asdict(probe), "tune": asdict(tune), **names}
     # Only the same command resumes an interrupted run; other settings use another folder.
     contents = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
-    key = json.dumps([fingerprint, data, contents, given["tasks"], given["head"], how])
+    key = json.dumps([origin["fingerprint"], data, contents, given["tasks"], given["head"], how])
     folder = work / hashlib.sha256(key.encode()).hexdigest()[:12]
     tuning = TuneOptions(**names, checkpointing=given["gradient_checkpointing"])
     logs = lpft(model, train, probe, tune, validation, folder, given["cache_budget"], tuning)
     model.provenance = {
-        "base": {"source": given["base"], "fingerprint": fingerprint},
+        "base": origin,
         "training": {"method": "lp-ft", "data": data, **training_images(model, train), **how},
     }
     return model, logs["tune"]

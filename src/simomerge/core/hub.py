@@ -15,21 +15,36 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 _COMPLETE = ("simo.json", *_WEIGHTS, "adapter_config.json")
 """Files of which a usable copy in the cache holds at least one."""
+MODEL_FILES = (
+    "simo.json",
+    "README.md",
+    "picture.png",
+    "encoder/*.json",
+    "encoder/*.safetensors",
+    "heads/*.safetensors",
+    "branches/*.safetensors",
+    "adapters.safetensors",
+    "stitches.safetensors",
+)
+"""The files of a model folder. No other file is fetched from the hub or sent to it, and none of these holds code."""
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def local_source(source: str | Path, bare: bool = True) -> str:
     """The local path of a source: a path on the disk, ``rooms-base``, or a hub id, whose files are fetched if needed.
 
-    What exists on the disk is taken first, then what the cache of the hub holds; only what neither has is looked up
-    online. A text that can only be a path, and names with a prefix such as ``timm:``, are returned unchanged, whether
-    the path exists or not.
+    A hub id is OWNER/NAME or OWNER/NAME@REVISION, with a branch, a tag or a commit. What exists on the disk is taken
+    first, then what the cache of the hub holds; only what neither has is looked up online. A text that can only be a
+    path, and names with a prefix such as ``timm:``, are returned unchanged, whether the path exists or not.
 
     Args:
         source: What the user wrote.
         bare: Whether a name without an owner may be a hub id.
 
     Raises:
-        InputError: No such path, and the hub id is unknown or the hub cannot be reached.
+        InputError: No such path, and the hub has no such model or revision, asks for a token, or cannot be reached; or
+            the id holds no model.
 
     Example:
         >>> local_source("./nowhere")
@@ -40,11 +55,12 @@ def local_source(source: str | Path, bare: bool = True) -> str:
         return path
     if ":" in given or is_only_a_path(given) or not (bare or "/" in given):
         return given
-    cached = _cached(given)
+    hub_id, _, revision = given.partition("@")
+    cached = _cached(hub_id, revision or None)
     if cached and _is_complete(Path(cached)):
         return cached
     try:
-        return _fetched(given)
+        return _fetched(hub_id, revision or None)
     except Exception as error:  # no connection, no such id, a gated model, ...: the library raises many classes
         if cached:
             warnings.warn(
@@ -53,12 +69,47 @@ def local_source(source: str | Path, bare: bool = True) -> str:
                 stacklevel=2,
             )
             return cached
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = first_line.partition(". ")[0].rstrip(".")
-        raise InputError(
-            f"{source}: no such folder, and as a hub id: cannot load an encoder ({reason[:200]}). Give a folder with"
-            f" config.json and model.safetensors, or a hub id while online.{similar(given)}"
-        ) from error
+        problem = _problem(hub_id, revision, error)
+        raise InputError(f"{source}: no such folder, and as a hub id: {problem}{similar(given)}") from error
+
+
+def _problem(hub_id: str, revision: str, error: Exception) -> str:
+    """What a failure means, and what to do: one or two sentences."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner asks you to accept terms first, at {constants.ENDPOINT}/{hub_id}; then {LOGIN}."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}{_revisions(hub_id)}."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no such model, or it is private. Check the name; for a private model, {LOGIN}."
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"cannot load it: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold it."
+    reason = first_sentence(error)
+    return (
+        f"cannot load it ({reason[:200]}). Give a folder with config.json and model.safetensors, or a hub id while"
+        " online."
+    )
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's message, or its class if it has none."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line.partition(". ")[0].rstrip(".")
+
+
+def _revisions(hub_id: str) -> str:
+    """The revisions that a model has, as the end of a sentence; empty if the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().list_repo_refs(hub_id)
+    except Exception:  # the first error is the one to report
+        return ""
+    names = [ref.name for ref in (*found.branches, *found.tags)]
+    return f"; it has {', '.join(names[:8])}" if names else ""
 
 
 def is_only_a_path(source: str) -> bool:
@@ -87,37 +138,60 @@ def similar(path: str | Path) -> str:
     return f" Did you mean '{folder / near[0]}'?" if near else ""
 
 
-def _cached(hub_id: str) -> str | None:
+def _cached(hub_id: str, revision: str | None) -> str | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(hub_id, local_files_only=True)
-    except LocalEntryNotFoundError:
+        folder = snapshot_download(hub_id, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
     return folder if any((Path(folder) / name).is_file() for name in _COMPLETE) else None
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a copy has all shards of its weights, and says how images are normalised."""
-    if any((folder / name).is_file() for name in ("simo.json", "adapter_config.json")):
+    """Whether a copy has all of its files: an interrupted download leaves some out."""
+    if (folder / "adapter_config.json").is_file():
         return True
-    for index in folder.glob("*.index.json"):
-        content = read_json(index, "download it again.", {"weight_map?": {str: str}})
-        shards = set(content.get("weight_map", {}).values())
-        if not all((folder / shard).is_file() for shard in shards):
-            return False
+    if (folder / "simo.json").is_file():
+        return _is_complete_model(folder)
+    if not all((folder / shard).is_file() for shard in _shards(folder)):
+        return False
     return any((folder / name).is_file() for name in _SETTINGS[1:])
 
 
-def _fetched(hub_id: str) -> str:
+def _shards(folder: Path) -> set[str]:
+    """The names of the files that the indices of a folder's weights list."""
+    found = set[str]()
+    for index in folder.glob("*.index.json"):
+        content = read_json(index, "download it again.", {"weight_map?": {str: str}})
+        found |= set(content.get("weight_map", {}).values())
+    return found
+
+
+def _is_complete_model(folder: Path) -> bool:
+    content = read_json(folder / "simo.json", "download it again.", {"tasks?": dict, "encoder?": dict})
+    needed = [f"heads/{task}.safetensors" for task in content.get("tasks", {})]
+    needed += [f"encoder/{shard}" for shard in _shards(folder / "encoder")] or ["encoder/model.safetensors"]
+    needed += ["encoder/config.json", *["adapters.safetensors"] * bool(content.get("adapters"))]
+    tree = not content.get("encoder", {}).get("tree") or (folder / "branches").is_dir()
+    return tree and all((folder / name).is_file() for name in needed)
+
+
+def _fetched(hub_id: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, snapshot_download
 
     # Without a connection this fails at once, while a download tries again for half a minute.
-    found: Any = HfApi().model_info(hub_id, timeout=10)
+    found: Any = HfApi().model_info(hub_id, revision=revision, timeout=10)
     names = {sibling.rfilename for sibling in found.siblings or ()}
-    if names & {"simo.json", "adapter_config.json"}:
-        return snapshot_download(hub_id)
-    weights = next((name for name in _WEIGHTS if name in names), "model.safetensors")
-    shards = [weights.removesuffix(".index.json").replace(".", "-*.", 1)] if weights.endswith(".index.json") else []
-    return snapshot_download(hub_id, allow_patterns=[*_SETTINGS, weights, *shards])
+    if "simo.json" in names:
+        wanted = list(MODEL_FILES)
+    elif "adapter_config.json" in names:
+        wanted = list(_ADAPTER_FILES)
+    else:
+        weights = next((name for name in _WEIGHTS if name in names), None)
+        if weights is None or "config.json" not in names:
+            raise InputError("it holds no model: neither simo.json, nor config.json with model.safetensors.")
+        shards = [weights.removesuffix(".index.json").replace(".", "-*.", 1)] if weights.endswith(".json") else []
+        wanted = [*_SETTINGS, "README.md", weights, *shards]
+    return snapshot_download(hub_id, revision=revision, allow_patterns=wanted)

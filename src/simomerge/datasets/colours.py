@@ -48,16 +48,39 @@ def colourise(task: Task, values: np.ndarray, limits: Sequence[float] | None = N
         low, high = (limits or (0, 1)) if task.kind == "regression" else (0, 1)
         scaled = (np.nan_to_num(values, nan=low) - low) / (high - low)
         return (scaled.clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
-    if values.ndim == 3 and len(values) > 3:
-        values, limits = np.linalg.norm(values, axis=0), None
+    plane, valid = _plane(task, values)
+    low, high = colour_range(task, values, limits)
+    scaled = (np.nan_to_num(plane) - low) / max(high - low, 1e-6)
+    return np.where(valid[..., None], colour_scale(task, scaled.clip(0, 1)), 0).astype(np.uint8)
+
+
+def colour_scale(task: Task, shares: np.ndarray) -> np.ndarray:
+    """The colours of a one-channel map at shares (...) of its range, from 0 to 1: uint8 (..., 3)."""
     from matplotlib import colormaps
 
+    return (colormaps[task.behaviour.colour_map](shares)[..., :3] * 255).astype(np.uint8)
+
+
+def colour_range(task: Task, values: np.ndarray, limits: Sequence[float] | None = None) -> tuple[float, float]:
+    """The values that have the first and the last colour of a map, for the arguments of `colourise`.
+
+    Example:
+        >>> colour_range(Task("depth"), np.array([[0.0, 2.0, 5.0]], np.float32))     # 0 marks an invalid pixel
+        (2.0, 5.0)
+    """
+    limits = limits or task.range or None
+    if limits and (values.ndim < 3 or len(values) <= 3):  # lengths of vectors have the range of their picture
+        return float(limits[0]), float(limits[1])
+    plane, valid = _plane(task, values)
+    return (float(plane[valid].min()), float(plane[valid].max())) if valid.any() else (0.0, 1.0)
+
+
+def _plane(task: Task, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A map as (H, W), with the lengths of vectors of many channels, and where it is valid."""
+    if values.ndim == 3 and len(values) > 3:
+        values = np.linalg.norm(values, axis=0)
     plane = values.reshape(values.shape[-2:]).astype(np.float32)
-    valid = np.isfinite(plane) & task.valid(torch.from_numpy(plane)).numpy()
-    low, high = limits or (plane[valid].min(initial=np.inf), plane[valid].max(initial=-np.inf))
-    scaled = (np.nan_to_num(plane) - low) / max(high - low, 1e-6)
-    rgb = colormaps[task.behaviour.colour_map](scaled.clip(0, 1))[..., :3]
-    return (np.where(valid[..., None], rgb, 0) * 255).astype(np.uint8)
+    return plane, np.isfinite(plane) & task.valid(torch.from_numpy(plane)).numpy()
 
 
 def _directions(vectors: np.ndarray, limits: Sequence[float] | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.datasets.colours import class_colours, colourise
+from simomerge.datasets.colours import colourise
+from simomerge.datasets.legend import LINE, draw_lines, legend_of, lines_of
 from simomerge.datasets.rows import Manifest, Row
-from simomerge.datasets.tasks import Task
 
-GAP, LINE = 4, 16
-"""Pixels between pictures, and the height of a line of text."""
+GAP = 4
+"""Pixels between pictures."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
     if not shown:
         raise InputError(f"{manifest.path}: no image can be shown with its targets; fix what is reported first.")
     width = max(sum(picture.width + GAP for _, picture in row) for row in shown)
-    legend = _legend({name: stored.task for name, stored in manifest.stored.items()}, width)
+    tasks = [stored.task for stored in manifest.stored.values() if stored.task.kind == "segmentation"]
+    legend = [line for task in tasks for line in lines_of(legend_of(task, None), width)]
     step = height + GAP + LINE
     sheet = Image.new("RGB", (width, step * len(shown) + LINE * len(legend)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -57,12 +58,7 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
             draw.text((left, number * step + 2), _fitting(_title(cell), room, draw), fill="black")
             sheet.paste(picture, (left, number * step + LINE))
             left += room + GAP
-    for number, entries in enumerate(legend, start=0):
-        top = step * len(shown) + number * LINE
-        for left, text, colour in entries:
-            if colour is not None:
-                draw.rectangle((left, top + 3, left + 9, top + 12), fill=colour, outline="black")
-            draw.text((left + (14 if colour is not None else 0), top + 2), text, fill="black")
+    draw_lines(draw, legend, step * len(shown))
     return sheet
 
 
@@ -81,25 +77,6 @@ def _fitting(text: str, width: int, draw: Any) -> str:
     while text and draw.textlength(text) > width:
         text = text[:-1]
     return text
-
-
-def _legend(tasks: Mapping[str, Task], width: int) -> list[list[tuple[int, str, tuple[int, ...] | None]]]:
-    """Lines of entries (left, text, colour): the name of each segmentation, then its classes."""
-    lines: list[list[tuple[int, str, tuple[int, ...] | None]]] = []
-    for name, task in tasks.items():
-        if task.kind != "segmentation":
-            continue
-        colours = task.colours or tuple(map(tuple, class_colours(len(task.classes)).tolist()))
-        lines.append([])
-        left = 0
-        for text, colour in ((f"{name}:", None), *zip(task.classes, colours, strict=True)):
-            room = 7 * len(text) + 26  # the built-in font is about six pixels wide
-            if left and left + room > width:
-                lines.append([])
-                left = 0
-            lines[-1].append((left, text, colour))
-            left += room
-    return lines
 
 
 def _cells(manifest: Manifest, row: Row) -> Sequence[_Cell]:

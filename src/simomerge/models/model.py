@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.checkpoints import FORMAT, read_description
+from simomerge.checkpoints.card import PICTURE, licence_of
 from simomerge.checkpoints.description import FILE, TREE_FORMAT, head_file, model_folder
 from simomerge.checkpoints.experts import own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
@@ -68,6 +70,8 @@ class SimoModel(nn.Module):
         self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
         self.provenance: dict[str, Any] = dict(provenance or {})
         self.source = ""  # the folder or hub id from which it was loaded
+        self.licence = ""  # that of its folder, if its model card declares one
+        self.evaluation: dict[str, Any] = {}  # figures that were measured, see simomerge.training.evaluate
 
     def encode(self, images: Tensor, tasks: Iterable[str] | None = None) -> Features:
         """Float images (B, 3, H, W), RGB in [0, 1] -> Features for the heads of some tasks; of all tasks by default."""
@@ -162,14 +166,15 @@ class SimoModel(nn.Module):
         return self.source or "the given model"
 
     def origin(self) -> dict[str, str]:
-        """What the provenance of other models records about this one: ``source`` and ``fingerprint``."""
-        return {"source": source_name(self.source), "fingerprint": self.encoder_fingerprint()}
+        """What the provenance of other models records about this one: ``source``, ``fingerprint`` and ``license``."""
+        found = {"source": source_name(self.source), "fingerprint": self.encoder_fingerprint()}
+        return {**found, "license": self.licence} if self.licence else found
 
     def select(self, tasks: str | list[str]) -> SimoModel:
         """A model with some of the tasks. It shares the encoder and the heads with this one."""
         chosen = select_tasks(self.tasks, tasks)
         model = SimoModel(self.encoder, chosen, {name: self.heads[name] for name in chosen}, self.provenance)
-        model.source = self.source
+        model.source, model.licence = self.source, self.licence
         return model
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False, dtype: str | None = None) -> Path:
@@ -196,6 +201,39 @@ class SimoModel(nn.Module):
                 save_file(stored_tensors(self.encoder.adapters), target / "adapters.safetensors")
         return Path(folder)
 
+    def push_to_hub(
+        self, repository: str, private: bool = True, license: str = "", message: str = "", picture: Any = None
+    ) -> str:
+        """Publish the model on the Hugging Face hub with a model card, in one commit.
+
+        Args:
+            repository: OWNER/NAME; it is created if it does not exist.
+            private: Whether only its owner can see a new repository.
+            license: As the hub names it, such as "apache-2.0"; by default the one that all parents of the model have.
+            message: Of the commit.
+            picture: An image; the model card shows what the model predicts for it.
+
+        Returns:
+            The address of its page.
+
+        Raises:
+            InputError: No token or one that may not write, a repository that holds something else, or no connection.
+                Nothing was sent.
+
+        Example:
+            >>> model.push_to_hub("me/scene", picture="photo.jpg")                              # doctest: +SKIP
+            'https://huggingface.co/me/scene'
+        """
+        from simomerge.checkpoints.publishing import check_repository, push_folder
+        from simomerge.models.strip import save_strip
+
+        check_repository(repository)
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "model")
+            if picture is not None:
+                save_strip(self, picture, folder / PICTURE)
+            return push_folder(folder, repository, private=private, licence=license, message=message).url
+
     def description(self) -> dict[str, Any]:
         """The content of simo.json."""
         return {
@@ -206,7 +244,12 @@ class SimoModel(nn.Module):
             },
             **self.encoder_description(),
             "provenance": self.provenance,
+            **({"evaluation": self.evaluation} if self._is_measured() else {}),
         }
+
+    def _is_measured(self) -> bool:
+        """Whether the figures in ``evaluation`` are those of the present weights."""
+        return bool(self.evaluation) and self.evaluation.get("weights") == fingerprint_of(self)
 
     def encoder_description(self) -> dict[str, Any]:
         """The entries ``encoder`` and ``adapters`` of simo.json."""
@@ -264,7 +307,9 @@ class SimoModel(nn.Module):
             spec = description["heads"][name]
             create = partial(build_head, spec["kind"], encoder.channels, task.channels, spec["settings"])
             heads[name] = with_tensors(create, head_file(folder, name))
-        return cls(encoder, tasks, heads, description["provenance"])
+        model = cls(encoder, tasks, heads, description["provenance"])
+        model.evaluation = dict(description.get("evaluation", {}))
+        return model
 
 
 def load(source: str | Path, trust_code: bool = False) -> SimoModel:
@@ -289,7 +334,7 @@ def load(source: str | Path, trust_code: bool = False) -> SimoModel:
         model = SimoModel.from_pretrained(folder, trust_code)
     else:
         model = SimoModel(load_encoder(folder), {}, {})
-    model.source = str(source)
+    model.source, model.licence = str(source), licence_of(Path(folder))
     arrange_convolutions(model)
     return model
 
@@ -320,7 +365,7 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     result = SimoModel(
         expert.encoder, {task: replace(own, name=task)}, {task: expert.heads[own.name]}, expert.provenance
     )
-    result.source = expert.source
+    result.source, result.licence = expert.source, expert.licence
     return result
 
 

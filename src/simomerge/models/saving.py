@@ -12,6 +12,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file
 from simomerge.core.png16 import write_png16
 from simomerge.datasets.colours import colourise
+from simomerge.datasets.legend import legend_of, with_legend
 from simomerge.datasets.tasks import Task
 from simomerge.models.prediction import Frame, Source
 
@@ -50,19 +51,27 @@ class Saver:
         tasks: The tasks.
         kinds: Some of `KINDS`.
         overlay: Draw colours over the image, half and half.
+        legend: Write below each coloured picture what its colours mean. Frames of a video have none.
 
     Raises:
         InputError: An unknown kind.
     """
 
-    def __init__(self, folder: Path, tasks: Mapping[str, Task], kinds: Sequence[str], overlay: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tasks: Mapping[str, Task],
+        kinds: Sequence[str],
+        overlay: bool = False,
+        legend: bool = False,
+    ) -> None:
         for kind in kinds:
             if kind not in KINDS:
                 raise InputError(f"unknown kind of output {kind!r}; choose some of {', '.join(KINDS)}.")
         unbounded = [name for name, task in tasks.items() if not (task.kind in _STORED16 or task.behaviour.bounded)]
         if "png16" in kinds and unbounded:
             raise InputError(f"task {unbounded[0]!r} has values of any size, which 16 bits cannot hold; use npy.")
-        self.folder, self.tasks, self.kinds, self.overlay = folder, tasks, kinds, overlay
+        self.folder, self.tasks, self.kinds, self.overlay, self.legend = folder, tasks, kinds, overlay, legend
         self._video: _Video | None = None
         self._limits: dict[tuple[Source, str], tuple[float, float]] = {}
 
@@ -81,7 +90,10 @@ class Saver:
                     write_png16(file, stored16(self.tasks[task], values))
                 written["png16"].append(path)
             if "colours" in self.kinds:
-                written["colours"].append(self._picture(start, self._coloured(frame, task, values)))
+                colours = self._coloured(frame, task, values)
+                if self.legend and not frame.source.is_video:
+                    colours = with_legend(colours, legend_of(self.tasks[task], values))
+                written["colours"].append(self._picture(start, colours))
         if "npz" in self.kinds:
             path = self.folder / f"{frame.name}.npz"
             with atomic_file(path) as file:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from simomerge.checkpoints.experts import source_name
 from simomerge.recipes.graph import Data, Stage
 from simomerge.recipes.recipe import Recipe
-from simomerge.recipes.row import AUTO, Row
+from simomerge.recipes.row import AUTO, CONTROL, Row
 from simomerge.recipes.stages import (
     Features,
     Merge,
@@ -41,6 +42,10 @@ class Plan:
         relations: seed -> stage, if the recipe asks for it.
         scores: (seed, row as text) -> stage, on the test split.
         expert_scores: seed -> task -> stage, on the test split.
+        candidates: Rows of which the run recommends one, in the order of the table.
+        choosing: (seed, row) -> stage, the scores of several candidates on validation images.
+        choosing_experts: seed -> task -> stage, on the same images.
+        choosing_images: Number of these images that are asked for.
     """
 
     def __init__(self, recipe: Recipe, base: str | Path, splits: Mapping[str, Data]) -> None:
@@ -53,11 +58,14 @@ class Plan:
             s: {t: self._tune(s, f"expert {t}", [t], recipe.tune) for t in recipe.tasks} for s in recipe.seeds
         }
         self.models: dict[tuple[int, str], Stage] = {}
+        self.choosing_images = min(recipe.scale_images, recipe.val_images)
+        choosing = {**splits["val"], "count": self.choosing_images}
+        self.choosing_experts = {s: self._scores_of_experts(s, choosing) for s in recipe.seeds}
         for seed in recipe.seeds:
             for weighting in recipe.joint_weightings:
                 row = joint_row(weighting)
                 self.models[seed, row] = self._tune(seed, row, recipe.tasks, recipe.joint, weighting)
-            self._merge(seed)
+            self._merge(seed, choosing)
             for prefix in (prefix for row in recipe.rows for prefix in row.prefixes()):
                 if (seed, str(prefix)) not in self.models:
                     self.models[seed, str(prefix)] = self._realigned(seed, prefix)
@@ -68,11 +76,9 @@ class Plan:
         }
         test = splits["test"]
         self.expert_scores = {s: self._scores_of_experts(s, test) for s in recipe.seeds}
-        self.scores = {
-            (s, row): Score(name=f"score {row} seed {s}", model=self.models[s, row], data=test)
-            for s in recipe.seeds
-            for row in self.rows
-        }
+        self.scores = self._scores(self.rows, "score", test)
+        self.candidates = self._candidates()
+        self.choosing = self._scores(self.candidates, "validate", choosing) if len(self.candidates) > 1 else {}
 
     @property
     def rows(self) -> list[str]:
@@ -87,7 +93,9 @@ class Plan:
     def wanted(self) -> list[Stage]:
         """The final stages; they need all others."""
         experts = [stage for scores in self.expert_scores.values() for stage in scores.values()]
-        return [*self.scores.values(), *experts, *self.relations.values()]
+        if self.choosing:
+            experts += [stage for scores in self.choosing_experts.values() for stage in scores.values()]
+        return [*self.scores.values(), *experts, *self.choosing.values(), *self.relations.values()]
 
     def chain(self, seed: int, row: Row) -> list[Stage]:
         """The stages after the experts that made a row."""
@@ -118,7 +126,7 @@ class Plan:
         return Tune(
             name=f"{name} seed {seed}",
             base=self.base,
-            base_name=Path(self.base).name,
+            base_name=source_name(self.recipe.base),
             probes={task: self.probes[seed][task] for task in tasks},
             train=self.splits["train"],
             validation=self.splits["val"],
@@ -129,10 +137,8 @@ class Plan:
 
     # Merges: every method with its best scale on the validation split, and those that use no label.
 
-    def _merge(self, seed: int) -> None:
-        recipe = self.recipe
-        choosing = {**self.splits["val"], "count": min(recipe.scale_images, recipe.val_images)}
-        baseline = self._scores_of_experts(seed, choosing)
+    def _merge(self, seed: int, choosing: Data) -> None:
+        recipe, baseline = self.recipe, self.choosing_experts[seed]
         common: dict[str, Any] = {"base": self.base, "experts": self.experts[seed]}
         for method in recipe.merges:
             self.models[seed, method] = Merge(
@@ -201,6 +207,29 @@ class Plan:
             experts=self.experts[seed] if without_labels else {},
             base=self.base if method.needs_base else "",
         )
+
+    # Scores, and the choice of a model on validation images.
+
+    def _candidates(self) -> list[str]:
+        """The rows of which the run recommends one: merges that were re-aligned without labels, if there are some.
+
+        Re-alignments with labels learn from the validation split, so its figures flatter them: they are compared with
+        each other only, and only if no row works without labels. Merges alone come last.
+        """
+        merged = [row for row in self.recipe.rows if row.merge != CONTROL]
+        free = [str(row) for row in merged if not any(map(self._needs_labels, row.prefixes()))]
+        plain = [method for method in self.recipe.merges if method != CONTROL]
+        return free or [str(row) for row in merged] or plain
+
+    def _needs_labels(self, row: Row) -> bool:
+        return bool(row.steps) and self.recipe.method(row).teacher == "labels"
+
+    def _scores(self, rows: Iterable[str], name: str, data: Data) -> dict[tuple[int, str], Stage]:
+        return {
+            (seed, row): Score(name=f"{name} {row} seed {seed}", model=self.models[seed, row], data=data)
+            for seed in self.recipe.seeds
+            for row in rows
+        }
 
     def _scores_of_experts(self, seed: int, data: Data) -> dict[str, Stage]:
         return {

@@ -17,6 +17,7 @@ from simomerge.assembly.realign.method import realignment_rows
 from simomerge.core.machine import available_cores
 from simomerge.core.registry import summary
 from simomerge.datasets.colours import colourise
+from simomerge.datasets.legend import legend_of
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import load
 from simomerge.recipes.graph import Graph
@@ -152,22 +153,31 @@ def gallery(plan: Plan, graph: Graph, data: Any, images: int = 4) -> list[dict[s
         sample = data[index]
         predicted = {row: model.predict(sample["image"]) for row, model in models.items()}
         predicted["experts"] = {task: expert.predict(sample["image"])[task] for task, expert in experts.items()}
-        predictions = {
-            name: _coloured(task, sample[name].numpy(), {row: predicted[row][name] for row in rows})
-            for name, task in data.tasks.items()
-        }
+        predictions, legends = {}, {}
+        for name, task in data.tasks.items():
+            truth = sample[name].numpy()
+            limits = _limits(task, truth)
+            maps = {"truth": truth, **{row: predicted[row][name] for row in rows}}
+            predictions[name] = {row: colourise(task, values, limits) for row, values in maps.items()}
+            legends[name] = _legend(task, truth, limits)
         image = (sample["image"].permute(1, 2, 0).numpy() * 255).astype("uint8")
-        shown.append({"image": image, "predictions": predictions})
+        shown.append({"image": image, "predictions": predictions, "legends": legends})
     return shown[:images]
 
 
-def _coloured(task: Task, truth: Any, predicted: Mapping[str, Any]) -> dict[str, Any]:
+def _limits(task: Task, truth: Any) -> tuple[float, float]:
+    """The colour range of a task in one row of the gallery: that of the ground truth, if the task has one."""
     own = task.kind in ("depth", "disparity", "log_depth", "texture", "keypoints", "regression")
     known = truth[truth == truth]  # NaN marks pixels without a value
     if task.kind == "flow":
         own, known = True, np.hypot(*truth)[np.isfinite(truth).all(0)]
-    limits = (float(known.min()), float(known.max())) if own and known.size else (0.0, 1.0)
-    return {name: colourise(task, value, limits) for name, value in {"truth": truth, **predicted}.items()}
+    return (float(known.min()), float(known.max())) if own and known.size else (0.0, 1.0)
+
+
+def _legend(task: Task, truth: Any, limits: tuple[float, float]) -> dict[str, Any] | None:
+    """What the colours mean, as the report takes it."""
+    found = legend_of(task, truth, limits)
+    return {"entries": found.entries, "bar": found.bar, "low": found.low, "high": found.high} if found else None
 
 
 def _split_name(split: str) -> str:

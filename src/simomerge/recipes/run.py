@@ -28,6 +28,7 @@ from simomerge.recipes.graph import Data, Graph, open_data
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
+from simomerge.recipes.shipping import check_place, choose, ship
 from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
 
@@ -46,10 +47,11 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | 
 
     Returns:
         The results: what ``results.json`` in the folder holds (docs/formats.md), and under ``gallery`` the pictures of
-        the report.
+        the report. The folder ``model`` in the run folder is the model that the run recommends.
     """
     began = time.monotonic()
     folder = Path(folder or recipe.output).resolve()
+    check_place(folder)
     plan, graph = _planned(recipe, folder)
     with distributed.first_before_others():
         for data in plan.splits.values() if recipe.data == "rooms" else ():
@@ -58,6 +60,9 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | 
     with WorkerPool(workers) as pool:
         graph.build(plan.wanted(), pool)
     results = summarise(plan, graph, test.tasks, len(test))
+    choice = choose(plan, graph, test.tasks)
+    if choice is not None and distributed.is_first():
+        results["model"] = ship(plan, graph, choice, test)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
     if distributed.is_first():
         atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")

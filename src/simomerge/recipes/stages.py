@@ -123,7 +123,7 @@ class Tune(LoggedStage):
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         base = load(self.base)
-        fingerprint = base.encoder_fingerprint()
+        origin = base.origin()  # before the encoder is trained
         probes = _models(self.probes)
         tasks = {task: probe.tasks[task] for task, probe in probes.items()}
         model = SimoModel(base.encoder, tasks, {task: probe.heads[task] for task, probe in probes.items()})
@@ -139,7 +139,7 @@ class Tune(LoggedStage):
             options=TuneOptions(self.weighting, self.augmentation),
         )
         model.provenance = {
-            "base": {"source": self.base_name, "fingerprint": fingerprint},
+            "base": {**origin, "source": self.base_name},
             "training": {"method": "lp-ft", **asdict(self.settings), **how, **training_images(model, images)},
         }
         cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}

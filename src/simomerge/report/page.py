@@ -19,10 +19,12 @@ from simomerge.core.files import atomic_write_text
 from simomerge.report.drawing import FAMILY_COLOURS, PALETTE, inline_figures
 from simomerge.report.facts import FAMILIES, MISSING, Results, family, rows, seeds, sentences
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
+from simomerge.report.recommendation import recommendation
 from simomerge.report.table import columns
 
 Gallery = Sequence[Mapping[str, Any]]
-"""Per image: ``{"image": uint8 (H, W, 3), "predictions": {task: {column: uint8 (H, W, 3)}}}``."""
+"""Per image: ``{"image": uint8 (H, W, 3), "predictions": {task: {column: uint8 (H, W, 3)}}}``, and perhaps
+``legends``: by task ``{"entries": [(name, RGB)], "bar": uint8 (N, 3) or None, "low": text, "high": text}``."""
 
 FIGURES = {"Overview": overview_figure, "By task": task_figure, "By scale": scale_figure}
 """The figures of a run by heading; their captions are in the template."""
@@ -39,6 +41,8 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["image"] = _image
+    environment.filters["bar"] = lambda colours, label: _image(np.asarray(colours)[None], label)
+    environment.filters["rgb"] = lambda colour: "rgb({}, {}, {})".format(*map(int, colour))
     return environment
 
 
@@ -76,35 +80,39 @@ def write_report(
         >>> write_report("report.html", {"title": "Rooms", "tasks": [], "rows": []}).name
         'report.html'
     """
-    atomic_write_text(path, report_page(results, gallery, more))
+    atomic_write_text(path, report_page(results, gallery, more, Path(path).parent.as_posix()))
     return Path(path)
 
 
-def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[str, str]] = ()) -> str:
-    """The HTML that `write_report` writes.
+def report_page(results: Results, gallery: Gallery = (), more: Sequence[tuple[str, str]] = (), folder: str = "") -> str:
+    """The HTML that `write_report` writes into a run folder.
 
     Example:
         >>> report_page({"title": "Rooms", "tasks": [], "rows": []})[:15]
         Markup('<!DOCTYPE html>')
     """
-    table = columns(results)
+    table, advice = columns(results), recommendation(results, folder)
     return render_html(
         "run.html",
         title=results.get("title") or "A run of simomerge",
-        sentences=sentences(results),
+        sentences=advice.sentences if advice else sentences(results),
+        advice=advice,
+        story=sentences(results) if advice else [],
         created=str(results.get("created") or "").replace("T", " "),
         seeds=seeds(results),
         families={name: (FAMILY_COLOURS[name], meaning) for name, meaning in FAMILIES.items()},
         realignments=results.get("realignments") or [],
-        heads=[column.head for column in table],
-        rows=list(zip(*(column.cells for column in table), strict=True)),
+        tables={
+            heading: ([column.head for column in chosen], list(zip(*(column.cells for column in chosen), strict=True)))
+            for heading, chosen in (
+                ("Results", [column for column in table if not column.cost]),
+                ("Cost", [table[0], *(column for column in table if column.cost)]),
+            )
+        },
         row_colours=[FAMILY_COLOURS[family(row)] for row in rows(results)],
         figures=inline_figures(FIGURES, results),
         more=[(heading, content) for heading, content in more if content],
         gallery=gallery,
-        gallery_columns=list(
-            dict.fromkeys(name for e in gallery for maps in e["predictions"].values() for name in maps)
-        ),
         settings={name: dict(_flat(results[name])) for name in ("recipe", "machine") if results.get(name)},
         notes=results.get("notes") or [],
     )

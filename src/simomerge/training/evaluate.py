@@ -20,6 +20,7 @@ from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
+from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.model import SimoModel, as_model
 from simomerge.training.metrics import TaskMetrics
 
@@ -142,6 +143,36 @@ def delta_mtl(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> fl
         sign = 1 if tasks[name].higher_is_better else -1
         gains.append(sign * (value - base) / base)
     return 100 * sum(gains) / len(gains)
+
+
+def evaluation_record(
+    model: SimoModel, scores: Scores, about: Mapping[str, Any], baseline: Scores | None = None
+) -> dict[str, Any]:
+    """What a model folder records as its ``evaluation``: the main metric of every task, with the expert's if known.
+
+    Args:
+        model: The model that was measured. The record holds the fingerprint of all its weights, so that it is dropped
+            from the folder of a model that changed afterwards.
+        scores: Scores of the model.
+        about: ``data`` and ``split``, names, and ``images``, their number.
+        baseline: Scores of experts of some or all tasks. Delta_MTL needs those of all.
+
+    Example:
+        >>> model.evaluation = evaluation_record(model, scores, {"data": "rooms", "split": "test", "images": 256}
+        ... )                                                                # doctest: +SKIP
+        >>> model.save_pretrained("runs/scene")                              # doctest: +SKIP
+    """
+    rows, known = [], baseline or {}
+    for name, values in scores.items():
+        task = model.tasks[name]
+        row: dict[str, Any] = {"task": name, "metric": task.metric, "unit": task.unit, "value": values[task.metric]}
+        row |= {"higher_is_better": task.higher_is_better}
+        row |= {"expert": known[name][task.metric]} if name in known else {}
+        if all(math.isfinite(number) for number in (values[task.metric], row.get("expert", 0.0))):
+            rows.append(row)
+    complete = len(rows) == len(scores) and set(scores) <= set(known)
+    delta = {"delta_mtl": delta_mtl(scores, known, model.tasks)} if complete else {}
+    return {**about, "metrics": rows, **delta, "weights": fingerprint_of(model)}
 
 
 def _pairs(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> dict[str, tuple[float, float]]:

@@ -356,6 +356,7 @@ def restore(
             if is_model:  # its description and model card say that the encoder is an approximation
                 described = read_description(target)
                 described["provenance"]["compression"] = asdict(fit)
+                described.pop("evaluation", None)  # it was measured before the compression
                 write_description(target, described)
     return Compression(int(description["bytes_before"]), _size(folder), {task: fit})
 

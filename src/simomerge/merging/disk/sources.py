@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from simomerge.checkpoints.card import licence_of
 from simomerge.checkpoints.description import FILE, existing, head_file, read_description
 from simomerge.checkpoints.experts import own_task
 from simomerge.checkpoints.fingerprint import fingerprint
@@ -62,8 +63,10 @@ class Source:
         return self.hub_id or str(self.path)
 
     def origin(self) -> dict[str, str]:
-        """Its name, without the path, and the fingerprint of its weights, which is computed only once."""
-        return {"source": self.hub_id or self.path.name, "fingerprint": self._fingerprint}
+        """Its name, without the path, the fingerprint of its weights (computed once), and its licence if known."""
+        licence = licence_of(self.path)
+        found = {"source": self.hub_id or self.path.name, "fingerprint": self._fingerprint}
+        return {**found, "license": licence} if licence else found
 
     def encoder_folder(self) -> Path:
         """The folder where config.json is expected."""
