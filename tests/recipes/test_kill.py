@@ -38,8 +38,8 @@ realigned:
 # Trainings this short are never saved at the usual pace, twenty seconds; here every fifth of one.
 COMMAND = """
 import sys
-from simomerge.training.loop import _State
-_State.save_once_in_a_while.__defaults__ = (0.2,)
+from simomerge.training.state import TrainingState
+TrainingState.save_once_in_a_while.__defaults__ = (0.2,)
 from simomerge.cli import main
 main()
 """

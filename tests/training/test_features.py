@@ -60,7 +60,7 @@ def test_an_image_of_odd_size_is_cropped_back(encoder: Encoder, tmp_path: Path) 
     (images,) = ordered_batches(odd, 3)
     expected = odd.tasks["depth"].loss(head.eval()(encoder(images["image"]))[..., :20, :30], images["depth"])
     with torch.no_grad():
-        (loss,) = cached.head_losses(odd.tasks["depth"], head, "loss", batch).values()
+        (loss,) = cached.head_losses(odd.tasks["depth"], "loss", head, batch).values()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_training_on_cached_features_equals_training_through_the_frozen_encoder(
     cached_head, direct_head, start = (fresh_head(encoder, task, rooms, seed=2) for _ in range(3))
     train_head(cached_head, task, CachedFeatures(cache, rooms, [task_name]), settings)
     data = rooms.select([task_name])
-    fit(direct_head, lambda b: {task_name: task.loss(direct_head(encoder(b["image"])), b[task_name])}, data, settings)
+    fit(direct_head, lambda head, b: {task_name: task.loss(head(encoder(b["image"])), b[task_name])}, data, settings)
     heads = (cached_head, direct_head, start)
     one, other, before = (torch.nn.utils.parameters_to_vector(head.parameters()).detach() for head in heads)
     assert float((one - before).norm()) > 0.1

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from simomerge.checkpoints import open_checkpoint
 from simomerge.core.errors import InputError
 from simomerge.core.machine import PRECISION
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
-from simomerge.training.loop import TrainLog, _State, fit, validation_loss
+from simomerge.training.loop import Losses, Objective, _Losses, fit, validation_loss
 from simomerge.training.optimizer import make_optimizer
 from simomerge.training.settings import TrainSettings
-from simomerge.training.weighting import Weighting
+from simomerge.training.state import TrainingState, TrainLog
 
 
 class Points:
@@ -58,12 +58,9 @@ class WithEncoder(nn.Module):
         return self.head(self.encoder["backbone"](x))
 
 
-def regression(module: nn.Module) -> Callable[[Mapping[str, Any]], dict[str, Tensor]]:
-    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        error = module(batch["x"]) - batch["y"]
-        return {"square": error.square().mean(), "absolute": error.abs().mean()}
-
-    return losses
+def regression(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    error = module(batch["x"]) - batch["y"]
+    return {"square": error.square().mean(), "absolute": error.abs().mean()}
 
 
 def jitter(sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
@@ -85,7 +82,8 @@ def assert_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None
 
 def test_training_finds_the_minimum_of_a_quadratic() -> None:
     module, target = Scalar(), 3.0
-    log = fit(module, lambda batch: {"q": (module.w - target).square().sum()}, Points(), TrainSettings(150, 4, lr=0.2))
+    losses = lambda module, batch: {"q": (module.w - target).square().sum()}  # noqa: E731
+    log = fit(module, losses, Points(), TrainSettings(150, 4, lr=0.2))
     assert abs(float(module.w.detach()) - target) < 0.02
     assert (log.steps, log.samples, log.validation, log.best_step) == (150, 600, [], 0)
     assert log.losses["q"] < 1e-3 and log.seconds > 0
@@ -97,7 +95,7 @@ def test_training_equals_adamw_with_one_cycle_and_clipping() -> None:
     steps, clip = 30, 0.5
     settings = TrainSettings(steps, 8, lr=2e-2, encoder_lr=5e-3, weight_decay=0.1, warmup=0.3, clip=clip, seed=4)
     trained, reference = WithEncoder(), WithEncoder()
-    fit(trained, regression(trained), Points(), settings, transform=jitter)
+    fit(trained, regression, Points(), settings, transform=jitter)
 
     backbone, last, norm = reference.encoder["backbone"], reference.head[2], reference.head[1]
     groups = [
@@ -112,7 +110,7 @@ def test_training_equals_adamw_with_one_cycle_and_clipping() -> None:
     rates, norms = [], []
     reference.train()
     for batch in training_batches(Points(), 8, steps, seed=4, transform=jitter):
-        parts = regression(reference)(batch)
+        parts = regression(reference, batch)
         ((parts["square"] + parts["absolute"]) / 2).backward()
         norms.append(float(nn.utils.clip_grad_norm_(reference.parameters(), clip)))
         rates.append(optimizer.param_groups[3]["lr"])
@@ -131,7 +129,7 @@ def test_every_setting_has_an_effect(change: dict[str, Any]) -> None:
     for changed in ({}, change):
         module = WithEncoder()
         settings = {"steps": 6, "batch_size": 8, "lr": 2e-2, **changed}
-        fit(module, regression(module), Points(), TrainSettings(**settings))
+        fit(module, regression, Points(), TrainSettings(**settings))
         finals.append(module.head[2].weight.detach())
     assert not torch.allclose(*finals, atol=1e-6)
 
@@ -140,7 +138,7 @@ def test_frozen_parameters_are_not_touched() -> None:
     module = WithEncoder()
     module.encoder.requires_grad_(False)
     before = weights(module)
-    fit(module, regression(module), Points(), TrainSettings(5, 8, lr=0.1))
+    fit(module, regression, Points(), TrainSettings(5, 8, lr=0.1))
     after = module.state_dict()
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("encoder"), name
@@ -149,13 +147,13 @@ def test_frozen_parameters_are_not_touched() -> None:
 def test_nothing_to_train_is_an_error() -> None:
     module = WithEncoder().requires_grad_(False)
     with pytest.raises(InputError, match="nothing to train"):
-        fit(module, regression(module), Points(), TrainSettings(2))
+        fit(module, regression, Points(), TrainSettings(2))
 
 
 def test_progress_shows_steps_and_losses() -> None:
     module, lines = WithEncoder(), []
     with show_progress(lambda *a: lines.append(a)):
-        fit(module, regression(module), Points(), TrainSettings(25, 8), label="regress")
+        fit(module, regression, Points(), TrainSettings(25, 8), label="regress")
     assert [line[:3] for line in lines] == [("regress", 10, 25), ("regress", 20, 25), ("regress", 25, 25)]
     assert "square " in lines[0][3] and "img/s" in lines[0][3]
 
@@ -163,13 +161,13 @@ def test_progress_shows_steps_and_losses() -> None:
 # Validation and early stop ------------------------------------------------------------------------------
 
 
-def climbing(module: Scalar) -> Callable[[Mapping[str, Any]], dict[str, Tensor]]:
+def climbing(module: Scalar, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The training loss increases w without end; the validation loss has its minimum at 1."""
+    return {"w": (module.w - 1).square().sum() if batch["role"].float().mean() > 0 else -module.w.sum()}
 
-    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"w": (module.w - 1).square().sum() if batch["role"].float().mean() > 0 else -module.w.sum()}
 
-    return losses
+def judged(module: nn.Module, losses: Losses, data: Any, batch_size: int = 32) -> float:
+    return validation_loss(_Losses(module, Objective(losses), torch.device("cpu")), data, batch_size)
 
 
 def test_training_stops_when_validation_is_flat_and_keeps_the_best_weights() -> None:
@@ -177,32 +175,30 @@ def test_training_stops_when_validation_is_flat_and_keeps_the_best_weights() -> 
     settings = TrainSettings(400, 4, lr=0.05, validate_every=5, patience=3)
     lines: list[Any] = []
     with show_progress(lambda *a: lines.append(a)):
-        log = fit(module, climbing(module), Points(), settings, Points(6, role=1))
+        log = fit(module, climbing, Points(), settings, Points(6, role=1))
     losses = dict(log.validation)
     assert list(losses) == list(range(5, log.steps + 1, 5))
     assert log.best_step == min(losses, key=losses.get) and losses[log.best_step] < 0.05
     assert log.steps == log.best_step + 15 < 400
-    assert validation_loss(module, climbing(module), Points(6, role=1)) == pytest.approx(
-        losses[log.best_step], abs=1e-7
-    )
+    assert judged(module, climbing, Points(6, role=1)) == pytest.approx(losses[log.best_step], abs=1e-7)
     assert lines[-1][1:3] == (400, 400) and f"stopped at step {log.steps}" in lines[-1][3]
 
 
 def test_the_last_step_is_validated_and_can_be_the_best() -> None:
     module = Scalar()
     settings = TrainSettings(13, 4, lr=0.01, validate_every=5, patience=3)
-    log = fit(module, climbing(module), Points(), settings, Points(6, role=1))
+    log = fit(module, climbing, Points(), settings, Points(6, role=1))
     assert [step for step, _ in log.validation] == [5, 10, 13] and log.best_step == log.steps == 13
 
 
 def test_validation_is_the_mean_over_samples_whatever_the_batches() -> None:
     module = WithEncoder().eval()
-    data, losses = Points(10), regression(module)
-    expected = validation_loss(module, losses, data, batch_size=10)
-    assert validation_loss(module, losses, data, batch_size=4) == pytest.approx(expected, rel=1e-5)
+    data, losses = Points(10), regression
+    expected = judged(module, losses, data, batch_size=10)
+    assert judged(module, losses, data, batch_size=4) == pytest.approx(expected, rel=1e-5)
     module.train()
     before = weights(module)
-    validation_loss(module, losses, data)
+    judged(module, losses, data)
     assert module.training
     assert_same(before, module.state_dict())  # validation does not change running statistics
 
@@ -211,7 +207,7 @@ def test_validation_is_the_mean_over_samples_whatever_the_batches() -> None:
 def test_a_loss_that_is_not_finite_names_task_and_step(value: float) -> None:
     module, calls = WithEncoder(), []
 
-    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def losses(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         calls.append(1)
         good = module(batch["x"]).square().mean()
         return {"normals": good, "depth": good * (value if len(calls) == 20 else 1.0)}
@@ -237,7 +233,7 @@ def killed_at(step: int) -> Callable[..., None]:
 
 @pytest.fixture
 def eager_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_State, "save_once_in_a_while", lambda self, log: self.save(log))
+    monkeypatch.setattr(TrainingState, "save_once_in_a_while", lambda self, log: self.save(log))
 
 
 SETTINGS = TrainSettings(40, 8, lr=1e-2, warmup=0.2, validate_every=7, patience=4, seed=3)
@@ -247,7 +243,7 @@ def train(state_file: Path | None, progress: Callable[..., None] | None = None) 
     module = WithEncoder()
     module.encoder["backbone"].bias.requires_grad_(False)
     with show_progress(progress):
-        log = fit(module, regression(module), Points(), SETTINGS, Points(9, 1), jitter, state_file)
+        log = fit(module, regression, Points(), SETTINGS, Points(9, 1), jitter, state_file)
     return weights(module), log
 
 
@@ -256,8 +252,8 @@ def train(state_file: Path | None, progress: Callable[..., None] | None = None) 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(step: int, tmp_path: Path) -> None:
     expected, straight = train(None)
     with pytest.raises(Killed):
-        train(tmp_path / "deep" / "state.pt", killed_at(step))
-    got, log = train(tmp_path / "deep" / "state.pt")
+        train(tmp_path / "deep" / "state.safetensors", killed_at(step))
+    got, log = train(tmp_path / "deep" / "state.safetensors")
     assert_same(expected, got)
     assert (log.steps, log.samples, log.best_step) == (straight.steps, straight.samples, straight.best_step)
     assert log.validation == straight.validation and log.seconds > 0
@@ -269,8 +265,8 @@ def test_a_run_killed_twice_resumes_twice(tmp_path: Path) -> None:
     steps: list[int] = []
     for step in (10, 30):
         with pytest.raises(Killed):
-            train(tmp_path / "state.pt", killed_at(step))
-    got, _ = train(tmp_path / "state.pt", lambda label, done, total, note="": steps.append(done))
+            train(tmp_path / "state.safetensors", killed_at(step))
+    got, _ = train(tmp_path / "state.safetensors", lambda label, done, total, note="": steps.append(done))
     assert_same(expected, got)
     assert min(steps) >= 30  # finished steps are not repeated
 
@@ -281,24 +277,25 @@ def test_a_run_that_stopped_early_does_not_resume(tmp_path: Path) -> None:
     ends = []
     for _ in range(2):
         module = Scalar()
-        state = tmp_path / "state.pt"
-        log = fit(module, climbing(module), Points(), settings, Points(6, role=1), state_file=state)
+        state = tmp_path / "state.safetensors"
+        log = fit(module, climbing, Points(), settings, Points(6, role=1), state_file=state)
         ends.append((float(module.w.detach()), log.steps, log.best_step, log.validation))
     assert ends[0] == ends[1]
 
 
 @pytest.mark.usefixtures("eager_state")
 def test_the_state_holds_no_frozen_weights_and_no_code(tmp_path: Path) -> None:
-    train(tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert "encoder.backbone.weight" in state["module"] and "encoder.backbone.bias" not in state["module"]
-    assert "head.1.running_mean" in state["module"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "state.pt"]
+    train(tmp_path / "state.safetensors")
+    names = set(open_checkpoint(tmp_path / "state.safetensors"))
+    module = "weights/module."
+    assert f"{module}encoder.backbone.weight" in names and f"{module}encoder.backbone.bias" not in names
+    assert f"{module}head.1.running_mean" in names and "exp_avg/module.head.0.weight" not in names
+    assert list(tmp_path.iterdir()) == [tmp_path / "state.safetensors"]
 
 
 def test_the_best_weights_are_a_copy() -> None:
     module = WithEncoder()
-    state = _State(module, Weighting(1), None, None, None)
+    state = TrainingState(module, None, None, None)
     state.keep_best()
     kept = copy.deepcopy(state.best)
     with torch.no_grad():
@@ -337,7 +334,7 @@ def test_a_setting_out_of_its_range_is_named(name: str, value: float) -> None:
 def test_a_setting_at_the_edge_of_its_range_trains(name: str, value: float) -> None:
     module = WithEncoder()
     before = weights(module)
-    fit(module, regression(module), Points(), TrainSettings(**{"steps": 2, "batch_size": 100, name: value}))
+    fit(module, regression, Points(), TrainSettings(**{"steps": 2, "batch_size": 100, name: value}))
     assert not torch.equal(before["head.2.weight"], module.head[2].weight)
 
 
@@ -380,13 +377,22 @@ def test_the_learning_rate_decays_from_the_last_block_to_the_first() -> None:
 
 def test_trainings_of_one_process_may_differ_in_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head trains in bfloat16 where an encoder with depthwise convolutions trains in float32."""
+    found = []
+
+    def losses(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        output = model(batch["x"])
+        found.append(output.dtype)
+        return {"a": output.square().mean()}
+
     for precision in ("bf16", "fp32", "bf16"):
         monkeypatch.setenv(PRECISION, precision)
-        model = nn.Linear(2, 1)
+        fit(nn.Linear(2, 1), losses, [{"x": torch.ones(2)}] * 4, TrainSettings(steps=1))
+    assert found == [torch.bfloat16, torch.float32, torch.bfloat16]
 
-        def losses(batch: Any, model: nn.Module = model) -> dict[str, Tensor]:
-            return {"a": model(batch["x"]).square().mean()}
 
-        log = fit(model, losses, [{"x": torch.ones(2)}] * 4, TrainSettings(steps=1))
-        assert log.steps == 1 and AcceleratorState().mixed_precision == ("no" if precision == "fp32" else "bf16")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    file.write_bytes(b"not a state")
+    with pytest.raises(InputError, match=r"state.safetensors: cannot resume .*; remove it to train from the start"):
+        train(file)
+    fit(Scalar(), climbing, Points(), TrainSettings(10, 4), state_file=tmp_path / "other.safetensors")

@@ -98,7 +98,7 @@ def _distil(
 def _forget(folder: Path) -> None:
     """Remove the state of a training, so that the next one starts at the beginning."""
     if distributed.is_first():
-        (folder / "state.pt").unlink(missing_ok=True)
+        (folder / "state.safetensors").unlink(missing_ok=True)
     distributed.wait()
 
 

@@ -106,6 +106,18 @@ def ordered_batches(dataset: Any, batch_size: int, loader_workers: int = 0, shar
     )
 
 
+def ordered_batches_of_all(dataset: Any, batch_size: int) -> Iterator[tuple[Sample, bool]]:
+    """This process's share of the batches, equally many in all processes, and whether each counts.
+
+    A process that has a batch less than others gets the first sample again, which does not count.
+    """
+    for batch in ordered_batches(dataset, batch_size, shared=True):
+        yield batch, True
+    left = -(-len(dataset) // batch_size) % distributed.processes()
+    if left and distributed.rank() >= left:
+        yield default_collate([dataset[0]]), False
+
+
 def _context(loader_workers: int) -> str | None:
     """How a loader starts its processes. In a worker of loky the default is loky's own, which cannot start them."""
     if not loader_workers:

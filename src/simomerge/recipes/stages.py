@@ -100,7 +100,7 @@ class Probe(LoggedStage):
         encoder, task = load(self.base).encoder, train.tasks[self.task]
         head = fresh_head(encoder, task, train, self.head, self.settings.seed, **self.head_settings)
         cached = CachedFeatures(self.features / "features", train, [self.task])
-        log = train_head(head, task, cached, self.settings, state_file=folder / "state.pt")
+        log = train_head(head, task, cached, self.settings, state_file=folder / "state.safetensors")
         return asdict(log), SimoModel(encoder, {self.task: task}, {self.task: head})
 
 
@@ -135,7 +135,7 @@ class Tune(LoggedStage):
             images,
             self.settings,
             validation,
-            folder / "state.pt",
+            folder / "state.safetensors",
             options=TuneOptions(self.weighting, self.augmentation),
         )
         model.provenance = {

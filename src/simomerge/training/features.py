@@ -77,7 +77,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         )
 
     def head_losses(
-        self, task: Task, head: torch.nn.Module, criterion: str, batch: Mapping[str, Any]
+        self, task: Task, criterion: str, head: torch.nn.Module, batch: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """``task.loss`` or ``task.distance`` of one head on a batch of samples."""
         height, width = self.image_size

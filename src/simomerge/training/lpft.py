@@ -21,9 +21,10 @@ from simomerge.models.heads import head_for
 from simomerge.models.model import SimoModel
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS, find
 from simomerge.training.features import CachedFeatures, cache_features
-from simomerge.training.loop import Objective, TrainLog, fit
+from simomerge.training.loop import Objective, fit
 from simomerge.training.optimizer import check_layer_decay
 from simomerge.training.settings import DEFAULT_OPTIONS, TrainSettings, TuneOptions
+from simomerge.training.state import TrainLog
 
 ModelLosses = Callable[[SimoModel, Mapping[str, Any]], dict[str, Tensor]]
 """(model, batch) -> loss of each task."""
@@ -67,7 +68,7 @@ def train_head(
     Args:
         criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (another model's logits).
     """
-    losses = partial(train.head_losses, task, head, criterion)
+    losses = partial(train.head_losses, task, criterion)
     counts = partial(label_counts, {task.name: task}) if criterion == "loss" else None
     return fit(
         head,
@@ -106,7 +107,7 @@ def finetune(
     weighting = find("loss weighting", WEIGHTINGS, options.weighting)
     epoch = max(1, len(train) // settings.batch_size)
     objective = Objective(
-        partial(losses, model),
+        losses,
         partial(label_counts, model.tasks) if losses is image_losses else None,
         weighting(len(model.tasks), settings.seed, epoch),
         options.keep_start,
@@ -161,12 +162,12 @@ def lpft(
             cache_features(model.encoder, train, work / "features", budget=cache_budget)
         logs = {}
         for name, task in model.tasks.items():
-            cached, state_file = CachedFeatures(work / "features", train, [name]), work / f"probe-{name}.pt"
+            cached, state_file = CachedFeatures(work / "features", train, [name]), work / f"probe-{name}.safetensors"
             logs[f"probe/{name}"] = train_head(
                 model.heads[name], task, cached, probe, state_file=state_file, label=f"probe {name}"
             )
         model.requires_grad_(True)
-        logs["tune"] = finetune(model, train, tune, validation, work / "tune.pt", options=options)
+        logs["tune"] = finetune(model, train, tune, validation, work / "tune.safetensors", options=options)
         return logs
 
 

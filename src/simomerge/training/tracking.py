@@ -79,7 +79,6 @@ def tracked_accelerator(label: str, config: Mapping[str, Any], **settings: Any) 
         config: Settings to show with the run.
         settings: Arguments of the Accelerator.
     """
-    _forget_precision(settings.get("mixed_precision"))
     if _current is None:
         yield Accelerator(**settings)
         return
@@ -95,12 +94,3 @@ def tracked_accelerator(label: str, config: Mapping[str, Any], **settings: Any) 
     finally:
         for tracker in accelerator.trackers:  # end_training would also disconnect the processes
             tracker.finish()
-
-
-def _forget_precision(wanted: str | None) -> None:
-    """Let the next training of this process have another precision than the last, as for a head and then an encoder."""
-    from accelerate.state import AcceleratorState
-
-    known = AcceleratorState._shared_state.get("_mixed_precision")
-    if wanted is not None and known is not None and known != wanted:
-        AcceleratorState._reset_state()  # the connection between processes stays

@@ -145,19 +145,19 @@ class GradNorm(GradientWeighting):
 
     def __init__(self, tasks: int, seed: int = 0, epoch: int = 100) -> None:
         super().__init__(tasks, seed, epoch)
-        self.register_buffer("first", torch.zeros(tasks, dtype=torch.float64))
-        self.register_buffer("kept", torch.ones(tasks, dtype=torch.float64))
+        self.register_buffer("first", torch.zeros(tasks))
+        self.register_buffer("kept", torch.ones(tasks))
 
     def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         if not self.first.any():
             self.first.copy_(torch.from_numpy(losses))
-        kept, norms = self.kept.cpu().numpy(), np.sqrt(np.diag(gram).clip(min=0))
-        rates = losses / self.first.cpu().numpy().clip(min=1e-12)
+        kept, norms = self.kept.double().cpu().numpy(), np.sqrt(np.diag(gram).clip(min=0))
+        rates = losses / self.first.double().cpu().numpy().clip(min=1e-12)
         wanted = (kept * norms).mean() * (rates / max(rates.mean(), 1e-12)) ** self.power
         moved = kept - self.rate * np.sign(kept * norms - wanted) * norms / max(norms.max(), 1e-12)
         moved = moved.clip(min=1e-3)
         self.kept.copy_(torch.from_numpy(self.tasks * moved / moved.sum()))
-        return self.kept.cpu().numpy()
+        return self.kept.double().cpu().numpy()
 
 
 class PCGrad(GradientWeighting):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from simomerge.assembly.realign import Realignment, get_realignment, realign
 from simomerge.assembly.realign.method import TRAINING, TrainedRealignment, realignment_rows
+from simomerge.checkpoints import open_checkpoint
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings, summary
@@ -31,13 +32,18 @@ from simomerge.datasets import DenseDataset, load_data
 from simomerge.models.model import SimoModel
 from simomerge.recipes.file import recipe_schema
 from simomerge.recipes.recipe import Recipe
-from simomerge.training import loop
 from simomerge.training.settings import TrainSettings
+from simomerge.training.state import TrainingState
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, seed=1)
 IMAGES = 8
 MEASURED = ("ridge", "r2", "r2_before", "distance_ratio", "best_step")
 FEW_IMAGES = "ignore:.*the fold stays close to the unfolded head:UserWarning"
+
+
+def steps_of(file: Path) -> int:
+    """The step at which the state of a training was saved."""
+    return json.loads(bytes(open_checkpoint(file)["log"].tolist()))["steps"]
 
 
 class Killed(Exception):
@@ -225,12 +231,12 @@ class RealignmentContract:
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop._State, "save_once_in_a_while", save_and_die)
+            patch.setattr(TrainingState, "save_once_in_a_while", save_and_die)
             try:
                 self.run(merged, experts, rooms, work_folder=work)
                 assert not self.trained
             except Killed:
-                assert [torch.load(file)["log"]["steps"] for file in work.glob("*.pt")] == [step]
+                assert [steps_of(file) for file in work.glob("*state.safetensors")] == [step]
         resumed = self.run(merged, experts, rooms, work_folder=work)
         assert same(weights(expected), weights(resumed))
         costs = (model.provenance["realign"] for model in (expected, resumed))

@@ -16,10 +16,11 @@ from transformers import Dinov2Model
 from simomerge.assembly.realign import realign, training
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.lora import lora_config, lora_layers
+from simomerge.checkpoints import open_checkpoint
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.models.model import SimoModel
-from simomerge.training import loop
+from simomerge.training.state import TrainingState
 
 from .contract import SETTINGS, Killed, same, weights
 
@@ -200,11 +201,11 @@ def test_the_state_of_a_killed_run_holds_only_what_learns(
         self.save(log)
         raise Killed
 
-    monkeypatch.setattr(loop._State, "save_once_in_a_while", save_and_die)
+    monkeypatch.setattr(TrainingState, "save_once_in_a_while", save_and_die)
     with pytest.raises(Killed):
         realign(merged, data=rooms, method="lora", training=SETTINGS, rank=3, work_folder=tmp_path)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert not any(name.endswith("base_layer.weight") for name in state["module"])
+    names = list(open_checkpoint(tmp_path / "state.safetensors"))
+    assert not any(name.endswith("base_layer.weight") for name in names)
 
 
 def test_transformers_loads_the_encoder(merged: SimoModel, rooms: DenseDataset, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
-from simomerge.training import loop
+from simomerge.training.state import TrainingState, TrainLog
 
 from .contract import Killed, same, weights
 from .test_symerge import first_rate
@@ -196,17 +196,17 @@ def test_finished_blocks_are_not_trained_again(
     expected = realign(merged, experts, IMAGES, **given)
     seen: list[int] = []
 
-    def die_in_the_second_block(state: loop._State, log: loop.TrainLog) -> None:
+    def die_in_the_second_block(state: TrainingState, log: TrainLog) -> None:
         seen.append(log.steps)
         if len(seen) == 5:
             state.save(log)
             raise Killed
 
-    monkeypatch.setattr(loop._State, "save_once_in_a_while", die_in_the_second_block)
+    monkeypatch.setattr(TrainingState, "save_once_in_a_while", die_in_the_second_block)
     with pytest.raises(Killed):
         realign(merged, experts, IMAGES, work_folder=tmp_path, **given)
     assert seen == [1, 2, 3, 1, 2]
-    assert {each.name for each in tmp_path.iterdir()} == {"block-0.safetensors", "block-1.pt"}
+    assert {each.name for each in tmp_path.iterdir()} == {"block-0.safetensors", "block-1-state.safetensors"}
     assert same(weights(realign(merged, experts, IMAGES, work_folder=tmp_path, **given)), weights(expected))
     assert seen == [1, 2, 3, 1, 2, 3]
 

@@ -16,6 +16,7 @@ import torch
 from simomerge.core.distributed import share
 from simomerge.core.errors import InputError
 from simomerge.recipes.search import search_recipe
+from simomerge.training.sharding import sharded
 
 SCRIPT = Path(__file__).parent / "together.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -139,12 +140,48 @@ def test_a_recipe_in_two_processes_has_the_metrics_of_one(together: Callable[...
             close(metrics[task][0][metric], shared[row][task][0][metric], 1e-5 if row == "experts" else 1e-3)
 
 
+@pytest.fixture(scope="session")
+def divided(together: Callable[..., dict[int, Path]]) -> dict[int, Path]:
+    return together("shard", "shard_realigned")
+
+
 @pytest.mark.slow
-def test_a_sharded_encoder_trains_like_an_unsharded_one(together: Callable[..., dict[int, Path]]) -> None:
-    folders = together("sharded")
-    alone, shared = (torch.load(folder / "sharded-0.pt", weights_only=False) for folder in folders.values())
-    assert alone.keys() == shared.keys()
-    same_weights(alone, shared)
+@pytest.mark.parametrize("name", ["plain", "offload"])
+def test_a_divided_model_trains_like_a_whole_one(divided: dict[int, Path], name: str) -> None:
+    alone, shared = found(divided, f"shard-{name}")
+    close(alone["log"]["validation"], shared["log"]["validation"], 1e-6)
+    assert alone["log"]["best_step"] == shared["log"]["best_step"]
+    same_weights(alone["model"], shared["model"])
+
+
+@pytest.mark.slow
+def test_a_training_resumes_on_another_number_of_processes(divided: dict[int, Path], tiny_base: Path) -> None:
+    states = {processes: folder / "killed.safetensors" for processes, folder in divided.items()}
+    content = {processes: file.read_bytes() for processes, file in states.items()}
+    assert content[1] != content[2]
+    straight = torch.load(divided[1] / "shard-plain-0.pt", weights_only=False)
+    for processes, other in ((1, 2), (2, 1)):
+        states[processes].write_bytes(content[other])
+        start([str(SCRIPT), str(divided[processes]), str(tiny_base), "resume"], processes)
+        resumed = torch.load(divided[processes] / "resumed-0.pt", weights_only=False)
+        assert resumed["log"]["steps"] == 5 and resumed["log"]["samples"] == 35
+        close(straight["log"]["validation"], resumed["log"]["validation"], 1e-6)
+        same_weights(straight["model"], resumed["model"])
+
+
+@pytest.mark.slow
+def test_realignments_of_a_divided_model_are_those_of_a_whole_one(divided: dict[int, Path]) -> None:
+    alone, shared = found(divided, "shard-realigned")
+    close(alone.pop("scores"), shared.pop("scores"), 1e-4)
+    for name in ("adapters", "lora", "stored", "live"):
+        same_weights(alone[name], shared[name])
+
+
+def test_one_process_cannot_divide_a_model() -> None:
+    with pytest.raises(InputError, match=r"--shard divides .* only one\. Start .*`torchrun --nproc-per"), sharded():
+        pass
+    with pytest.raises(InputError, match=r"--offload .*: give --shard too"), sharded(False, offload=True):
+        pass
 
 
 @pytest.mark.slow

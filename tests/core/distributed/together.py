@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from simomerge.assembly.realign import realign
 from simomerge.core import distributed
 from simomerge.core.machine import PRECISION
 from simomerge.datasets import load_data
-from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.models.encoders import load_encoder
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluate
 from simomerge.training.features import cache_features
-from simomerge.training.lpft import finetune, fresh_head, image_losses, lpft
+from simomerge.training.lpft import finetune, fresh_head, lpft
 from simomerge.training.settings import TrainSettings, TuneOptions
+from simomerge.training.sharding import sharded
+from simomerge.training.state import TrainingState, TrainLog
 
 SETTINGS = TrainSettings(steps=5, batch_size=7, lr=1e-3, encoder_lr=1e-3, validate_every=2)
 HEAD_SETTINGS = replace(SETTINGS, encoder_lr=None)
@@ -47,6 +49,17 @@ def model_of(base: Path, data: Any, kinds: dict[str, str]) -> SimoModel:
     return SimoModel(encoder, {name: data.tasks[name] for name in kinds}, heads)
 
 
+def moved_experts(base: Path, data: Any, kinds: dict[str, str]) -> dict[str, SimoModel]:
+    """Experts whose encoders differ from the base."""
+    experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
+    with torch.no_grad():
+        for task, expert in experts.items():
+            torch.manual_seed(len(task))
+            for weight in expert.encoder.parameters():
+                weight.mul_(1 + 0.1 * torch.randn(()))
+    return experts
+
+
 def save(output: Path, name: str, value: Any) -> None:
     """Save the result of this process, so that the test can compare the processes."""
     torch.save(value, output / f"{name}-{distributed.rank()}.pt")
@@ -59,7 +72,7 @@ def train(base: Path, output: Path) -> None:
     for weighting in ("uncertainty", "nash"):
         model = model_of(base, data, kinds).requires_grad_(True)
         options = TuneOptions(weighting=weighting, checkpointing=weighting == "nash")
-        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.pt", options=options)
+        log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.safetensors", options=options)
         save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
 
 
@@ -69,12 +82,7 @@ def realigned(base: Path, output: Path) -> None:
     model = model_of(base, data, kinds)
     cache_features(model.encoder, data, output / "features", batch_size=4)
     heads = realign(model, data=data, method="heads", training=HEAD_SETTINGS).heads.state_dict()
-    experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
-    for task, expert in experts.items():
-        torch.manual_seed(len(task))
-        with torch.no_grad():
-            for weight in expert.encoder.parameters():
-                weight.mul_(1 + 0.1 * torch.randn(()))
+    experts = moved_experts(base, data, kinds)
     folded = realign(model, experts, data, images_at_once=2)
     mapped = realign(model, experts, data, method="react", images_at_once=2)
     surgery = realign(model, experts, data, method="surgery", rank=2, training=HEAD_SETTINGS)
@@ -87,12 +95,7 @@ def distilled(base: Path, output: Path) -> None:
     data = load_data("rooms", "val", 11, ("depth", "edges"))
     kinds = {"depth": "linear", "edges": "dpt"}
     model = model_of(base, data, kinds)
-    experts = {task: model_of(base, data, {task: kind}) for task, kind in kinds.items()}
-    with torch.no_grad():
-        for task, expert in experts.items():
-            torch.manual_seed(len(task))
-            for weight in expert.encoder.parameters():
-                weight.mul_(1 + 0.1 * torch.randn(()))
+    experts = moved_experts(base, data, kinds)
     model.provenance = {"realign": {"method": "fold"}}  # a fold would add rounding of its own
     for predictions in ("stored", "live"):
         settings = {"training": SETTINGS, "hold_out": 0.3, "predictions": predictions}
@@ -131,7 +134,7 @@ def recipe(base: Path, output: Path) -> None:
         head="dpt",
         head_settings=HEADS["dpt"],
         base=str(base),
-        **{"train_images": 16, "val_images": 8, "test_images": 5},
+        **{"train_images": 16, "val_images": 16, "test_images": 5},
         **dict.fromkeys(("probe", "tune", "joint"), short),
         realign={"heads": steps, "adapters": {**steps, "rank": 2}, "distill": {**steps, "count": 6}},
         merges=("average", "task-arithmetic"),
@@ -142,26 +145,67 @@ def recipe(base: Path, output: Path) -> None:
     save(output, "recipe", {row["method"]: row["all_metrics"] for row in results["rows"]})
 
 
-def sharded(base: Path, output: Path) -> None:
-    """The loop of docs/scale.md, in which no process holds the full encoder."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
+def divided(offload: bool = False) -> AbstractContextManager[None]:
+    """Divide models among the processes, if there are several."""
+    several = distributed.processes() > 1
+    return sharded(several, offload and several)
 
-    data = load_data("rooms", "train", 16, ("depth",))
-    model = model_of(base, data, {"depth": "dpt"}).requires_grad_(True)
-    if distributed.processes() > 1:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (distributed.processes(),))
-        for block in model.encoder.backbone.encoder.layer:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for batch in training_batches(data, batch_size=8, steps=3, seed=0):
-        torch.stack(list(image_losses(model, batch).values())).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if distributed.is_first():
-        save(output, "sharded", full)
+
+def shard(base: Path, output: Path) -> None:
+    """Trainings of a divided model: plain, on the CPU's memory with checkpointing, and one that is killed."""
+    data = load_data("rooms", "train", 16, ("depth", "normals"))
+    validation = load_data("rooms", "val", 9, tuple(data.tasks))
+    kinds = {"depth": "dpt", "normals": "linear"}
+    for name, options in {"plain": TuneOptions("uncertainty"), "offload": TuneOptions(checkpointing=True)}.items():
+        model = model_of(base, data, kinds).requires_grad_(True)
+        with divided(offload=name == "offload"):
+            log = finetune(model, data, SETTINGS, validation, output / f"{name}.safetensors", options=options)
+        save(output, f"shard-{name}", {"model": model.state_dict(), "log": asdict(log)})
+    resume(base, output, stop=3)
+
+
+def resume(base: Path, output: Path, stop: int = 0) -> None:
+    """Continue a training of a divided model, which is killed at step ``stop``."""
+    data = load_data("rooms", "train", 16, ("depth", "normals"))
+    validation = load_data("rooms", "val", 9, tuple(data.tasks))
+    model = model_of(base, data, {"depth": "dpt", "normals": "linear"}).requires_grad_(True)
+
+    def save_and_die(state: TrainingState, log: TrainLog, seconds: float = 0) -> None:
+        if log.steps == stop:
+            state.save(log)
+            raise KeyboardInterrupt
+
+    usual = TrainingState.save_once_in_a_while
+    TrainingState.save_once_in_a_while = save_and_die  # type: ignore[method-assign]
+    try:
+        with divided():
+            options = TuneOptions("uncertainty")
+            log = finetune(model, data, SETTINGS, validation, output / "killed.safetensors", options=options)
+        save(output, "resumed", {"model": model.state_dict(), "log": asdict(log)})
+    except KeyboardInterrupt:
+        assert stop
+    finally:
+        TrainingState.save_once_in_a_while = usual  # type: ignore[method-assign]
+
+
+def shard_realigned(base: Path, output: Path) -> None:
+    """Re-alignments that train inside the encoder, with a divided model."""
+    data = load_data("rooms", "val", 11, ("depth", "edges"))
+    kinds = {"depth": "linear", "edges": "dpt"}
+    model = model_of(base, data, kinds)
+    experts = moved_experts(base, data, kinds)
+    found = {}
+    with divided():
+        for method in ("adapters", "lora"):
+            trained = realign(model, data=data, method=method, training=HEAD_SETTINGS, rank=2)
+            found[method] = trained.state_dict()
+        model.provenance = {"realign": {"method": "fold"}}
+        for predictions in ("stored", "live"):
+            given = {"training": SETTINGS, "hold_out": 0.3, "predictions": predictions}
+            trained = realign(model, experts, data, method="distill-encoder", **given)
+            found[predictions] = trained.state_dict()
+    found["scores"] = evaluate(trained, data)
+    save(output, "shard-realigned", found)
 
 
 if __name__ == "__main__":

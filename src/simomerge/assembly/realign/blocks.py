@@ -23,9 +23,10 @@ from simomerge.core.machine import autocast
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
-from simomerge.training.loop import TrainLog, fit
+from simomerge.training.loop import fit
 from simomerge.training.lpft import trainable_parameters
 from simomerge.training.settings import TrainSettings
+from simomerge.training.state import TrainLog
 
 
 class Call(NamedTuple):
@@ -106,7 +107,7 @@ class BlockDistillation:
         """
         cost = {"steps": 0, "seconds": 0.0, "trained_parameters": 0}
         for index, block in enumerate(self.blocks):
-            finished, state_file = work / f"block-{index}.safetensors", work / f"block-{index}.pt"
+            finished, state_file = work / f"block-{index}.safetensors", work / f"block-{index}-state.safetensors"
             blend = ElementBlend(block, task_vectors(self.base, self.experts, self.names[index]))
             cost["trained_parameters"] += trainable_parameters(blend)
             cost["steps"] += settings.steps
@@ -156,7 +157,7 @@ class BlockDistillation:
         """Train the coefficients of one block. Distances are divided by their value at the start."""
         unit = max(samples.distance, 1e-6 * float(samples.targets.square().mean()))
 
-        def losses(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def losses(blend: ElementBlend, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             self.model.encoder.restore_windows()
             output = samples.call.replaced(batch["input"]).run(blend)
             return {"block": (output.float() - batch["target"]).square().mean() / unit}

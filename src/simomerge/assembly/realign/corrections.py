@@ -62,10 +62,10 @@ def _train_one(
     pairs = FeaturePairs(work / "features", work / f"features-{task}", images)
     start = pairs.mean_distances(corrections)
 
-    def losses(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def losses(corrections: Corrections, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return {task: (pairs.distances(corrections, batch) / start.to(batch["maps"][0].device)).mean()}
 
-    log = fit(corrections, losses, pairs, settings, state_file=work / f"{task}.pt", label=f"surgery {task}")
+    log = fit(corrections, losses, pairs, settings, state_file=work / f"{task}.safetensors", label=f"surgery {task}")
     return {key: value.detach().cpu().numpy() for key, value in corrections.state_dict().items()}, vars(log)
 
 

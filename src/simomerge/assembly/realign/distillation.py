@@ -213,7 +213,7 @@ class Distilling:
         if not self.stored:
             for expert in inputs.experts.values():
                 expert.to(compute_device())  # where the model is trained
-        state_file = inputs.work_folder / "state.pt"
+        state_file = inputs.work_folder / "state.safetensors"
         try:
             log = finetune(model, train, settings, held_out, state_file, label, distances, options)
         except DivergedError as error:

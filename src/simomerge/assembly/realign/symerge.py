@@ -63,7 +63,7 @@ class SyMerge(TrainedRealignment):
         blend = EncoderBlend(model, vectors)
         model.add_module("encoder", blend)
         trained = trainable_parameters(model)
-        log = match_predictions(model, predictions, self.training, self.name, inputs.work_folder / "state.pt")
+        log = match_predictions(model, predictions, self.training, self.name, inputs.work_folder / "state.safetensors")
         model.add_module("encoder", blend.settle())
         return {
             "unlabelled_images": len(images),

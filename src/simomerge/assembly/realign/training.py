@@ -22,10 +22,11 @@ from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.features import CachedFeatures, cache_features
-from simomerge.training.loop import TrainLog, fit
+from simomerge.training.loop import fit
 from simomerge.training.lpft import finetune, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings, TuneOptions
+from simomerge.training.state import TrainLog
 
 
 def check_no_adapters(model: SimoModel, remedy: str = "re-align the merged model they were made from") -> None:
@@ -46,7 +47,7 @@ def train_with_heads(
 ) -> dict[str, Any]:
     """Train all parameters that require a gradient on the labels of all tasks at once, in place; return the cost."""
     trained = trainable_parameters(model)
-    state_file, options = inputs.work_folder / "state.pt", TuneOptions(checkpointing=checkpointing)
+    state_file, options = inputs.work_folder / "state.safetensors", TuneOptions(checkpointing=checkpointing)
     log = finetune(model, inputs.data, settings, None, state_file, label, options=options)
     return {"steps": log.steps, "seconds": log.seconds, "trained_parameters": trained}
 
@@ -65,7 +66,7 @@ def match_predictions(
     distances = ExpertDistances({}).in_units_of(model, predictions)
     return fit(
         model,
-        partial(distances, model),
+        distances,
         predictions,
         settings,
         transform=partial(random_flip, model.tasks),
@@ -139,7 +140,7 @@ def _train_one(
         task,
         CachedFeatures(features, data, [task.name]),
         settings,
-        state_file=work / f"{task.name}.pt",
+        state_file=work / f"{task.name}.safetensors",
         label=f"{'head' if criterion == 'loss' else 'distill'} {task.name}",
         criterion=criterion,
     )

@@ -145,6 +145,6 @@ def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
         count, mean = float(len(rows)), rows.mean(0)
     else:
         total = distributed.summed(torch.cat([rows.double().sum(0), rows.new_full((1,), len(rows)).double()]))
-        count, mean = float(total[-1]), (total[:-1] / total[-1]).to(rows)
+        count, mean = float(total[-1].detach()), (total[:-1] / total[-1]).to(rows)
     squares = torch.stack([(part - mean).square().sum(0) for part in rows.split(512)])
     return mean, distributed.summed(squares.sum(0)) / count
