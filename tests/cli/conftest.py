@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 import warnings
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from simomerge.cli import main
+from simomerge.cli import cli, main
 
 TINY = ("--images", "8", "--val-images", "8", "--probe-steps", "2", "--steps", "2", "--batch-size", "4")
 
@@ -46,7 +48,23 @@ def simomerge(*arguments: object) -> Outcome:
             main()
         except SystemExit as exit_:
             code = int(exit_.code or 0)
+    assert_next_steps_parse(out.getvalue())
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def assert_next_steps_parse(printed: str) -> None:
+    """Every line "Next: simomerge ..." is a command that the command line itself accepts, without placeholders."""
+    for line in printed.splitlines():
+        if not line.startswith("Next: "):
+            continue
+        program, name, *arguments = shlex.split(line.removeprefix("Next: "), comments=True)
+        assert program == "simomerge", line
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, line
+        if isinstance(command, click.Group):
+            command, arguments = command.commands[arguments[0]], arguments[1:]
+        command.make_context(name, list(arguments))  # raises if an option or an argument is wrong
+        assert not re.search(r"\b(EXPERT|FOLDER|BASE|OUT|OTHER)\b", " ".join(arguments)), line
 
 
 def assert_mistake(done: Outcome, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_merge_writes_a_file_and_says_so(here: Path) -> None:
     assert done.out.splitlines() == [
         "Merged a, b by task-arithmetic (scale 0.4).",
         "Weights: out.safetensors",
-        "Next: simomerge diff base.safetensors out.safetensors   (how far it is from the base)",
+        "Next: simomerge diff base.safetensors out.safetensors   # how far it is from the base",
     ]
     assert_merged(here / "out.safetensors")
     assert set(content(here)) == {"base.safetensors", "a.safetensors", "b.safetensors", "out.safetensors"}
@@ -384,6 +385,18 @@ def test_the_page_of_methods_is_the_one_in_the_documentation() -> None:
 # Edit ---------------------------------------------------------------------------------------------------
 
 
+def test_edit_names_the_experts_that_lie_next_to_the_model(models: Path, tiny_base: Path, tmp_path: Path) -> None:
+    for task in TASKS:
+        shutil.copytree(models / task, tmp_path / task)
+    given = [f"{task}={tmp_path / task}" for task in TASKS]
+    assert simomerge("merge", tiny_base, *given[:2], "-o", tmp_path / "1").code == 0
+    done = simomerge("edit", tmp_path / "1", "--base", tiny_base, "--add", given[2], "-o", tmp_path / "2")
+    assert done.out.splitlines()[-1] == (
+        f"Next: simomerge realign {tmp_path / '2'} {' '.join(given)} --images photos/ -o {tmp_path / '2'}-folded"
+        "   # the heads no longer fit; photos/ stands for a folder of your images"
+    )
+
+
 def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) -> None:
     pairs = {task: f"{task}={models / task}" for task in TASKS}
     assert simomerge("merge", tiny_base, pairs["depth"], pairs["normals"], "-o", tmp_path / "1").code == 0
@@ -392,8 +405,7 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
     assert done.out.splitlines() == [
         f"Merged depth, normals, edges by task-arithmetic, as {tmp_path / '1'} was.",
         f"Model: {tmp_path / '2'}",
-        f"Next: simomerge realign {tmp_path / '2'} depth=EXPERT normals=EXPERT {pairs['edges']} --images FOLDER"
-        f" -o {tmp_path / '2'}-folded   # the heads no longer fit",
+        "The heads no longer fit. `simomerge realign` repairs them; it needs the experts of depth, normals too.",
     ]
     remove = ("--remove", pairs["depth"], "--remove", pairs["edges"])
     done = simomerge("edit", tmp_path / "2", "--base", tiny_base, *remove, "-o", tmp_path / "3", "--json")

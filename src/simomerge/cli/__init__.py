@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from simomerge.core.progress import starting
 from simomerge.core.version import __version__
 
 GROUPS = {
@@ -38,7 +39,7 @@ GROUPS = {
         "diff": "Compare two checkpoints, or the task vectors of two experts.",
         "inspect": "Show what a model folder or a checkpoint contains and its origin.",
     },
-    "Use": {
+    "Ship": {
         "predict": "Predict every task for your own images or videos.",
         "push": "Publish a model on the Hugging Face hub.",
         "export": "Write a model as one file for ONNX Runtime, OpenVINO, TensorRT or torch.",
@@ -51,6 +52,7 @@ GROUPS = {
     "About simomerge": {
         "methods": "List the merge methods and re-alignments with their parameters.",
         "encoders": "List the encoder families that can serve as a base.",
+        "completion": "Print what makes the Tab key of your shell complete commands.",
         "doctor": "Check this installation, and show what to fix.",
     },
 }
@@ -67,6 +69,22 @@ def module_of(command: str) -> str:
     return f"simomerge.cli.{'import_expert' if command == 'import' else command}"
 
 
+def _with_quiet(command: click.Command) -> click.Command:
+    """A command, or all commands of a group, with the option --quiet, which every command has."""
+    for each in command.commands.values() if isinstance(command, click.Group) else (command,):
+        if not any(option.name == "quiet" for option in each.params):
+            each.params.append(_quiet_option())
+    return command
+
+
+def _quiet_option() -> click.Option:
+    from simomerge.cli.output import be_quiet
+
+    text = "Show no progress and no next step."
+    callback = lambda context, option, given: be_quiet(given)  # noqa: E731
+    return click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=callback, help=text)
+
+
 class _LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -76,7 +94,7 @@ class _LazyGroup(click.Group):
             return None
         if cmd_name not in TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             ctx.fail(f"{cmd_name!r} is for one process; torchrun starts {', '.join(TOGETHER)} (docs/scale.md).")
-        return getattr(import_module(module_of(cmd_name)), "command")  # noqa: B009
+        return _with_quiet(import_module(module_of(cmd_name)).command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for purpose, group in GROUPS.items():
@@ -86,10 +104,13 @@ class _LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. If nobody reads its output any more, as in ``| head``, it ends quietly."""
         try:
+            starting.begin()
             return super().invoke(ctx)
         except BrokenPipeError:  # click would turn it into exit code 1
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - Python flushes it when it ends
             ctx.exit(0)
+        finally:
+            starting.end()
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS:

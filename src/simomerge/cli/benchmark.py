@@ -12,7 +12,7 @@ from simomerge.core.errors import InputError
 
 
 @click.command("benchmark")
-@click.argument("targets", nargs=-1, required=True, metavar="MODEL|FILE...")
+@click.argument("targets", type=options.place, nargs=-1, required=True, metavar="MODEL|FILE...")
 @click.option("--size", required=True, metavar="HEIGHTxWIDTH", help="Size of the images in pixels.")
 @click.option("--images", metavar="FOLDER", help="Images to predict. [default: rendered rooms]")
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import Table, console, say
 from simomerge.core.errors import InputError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compress")
-@click.argument("base")
+@click.argument("base", type=options.place)
 @options.experts
 @click.option("--threshold", default="auto", show_default=True, help="Lambda of the masks: a number or 'auto'.")
 @click.option(
@@ -51,7 +52,7 @@ def command(base: str, experts: dict[str, str], output: Path, as_json: bool, **g
         f"Compressed {', '.join(done.tasks)}: {sizes} ({done.ratio:.2f} times smaller).",
         table(done),
         f"Folder: {output}",
-        f"Next: simomerge restore {output} {first} -o {output}-{first}",
+        next_step("restore", output, first, "-o", f"{output}-{first}"),
     )
 
 

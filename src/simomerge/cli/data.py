@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import console, say
 
 
@@ -17,11 +18,11 @@ def command() -> None:
 
 
 @command.command("check")
-@click.argument("data")
+@click.argument("data", type=options.place)
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Images to read in each split.")
-@options.folder(Path("contact-sheet.png"), "Contact sheet to write: some images with their targets in colour.")
+@options.folder(None, "Picture to write: some images with their targets in colour, such as contact-sheet.png.")
 @options.as_json
-def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
+def check_command(data: str, count: int, output: Path | None, as_json: bool) -> None:
     """Count and measure the contents of DATA, show some of it, and find common mistakes.
 
     DATA is a manifest (data.yaml, data.csv or their folder) or a published dataset: nyuv2:FOLDER, cityscapes:FOLDER
@@ -29,33 +30,40 @@ def check_command(data: str, count: int, output: Path, as_json: bool) -> None:
 
     The exit code is 1 if there is something to fix.
     """
-    from simomerge.core.errors import InputError
-    from simomerge.core.files import atomic_file
     from simomerge.datasets.check import check
     from simomerge.datasets.load import find_manifest
-    from simomerge.datasets.sheet import contact_sheet
 
     manifest = find_manifest(data)
     with console():
         found = check(manifest, count)
     result = found.to_dict()
     lines = [line for split, what in result["splits"].items() for line in _split_lines(split, what)]
-    try:
-        sheet = contact_sheet(manifest)
-    except InputError as error:  # No image can be shown.
-        sheet = None
-        lines.append(f"No contact sheet: {error}")
-    if sheet is not None:
-        with atomic_file(output) as handle:
-            sheet.save(handle, "PNG")
-        lines.append(f"Contact sheet: {output}")
-        result["contact_sheet"] = str(output)
+    if output is not None:
+        lines += _write_sheet(manifest, output, result)
     problems = [f"  {problem}" for problem in found.problems[:20]]
     more = [f"  and {len(found.problems) - 20} more"] if len(found.problems) > 20 else []
     verdict = [f"To fix ({len(found.problems)}):", *problems, *more] if problems else ["Nothing to fix."]
-    say(as_json, result, *lines, *verdict)
+    comment = "a picture of some images with their targets"
+    hint = [next_step("data", "check", data, "-o", "contact-sheet.png", comment=comment)] if output is None else []
+    say(as_json, result, *lines, *verdict, *hint)
     if problems:
         raise click.exceptions.Exit(1)
+
+
+def _write_sheet(manifest: Any, output: Path, result: dict[str, Any]) -> list[str]:
+    """Write the contact sheet, enter its path into the result, and say where it is."""
+    from simomerge.core.errors import InputError
+    from simomerge.core.files import atomic_file
+    from simomerge.datasets.sheet import contact_sheet
+
+    try:
+        sheet = contact_sheet(manifest)
+    except InputError as error:  # No image can be shown.
+        return [f"No contact sheet: {error}"]
+    with atomic_file(output) as handle:
+        sheet.save(handle, "PNG")
+    result["contact_sheet"] = str(output)
+    return [f"Contact sheet: {output}"]
 
 
 @command.command("init")
@@ -99,7 +107,7 @@ def init_command(
     plain = {"manifest": str(output), "images": len(draft.rows), "tasks": draft.tasks, "notes": draft.notes}
     lines = [*draft.notes, f"Manifest of {len(draft.rows)} images: {output}"]
     lines += [f"To fix ({len(problems)}):", *(f"  {problem}" for problem in problems)] if problems else []
-    say(as_json, {**plain, "problems": problems}, *lines, f"Next: simomerge data check {output}")
+    say(as_json, {**plain, "problems": problems}, *lines, next_step("data", "check", output))
 
 
 def _split_lines(split: str, what: dict[str, Any]) -> list[str]:

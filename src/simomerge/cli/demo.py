@@ -16,7 +16,9 @@ from simomerge.cli.output import console, report_run
 @click.option("--head", type=options.Name(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of repetitions.")
 @click.option("--full", is_flag=True, help="The full benchmark, which takes tens of minutes per seed.")
-@click.option("--base", default="rooms-base", show_default=True, help="Foundation encoder to start from.")
+@click.option(
+    "--base", type=options.place, default="rooms-base", show_default=True, help="Foundation encoder to start from."
+)
 @options.folder(Path("runs/demo"), "Folder of the run (OUT).")
 @options.workers
 @options.as_json

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 
 @click.command("diff")
-@click.argument("first")
-@click.argument("second")
-@click.option("--base", help="Compare the task vectors of two experts of this base, instead of their weights.")
+@click.argument("first", type=options.place)
+@click.argument("second", type=options.place)
+@click.option(
+    "--base", type=options.place, help="Compare the task vectors of two experts of this base, instead of their weights."
+)
 @click.option(
     "--top",
     type=click.IntRange(0),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import Table, say
 from simomerge.core.environment import missing_extra, torchvision_version
+from simomerge.core.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
 
@@ -21,21 +24,26 @@ PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors"
 @click.command("doctor")
 @options.as_json
 def command(as_json: bool) -> None:
-    """Check versions, the device, the disk, the cache and the embedded base, and say what to fix."""
+    """Check versions, torch's build, the GPU, caches, the embedded base and the extras, and say what to fix."""
     checks: dict[str, Callable[[], str]] = {
+        "simomerge": lambda: f"{__version__} in {Path(__file__).parents[1]}",
         "python": lambda: sys.version.split()[0],
         **{name: partial(_import, name) for name in PACKAGES},
         "torchvision": lambda: torchvision_version() or "not installed (not needed)",
+        "torch build": _build,
         "device": _device,
         "cache folder": _cache,
+        "hub": _hub,
         "embedded base": _base,
+        **{f"extra {name}": partial(_extra, packages) for name, packages in extras().items()},
     }
     rows = [_run(name, check) for name, check in checks.items()]
     failed = [row["name"] for row in rows if not row["ok"]]
     cells = [("ok" if row["ok"] else "FAIL", row["name"], row["found"]) for row in rows]
     table = Table(("state", "check", "found"), cells, ["" if row["ok"] else "red" for row in rows])
-    verdict = f"To fix: {', '.join(failed)}." if failed else "Everything works. Next: simomerge demo"
-    say(as_json, {"checks": rows, "ok": not failed}, table, verdict)
+    verdict = f"To fix: {', '.join(failed)}." if failed else "Everything works."
+    hint = [] if failed else [next_step("demo")]
+    say(as_json, {"checks": rows, "ok": not failed}, table, verdict, *hint)
     if failed:
         sys.exit(1)
 
@@ -51,6 +59,55 @@ def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:
 
 def _import(name: str) -> str:
     return str(getattr(import_module(name), "__version__", "found"))
+
+
+def extras() -> dict[str, list[str]]:
+    """The extras of the installed distribution -> the packages that each needs; none if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        lines = requires("simomerge") or []
+    except PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        match = re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line)
+        if match and match[1] != "simomerge" and match[2] != "dev":
+            found.setdefault(match[2], []).append(match[1])
+    return found
+
+
+def _extra(packages: Sequence[str]) -> str:
+    """An extra that is not installed is no fault."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in packages:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            return f"not installed ({name} is missing)"
+    return "installed"
+
+
+def _build() -> str:
+    """What torch was built for, and the GPUs that it sees."""
+    import torch
+
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    if not torch.cuda.is_available():
+        return f"{cuda}, no GPU is usable"
+    names = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
+    return f"{cuda}, " + ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in names)
+
+
+def _hub() -> str:
+    """The cache of the hub, whether it may be asked, and whether a token is known; never the token itself."""
+    from huggingface_hub import constants, get_token
+
+    folder = Path(constants.HF_HUB_CACHE)
+    models = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
+    state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "online when needed"
+    return f"{folder}, {models} models, {state}, {'a' if get_token() else 'no'} token"
 
 
 def _device() -> str:

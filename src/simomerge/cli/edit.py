@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import realign_step, recorded_experts
 from simomerge.cli.output import console, say
 from simomerge.core.errors import InputError
 
 
 @click.command("edit")
-@click.argument("model")
-@click.option("--base", required=True, help="The base of MODEL.")
+@click.argument("model", type=options.place)
+@click.option("--base", type=options.place, required=True, help="The base of MODEL.")
 @options.pairs("--add", "added", "A task to add; may be repeated.")
 @options.pairs("--remove", "removed", "A task to remove; may be repeated.")
 @options.pairs("--expert", "staying", "An expert that stays, for methods that need it; may be repeated.")
@@ -31,6 +32,7 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
     \b
     simomerge edit runs/scene --base rooms-base --add edges=runs/edges -o runs/scene-2
     """
+    from simomerge.checkpoints import read_description
     from simomerge.core.files import explain_lost_pages
     from simomerge.merging.disk.edit import edit_on_disk
 
@@ -45,14 +47,17 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
         result = edit_on_disk(
             model, base, output, experts["added"], experts["removed"], experts["staying"], overwrite=overwrite
         )
-    known = {**experts["staying"], **experts["added"]}
-    pairs = " ".join(f"{task}={known.get(task, 'EXPERT')}" for task in result.tasks)
+    recorded = read_description(output)["provenance"]["experts"]
+    known = recorded_experts(model, result.tasks, recorded, {**experts["staying"], **experts["added"]})
+    absent = ", ".join(task for task in result.tasks if task not in known)
     say(
         as_json,
         {"output": str(output), "tasks": list(result.tasks), "merge": result.merge},
         f"Merged {', '.join(result.tasks)} by {result.merge['method']}, as {model} was.",
         f"Model: {output}",
-        f"Next: simomerge realign {output} {pairs} --images FOLDER -o {output}-folded   # the heads no longer fit",
+        realign_step(output, known, base, None)
+        if not absent
+        else f"The heads no longer fit. `simomerge realign` repairs them; it needs the experts of {absent} too.",
     )
 
 

@@ -13,7 +13,7 @@ from simomerge.core.errors import InputError
 
 
 @click.command("evaluate")
-@click.argument("model")
+@click.argument("model", type=options.place)
 @options.some_experts
 @options.data
 @click.option("--split", default="test", show_default=True)
@@ -43,7 +43,8 @@ def command(
         if task not in tasks:
             raise InputError(f"{model} does not predict {task!r}; it has {', '.join(tasks) or 'no heads'}.")
     expert_models = {task: as_expert(expert, task) for task, expert in load_experts(**experts).items()}
-    dataset = load_data(data, split=split, count=count)
+    with console():
+        dataset = load_data(data, split=split, count=count)
     options.note_count(count, len(dataset), f"{data} ({split})")
     judged = shared_tasks(tasks, dataset.tasks)
     for task, expert in expert_models.items():

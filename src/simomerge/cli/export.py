@@ -12,7 +12,7 @@ from simomerge.cli.output import Table, console, say
 
 
 @click.command("export")
-@click.argument("model")
+@click.argument("model", type=options.place)
 @options.output(model=False, help="File to write (OUT): .onnx, .xml (OpenVINO) or .pt2 (torch.export).")
 @click.option("--size", required=True, metavar="HEIGHTxWIDTH", help="Size of the images in pixels.")
 @click.option("--precision", type=options.Name(("fp32", "fp16", "int8")), default="fp32", show_default=True)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import say
 from simomerge.core.errors import InputError
 
@@ -40,7 +41,7 @@ def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> di
 
 
 @click.command("import")
-@click.argument("source")
+@click.argument("source", type=options.place)
 @click.option("--task", required=True, help="Name of the expert's task.")
 @click.option("--kind", help="Kind of the task. [default: its name]")
 @click.option("--classes", callback=_list_of(str), metavar="A,B,...", help="Class names of a segmentation.")
@@ -98,5 +99,5 @@ def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool
         f"Its predictions differ from the source's by at most {difference[0]:.1e} (they reach {difference[1]:.2g})."
         if difference
         else "There is no model to compare its predictions with: look at some with `simomerge predict`.",
-        f"Next: simomerge merge BASE {task}={output} OTHER=... -o OUT",
+        next_step("inspect", output, comment="then merge it with experts of other tasks: simomerge merge --help"),
     )

@@ -13,7 +13,7 @@ from simomerge.core.text import plain
 
 
 @click.command("inspect")
-@click.argument("path")
+@click.argument("path", type=options.place)
 @options.as_json
 def command(path: str, as_json: bool) -> None:
     """Describe PATH, a model folder, an encoder folder or a checkpoint file, without loading the model."""

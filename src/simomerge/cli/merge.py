@@ -9,16 +9,22 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step, pairs, realign_step
 from simomerge.cli.output import console, say
-from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
 from simomerge.core.text import plain
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin")
+_WORDS = {
+    "scale_chosen_on": "the scale was chosen on",
+    "labelled_images": "images with labels:",
+    "unlabelled_images": "images without labels:",
+}
+"""What an entry of the record of a merge is called in the summary, where its key is no plain word."""
 
 
 @click.command("merge")
-@click.argument("base")
+@click.argument("base", type=options.place)
 @options.experts
 @click.option(
     "--method",
@@ -73,7 +79,7 @@ def command(as_json: bool, **given: Any) -> None:
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
     unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement", "loss")
-    details = ", ".join(f"{key} {_shown(value)}" for key, value in made.items() if key not in unseen)
+    details = ", ".join(f"{_WORDS.get(key, key)} {_shown(value)}" for key, value in made.items() if key not in unseen)
     say(
         as_json,
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
@@ -83,7 +89,7 @@ def command(as_json: bool, **given: Any) -> None:
         *(["The heads are folded."] if wanted.method == "auto" or wanted.shares_blocks else []),
         *([made["then"]] if "then" in made else []),
         f"{'Model' if tasks else 'Weights'}: {wanted.output}",
-        f"Next: {wanted.next_step(bool(tasks))}",
+        wanted.next_step(bool(tasks)),
     )
 
 
@@ -220,12 +226,12 @@ class _Wanted:
         from simomerge.models.model import load
 
         options.note_images(self.images, self.count)
-        foundation, loaded = load(self.base), load_experts(**self.experts)
         parameters = self.given()
         scale = self.scale if self.searched else parameters.pop("scale", None)
-        inputs = {**(self._inputs() if self.uses_images else {}), "minutes": self.minutes}
-        inputs |= {"share": self.tree(), "budget": self.budget} if self.shares_blocks else {}
         with console():
+            foundation, loaded = load(self.base), load_experts(**self.experts)
+            inputs = {**(self._inputs() if self.uses_images else {}), "minutes": self.minutes}
+            inputs |= {"share": self.tree(), "budget": self.budget} if self.shares_blocks else {}
             model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
         model.save_pretrained(self.output, self.overwrite, self._stored_dtype())
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
@@ -252,16 +258,14 @@ class _Wanted:
         return {"validation": data}
 
     def next_step(self, model: bool) -> str:
-        """The command that usually follows."""
+        """The command that usually follows, as a line."""
         if not model:
-            return f"simomerge diff {self.base} {self.output}   (how far it is from the base)"
+            return next_step("diff", self.base, self.output, comment="how far it is from the base")
         if self.method == "auto" or self.shares_blocks:
-            return f"simomerge evaluate {self.output} --data {self.data}"
-        experts = " ".join(f"{task}={expert}" for task, expert in self.experts.items())
-        images = self.images or (self.data if self.uses_images or self.base == EMBEDDED_BASE else "photos/")
-        folded = f"simomerge realign {self.output} {experts} --images {images} -o {self.output}-folded"
-        where = "; photos/ stands for a folder of your images" if images == "photos/" else ""
-        return f"{folded}   # the heads no longer fit{where}"
+            return next_step("evaluate", self.output, *pairs(self.experts), "--data", self.data)
+        return realign_step(
+            self.output, self.experts, self.base, self.images or (self.data if self.uses_images else None)
+        )
 
 
 def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:

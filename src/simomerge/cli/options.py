@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
@@ -72,6 +73,26 @@ def _number(text: str) -> Any:
     return text
 
 
+class _Pair(click.ParamType):
+    """TASK=EXPERT, for the shell's completion; `parse_pairs` reads it."""
+
+    name = "pair"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        task, equals, start = incomplete.partition("=")
+        if not equals:  # bash gives what follows the equals sign alone
+            return [CompletionItem(incomplete, type="file")]
+        folder, _, name = start.rpartition("/")
+        found = Path(folder or (start and "/" if start.startswith("/") else ".")).glob(f"{glob.escape(name)}*")
+        return [CompletionItem(f"{task}={path.as_posix()}") for path in sorted(found)]
+
+
+place = click.Path(path_type=str)
+"""A file, a folder or a hub id; the shell completes files. What it must be is checked where it is read."""
+
+
 def _pairs(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, str]:
     return parse_pairs(given)
 
@@ -134,13 +155,14 @@ class Name(click.Choice[str]):
 
 # Arguments and options ----------------------------------------------------------------------------------
 
-some_experts = click.argument("experts", nargs=-1, metavar="[TASK=EXPERT]...", callback=_pairs)
-experts = click.argument("experts", nargs=-1, required=True, metavar="TASK=EXPERT...", callback=_pairs)
+some_experts = click.argument("experts", nargs=-1, type=_Pair(), metavar="[TASK=EXPERT]...", callback=_pairs)
+experts = click.argument("experts", nargs=-1, type=_Pair(), required=True, metavar="TASK=EXPERT...", callback=_pairs)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 changes = click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Replace a value: tune.steps=20.")
 data = click.option(
     "--data",
+    type=place,
     default="rooms",
     show_default=True,
     help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
@@ -157,6 +179,7 @@ method_parameters = click.option(
 pictures = together(
     click.option(
         "--images",
+        type=place,
         metavar="FOLDER",
         help="Images without labels: a folder of pictures with its subfolders, or a dataset as for --data.",
     ),

@@ -14,8 +14,18 @@ from typing import IO, Any
 
 import click
 
-from simomerge.core.progress import Console, show_progress
+from simomerge.cli.next_step import MARK, next_step
+from simomerge.core.progress import Console, has_rich, show_progress, starting
 from simomerge.core.text import printable
+
+quiet = False
+"""Whether the command shows neither progress nor the next step; set by `be_quiet`."""
+
+
+def be_quiet(given: bool) -> None:
+    """Show results, warnings and errors only."""
+    global quiet
+    quiet = given
 
 
 @dataclass(frozen=True)
@@ -64,23 +74,26 @@ def say(as_json: bool, data: dict[str, Any], *shown: str | Table) -> None:
     """Print the result: lines and tables for people, or JSON for programs. Under torchrun only one process prints."""
     if not is_first():
         return
+    starting.end()
     if as_json:
         click.echo(json.dumps(data, indent=2))
         return
     for each in shown:
-        if isinstance(each, Table) and sys.stdout.isatty():
+        if isinstance(each, Table) and sys.stdout.isatty() and has_rich():
             each.draw()
-        else:
+        elif not (quiet and isinstance(each, str) and each.startswith(MARK)):
             click.echo(printable(each.plain() if isinstance(each, Table) else each))
 
 
 def error(message: str) -> None:
     """Print an error message on standard error; the word "Error:" is red on a terminal."""
+    starting.end()
     click.echo(f"{_coloured('Error:', 'red', sys.stderr)} {printable(message)}", err=True)
 
 
 def warning(message: str) -> None:
     """Print a warning in yellow on standard error."""
+    starting.end()
     click.echo(_coloured(f"Warning: {printable(message)}", "yellow", sys.stderr), err=True)
 
 
@@ -99,7 +112,7 @@ def console() -> Iterator[None]:
     """Show progress on the terminal until the block ends."""
     shown = Console()
     try:
-        with show_progress(shown if is_first() else None):
+        with show_progress(shown if is_first() and not quiet else None):
             yield
     finally:
         shown.close()
@@ -130,5 +143,5 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     files = [f"Results: {folder / 'results.json'}", f"Report:  {report}"]
     if advice := recommendation(results, folder.as_posix()):
         shown += [*advice.sentences, ""]
-        files += [f"Model:   {advice.folder}", f"Next: simomerge inspect {advice.folder}"]
+        files += [f"Model:   {advice.folder}", next_step("inspect", advice.folder)]
     say(as_json, {**results, "report": str(report)}, *shown, *files)

@@ -15,8 +15,8 @@ from simomerge.core.progress import progress
 
 
 @click.command("predict")
-@click.argument("model")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.argument("model", type=options.place)
+@click.argument("images", type=options.place, nargs=-1, required=True, metavar="IMAGE...")
 @options.folder(None, "Folder to write (OUT).", required=True)
 @click.option("--overwrite", is_flag=True, help="Write into OUT even if it has files; those of one name are replaced.")
 @click.option(

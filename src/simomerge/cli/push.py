@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import console, say
 
 
@@ -48,7 +49,7 @@ def command(repository: str, model: Path, dry_run: bool, as_json: bool, **given:
     seen = "private" if done.private else "public"
     sent = f"Sent {len(done.files)} files: {done.url} ({seen})"
     result = {"url": done.url, "files": list(done.files), "left_out": left_out, "private": done.private}
-    say(as_json, result, *ignored, sent, f"Next: simomerge inspect {repository}")
+    say(as_json, result, *ignored, sent, next_step("inspect", repository))
 
 
 def _picture(model: Path, photo: str) -> bytes:

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from simomerge.assembly.realign import Realignment, get_realignment, methods, realignments
 from simomerge.assembly.realign.method import TrainedRealignment, realignment_rows
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step, pairs
 from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
@@ -58,11 +59,11 @@ def _help() -> str:
 
 
 @click.command("realign", help=_help())
-@click.argument("model")
+@click.argument("model", type=options.place)
 @options.some_experts
 @click.option("--method", type=options.Name(list(realignments())), default="fold", show_default=True)
 @options.pictures
-@click.option("--base", help="The foundation encoder: a folder, a hub id or rooms-base.")
+@click.option("--base", type=options.place, help="The foundation encoder: a folder, a hub id or rooms-base.")
 @options.data
 @click.option(
     "--split", help="Split of the data, or of a dataset as --images. [default: val; for --images all but test]"
@@ -90,10 +91,10 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
 
     join_processes()
     options.note_images(given["images"], given["count"])
-    merged = load(model)
-    inputs = _inputs(chosen, experts, list(merged.tasks), given)
-    inputs |= {"base": load(given["base"])} if chosen.needs_base else {}
     with track(given["trackers"], options.logs_of(output)), console():
+        merged = load(model)
+        inputs = _inputs(chosen, experts, list(merged.tasks), given)
+        inputs |= {"base": load(given["base"])} if chosen.needs_base else {}
         result = realign(merged, **inputs, method=chosen, workers=given["workers"] or available_cores())
     if is_first():  # Under torchrun, all processes have the same model.
         result.save_pretrained(output, given["overwrite"])
@@ -103,7 +104,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
         {"output": str(output), "realign": record},
         *_lines(record, list(result.tasks), getattr(chosen, "ridge", None)),
         f"Model: {output}",
-        f"Next: simomerge evaluate {output} --data {given['data']} --split test",
+        next_step("evaluate", output, *pairs(experts), "--data", given["data"], "--split", "test"),
     )
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step, pairs
 from simomerge.cli.output import Table, console, say
 from simomerge.core.errors import InputError
 
 
 @click.command("relate")
-@click.argument("base")
+@click.argument("base", type=options.place)
 @options.experts
 @options.pictures
 @click.option("--data", help="Labelled data instead of --images: rooms, NAME:FOLDER or a manifest.")
@@ -58,7 +59,7 @@ def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> 
         shown.append(f"Judged by {judge}, on half of {found['images']} images.")
     if page:
         shown.append(f"Page: {page}")
-    shown.append(f"Next: {_next(base, experts, found, budget, given['images'] or given['data'])}")
+    shown.append(_next(base, experts, found, budget, given["images"] or given["data"]))
     say(as_json, {**found, **({"output": str(output)} if output else {})}, *shown)
 
 
@@ -107,12 +108,11 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
 
 
 def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int | None, images: str | None) -> str:
-    """The command that makes the first merge of the answer."""
+    """The command that makes the first merge of the answer, as a line."""
     members = list(experts)
     if "groups" in found:
         members = max(found["groups"]["choices"][(budget or 1) - 1]["groups"], key=len)
     if len(members) == 1:
-        return "keep the experts: under this budget no merge is better than none."
-    pairs = " ".join(f"{task}={experts[task]}" for task in members)
-    chosen = f" --method auto --images {images}" if images else ""
-    return f"simomerge merge {base} {pairs}{chosen} -o merged"
+        return "Keep the experts: under this budget no merge is better than none."
+    chosen = ("--method", "auto", "--images", images) if images else ()
+    return next_step("merge", base, *pairs({task: experts[task] for task in members}), *chosen, "-o", "merged")

@@ -13,7 +13,7 @@ from simomerge.cli.output import say
 
 
 @click.command("restore")
-@click.argument("compressed")
+@click.argument("compressed", type=options.place)
 @click.argument("task")
 @options.output()
 def command(compressed: str, task: str, output: Path, overwrite: bool, as_json: bool) -> None:

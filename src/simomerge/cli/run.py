@@ -13,7 +13,7 @@ from simomerge.cli.output import console, report_run, say
 
 
 @click.command("run")
-@click.argument("recipe", required=False)
+@click.argument("recipe", type=options.place, required=False)
 @options.changes
 @click.option("--dry-run", is_flag=True, help="List the stages and which of them are done, and stop.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes, for editors, and stop.")

@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import console, say
 
 
 @click.command("search")
-@click.argument("recipe")
+@click.argument("recipe", type=options.place)
 @options.changes
 @click.option("--storage", help="Storage of the study: a file, or an Optuna URL. [default: search.log in OUT]")
 @click.option("--seed", type=int, help="Seed of the sampler. Machines that share a study need different seeds or none.")
@@ -35,14 +36,14 @@ def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json:
         results = search_recipe(recipe, folder, changes, given["storage"], given["seed"], given["workers"])
     shown = [trial for trial in results["trials"] if trial["delta_mtl"] is not None]
     lines = [f"{trial['delta_mtl']:+8.2f} %  {_values(trial['values'])}" for trial in shown[:10]]
-    sets = " ".join(f"--set {key}={json.dumps(value)}" for key, value in shown[0]["values"].items())
+    sets = [word for key, value in shown[0]["values"].items() for word in ("--set", f"{key}={json.dumps(value)}")]
     say(
         as_json,
         {**results, "output": str(folder)},
         f"Delta_MTL of {results['row']} on {results['images']} held-out validation images, {len(shown)} trials:",
         *lines,
         f"All trials: {folder / 'search.json'}",
-        f"Next: simomerge run {recipe} {sets}",
+        next_step("run", recipe, *sets),
     )
 
 

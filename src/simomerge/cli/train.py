@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from simomerge.cli import options
+from simomerge.cli.next_step import next_step
 from simomerge.cli.output import console, is_first, say
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 from simomerge.training.settings import TrainSettings, TuneOptions
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @click.option("--task", "tasks", multiple=True, required=True, help="Task to train; repeat it for a joint model.")
-@click.option("--base", default="rooms-base", show_default=True, help="Folder, hub id or rooms-base.")
+@click.option(
+    "--base", type=options.place, default="rooms-base", show_default=True, help="Folder, hub id or rooms-base."
+)
 @options.data
 @click.option("--images", type=click.IntRange(1), help="Training images. [default: 1000 rooms; else all]")
 @click.option("--val-images", type=click.IntRange(1), help="Images for early stopping. [default: 256; else all]")
@@ -59,10 +62,10 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
 
     join_processes()
     tasks, data = given["tasks"], given["data"]
-    train = load_data(data, split="train", count=given["images"], tasks=tasks)
-    validation = load_data(data, split="val", count=given["val_images"], tasks=tasks)
     work = output.parent / f"{output.name}.work"
     with track(given["trackers"], options.logs_of(output)), console():
+        train = load_data(data, split="train", count=given["images"], tasks=tasks)
+        validation = load_data(data, split="val", count=given["val_images"], tasks=tasks)
         model, log = _trained(given, train, validation, work)
     if is_first():  # Under torchrun, all processes have the same model.
         model.save_pretrained(output, overwrite)
@@ -74,7 +77,7 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
         f"Trained {', '.join(tasks)}: {log.steps} steps in {log.seconds:.0f} s, losses "
         + ", ".join(f"{name} {value:.4f}" for name, value in log.losses.items()),
         f"Model: {output}",
-        f"Next: simomerge evaluate {output} --data {data}",
+        next_step("evaluate", output, "--data", data),
     )
 
 

@@ -8,10 +8,12 @@ as the command line does. The sink is kept in a context variable, so a thread or
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any
 
 Sink = Callable[[str, int, int, str], None]
@@ -67,6 +69,51 @@ def labelled_progress(label: str, keep: bool = False) -> Iterator[None]:
         yield
 
 
+def has_rich() -> bool:
+    """Whether rich is installed, which draws bars and tables. An installation without torch does not need it."""
+    return find_spec("rich") is not None
+
+
+class Starting:
+    """A line on the terminal while nothing else is shown yet: loading torch alone takes seconds.
+
+    It appears after a moment, so that quick commands do not show it, and disappears before the next output.
+    """
+
+    def __init__(self, text: str = "  starting ...", after: float = 0.4) -> None:
+        self.text, self.after = text, after
+        self._timer: threading.Timer | None = None
+        self._lock, self._shown = threading.Lock(), False
+
+    def begin(self) -> None:
+        """Show the line in a moment, if standard error is a terminal."""
+        if sys.stderr.isatty():
+            self._timer = threading.Timer(self.after, self._show)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._shown = True
+                print(self.text, end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Remove the line, before something else is shown."""
+        if self._timer is None:
+            return
+        with self._lock:
+            self._timer.cancel()
+            self._timer = None
+            if self._shown:
+                print("\r" + " " * len(self.text) + "\r", end="", file=sys.stderr, flush=True)
+                self._shown = False
+
+
+starting = Starting()
+"""The line of this process."""
+
+
 class Console:
     """A sink that draws on standard error: bars on a terminal, a plain line every few seconds elsewhere.
 
@@ -91,7 +138,8 @@ class Console:
     def __call__(self, label: str, done: int, total: int, note: str = "") -> None:
         if self._closed:
             return
-        if sys.stderr.isatty():
+        starting.end()
+        if sys.stderr.isatty() and has_rich():
             self._bar(label, done, total, note)
         else:
             self._line(label, done, total, note)

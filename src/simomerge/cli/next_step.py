@@ -1,0 +1,60 @@
+"""The command that usually follows, as a line that can be pasted into a shell."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from simomerge.core.assets import EMBEDDED_BASE
+
+MARK = "Next: "
+
+
+def next_step(*words: object, comment: str = "") -> str:
+    """The line of a command; names with spaces are quoted, so that a shell reads them as one.
+
+    Example:
+        >>> next_step("inspect", "runs/my scene", comment="what it is")
+        "Next: simomerge inspect 'runs/my scene'   # what it is"
+    """
+    line = MARK + shlex.join(["simomerge", *map(str, words)])
+    return f"{line}   # {comment}" if comment else line
+
+
+def pairs(experts: Mapping[str, object]) -> list[str]:
+    """Experts as a command takes them.
+
+    Example:
+        >>> pairs({"depth": "runs/depth"})
+        ['depth=runs/depth']
+    """
+    return [f"{task}={expert}" for task, expert in experts.items()]
+
+
+def realign_step(model: Path, experts: Mapping[str, object], base: str, images: str | None) -> str:
+    """The repair of a merge, on the images that were given, on rooms, or on a folder that the reader has to fill."""
+    chosen = images or ("rooms" if base == EMBEDDED_BASE else "photos/")
+    where = "; photos/ stands for a folder of your images" if chosen == "photos/" else ""
+    words = ("realign", model, *pairs(experts), "--images", chosen, "-o", f"{model}-folded")
+    return next_step(*words, comment=f"the heads no longer fit{where}")
+
+
+def recorded_experts(
+    model: str, tasks: Iterable[str], recorded: Mapping[str, Mapping[str, str]], known: Mapping[str, str]
+) -> dict[str, str]:
+    """Where the experts of a merged model are: as given, or by the name that the model records, in its folder.
+
+    Those that are in neither place are left out.
+    """
+    found = {}
+    for task in tasks:
+        source = recorded.get(task, {}).get("source", "")
+        beside = Path(model).parent / source
+        if task in known:
+            found[task] = known[task]
+        elif source and (beside / "simo.json").is_file():
+            found[task] = str(beside)
+        elif "/" in source:  # a hub id
+            found[task] = source
+    return found
