@@ -3,7 +3,7 @@
     simomerge demo --tasks all --head dpt --full -o runs/rooms-dpt
     python benchmarks/pictures.py runs/rooms-dpt
 
-docs/pictures/rooms.png shows test images with their labels. docs/pictures/story.png shows two of them with the ground
+docs/pictures/rooms.png shows test images with their labels. docs/pictures/story.png shows one of them with the ground
 truth and the predictions of the experts, the merged model and the folded model.
 """
 
@@ -12,16 +12,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.colours import colourise
+from simomerge.models.strip import sheet
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import run_recipe
 
 PICTURES = Path("docs/pictures")
+STORY_TASKS = ("segmentation", "depth", "normals", "edges")
+STORY_COLUMNS = {
+    "truth": "{task}: truth",
+    "experts": "its own expert",
+    "task-arithmetic": "merged",
+    "task-arithmetic+fold-cross": "merged and repaired",
+}
 LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]
 
 
@@ -52,22 +61,20 @@ def rooms_picture() -> None:
     Image.fromarray(in_column(rows, 3)).save(PICTURES / "rooms.png", optimize=True)
 
 
-def story_picture(folder: Path, tasks: tuple[str, ...] = ("segmentation", "depth", "normals", "edges")) -> None:
+def story_rows(shown: dict[str, Any], tasks: tuple[str, ...] = STORY_TASKS) -> list[list[tuple[str, np.ndarray]]]:
+    """The pictures of one entry of the gallery with their titles: a row per task, a column per model."""
+    rows = []
+    for index, task in enumerate(tasks):
+        maps = shown["predictions"][task]
+        first = ("input, a rendered room", shown["image"]) if index == 0 else ("", np.full_like(shown["image"], 255))
+        rows.append([first, *((title.format(task=task), maps[column]) for column, title in STORY_COLUMNS.items())])
+    return rows
+
+
+def story_picture(folder: Path) -> None:
     recipe = Recipe(**json.loads((folder / "results.json").read_text())["recipe"])
     gallery = run_recipe(recipe, folder)["gallery"]  # all stages are finished
-    columns = ["truth", "experts", "task-arithmetic", "task-arithmetic+fold-cross"]
-    blocks = []
-    for shown in gallery[:2]:
-        blank = np.full_like(shown["image"], 255)
-        rows = []
-        for index, task in enumerate(tasks):
-            maps = shown["predictions"][task]
-            rows.append(in_row([shown["image"] if index == 0 else blank, *(maps[column] for column in columns)], 3))
-        blocks.append(in_column(rows, 3))
-    picture = Image.fromarray(in_row(blocks, 10))
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(
-        PICTURES / "story.png", optimize=True
-    )
+    sheet(story_rows(gallery[0]), 128).save(PICTURES / "story.png", optimize=True)
 
 
 if __name__ == "__main__":
