@@ -39,8 +39,8 @@ def test_it_says_what_where_how_good_and_how_expensive() -> None:
         " separate experts."
     )
     assert second == (
-        "Compared with the experts one after the other, it takes 7.6 MB on the disk instead of 20.6 MB and needs 12.3 ms"
-        " instead of 37 ms for one image of 64 x 80 pixels (CPU, 2 threads, the machine of this run)."
+        "Compared with the experts one after the other, it takes 7.6 MB on the disk instead of 20.6 MB and needs"
+        " 12.3 ms instead of 37 ms for one image of 64 x 80 pixels (CPU, 2 threads, the machine of this run)."
     )
     assert third == (
         "In the table it is the row task-arithmetic+heads, the best of 2 merges that were repaired with labels on 128"
