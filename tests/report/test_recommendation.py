@@ -59,7 +59,7 @@ def test_changes_are_positive_for_the_better(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_better_model_of_another_kind_is_named() -> None:
     *_, last = recommendation(results(), "runs/demo").sentences
-    assert last.startswith("But joint-mtl (trained on all labels at once) is better on the test images: -5.1 % against")
+    assert last.startswith("But joint-mtl (trained on all labels at once) is better on the test images: -5.2 % against")
     better = results(row="task-arithmetic+adapters")
     for row in better["rows"]:
         if row["method"] == "task-arithmetic+adapters":
