@@ -220,7 +220,7 @@ def test_the_card_has_what_the_hub_understands(hub: LocalHub, scene: Path, monke
         'sm.load("me/scene")',
         "| parts | miou in %, higher is better | 42 | 40 |".replace("_", "\\_"),
         "Measured on 8 images of rooms, split test. On average it is 10.0 % worse than its experts (Delta",
-        "the merge of 1 experts by ties, repaired afterwards by fold, then distill",
+        "the merge of 1 expert by ties, repaired afterwards by fold, then distill",
         "- the base (facebook/dinov2-small): apache-2.0",
         "- depth (depth): mit",
         "## Intended use and limits",

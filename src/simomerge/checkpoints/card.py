@@ -106,7 +106,8 @@ def _summary(description: Mapping[str, Any]) -> str:
     experts, method = provenance.get("experts") or {}, provenance.get("merge", {}).get("method")
     text = f"It predicts {tasks} for every pixel of a photograph, in one pass."
     if method:
-        text += f" Its encoder is the merge of {len(experts)} experts by {markdown(method)}"
+        count = f"{len(experts)} expert{'s' if len(experts) != 1 else ''}"
+        text += f" Its encoder is the merge of {count} by {markdown(method)}"
         steps = [markdown(step) for step in _steps(provenance)]
         text += f", repaired afterwards by {', then '.join(steps)}." if steps else ". Its heads were not repaired."
     return f"{text} It was made with simomerge."

@@ -9,6 +9,7 @@ import click
 from simomerge.cli import options
 from simomerge.cli.output import Table, say
 from simomerge.core.errors import InputError
+from simomerge.core.progress import starting
 from simomerge.core.registry import suggestion
 
 _PAGE = """\
@@ -43,6 +44,7 @@ def command(names: tuple[str, ...], markdown: bool, as_json: bool) -> None:
 
     merges, realignments = method_rows(), realignment_rows()
     if markdown:
+        starting.end()
         click.echo(_PAGE.format(merges=_markdown(merges), realignments=_markdown(realignments)), nl=False)
         return
     known = [row["name"] for row in (*merges, *realignments)]

@@ -10,6 +10,7 @@ import click
 
 from simomerge.cli import options
 from simomerge.cli.output import console, report_run, say
+from simomerge.core.progress import starting
 
 
 @click.command("run")
@@ -35,6 +36,7 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
     from simomerge.training.tracking import track
 
     if given["schema"]:
+        starting.end()
         click.echo(json.dumps(recipe_schema(), indent=2))
         return
     if recipe is None:

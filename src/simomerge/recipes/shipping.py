@@ -29,6 +29,8 @@ MODEL = "model"
 """The folder of the recommended model in a run folder."""
 
 _RUNS = 7
+_SECONDS = 5.0
+"""Timed runs of one image, and when they end at the latest; two runs before them do not count."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def _milliseconds(models: Sequence[SimoModel], image: Tensor) -> float:
     """Median time in which all models predict one image (3, H, W), one after the other."""
     device, seconds = compute_device(), []
     models = [model.to(device) for model in models]
-    for _ in range(_RUNS + 2):
+    start = time.perf_counter()
+    while len(seconds) < 3 or (len(seconds) < _RUNS + 2 and time.perf_counter() - start < _SECONDS):
         began = time.perf_counter()
         for model in models:
             for values in model.predict_batch(image[None]).values():
