@@ -1,0 +1,160 @@
+"""What the page shows for one photo, as plain data: pictures, values under the pointer, legends, sentences."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from simomerge.datasets.colours import class_colours, colourise
+from simomerge.datasets.tasks import Task
+from simomerge.playground.workshop import EXPERTS, MERGED, MODEL, REPAIRED, Look
+
+PHOTO = "photo"
+LABELS = {
+    PHOTO: "photo",
+    EXPERTS: "experts",
+    MERGED: "merged",
+    REPAIRED: "merged, heads repaired",
+    MODEL: "finished model",
+}
+"""The columns in words."""
+
+GRID = 128
+"""Longest side of the grids of values that the page reads from, in cells."""
+
+_NONE = 65535
+"""Stands for "no value" in a grid."""
+
+
+def view_of(look: Look) -> dict[str, Any]:
+    """The content of the viewer, as JSON.
+
+    Example:
+        >>> task = Task("depth")
+        >>> maps = {"depth": np.full((2, 4), 3.0, np.float32)}
+        >>> view = view_of(Look(np.zeros((2, 4, 3), np.uint8), {"depth": task}, {"experts": maps}))
+        >>> view["grid"], [column["label"] for column in view["columns"]]
+        ([4, 2], ['photo', 'experts'])
+    """
+    height, width = look.photo.shape[:2]
+    shrink = min(1.0, GRID / max(height, width))
+    grid = max(1, round(width * shrink)), max(1, round(height * shrink))
+    columns = [PHOTO, *look.columns]
+    return {
+        "size": [width, height],
+        "grid": list(grid),
+        "photo": _picture(look.photo, "webp"),
+        "columns": [{"key": key, "label": LABELS[key]} for key in columns],
+        "tasks": [_task(look, task, grid) for task in look.tasks.values()],
+    }
+
+
+def _task(look: Look, task: Task, grid: tuple[int, int]) -> dict[str, Any]:
+    maps = {column: found[task.name] for column, found in look.columns.items() if task.name in found}
+    limits = _limits(task, maps)
+    exact = task.kind == "segmentation"
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "unit": _unit(task),
+        "legend": _legend(task, maps, limits),
+        "classes": list(task.classes),
+        "pictures": {
+            column: _picture(colourise(task, values, limits), "png" if exact else "webp")
+            for column, values in maps.items()
+        },
+        "values": {column: _values(task, values, grid) for column, values in maps.items()},
+        "distances": {
+            column: _distance(task, found[task.name]) for column, found in look.distances.items() if task.name in found
+        },
+        "solid": task.kind == "depth",
+    }
+
+
+def _limits(task: Task, maps: Mapping[str, np.ndarray]) -> tuple[float, float] | None:
+    """The colour range of one-channel maps: that of the first column, so that the others can be compared with it."""
+    first = next(iter(maps.values()))
+    if task.kind == "segmentation" or first.ndim != 2:
+        return None
+    if task.range:
+        return task.range[0], task.range[1]
+    if task.behaviour.bounded:
+        return 0.0, 1.0
+    low, high = float(np.nanmin(first)), float(np.nanmax(first))
+    return low, max(high, low + 1e-6)
+
+
+def _unit(task: Task) -> str:
+    """The unit of the task's values, which for shares is not that of its metric."""
+    if task.kind == "normals" or task.kind == "segmentation" or task.behaviour.bounded:
+        return ""
+    return task.unit
+
+
+def _legend(task: Task, maps: Mapping[str, np.ndarray], limits: tuple[float, float] | None) -> dict[str, Any]:
+    if task.kind == "segmentation":
+        seen = sorted({int(label) for values in maps.values() for label in np.unique(values) if label >= 0})
+        colours = np.asarray(task.colours, np.uint8) if task.colours else class_colours(len(task.classes))
+        return {"classes": [{"name": task.classes[label], "colour": _hex(colours[label])} for label in seen]}
+    if task.kind == "normals":
+        return {"text": "Red, green and blue are x, y and z of the surface normal; light blue faces the camera."}
+    if limits is None:
+        return {"text": "The hue is the direction, the saturation the length." if task.channels == 2 else ""}
+    ramp = colourise(task, np.linspace(*limits, 9, dtype=np.float32)[None], limits)[0]
+    return {"ramp": [_hex(colour) for colour in ramp], "low": _number(limits[0]), "high": _number(limits[1])}
+
+
+def _distance(task: Task, value: float) -> str:
+    """How far a prediction is from the expert's, in words.
+
+    Example:
+        >>> _distance(Task("depth"), 0.2134), _distance(Task("normals"), 12.34)
+        ('0.213 m from the expert', '12.3° from the expert')
+    """
+    if not math.isfinite(value):
+        return ""
+    if task.higher_is_better:
+        return f"{value:.0f} {task.unit} {task.metric.replace('miou', 'mIoU')} with the expert"
+    unit = task.unit.replace("deg", "°")
+    return f"{_number(value)}{'' if unit == '°' else ' '}{unit} from the expert".replace("  ", " ")
+
+
+def _values(task: Task, values: np.ndarray, grid: tuple[int, int]) -> dict[str, Any]:
+    """Values at the cells of a grid (width, height): 16-bit numbers, channel by channel, and how to scale them."""
+    planes = values[None] if values.ndim == 2 else values
+    height, width = planes.shape[-2:]
+    rows = ((np.arange(grid[1]) + 0.5) * height / grid[1]).astype(int)
+    columns = ((np.arange(grid[0]) + 0.5) * width / grid[0]).astype(int)
+    sampled = planes[:, rows][:, :, columns]
+    if task.kind == "segmentation":
+        low, step, stored = 0.0, 1.0, np.where(sampled < 0, _NONE, sampled)
+    else:
+        known = np.isfinite(sampled)
+        low = float(sampled[known].min(initial=math.inf)) if known.any() else 0.0
+        high = float(sampled[known].max(initial=-math.inf)) if known.any() else 1.0
+        step = max(high - low, 1e-9) / (_NONE - 1)
+        stored = np.where(known, np.rint((np.nan_to_num(sampled) - low) / step), _NONE)
+    content = base64.b64encode(stored.clip(0, _NONE).astype("<u2").tobytes()).decode("ascii")
+    return {"data": content, "planes": len(planes), "low": low, "step": step}
+
+
+def _picture(pixels: np.ndarray, kind: str) -> str:
+    """Pixels as a data URL; labels without loss, photos and smooth maps nearly so."""
+    from PIL import Image
+
+    target = io.BytesIO()
+    Image.fromarray(pixels).save(target, kind.upper(), **({"quality": 90} if kind == "webp" else {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(target.getvalue()).decode('ascii')}"
+
+
+def _hex(colour: Sequence[int] | np.ndarray) -> str:
+    return "#" + "".join(f"{int(channel):02x}" for channel in colour)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
