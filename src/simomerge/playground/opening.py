@@ -69,7 +69,7 @@ def open_models(source: str | None, experts: Mapping[str, str], base: str | None
     if not loaded:
         assert given is not None
         return Opened(Path(str(source)).name, model=given, rooms=_learned_rooms([given]))
-    foundation = load(base or _recorded_base(given, loaded))
+    foundation = load(base) if base else _recorded_base(given, loaded)
     return _merging(str(source or ", ".join(loaded)), foundation, loaded, given)
 
 
@@ -96,7 +96,8 @@ def _run(folder: Path, base: str | None) -> Opened:
     experts = {task: found[task] for task in (*order, *found) if task in found}
     best = folder / "model"
     model = load(best) if _is_model(best) else None
-    foundation = load(base or results["recipe"].get("base") or _recorded_base(None, experts))
+    named = base or results["recipe"].get("base")
+    foundation = load(named) if named else _recorded_base(None, experts)
     return _merging(str(folder), foundation, experts, model)
 
 
@@ -104,12 +105,16 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("simo.json", "config.json"))
 
 
-def _recorded_base(model: SimoModel | None, experts: Mapping[str, SimoModel]) -> str:
-    records: list[Mapping[str, Any]] = [each.provenance for each in (model, *experts.values()) if each is not None]
-    for record in records:
-        if source := record.get("base", {}).get("source"):
-            return str(source)
-    raise InputError("the experts do not record their base: give it with --base.")
+def _recorded_base(model: SimoModel | None, experts: Mapping[str, SimoModel]) -> SimoModel:
+    """The base that the first model records. A base from a folder is recorded without the folder that it was in."""
+    records = [each.provenance.get("base", {}) for each in (model, *experts.values()) if each is not None]
+    source = next((str(record["source"]) for record in records if record.get("source")), "")
+    if not source:
+        raise InputError("the experts do not record their base: give it with --base.")
+    try:
+        return load(source)
+    except InputError as error:
+        raise InputError(f"the experts' base, {source!r}, is not found from here: give it with --base.") from error
 
 
 def _learned_rooms(models: Any) -> bool:

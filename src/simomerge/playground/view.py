@@ -85,8 +85,14 @@ def _limits(task: Task, maps: Mapping[str, np.ndarray]) -> tuple[float, float] |
         return task.range[0], task.range[1]
     if task.behaviour.bounded:
         return 0.0, 1.0
-    low, high = float(np.nanmin(first)), float(np.nanmax(first))
+    low, high = _range(first)
     return low, max(high, low + 1e-6)
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """The smallest and largest finite value; 0 and 1 if there is none."""
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
 
 
 def _unit(task: Task) -> str:
@@ -134,11 +140,10 @@ def _values(task: Task, values: np.ndarray, grid: tuple[int, int]) -> dict[str, 
     if task.kind == "segmentation":
         low, step, stored = 0.0, 1.0, np.where(sampled < 0, _NONE, sampled)
     else:
-        known = np.isfinite(sampled)
-        low = float(sampled[known].min(initial=math.inf)) if known.any() else 0.0
-        high = float(sampled[known].max(initial=-math.inf)) if known.any() else 1.0
+        low, high = _range(sampled)
         step = max(high - low, 1e-9) / (_NONE - 1)
-        stored = np.where(known, np.rint((np.nan_to_num(sampled) - low) / step), _NONE)
+        scaled = (np.where(np.isfinite(sampled), sampled, low).astype(np.float64) - low) / step
+        stored = np.where(np.isfinite(sampled), np.rint(scaled), _NONE)
     content = base64.b64encode(stored.clip(0, _NONE).astype("<u2").tobytes()).decode("ascii")
     return {"data": content, "planes": len(planes), "low": low, "step": step}
 
