@@ -55,11 +55,12 @@ def test_what_is_no_number_has_no_value() -> None:
     np.testing.assert_allclose(decoded(found["values"]["experts"], [2, 2])[0], [[np.nan, 1], [np.nan, 3]], atol=1e-4)
 
 
-def test_labels_are_exact_and_the_legend_names_those_that_occur() -> None:
+def test_labels_are_exact_and_the_legend_names_them() -> None:
     labels = np.array([[0, 2], [2, 0]])
     found = view(PARTS, labels)
     assert decoded(found["values"]["experts"], [2, 2])[0].tolist() == labels.tolist()
-    assert found["legend"] == {"classes": [{"name": "wall", "colour": "#ff0000"}, {"name": "rug", "colour": "#0000ff"}]}
+    names = [("wall", "#ff0000"), ("floor", "#00ff00"), ("rug", "#0000ff")]
+    assert found["legend"] == {"names": [{"name": name, "colour": colour} for name, colour in names]}
     kind, _, content = found["pictures"]["experts"].partition(";base64,")
     assert kind == "data:image/png"
     colours = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
@@ -70,7 +71,7 @@ def test_columns_share_the_colours_of_the_first() -> None:
     low, high = np.full((2, 2), 1.0, np.float32), np.full((2, 2), 9.0, np.float32)
     low[0, 0] = 3
     found = view(Task("depth"), low, high)
-    assert (found["legend"]["low"], found["legend"]["high"], found["unit"]) == ("1", "3", "m")
+    assert (found["legend"]["low"], found["legend"]["high"], found["unit"]) == ("1", "3 m", "m")
     assert len(found["legend"]["ramp"]) == 9
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from simomerge.datasets.colours import class_colours, colourise
+from simomerge.datasets.colours import colour_range, colourise
+from simomerge.datasets.legend import Legend, legend_of
 from simomerge.datasets.tasks import Task
 from simomerge.playground.workshop import EXPERTS, MERGED, MODEL, REPAIRED, Look
 
@@ -56,13 +57,16 @@ def view_of(look: Look) -> dict[str, Any]:
 
 def _task(look: Look, task: Task, grid: tuple[int, int]) -> dict[str, Any]:
     maps = {column: found[task.name] for column, found in look.columns.items() if task.name in found}
-    limits = _limits(task, maps)
+    first = next(iter(maps.values()))
+    one_channel = task.kind != "segmentation" and first.ndim == 2
+    limits = colour_range(task, first) if one_channel else None  # the same colours in all columns
+    legend = legend_of(task, np.stack(list(maps.values())) if task.kind == "segmentation" else first, limits)
     exact = task.kind == "segmentation"
     return {
         "name": task.name,
         "kind": task.kind,
-        "unit": _unit(task),
-        "legend": _legend(task, maps, limits),
+        "unit": legend.high.partition(" ")[2],
+        "legend": _legend(legend),
         "classes": list(task.classes),
         "pictures": {
             column: _picture(colourise(task, values, limits), "png" if exact else "webp")
@@ -76,43 +80,17 @@ def _task(look: Look, task: Task, grid: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _limits(task: Task, maps: Mapping[str, np.ndarray]) -> tuple[float, float] | None:
-    """The colour range of one-channel maps: that of the first column, so that the others can be compared with it."""
-    first = next(iter(maps.values()))
-    if task.kind == "segmentation" or first.ndim != 2:
-        return None
-    if task.range:
-        return task.range[0], task.range[1]
-    if task.behaviour.bounded:
-        return 0.0, 1.0
-    low, high = _range(first)
-    return low, max(high, low + 1e-6)
-
-
 def _range(values: np.ndarray) -> tuple[float, float]:
     """The smallest and largest finite value; 0 and 1 if there is none."""
     known = values[np.isfinite(values)]
     return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
 
 
-def _unit(task: Task) -> str:
-    """The unit of the task's values, which for shares is not that of its metric."""
-    if task.kind == "normals" or task.kind == "segmentation" or task.behaviour.bounded:
-        return ""
-    return task.unit
-
-
-def _legend(task: Task, maps: Mapping[str, np.ndarray], limits: tuple[float, float] | None) -> dict[str, Any]:
-    if task.kind == "segmentation":
-        seen = sorted({int(label) for values in maps.values() for label in np.unique(values) if label >= 0})
-        colours = np.asarray(task.colours, np.uint8) if task.colours else class_colours(len(task.classes))
-        return {"classes": [{"name": task.classes[label], "colour": _hex(colours[label])} for label in seen]}
-    if task.kind == "normals":
-        return {"text": "Red, green and blue are x, y and z of the surface normal; light blue faces the camera."}
-    if limits is None:
-        return {"text": "The hue is the direction, the saturation the length." if task.channels == 2 else ""}
-    ramp = colourise(task, np.linspace(*limits, 9, dtype=np.float32)[None], limits)[0]
-    return {"ramp": [_hex(colour) for colour in ramp], "low": _number(limits[0]), "high": _number(limits[1])}
+def _legend(legend: Legend) -> dict[str, Any]:
+    if legend.bar is not None:
+        stops = legend.bar[np.linspace(0, len(legend.bar) - 1, 9).round().astype(int)]
+        return {"ramp": [_hex(colour) for colour in stops], "low": legend.low, "high": legend.high}
+    return {"names": [{"name": name, "colour": _hex(colour)} for name, colour in legend.entries]}
 
 
 def _distance(task: Task, value: float) -> str:
@@ -157,9 +135,9 @@ def _picture(pixels: np.ndarray, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(target.getvalue()).decode('ascii')}"
 
 
-def _hex(colour: Sequence[int] | np.ndarray) -> str:
-    return "#" + "".join(f"{int(channel):02x}" for channel in colour)
-
-
 def _number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _hex(colour: Sequence[int]) -> str:
+    return "#" + "".join(f"{int(channel):02x}" for channel in colour)

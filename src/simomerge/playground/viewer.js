@@ -43,18 +43,17 @@ function inWords(task, value, expert) {
 
 function legendOf(task) {
   const legend = task.legend;
-  if (legend.classes) {
-    const items = legend.classes.map((each) =>
+  if (legend.names && legend.names.length) {
+    const items = legend.names.map((each) =>
       make("li", {}, make("span", { class: "swatch", style: `background:${each.colour}` }), each.name));
-    return make("ul", { class: "classes", "aria-label": `Classes of ${task.name}` }, ...items);
+    return make("ul", { class: "classes", "aria-label": `Colours of ${task.name}` }, ...items);
   }
   if (legend.ramp) {
-    const unit = task.unit ? ` ${task.unit}` : "";
-    return make("div", { class: "ramp" }, make("span", { text: legend.low + unit }),
+    return make("div", { class: "ramp" }, make("span", { text: legend.low }),
       make("i", { style: `background:linear-gradient(90deg, ${legend.ramp.join(",")})` }),
-      make("span", { text: legend.high + unit }));
+      make("span", { text: legend.high }));
   }
-  return legend.text ? make("p", { class: "legend", text: legend.text }) : null;
+  return null;
 }
 
 function show(root, view) {
