@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.assembly.experts import check_experts
-from simomerge.checkpoints import read_description
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.hub import similar
@@ -87,7 +86,7 @@ def _run(folder: Path, base: str | None) -> Opened:
     results = read_json(folder / "results.json", "run the recipe again.", {"recipe": dict})
     found: dict[str, SimoModel] = {}
     for stage in sorted((folder / "stages").glob("expert-*/model")):
-        tasks = list(read_description(stage)["tasks"])
+        tasks = list(read_json(stage / "simo.json", "run the recipe again.", {"tasks": dict})["tasks"])
         if len(tasks) == 1:
             found.setdefault(tasks[0], load(stage))
     if not found:
