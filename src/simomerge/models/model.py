@@ -27,6 +27,7 @@ from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
+from simomerge.models.predictions import Predictions
 from simomerge.models.storage import load_tree, save_encoder, stored_tensors, with_tensors
 
 Size = tuple[int, int] | None
@@ -102,8 +103,8 @@ class SimoModel(nn.Module):
             size: (height, width) in pixels to which an image is resized for the encoder.
 
         Returns:
-            Task -> prediction at the image's size: int64 labels (H, W), or float32 (H, W) or (C, H, W) in the target's
-            units. A list of them for a list.
+            `Predictions`: a dictionary, task -> prediction at the image's size: int64 labels (H, W), or float32 (H, W)
+            or (C, H, W) in the target's units. Notebooks show it as pictures. A list of them for a list.
 
         Raises:
             InputError: Not an image, or too large; or an unknown task.
@@ -111,7 +112,7 @@ class SimoModel(nn.Module):
         if isinstance(image, (list, tuple)):
             return [self.predict(each, max_patches, tasks, size) for each in image]
         found = self.predict_batch(images.to_tensor(image), max_patches, tasks, size)
-        return {name: value[0].cpu().numpy() for name, value in found.items()}
+        return Predictions(self.tasks, {name: value[0].cpu().numpy() for name, value in found.items()})
 
     @torch.no_grad()
     def predict_batch(
