@@ -104,7 +104,7 @@ class Aligner:
         self.trials.append(trial)
         scale = getattr(method, "scale", None)
         shown = f"{method.name}{f' {scale:.2f}' if isinstance(scale, float) else ''}"
-        progress("trials", len(self.trials), len(self.trials), f"{shown}: agreement {trial.score:.3f}")
+        progress("trials", len(self.trials), len(self.trials) + 1, f"{shown}: agreement {trial.score:.3f}")
         return trial
 
     def best_scale(self, method: MergeMethod, schedule: Schedule | None = None) -> Trial:

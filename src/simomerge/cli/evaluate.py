@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from simomerge.cli import options
-from simomerge.cli.output import Table, console, say
+from simomerge.cli.output import Table, console, is_first, say
 from simomerge.core.errors import InputError
 
 
@@ -17,18 +18,24 @@ from simomerge.core.errors import InputError
 @options.data
 @click.option("--split", default="test", show_default=True)
 @click.option("--count", type=click.IntRange(1), default=256, show_default=True, help="Number of images.")
+@click.option("--record", is_flag=True, help="Enter the figures into MODEL's folder and its model card.")
 @options.precision
 @options.trust_code
 @options.as_json
-def command(model: str, experts: dict[str, str], data: str, split: str, count: int, as_json: bool) -> None:
+def command(
+    model: str, experts: dict[str, str], data: str, split: str, count: int, record: bool, as_json: bool
+) -> None:
     """Compute the metrics of every task of MODEL. With its EXPERTs, also normalised performance and Delta_MTL."""
     from simomerge.assembly.experts import load_experts
+    from simomerge.checkpoints.description import record_evaluation
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import compute_device
-    from simomerge.datasets import load_data
+    from simomerge.datasets.load import data_name, load_data
     from simomerge.models.model import as_expert, load
-    from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance, shared_tasks
+    from simomerge.training.evaluate import delta_mtl, evaluate, evaluation_record, normalised_performance, shared_tasks
 
+    if record and not (Path(model) / "simo.json").is_file():
+        raise InputError(f"{model}: --record needs a model folder on this disk.")
     join_processes()
     evaluated = load(model)
     tasks = evaluated.tasks
@@ -47,6 +54,9 @@ def command(model: str, experts: dict[str, str], data: str, split: str, count: i
         device = compute_device()
         scores = evaluate(evaluated.to(device), dataset)
         baseline = {task: evaluate(expert.to(device), dataset)[task] for task, expert in expert_models.items()}
+    if record and is_first():
+        about = {"data": data_name(data), "split": split, "images": len(dataset)}
+        record_evaluation(Path(model), evaluation_record(evaluated, scores, about, baseline))
     result: dict[str, object] = {"scores": scores}
     shown: list[str | Table] = [f"{model} on {len(dataset)} images of {data} ({split}):", score_table(scores, tasks)]
     if baseline:
@@ -59,7 +69,8 @@ def command(model: str, experts: dict[str, str], data: str, split: str, count: i
             "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
             f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)" + _partial(baseline, scores),
         ]
-    say(as_json, result, *shown)
+    recorded = [f"Recorded in {model}: simo.json and README.md"] if record else []
+    say(as_json, result, *shown, *recorded)
 
 
 def _partial(baseline: dict[str, Any], scores: dict[str, Any]) -> str:

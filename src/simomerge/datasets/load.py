@@ -117,3 +117,15 @@ def find_manifest(spec: str | Path, **options: Any) -> Manifest:
     hint = f"; did you mean {near!r}?" if near else ";"
     known = ", ".join(f"{name}:FOLDER" for name in PUBLISHED)
     raise InputError(f"unknown dataset {str(spec)!r}{hint} give rooms, {known}, or a manifest's path (docs/data.md).")
+
+
+def data_name(spec: str) -> str:
+    """What a model folder calls a dataset: its name, without the place on this machine.
+
+    Example:
+        >>> data_name("rooms"), data_name("nyuv2:/data/nyuv2"), data_name("/home/me/robot/data.yaml")
+        ('rooms', 'nyuv2', 'robot')
+    """
+    name, colon, _ = spec.partition(":")
+    path = Path(spec)
+    return name if colon or spec == "rooms" else (path.parent.name if path.suffix else path.name) or "own data"

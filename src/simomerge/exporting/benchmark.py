@@ -15,6 +15,7 @@ import numpy as np
 
 from simomerge.core.classes import allowed
 from simomerge.core.errors import InputError
+from simomerge.core.hub import local_source
 from simomerge.core.progress import progress
 from simomerge.exporting.verification import real_frames
 from simomerge.runtime import Maps, Scene, difference
@@ -102,7 +103,7 @@ def _speed(seconds: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
 
 def _bytes(target: str) -> int:
     """Bytes on the disk: a folder, or a file with its weights and the heads of a split export."""
-    path = Path(target)
+    path = Path(local_source(target, bare=False))
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     files = [path] if path.is_file() else []

@@ -17,6 +17,7 @@ from torch import Tensor
 from simomerge.checkpoints.card import PICTURE
 from simomerge.checkpoints.description import FILE, check_output, model_folder, write_description
 from simomerge.core.machine import compute_device
+from simomerge.datasets.load import data_name
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel, load
 from simomerge.models.strip import save_strip
@@ -93,18 +94,6 @@ def ship(plan: Plan, graph: Graph, choice: Choice, data: Any) -> dict[str, Any]:
         "milliseconds": _milliseconds([model], image),
         "experts_milliseconds": _milliseconds([load(expert) for expert in experts.values()], image),
     }
-
-
-def data_name(spec: str) -> str:
-    """What a model folder calls a dataset: its name, without the place on this machine.
-
-    Example:
-        >>> data_name("rooms"), data_name("nyuv2:/data/nyuv2"), data_name("/home/me/robot/data.yaml")
-        ('rooms', 'nyuv2', 'robot')
-    """
-    name, colon, _ = spec.partition(":")
-    path = Path(spec)
-    return name if colon or spec == "rooms" else (path.parent.name if path.suffix else path.name) or "own data"
 
 
 def _link_model(source: Path, target: Path, model: SimoModel, picture: Tensor | None) -> None:

@@ -184,7 +184,7 @@ def test_a_folder_that_is_not_there_is_called_a_folder(source):
 def test_a_hub_id_without_a_network_names_the_remedy(source):
     with pytest.raises(InputError, match="while online") as caught:
         load_encoder(source)
-    assert str(caught.value).startswith(f"{source}: no such folder, and as a hub id: cannot load an encoder")
+    assert str(caught.value).startswith(f"{source}: no such folder, and as a hub id: cannot load")
     assert "\n" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simomerge.checkpoints import open_checkpoint
 from simomerge.core.errors import InputError
-from simomerge.core.hub import local_source, similar
+from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.encoders.layout import find_layout
@@ -42,7 +42,7 @@ _HEAD_SETTINGS = (
 def read_transformers(source: str, task: str, options: ImportOptions) -> SimoModel:
     """The expert in a folder or hub id; see `simomerge.import_expert`."""
     options.check_used(source, "a folder or hub id describes itself")
-    given, source = source, _local(source)
+    given, source = source, local_source(source)
     config = _config(source)
     architecture = _architecture(config)
     if architecture not in ARCHITECTURES:
@@ -108,17 +108,6 @@ def largest_difference(expert: SimoModel, model: nn.Module, size: tuple[int, int
     theirs = nn.functional.interpolate(theirs, image.shape[-2:], mode="bilinear", align_corners=False)
     ours = expert(image)[task]
     return float((ours - theirs).abs().max()), float(theirs.abs().max())
-
-
-def _local(source: str) -> str:
-    """The folder of a source. Raises InputError if there is none."""
-    try:
-        return local_source(source)
-    except InputError as error:
-        raise InputError(
-            f"{source}: not a model folder, not a weight file, and as a hub id it cannot be loaded"
-            f" ({first_line(error.__cause__ or error)}). Download it while online and give its folder.{similar(source)}"
-        ) from error
 
 
 def _config(source: str) -> Any:
