@@ -145,7 +145,7 @@ class SimoModel(nn.Module):
             logits = self(given, chosen)
         finally:
             self.train(training)
-        maps = {name: chosen[name].activate(_upscaled(value.float(), batch)) for name, value in logits.items()}
+        maps = {name: _predicted(chosen[name], value, batch.shape[-2:]) for name, value in logits.items()}
         return {name: value[:, 0] if value.ndim == 4 and value.shape[1] == 1 else value for name, value in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
@@ -370,7 +370,22 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     return result
 
 
-def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
-    """Logits at the size of an image, which may have been downscaled for the encoder."""
-    size = image.shape[-2:]
-    return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear", align_corners=False)
+def _predicted(task: Task, logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The prediction at the size of an image, which may have been downscaled for the encoder."""
+    logits = logits.float()
+    if logits.shape[-2:] == size:
+        return task.activate(logits)
+    if task.behaviour.channels is not None:
+        return task.activate(_upscaled(logits, size))
+    # Labels, class by class: the logits of all classes at the size of a photograph take gigabytes.
+    best = _upscaled(logits[:, :1], size)
+    labels = torch.zeros_like(best, dtype=torch.int64)
+    for number in range(1, logits.shape[1]):
+        upscaled = _upscaled(logits[:, number : number + 1], size)
+        labels[upscaled > best] = number
+        torch.maximum(best, upscaled, out=best)
+    return labels[:, 0]
+
+
+def _upscaled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
