@@ -1,11 +1,11 @@
-"""Try to break the readers and the writers, and count what happened.
+"""Try to break the readers of files, and count what happened.
 
-    python benchmarks/hardening.py --inputs 20000 --kills 100 -o hardening.json
+    python benchmarks/hardening.py --inputs 20000 -o hardening.json
 
 Every reader gets valid files with random damage: changed bytes and values, other types, deep and huge content. Each
-input must be accepted or give an `InputError`, within ten seconds of a core and 2 GB. Then commands that write are
-killed at random moments, run at the same time, and run into limits of the system. The exit code is 1 if anything was
-found.
+input must be accepted or give an `InputError`, within ten seconds of a core and 2 GB. Kinds of files that have several
+readers share the number of inputs, and slow readers get a part of it. The exit code is 1 if anything was found.
+`hardening_writers.py` does the same for the commands that write.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,8 @@ from simomerge.core.errors import InputError
 from simomerge.merging.disk.compress import compress, restore
 
 SECONDS, GIGABYTES = 10, 2.0
+GOOD = ("accepted", "InputError", "result", "clear error")
+"""How a reader, and a command that writes, may end."""
 VALUES: list[Any] = [
     *(None, True, 0, -1, 10**6, 10**18, 2**64, 1e308, float("nan"), float("inf"), "", "x", "../../x", "/", ".", "\x00"),
     *("\x1b[31m", "\ud800", "<script>", "ü" * 300, [], [[]], {}, [None], [1, 2], {"a": 1}, "os:system", "(.*.*)*x"),
@@ -83,12 +82,17 @@ class Tally:
         if _peak() > max(GIGABYTES, before + 0.5):
             found = "memory"
             self.counts[found] += 1
-        if found not in ("accepted", "InputError"):
+        if found not in GOOD:
             self.examples.setdefault(found, label[:200])
 
+    def note(self, what: str, example: str) -> None:
+        """Count something that must not happen."""
+        self.counts[what] += 1
+        self.examples.setdefault(what, example[-200:])
+
     def bad(self) -> int:
-        """How many inputs were neither accepted nor refused cleanly."""
-        return sum(count for what, count in self.counts.items() if what not in ("tried", "accepted", "InputError"))
+        """How many inputs or runs did not end as they should."""
+        return sum(count for what, count in self.counts.items() if what not in ("tried", *GOOD))
 
 
 def _peak() -> float:
@@ -98,16 +102,16 @@ def _peak() -> float:
 # Damage -------------------------------------------------------------------------------------------------
 
 
-def damaged_bytes(content: bytes, draw: random.Random) -> bytes:
-    """A file with a few bytes changed, cut, doubled or replaced."""
+def damaged_bytes(content: bytes, draw: random.Random, within: int = 400) -> bytes:
+    """A file with a few bytes changed (among the first ``within``), cut, doubled or replaced."""
     kind, changed = draw.choice(["flip", "flip", "cut", "insert", "double", "empty"]), bytearray(content)
     if kind == "flip":
         for _ in range(draw.randrange(1, 6)):
-            changed[draw.randrange(min(len(changed), 400))] = draw.randrange(256)
+            changed[draw.randrange(min(len(changed), within))] = draw.randrange(256)
     elif kind == "cut":
         del changed[draw.randrange(len(changed)) :]
     elif kind == "insert":
-        place = draw.randrange(min(len(changed), 400))
+        place = draw.randrange(min(len(changed), within))
         changed[place:place] = draw.choice([b"\x00", b"\xff", b'"', b"{", b"[" * 5000, b"9" * 5000, b"\xef\xbb\xbf"])
     elif kind == "double":
         changed = changed + changed
@@ -242,20 +246,93 @@ def readers(folder: Path) -> dict[str, Reader]:
     ):
         content = (folder / name).read_bytes()
         found[name] = (name, lambda draw, content=content: damaged_bytes(content, draw), read)
+    return found | matlab_readers(folder) | import_readers(folder)
+
+
+def matlab_readers(folder: Path) -> dict[str, Reader]:
+    """The labelled file of NYUv2 (HDF5) and the older MATLAB format of its splits, as far as their libraries exist."""
+    try:
+        import h5py
+        from scipy.io import savemat
+    except ImportError:
+        return {}
+    from simomerge.datasets.published import hdf5
+    from simomerge.datasets.published.nyuv2 import nyuv2
+
+    draw = np.random.default_rng(0)
+    (folder / "nyu").mkdir()
+    with h5py.File(folder / "nyu/nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"] = draw.integers(0, 255, (3, 3, 8, 6), dtype=np.uint8)
+        file["depths"] = draw.random((3, 8, 6), dtype=np.float32) + 1
+        file["labels"] = draw.integers(0, 3, (3, 8, 6), dtype=np.uint16)
+    savemat(folder / "nyu/splits.mat", {"trainNdxs": [[1], [2]], "testNdxs": [[3]]})
+    savemat(folder / "nyu/classMapping40.mat", {"mapClass": [[1, 2, 3]]})
+
+    def read(file: Path) -> None:
+        hdf5._opened.cache_clear()  # HDF5 would go on with a file that is open
+        for rows in nyuv2(file.parent, (8, 6)).rows.values():
+            for frame in (frame for row in rows for frame in (row.image, *row.targets.values())):
+                frame.read()
+
+    found: dict[str, Reader] = {}
+    for name in ("nyu/nyu_depth_v2_labeled.mat", "nyu/splits.mat"):
+        content = (folder / name).read_bytes()
+        found[name] = (name, lambda draw, content=content: damaged_bytes(content, draw, len(content)), read)
     return found
 
 
-def fuzz(count: int, seed: int = 0) -> Iterator[Tally]:
-    """Give every reader ``count`` damaged files."""
+def import_readers(folder: Path) -> dict[str, Reader]:
+    """The configuration of a model of transformers that is imported, and a weight file that torch wrote."""
+    import torch
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    from simomerge.models.importing import import_expert
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+    backbone = Dinov2Config(**sizes, patch_size=14, mlp_ratio=1, out_indices=[1, 2], reshape_hidden_states=False)
+    neck = {"neck_hidden_sizes": [4, 4], "fusion_hidden_size": 4, "head_hidden_size": 4, "reassemble_factors": [2, 1]}
+    config = DepthAnythingConfig(backbone_config=backbone, reassemble_hidden_size=16, **neck)
+    DepthAnythingForDepthEstimation(config).save_pretrained(folder / "import")
+    parsed = json.loads((folder / "import/config.json").read_text())
+    torch.save({"decode_head.conv_seg.weight": torch.ones(3, 16, 1, 1)}, folder / "head.pth")
+    content = (folder / "head.pth").read_bytes()
+
+    def expert(file: Path) -> Any:
+        return import_expert(file.parent, "depth")
+
+    def weights(file: Path) -> Any:
+        return [value.sum() for value in open_checkpoint(file).values()]
+
+    return {
+        "import/config.json": ("import/config.json", lambda draw: damaged_json(parsed, draw), expert),
+        "head.pth": ("head.pth", lambda draw: damaged_bytes(content, draw, len(content)), weights),
+    }
+
+
+SHARES = {
+    **dict.fromkeys(("scene/simo.json", "shards/model.safetensors.index.json"), 1 / 4),
+    **dict.fromkeys(("compressed/compressed.json", "preprocessor_config.json"), 1 / 4),
+    **dict.fromkeys(("i.png", "i.jpg", "i.tif", "i.gif"), 1 / 4),
+    **dict.fromkeys(("manifest.yaml", "manifest.csv"), 1 / 8),
+    **dict.fromkeys(("nyu/nyu_depth_v2_labeled.mat", "nyu/splits.mat", "import/config.json", "head.pth"), 1 / 8),
+    "lora/adapter_config.json": 1 / 4,
+}
+"""The share of the inputs that a reader gets: readers of one kind of files share them, and slow ones get a quarter."""
+
+
+def fuzz(count: int, seed: int = 0, only: Sequence[str] = (), share: bool = True) -> Iterator[Tally]:
+    """Give every reader, or those named, ``count`` damaged files, or its share of them."""
     signal.signal(signal.SIGALRM, _hang)
     signal.signal(signal.SIGPROF, _hang)
     with tempfile.TemporaryDirectory() as given, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, (place, damage, read) in readers(Path(given)).items():
+            if only and name not in only:
+                continue
             tally, draw, file = Tally(name), random.Random(seed), Path(given) / place
             file.parent.mkdir(exist_ok=True)
             good = file.read_bytes() if file.is_file() else None
-            for _ in range(count):
+            for _ in range(round(count * SHARES.get(name, 1)) if share else count):
                 content = damage(draw)
                 file.write_bytes(content)
                 tally.run(lambda read=read, file=file: read(file), repr(content))  # type: ignore[misc]
@@ -267,110 +344,31 @@ def _hang(number: int, frame: Any) -> None:
     raise Hang
 
 
-# Writers ------------------------------------------------------------------------------------------------
-
-WRITERS = {
-    "merge": "merge_on_disk('base.safetensors', {'a': 'a.safetensors'}, Output(Path('out'), overwrite=True))",
-    "sharded merge": "merge_on_disk('base.safetensors', {'a': 'a.safetensors'},"
-    " Output(Path('out'), max_shard_size=3000000, overwrite=True))",
-    "compress": "compress('base.safetensors', {'a': 'a.safetensors'}, 'out', overwrite=True)",
-}
-SETUP = """
-from pathlib import Path
-from simomerge.merging.disk.compress import compress
-from simomerge.merging.disk.merge import merge_on_disk
-from simomerge.merging.disk.output import Output
-"""
-
-
-def kills(count: int, folder: Path, seed: int = 0) -> Tally:
-    """Kill writers at random moments. The old or the new output must be there, and the next run leaves nothing else."""
-    tally, draw = Tally("SIGKILL"), random.Random(seed)
-    tensors = {f"w{i}": np.random.default_rng(i).normal(size=(1000, 500)).astype("f4") for i in range(6)}
-    write_safetensors(folder / "base.safetensors", tensors)
-    write_safetensors(folder / "a.safetensors", {name: value + 0.01 for name, value in tensors.items()})
-    inputs = {path.name for path in folder.iterdir()}
-    for number in range(count):
-        name = list(WRITERS)[number % len(WRITERS)]
-        code = f"{SETUP}\nprint('go', flush=True)\n{WRITERS[name]}"
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(draw.random() * 0.3)
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        tally.counts["tried"] += 1
-        if number and not _complete(folder / "out"):
-            tally.counts["output lost"] += 1
-        subprocess.run([sys.executable, "-c", f"{SETUP}\n{WRITERS[name]}"], cwd=folder, check=True)
-        if left := {path.name for path in folder.iterdir()} - inputs - {"out"}:
-            tally.counts["leftovers after the next run"] += len(left)
-    return tally
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        if (folder / "compressed.json").is_file():
-            restore(folder, "a", folder.parent / "restored.safetensors")
-            (folder.parent / "restored.safetensors").unlink()
-        else:
-            sum(float(value.sum()) for value in open_checkpoint(folder).values())
-    except InputError:
-        return False
-    return True
-
-
-def limits(folder: Path) -> Tally:
-    """Eight writers at once, files that may not grow, few descriptors: done or one clear error, and no leftovers."""
-    tally = Tally("limits")
-    write_sharded(folder / "many", {f"w{i}": np.ones((50, 50), "f4") for i in range(200)}, max_shard_size=10001)
-    shutil.copytree(folder / "many", folder / "same")
-    inputs = {path.name for path in folder.iterdir()} | {"out"}
-    merge = [sys.executable, "-m", "simomerge", "merge", "many", "a=same", "-o", "out", "--overwrite"]
-    runs = [subprocess.Popen(merge, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(8)]
-    ends = [(process.communicate()[1], process.returncode) for process in runs]
-    for limit in ("ulimit -n 64", *(f"ulimit -f {blocks}" for blocks in (0, 1, 8, 16))):
-        command = f"{limit}; exec {' '.join(map(str, merge))}"
-        done = subprocess.run(["bash", "-c", command], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        ends.append((done.stderr, done.returncode))
-    for said, code in ends:
-        tally.counts["tried"] += 1
-        if code not in (0, 2) or b"Traceback" in said:
-            tally.counts["escape"] += 1
-            tally.examples.setdefault("escape", said.decode(errors="replace")[-200:])
-    if left := {path.name for path in folder.iterdir()} - inputs:
-        tally.counts["leftovers after the next run"] += len(left)
-    return tally
-
-
-def _all(inputs: int, killed: int, seed: int) -> Iterator[Tally]:
-    yield from fuzz(inputs, seed)
-    for measure in (lambda folder: kills(killed, folder, seed), limits):
-        with tempfile.TemporaryDirectory() as folder:
-            yield measure(Path(folder))
-
-
 def main() -> int:
-    """Run it, print a line for each reader and writer, and return the exit code."""
+    """Run it, print a line for each reader, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=1000, help="damaged files for every reader")
-    parser.add_argument("--kills", type=int, default=12, help="writers that are killed")
+    parser.add_argument("--inputs", type=int, default=1000, help="damaged files of every kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", default=[], metavar="READER", help="some of the readers")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     given = parser.parse_args()
+    return summarise(fuzz(given.inputs, given.seed, given.only), given.output)
+
+
+def summarise(found: Iterable[Tally], output: Path | None) -> int:
+    """Print and save what was counted; 1 if anything was found."""
     tallies = []
-    for tally in _all(given.inputs, given.kills, given.seed):
+    for tally in found:
         tallies.append(tally)
         print(
             f"{tally.name:36}", ", ".join(f"{what} {count}" for what, count in tally.counts.most_common()), flush=True
         )
         for what, example in tally.examples.items():
             print(f"    {what}: {example}")
+        if output:
+            output.write_text(json.dumps({one.name: dict(one.counts) for one in tallies}, indent=2) + "\n")
     bad = sum(tally.bad() for tally in tallies)
     print(f"{sum(tally.counts['tried'] for tally in tallies)} tried, {bad} found; peak {_peak():.2f} GB")
-    if given.output:
-        given.output.write_text(json.dumps({tally.name: dict(tally.counts) for tally in tallies}, indent=2) + "\n")
     return int(bad > 0)
 
 

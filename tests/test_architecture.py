@@ -30,14 +30,14 @@ LAYERS = [
     {"models"},
     {"training"},
     {"assembly", "exporting"},
-    {"relations"},
+    {"relations", "playground"},
     {"recipes"},
     {"cli"},
 ]
 """Lowest first. A room imports only from layers below its own; `simomerge/__init__.py` stands above all."""
 
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
-HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accelerate", "peft", "PIL", "rich")
+HEAVY = ("torch", "transformers", "matplotlib", "torchmetrics", "numpy", "accelerate", "peft", "PIL", "rich", "gradio")
 FORBIDDEN = {
     "merging": ("torch", "transformers"),
     "report": ("torch", "transformers", "torchmetrics", "accelerate"),
@@ -232,7 +232,7 @@ def test_rooms_are_few_and_loosely_joined() -> None:
         if unit_of(path) in HEIGHT and starts_with(name, "simomerge") and name.count(".") > 0
     }
     arrows = {(unit, target) for unit, target in joined if unit != target and target in HEIGHT}
-    assert len(arrows) <= 55 and len(LAYERS) <= 9, sorted(arrows)
+    assert len(arrows) <= 62 and len(LAYERS) <= 9, sorted(arrows)
 
 
 LINES, PARAMETERS, FILE_LINES = 60, 8, 400

@@ -120,6 +120,15 @@ def test_unsuitable_images_are_a_warning_with_the_evidence(experts: dict[str, Si
 # What may be given --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("copies", [3, 4])
+def test_copies_are_counted(experts: dict[str, SimoModel], copies: int) -> None:
+    pictures = [picture(seed) for seed in range(20 - copies)]
+    said = [text for text in messages(experts, pictures + pictures[:copies]) if "copies" in text]
+    assert said == (
+        ["4 of 20 images are copies of others, and add nothing; give different ones."] if copies > 3 else []
+    )
+
+
 def test_images_may_be_a_dataset_by_name_with_all_splits_but_the_test_split() -> None:
     joined = load_data("rooms", {"train": 6, "val": 4}, tasks=["depth"])
     assert len(joined) == 10 and list(joined.tasks) == ["depth"]

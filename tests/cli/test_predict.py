@@ -17,7 +17,7 @@ from simomerge.datasets.legend import legend_of
 from simomerge.datasets.stored import Stored
 from simomerge.datasets.tasks import Task
 from simomerge.models import prediction
-from simomerge.models.model import SimoModel
+from simomerge.models.model import SimoModel, _predicted
 from simomerge.models.prediction import find_sources
 
 from .conftest import assert_mistake, simomerge
@@ -175,6 +175,18 @@ def test_a_list_of_images_gives_a_list_and_a_tensor_gives_tensors(photos: list[P
     assert set(model.predict(photos[0], tasks=["depth"])) == {"depth"}
     with pytest.raises(InputError, match=r"batch of \(3, 20, 24\)"):
         model.predict_batch(batch[0])
+
+
+@pytest.mark.parametrize("levels", [3, 1000])  # few levels: many ties, in which the first class wins
+def test_labels_of_large_images_are_those_of_the_upscaled_logits(levels: int) -> None:
+    """They are found class by class, which takes the memory of one class."""
+    drawn = torch.randint(levels, (2, 7, 5, 6), generator=torch.Generator().manual_seed(0)).float()
+    for size in ((5, 6), (40, 33)):
+        upscaled = torch.nn.functional.interpolate(drawn, size, mode="bilinear", align_corners=False)
+        labels = _predicted(Task("parts", "segmentation", classes=tuple("abcdefg")), drawn, size)
+        assert torch.equal(labels, upscaled.argmax(1)) and len(labels.unique()) >= 6
+        expected = torch.nn.functional.normalize(upscaled[:, :3], dim=1)
+        torch.testing.assert_close(_predicted(Task("normals"), drawn[:, :3], size), expected)
 
 
 def test_a_size_is_for_the_encoder_only(photos: list[Path], make_model) -> None:

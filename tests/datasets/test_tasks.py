@@ -2,12 +2,14 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from simomerge.core.errors import InputError
+from simomerge.datasets import colours
 from simomerge.datasets.colours import class_colours, colourise
 from simomerge.datasets.tasks import KINDS, Task, select_tasks
 
@@ -362,3 +364,24 @@ def test_every_kind_can_be_coloured(task):
     for values in (task.activate(logits)[0], target[0]):
         picture = colourise(task, values.numpy())
         assert picture.shape == (4, 5, 3) and picture.dtype == np.uint8 and picture.any()
+
+
+@EVERY
+@pytest.mark.parametrize("limits", [None, (0.25, 2.0)])
+def test_bands_have_the_colours_of_the_whole(task, limits, monkeypatch):
+    logits, _, _ = sample(task)
+    values = task.activate(logits).numpy()[0]
+    whole = colourise(task, values, limits)
+    monkeypatch.setattr(colours, "_BAND", 7)  # a row of the 4 x 5 pixels
+    assert whole.shape == (4, 5, 3) and np.array_equal(colourise(task, values, limits), whole)
+
+
+def test_colours_of_a_large_map_take_little_memory():
+    values = np.linspace(1, 2, 4_000_000, dtype=np.float32).reshape(2000, 2000)
+    colourise(TASKS["depth"], values[:2])  # loads matplotlib
+    tracemalloc.start()
+    try:
+        assert colourise(TASKS["depth"], values).nbytes == 12_000_000
+        assert tracemalloc.get_traced_memory()[1] < 80_000_000  # 20 bytes per pixel; at once they would be 80
+    finally:
+        tracemalloc.stop()

@@ -19,7 +19,13 @@ from simomerge.cli import COMMANDS
 from simomerge.core.errors import InputError
 from simomerge.exporting import verification
 from simomerge.exporting.export import export
-from simomerge.exporting.precision import outer_layers, products_of_activations, score_nodes
+from simomerge.exporting.precision import (
+    _decibels,
+    coarse_layers,
+    outer_layers,
+    products_of_activations,
+    score_nodes,
+)
 from simomerge.models.model import SimoModel
 from simomerge.runtime import Scene, check
 
@@ -223,6 +229,43 @@ def test_the_outer_layers_are_those_next_to_images_and_outputs() -> None:
     graph = helper.make_graph(nodes, "g", [value("image")], [value("out"), value("other")], weights)
     assert sorted(outer_layers(helper.make_model(graph))) == ["depth", "labels", "patches"]
     assert products_of_activations(helper.make_model(graph)) == ["attention"]
+
+
+def test_layers_whose_inputs_lose_much_stay(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    rng = np.random.default_rng(0)
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"], "first"),
+        node("Mul", ["a", "large"], ["outliers"], "mul"),
+        node("MatMul", ["outliers", "w"], ["b"], "coarse"),
+        node("MatMul", ["a", "w"], ["y"], "fine"),
+    ]
+    large = np.ones(64, np.float32)
+    large[3] = 400  # one channel of 64 has nearly all of the range
+    constants = {"w": rng.normal(size=(64, 64)).astype(np.float32) / 8, "large": large}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 50, 64))],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "by"],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    save(model, tmp_path / "g.onnx")
+    batches = [{"x": rng.normal(size=(1, 50, 64)).astype(np.float32)} for _ in range(3)]
+    assert coarse_layers(tmp_path / "g.onnx", batches) == ["coarse"]
+    values = batches[0]["x"][0] @ constants["w"] * large
+    step = (values.max() - values.min()) / 255
+    seen = np.concatenate([[values.min(), values.max()], values.var(0)])[None]
+    errors = (np.round(values / step) * step - values)[:, 4:]  # of small channels, which round to zero
+    assert errors.std() > 0.9 * values[:, 4:].std() and _decibels(seen) < 0
+    normal = rng.normal(size=(1000, 64))
+    seen = np.concatenate([[normal.min(), normal.max()], normal.var(0)])[None]
+    step = (normal.max() - normal.min()) / 255
+    measured = 10 * np.log10(normal.var() / np.square(np.round(normal / step) * step - normal).mean())
+    assert _decibels(seen) == pytest.approx(measured, abs=0.5) and measured > 35
 
 
 # Whole exports ------------------------------------------------------------------------------------------

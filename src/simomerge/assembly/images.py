@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from simomerge.core.progress import progress
@@ -30,6 +31,13 @@ ALIKE = 0.65
 
 OTHER_SIZE = 2.0
 """Images with this number of times more, or fewer, pixels than the training images are a warning."""
+
+
+LEAST_COPIES = 5
+"""A warning if one of this number of images, or more, is a copy of another one."""
+
+MOST_COMPARED = 1000
+"""Images among which copies are searched."""
 
 
 def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = None, size: Any = None) -> Images:
@@ -78,6 +86,9 @@ def check_images(
     """
     if count < FEW_IMAGES:
         _warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
+    compared_here = next(iter(sketches.values()))[:MOST_COMPARED]
+    if (copies := _copies(compared_here)) * LEAST_COPIES >= len(compared_here):
+        _warn(f"{copies} of {len(compared_here)} images are copies of others, and add nothing; give different ones.")
     compared = {
         task: found
         for task, each in sketches.items()
@@ -103,6 +114,12 @@ def check_images(
             f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {trained[1]} x"
             f" {trained[0]}; give the size at which the model will be used."
         )
+
+
+def _copies(sketches: Tensor) -> int:
+    """How many images have the features (n, D) of an earlier one, up to rounding in bfloat16."""
+    near = torch.cdist(sketches, sketches) < 1e-3 * float(sketches.std(0, correction=0).norm())
+    return int(near.tril(-1).any(1).sum())
 
 
 def _training(model: SimoModel) -> Mapping[str, Any]:

@@ -42,6 +42,7 @@ GROUPS = {
     "Ship": {
         "predict": "Predict every task for your own images or videos.",
         "push": "Publish a model on the Hugging Face hub.",
+        "app": "Try models, merges and repairs on your photos, on a page in the browser.",
         "export": "Write a model as one file for ONNX Runtime, OpenVINO, TensorRT or torch.",
         "benchmark": "Time models and exported files on this machine.",
     },

@@ -218,6 +218,16 @@ precision = click.option(
     expose_value=False,
     help="Precision of products. [default: auto, bf16 where the machine computes faster in it]",
 )
+shard = together(
+    click.option(
+        "--shard",
+        is_flag=True,
+        help="Under torchrun, divide the model among the processes while its encoder trains: less memory in each.",
+    ),
+    click.option(
+        "--offload", is_flag=True, help="With --shard, keep the shares in the CPU's memory instead of the GPU's."
+    ),
+)
 workers = click.option("--workers", type=click.IntRange(1), help="Parallel processes. [default: one per core]")
 
 

@@ -93,10 +93,13 @@ def _predict(
     frames = predict_frames(predictor, frames_of(readable, broken), batch, list(tasks), height_width, half)
     total = 0 if any(source.is_video for source in readable) else len(readable)
     written: list[str] = []
+    done = 0  # enumerate would keep a photograph and its maps, hundreds of megabytes, while the next is predicted
     try:
-        for done, (frame, maps) in enumerate(frames, start=1):
+        for frame, maps in frames:
             written += map(str, saver.save(frame, maps))
+            done += 1
             progress("predict", done, total or done)
+            del frame, maps
         saver.close()
     finally:
         saver.discard()  # after an error or Ctrl-C no half video stays

@@ -76,6 +76,7 @@ def _help() -> str:
 @_parameter_options()
 @options.training()
 @options.workers
+@options.shard
 @options.track
 @options.precision
 @options.trust_code
@@ -87,11 +88,12 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import available_cores
     from simomerge.models.model import load
+    from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
     join_processes()
     options.note_images(given["images"], given["count"])
-    with track(given["trackers"], options.logs_of(output)), console():
+    with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():
         merged = load(model)
         inputs = _inputs(chosen, experts, list(merged.tasks), given)
         inputs |= {"base": load(given["base"])} if chosen.needs_base else {}
@@ -123,6 +125,8 @@ def _chosen(method: str) -> Realignment:
     used = {*_EVERY, "split", *parameters, *(("data",) if chosen.teacher == "labels" else ("images", "size"))}
     used |= {"base"} if chosen.needs_base else set()
     used |= {"trackers"} if trained else set()
+    if "checkpointing" in parameters and not chosen.trains_heads_apart:  # it trains the encoder, or inside it
+        used |= {"shard", "offload"}
     used |= {"workers"} if chosen.trains_heads_apart else set()
     for name, option in from_user.items():
         if name not in used:

@@ -20,6 +20,7 @@ from simomerge.core.progress import starting
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes, for editors, and stop.")
 @options.folder(None, "Folder of the run. [default: the recipe's]")
 @options.workers
+@options.shard
 @options.track
 @options.precision
 @options.trust_code
@@ -33,6 +34,7 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
     from simomerge.core.distributed import join_processes
     from simomerge.recipes.file import read_recipe, recipe_schema
     from simomerge.recipes.run import plan_of, run_recipe
+    from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
     if given["schema"]:
@@ -51,6 +53,6 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
         rows = [{"stage": name, "done": finished} for name, finished in stages]
         say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
         return
-    with track(given["trackers"], folder / "logs"), console():
+    with sharded(given["shard"], given["offload"]), track(given["trackers"], folder / "logs"), console():
         results = run_recipe(chosen, folder, given["workers"])
     report_run(results, folder, as_json)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--gradient-checkpointing", is_flag=True, help="Recompute blocks in the backward pass: less memory, slower."
 )
+@options.shard
 @options.track
 @options.precision
 @options.trust_code
@@ -58,12 +59,13 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """LP-FT: train the heads on the frozen encoder first, then both together. An interrupted run resumes."""
     from simomerge.core.distributed import join_processes
     from simomerge.datasets import load_data
+    from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
     join_processes()
     tasks, data = given["tasks"], given["data"]
     work = output.parent / f"{output.name}.work"
-    with track(given["trackers"], options.logs_of(output)), console():
+    with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():
         train = load_data(data, split="train", count=given["images"], tasks=tasks)
         validation = load_data(data, split="val", count=given["val_images"], tasks=tasks)
         model, log = _trained(given, train, validation, work)

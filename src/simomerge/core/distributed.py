@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from simomerge.core.errors import InputError
@@ -141,43 +140,3 @@ def _made_by_first(make: Callable[[], AbstractContextManager[str | Path]]) -> It
         yield Path(from_first(str(folder)))
         wait()
     wait()
-
-
-def _acquire(lock: FileLock, on_wait: Callable[[], None]) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_wait()
-        lock.acquire()
-
-
-@contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Run the block in one program at a time, on all machines that share the disk.
-
-    All processes of a program enter the block together. The lock of a program that died is free.
-
-    Args:
-        path: The lock file.
-        on_wait: Called if another program is in the block.
-
-    Raises:
-        InputError: The disk has no lock service, as some network disks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    if is_first():
-        try:
-            _acquire(lock, on_wait)
-        except (OSError, NotImplementedError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or "not supported"
-            raise InputError(
-                f"{path.parent}: its disk cannot lock files ({reason}), which keeps two runs out of one folder."
-                " Choose a folder on another disk."
-            ) from error
-    try:
-        wait()
-        yield
-        wait()
-    finally:
-        lock.release()

@@ -34,8 +34,9 @@ def broken_torchvision() -> str:
     return ""
 
 
-_OF_TORCH = ("accelerate", "loky", "matplotlib", "PIL", "pydantic", "torch", "torchmetrics")
-"""Packages of the extra "torch", with transformers. The core is installed without them."""
+_OF_TORCH = ("accelerate", "loky", "matplotlib", "PIL", "pydantic", "torch", "torchmetrics", "transformers")
+_EXTRAS = {**dict.fromkeys(_OF_TORCH, "torch"), "gradio": "app"}
+"""Package -> the extra that installs it. The core is installed without them."""
 
 
 def missing_extra(error: ImportError) -> str:
@@ -46,6 +47,6 @@ def missing_extra(error: ImportError) -> str:
         "this needs torch, which is not installed: pip install 'simomerge[torch]'."
     """
     package = (error.name or "").partition(".")[0]
-    if package not in (*_OF_TORCH, "transformers"):
+    if package not in _EXTRAS:
         return ""
-    return f"this needs {package}, which is not installed: pip install 'simomerge[torch]'."
+    return f"this needs {package}, which is not installed: pip install 'simomerge[{_EXTRAS[package]}]'."

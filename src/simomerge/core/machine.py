@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
@@ -22,6 +23,9 @@ def compute_device() -> torch.device:
     return torch.device("cpu")
 
 
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc."""
+
 _pool_workers = 1
 
 
@@ -41,6 +45,13 @@ def limit_threads(count: int) -> None:
     """Use ``count`` threads, and flush denormal numbers to zero, because they are slow on a CPU."""
     torch.set_num_threads(count)
     torch.set_flush_denormal(True)
+
+
+def return_memory() -> None:
+    """Let freed blocks of 1 MB or more go back to the system at once. glibc keeps many of them for later by default."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1_000_000)
 
 
 PRECISION = "SIMOMERGE_PRECISION"

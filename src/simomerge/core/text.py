@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 LONGEST_MESSAGE = 2000
@@ -95,3 +96,18 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(plain, value))}]"
     return str(value) or '""'
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of finished text, the head first, as an HTML table for notebooks. The first column is that of the names.
+
+    Example:
+        >>> html_table([["x"], ["a < b"]])
+        '<table><thead><tr><th>x</th></tr></thead><tbody><tr><th>a &lt; b</th></tr></tbody></table>'
+    """
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join(
+        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        for row in rows[1:]
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

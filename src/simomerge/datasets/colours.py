@@ -11,6 +11,9 @@ import torch
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
 
+_BAND = 1 << 18
+"""Pixels that are coloured at once."""
+
 
 def class_colours(count: int) -> np.ndarray:
     """``count`` colours, well separated up to 20, uint8 (count, 3)."""
@@ -35,23 +38,15 @@ def colourise(task: Task, values: np.ndarray, limits: Sequence[float] | None = N
         (saturation), three as colours, and more as their Euclidean norm.
     """
     values = np.asarray(values)
-    if task.kind == "segmentation":
-        colours = np.asarray(task.colours, np.uint8) if task.colours else class_colours(len(task.classes))
-        return np.where((values >= 0)[..., None], colours[np.clip(values, 0, len(colours) - 1)], 0).astype(np.uint8)
-    if task.kind == "normals":
-        valid = np.square(values).sum(0) > 0
-        return (np.where(valid, values * 0.5 + 0.5, 0).clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
-    limits = limits or task.range or None
-    if values.ndim == 3 and len(values) == 2:
-        return _directions(values, limits)
-    if values.ndim == 3 and len(values) == 3:
-        low, high = (limits or (0, 1)) if task.kind == "regression" else (0, 1)
-        scaled = (np.nan_to_num(values, nan=low) - low) / (high - low)
-        return (scaled.clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
-    plane, valid = _plane(task, values)
-    low, high = colour_range(task, values, limits)
-    scaled = (np.nan_to_num(plane) - low) / max(high - low, 1e-6)
-    return np.where(valid[..., None], colour_scale(task, scaled.clip(0, 1)), 0).astype(np.uint8)
+    limits = colour_range(task, values, limits)
+    if values.ndim == 3 and len(values) > 3:
+        values = np.linalg.norm(values, axis=0)
+    # In bands, because colours are computed with 32 bytes per pixel.
+    height, width = values.shape[-2:]
+    colours, rows = np.empty((height, width, 3), np.uint8), max(_BAND // max(width, 1), 1)
+    for start in range(0, height, rows):
+        colours[start : start + rows] = _coloured(task, values[..., start : start + rows, :], limits)
+    return colours
 
 
 def colour_scale(task: Task, shares: np.ndarray) -> np.ndarray:
@@ -68,31 +63,53 @@ def colour_range(task: Task, values: np.ndarray, limits: Sequence[float] | None 
         >>> colour_range(Task("depth"), np.array([[0.0, 2.0, 5.0]], np.float32))     # 0 marks an invalid pixel
         (2.0, 5.0)
     """
+    channels = len(values) if values.ndim == 3 else 1
     limits = limits or task.range or None
-    if limits and (values.ndim < 3 or len(values) <= 3):  # lengths of vectors have the range of their picture
+    if limits and channels <= 3:  # lengths of vectors have the range of their picture
         return float(limits[0]), float(limits[1])
-    plane, valid = _plane(task, values)
+    if task.kind in ("segmentation", "normals") or channels == 3:
+        return 0.0, 1.0
+    if channels == 2:
+        x, y = np.where(np.isfinite(values).all(0), values, 0).astype(np.float32)
+        return 0.0, float(np.hypot(x, y).max(initial=0))
+    values = np.linalg.norm(values, axis=0) if channels > 3 else values
+    plane = values.reshape(values.shape[-2:]).astype(np.float32)
+    valid = _valid(task, plane)
     return (float(plane[valid].min()), float(plane[valid].max())) if valid.any() else (0.0, 1.0)
 
 
-def _plane(task: Task, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A map as (H, W), with the lengths of vectors of many channels, and where it is valid."""
-    if values.ndim == 3 and len(values) > 3:
-        values = np.linalg.norm(values, axis=0)
+def _valid(task: Task, plane: np.ndarray) -> np.ndarray:
+    return np.isfinite(plane) & task.valid(torch.from_numpy(plane)).numpy()
+
+
+def _coloured(task: Task, values: np.ndarray, limits: Sequence[float]) -> np.ndarray:
+    """Some rows of `colourise`."""
+    if task.kind == "segmentation":
+        colours = np.asarray(task.colours, np.uint8) if task.colours else class_colours(len(task.classes))
+        return np.where((values >= 0)[..., None], colours[np.clip(values, 0, len(colours) - 1)], 0).astype(np.uint8)
+    if task.kind == "normals":
+        valid = np.square(values).sum(0) > 0
+        return (np.where(valid, values * 0.5 + 0.5, 0).clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
+    low, high = limits
+    if values.ndim == 3 and len(values) == 2:
+        return _directions(values, max(abs(high), 1e-6))
+    if values.ndim == 3 and len(values) == 3:
+        low, high = (low, high) if task.kind == "regression" else (0, 1)
+        scaled = (np.nan_to_num(values, nan=low) - low) / (high - low)
+        return (scaled.clip(0, 1).transpose(1, 2, 0) * 255).astype(np.uint8)
     plane = values.reshape(values.shape[-2:]).astype(np.float32)
-    return plane, np.isfinite(plane) & task.valid(torch.from_numpy(plane)).numpy()
+    scaled = (np.nan_to_num(plane) - low) / max(high - low, 1e-6)
+    return np.where(_valid(task, plane)[..., None], colour_scale(task, scaled.clip(0, 1)), 0).astype(np.uint8)
 
 
-def _directions(vectors: np.ndarray, limits: Sequence[float] | None) -> np.ndarray:
+def _directions(vectors: np.ndarray, longest: float) -> np.ndarray:
     """Vectors (2, H, W) as colours: the hue is the direction (red: right, y points down), the saturation the length."""
     from matplotlib.colors import hsv_to_rgb
 
     valid = np.isfinite(vectors).all(0)
     x, y = np.where(valid, vectors, 0).astype(np.float32)
-    length = np.hypot(x, y)
-    longest = max(abs(limits[1]) if limits else float(length.max(initial=0)), 1e-6)
     hue = (np.arctan2(y, x) / (2 * np.pi)) % 1
-    colours = hsv_to_rgb(np.stack([hue, (length / longest).clip(0, 1), np.ones_like(hue)], -1))
+    colours = hsv_to_rgb(np.stack([hue, (np.hypot(x, y) / longest).clip(0, 1), np.ones_like(hue)], -1))
     return (np.where(valid[..., None], colours, 0) * 255).astype(np.uint8)
 
 

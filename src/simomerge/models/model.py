@@ -27,6 +27,7 @@ from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import build_head, head_kind
+from simomerge.models.predictions import Predictions
 from simomerge.models.storage import load_tree, save_encoder, stored_tensors, with_tensors
 
 Size = tuple[int, int] | None
@@ -102,8 +103,8 @@ class SimoModel(nn.Module):
             size: (height, width) in pixels to which an image is resized for the encoder.
 
         Returns:
-            Task -> prediction at the image's size: int64 labels (H, W), or float32 (H, W) or (C, H, W) in the target's
-            units. A list of them for a list.
+            `Predictions`: a dictionary, task -> prediction at the image's size: int64 labels (H, W), or float32 (H, W)
+            or (C, H, W) in the target's units. Notebooks show it as pictures. A list of them for a list.
 
         Raises:
             InputError: Not an image, or too large; or an unknown task.
@@ -111,7 +112,7 @@ class SimoModel(nn.Module):
         if isinstance(image, (list, tuple)):
             return [self.predict(each, max_patches, tasks, size) for each in image]
         found = self.predict_batch(images.to_tensor(image), max_patches, tasks, size)
-        return {name: value[0].cpu().numpy() for name, value in found.items()}
+        return Predictions(self.tasks, {name: value[0].cpu().numpy() for name, value in found.items()})
 
     @torch.no_grad()
     def predict_batch(
@@ -144,7 +145,7 @@ class SimoModel(nn.Module):
             logits = self(given, chosen)
         finally:
             self.train(training)
-        maps = {name: chosen[name].activate(_upscaled(value.float(), batch)) for name, value in logits.items()}
+        maps = {name: _predicted(chosen[name], value, batch.shape[-2:]) for name, value in logits.items()}
         return {name: value[:, 0] if value.ndim == 4 and value.shape[1] == 1 else value for name, value in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
@@ -369,7 +370,22 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     return result
 
 
-def _upscaled(logits: Tensor, image: Tensor) -> Tensor:
-    """Logits at the size of an image, which may have been downscaled for the encoder."""
-    size = image.shape[-2:]
-    return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear", align_corners=False)
+def _predicted(task: Task, logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The prediction at the size of an image, which may have been downscaled for the encoder."""
+    logits = logits.float()
+    if logits.shape[-2:] == size:
+        return task.activate(logits)
+    if task.behaviour.channels is not None:
+        return task.activate(_upscaled(logits, size))
+    # Labels, class by class: the logits of all classes at the size of a photograph take gigabytes.
+    best = _upscaled(logits[:, :1], size)
+    labels = torch.zeros_like(best, dtype=torch.int64)
+    for number in range(1, logits.shape[1]):
+        upscaled = _upscaled(logits[:, number : number + 1], size)
+        labels[upscaled > best] = number
+        torch.maximum(best, upscaled, out=best)
+    return labels[:, 0]
+
+
+def _upscaled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)

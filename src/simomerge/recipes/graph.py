@@ -9,12 +9,16 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from filelock import FileLock, Timeout
+
 from simomerge.core import distributed
 from simomerge.core.documents import read_json
+from simomerge.core.errors import InputError
 from simomerge.core.exclusive import remove_leftovers
 from simomerge.core.progress import labelled_progress, progress
 from simomerge.datasets.base import DenseDataset
@@ -164,9 +168,45 @@ def _lock(output: Path) -> Path:
     return output.parent / f"{output.name}.lock"
 
 
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Run the block in one program at a time, on all machines that share the disk.
+
+    All processes of a program enter the block together. The lock of a program that died is free.
+
+    Args:
+        path: The lock file.
+        on_wait: Called if another program is in the block.
+
+    Raises:
+        InputError: The disk has no lock service, as some network disks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        if distributed.is_first():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "not supported"
+        raise InputError(
+            f"{path.parent}: its disk cannot lock files ({reason}), which keeps two runs out of one folder."
+            " Choose a folder on another disk."
+        ) from error
+    try:
+        distributed.wait()
+        yield
+        distributed.wait()
+    finally:
+        lock.release()
+
+
 def _do_once(stage: Stage, output: Path) -> None:
     """Do a stage, unless another run in the same folder is doing it or has done it."""
-    with distributed.locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
+    with locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
         if distributed.is_first():
             remove_leftovers(output)
         if not distributed.from_first(output.exists()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.teacher import matching_experts
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
+from simomerge.core.text import html_table
 from simomerge.datasets import DenseDataset, groups
 from simomerge.models.model import SimoModel, as_model, as_models
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
@@ -79,6 +81,18 @@ class Relations:
             InputError: a budget out of range.
         """
         return verdict(self.to_dict(), budget)
+
+    def _repr_html_(self) -> str:
+        """The verdict and the tables, for notebooks."""
+        from simomerge.relations.page import relation_tables
+
+        found = self.to_dict()
+        sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in found["verdict"])
+        tables = (
+            (f"<h4>{escape(heading)}</h4>" if heading else "") + html_table(table)
+            for heading, table in relation_tables(found)
+        )
+        return sentences + "".join(tables)
 
 
 def relate(

@@ -38,7 +38,8 @@ def recommendation(results: Results, folder: str) -> Recommendation | None:
     Example:
         >>> row = {"method": "ties+fold", "family": "re-aligned", "delta_mtl": {"mean": -1.5}}
         >>> model = {"folder": "model", "row": "ties+fold", "bytes": 8e6, "experts_bytes": 24e6, "candidates": {}}
-        >>> tasks = [{"name": name} for name in ("depth", "normals")]
+        >>> how = {"metric": "error", "higher_is_better": False}
+        >>> tasks = [{"name": name, **how} for name in ("depth", "normals")]
         >>> recommendation({"tasks": tasks, "rows": [row], "model": model}, "runs/demo").sentences[0]
         'Ship runs/demo/model: one model for depth and normals, on average 1.5 % worse than the two separate experts.'
     """

@@ -18,6 +18,7 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
+from simomerge.core.text import html_table
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.fingerprints import fingerprint_of
@@ -26,6 +27,32 @@ from simomerge.training.metrics import TaskMetrics
 
 Scores = dict[str, dict[str, float]]
 """task -> metric -> value."""
+
+
+class TaskScores(Scores):
+    """Scores that a notebook shows as a table: per task its main metric, and then the others.
+
+    Example:
+        >>> scores = TaskScores({"depth": Task("depth")}, {"depth": {"abs_err": 0.25, "delta_1": 91.0}})
+        >>> scores["depth"]["abs_err"], "0.25 m" in scores._repr_html_()
+        (0.25, True)
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], scores: Scores) -> None:
+        super().__init__(scores)
+        self.tasks = {name: tasks[name] for name in scores}
+
+    def __reduce__(self) -> tuple[type[TaskScores], tuple[dict[str, Task], Scores]]:
+        return TaskScores, (self.tasks, dict(self))
+
+    def _repr_html_(self) -> str:
+        rows = [["task", "main metric", "", "better", "others"]]
+        for name, values in self.items():
+            task = self.tasks[name]
+            others = ", ".join(f"{key} {value:.4g}" for key, value in values.items() if key != task.metric)
+            better = "higher" if task.higher_is_better else "lower"
+            rows.append([name, task.metric, f"{values[task.metric]:.4g} {task.unit}".rstrip(), better, others])
+        return html_table(rows)
 
 
 @contextmanager
@@ -75,7 +102,7 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
                 metrics[name].update(model.tasks[name].activate(logits[name].float()), batch[name].to(device))
             done += len(batch["image"]) * distributed.processes()
             progress(label, min(done, len(dataset)), len(dataset))
-    return {name: metric.compute() for name, metric in metrics.items()}
+    return TaskScores(model.tasks, {name: metric.compute() for name, metric in metrics.items()})
 
 
 def shared_tasks(predicted: Mapping[str, Task], labelled: Mapping[str, Task]) -> list[str]:

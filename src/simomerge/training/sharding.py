@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
+from simomerge.core.machine import return_memory
 from simomerge.models.encoders import Encoder, TreeEncoder
 
 
@@ -86,6 +87,8 @@ def divide(root: nn.Module, encoder: Any, device: torch.device, how: Sharding) -
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+    if device.type == "cpu":
+        return_memory()  # or the blocks that were given up would stay in the memory of the process
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if how.offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (distributed.processes(),))
     given: dict[str, Any] = {"mesh": mesh, "offload_policy": policy}

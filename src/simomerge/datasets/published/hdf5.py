@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.pixels import MAX_PIXELS
 
 _INSTALL = "pip install 'simomerge[hdf5]'"
 
@@ -41,8 +43,11 @@ class Frame:
         """
         arrays = open_hdf5(self.file)
         try:
-            return np.ascontiguousarray(arrays[self.key][self.index].T)
-        except (KeyError, IndexError, ValueError, OSError) as error:
+            array = arrays[self.key]
+            if not 0 < math.prod(array.shape[1:]) <= 4 * MAX_PIXELS or array.dtype.kind not in "buif":
+                raise ValueError(f"{array.dtype} of shape {array.shape} is no stack of images")
+            return np.ascontiguousarray(array[self.index].T)
+        except Exception as error:  # h5py raises many kinds of errors for damaged files
             raise InputError(f"{self}: cannot be read ({error}); download the file again.") from error
 
     def is_file(self) -> bool:
@@ -62,6 +67,15 @@ def open_hdf5(path: Path) -> Any:
     return _opened(path, path.stat().st_mtime_ns, os.getpid())
 
 
+def count_images(path: Path, key: str, name: str) -> int:
+    """The length of an array of a file; ``name`` is that of the file to give. Raises InputError."""
+    arrays = open_hdf5(path)
+    try:
+        return int(arrays[key].shape[0])
+    except Exception as error:  # h5py raises many kinds of errors for damaged files
+        raise InputError(f"{path}: no array {key!r} in it; give the labelled dataset, {name}.") from error
+
+
 @lru_cache(maxsize=4)
 def _opened(path: Path, _changed: int, _process: int) -> Any:
     try:
@@ -70,7 +84,7 @@ def _opened(path: Path, _changed: int, _process: int) -> Any:
         raise InputError(f"{path}: reading HDF5 needs h5py: {_INSTALL}.") from error
     try:
         return h5py.File(path, "r")
-    except OSError as error:
+    except Exception as error:  # h5py raises many kinds of errors for damaged files
         raise InputError(f"{path}: not a complete HDF5 file ({error}); download it again.") from error
 
 
@@ -88,8 +102,10 @@ def read_matlab(path: Path, *keys: str) -> list[np.ndarray]:
         raise InputError(f"{path}: reading MATLAB files needs scipy: {_INSTALL}.") from error
     try:
         variables = loadmat(path)
+        if missing := [key for key in keys if key not in variables]:
+            raise InputError(f"{path}: no variable {missing[0]!r} in it; another file of this name?")
+        return [np.asarray(variables[key]).ravel().astype(np.int64) for key in keys]
+    except InputError:
+        raise
     except Exception as error:  # scipy raises many kinds of errors for damaged files
         raise InputError(f"{path}: not a MATLAB file ({error}); download it again.") from error
-    if missing := [key for key in keys if key not in variables]:
-        raise InputError(f"{path}: no variable {missing[0]!r} in it; another file of this name?")
-    return [np.asarray(variables[key]).ravel().astype(np.int64) for key in keys]

@@ -13,7 +13,7 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.datasets.published.geometry import Camera, normals_from_depth
-from simomerge.datasets.published.hdf5 import Frame, open_hdf5, read_matlab
+from simomerge.datasets.published.hdf5 import Frame, count_images, read_matlab
 from simomerge.datasets.published.numbered import (
     numbered_folder,
     numbered_rows,
@@ -99,11 +99,7 @@ def nyuv2(root: str | Path, size: tuple[int, int] = SIZE) -> Manifest:
 
 def _labelled_rows(path: Path) -> tuple[list[Row], list[Row]]:
     """The images of the official training and test split."""
-    arrays = open_hdf5(path)
-    for key in ("images", "depths", "labels"):
-        if key not in arrays:
-            raise InputError(f"{path}: no array {key!r} in it; give the labelled dataset, {LABELED}.")
-    count = len(arrays["images"])
+    count = min(count_images(path, key, LABELED) for key in ("images", "depths", "labels"))
     train, held = read_matlab(path.with_name(SPLITS), "trainNdxs", "testNdxs")
     if min(train.min(initial=1), held.min(initial=1)) < 1 or max(train.max(initial=1), held.max(initial=1)) > count:
         raise InputError(f"{path.with_name(SPLITS)}: its images are not from 1 to the {count} of {path.name}.")

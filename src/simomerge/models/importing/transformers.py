@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Encoder
+from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.layout import find_layout
 from simomerge.models.encoders.loading import first_line, quiet, without_pooler
 from simomerge.models.encoders.preprocessing import read_normalisation
@@ -51,14 +53,19 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
             " a folder; give a weight file with --encoder, --encoder-prefix, --head-prefix and --head."
         )
     check_not_hybrid(config, f"{source}: ")
-    described = _task(config, architecture, task, options)
+    check_numbers(Path(source) / "config.json", config.to_dict())
     weights = open_checkpoint(source)
-    encoder = _encoder(config, source)
-    settings = {name: getattr(config, name) for name in _HEAD_SETTINGS if hasattr(config, name)}
-    if architecture == "DPTForSemanticSegmentation":
-        settings["num_labels"] = described.channels
-    settings = json.loads(json.dumps(settings))  # the same values as after loading simo.json
-    head = TransformersHead(encoder.channels, described.channels, architecture, settings)
+    try:
+        described = _task(config, architecture, task, options)
+        check_size(source, config, lambda given: nn.ModuleList(_parts(given, source, architecture, described)))
+        encoder, head = _parts(config, source, architecture, described)
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises many kinds of errors for configurations that contradict themselves
+        raise InputError(
+            f"{source}: config.json describes no {architecture} that can be built ({first_line(error)}); take it from"
+            " its source again."
+        ) from error
     prefix = "backbone." if getattr(config, "backbone_config", None) is not None else "dpt."
     fill(
         weights,
@@ -67,6 +74,16 @@ def read_transformers(source: str, task: str, options: ImportOptions) -> SimoMod
         optional=(f"{prefix}embeddings.mask_token",),
     )
     return as_imported(encoder, described, head, given, architecture)
+
+
+def _parts(config: Any, source: str, architecture: str, described: Task) -> tuple[Encoder, TransformersHead]:
+    """The encoder and the head that a configuration describes, without weights."""
+    encoder = _encoder(config, source)
+    settings = {name: getattr(config, name) for name in _HEAD_SETTINGS if hasattr(config, name)}
+    if architecture == "DPTForSemanticSegmentation":
+        settings["num_labels"] = described.channels
+    settings = json.loads(json.dumps(settings))  # the same values as after loading simo.json
+    return encoder, TransformersHead(encoder.channels, described.channels, architecture, settings)
 
 
 def source_model(source: str) -> nn.Module | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from simomerge.core.distributed import locked
 from simomerge.core.errors import InputError
+from simomerge.recipes.graph import locked
 
 fcntl = pytest.importorskip("fcntl")
 
