@@ -137,5 +137,11 @@ def _python_reference() -> str:
     for name in sorted(simomerge._WHERE, key=str.lower):
         module, _, attribute = simomerge._WHERE[name].partition(":")
         where = f"simomerge.{module}" if name == module else f"simomerge.{module}.{attribute or name}"
-        parts.append(f"## sm.{name}\n\n::: {where}")
+        options = {"heading": f"sm.{name}", "toc_label": f"sm.{name}", "heading_level": 2, "show_root_heading": True}
+        lines = [
+            f"::: {where}",
+            "    options:",
+            *(f"      {key}: {json.dumps(value)}" for key, value in options.items()),
+        ]
+        parts.append("\n".join([*lines, "      show_root_toc_entry: true"]))
     return "\n\n".join(parts) + "\n"
