@@ -16,13 +16,13 @@ from typing import Any
 from simomerge.core.distributed import started_processes
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
-from simomerge.core.progress import progress
+from simomerge.core.progress import current_sink, progress, show_progress
 from simomerge.recipes.file import read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import held_out_delta
 from simomerge.recipes.space import SearchSettings, suggest
-from simomerge.training.pool import WorkerPool
+from simomerge.training.cluster import pool_of
 
 
 def search_recipe(
@@ -32,6 +32,7 @@ def search_recipe(
     storage: str | None = None,
     seed: int | None = None,
     workers: int | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Run trials of what the recipe's ``search`` names (`SearchSettings`) until the study has all of them.
 
@@ -44,6 +45,7 @@ def search_recipe(
             that several machines share. The default is ``search.log`` in the folder.
         seed: Seed of the sampler. Machines that share a study leave it out, or each takes its own.
         workers: Number of processes within a trial.
+        ray: Address of a Ray cluster that does several trials at the same time, see `RayPool`.
 
     Returns:
         The content of ``search.json``: row, images, and trials with number, state, values, Delta_MTL and its per_seed.
@@ -71,12 +73,16 @@ def search_recipe(
         trial.set_user_attr("per_seed", found)
         return sum(found) / len(found)
 
-    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    with WorkerPool(workers) as pool:
+    def report(*_: Any) -> None:
+        with show_progress(sink):  # trials of a cluster are threads, which start without one
+            _report(study, search, folder)
+
+    sink, finished = current_sink(), (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    with pool_of(folder.resolve(), workers, ray) as pool:
         if _finished(study) < search.trials:
             limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
             try:
-                study.optimize(objective, callbacks=[lambda *_: _report(study, search, folder), limit])
+                study.optimize(objective, callbacks=[report, limit], n_jobs=min(pool.slots, search.trials))
             except InputError:
                 raise
             except ValueError as error:  # for example, the stored study has different choices

@@ -1,0 +1,56 @@
+"""A fold over many images goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simomerge.assembly.realign import realign
+from simomerge.assembly.realign.restart import SavedSums
+from simomerge.core.errors import InputError
+from simomerge.datasets import DenseDataset
+from simomerge.models.model import SimoModel
+
+from .contract import FEW_IMAGES, Killed
+
+
+@pytest.mark.filterwarnings(FEW_IMAGES)
+def test_an_interrupted_fold_ends_like_one_that_was_left_alone(
+    merged: SimoModel,
+    experts: dict[str, SimoModel],
+    rooms: DenseDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"method": "fold-cross", "images_at_once": 2, "count": len(rooms)}
+    expected = realign(merged, experts, rooms, **given)
+    seen: list[int] = []
+
+    def note(saved: SavedSums, following: int) -> None:
+        seen.append(following)
+        if len(seen) == 3:
+            saved.save(following)
+            raise Killed
+
+    monkeypatch.setattr(SavedSums, "save_once_in_a_while", note)
+    with pytest.raises(Killed):
+        realign(merged, experts, rooms, work_folder=tmp_path, **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["sums-0-of-1.safetensors"]
+    resumed = realign(merged, experts, rooms, work_folder=tmp_path, **given)
+    assert seen == list(range(2, len(rooms) + 1, 2))  # no batch was seen twice
+    assert not list(tmp_path.iterdir())
+    for name, value in expected.heads.state_dict().items():
+        torch.testing.assert_close(resumed.heads.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    records = [model.provenance["realign"] for model in (expected, resumed)]
+    assert records[0]["r2"] == records[1]["r2"]
+    assert records[0]["unlabelled_images"] == records[1]["unlabelled_images"] == len(rooms)
+
+
+def test_a_damaged_file_is_named(
+    merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "sums-0-of-1.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"sums-0-of-1.safetensors: cannot resume .* remove it to start again"):
+        realign(merged, experts, rooms, method="fold", work_folder=tmp_path)
