@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +73,10 @@ def search_recipe(
         trial.set_user_attr("per_seed", found)
         return sum(found) / len(found)
 
-    def report(*_: Any) -> None:
-        with show_progress(sink):  # trials of a cluster are threads, which start without one
-            _report(study, search, folder)
-
-    sink, finished = current_sink(), (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     with pool_of(folder.resolve(), workers, ray) as pool:
         if _finished(study) < search.trials:
-            limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
             try:
-                study.optimize(objective, callbacks=[report, limit], n_jobs=min(pool.slots, search.trials))
+                _optimise(optuna, study, objective, search, folder, pool.slots)
             except InputError:
                 raise
             except ValueError as error:  # for example, the stored study has different choices
@@ -91,6 +85,21 @@ def search_recipe(
     if results["trials"][0]["delta_mtl"] is None:
         raise InputError(f"{path}: none of {len(results['trials'])} trials was completed; search lower learning rates.")
     return results
+
+
+def _optimise(
+    optuna: Any, study: Any, objective: Callable[[Any], float], search: SearchSettings, folder: Path, at_once: int
+) -> None:
+    """Run trials until the study has all of them, ``at_once`` at the same time."""
+    sink = current_sink()
+
+    def report(*_: Any) -> None:
+        with show_progress(sink):  # trials at the same time are threads, which start without one
+            _report(study, search, folder)
+
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
+    study.optimize(objective, callbacks=[report, limit], n_jobs=min(at_once, search.trials))
 
 
 def _finished(study: Any) -> int:
