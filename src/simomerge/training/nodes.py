@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import uuid
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.environment import versions
 from simomerge.core.errors import InputError
-from simomerge.core.version import __version__
 
 _PATIENCE = 300
 """Seconds in which a node must answer. The first task on a node starts a process there."""
@@ -99,17 +97,6 @@ def _room(ray: Any, nodes: list[Any]) -> Nodes:
     memory = int(max(each.get("memory", 0) for each in with_gpu or resources))
     own = ray.get_runtime_context().get_node_id()
     return Nodes(own, cpus, int(bool(with_gpu)), sum(tasks), max(tasks), memory)
-
-
-def versions() -> dict[str, str]:
-    """The versions on which results depend, on this machine."""
-    found = {"python": platform.python_version(), "simomerge": __version__}
-    for package in ("torch", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
 
 
 def _look(token: str) -> tuple[bool, dict[str, str]]:
