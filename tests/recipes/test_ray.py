@@ -35,13 +35,12 @@ scale_images: 8
 choose_images: 8
 probe: {{steps: 20, batch_size: 8}}
 tune: {{steps: 200, batch_size: 8, validate_every: 50}}
-joint: {{steps: 40, batch_size: 8, validate_every: 20}}
+joint: {{steps: 20, batch_size: 8, validate_every: 20}}
 realign:
-  heads: {{steps: 20, batch_size: 8}}
   fold: {{count: 8}}
-merges: [average, task-arithmetic]
-realigned: [task-arithmetic+heads, task-arithmetic+fold]
-gallery: [experts, task-arithmetic]
+merges: [average]
+realigned: [average+fold]
+gallery: [experts, average]
 """
 
 
@@ -93,12 +92,12 @@ def test_two_nodes_of_which_one_dies_give_the_results_of_one_machine(
 
     def watch(label: str, done: int, total: int, note: str) -> None:
         seen.append(f"{label} {note}")
-        if label.startswith("expert") and done >= 50 and clustered.nodes:
+        if label.startswith("expert") and done >= 50 and len(clustered.nodes) == 2:
             clustered.cluster.remove_node(clustered.nodes.pop(), allow_graceful=False)
 
     with show_progress(watch):
         shared = run_recipe(recipe, tmp_path / "shared", ray=clustered.address)
-    assert len(clustered.nodes) == 0 or any("attempt 2" in each for each in seen)
+    assert len(clustered.nodes) == 1 and any("attempt 2" in each for each in seen)
     assert same(shared) == same(alone)
     names = [sorted(path.name for path in (tmp_path / run / "stages").iterdir()) for run in ("alone", "shared")]
     assert names[0] == names[1]  # the same keys, and no log, lock or state is left

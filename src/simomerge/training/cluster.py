@@ -38,6 +38,8 @@ _LINES = 12
 """Lines of a job's log that an error shows."""
 _EVERY = 0.5
 """Seconds between two reports of a job, and between two looks at them."""
+_LOOK, _ALONE = 5.0, 120.0
+"""Seconds between two looks at the nodes, and for which there may be none."""
 _MOST_TASKS = 1000
 
 
@@ -141,7 +143,7 @@ class RayPool(WorkerPool):
         task = ray.remote(_task).options(**needs, name=name)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                result = ray.get(task.remote(function, dict(arguments), setup, self._reports, log))
+                result = self._result(name, task.remote(function, dict(arguments), setup, self._reports, log))
                 if log:
                     log.unlink(missing_ok=True)
                 return result
@@ -163,6 +165,19 @@ class RayPool(WorkerPool):
                     ) from error
                 self._say(name, f"its process ended, attempt {attempt + 1} of {ATTEMPTS}")
         raise AssertionError("the last attempt returns or raises")
+
+    def _result(self, name: str, started: Any) -> Any:
+        """The result of a task. Raises InputError if the cluster has no node to run it any more."""
+        without = 0.0
+        while not self._ray.wait([started], timeout=_LOOK)[0]:
+            working = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+            without = 0.0 if working else without + _LOOK
+            if without >= _ALONE:
+                raise InputError(
+                    f"{name}: no node of the cluster is left to do it. Start nodes with `ray start --address=...`, and"
+                    " repeat the command to go on."
+                )
+        return self._ray.get(started)
 
     def _say(self, label: str, note: str) -> None:
         with show_progress(self._sink):
