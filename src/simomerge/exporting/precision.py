@@ -51,7 +51,8 @@ _WEIGHTED = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 def outer_layers(model: Any) -> list[str]:
     """The products and convolutions with weights nearest to the inputs and to the outputs of a graph.
 
-    They stay in float32: together they are a small part of the work, and a fifth of the loss of the demo's model.
+    They stay in float32: together they are a small part of the work, and their rounding would reach the outputs most
+    directly.
     """
     weights = {each.name for each in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
@@ -81,8 +82,8 @@ def products_of_activations(model: Any) -> list[str]:
 LEAST_DECIBELS = 15.0
 """A layer stays in float32 if the channels of its input have a lower ratio of signal to rounding error at 8 bits.
 
-Inputs with a normal distribution have 37 dB. Hidden states with a few very large channels, which adapters and the
-stitches of trees read, have much less: their largest value decides about the steps of all channels.
+Values with a normal distribution have nearly 40 dB. Hidden states with a few very large channels, which adapters and
+the stitches of trees read, have much less: their largest value decides about the steps of all channels.
 """
 
 _OBSERVED = 8

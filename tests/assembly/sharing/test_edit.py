@@ -76,6 +76,22 @@ def test_another_tree_may_be_given(
     assert str(found.encoder.tree) == "1: depth+normals+parts | 3: depth, normals+parts | 4: depth, normals, parts"
 
 
+def test_a_task_is_replaced_and_groups_that_stay_keep_their_blocks(
+    base: SimoModel, experts: Experts, images: Images
+) -> None:
+    pair = merge(base, some(experts, "depth", "normals"), METHOD, share="2: all | each", images=images)
+    found = edit_tree(pair, base, some(experts, "normals", "parts"), images, remove=["depth"])
+    assert str(found.encoder.tree) == "2: normals+parts | 4: normals, parts"
+
+
+def test_scales_by_expert_say_nothing_about_a_new_one(base: SimoModel, experts: Experts, images: Images) -> None:
+    two = some(experts, "depth", "normals")
+    scales = {"depth": 0.3, "normals": 0.5}
+    model = merge(base, two, "task-arithmetic", scale=scales, share="2: all | each", images=images)
+    with pytest.raises(InputError, match="merge of depth, normals has parameters for each expert"):
+        edit_tree(model, base, experts, images)
+
+
 def test_what_cannot_be_edited_is_named(
     pair: SimoModel,
     base: SimoModel,
@@ -90,6 +106,7 @@ def test_what_cannot_be_edited_is_named(
     refused("nothing to do: name a task", given=two)
     refused(r"give the experts that stay, too \(normals\)", given=some(experts, "depth", "parts"))
     refused("task 'edges' is not in the given model, which has depth, normals", given=two, remove=["edges"])
+    refused("task 'depth' is removed, and its expert is given", remove=["depth"])
     refused("only depth stays, and its expert", given=some(experts, "depth"), remove=["normals"])
     refused("its tasks share one encoder", model=merge(base, two, METHOD))
     other = experts["parts"].select("parts")

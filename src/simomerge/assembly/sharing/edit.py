@@ -59,9 +59,10 @@ def edit_tree(
     before = _tree_of(model)
     staying = [task for task in before.tasks if task not in remove]
     _check(model, before, base, experts, remove)
-    kept = before.without(remove)
+    kept = before
     for task in experts:
         kept = kept if task in before.tasks else kept.joined_by(task)
+    kept = kept.without(remove)
     order = [*staying, *(task for task in experts if task not in staying)]
     tree = kept if share is None else Tree.of(share, order, before.blocks)
     checked = check_experts(base, {task: experts[task] for task in order})
@@ -80,6 +81,13 @@ class _Methods:
 
     def __call__(self, group: Group) -> MergeMethod:
         alike = max(self.known, key=lambda other: (len(set(other) & set(group)), -len(set(other) - set(group))))
+        if not set(group) <= set(alike) and any(
+            isinstance(v, (Mapping, list)) for v in vars(self.known[alike]).values()
+        ):
+            raise InputError(
+                f"the merge of {', '.join(alike)} has parameters for each expert, and none for the others of"
+                f" {', '.join(group)}: merge all experts again."
+            )
         return restricted(self.known[alike], group)
 
 
@@ -108,8 +116,10 @@ def _check(
         raise InputError(
             f"own blocks, stitches and heads are made again: give the experts that stay, too ({', '.join(missing)})."
         )
+    if both := [task for task in experts if task in remove]:
+        raise InputError(f"task {both[0]!r} is removed, and its expert is given; leave one out.")
     if set(experts) == set(tree.tasks):
-        raise InputError("nothing to do: name a task to add or to remove.")
+        raise InputError("nothing to do: name a task to add or to remove; a tree alone cannot be changed.")
     if len(experts) < 2:
         raise InputError(f"only {', '.join(experts) or 'no task'} stays, and its expert has that encoder already.")
     check_merged_from(model.provenance, {task: experts[task] for task in staying}, base)
