@@ -124,7 +124,8 @@ def _size(folder: Path) -> int:
 
 def _milliseconds(models: Sequence[SimoModel], image: Tensor) -> float:
     """Median time in which all models predict one image (3, H, W), one after the other."""
-    device, seconds = compute_device(), []
+    device = compute_device()
+    seconds: list[float] = []
     models = [model.to(device) for model in models]
     start = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < _RUNS + 2 and time.perf_counter() - start < _SECONDS):
