@@ -127,6 +127,7 @@ def kills(commands: dict[str, str], count: int, folder: Path, seed: int = 0) -> 
             tally.note("escape", said)
         # A run goes on where it was killed, so its folder may hold a part, and the next run must complete it.
         resumes = name == "run"
+        known = inputs if resumes else inputs | {"out"}
         for number in range(count):
             if resumes:
                 shutil.rmtree(folder / "out", ignore_errors=True)
@@ -134,9 +135,9 @@ def kills(commands: dict[str, str], count: int, folder: Path, seed: int = 0) -> 
             if number % 2:
                 time.sleep(draw.uniform(0.2, 1) * seconds)
             else:  # while it writes
-                while process.poll() is None and contents(folder) <= inputs | {"out"}:
+                while process.poll() is None and contents(folder) <= known:
                     time.sleep(0.001)
-                time.sleep(draw.uniform(0, 0.1))
+                time.sleep(draw.uniform(0, seconds / 2 if resumes else 0.1))
             process.kill()
             process.wait()
             tally.counts["tried"] += 1

@@ -5,7 +5,8 @@
 Each mutant is one small change of one module: another comparison, operator or constant, a condition that is negated,
 a statement that is left out. It is made in a copy of the repository, in which the tests of that module run until the
 first one fails. A mutant is killed if a test fails or takes too long. The survivors are printed with their change:
-each is equivalent to the original, or a test is missing. ``--only FILE:LINE`` repeats the mutants of one place.
+each is equivalent to the original, or a test is missing. ``--only FILE:LINE`` repeats the mutants of one place, and
+``--tests`` runs other tests than those of the module's own room.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class Mutant:
         named = [file for file in files if file.stem.startswith(f"test_{inner.stem}")]
         importing = [file for file in files if pattern.search(file.read_text(encoding="utf-8"))]
         found = [str(file.relative_to(ROOT / "tests")) for file in [*named, *importing]]
+        found += ["models/heads/test_heads.py"] if "models/heads/" in self.file else []  # the contract of every head
         found = found or next(names for start, names in FALLBACKS.items() if str(inner).startswith(start))
         examples = f"{inner.parts[0]}/test_examples.py"
         found = [*([examples] if (ROOT / "tests" / examples).exists() else []), *found]
@@ -177,13 +179,13 @@ def _start(file: Path) -> bool:
     return str(file.relative_to(ROOT / "src/simomerge")).startswith(tuple(FALLBACKS))
 
 
-def run(mutant: Mutant, copy: Path) -> tuple[str, float]:
+def run(mutant: Mutant, copy: Path, tests: Sequence[str]) -> tuple[str, float]:
     """What the tests say of a mutant: killed, timeout or survived; and the seconds of a core that they took."""
     file = copy / mutant.file
     good = file.read_bytes()
     file.write_bytes(good[: mutant.start] + mutant.after.encode() + good[mutant.end :])
     try:
-        return forked(mutant.tests(), copy)
+        return forked(list(tests) or mutant.tests(), copy)
     finally:
         file.write_bytes(good)
 
@@ -224,6 +226,7 @@ def main() -> int:
     parser.add_argument("--mutants", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="FILE:LINE", help="the mutants of one line")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="FILE", help="test files, in place of the module's")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     given = parser.parse_args()
@@ -241,7 +244,7 @@ def main() -> int:
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, copy / name)
         for mutant in chosen:
-            what, seconds = run(mutant, copy)
+            what, seconds = run(mutant, copy, given.tests)
             found.append({"mutant": str(mutant), "found": what, "seconds": round(seconds, 1)})
             print(f"{what:9} {seconds:6.1f} s  {mutant}", flush=True)
             if given.output:

@@ -21,6 +21,9 @@ config = DepthAnythingConfig(
 )
 model = DepthAnythingForDepthEstimation(config)
 with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    model.head.conv3.bias.fill_(1)  # so that its depths are not all zero
     start = dict(base.named_parameters())
     for name, value in model.backbone.named_parameters():
         value.copy_(start[name] + 0.01 * torch.randn_like(value))

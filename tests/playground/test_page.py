@@ -81,6 +81,20 @@ def test_downloads_hold_what_was_shown(desk: Desk, opened: Opened) -> None:
     )
 
 
+@pytest.mark.slow
+def test_an_exported_file_gives_what_was_shown(desk: Desk) -> None:
+    pytest.importorskip("onnxscript")
+    from simomerge.runtime import Scene
+
+    update, note = desk.exported(None, *ASKED)
+    assert "scene-onnx.zip is ready" in note
+    with zipfile.ZipFile(update["value"]) as archive:
+        archive.extractall(desk.folder / "got")
+    photo = desk.samples[0]
+    shown = desk.workshop.look(photo, Choice(scale=0.5)).columns["repaired"]["depth"]
+    np.testing.assert_allclose(Scene(desk.folder / "got" / "scene.onnx").predict(photo)["depth"], shown, atol=1e-2)
+
+
 class Browser:
     """Requests as the page sends them."""
 

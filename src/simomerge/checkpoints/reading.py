@@ -206,7 +206,8 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
             "Save the state dict alone, best as safetensors."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # The first sentence: torch goes on with advice for its developers.
+        reason = re.split(r"\.\s|\n", str(error))[0].rstrip(".") if str(error) else type(error).__name__
         raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error
     state = _state_dict(loaded, file)
     weights = WeightFile(file)

@@ -218,6 +218,15 @@ precision = click.option(
     expose_value=False,
     help="Precision of products. [default: auto, bf16 where the machine computes faster in it]",
 )
+ray = click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    metavar="[ADDRESS]",
+    help="Share the work among the nodes of a Ray cluster, such as auto or ray://HOST:10001. Without ADDRESS: that of"
+    " RAY_ADDRESS, or this machine.",
+)
 shard = together(
     click.option(
         "--shard",
@@ -278,10 +287,10 @@ def note_images(images: str | None, count: int | None) -> None:
     """`note_count` for ``--images``, if that is a folder."""
     if images is not None and count is not None and Path(images).is_dir() and not Path(images, "simo.json").exists():
         from simomerge.datasets.manifest import MANIFESTS
-        from simomerge.datasets.pictures import SUFFIXES, files_of
+        from simomerge.datasets.pictures import pictures_of
 
         if not any(Path(images, f"data{suffix}").is_file() for suffix in MANIFESTS):
-            note_count(count, len(files_of(Path(images), SUFFIXES)), images)
+            note_count(count, len(pictures_of(Path(images))), images)
 
 
 # Options from parameters --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 
-_EVERY = ("precision", "method", "count", "output", "overwrite", "as_json", "model", "experts")
+_EVERY = ("precision", "work", "method", "count", "output", "overwrite", "as_json", "model", "experts")
 """Options and arguments that every re-alignment accepts, although some check `experts`."""
 
 
@@ -75,6 +75,11 @@ def _help() -> str:
 )
 @_parameter_options()
 @options.training()
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder for the state of the work. After an interruption, the same command with the same folder goes on.",
+)
 @options.workers
 @options.shard
 @options.track
@@ -97,7 +102,8 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
         merged = load(model)
         inputs = _inputs(chosen, experts, list(merged.tasks), given)
         inputs |= {"base": load(given["base"])} if chosen.needs_base else {}
-        result = realign(merged, **inputs, method=chosen, workers=given["workers"] or available_cores())
+        workers = given["workers"] or available_cores()
+        result = realign(merged, **inputs, method=chosen, work_folder=given["work"], workers=workers)
     if is_first():  # Under torchrun, all processes have the same model.
         result.save_pretrained(output, given["overwrite"])
     record = result.provenance["realign"]

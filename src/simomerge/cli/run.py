@@ -20,6 +20,7 @@ from simomerge.core.progress import starting
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes, for editors, and stop.")
 @options.folder(None, "Folder of the run. [default: the recipe's]")
 @options.workers
+@options.ray
 @options.shard
 @options.track
 @options.precision
@@ -41,6 +42,8 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
         starting.end()
         click.echo(json.dumps(recipe_schema(), indent=2))
         return
+    if recipe is None and Path(given["ray"] or "").is_file():
+        raise click.UsageError(f"--ray took the recipe {given['ray']} as its ADDRESS; give the recipe before --ray.")
     if recipe is None:
         raise click.UsageError("give a RECIPE, such as recipes/rooms-small.yaml.")
     join_processes()
@@ -54,5 +57,5 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
         say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
         return
     with sharded(given["shard"], given["offload"]), track(given["trackers"], folder / "logs"), console():
-        results = run_recipe(chosen, folder, given["workers"])
+        results = run_recipe(chosen, folder, given["workers"], given["ray"])
     report_run(results, folder, as_json)

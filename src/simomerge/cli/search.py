@@ -20,6 +20,7 @@ from simomerge.cli.output import console, say
 @click.option("--seed", type=int, help="Seed of the sampler. Machines that share a study need different seeds or none.")
 @options.folder(None, "Folder (OUT). [default: the recipe's + -search]")
 @options.workers
+@options.ray
 @options.trust_code
 @options.as_json
 def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json: bool, **given: Any) -> None:
@@ -33,7 +34,9 @@ def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json:
 
     folder = output or Path(read_recipe(recipe, changes).output + "-search")
     with console():
-        results = search_recipe(recipe, folder, changes, given["storage"], given["seed"], given["workers"])
+        results = search_recipe(
+            recipe, folder, changes, given["storage"], given["seed"], given["workers"], given["ray"]
+        )
     shown = [trial for trial in results["trials"] if trial["delta_mtl"] is not None]
     lines = [f"{trial['delta_mtl']:+8.2f} %  {_values(trial['values'])}" for trial in shown[:10]]
     sets = [word for key, value in shown[0]["values"].items() for word in ("--set", f"{key}={json.dumps(value)}")]

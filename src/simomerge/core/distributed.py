@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -19,15 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simomerge.core.environment import versions
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
+
+_LOOKS = 50
+"""How often a process looks for a folder, at intervals of 0.1 s: network disks show new folders late."""
 
 
 def join_processes() -> int:
     """Connect to the other processes that torchrun started, and return the rank; 0 in a single process.
 
     Raises:
-        InputError: The number of connected processes differs from the number that was started.
+        InputError: The number of connected processes differs from the number that was started, or a process has other
+            versions.
     """
     started = started_processes()
     if started < 2:
@@ -45,7 +52,17 @@ def join_processes() -> int:
             " `torchrun --nproc-per-node N -m simomerge ...`."
         )
     atexit.register(_leave)
+    _check_versions()
     return int(state.process_index)
+
+
+def _check_versions() -> None:
+    """Raise InputError if a process has other versions than the first one."""
+    first, own = from_first(versions()), versions()
+    if others := [f"{name} {own[name]} instead of {wanted}" for name, wanted in first.items() if own[name] != wanted]:
+        raise InputError(
+            f"process {rank()} on {platform.node()} has {', '.join(others)}; install the same versions on all machines."
+        )
 
 
 def started_processes() -> int:
@@ -133,10 +150,27 @@ def temporary_folder() -> AbstractContextManager[Path]:
     return _made_by_first(tempfile.TemporaryDirectory)
 
 
+def _check_seen(folder: Path) -> None:
+    """Raise InputError if a process does not see a folder that the first one made."""
+    for _ in range(_LOOKS):
+        if folder.is_dir():
+            break
+        time.sleep(0.1)
+    unseen = torch.tensor(float(not folder.is_dir()), dtype=torch.float64)
+    add_up(unseen)
+    if unseen:
+        raise InputError(
+            f"{int(unseen)} of {processes()} processes do not see the folder {folder}, which the first one made. Choose"
+            " a folder on a disk that all machines share; for temporary folders, set TMPDIR to one."
+        )
+
+
 @contextmanager
 def _made_by_first(make: Callable[[], AbstractContextManager[str | Path]]) -> Iterator[Path]:
     """A folder that the first process makes and closes, by its path in all processes."""
-    with make() if is_first() else nullcontext("") as folder:
-        yield Path(from_first(str(folder)))
+    with make() if is_first() else nullcontext("") as made:
+        folder = Path(from_first(str(made)))
+        _check_seen(folder)
+        yield folder
         wait()
     wait()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from importlib import import_module, metadata
+
+from simomerge.core.version import __version__
 
 
 def torchvision_version() -> str:
@@ -50,3 +53,14 @@ def missing_extra(error: ImportError) -> str:
     if package not in _EXTRAS:
         return ""
     return f"this needs {package}, which is not installed: pip install 'simomerge[{_EXTRAS[package]}]'."
+
+
+def versions() -> dict[str, str]:
+    """The versions on which results depend, on this machine."""
+    found = {"python": platform.python_version(), "simomerge": __version__}
+    for package in ("torch", "transformers", "peft"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found

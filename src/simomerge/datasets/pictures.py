@@ -16,10 +16,15 @@ from torch import Tensor
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
 from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.tars import SUFFIX as TAR
+from simomerge.datasets.tars import TarPictures
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 KEPT_BYTES = 128 << 20
 """Images that a check has decoded stay in memory until they are used, up to this size of all of them together."""
+
+KEPT_SIZES = 1 << 16
+"""Images whose sizes are remembered."""
 
 
 class Images(DenseDataset):
@@ -59,12 +64,14 @@ class Images(DenseDataset):
     def name(self, index: int) -> str:
         """How messages refer to an image: its path, or its number in the source."""
         position = self._positions[index]
+        if isinstance(self.source, TarPictures):
+            return self.source.name(position)
         source = None if self.is_dataset else self.source[position]
         return str(source) if isinstance(source, (str, Path)) else f"image {position}"
 
     def group(self, index: int) -> str:
         position = self._positions[index]
-        if isinstance(self.source, DenseDataset):
+        if isinstance(self.source, (DenseDataset, TarPictures)):
             return self.source.group(position)
         source = None if self.is_dataset else self.source[position]
         return str(Path(source).parent) if isinstance(source, (str, Path)) else ""
@@ -73,6 +80,8 @@ class Images(DenseDataset):
         """sha256 of the names, sizes and dates of picture files; that of a dataset."""
         if self.is_dataset:
             return str(getattr(self.source, "fingerprint", str)())
+        if isinstance(self.source, TarPictures):
+            return self.source.fingerprint(self._positions)
         files = [Path(self.source[place]) for place in self._positions if isinstance(self.source[place], (str, Path))]
         lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -121,6 +130,7 @@ class Images(DenseDataset):
         position = self._positions[index]
         if not self._memory.knows(position) and (image := self.try_image(index)) is not None:
             self._memory.keep(position, image)
+            return (int(image.shape[-2]), int(image.shape[-1]))
         return self._memory.sizes.get(position)
 
     def try_image(self, index: int) -> Tensor | None:
@@ -139,7 +149,7 @@ class Images(DenseDataset):
             image = self.source.image(position)
         else:
             image = to_tensor(self.source[position], self.size, self.crop)[0]
-        self._memory.sizes[position] = (image.shape[-2], image.shape[-1])
+        self._memory.note(position, (image.shape[-2], image.shape[-1]))
         return image
 
     def report(self, unreadable: Sequence[int], asked: int, every_image: bool) -> None:
@@ -176,6 +186,11 @@ class _Memory:
     def knows(self, position: int) -> bool:
         return position in self.sizes or position in self.errors
 
+    def note(self, position: int, size: tuple[int, int]) -> None:
+        """Remember the size of an image, unless a million images would fill the memory."""
+        if len(self.sizes) < KEPT_SIZES:
+            self.sizes[position] = size
+
     def keep(self, position: int, image: Tensor) -> None:
         """Keep a decoded image for its next use, if there is room."""
         if position not in self.decoded and self._bytes + image.nbytes <= KEPT_BYTES:
@@ -191,8 +206,8 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
     """What a user gives as images, as one type. `Images` are returned as they are, or ``count`` of them.
 
     Args:
-        source: a folder (searched with its subfolders and linked folders), a picture's path, a sequence of images, a
-            dataset, or `Images`.
+        source: a folder (searched with its subfolders and linked folders) of pictures or of tar files with pictures, a
+            path of one of these, a sequence of images, a dataset, or `Images`.
         count: images to take, evenly over a folder or sequence. All are taken if there are fewer, and by default.
         size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to; their own size by default.
 
@@ -214,7 +229,7 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
 def _sequence(source: Any) -> Any:
     """A dataset as it is, and everything else as a list of at least one image."""
     if isinstance(source, (str, Path)):
-        return picture_files(Path(source))
+        return pictures_of(Path(source))
     if hasattr(source, "image") and hasattr(source, "__len__"):
         if not len(source):
             raise InputError("the dataset has no images; give at least one.")
@@ -231,6 +246,22 @@ def parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
     return int(parts[0]), int(parts[1])
+
+
+def pictures_of(path: Path) -> Sequence[Any]:
+    """The pictures of a folder, or those in its tar files if it has no other pictures; or those of one tar file.
+
+    Raises:
+        InputError: There is none, or a tar file is damaged.
+    """
+    if path.suffix == TAR and path.is_file():
+        return TarPictures([path], SUFFIXES)
+    if path.is_dir():
+        found = sorted(each for each in _all_files(path, set()) if each.is_file())
+        tars = [each for each in found if each.suffix.lower() == TAR]
+        if tars and not any(each.suffix.lower() in SUFFIXES for each in found):
+            return TarPictures(tars, SUFFIXES)
+    return picture_files(path)
 
 
 def picture_files(path: Path) -> list[Path]:

@@ -62,7 +62,8 @@ def _caption(legend: Legend) -> Markup:
         style = "display:inline-block;width:6em;height:.7em;background:linear-gradient(90deg,{})"
         bar = f'{{}} <span style="{style}"></span> {{}}'
         return Markup(bar).format(legend.low, colours, legend.high)
-    swatch = Markup('<span style="white-space:nowrap"><span style="color:{}">&#9632;</span> {}</span> ')
+    square = "display:inline-block;width:.7em;height:.7em;border:1px solid #808080;background:{}"
+    swatch = Markup(f'<span style="white-space:nowrap"><span style="{square}"></span> {{}}</span> ')
     return Markup("").join(swatch.format(_css(colour), name) for name, colour in legend.entries)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from simomerge.core.files import temporary_folder
 from simomerge.datasets.colours import colourise
+from simomerge.exporting.export import export
 from simomerge.models.model import SimoModel
 from simomerge.playground.workshop import Choice, Look
 
@@ -47,6 +48,20 @@ def model_file(model: SimoModel, folder: Path) -> Path:
         for file in sorted((written / "scene").rglob("*")):
             if file.is_file():
                 archive.write(file, Path("scene") / file.relative_to(written / "scene"))
+    return path
+
+
+def onnx_file(model: SimoModel, size: tuple[int, int], folder: Path) -> Path:
+    """A ZIP file with an exported model for images of one (height, width), and the frame that checks it on a device.
+
+    Raises:
+        InputError: The model cannot be exported; the message says why.
+    """
+    path = folder / "scene-onnx.zip"
+    written = export(model, folder / "scene.onnx", size)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in written["files"]:
+            archive.write(file, Path(file).name)
     return path
 
 

@@ -9,19 +9,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simomerge.core.errors import InputError
-from simomerge.playground.downloads import model_file, results_file
+from simomerge.core.exclusive import remove
+from simomerge.playground.downloads import model_file, onnx_file, results_file
 from simomerge.playground.uploads import MAX_BYTES, MAX_PICTURES, read_photo, read_pictures
 from simomerge.playground.view import LABELS, view_of
 from simomerge.playground.workshop import HEADS, Choice, Look, Workshop
 
 QUEUE = 16
 """Requests that may wait; more are refused."""
+
+CAN_EXPORT = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+"""Whether the packages of the extra "export" are installed."""
 
 _VIEWER = """<div class="viewer"><div class="bar" hidden>
 <label>Left column <select class="left"></select></label>
@@ -66,6 +71,16 @@ class Desk:
             lambda folder: model_file(self.workshop.result(_choice(*asked), read_pictures(pictures or [])), folder)
         )
 
+    def exported(self, *asked: Any) -> tuple[Any, str]:
+        """A file with the model of the choice as an ONNX file, which was compared with torch."""
+        pictures = asked[2]
+
+        def make(folder: Path) -> Path:
+            model = self.workshop.result(_choice(*asked), read_pictures(pictures or []))
+            return onnx_file(model, self.workshop.export_size, folder)
+
+        return self._file(make)
+
     def next_sample(self, number: int) -> tuple[None, int]:
         """No photo, and the number of the next sample."""
         return None, (int(number) + 1) % max(1, len(self.samples))
@@ -89,6 +104,8 @@ class Desk:
     def _file(self, make: Any) -> tuple[Any, str]:
         import gradio
 
+        for earlier in self.folder.iterdir():  # gradio has copied what it serves
+            remove(earlier)
         try:
             path = make(Path(tempfile.mkdtemp(dir=self.folder)))
         except InputError as error:
@@ -114,6 +131,7 @@ def make_page(desk: Desk) -> Any:
                 with gr.Row():
                     save = gr.Button("Download predictions", size="sm", min_width=120)
                     keep = gr.Button("Download model", size="sm", min_width=120)
+                    convert = gr.Button("Download ONNX", size="sm", min_width=120, visible=CAN_EXPORT)
                 files = gr.File(label="Ready to download", interactive=False, visible=False)
             with gr.Column(scale=3, min_width=320):
                 messages = gr.HTML(css_template=_asset("notes.css"))
@@ -137,6 +155,7 @@ def make_page(desk: Desk) -> Any:
             method.change(lambda name: gr.update(interactive=workshop.has_scale(name)), method, scale, **quick)
         save.click(desk.results, outputs=[files, messages], **common)
         keep.click(desk.model, outputs=[files, messages], **common)
+        convert.click(desk.exported, outputs=[files, messages], **common)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 

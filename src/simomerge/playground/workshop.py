@@ -102,6 +102,11 @@ class Workshop:
         return bool(self.opened.experts)
 
     @property
+    def export_size(self) -> tuple[int, int]:
+        """(height, width) of an export in pixels: the training size, or else one of at most `LONGEST` pixels a side."""
+        return self._trained_at() or (LONGEST * 3 // 4, LONGEST)
+
+    @property
     def methods(self) -> list[str]:
         """The merge methods that work for these experts without images and without labels."""
         return [

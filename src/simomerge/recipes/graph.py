@@ -31,6 +31,10 @@ Data = Mapping[str, Any]
 may also be a folder of pictures, of which ``count`` are used."""
 
 
+OVERHEAD = 1_000_000_000
+"""Bytes of memory that a stage needs in addition to models: torch, a batch of images, activations."""
+
+
 def open_data(data: Data, **more: Any) -> DenseDataset:
     """The dataset that plain data describe; ``more`` are arguments that they may replace."""
     if data.get("unlabelled"):
@@ -56,6 +60,11 @@ class Stage(ABC):
         """A guess of how long it takes, in training steps; it is only compared with other stages' costs."""
         return 20.0
 
+    @property
+    def models(self) -> float:
+        """About how many times the encoder's weights are in memory: a training needs gradients and moments too."""
+        return 2.0
+
     @abstractmethod
     def run(self, output: Path) -> None:
         """Do the work and write the folder ``output`` in one step."""
@@ -75,9 +84,11 @@ class Graph:
         salt: What else the results depend on: the base's weights, the version.
         contents: For a dataset as plain data, what distinguishes it from other datasets of the same name; empty where
             the name says everything.
+        weights: Bytes of the base's weights, by which a cluster finds room for each stage.
     """
 
-    def __init__(self, folder: Path, base: str, salt: str, contents: Callable[[Data], str]) -> None:
+    def __init__(self, folder: Path, base: str, salt: str, contents: Callable[[Data], str], weights: int = 0) -> None:
+        self.weights = weights
         self.folder = folder
         self.base = base
         self.salt = salt
@@ -101,8 +112,10 @@ class Graph:
                 chain[need] = max(chain[need], missing[need].cost + chain[path])
         order = sorted(missing, key=lambda path: -chain[path])
         place = {path: index for index, path in enumerate(order)}
-        jobs = [(_do_once, {"stage": self._resolved(missing[path]), "output": path}) for path in order]
-        pool.run(jobs, after=[[place[need] for need in needs[path]] for path in order])
+        do = _do_once if pool.needs_locks else do_stage
+        jobs = [(do, {"stage": self._resolved(missing[path]), "output": path}) for path in order]
+        memory = [OVERHEAD + int(missing[path].models * self.weights) for path in order]
+        pool.run(jobs, [[place[need] for need in needs[path]] for path in order], memory)
 
     def output(self, stage: Stage) -> Path:
         """The folder of a stage, done or not."""
@@ -194,7 +207,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error) or "not supported"
         raise InputError(
             f"{path.parent}: its disk cannot lock files ({reason}), which keeps two runs out of one folder."
-            " Choose a folder on another disk."
+            " Choose a folder on another disk, or share the work by --ray, which needs no locks."
         ) from error
     try:
         distributed.wait()
@@ -204,14 +217,19 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
+def do_stage(stage: Stage, output: Path) -> None:
+    """Do a stage, unless it is done. No other program may be doing it."""
+    if distributed.is_first():
+        remove_leftovers(output)
+    if not distributed.from_first(output.exists()):
+        with labelled_progress(stage.name, keep=stage.keeps_labels):
+            stage.run(output)
+
+
 def _do_once(stage: Stage, output: Path) -> None:
     """Do a stage, unless another run in the same folder is doing it or has done it."""
     with locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
-        if distributed.is_first():
-            remove_leftovers(output)
-        if not distributed.from_first(output.exists()):
-            with labelled_progress(stage.name, keep=stage.keeps_labels):
-                stage.run(output)
+        do_stage(stage, output)
     if distributed.is_first():
         _lock(output).unlink(missing_ok=True)  # waiting and later runs will find the finished stage
 

@@ -29,6 +29,7 @@ from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
 from simomerge.recipes.shipping import check_place, choose, ship
+from simomerge.training.cluster import pool_of
 from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
 
@@ -36,7 +37,9 @@ SAMPLES = 4
 """Samples of each split that are read before any work, to find mistakes that all labels have."""
 
 
-def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | None = None) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, folder: str | Path | None = None, workers: int | None = None, ray: str | None = None
+) -> dict[str, Any]:
     """Run a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
 
     Args:
@@ -44,6 +47,7 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | 
         folder: The run folder, by default the recipe's ``output``; a second run with the same recipe reuses every stage
             in it.
         workers: Number of processes; one per core by default.
+        ray: Address of a Ray cluster that does the stages, see `RayPool`; by default this machine does them.
 
     Returns:
         The results: what ``results.json`` in the folder holds (docs/formats.md), and under ``gallery`` the pictures of
@@ -53,11 +57,11 @@ def run_recipe(recipe: Recipe, folder: str | Path | None = None, workers: int | 
     folder = Path(folder or recipe.output).resolve()
     check_place(folder)
     plan, graph = _planned(recipe, folder)
-    with distributed.first_before_others():
-        for data in plan.splits.values() if recipe.data == "rooms" else ():
-            load_data(**data, workers=workers)
-    test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, graph)))["test"]
-    with WorkerPool(workers) as pool:
+    with pool_of(folder, workers, ray) as pool:
+        with distributed.first_before_others():
+            for data in plan.splits.values() if recipe.data == "rooms" else ():
+                load_data(**data, workers=None if ray is not None else workers)
+        test = _opened(plan.splits, recipe, deeply=any(not done for _, done in _stages(plan, graph)))["test"]
         graph.build(plan.wanted(), pool)
     results = summarise(plan, graph, test.tasks, len(test))
     choice = choose(plan, graph, test.tasks)
@@ -129,7 +133,8 @@ def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None
     check_base(recipe, foundation)
     fingerprint = foundation.encoder_fingerprint()
     salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
-    return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks))
+    weights = sum(value.numel() * value.element_size() for value in foundation.parameters())
+    return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks), weights)
 
 
 def _note_counts(recipe: Recipe, opened: Mapping[str, DenseDataset], unlabelled: int) -> None:

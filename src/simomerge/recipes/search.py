@@ -9,20 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.distributed import started_processes
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
-from simomerge.core.progress import progress
+from simomerge.core.progress import current_sink, progress, show_progress
 from simomerge.recipes.file import read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import held_out_delta
 from simomerge.recipes.space import SearchSettings, suggest
-from simomerge.training.pool import WorkerPool
+from simomerge.training.cluster import pool_of
 
 
 def search_recipe(
@@ -32,6 +32,7 @@ def search_recipe(
     storage: str | None = None,
     seed: int | None = None,
     workers: int | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Run trials of what the recipe's ``search`` names (`SearchSettings`) until the study has all of them.
 
@@ -44,6 +45,7 @@ def search_recipe(
             that several machines share. The default is ``search.log`` in the folder.
         seed: Seed of the sampler. Machines that share a study leave it out, or each takes its own.
         workers: Number of processes within a trial.
+        ray: Address of a Ray cluster that does several trials at the same time, see `RayPool`.
 
     Returns:
         The content of ``search.json``: row, images, and trials with number, state, values, Delta_MTL and its per_seed.
@@ -71,12 +73,10 @@ def search_recipe(
         trial.set_user_attr("per_seed", found)
         return sum(found) / len(found)
 
-    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    with WorkerPool(workers) as pool:
+    with pool_of(folder.resolve(), workers, ray) as pool:
         if _finished(study) < search.trials:
-            limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
             try:
-                study.optimize(objective, callbacks=[lambda *_: _report(study, search, folder), limit])
+                _optimise(optuna, study, objective, search, folder, pool.slots)
             except InputError:
                 raise
             except ValueError as error:  # for example, the stored study has different choices
@@ -85,6 +85,21 @@ def search_recipe(
     if results["trials"][0]["delta_mtl"] is None:
         raise InputError(f"{path}: none of {len(results['trials'])} trials was completed; search lower learning rates.")
     return results
+
+
+def _optimise(
+    optuna: Any, study: Any, objective: Callable[[Any], float], search: SearchSettings, folder: Path, at_once: int
+) -> None:
+    """Run trials until the study has all of them, ``at_once`` at the same time."""
+    sink = current_sink()
+
+    def report(*_: Any) -> None:
+        with show_progress(sink):  # trials at the same time are threads, which start without one
+            _report(study, search, folder)
+
+    finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
+    study.optimize(objective, callbacks=[report, limit], n_jobs=min(at_once, search.trials))
 
 
 def _finished(study: Any) -> int:

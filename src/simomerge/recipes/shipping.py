@@ -124,8 +124,7 @@ def _size(folder: Path) -> int:
 
 def _milliseconds(models: Sequence[SimoModel], image: Tensor) -> float:
     """Median time in which all models predict one image (3, H, W), one after the other."""
-    device = compute_device()
-    seconds: list[float] = []
+    device, seconds = compute_device(), list[float]()
     models = [model.to(device) for model in models]
     start = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < _RUNS + 2 and time.perf_counter() - start < _SECONDS):

@@ -124,6 +124,10 @@ class Tune(LoggedStage):
     def cost(self) -> float:
         return self.settings.steps * (1 + 0.1 * (len(self.probes) - 1))
 
+    @property
+    def models(self) -> float:
+        return 6.0 + len(self.probes)
+
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         base = load(self.base)
         origin = base.origin()  # before the encoder is trained
@@ -173,6 +177,10 @@ class MergingStage(LoggedStage):
     experts: Mapping[str, Any]
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def models(self) -> float:
+        return 3.0 + len(self.experts)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -247,6 +255,10 @@ class Realign(LoggedStage):
             return 20.0
         return 50.0 if self.method.trains_heads_apart else 50.0 + self.method.training.steps
 
+    @property
+    def models(self) -> float:
+        return len(self.experts) + (6.0 if self.method.changes_encoder else 3.0)
+
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         start, data, device = load(self.model / "model"), open_data(self.data), compute_device()
         labelled, experts = self.method.teacher == "labels", _models(self.experts, device)
@@ -270,6 +282,10 @@ class Relate(LoggedStage):
     @property
     def cost(self) -> float:
         return 150.0  # pairs of experts are merged, so it takes as long as many merges
+
+    @property
+    def models(self) -> float:
+        return 3.0 + len(self.experts)
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], None]:
         found = relate(load(self.base), _models(self.experts), data=load_data(**self.data), count=None)

@@ -126,12 +126,12 @@ def cache_features(
             files = {name: stack.enter_context((target / name).open("r+b")) for name in _by_file(first)}
             for start, batch in zip(starts, ordered_batches(images, batch_size, shared=True), strict=True):
                 for name, tensor in _by_file(_encoded(encoder, batch["image"])).items():
-                    _write_rows(files[name], start, count, tensor.half().cpu().numpy())
+                    write_rows(files[name], start, count, tensor.half().cpu().numpy())
                 progress(label, min(start + distributed.processes() * batch_size, count), count)
     return Path(folder)
 
 
-def _write_rows(file: BinaryIO, start: int, total: int, rows: np.ndarray) -> None:
+def write_rows(file: BinaryIO, start: int, total: int, rows: np.ndarray) -> None:
     """Write rows of an NPY file, from row ``start`` of ``total``.
 
     A memory map would write whole pages. Machines that share a disk would overwrite each other's rows with old ones.

@@ -183,6 +183,11 @@ class _Trainer:
         )
         self.state = TrainingState(self.root, self.optimizer, self.schedule, state_file)
         self.log = self.state.resume()
+        if distributed.from_first(self.log.steps) != self.log.steps:
+            raise InputError(
+                f"{label}: this process would resume at step {self.log.steps}, the first one elsewhere; choose a folder"
+                f" that all machines share instead of {state_file and state_file.parent}."
+            )
 
     def run(self, train: Any, validation: Any, transform: Transform | None) -> TrainLog:
         settings, log = self.settings, self.log

@@ -51,6 +51,7 @@ class WorkerPool:
         # Under torchrun all processes do every job together, one job after the other.
         default = 1 if torch.cuda.is_available() else available_cores()
         self.workers = 1 if processes() > 1 else workers or default
+        self.slots = 1  # trials of a search at the same time
         self._pool: Any = None  # loky.ProcessPoolExecutor
         self._messages: Any = None
         self._thread: threading.Thread | None = None
@@ -84,12 +85,18 @@ class WorkerPool:
         assert self._thread is not None
         self._thread.join(timeout=5)  # the last reports arrive before the sink is closed
 
-    def run(self, jobs: Sequence[Job], after: Sequence[Collection[int]] = ()) -> list[Any]:
+    @property
+    def needs_locks(self) -> bool:
+        """Whether another program may do the same jobs in the same folder."""
+        return True
+
+    def run(self, jobs: Sequence[Job], after: Sequence[Collection[int]] = (), memory: Sequence[int] = ()) -> list[Any]:
         """Results in the order of the jobs; the first error ends the run.
 
         Args:
             jobs: The first of those that can start is the next to start.
             after: For each job, the positions of the earlier jobs that must be done before it starts.
+            memory: For each job, the bytes that it may need; only a cluster reads them.
 
         Raises:
             InputError: A worker was killed, most often because memory ran out.
@@ -97,6 +104,7 @@ class WorkerPool:
         """
         if self._pool is None:
             return [function(**arguments) for function, arguments in jobs]
+        memory = memory or [0] * len(jobs)
         waits = [set(places) for places in after] or [set() for _ in jobs]
         running: dict[Future[Any], int] = {}
         results: dict[int, Any] = {}
@@ -105,8 +113,7 @@ class WorkerPool:
                 idle = [i for i in range(len(jobs)) if i not in results and i not in running.values()]
                 ready = [i for i in idle if waits[i] <= results.keys()]
                 for index in ready[: self.workers - len(running)]:
-                    function, arguments = jobs[index]
-                    running[self._pool.submit(_run_job, function, dict(arguments))] = index
+                    running[self._submit(jobs[index], memory[index])] = index
                 if not running:
                     raise ValueError(f"jobs {idle} wait for each other.")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -117,6 +124,12 @@ class WorkerPool:
             for future in running:
                 future.cancel()
         return [results[index] for index in range(len(jobs))]
+
+    def _submit(self, job: Job, memory: int) -> Future[Any]:
+        """Start a job."""
+        function, arguments = job
+        started: Future[Any] = self._pool.submit(_run_job, function, dict(arguments))
+        return started
 
     def _forward_progress(self, sink: Sink | None) -> None:
         while (message := self._messages.get()) is not None:

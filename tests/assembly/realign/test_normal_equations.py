@@ -283,6 +283,12 @@ def test_error_is_the_sum_of_squares_that_is_left(ridge: float) -> None:
     close(other.sums().error(*nothing), np.square(other.rows).sum(0))
 
 
+def test_one_token_has_no_spread() -> None:
+    rows = torch.full((1, 1, 2), 5.0)
+    one = Data(torch.full((1, 1, 2), 3.0), torch.ones(1, 1), rows, rows)
+    assert one.sums().tokens == 1 and (one.sums().spread() == 0).all()
+
+
 def test_spread_is_the_sum_of_squares_about_the_mean_of_the_targets() -> None:
     data = make(mean=5.0)
     u = data.target.flatten(0, 1).double().numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from simomerge.core import distributed
 from simomerge.core.distributed import share
 from simomerge.core.errors import InputError
 from simomerge.recipes.search import search_recipe
@@ -188,12 +189,38 @@ def test_one_process_cannot_divide_a_model() -> None:
 def test_commands_write_and_print_once(tiny_base: Path, tmp_path: Path) -> None:
     model, again = tmp_path / "model", tmp_path / "again"
     train = ["-m", "simomerge", "train", "--task", "depth", "--base", str(tiny_base), "--images", "16"]
-    train += ["--val-images", "8", "--steps", "2", "--probe-steps", "2", "--batch-size", "4", "-o", str(model)]
+    train += [
+        "--val-images",
+        "8",
+        "--steps",
+        "2",
+        "--probe-steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--shard",
+        "-o",
+        str(model),
+    ]
     assert start(train, 2).count("Model: ") == 1
     assert start(["-m", "simomerge", "evaluate", str(model), "--count", "5"], 2).count("abs_err") == 1
     heads = ["-m", "simomerge", "realign", str(model), "--method", "heads", "--steps", "2", "--count", "8"]
     assert start([*heads, "-o", str(again)], 2).count("Model: ") == 1
     assert (model / "simo.json").is_file() and (again / "simo.json").is_file()
+
+
+def test_a_folder_that_a_process_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_LOOKS", 1)
+    distributed._check_seen(tmp_path)
+    with pytest.raises(InputError, match=r"1 of 1 processes do not see the folder .*absent.*disk that all machines"):
+        distributed._check_seen(tmp_path / "absent")
+
+
+def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed._check_versions()
+    monkeypatch.setattr(distributed, "from_first", lambda value: {**value, "torch": "0.1"})
+    with pytest.raises(InputError, match=r"process 0 on .* has torch .* instead of 0.1; install the same versions"):
+        distributed._check_versions()
 
 
 def test_the_share_of_a_single_process_is_the_list() -> None:

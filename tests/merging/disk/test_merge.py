@@ -24,6 +24,7 @@ from simomerge.core.progress import show_progress
 from simomerge.merging import Lines, MergeMethod, TaskArithmetic, available, merge_state_dicts
 from simomerge.merging.disk.merge import MergedOnDisk, merge_on_disk
 from simomerge.merging.disk.output import Output
+from simomerge.merging.disk.sources import open_source
 
 from .conftest import TASKS, assert_equal, content, tensors_of, weights
 
@@ -540,6 +541,29 @@ def test_experts_of_another_base_are_refused(
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize(("percent", "warned"), [(45, False), (55, True)])
+def test_a_weight_file_far_from_the_base_is_warned_of(tmp_path: Path, percent: int, warned: bool) -> None:
+    base = write_safetensors(tmp_path / "base.safetensors", {"w": np.full(8, 4, np.float32)})
+    expert = write_safetensors(tmp_path / "a.safetensors", {"w": np.full(8, 4 + percent / 25, np.float32)})
+    with warnings.catch_warnings(record=True) as log:
+        warnings.simplefilter("always")
+        merge_on_disk(base, {"a": expert}, tmp_path / "out.safetensors")
+    assert [f"by {percent}% of their norm" in str(one.message) for one in log] == [True] * warned
+
+
+def test_hub_ids_are_recorded_and_names_of_folders_and_of_the_embedded_base_are_not(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simomerge.merging.disk.sources.local_source", lambda given, bare: str(tiny_base))
+    for given, recorded in (
+        ("facebook/dinov2-base", "facebook/dinov2-base"),
+        ("rooms-base", tiny_base.name),
+        (str(tiny_base), tiny_base.name),
+    ):
+        source = open_source(given)
+        assert source.origin()["source"] == recorded and source.hub_id == ("" if recorded != given else given)
+
+
 def test_an_expert_without_a_recorded_base_is_measured(
     models: dict[str, Path], folder_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -885,6 +909,6 @@ def test_another_base_is_reported_before_the_long_work(
     def never(*given: object) -> None:
         raise AssertionError("computed statistics before it looked at the base")
 
-    monkeypatch.setattr("simomerge.merging.ties.Ties.prepare", never)
+    monkeypatch.setattr("simomerge.merging.ties.Ties._trimmed", never)
     with pytest.raises(InputError, match="fine-tuned from another base"):
         merge_on_disk(tiny_base, {"depth": folder}, tmp_path / "out", "ties")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,13 @@ def test_a_head_for_an_encoder_fits_it(tiny_base):
     assert head.settings == {"cls": True, "subpixels": 2}
     with torch.no_grad():
         assert head.eval()(encoder(torch.rand(1, 3, 20, 24))).shape == (1, 5, 24, 24)
+
+
+def test_a_head_for_a_pyramid_without_cls_tokens_fits_it():
+    encoder = SimpleNamespace(channels=(8, 8, 8, 8), strides=(4, 8, 16, 32), has_cls=False)
+    head = head_for(encoder, "dpt", 2, fusion_channels=16)
+    assert head.settings == {"fusion_channels": 16, "cls": False, "pyramid": True}
+    assert head_for(encoder, "linear", 2).settings["cls"] is False
 
 
 def test_a_head_that_is_not_registered_cannot_be_named():

@@ -49,6 +49,21 @@ class Agreement:
         self.images.append(batch.images[chosen])
         self.logits.append(logits)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name, to save it."""
+        found = {f"agreement/{index}/image": images for index, images in enumerate(self.images)}
+        for index, logits in enumerate(self.logits):
+            found |= {f"agreement/{index}/logits/{task}": value for task, value in logits.items()}
+        return found
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what `tensors` gave."""
+        device = next(next(iter(self.experts.values())).parameters()).device
+        while (found := tensors.get(f"agreement/{len(self.images)}/image")) is not None:
+            place = len(self.images)
+            self.logits.append({task: tensors[f"agreement/{place}/logits/{task}"].to(device) for task in self.experts})
+            self.images.append(found.to(device))
+
     @torch.no_grad()
     def distances(self, model: SimoModel) -> dict[str, float]:
         """Mean `Task.distance` of the model's predictions from the experts', by task.

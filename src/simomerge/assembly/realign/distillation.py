@@ -160,7 +160,7 @@ class Distilling:
     """
 
     settings: TrainSettings
-    hold_out: float = 0.125
+    hold_out: float
     stored: bool = True
     features: float = 0.0
     augmentation: str = "flip"

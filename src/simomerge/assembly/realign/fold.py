@@ -62,13 +62,23 @@ class Fold(Realignment):
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.agreement import Agreement
-        from simomerge.assembly.realign.sums import fold_heads, head_targets
+        from simomerge.assembly.realign.layout import FoldLayout
+        from simomerge.assembly.realign.restart import SavedSums
+        from simomerge.assembly.realign.sums import HeadSums, fold_heads, head_sums, head_targets
         from simomerge.assembly.realign.teacher import check_heads
+        from simomerge.core import distributed
 
         check_heads(model, inputs.experts)
         agreement = Agreement(inputs.experts)
-        targets = head_targets(model, inputs.experts, inputs.images, self.variant, self.images_at_once, agreement)
-        folded = fold_heads(model, targets, self.variant, math.inf if self.ridge == "none" else self.ridge, agreement)
+        saved = SavedSums(inputs.work_folder, HeadSums(FoldLayout(model, self.variant)), agreement)
+        start, step = saved.resume(), distributed.processes()
+        targets = head_targets(
+            model, inputs.experts, inputs.images, self.variant, self.images_at_once, agreement, start
+        )
+        sums = head_sums(model, targets, self.variant, saved.sums, lambda last: saved.save_once_in_a_while(last + step))
+        saved.remove()
+        ridge = math.inf if self.ridge == "none" else self.ridge
+        folded = fold_heads(model, (), self.variant, ridge, agreement, sums)
         if message := folded.sums.shortcoming():
             warnings.warn(message, stacklevel=4)
         for task in folded.kept:

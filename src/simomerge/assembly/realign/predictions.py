@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ from torch import Tensor
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_write_text
 from simomerge.core.images import resized
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.base import DenseDataset
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
+from simomerge.training.features import write_rows
+
+EVERY = 30.0
+"""Seconds between two times that the place of the next image is saved."""
 
 
 class UnlabelledImages(DenseDataset):
@@ -58,6 +65,9 @@ class UnlabelledImages(DenseDataset):
 class TeacherPredictions(UnlabelledImages):
     """Images with the experts' logits as targets, memory-mapped in half precision.
 
+    Under torchrun each process predicts its share of the images. An interrupted start goes on where it was, if it has
+    as many processes again.
+
     Args:
         images: As `simomerge.datasets.pictures.as_images` returns them, all of one size.
         experts: By task.
@@ -71,10 +81,20 @@ class TeacherPredictions(UnlabelledImages):
         super().__init__(images, experts)
         self.folder = folder
         self._logits: dict[str, np.ndarray] = {}
-        with distributed.first_before_others():
-            if not (folder / "done").exists():
-                _check_space(self.bytes_of_predictions, len(images), folder)
-                _write_predictions(images, self.size, experts, folder)
+        done = folder / "done"
+        if distributed.from_first(done.exists()):
+            return
+        shapes = {task: (len(images), expert.tasks[task].channels, *self.size) for task, expert in experts.items()}
+        if distributed.is_first():
+            _make_files(shapes, self.bytes_of_predictions, folder)
+        distributed.wait()
+        _write_predictions(images, self.size, experts, folder)
+        distributed.wait()
+        if distributed.is_first():
+            done.touch()
+            for left in folder.glob("next-*"):
+                left.unlink()
+        distributed.wait()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_logits": {}}  # pickling a memory map would copy its content to each worker
@@ -97,26 +117,41 @@ def _check_space(needed: int, count: int, folder: Path) -> None:
         )
 
 
+def _make_files(shapes: Mapping[str, tuple[int, ...]], needed: int, folder: Path) -> None:
+    """Make the files of the logits, unless an interrupted start has made them."""
+    files = {folder / f"{task}.npy": shape for task, shape in shapes.items()}
+    if all(file.exists() and np.load(file, mmap_mode="r").shape == shape for file, shape in files.items()):
+        return
+    _check_space(needed, next(iter(shapes.values()))[0], folder)
+    for left in folder.glob("next-*"):
+        left.unlink()
+    for file, shape in files.items():
+        open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
+    progress("experts' predictions", 0, 1, f"{needed / 1e9:.2g} GB on disk")
+
+
 @torch.no_grad()
 def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str, SimoModel], folder: Path) -> None:
-    arrays = {
-        task: open_memmap(
-            folder / f"{task}.npy", mode="w+", dtype=np.float16, shape=(len(images), expert.tasks[task].channels, *size)
-        )
-        for task, expert in experts.items()
-    }
-    progress("experts' predictions", 0, len(images), f"{sum(a.nbytes for a in arrays.values()) / 1e9:.2g} GB on disk")
-    for batch in observe(experts, images, label="experts' predictions"):
-        if batch.images.shape[-2:] != size:
-            raise InputError(
-                f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
-                f" {batch.indices[0]} {batch.images.shape[-1]} x {batch.images.shape[-2]}: resize them"
-                " (--size HEIGHTxWIDTH)."
-            )
-        for task, expert in experts.items():
-            with evaluating(expert), autocast(batch.images.device):
-                logits = expert.decode(batch.features[task])[task]
-            arrays[task][batch.indices] = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
-    for array in arrays.values():
-        array.flush()
-    (folder / "done").touch()
+    """Write the logits for this process's share of the images."""
+    following = folder / f"next-{distributed.rank()}-of-{distributed.processes()}"
+    start, saved_at = int(following.read_text()) if following.exists() else 0, time.monotonic()
+    with ExitStack() as stack:
+        files = {task: stack.enter_context((folder / f"{task}.npy").open("r+b")) for task in experts}
+        for batch in observe(experts, images, label="experts' predictions", shared=True, start=start):
+            if batch.images.shape[-2:] != size:
+                raise InputError(
+                    f"distillation needs images of one size; the first is {size[1]} x {size[0]} pixels, image"
+                    f" {batch.indices[0]} {batch.images.shape[-1]} x {batch.images.shape[-2]}: resize them"
+                    " (--size HEIGHTxWIDTH)."
+                )
+            for task, expert in experts.items():
+                with evaluating(expert), autocast(batch.images.device):
+                    logits = expert.decode(batch.features[task])[task]
+                rows = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
+                for place, index in enumerate(batch.indices):
+                    write_rows(files[task], index, len(images), rows[place : place + 1])
+            if time.monotonic() - saved_at >= EVERY:
+                for file in files.values():
+                    file.flush()
+                atomic_write_text(following, str(batch.indices[-1] + distributed.processes()))
+                saved_at = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,13 @@ class HeadTargets:
         images: Float (B, 3, H, W).
         targets: See `FoldLayout.targets`.
         held_out: Which of the images are held out, bool (B,).
+        last: Index of the last of the images.
     """
 
     images: Tensor
     targets: list[Tensor]
     held_out: Tensor
+    last: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,26 @@ class HeadSums:
         means = maps.float().mean((2, 3))
         self._first = means[0] if self._first is None else self._first
         self.all_alike = self.all_alike and torch.allclose(means, self._first.expand_as(means), rtol=1e-4, atol=1e-6)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name, to save them."""
+        found = {
+            f"sums/{index}/{name}": torch.as_tensor(value, dtype=torch.float64)
+            for index, sums in enumerate(self._all())
+            for name, value in vars(sums).items()
+        }
+        first = {} if self._first is None else {"first": self._first}
+        return {**found, **first, "alike": torch.tensor(self.all_alike)}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `tensors` gave. Raises KeyError or RuntimeError if they belong to other sums."""
+        for index, sums in enumerate(self._all()):
+            for name, value in vars(sums).items():
+                saved = tensors[f"sums/{index}/{name}"]
+                setattr(sums, name, value.copy_(saved) if isinstance(value, Tensor) else float(saved))
+        device = next(self.layout.model.parameters()).device
+        self._first = tensors["first"].to(device) if "first" in tensors else None
+        self.all_alike = bool(tensors["alike"])
 
     def gather(self) -> None:
         """Add up the sums of all processes, so that each process has the totals."""
@@ -283,14 +305,16 @@ def fold_heads(
     variant: str = "per-tap",
     ridge: float | str = "auto",
     agreement: Agreement | None = None,
+    sums: HeadSums | None = None,
 ) -> Folded:
     """Fold the heads of a merged model so that their first layers match those of the experts.
 
     Args:
         agreement: The experts' predictions for the held-out images, once ``targets`` has ended. With it, a head whose
             predictions would be further from the expert's after the fold stays as it was.
+        sums: The sums over all images, if they are known; then there need be no ``targets``.
     """
-    sums = head_sums(model, targets, variant)
+    sums = sums or head_sums(model, targets, variant)
     fits = sums.choose(ridge)
     before: dict[str, float] = {}
     after: dict[str, float] = {}
@@ -305,14 +329,26 @@ def fold_heads(
 
 
 @torch.no_grad()
-def head_sums(model: SimoModel, targets: Iterable[HeadTargets], variant: str = "per-tap") -> HeadSums:
-    """The sums for the fold of all heads of a merged model, over the images of all processes."""
-    sums = HeadSums(FoldLayout(model, variant))
+def head_sums(
+    model: SimoModel,
+    targets: Iterable[HeadTargets],
+    variant: str = "per-tap",
+    sums: HeadSums | None = None,
+    note: Callable[[int], None] = lambda last: None,
+) -> HeadSums:
+    """The sums for the fold of all heads of a merged model, over the images of all processes.
+
+    Args:
+        sums: Sums of earlier images of this process, to continue from.
+        note: Called after each batch with the index of its last image.
+    """
+    sums = sums or HeadSums(FoldLayout(model, variant))
     device = next(model.parameters()).device
     for batch in targets:
         with evaluating(model), autocast(device):
             features = model.encode(batch.images)
         sums.add(features, batch.targets, batch.held_out)
+        note(batch.last)
     sums.gather()
     return sums
 
@@ -329,6 +365,7 @@ def head_targets(
     variant: str = "per-tap",
     batch_size: int = 32,
     agreement: Agreement | None = None,
+    start: int = 0,
 ) -> Iterator[HeadTargets]:
     """The targets of `fold_heads`, which the experts compute batch by batch. A list of them serves several merges.
 
@@ -337,9 +374,10 @@ def head_targets(
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` gives them.
         agreement: Receives the experts' predictions for the held-out images.
+        start: The first image of this process's share, to go on after an interruption.
     """
     layout = FoldLayout(model, variant)
-    for batch in observe(experts, images, batch_size, "fold", shared=True):
+    for batch in observe(experts, images, batch_size, "fold", shared=True, start=start):
         if agreement is not None:
             agreement.add(batch)
-        yield HeadTargets(batch.images, layout.targets(batch.features), batch.held_out)
+        yield HeadTargets(batch.images, layout.targets(batch.features), batch.held_out, batch.indices[-1])

@@ -23,6 +23,9 @@ from simomerge.models.model import SimoModel, as_expert
 from simomerge.training.evaluate import evaluating
 from simomerge.training.familiarity import sketch
 
+SKETCHED = 4096
+"""Images whose features are compared with those of the experts' training images."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -49,6 +52,7 @@ def observe(
     label: str = "experts",
     shared: bool = False,
     check: bool = True,
+    start: int = 0,
 ) -> Iterator[Observation]:
     """Encode images with every expert, a batch at a time.
 
@@ -56,6 +60,7 @@ def observe(
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` returns them.
         shared: Under torchrun, encode only this process's share of the images.
+        start: The first image of this process's share, to go on after an interruption.
         check: Warn of images that do not suit the experts; see `simomerge.assembly.images.check_images`.
     """
     rank, world = (distributed.rank(), distributed.processes()) if shared else (0, 1)
@@ -64,12 +69,12 @@ def observe(
     done, out = 0, set(held_out(images))
     sketches: dict[str, list[Tensor]] = {task: [] for task in experts}
     size = (0, 0)
-    for indices, batch in image_batches(images, batch_size, start=rank, step=world):
+    for indices, batch in image_batches(images, batch_size, start=max(start, rank), step=world):
         batch = first.fit(batch.to(device))
         with evaluating(*experts.values()), autocast(device):
             features = {task: expert.encode(batch) for task, expert in experts.items()}
         size = size if done else (batch.shape[-2], batch.shape[-1])
-        for task, each in features.items():
+        for task, each in features.items() if done < SKETCHED else ():
             sketches[task].append(sketch(each))
         yield Observation(indices, batch, features, torch.tensor([index in out for index in indices]))
         done += len(indices)

@@ -1,0 +1,84 @@
+"""A fold over many images goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simomerge.assembly.realign import predictions, realign
+from simomerge.assembly.realign.predictions import TeacherPredictions
+from simomerge.assembly.realign.restart import SavedSums
+from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
+from simomerge.datasets import DenseDataset
+from simomerge.datasets.pictures import as_images
+from simomerge.models.model import SimoModel
+
+from .contract import FEW_IMAGES, Killed
+
+
+@pytest.mark.filterwarnings(FEW_IMAGES)
+def test_an_interrupted_fold_ends_like_one_that_was_left_alone(
+    merged: SimoModel,
+    experts: dict[str, SimoModel],
+    rooms: DenseDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"method": "fold-cross", "images_at_once": 2, "count": len(rooms)}
+    expected = realign(merged, experts, rooms, **given)
+    seen: list[int] = []
+
+    def note(saved: SavedSums, following: int) -> None:
+        seen.append(following)
+        if len(seen) == 3:
+            saved.save(following)
+            raise Killed
+
+    monkeypatch.setattr(SavedSums, "save_once_in_a_while", note)
+    with pytest.raises(Killed):
+        realign(merged, experts, rooms, work_folder=tmp_path, **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["sums-0-of-1.safetensors"]
+    resumed = realign(merged, experts, rooms, work_folder=tmp_path, **given)
+    assert seen == list(range(2, len(rooms) + 1, 2))  # no batch was seen twice
+    assert not list(tmp_path.iterdir())
+    for name, value in expected.heads.state_dict().items():
+        torch.testing.assert_close(resumed.heads.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    records = [model.provenance["realign"] for model in (expected, resumed)]
+    assert records[0]["r2"] == records[1]["r2"]
+    assert records[0]["unlabelled_images"] == records[1]["unlabelled_images"] == len(rooms)
+
+
+def test_interrupted_predictions_go_on(
+    experts: dict[str, SimoModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = as_images(torch.rand((70, 3, 24, 32), generator=torch.Generator().manual_seed(0)))
+    whole = TeacherPredictions(images, experts, tmp_path / "whole")
+    monkeypatch.setattr(predictions, "EVERY", 0.0)
+
+    def killed(label: str, done: int, total: int, note: str) -> None:
+        if done >= 64:
+            raise Killed
+
+    with pytest.raises(Killed), show_progress(killed):
+        TeacherPredictions(images, experts, tmp_path / "parts")
+    assert int((tmp_path / "parts" / "next-0-of-1").read_text()) == 64
+    seen: list[int] = []
+    with show_progress(lambda label, done, total, note: seen.append(done)):
+        parts = TeacherPredictions(images, experts, tmp_path / "parts")
+    assert seen[-1] == 6  # the images that were left
+    for index in (0, 40, 69):
+        for task, value in whole.targets(index, experts).items():
+            assert torch.equal(parts.targets(index, [task])[task], value)
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert left == {"done", *(f"{task}.npy" for task in experts)}
+
+
+def test_a_damaged_file_is_named(
+    merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "sums-0-of-1.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"sums-0-of-1.safetensors: cannot resume .* remove it to start again"):
+        realign(merged, experts, rooms, method="fold", work_folder=tmp_path)
