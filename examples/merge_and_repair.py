@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experts = {task: train(task, given.images, given.steps) for task in ("depth", "normals")}
     base = sm.load("rooms-base")
     merged = sm.merge(base, experts, "task-arithmetic", scale=0.5)
-    repaired = sm.realign(merged, experts, images="rooms")  # no labels: it compares with the experts
+    images = sm.data("rooms", split="train", count=given.images, tasks=[])  # without labels: or a folder of photos
+    repaired = sm.realign(merged, experts, images=images)  # compares the features with those of the experts
 
     test = sm.data("rooms", split="test", count=32, tasks=list(experts))
     baseline = {task: sm.evaluate(expert, test)[task] for task, expert in experts.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from simomerge.cli import options
-from simomerge.cli.next_step import realign_step, recorded_experts
+from simomerge.cli.next_step import next_step, realign_step, recorded_experts
 from simomerge.cli.output import console, say
 from simomerge.core.errors import InputError
 
@@ -101,5 +101,5 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
         f"Merged {', '.join(edited.tasks)} by {made['method']}, as {model} was.",
         *tree_lines(made),
         f"Model: {output}",
-        f"Next: simomerge inspect {output}",
+        next_step("inspect", output),
     )

@@ -68,9 +68,22 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  adapters of rank {model['adapters']['rank']}")
     for key, value in model["provenance"].items():
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+            value = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in value.items())
         lines.append(f"  {key}: {plain(value)}")
-    return lines
+    return [*lines, *_measured(model.get("evaluation"))]
+
+
+def _measured(evaluation: dict[str, Any] | None) -> list[str]:
+    """The figures that the folder records."""
+    if not evaluation:
+        return []
+    shown = [
+        f"{row['task']} {row['metric']} {row['value']:.4g} {row['unit']}".rstrip() for row in evaluation["metrics"]
+    ]
+    delta = evaluation.get("delta_mtl")
+    shown += [] if delta is None else [f"Delta_MTL {delta:+.2f} %"]
+    where = f"{evaluation['images']} images of {evaluation['data']} ({evaluation['split']})"
+    return [f"  measured on {where}: {', '.join(shown)}"]
 
 
 def _short(value: Any) -> str:

@@ -64,7 +64,10 @@ def _write_log(folder: Path, began: float, log: Mapping[str, Any]) -> None:
 
 
 def _models(folders: Mapping[str, Any], device: Any = "cpu") -> dict[str, SimoModel]:
-    return {task: load(folder / "model").to(device) for task, folder in folders.items()}
+    found = {task: load(folder / "model").to(device) for task, folder in folders.items()}
+    for task, model in found.items():
+        model.source = folders[task].name  # provenance names the stage, since all models of a run are called "model"
+    return found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
