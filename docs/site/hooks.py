@@ -47,6 +47,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return LINK.sub(moved, markdown)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Options without a default have a mark of click in the generated tables; leave it out."""
+    return html.replace("<code>Sentinel.UNSET</code>", "")
+
+
 def _add(files: Files, config: Any, name: str, content: str) -> None:
     files.append(File.generated(config, name, content=content))
 

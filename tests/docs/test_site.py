@@ -65,6 +65,7 @@ def test_the_reference_has_every_public_name_and_command(site: Path) -> None:
     assert [name for name in simomerge.__all__ if f"sm.{name}" not in python] == []
     cli = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f'id="simomerge-{name}"' not in cli] == []
+    assert "Sentinel" not in cli
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1300, "light"), (390, "light"), (390, "dark")])
