@@ -76,6 +76,7 @@ class RayPool(WorkerPool):
         self._ray = _imported()
         self._same: dict[str, Future[Any]] = {}  # jobs that several runs of this process wait for
         self._lock = threading.Lock()
+        self._allowed = allowed()  # threads do not know it
 
     @property
     def needs_locks(self) -> bool:
@@ -137,7 +138,7 @@ class RayPool(WorkerPool):
         name, log = _name(arguments), _log(arguments)
         self.nodes.check_memory(name, memory)
         setup = _Setup(
-            os.environ.get(PRECISION), tracking.current(), allowed(), self.nodes.cpus, self.nodes.tasks_per_node
+            os.environ.get(PRECISION), tracking.current(), self._allowed, self.nodes.cpus, self.nodes.tasks_per_node
         )
         needs = {"num_cpus": self.nodes.cpus, "num_gpus": self.nodes.gpus, "memory": memory, "max_retries": 0}
         task = ray.remote(_task).options(**needs, name=name)
