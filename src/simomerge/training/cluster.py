@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -85,8 +86,9 @@ class RayPool(WorkerPool):
     def __enter__(self) -> RayPool:
         ray = self._ray
         try:
+            _connect(self.address)  # Ray itself waits for minutes
             ray.init(address=self.address or None, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
                 f"--ray: no cluster answers at {self.address or 'this machine'} ({first_line}). Start one with"
@@ -275,6 +277,13 @@ def _tail(log: Path | None, text: str = "") -> str:
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()][-_LINES:]
     where = f" ({log})" if log is not None else ""
     return f"Its log{where} ends with:\n" + "\n".join(lines) if lines else f"Its log{where} is empty."
+
+
+def _connect(address: str) -> None:
+    """Raise OSError if nothing listens at an address that has a port."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _imported() -> Any:
