@@ -75,7 +75,7 @@ def same(results: dict[str, Any]) -> dict[str, Any]:
 
     def without(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: without(item) for key, item in value.items() if "second" not in key and key != "gallery"}
+            return {key: without(item) for key, item in value.items() if "second" not in key and key != "created"}
         return [without(item) for item in value] if isinstance(value, list) else value
 
     return without(json.loads(json.dumps({k: v for k, v in results.items() if k != "gallery"}, default=str)))

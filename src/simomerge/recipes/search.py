@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.distributed import started_processes
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
-from simomerge.core.progress import current_sink, progress, show_progress
+from simomerge.core.progress import progress
 from simomerge.recipes.file import read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
@@ -91,15 +92,15 @@ def _optimise(
     optuna: Any, study: Any, objective: Callable[[Any], float], search: SearchSettings, folder: Path, at_once: int
 ) -> None:
     """Run trials until the study has all of them, ``at_once`` at the same time."""
-    sink = current_sink()
+    here = copy_context()  # trials at the same time are threads, which start without progress and trusted classes
 
     def report(*_: Any) -> None:
-        with show_progress(sink):  # trials at the same time are threads, which start without one
-            _report(study, search, folder)
+        here.copy().run(_report, study, search, folder)
 
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
-    study.optimize(objective, callbacks=[report, limit], n_jobs=min(at_once, search.trials))
+    at_once = min(at_once, search.trials)
+    study.optimize(lambda trial: here.copy().run(objective, trial), callbacks=[report, limit], n_jobs=at_once)
 
 
 def _finished(study: Any) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -76,6 +77,7 @@ class RayPool(WorkerPool):
         self._ray = _imported()
         self._same: dict[str, Future[Any]] = {}  # jobs that several runs of this process wait for
         self._lock = threading.Lock()
+        self._allowed = allowed()  # threads do not know it
 
     @property
     def needs_locks(self) -> bool:
@@ -84,8 +86,9 @@ class RayPool(WorkerPool):
     def __enter__(self) -> RayPool:
         ray = self._ray
         try:
+            _connect(self.address)  # Ray itself waits for minutes
             ray.init(address=self.address or None, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
                 f"--ray: no cluster answers at {self.address or 'this machine'} ({first_line}). Start one with"
@@ -137,7 +140,7 @@ class RayPool(WorkerPool):
         name, log = _name(arguments), _log(arguments)
         self.nodes.check_memory(name, memory)
         setup = _Setup(
-            os.environ.get(PRECISION), tracking.current(), allowed(), self.nodes.cpus, self.nodes.tasks_per_node
+            os.environ.get(PRECISION), tracking.current(), self._allowed, self.nodes.cpus, self.nodes.tasks_per_node
         )
         needs = {"num_cpus": self.nodes.cpus, "num_gpus": self.nodes.gpus, "memory": memory, "max_retries": 0}
         task = ray.remote(_task).options(**needs, name=name)
@@ -274,6 +277,13 @@ def _tail(log: Path | None, text: str = "") -> str:
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()][-_LINES:]
     where = f" ({log})" if log is not None else ""
     return f"Its log{where} ends with:\n" + "\n".join(lines) if lines else f"Its log{where} is empty."
+
+
+def _connect(address: str) -> None:
+    """Raise OSError if nothing listens at an address that has a port."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _imported() -> Any:

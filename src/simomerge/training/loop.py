@@ -94,7 +94,7 @@ def fit(
             log = trainer.run(train, validation, transform)
         except DivergedError as error:
             error.kept, error.best_step = trainer.state.restore_best(), trainer.log.best_step
-            trainer.finish(home)
+            trainer.collect(home)
             raise
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -104,7 +104,10 @@ def fit(
                     " several processes, sharding help too."
                 ) from error
             raise
-        trainer.finish(home)
+        else:
+            trainer.collect(home)
+        finally:
+            module.to(home).eval()
     return log
 
 
@@ -224,14 +227,13 @@ class _Trainer:
             progress(self.label, settings.steps, settings.steps, note)
         return log
 
-    def finish(self, home: torch.device) -> None:
-        """Give the trained module all its weights, and move it back to the device it came from."""
+    def collect(self, home: torch.device) -> None:
+        """Give the trained module all its weights, if its twin was divided."""
         if self.shards:
             self.state.best = None
             self.optimizer.state.clear()
             self.root.zero_grad()
             sharding.collect(self.root.module, self.module, home)
-        self.module.to(home).eval()
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; the task losses and the total loss of the batch."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from simomerge.checkpoints import write_safetensors
-from simomerge.checkpoints.tensors import TensorInfo, tensor_info
+from simomerge.checkpoints.tensors import value_info
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.training.sharding import assign, whole
@@ -89,20 +89,18 @@ class TrainingState:
             return
         began, tensors = time.monotonic(), self._tensors()
         text = torch.tensor(list(json.dumps(asdict(log)).encode()), dtype=torch.uint8)
-        layout = {
-            name: TensorInfo(tuple(value.shape), tensor_info({name: value}, name).dtype)
-            for name, value in {**tensors, _LOG: text}.items()
-        }
+        layout = {name: value_info(value, name) for name, value in {**tensors, _LOG: text}.items()}
 
         def collected() -> Iterator[tuple[str, Tensor]]:
             yield _LOG, text
             for name, value in tensors.items():
-                yield name, whole(value).cpu()
+                yield name, whole(value)
 
         if distributed.is_first():
             write_safetensors(self.path, collected(), layout=layout)
         else:
-            list(map(len, collected()))
+            for _ in collected():  # the other processes take part in collecting
+                pass
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - began
 
