@@ -30,7 +30,7 @@ def test_heads_that_are_not_the_experts_are_named_with_both_shapes() -> None:
     ):
         with pytest.raises(InputError, match=message):
             check_heads(*_filled(ours, theirs, 1, 1))
-    with pytest.raises(InputError, match="a.weight has other values"):
+    with pytest.raises(InputError, match=r"a\.weight has other values"):
         check_heads(*_filled(Model(3), Model(3), 1, 1.1))
 
 
