@@ -37,7 +37,8 @@ def read_matlab(path: Path, *keys: str) -> list[np.ndarray]:
         order = {b"IM": "<", b"MI": ">"}[content[126:128]]
         variables = dict(_variables(content[128:], order, keys))
     except Exception as error:  # any of many kinds, for a damaged file
-        raise InputError(f"{path}: not a MATLAB file of version 5 ({error}), or a damaged one; download it again.") from error
+        reason = f"not a MATLAB file of version 5 ({error}), or a damaged one"
+        raise InputError(f"{path}: {reason}; download it again.") from error
     if missing := [key for key in keys if key not in variables]:
         raise InputError(f"{path}: no variable {missing[0]!r} in it; another file of this name?")
     return [variables[key] for key in keys]
