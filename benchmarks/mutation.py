@@ -39,6 +39,7 @@ SECONDS = 300
 
 LIBRARIES = ("torch", "numpy", "scipy.linalg", "transformers", "hypothesis.extra.numpy", "PIL.Image", "click", "peft")
 FALLBACKS = {
+    "checkpoints/description.py": ["checkpoints/test_experts.py", "hostile/test_outputs.py"],
     "merging/engine/schedule.py": ["merging/test_depth_and_schedule.py"],
     "merging/engine/": ["merging/test_merge.py"],
     "merging/disk/": ["merging/disk/test_merge.py"],

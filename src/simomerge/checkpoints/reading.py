@@ -191,7 +191,10 @@ def _open_shards(index: Path) -> dict[str, _Entry]:
 def _open_torch(file: Path) -> dict[str, _Entry]:
     import torch
 
-    is_zip = zipfile.is_zipfile(file)
+    try:
+        is_zip = zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        is_zip = False
     with file.open("rb") as handle:
         if handle.read(2) == b"PK" and not is_zip:
             raise InputError(f"{file} is not a complete torch file (its end is missing): copy or save it again.")
@@ -205,7 +208,7 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
             f"{file} was refused: {holds}, and loading it could run code. "
             "Save the state dict alone, best as safetensors."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         # The first sentence: torch goes on with advice for its developers.
         reason = re.split(r"\.\s|\n", str(error))[0].rstrip(".") if str(error) else type(error).__name__
         raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error

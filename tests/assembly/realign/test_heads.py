@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from simomerge.assembly.realign import realign
+from simomerge.assembly.realign import realign, training
 from simomerge.datasets import DenseDataset
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluate
@@ -22,6 +25,42 @@ def test_it_lowers_the_error_on_the_images_it_saw(merged: SimoModel, rooms: Dens
     before, after = evaluate(merged, rooms), evaluate(result, rooms)
     assert after["depth"]["abs_err"] < 0.5 * before["depth"]["abs_err"]
     assert after["segmentation"]["miou"] > before["segmentation"]["miou"] + 5
+
+
+@pytest.mark.parametrize("held_out", [["an image", "another"], []])
+def test_a_distilled_head_is_kept_only_if_it_came_closer_to_its_expert(
+    held_out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([{"depth": 0.5, "edges": 2.0, "same": 3.0}, {"depth": 0.2, "edges": 2.1, "same": 3.0}])
+    model = SimpleNamespace(heads=nn.ModuleDict({name: nn.Linear(1, 1) for name in ("depth", "edges", "same")}))
+    before = {name: head.weight.item() for name, head in model.heads.items()}
+
+    def train(given: Any, inputs: SimpleNamespace, settings: Any, criterion: str) -> dict[str, Any]:
+        assert (inputs.data, settings, criterion) == ("the others", SETTINGS, "distance")
+        for head in given.heads.values():
+            nn.init.constant_(head.weight, 7.0)
+        return {"steps": 9}
+
+    distances = SimpleNamespace(measured=lambda given, images: next(found) if images == held_out else None)
+    for name, value in (
+        ("TeacherPredictions", lambda *given: given[:2]),
+        ("split_off", lambda given, share: ("the others", held_out) if given == ("images", {}) else None),
+        ("ExpertDistances", lambda experts: distances),
+        ("train_heads", train),
+        ("replace", lambda given, data: SimpleNamespace(data=data)),
+    ):
+        monkeypatch.setattr(training, name, value)
+    inputs: Any = SimpleNamespace(images="images", experts={}, work_folder=Path("work"))
+    with warnings.catch_warnings(record=True) as log:
+        warnings.simplefilter("always")
+        made = training.distil_heads(model, inputs, SETTINGS, 0.25, "label")  # type: ignore[arg-type]
+    after = {name: head.weight.item() for name, head in model.heads.items()}
+    if not held_out:
+        assert made == {"held_out_images": 0, "distance_ratio": {}, "steps": 9} and set(after.values()) == {7.0}
+        return
+    assert made == {"held_out_images": 2, "distance_ratio": {"depth": 0.4, "edges": 1.0, "same": 1.0}, "steps": 9}
+    assert after == {"depth": 7.0, "edges": before["edges"], "same": 7.0}
+    assert [str(one.message)[:52] for one in log] == ["label: on held-out images edges is 5.0 % further from"[:52]]
 
 
 def test_two_heads_together_are_the_two_heads_alone(merged: SimoModel, rooms: DenseDataset) -> None:

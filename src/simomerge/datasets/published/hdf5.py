@@ -86,26 +86,3 @@ def _opened(path: Path, _changed: int, _process: int) -> Any:
         return h5py.File(path, "r")
     except Exception as error:  # h5py raises many kinds of errors for damaged files
         raise InputError(f"{path}: not a complete HDF5 file ({error}); download it again.") from error
-
-
-def read_matlab(path: Path, *keys: str) -> list[np.ndarray]:
-    """Variables of a small file in MATLAB's older format, as flat integer arrays.
-
-    Raises:
-        InputError: the file is missing, has another format, or does not have a variable.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file.")
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(f"{path}: reading MATLAB files needs scipy: {_INSTALL}.") from error
-    try:
-        variables = loadmat(path)
-        if missing := [key for key in keys if key not in variables]:
-            raise InputError(f"{path}: no variable {missing[0]!r} in it; another file of this name?")
-        return [np.asarray(variables[key]).ravel().astype(np.int64) for key in keys]
-    except InputError:
-        raise
-    except Exception as error:  # scipy raises many kinds of errors for damaged files
-        raise InputError(f"{path}: not a MATLAB file ({error}); download it again.") from error

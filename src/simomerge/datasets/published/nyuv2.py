@@ -13,7 +13,8 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.datasets.published.geometry import Camera, normals_from_depth
-from simomerge.datasets.published.hdf5 import Frame, count_images, read_matlab
+from simomerge.datasets.published.hdf5 import Frame, count_images
+from simomerge.datasets.published.matlab import read_matlab
 from simomerge.datasets.published.numbered import (
     numbered_folder,
     numbered_rows,
