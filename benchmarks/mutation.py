@@ -207,7 +207,9 @@ def forked(files: list[str], copy: Path) -> tuple[str, float]:
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     if os.WIFSIGNALED(status):
         return "timeout" if os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL) else "killed", seconds
-    return "survived" if os.WEXITSTATUS(status) == 0 else "killed", seconds
+    if (code := os.WEXITSTATUS(status)) in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise SystemExit(f"{' '.join(files)}: pytest ran no test (exit code {code}); see {copy / 'said.log'}.")
+    return "survived" if code == 0 else "killed", seconds
 
 
 def _tests_in(copy: Path, files: list[str]) -> int:
@@ -244,6 +246,9 @@ def main() -> int:
             if (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, copy / name)
+        for tests in {tuple(given.tests or mutant.tests()) for mutant in chosen}:
+            if forked(list(tests), copy)[0] != "survived":
+                raise SystemExit(f"{' '.join(tests)}: fails without a mutant; see its output by pytest.")
         for mutant in chosen:
             what, seconds = run(mutant, copy, given.tests)
             found.append({"mutant": str(mutant), "found": what, "seconds": round(seconds, 1)})

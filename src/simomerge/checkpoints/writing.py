@@ -96,8 +96,8 @@ def write_sharded(
     Tensors that fit go into ``model.safetensors``. More go into ``model-00001-of-0000N.safetensors`` and so on, with
     ``model.safetensors.index.json`` next to them. huggingface_hub assigns the tensors in the order of ``layout``: the
     first tensor that has no room in a shard closes it, and a tensor larger than the limit is a shard of its own. Each
-    file appears complete or not at all. To make all of them appear together, write into a folder of
-    :func:`~simomerge.core.files.atomic_folder`.
+    file appears complete or not at all, but parts of tensors that come with a place are written into it later. To make
+    all of them appear together, write into a folder of :func:`~simomerge.core.files.atomic_folder`.
 
     Args:
         folder: where to write; it is created if needed, and should hold no other weights.

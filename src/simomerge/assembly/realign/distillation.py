@@ -194,7 +194,7 @@ class Distilling:
             finally:
                 for expert in inputs.experts.values():
                     expert.to(home)
-        after = distances.measured(model, held_out) if held_out else {}
+            after = distances.measured(model, held_out) if held_out else {}
         _report(before, after, list(model.tasks), label)
         changes = {task: round(after[task] / max(before[task], 1e-12), 4) for task in model.tasks if after}
         return {"held_out_images": len(held_out) if held_out else 0, "distance_ratio": changes, **cost}
