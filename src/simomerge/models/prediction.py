@@ -84,8 +84,8 @@ def find_sources(given: Sequence[str]) -> list[Source]:
             raise InputError(f"{each}: no such image file; give pictures, folders, patterns, videos or camera:0.")
     stems = [path.replace(":", "-") if path.startswith("camera:") else Path(path).stem for path in paths]
     # The frames of a video are named after it, too, as clip-000001: pictures may have such names.
-    videos = {f"{stem}-" for path, stem in zip(paths, stems, strict=True) if Path(path).suffix.lower() in VIDEOS}
-    unique = len(set(stems)) == len(stems) and not any(stem.startswith(tuple(videos)) for stem in stems)
+    starts = {f"{stem}-" for path, stem in zip(paths, stems, strict=True) if Path(path).suffix.lower() in VIDEOS}
+    unique = len(set(stems)) == len(stems) and not any(stem.startswith(tuple(starts)) for stem in stems)
     return [
         Source(path, stem if unique else f"{stem}-{number}")
         for number, (path, stem) in enumerate(zip(paths, stems, strict=True), start=1)
