@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from simomerge.checkpoints.card import PICTURE, model_card
 from simomerge.checkpoints.description import read_description
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core.errors import InputError
-from simomerge.core.hub import LOGIN, MODEL_FILES, first_sentence
+from simomerge.core.hub import LOGIN, first_sentence
+from simomerge.core.model_files import is_model_file, needed_files
 
 _OTHERS = (".gitattributes", "README.md")
 """What a repository without a model may hold."""
@@ -39,11 +39,19 @@ def files_to_publish(folder: Path) -> tuple[list[str], list[str]]:
     """The files of a model folder that would be sent, and those that would not; paths within the folder.
 
     Raises:
-        InputError: It is no model folder, a file is damaged, or it is a link that leads out of the folder.
+        InputError: It is no model folder, a file of the model is missing, damaged or a link that leads out of the
+            folder, or a folder in it is a link.
     """
-    read_description(folder)
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    chosen = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)]
+    description = read_description(folder)
+    paths = sorted(folder.rglob("*"))
+    if linked := [path for path in paths if path.is_symlink() and path.is_dir()]:
+        raise InputError(f"{linked[0]} is a link to a folder; copy the folder with its files first.")
+    found = [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
+    chosen = [name for name in found if is_model_file(name)]
+    if missing := [name for name in needed_files(description, folder) if name not in chosen]:
+        raise InputError(
+            f"{folder / missing[0]}: missing, so the model is not complete; take it from its source again."
+        )
     for name in chosen:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
