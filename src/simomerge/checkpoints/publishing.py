@@ -92,7 +92,8 @@ def push_folder(
 ) -> Published:
     """Send a model folder to the hub, into a repository that is created if there is none.
 
-    Files of an earlier model in it are removed by the same commit. The visibility of an existing repository stays.
+    The same commit removes the files of an earlier model in it and replaces its README.md. Other files stay, and an
+    existing repository keeps its visibility.
 
     Args:
         folder: The model folder.
@@ -154,7 +155,7 @@ def _is_private(repository: str) -> bool:
 def _commit(repository: str, content: Mapping[str, Path | bytes], there: list[str], message: str) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    stale = [name for name in there if name not in content and name not in _OTHERS]
+    stale = [name for name in there if is_model_file(name) and name not in content]
     operations: list[Any] = [CommitOperationDelete(name) for name in stale]
     operations += [
         CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
