@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from PIL import Image
 
 import simomerge as sm
@@ -256,8 +256,13 @@ def test_a_new_model_replaces_all_files_of_the_old_one(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", WRITES)
     load(scene).push_to_hub("me/scene", private=False)
+    others = ("notes/demo.ipynb", "LICENSE", "scene.onnx", ".gitignore", "encoder/private/notes.json")
+    hub.repositories["me/scene"].files.update(dict.fromkeys(others, b"kept"))
+    hub.repositories["me/scene"].files["README.md"] = b"replaced"
     load(scene).select("depth").push_to_hub("me/scene")
     found = hub.repositories["me/scene"]
+    assert [found.files[name] for name in others] == [b"kept"] * len(others)
+    assert found.files["README.md"].startswith(b"---")
     assert "heads/parts.safetensors" not in found.files and "heads/depth.safetensors" in found.files
     assert not found.private  # what exists keeps its visibility
 
@@ -284,6 +289,28 @@ def test_nothing_is_sent_that_must_not_be(
     with pytest.raises(InputError, match=message):
         load(scene).push_to_hub(name)
     assert hub.repositories["me/other"].files == before and not hub.repositories.get("me/scene")
+
+
+def test_a_connection_that_is_lost_is_said_truly(hub: LocalHub, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITES)
+
+    def lost(*arguments: object, **settings: object) -> None:
+        raise ConnectionError("the line is dead")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", lost)
+        with pytest.raises(InputError, match=r"\(the line is dead\)\. The repository was created before that"):
+            push_folder(scene, "me/scene")
+        with pytest.raises(InputError, match=r"\(the line is dead\)\.$"):
+            push_folder(scene, "me/scene")
+    commit = HfApi.create_commit
+
+    def commit_and_lose(*arguments: object, **settings: object) -> None:
+        commit(*arguments, **settings)
+        monkeypatch.setattr(HfApi, "model_info", lost)
+
+    monkeypatch.setattr(HfApi, "create_commit", commit_and_lose)
+    assert push_folder(scene, "me/scene").private and "simo.json" in hub.repositories["me/scene"].files
 
 
 # The command line, in a process of its own --------------------------------------------------------------

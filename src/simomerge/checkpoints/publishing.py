@@ -105,7 +105,8 @@ def push_folder(
 
     Raises:
         InputError: No model folder, a wrong name, no token or one that may not write, a repository that holds another
-            kind of model, or a hub that cannot be reached. Nothing was sent.
+            kind of model, or a hub that cannot be reached. A new repository may have been created by then, which the
+            message says; it has no model yet.
 
     Example:
         >>> push_folder("runs/scene", "me/scene").private                                       # doctest: +SKIP
@@ -116,20 +117,31 @@ def push_folder(
     card = card_to_publish(folder, check_repository(repository), licence, picture is not None)
     content: dict[str, Path | bytes] = {name: folder / name for name in chosen}
     content |= {"README.md": card.encode(), **({PICTURE: picture} if picture is not None else {})}
+    there: _Repository | None = None
     try:
         there = _create(repository, private)
-        _commit(repository, content, there, message or "A model of simomerge")
+        _commit(repository, content, there.files, message or "A model of simomerge")
     except InputError:
         raise
     except Exception as error:  # the library raises many classes
-        raise InputError(f"{repository}: {_problem(error)}") from error
+        created = " The repository was created before that, and has no model yet." if there and there.is_new else ""
+        raise InputError(f"{repository}: {_problem(error)}{created}") from error
     from huggingface_hub import constants
 
-    return Published(f"{constants.ENDPOINT}/{repository}", tuple(content), tuple(left_out), _is_private(repository))
+    return Published(f"{constants.ENDPOINT}/{repository}", tuple(content), tuple(left_out), there.private)
 
 
-def _create(repository: str, private: bool) -> list[str]:
-    """Create a repository if there is none, and list the files in it."""
+@dataclass(frozen=True)
+class _Repository:
+    """A repository before the model is sent."""
+
+    files: list[str]
+    private: bool
+    is_new: bool = False
+
+
+def _create(repository: str, private: bool) -> _Repository:
+    """Create a repository if there is none, and look at what is in it."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -137,19 +149,14 @@ def _create(repository: str, private: bool) -> list[str]:
         raise InputError(f"{repository}: sending a model needs a token of the hub that may write; {LOGIN}.")
     api = HfApi()
     try:
-        files = api.list_repo_files(repository)
+        found: Any = api.model_info(repository)
     except RepositoryNotFoundError:
         api.create_repo(repository, private=private)
-        return []
+        return _Repository([], private, is_new=True)
+    files = [sibling.rfilename for sibling in found.siblings or ()]
     if "simo.json" not in files and (foreign := [name for name in files if name not in _OTHERS]):
         raise InputError(f"{repository} holds something else, such as {foreign[0]}; give the name of a new repository.")
-    return files
-
-
-def _is_private(repository: str) -> bool:
-    from huggingface_hub import HfApi
-
-    return bool(HfApi().model_info(repository).private)
+    return _Repository(files, bool(found.private))
 
 
 def _commit(repository: str, content: Mapping[str, Path | bytes], there: list[str], message: str) -> None:
