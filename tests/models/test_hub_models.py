@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from PIL import Image
 
 import simomerge as sm
 from cli.conftest import TINY, simomerge
 from local_hub import READS, WRITES, LocalHub, local_hub
+from simomerge.checkpoints.publishing import push_folder
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task
 from simomerge.merging.disk.sources import open_source
+from simomerge.merging.tree import Tree
+from simomerge.models.encoders import TreeEncoder
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.model import load
 from simomerge.training.evaluate import evaluation_record
@@ -78,11 +81,12 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: LocalHub, scene: Path, ma
 
 
 def test_no_file_is_fetched_that_a_model_does_not_need(hub: LocalHub, scene: Path) -> None:
-    for name in ("evil.py", "encoder/modeling.py", "weights.pkl", "heads/other.bin"):
+    for name in ("evil.py", "encoder/modeling.py", "weights.pkl", "heads/other.bin", "encoder/private/notes.json"):
+        (scene / name).parent.mkdir(exist_ok=True)
         (scene / name).write_text("import os")
     hub.add("someone/scene", scene)
     folder = Path(local_source("someone/scene"))
-    assert not [path for path in folder.rglob("*") if path.suffix in (".py", ".pkl", ".bin")]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".py", ".pkl", ".bin") or "private" in path.parts]
     assert load("someone/scene").tasks and (folder / "README.md").is_file()
 
 
@@ -91,6 +95,15 @@ def test_an_interrupted_download_is_completed(hub: LocalHub, scene: Path) -> Non
     head = Path(local_source("someone/scene")) / "heads" / "depth.safetensors"
     head.unlink()
     assert Path(local_source("someone/scene"), "heads", "depth.safetensors").is_file()
+
+
+def test_an_interrupted_download_of_a_tree_is_completed(hub: LocalHub, make_model, tmp_path: Path) -> None:
+    model = make_model([Task(name) for name in ("depth", "edges")])
+    model.encoder = TreeEncoder(Tree.of(2, ["depth", "edges"], blocks=4), model.encoder)
+    hub.add("someone/tree", model.save_pretrained(tmp_path / "tree"))
+    for name in ("branches/edges.safetensors", "stitches.safetensors"):
+        (Path(local_source("someone/tree")) / name).unlink()
+        assert Path(local_source("someone/tree"), name).is_file()
 
 
 def test_an_encoder_is_loaded_by_its_id_with_its_licence(hub: LocalHub, tiny_base: Path) -> None:
@@ -243,8 +256,13 @@ def test_a_new_model_replaces_all_files_of_the_old_one(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", WRITES)
     load(scene).push_to_hub("me/scene", private=False)
+    others = ("notes/demo.ipynb", "LICENSE", "scene.onnx", ".gitignore", "encoder/private/notes.json")
+    hub.repositories["me/scene"].files.update(dict.fromkeys(others, b"kept"))
+    hub.repositories["me/scene"].files["README.md"] = b"replaced"
     load(scene).select("depth").push_to_hub("me/scene")
     found = hub.repositories["me/scene"]
+    assert [found.files[name] for name in others] == [b"kept"] * len(others)
+    assert found.files["README.md"].startswith(b"---")
     assert "heads/parts.safetensors" not in found.files and "heads/depth.safetensors" in found.files
     assert not found.private  # what exists keeps its visibility
 
@@ -271,6 +289,28 @@ def test_nothing_is_sent_that_must_not_be(
     with pytest.raises(InputError, match=message):
         load(scene).push_to_hub(name)
     assert hub.repositories["me/other"].files == before and not hub.repositories.get("me/scene")
+
+
+def test_a_connection_that_is_lost_is_said_truly(hub: LocalHub, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITES)
+
+    def lost(*arguments: object, **settings: object) -> None:
+        raise ConnectionError("the line is dead")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", lost)
+        with pytest.raises(InputError, match=r"\(the line is dead\)\. The repository was created before that"):
+            push_folder(scene, "me/scene")
+        with pytest.raises(InputError, match=r"\(the line is dead\)\.$"):
+            push_folder(scene, "me/scene")
+    commit = HfApi.create_commit
+
+    def commit_and_lose(*arguments: object, **settings: object) -> None:
+        commit(*arguments, **settings)
+        monkeypatch.setattr(HfApi, "model_info", lost)
+
+    monkeypatch.setattr(HfApi, "create_commit", commit_and_lose)
+    assert push_folder(scene, "me/scene").private and "simo.json" in hub.repositories["me/scene"].files
 
 
 # The command line, in a process of its own --------------------------------------------------------------
@@ -304,6 +344,28 @@ def test_push_without_a_repository_or_with_a_link_sends_nothing(hub: LocalHub, s
     done = simomerge("push", "me/scene", scene)
     assert done.code == 2 and "is a link to a file outside the folder" in done.err
     assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("gone", ["encoder", "heads", "heads/depth.safetensors", "encoder/config.json"])
+def test_an_incomplete_model_is_not_pushed_over_a_complete_one(
+    gone: str, hub: LocalHub, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITES)
+    before = hub.add("me/scene", scene).files.copy()
+    (scene / gone).rename(scene.parent / "elsewhere")
+    with pytest.raises(InputError, match=rf"scene.{gone}.*: missing, so the model is not complete"):
+        push_folder(scene, "me/scene")
+    assert hub.repositories["me/scene"].files == before
+
+
+def test_a_linked_folder_is_not_pushed(hub: LocalHub, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITES)
+    before = hub.add("me/scene", scene).files.copy()
+    (scene / "encoder").rename(scene.parent / "elsewhere")
+    (scene / "encoder").symlink_to(scene.parent / "elsewhere")
+    with pytest.raises(InputError, match="encoder is a link to a folder; copy the folder"):
+        push_folder(scene, "me/scene")
+    assert hub.repositories["me/scene"].files == before
 
 
 def test_a_dry_run_shows_the_card_and_asks_nobody(hub: LocalHub, scene: Path) -> None:

@@ -57,6 +57,23 @@ def test_changes_are_positive_for_the_better(monkeypatch: pytest.MonkeyPatch) ->
     assert found.table[1][2:] == (f"{0.2 / ratio:.4g}", "0.2", "-8.7 %")  # an error that is higher is a loss
 
 
+def test_means_over_seeds_are_called_means_and_the_folder_one_seed() -> None:
+    given = {**make_results(seeds=3), "model": {**MODEL, "seed": 2}}
+    found = recommendation(given, "runs/demo")
+    assert found is not None and found.sentences[0].endswith("the three separate experts (mean over 3 seeds).")
+    assert found.sentences[1] == (
+        "The folder holds the model of one seed, 2: the best seed on the validation images. Its own figures are in its"
+        " README.md."
+    )
+    assert found.heads[1:3] == ("this model (mean over 3 seeds)", "its expert (mean over 3 seeds)")
+    assert "this model (mean over 3 seeds)" in Reader(report_page(given, folder="runs/demo")).text
+    alone = recommendation({**given, "model": {**MODEL, "candidates": {}}}, "runs/demo")
+    assert alone is not None and "of one seed, 0: the first seed." in alone.sentences[1]
+    single = recommendation(results(), "runs/demo")
+    assert single is not None and single.heads == ("task", "this model", "its expert", "change")
+    assert not any("seed" in sentence for sentence in single.sentences)
+
+
 def test_a_better_model_of_another_kind_is_named() -> None:
     *_, last = recommendation(results(), "runs/demo").sentences
     assert last.startswith("But joint-mtl (trained on all labels at once) is better on the test images: -5.2 % against")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.text import markdown
 
 PICTURE = "picture.png"
@@ -168,9 +169,7 @@ def _change(delta: float) -> str:
 
 
 def _limits(description: Mapping[str, Any]) -> str:
-    data = description["provenance"].get("training", {}).get("data") or (description.get("evaluation") or {}).get(
-        "data"
-    )
+    data = description["provenance"].get("training", {}).get("data")
     lines = [
         "- It is meant for photographs like those that its experts were trained on"
         + (f" ({markdown(data)})" if data else "")
@@ -178,11 +177,26 @@ def _limits(description: Mapping[str, Any]) -> str:
         "- Predictions carry no measure of confidence. Do not let them decide alone where people can come to harm.",
         "- A merged model keeps the faults and biases of its base and its experts.",
     ]
-    if any("rooms" in str(place) for place in (data, description["provenance"].get("base", {}).get("source"))):
+    if learned_rooms(description["provenance"]):
         lines.append(
             "- It has seen rendered toy rooms only. It shows how simomerge works, and is of no use on photographs."
         )
     return "\n".join(lines)
+
+
+def learned_rooms(provenance: Mapping[str, Any]) -> bool:
+    """Whether a model learned from the built-in rooms: its training records their renderer.
+
+    A model without a record of its training, such as a merge, comes from rooms if its base is the built-in one.
+
+    Example:
+        >>> learned_rooms({"training": {"data": "bedrooms"}}), learned_rooms({"base": {"source": "rooms-base"}})
+        (False, True)
+    """
+    training = provenance.get("training")
+    if training:
+        return "renderer" in training
+    return (provenance.get("base") or {}).get("source") == EMBEDDED_BASE
 
 
 def _licences(description: Mapping[str, Any], licence: str) -> str:

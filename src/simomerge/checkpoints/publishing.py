@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from simomerge.checkpoints.card import PICTURE, model_card
 from simomerge.checkpoints.description import read_description
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core.errors import InputError
-from simomerge.core.hub import LOGIN, MODEL_FILES, first_sentence
+from simomerge.core.hub import LOGIN, first_sentence
+from simomerge.core.model_files import is_model_file, needed_files
 
 _OTHERS = (".gitattributes", "README.md")
 """What a repository without a model may hold."""
@@ -39,11 +39,19 @@ def files_to_publish(folder: Path) -> tuple[list[str], list[str]]:
     """The files of a model folder that would be sent, and those that would not; paths within the folder.
 
     Raises:
-        InputError: It is no model folder, a file is damaged, or it is a link that leads out of the folder.
+        InputError: It is no model folder, a file of the model is missing, damaged or a link that leads out of the
+            folder, or a folder in it is a link.
     """
-    read_description(folder)
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    chosen = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)]
+    description = read_description(folder)
+    paths = sorted(folder.rglob("*"))
+    if linked := [path for path in paths if path.is_symlink() and path.is_dir()]:
+        raise InputError(f"{linked[0]} is a link to a folder; copy the folder with its files first.")
+    found = [path.relative_to(folder).as_posix() for path in paths if not path.is_dir()]
+    chosen = [name for name in found if is_model_file(name)]
+    if missing := [name for name in needed_files(description, folder) if name not in chosen]:
+        raise InputError(
+            f"{folder / missing[0]}: missing, so the model is not complete; take it from its source again."
+        )
     for name in chosen:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -84,7 +92,8 @@ def push_folder(
 ) -> Published:
     """Send a model folder to the hub, into a repository that is created if there is none.
 
-    Files of an earlier model in it are removed by the same commit. The visibility of an existing repository stays.
+    The same commit removes the files of an earlier model in it and replaces its README.md. Other files stay, and an
+    existing repository keeps its visibility.
 
     Args:
         folder: The model folder.
@@ -96,7 +105,8 @@ def push_folder(
 
     Raises:
         InputError: No model folder, a wrong name, no token or one that may not write, a repository that holds another
-            kind of model, or a hub that cannot be reached. Nothing was sent.
+            kind of model, or a hub that cannot be reached. A new repository may have been created by then, which the
+            message says; it has no model yet.
 
     Example:
         >>> push_folder("runs/scene", "me/scene").private                                       # doctest: +SKIP
@@ -107,20 +117,31 @@ def push_folder(
     card = card_to_publish(folder, check_repository(repository), licence, picture is not None)
     content: dict[str, Path | bytes] = {name: folder / name for name in chosen}
     content |= {"README.md": card.encode(), **({PICTURE: picture} if picture is not None else {})}
+    there: _Repository | None = None
     try:
         there = _create(repository, private)
-        _commit(repository, content, there, message or "A model of simomerge")
+        _commit(repository, content, there.files, message or "A model of simomerge")
     except InputError:
         raise
     except Exception as error:  # the library raises many classes
-        raise InputError(f"{repository}: {_problem(error)}") from error
+        created = " The repository was created before that, and has no model yet." if there and there.is_new else ""
+        raise InputError(f"{repository}: {_problem(error)}{created}") from error
     from huggingface_hub import constants
 
-    return Published(f"{constants.ENDPOINT}/{repository}", tuple(content), tuple(left_out), _is_private(repository))
+    return Published(f"{constants.ENDPOINT}/{repository}", tuple(content), tuple(left_out), there.private)
 
 
-def _create(repository: str, private: bool) -> list[str]:
-    """Create a repository if there is none, and list the files in it."""
+@dataclass(frozen=True)
+class _Repository:
+    """A repository before the model is sent."""
+
+    files: list[str]
+    private: bool
+    is_new: bool = False
+
+
+def _create(repository: str, private: bool) -> _Repository:
+    """Create a repository if there is none, and look at what is in it."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -128,25 +149,20 @@ def _create(repository: str, private: bool) -> list[str]:
         raise InputError(f"{repository}: sending a model needs a token of the hub that may write; {LOGIN}.")
     api = HfApi()
     try:
-        files = api.list_repo_files(repository)
+        found: Any = api.model_info(repository)
     except RepositoryNotFoundError:
         api.create_repo(repository, private=private)
-        return []
+        return _Repository([], private, is_new=True)
+    files = [sibling.rfilename for sibling in found.siblings or ()]
     if "simo.json" not in files and (foreign := [name for name in files if name not in _OTHERS]):
         raise InputError(f"{repository} holds something else, such as {foreign[0]}; give the name of a new repository.")
-    return files
-
-
-def _is_private(repository: str) -> bool:
-    from huggingface_hub import HfApi
-
-    return bool(HfApi().model_info(repository).private)
+    return _Repository(files, bool(found.private))
 
 
 def _commit(repository: str, content: Mapping[str, Path | bytes], there: list[str], message: str) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    stale = [name for name in there if name not in content and name not in _OTHERS]
+    stale = [name for name in there if is_model_file(name) and name not in content]
     operations: list[Any] = [CommitOperationDelete(name) for name in stale]
     operations += [
         CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))

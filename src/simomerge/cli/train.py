@@ -85,7 +85,7 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
 
 def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> tuple[SimoModel, Any]:
     """The trained model with its provenance, and the log of the second phase."""
-    from simomerge.datasets.load import data_name
+    from simomerge.datasets.load import data_record
     from simomerge.models.model import SimoModel, load
     from simomerge.recipes.demo import ROOMS_HEADS
     from simomerge.training.familiarity import training_images
@@ -113,6 +113,6 @@ def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> 
     logs = lpft(model, train, probe, tune, validation, folder, given["cache_budget"], tuning)
     model.provenance = {
         "base": origin,
-        "training": {"method": "lp-ft", "data": data_name(data), **training_images(model, train), **how},
+        "training": {"method": "lp-ft", **data_record(data), **training_images(model, train), **how},
     }
     return model, logs["tune"]

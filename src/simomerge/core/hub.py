@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,12 @@ from typing import Any
 from simomerge.core.assets import resolve_source
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
+from simomerge.core.model_files import is_model_file, needed_files, shards
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 _COMPLETE = ("simo.json", *_WEIGHTS, "adapter_config.json")
 """Files of which a usable copy in the cache holds at least one."""
-MODEL_FILES = (
-    "simo.json",
-    "README.md",
-    "picture.png",
-    "encoder/*.json",
-    "encoder/*.safetensors",
-    "heads/*.safetensors",
-    "branches/*.safetensors",
-    "adapters.safetensors",
-    "stitches.safetensors",
-)
-"""The files of a model folder. No other file is fetched from the hub or sent to it, and none of these holds code."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -155,27 +145,14 @@ def _is_complete(folder: Path) -> bool:
         return True
     if (folder / "simo.json").is_file():
         return _is_complete_model(folder)
-    if not all((folder / shard).is_file() for shard in _shards(folder)):
+    if not all((folder / shard).is_file() for shard in shards(folder)):
         return False
     return any((folder / name).is_file() for name in _SETTINGS[1:])
 
 
-def _shards(folder: Path) -> set[str]:
-    """The names of the files that the indices of a folder's weights list."""
-    found = set[str]()
-    for index in folder.glob("*.index.json"):
-        content = read_json(index, "download it again.", {"weight_map?": {str: str}})
-        found |= set(content.get("weight_map", {}).values())
-    return found
-
-
 def _is_complete_model(folder: Path) -> bool:
     content = read_json(folder / "simo.json", "download it again.", {"tasks?": dict, "encoder?": dict})
-    needed = [f"heads/{task}.safetensors" for task in content.get("tasks", {})]
-    needed += [f"encoder/{shard}" for shard in _shards(folder / "encoder")] or ["encoder/model.safetensors"]
-    needed += ["encoder/config.json", *["adapters.safetensors"] * bool(content.get("adapters"))]
-    tree = not content.get("encoder", {}).get("tree") or (folder / "branches").is_dir()
-    return tree and all((folder / name).is_file() for name in needed)
+    return all((folder / name).is_file() for name in needed_files(content, folder))
 
 
 def _fetched(hub_id: str, revision: str | None) -> str:
@@ -185,13 +162,13 @@ def _fetched(hub_id: str, revision: str | None) -> str:
     found: Any = HfApi().model_info(hub_id, revision=revision, timeout=10)
     names = {sibling.rfilename for sibling in found.siblings or ()}
     if "simo.json" in names:
-        wanted = list(MODEL_FILES)
+        wanted = [glob.escape(name) for name in names if is_model_file(name)]
     elif "adapter_config.json" in names:
         wanted = list(_ADAPTER_FILES)
     else:
         weights = next((name for name in _WEIGHTS if name in names), None)
         if weights is None or "config.json" not in names:
             raise InputError("it holds no model: neither simo.json, nor config.json with model.safetensors.")
-        shards = [weights.removesuffix(".index.json").replace(".", "-*.", 1)] if weights.endswith(".json") else []
-        wanted = [*_SETTINGS, "README.md", weights, *shards]
+        parts = [weights.removesuffix(".index.json").replace(".", "-*.", 1)] if weights.endswith(".json") else []
+        wanted = [*_SETTINGS, "README.md", weights, *parts]
     return snapshot_download(hub_id, revision=revision, allow_patterns=wanted)

@@ -119,6 +119,18 @@ def find_manifest(spec: str | Path, **options: Any) -> Manifest:
     raise InputError(f"unknown dataset {str(spec)!r}{hint} give rooms, {known}, or a manifest's path (docs/data.md).")
 
 
+def data_record(spec: str) -> dict[str, Any]:
+    """What the provenance of a trained model records about its dataset: its name and, of rooms, the renderer's version.
+
+    Example:
+        >>> data_record("rooms"), data_record("/home/me/rooms")
+        ({'data': 'rooms', 'renderer': 1}, {'data': 'rooms'})
+    """
+    from simomerge.datasets.rooms import RENDER_VERSION
+
+    return {"data": data_name(spec), **({"renderer": RENDER_VERSION} if spec == "rooms" else {})}
+
+
 def data_name(spec: str) -> str:
     """What a model folder calls a dataset: its name, without the place on this machine.
 

@@ -219,7 +219,7 @@ class SimoModel(nn.Module):
 
         Raises:
             InputError: No token or one that may not write, a repository that holds something else, or no connection.
-                Nothing was sent.
+                No file was sent, but a new repository may have been created.
 
         Example:
             >>> model.push_to_hub("me/scene", picture="photo.jpg")                              # doctest: +SKIP

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from simomerge.assembly.experts import check_experts
+from simomerge.checkpoints.card import learned_rooms
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.hub import similar
@@ -67,14 +67,14 @@ def open_models(source: str | None, experts: Mapping[str, str], base: str | None
     loaded = {task: load(name) for task, name in experts.items()}
     if not loaded:
         assert given is not None
-        return Opened(Path(str(source)).name, model=given, rooms=_learned_rooms([given]))
+        return Opened(Path(str(source)).name, model=given, rooms=learned_rooms(given.provenance))
     foundation = load(base) if base else _recorded_base(given, loaded)
     return _merging(str(source or ", ".join(loaded)), foundation, loaded, given)
 
 
 def _merging(title: str, base: SimoModel, experts: Mapping[str, SimoModel], model: SimoModel | None) -> Opened:
     checked = check_experts(base, experts)
-    return Opened(title, base, checked, model, _learned_rooms(checked.values()))
+    return Opened(title, base, checked, model, all(learned_rooms(each.provenance) for each in checked.values()))
 
 
 def _tiny() -> Opened:
@@ -114,12 +114,3 @@ def _recorded_base(model: SimoModel | None, experts: Mapping[str, SimoModel]) ->
         return load(source)
     except InputError as error:
         raise InputError(f"the experts' base, {source!r}, is not found from here: give it with --base.") from error
-
-
-def _learned_rooms(models: Any) -> bool:
-    """Whether all models record that they, or their experts' base, belong to rooms."""
-    return all(
-        model.provenance.get("training", {}).get("data") == "rooms"
-        or model.provenance.get("base", {}).get("source") == "rooms-base"
-        for model in models
-    )

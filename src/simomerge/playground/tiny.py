@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simomerge.core.progress import labelled_progress
 from simomerge.core.version import __version__
-from simomerge.datasets.load import load_data
+from simomerge.datasets.load import data_record, load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.cache import cache_folder
 from simomerge.models.model import SimoModel, load
@@ -41,6 +41,6 @@ def _train(task: str) -> SimoModel:
     model = SimoModel(encoder, data.tasks, {task: head})
     base = {"source": "rooms-base", "fingerprint": model.encoder_fingerprint()}
     lpft(model, data, PROBE, TUNE)
-    training = {"method": "lp-ft", "data": "rooms", "probe": asdict(PROBE), "tune": asdict(TUNE)}
+    training = {"method": "lp-ft", **data_record("rooms"), "probe": asdict(PROBE), "tune": asdict(TUNE)}
     model.provenance = {"base": base, "training": {**training, **training_images(model, data)}}
     return model.eval()

@@ -22,7 +22,7 @@ from simomerge.assembly.scale import search_scale
 from simomerge.core import distributed
 from simomerge.core.files import atomic_folder
 from simomerge.core.machine import compute_device
-from simomerge.datasets.load import load_data
+from simomerge.datasets.load import data_record, load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
 from simomerge.recipes.graph import Data, Stage, open_data, read_log
@@ -145,9 +145,10 @@ class Tune(LoggedStage):
             folder / "state.safetensors",
             options=TuneOptions(self.weighting, self.augmentation),
         )
+        record = {"method": "lp-ft", **data_record(self.train["spec"]), **asdict(self.settings), **how}
         model.provenance = {
             "base": {**origin, "source": self.base_name},
-            "training": {"method": "lp-ft", **asdict(self.settings), **how, **training_images(model, images)},
+            "training": {**record, **training_images(model, images)},
         }
         cost = {"trained_parameters": trainable_parameters(model), "labelled_images": len(images)}
         return {**asdict(log), **cost}, model

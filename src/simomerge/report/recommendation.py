@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simomerge.report.facts import MISSING, ROUNDING, Results, Row, family, finite, rows, signed, value
+from simomerge.report.facts import MISSING, ROUNDING, Results, Row, family, finite, rows, seeds, signed, value
 
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -19,12 +19,14 @@ class Recommendation:
         folder: Where the model lies.
         sentences: The first one is the headline.
         table: Per task: its name, its metric, this model's value, its expert's, and the change for the better.
+        heads: The heads of the table's columns.
         size: Height and width of the run's images in pixels.
     """
 
     folder: str
     sentences: tuple[str, ...]
     table: tuple[tuple[str, ...], ...]
+    heads: tuple[str, ...]
     size: str
 
 
@@ -46,18 +48,33 @@ def recommendation(results: Results, folder: str) -> Recommendation | None:
     model = results.get("model")
     if not model:
         return None
-    table = {row.get("method"): row for row in rows(results)}
+    table, count = {row.get("method"): row for row in rows(results)}, seeds(results)
     row = table.get(model["row"], {})
     place = f"{folder.rstrip('/')}/{model['folder']}" if folder not in ("", ".") else model["folder"]
     tasks = [task["name"] for task in results.get("tasks") or []]
     story = [
-        f"Ship {place}: one model for {_joined(tasks)}, {_standing(row, len(tasks))}.",
+        f"Ship {place}: one model for {_joined(tasks)}, {_standing(row, len(tasks))}{_mean(count)}.",
+        *_seed(model, count),
         *_cost(model, len(tasks)),
         _choice(model, row),
         *_better(row, rows(results)),
     ]
     size = "x".join(map(str, model.get("image") or ()))
-    return Recommendation(place, tuple(story), tuple(_table(results, row, table.get("experts", {}))), size)
+    heads = ("task", *(f"{head}{_mean(count)}" for head in ("this model", "its expert", "change")))
+    return Recommendation(place, tuple(story), tuple(_table(results, row, table.get("experts", {}))), heads, size)
+
+
+def _mean(seeds: int) -> str:
+    """What is added to a figure that is a mean over seeds."""
+    return f" (mean over {seeds} seeds)" if seeds > 1 else ""
+
+
+def _seed(model: Mapping[str, Any], seeds: int) -> list[str]:
+    """Which of several models of the row lies in the folder: the first seed's if there was nothing to choose from."""
+    if seeds < 2:
+        return []
+    which = "the best seed on the validation images" if model.get("candidates") else "the first seed"
+    return [f"The folder holds the model of one seed, {model['seed']}: {which}. Its own figures are in its README.md."]
 
 
 def _joined(names: Sequence[str]) -> str:

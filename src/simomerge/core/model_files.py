@@ -1,0 +1,90 @@
+"""The files of a model folder: which names belong to one, and which of them its description needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from simomerge.core.documents import read_json
+
+_PATTERNS = (
+    "simo.json",
+    "README.md",
+    "picture.png",
+    "encoder/*.json",
+    "encoder/*.safetensors",
+    "heads/*.safetensors",
+    "branches/*.safetensors",
+    "adapters.safetensors",
+    "stitches.safetensors",
+)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a path within a folder can be a file of a model. No such file holds code.
+
+    Only these files are fetched from the hub, sent to it, or removed there.
+
+    Example:
+        >>> is_model_file("encoder/config.json"), is_model_file("encoder/private/notes.json")
+        (True, False)
+    """
+    parts = name.split("/")
+    return any(
+        len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+        for wanted in (pattern.split("/") for pattern in _PATTERNS)
+    )
+
+
+def needed_files(description: Mapping[str, Any], folder: Path) -> list[str]:
+    """The files without which a model folder cannot be loaded; paths within the folder.
+
+    Args:
+        description: The content of simo.json.
+        folder: The model folder, whose index of the encoder's weights is read if it has one.
+
+    Raises:
+        InputError: The index cannot be read.
+
+    Example:
+        >>> tree = {"tree": "2: depth+edges | 4: depth, edges"}
+        >>> for name in needed_files({"tasks": {"depth": {}}, "encoder": tree}, Path()):
+        ...     print(name)
+        simo.json
+        encoder/config.json
+        encoder/model.safetensors
+        heads/depth.safetensors
+        branches/edges.safetensors
+        stitches.safetensors
+    """
+    weights = sorted(shards(folder / "encoder")) or ["model.safetensors"]
+    return [
+        "simo.json",
+        "encoder/config.json",
+        *(f"encoder/{name}" for name in weights),
+        *(f"heads/{task}.safetensors" for task in description.get("tasks") or {}),
+        *["adapters.safetensors"] * bool(description.get("adapters")),
+        *_tree_files((description.get("encoder") or {}).get("tree") or ""),
+    ]
+
+
+def shards(folder: Path) -> set[str]:
+    """The names of the files that the indices of a folder's weights list. Raises InputError if one cannot be read."""
+    found = set[str]()
+    for index in folder.glob("*.index.json"):
+        content = read_json(index, "download it again.", {"weight_map?": {str: str}})
+        found |= set(content.get("weight_map", {}).values())
+    return found
+
+
+def _tree_files(tree: Any) -> list[str]:
+    """The files of a tree of shared blocks besides ``encoder/``: a branch for each leaf but the first, and stitches.
+
+    A branch is named by the first task of its leaf. There is a stitch wherever a group splits.
+    """
+    levels = [level.rpartition(":")[2].split(",") for level in str(tree).split("|")]
+    leaves = [group.partition("+")[0].strip() for group in levels[-1]]
+    branches = [f"branches/{task}.safetensors" for task in leaves[1:]]
+    return branches + ["stitches.safetensors"] * (len(levels[0]) < len(leaves))
