@@ -187,6 +187,30 @@ def test_the_page_names_no_other_machine(browser: Browser) -> None:
     config = json.loads(browser.get("/config")[2])
     assert config["analytics_enabled"] is False and not config.get("share")
     assert config["max_file_size"] == 20_000_000 and browser.get("/monitoring")[0] == 403
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTPS"])
+def test_no_address_from_the_browser_is_downloaded(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    called: list[str] = []
+
+    async def download(url: str, cache_dir: str) -> str:
+        called.append(url)
+        path = Path(cache_dir, "a.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo_bytes(2))
+        return str(path)
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+    file = given(f"{scheme}://example.org/a.png")
+    assert not browser.ask(file)["success"]
+    for place in range(len(ASKED)):  # gradio would download for controls without files, too
+        for value in (file, [file], {"deeper": [file]}):
+            assert not browser.ask(None, *ASKED[:place], value, *ASKED[place + 1 :])["success"], (place, value)
+    assert called == []
+    assert browser.ask(None)["success"]
+
+
 
 
 @pytest.mark.slow

@@ -156,7 +156,27 @@ def make_page(desk: Desk) -> Any:
         save.click(desk.results, outputs=[files, messages], **common)
         keep.click(desk.model, outputs=[files, messages], **common)
         convert.click(desk.exported, outputs=[files, messages], **common)
+    _refuse_addresses(page)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
+
+
+def _refuse_addresses(page: Any) -> None:
+    """Make a page refuse requests with a file at an http(s) address, which gradio downloads whatever its size."""
+    from gradio.exceptions import InvalidPathError
+    from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
+
+    preprocess = page.preprocess_data
+
+    def check(file: dict[str, Any]) -> dict[str, Any]:
+        if is_http_url_like(file["path"]):
+            raise InvalidPathError("files are read from uploads only, not from the network.")
+        return file
+
+    async def checked(block_fn: Any, inputs: Any, *others: Any, **named: Any) -> Any:
+        traverse(inputs, check, is_file_obj_with_meta)
+        return await preprocess(block_fn, inputs, *others, **named)
+
+    page.preprocess_data = checked
 
 
 def _theme() -> Any:
