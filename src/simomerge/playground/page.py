@@ -20,7 +20,7 @@ from simomerge.core.exclusive import remove
 from simomerge.playground.downloads import model_file, onnx_file, results_file
 from simomerge.playground.uploads import MAX_BYTES, MAX_PICTURES, read_photo, read_pictures
 from simomerge.playground.view import LABELS, view_of
-from simomerge.playground.workshop import HEADS, Choice, Look, Workshop
+from simomerge.playground.workshop import HEADS, Choice, Look, Workshop, has_scale
 
 QUEUE = 16
 """Requests that may wait; more are refused."""
@@ -152,7 +152,7 @@ def make_page(desk: Desk) -> Any:
         another.click(desk.next_sample, sample, [photo, sample], **quick).then(**shown, show_progress="minimal")
         if merging:
             method, scale = choices[1], choices[2]
-            method.change(lambda name: gr.update(interactive=workshop.has_scale(name)), method, scale, **quick)
+            method.change(lambda name: gr.update(interactive=has_scale(name)), method, scale, **quick)
         save.click(desk.results, outputs=[files, messages], **common)
         keep.click(desk.model, outputs=[files, messages], **common)
         convert.click(desk.exported, outputs=[files, messages], **common)
