@@ -188,7 +188,7 @@ def test_no_path_from_the_browser_is_opened(browser: Browser, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["http", "https", "HTTPS"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_no_address_from_the_browser_is_downloaded(
     browser: Browser, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
