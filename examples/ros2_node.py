@@ -1,6 +1,6 @@
 """A ROS 2 node: images in, depth and labels out, without torch. UNTESTED: ROS was not available where this was written.
 
-pip install "simomerge[runtime]"
+pip install -e ".[runtime]"        # in a clone of simomerge
 python ros2_node.py --ros-args -p file:=scene.onnx -r image:=/camera/image_raw
 """
 

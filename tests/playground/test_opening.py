@@ -23,11 +23,11 @@ def folders(opened: Opened, tmp_path: Path) -> dict[str, str]:
 
 
 def run_folder(folder: Path, opened: Opened, tiny_base: Any, **recipe: Any) -> Path:
-    """A run as `simomerge run` leaves it: results, and a stage per expert and seed."""
-    for seed in (0, 1):
-        for task, expert in opened.experts.items():
-            expert.save_pretrained(folder / "stages" / f"expert-{task}-seed-{seed}-0123456789ab" / "model")
-    content = {"recipe": {"tasks": ["parts", "depth"], "base": str(tiny_base), **recipe}}
+    """A run as `simomerge run` leaves it: results, and a stage per expert."""
+    places = {task: f"stages/expert-{task}-seed-0-0123456789ab/model" for task in ("parts", "depth")}
+    for task, place in places.items():
+        opened.experts[task].save_pretrained(folder / place)
+    content = {"recipe": {"base": str(tiny_base), **recipe}, "experts": places}
     (folder / "results.json").write_text(json.dumps(content))
     return folder
 
@@ -51,6 +51,22 @@ def test_a_run_has_experts_and_its_best_model(tmp_path: Path, opened: Opened, ti
     assert list(found.experts) == ["parts", "depth"] and found.model is None and not found.rooms
     opened.experts["depth"].save_pretrained(folder / "model")
     assert open_models(str(folder), {}).model is not None
+
+
+def test_experts_of_other_seeds_and_earlier_recipes_are_left_alone(
+    tmp_path: Path, opened: Opened, tiny_base: Any
+) -> None:
+    folder = run_folder(tmp_path, opened, tiny_base)
+    found = "stages/expert-depth-seed-{}-{}/model"
+    for seed, key, value in ((2, "aa", 1.0), (2, "bb", 2.0), (10, "aa", 3.0), (10, "bb", 4.0)):
+        opened.experts["depth"].provenance["marked"] = value
+        opened.experts["depth"].save_pretrained(folder / found.format(seed, key))
+    del opened.experts["depth"].provenance["marked"]
+    results = json.loads((folder / "results.json").read_text())
+    for seed, key, value in ((2, "bb", 2.0), (10, "bb", 4.0)):
+        results["experts"]["depth"] = found.format(seed, key)
+        (folder / "results.json").write_text(json.dumps(results))
+        assert open_models(str(folder), {}).experts["depth"].provenance["marked"] == value
 
 
 def test_a_model_is_shown_without_merging(folders: dict[str, str]) -> None:
@@ -88,6 +104,8 @@ def test_without_a_demo_tiny_experts_are_made_once(monkeypatch: pytest.MonkeyPat
         ("run", {"depth": "x"}, "is a run, which has its own experts; leave depth=... out"),
         ("empty", {}, "neither a model .* nor a finished run"),
         ("bare", {}, "the run has no experts in stages/"),
+        ("emptied", {}, "the run has no experts in stages/"),
+        ("older", {}, r"cannot be read \(entry 'experts' is missing\); run the recipe again"),
         ("./missing", {}, "missing"),
     ],
 )
@@ -95,8 +113,10 @@ def test_what_cannot_be_opened_is_named(
     source: str, experts: dict[str, str], message: str, tmp_path: Path, tiny_base: Any, opened: Opened
 ) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "results.json").write_text('{"recipe": {}}')
+    named = {"bare": {"experts": {}}, "emptied": {"experts": {"depth": "stages/expert-depth/model"}}, "older": {}}
+    for name, content in named.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"recipe": {}, **content}))
     run_folder(tmp_path / "run", opened, tiny_base)
     place = str(tiny_base) if source == "base" else str(tmp_path / source)
     with pytest.raises(InputError, match=message):

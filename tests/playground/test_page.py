@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simomerge.playground.downloads import results_file
 from simomerge.playground.opening import Opened
-from simomerge.playground.workshop import Choice, Workshop
+from simomerge.playground.workshop import Choice, Look, Workshop
 
 gradio = pytest.importorskip("gradio")
 
@@ -51,8 +52,6 @@ def test_values_outside_the_controls_are_refused(desk: Desk, scale: Any, heads: 
 
 
 def test_names_are_escaped_and_means_are_means() -> None:
-    from simomerge.playground.workshop import Look
-
     look = Look(np.zeros((1, 1, 3), np.uint8), {}, {}, agreement={"merged": {"a": 0.5, "<i>": 1.0}})
     table = agreement_table(look)
     assert "&lt;i&gt;" in table and "<i>" not in table and "<td>75 %</td></tr></tfoot>" in table
@@ -79,6 +78,18 @@ def test_downloads_hold_what_was_shown(desk: Desk, opened: Opened) -> None:
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize(("method", "scale"), [("ties", {"scale": 0.5}), ("average", {})])
+def test_the_choice_names_a_scale_only_for_methods_with_one(
+    method: str, scale: dict[str, float], tmp_path: Path
+) -> None:
+    distances = {"merged": {"depth": float("nan"), "parts": 0.25}}
+    look = Look(np.zeros((1, 1, 3), np.uint8), {}, {}, distances)
+    with zipfile.ZipFile(results_file(look, Choice(method, 0.5), tmp_path)) as archive:
+        found = json.loads(archive.read("choice.json"), parse_constant=lambda name: pytest.fail(name))
+    given = {"method": method, **scale, "heads": "folded"}
+    assert found == {**given, "distances": {"merged": {"depth": None, "parts": 0.25}}}
 
 
 @pytest.mark.slow
@@ -174,6 +185,30 @@ def test_no_path_from_the_browser_is_opened(browser: Browser, tmp_path: Path) ->
         assert not browser.ask(given(path))["success"], path
         assert not browser.ask(None, 0, [given(path)], *ASKED[2:])["success"], path
         assert browser.get(f"/gradio_api/file={path}")[0] in (403, 404), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_no_address_from_the_browser_is_downloaded(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    called: list[str] = []
+
+    async def download(url: str, cache_dir: str) -> str:
+        called.append(url)
+        path = Path(cache_dir, "a.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo_bytes(2))
+        return str(path)
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+    file = given(f"{scheme}://example.org/a.png")
+    assert not browser.ask(file)["success"]
+    for place in range(len(ASKED)):  # gradio would download for controls without files, too
+        for value in (file, [file], {"deeper": [file]}):
+            assert not browser.ask(None, *ASKED[:place], value, *ASKED[place + 1 :])["success"], (place, value)
+    assert called == []
+    assert browser.ask(None)["success"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from PIL import Image
 
 from simomerge.core.errors import InputError
 from simomerge.playground import uploads
-from simomerge.playground.uploads import read_photo, read_pictures
+from simomerge.playground.uploads import MAX_PICTURES, read_photo, read_pictures
 
 
 def saved(path: Path, height: int = 30, width: int = 40, kind: str = "PNG") -> Path:
@@ -75,6 +75,22 @@ def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
         file.truncate(1_000_000_000)  # a hole, which takes no space
     with pytest.raises(InputError, match=r"huge.png has 1000 MB; give a picture of at most 20 MB"):
         read_photo(path)
+
+
+def test_a_picture_is_decoded_again_only_if_its_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, decoded = uploads.read_image, list[str]()
+    monkeypatch.setattr(uploads, "read_image", lambda path, *most: decoded.append(path.name) or read(path, *most))
+    paths = [saved(tmp_path / "a.png"), saved(tmp_path / "b.png", 20)]
+    first = read_pictures(paths)
+    for one, other in zip(read_pictures(paths), first, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert decoded == ["a.png", "b.png"]
+    Image.fromarray(np.full((30, 40, 3), 7, np.uint8)).save(paths[0])
+    assert np.all(read_photo(paths[0]) == 7) and decoded == ["a.png", "b.png", "a.png"]
+
+
+def test_the_pictures_that_are_kept_are_limited() -> None:
+    assert MAX_PICTURES < uploads._decoded.cache_info().maxsize <= 300
 
 
 def test_names_in_messages_are_short_and_have_no_folders(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from simomerge.assembly.realign import realign
 from simomerge.core.errors import InputError
 from simomerge.models.model import SimoModel
 from simomerge.playground.opening import Opened
-from simomerge.playground.workshop import EXPERTS, MERGED, MODEL, REPAIRED, Choice, Workshop
+from simomerge.playground.workshop import EXPERTS, MERGED, MODEL, REPAIRED, Choice, Workshop, has_scale
 
 PLAIN = Choice(heads="the experts' heads", scale=0.5)
 
@@ -115,7 +115,7 @@ def test_the_experts_stay_as_they_were(workshop: Workshop, opened: Opened, pictu
 def test_methods_are_those_that_work_without_images(workshop: Workshop) -> None:
     assert {"task-arithmetic", "ties", "slerp"} <= set(workshop.methods)  # slerp takes two experts
     assert not {"regmean", "fisher"} & set(workshop.methods)
-    assert workshop.has_scale("ties") and not workshop.has_scale("average")
+    assert has_scale("ties") and not has_scale("average") and not has_scale("None")
 
 
 def test_a_fold_without_pictures_is_refused(opened: Opened, pictures: list[np.ndarray]) -> None:

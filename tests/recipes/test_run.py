@@ -53,7 +53,7 @@ def test_results_json_is_what_was_returned_and_has_no_nan(finished: Finished) ->
     assert stored == json.loads(json.dumps(returned))
     assert set(stored) == {
         *("format", "title", "created", "machine", "recipe", "test_images", "tasks", "rows", "realignments"),
-        *("scale_curves", "notes", "model"),
+        *("scale_curves", "notes", "model", "experts"),
         "seconds_of_this_call",
     }
     assert stored["format"] == 1 and stored["recipe"] == json.loads(json.dumps(MICRO.to_dict()))

@@ -20,7 +20,7 @@ from simomerge.recipes import shipping
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import run_recipe
-from simomerge.recipes.shipping import choose
+from simomerge.recipes.shipping import Choice, choose, expert_folders
 
 from .conftest import MICRO, Finished, on
 
@@ -70,6 +70,25 @@ def test_the_best_mean_wins_and_then_its_best_seed() -> None:
     found = choose(plan, graph, TASKS)
     assert found is not None and (found.row, found.seed) == ("b", 1)
     assert found.deltas == {"a": pytest.approx(-20.0), "b": pytest.approx(-12.5)}
+
+
+def test_the_experts_are_those_of_the_chosen_seed() -> None:
+    plan: Any = SimpleNamespace(
+        recipe=SimpleNamespace(seeds=(10, 2)), experts={seed: {"depth": f"depth-{seed}"} for seed in (10, 2)}
+    )
+    graph: Any = SimpleNamespace(folder=Path("run"), output=lambda stage: Path("run/stages", f"{stage}-hash"))
+    assert expert_folders(plan, graph, Choice("a", 2, {})) == {"depth": "stages/depth-2-hash/model"}
+    assert expert_folders(plan, graph, None) == {"depth": "stages/depth-10-hash/model"}
+
+
+def test_a_run_names_the_experts_of_its_model(finished: Finished) -> None:
+    experts = finished.results["experts"]
+    assert list(experts) == list(MICRO.tasks)
+    sizes = 0
+    for task, place in experts.items():
+        assert list(load(finished.folder / place).tasks) == [task]
+        sizes += shipping._size(finished.folder / place)
+    assert sizes == finished.results["model"]["experts_bytes"]
 
 
 def test_without_a_merge_nothing_is_recommended() -> None:

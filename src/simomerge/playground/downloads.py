@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from simomerge.core.files import temporary_folder
 from simomerge.datasets.colours import colourise
 from simomerge.exporting.export import export
 from simomerge.models.model import SimoModel
-from simomerge.playground.workshop import Choice, Look
+from simomerge.playground.workshop import Choice, Look, has_scale
 
 
 def results_file(look: Look, choice: Choice, folder: Path) -> Path:
@@ -29,7 +31,7 @@ def results_file(look: Look, choice: Choice, folder: Path) -> Path:
     """
     path = folder / "predictions.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("choice.json", json.dumps({**asdict(choice), "distances": look.distances}, indent=2))
+        archive.writestr("choice.json", json.dumps(_described(look, choice), indent=2, allow_nan=False))
         archive.writestr("photo.png", _png(look.photo))
         for column, maps in look.columns.items():
             for task, values in maps.items():
@@ -63,6 +65,18 @@ def onnx_file(model: SimoModel, size: tuple[int, int], folder: Path) -> Path:
         for file in written["files"]:
             archive.write(file, Path(file).name)
     return path
+
+
+def _described(look: Look, choice: Choice) -> dict[str, Any]:
+    """The choice, without a scale for methods that have none, and the distances, with None for those that are NaN."""
+    distances = {
+        column: {task: value if math.isfinite(value) else None for task, value in values.items()}
+        for column, values in look.distances.items()
+    }
+    found = {**asdict(choice), "distances": distances}
+    if not has_scale(choice.method):
+        del found["scale"]
+    return found
 
 
 def _png(pixels: np.ndarray) -> bytes:

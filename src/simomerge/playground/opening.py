@@ -82,17 +82,11 @@ def _tiny() -> Opened:
 
 
 def _run(folder: Path, base: str | None) -> Opened:
-    """The experts of the first seed of a run, their base, and the run's best model if it has one."""
-    results = read_json(folder / "results.json", "run the recipe again.", {"recipe": dict})
-    found: dict[str, SimoModel] = {}
-    for stage in sorted((folder / "stages").glob("expert-*/model")):
-        tasks = list(read_json(stage / "simo.json", "run the recipe again.", {"tasks": dict})["tasks"])
-        if len(tasks) == 1:
-            found.setdefault(tasks[0], load(stage))
-    if not found:
+    """The experts that a run names, their base, and the run's best model if it has one."""
+    results = read_json(folder / "results.json", "run the recipe again.", {"recipe": dict, "experts": {str: str}})
+    if not results["experts"] or not all((folder / place).is_dir() for place in results["experts"].values()):
         raise InputError(f"{folder}: the run has no experts in stages/; run it again, or give a model.")
-    order = results["recipe"].get("tasks", list(found))
-    experts = {task: found[task] for task in (*order, *found) if task in found}
+    experts = {task: load(folder / place) for task, place in results["experts"].items()}
     best = folder / "model"
     model = load(best) if _is_model(best) else None
     named = base or results["recipe"].get("base")

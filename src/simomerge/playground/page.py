@@ -20,7 +20,7 @@ from simomerge.core.exclusive import remove
 from simomerge.playground.downloads import model_file, onnx_file, results_file
 from simomerge.playground.uploads import MAX_BYTES, MAX_PICTURES, read_photo, read_pictures
 from simomerge.playground.view import LABELS, view_of
-from simomerge.playground.workshop import HEADS, Choice, Look, Workshop
+from simomerge.playground.workshop import HEADS, Choice, Look, Workshop, has_scale
 
 QUEUE = 16
 """Requests that may wait; more are refused."""
@@ -152,11 +152,31 @@ def make_page(desk: Desk) -> Any:
         another.click(desk.next_sample, sample, [photo, sample], **quick).then(**shown, show_progress="minimal")
         if merging:
             method, scale = choices[1], choices[2]
-            method.change(lambda name: gr.update(interactive=workshop.has_scale(name)), method, scale, **quick)
+            method.change(lambda name: gr.update(interactive=has_scale(name)), method, scale, **quick)
         save.click(desk.results, outputs=[files, messages], **common)
         keep.click(desk.model, outputs=[files, messages], **common)
         convert.click(desk.exported, outputs=[files, messages], **common)
+    _refuse_addresses(page)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
+
+
+def _refuse_addresses(page: Any) -> None:
+    """Make a page refuse requests with a file at an http(s) address, which gradio downloads whatever its size."""
+    from gradio.exceptions import InvalidPathError
+    from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
+
+    preprocess = page.preprocess_data
+
+    def check(file: dict[str, Any]) -> dict[str, Any]:
+        if is_http_url_like(file["path"]):
+            raise InvalidPathError("files are read from uploads only, not from the network.")
+        return file
+
+    async def checked(block_fn: Any, inputs: Any, *others: Any, **named: Any) -> Any:
+        traverse(inputs, check, is_file_obj_with_meta)
+        return await preprocess(block_fn, inputs, *others, **named)
+
+    page.preprocess_data = checked
 
 
 def _theme() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,18 @@ MAX_PICTURES = 64
 SHOWN_SIDE = 640
 """The longest side of a photo in the page, in pixels; larger photos are reduced to it when they arrive."""
 
+KEPT = 2 * MAX_PICTURES
+"""Decoded pictures that are kept; each takes at most 1.2 MB."""
+
 _STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 """The first bytes of the formats that are read, with WebP. Pillow would also run other programs for some formats."""
 
 
 def read_photo(path: str | Path, name: str = "") -> np.ndarray:
     """An uploaded photo as uint8 RGB (H, W, 3), its longest side at most `SHOWN_SIDE` pixels.
+
+    The last `KEPT` photos are kept, so that a file is not decoded again while it stays the same. Do not change the
+    array.
 
     Args:
         path: Where the server has stored it.
@@ -34,9 +41,16 @@ def read_photo(path: str | Path, name: str = "") -> np.ndarray:
         InputError: The file is too large, has too many pixels, or is not a JPEG, PNG or WebP picture.
     """
     path, name = Path(path), shown_name(name or Path(path).name)
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise InputError(f"{name} has {size / 1e6:.0f} MB; give a picture of at most {MAX_BYTES // 1_000_000} MB.")
+    found = path.stat()
+    if found.st_size > MAX_BYTES:
+        size = f"{found.st_size / 1e6:.0f} MB"
+        raise InputError(f"{name} has {size}; give a picture of at most {MAX_BYTES // 1_000_000} MB.")
+    return _decoded(path, name, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(KEPT)
+def _decoded(path: Path, name: str, modified: int, size: int) -> np.ndarray:
+    """`read_photo` for a file that was modified at some time (in nanoseconds) and has some size (in bytes)."""
     if not _format(path):
         raise InputError(f"{name} is not a JPEG, PNG or WebP picture; convert it first.")
     try:

@@ -54,6 +54,16 @@ class Choice:
     heads: str = "folded"
 
 
+def has_scale(method: str) -> bool:
+    """Whether a name is that of a merge method with a scale.
+
+    Example:
+        >>> has_scale("ties"), has_scale("average")
+        (True, False)
+    """
+    return method in available() and "scale" in {spec.name for spec in settings(available()[method])}
+
+
 @dataclass(frozen=True)
 class Look:
     """What there is to see for one photo.
@@ -122,10 +132,6 @@ class Workshop:
             return False
         return method.minimum_experts <= len(self.opened.experts)
 
-    def has_scale(self, method: str) -> bool:
-        """Whether a merge method has a scale."""
-        return "scale" in {spec.name for spec in settings(available()[method])}
-
     def look(self, photo: np.ndarray, choice: Choice, pictures: Sequence[np.ndarray] = ()) -> Look:
         """Predict every task for a photo, uint8 RGB (H, W, 3), with the experts and with what the choice makes of them.
 
@@ -171,7 +177,7 @@ class Workshop:
         return model
 
     def _method(self, choice: Choice) -> Any:
-        return get_method(choice.method, **({"scale": choice.scale} if self.has_scale(choice.method) else {}))
+        return get_method(choice.method, **({"scale": choice.scale} if has_scale(choice.method) else {}))
 
     def _merge(self, choice: Choice) -> SimoModel:
         assert self.opened.base is not None

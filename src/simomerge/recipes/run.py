@@ -28,7 +28,7 @@ from simomerge.recipes.graph import Data, Graph, open_data
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
-from simomerge.recipes.shipping import check_place, choose, ship
+from simomerge.recipes.shipping import check_place, choose, expert_folders, ship
 from simomerge.training.cluster import pool_of
 from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
@@ -65,6 +65,7 @@ def run_recipe(
         graph.build(plan.wanted(), pool)
     results = summarise(plan, graph, test.tasks, len(test))
     choice = choose(plan, graph, test.tasks)
+    results["experts"] = expert_folders(plan, graph, choice)
     if choice is not None and distributed.is_first():
         results["model"] = ship(plan, graph, choice, test)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)

@@ -67,6 +67,17 @@ def choose(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> Choice | None
     return Choice(row, seeds[found[row].index(max(found[row]))], deltas)
 
 
+def expert_folders(plan: Plan, graph: Graph, choice: Choice | None) -> dict[str, str]:
+    """The folders of the recommended model's experts by task, relative to the run folder.
+
+    Without a recommended model they are those of the first seed. This is the entry ``experts`` of ``results.json``:
+    `stages/` can also hold experts of earlier recipes.
+    """
+    seed = plan.recipe.seeds[0] if choice is None else choice.seed
+    experts = plan.experts[seed]
+    return {task: (graph.output(stage) / MODEL).relative_to(graph.folder).as_posix() for task, stage in experts.items()}
+
+
 def ship(plan: Plan, graph: Graph, choice: Choice, data: Any) -> dict[str, Any]:
     """Put the chosen model into the run folder, and describe it: the entry ``model`` of ``results.json``.
 
