@@ -104,7 +104,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "predicting base": (("predict", "BASE", "PHOTO", "-o", "OUT"), "without heads predicts nothing"),
     "no photo": (("predict", "SCENE", "./nowhere.png", "-o", "OUT"), "nowhere.png: no such image file"),
-    "no picture": (("predict", "SCENE", "PHOTO", "TEXT", "-o", "OUT"), "cannot be read as an image"),
+    "no picture": (("predict", "SCENE", "TEXT", "-o", "OUT"), "cannot be read as an image"),
     "broken picture": (("predict", "SCENE", "BROKEN", "-o", "OUT"), "cannot be read as an image"),
     "photo of a file": (("predict", "SCENE", "PHOTO", "-o", "TEXT"), "is a file; give a folder to write into"),
     "inspected path": (("inspect", "./nowhere"), "does not exist"),

@@ -39,7 +39,7 @@ def test_every_command_explains_itself(command: str) -> None:
     for inner in re.findall(r"^  (\w+) ", done.out.partition("Commands:")[2], re.MULTILINE):
         done = simomerge(command, inner, "--help")
         assert done.code == 0 and f"Usage: simomerge {command} {inner}" in done.out
-    assert "--json" in done.out
+    assert command == "app" or "--json" in done.out  # a page in the browser has no result to print
 
 
 def test_help_lists_every_command_and_version_is_shown() -> None:
