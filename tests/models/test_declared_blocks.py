@@ -263,6 +263,9 @@ def by_hand(base: sm.SimoModel, experts: Mapping[str, sm.SimoModel], scales: Map
     for name, value in theta.items():
         if name.endswith(("running_mean", "running_var")):  # statistics are averaged with the scales as weights
             total = sum(factor(name, scales[task]) for task in experts)
+            if not total:  # no task vector counts there
+                merged[name] = value
+                continue
             merged[name] = sum(factor(name, scales[t]) / total * weights(experts[t])[name] for t in experts)
         elif value.is_floating_point():
             merged[name] = value + sum(factor(name, scales[t]) * (weights(experts[t])[name] - value) for t in experts)

@@ -170,7 +170,11 @@ def test_code_that_a_model_asks_for_is_refused_unless_it_is_trusted(hub: LocalHu
         load("someone/scene", trust_code=True)
 
 
-def test_every_command_takes_ids_of_models(hub: LocalHub, make_model, tiny_base: Path, tmp_path: Path) -> None:
+def test_every_command_takes_ids_of_models(
+    hub: LocalHub, make_model, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     hub.add("me/base", tiny_base)
     for number, task in enumerate(("depth", "edges")):
         hub.add(f"me/{task}", make_model([Task(task)], seed=number).save_pretrained(tmp_path / task))
@@ -178,10 +182,10 @@ def test_every_command_takes_ids_of_models(hub: LocalHub, make_model, tiny_base:
     Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(photo)
     experts, images = ("depth=me/depth", "edges=me/edges"), ("--images", photo.parent, "--count", 1)
     for command in (
-        ("merge", "me/base", *experts, "-o", "merged"),
+        ("merge", "me/base", *experts, "-o", "one"),
         ("merge", "me/base", *experts, "--scale", "0.3", "--branch", 2, *images, "-o", "tree"),
-        ("realign", "merged", *experts, *images, "--ridge", "none", "-o", "folded"),
-        ("edit", "merged", "--base", "me/base", "--remove", "edges=me/edges", "-o", "edited"),
+        ("realign", "one", *experts, *images, "--ridge", "none", "-o", "folded"),
+        ("edit", "one", "--base", "me/base", "--remove", "edges=me/edges", "-o", "edited"),
         ("compress", "me/base", *experts, "-o", "small"),
         ("diff", "me/depth", "me/edges", "--base", "me/base"),
         ("inspect", "me/depth@main"),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from simomerge.recipes import run
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import run_recipe
+from simomerge.training import cluster
 from simomerge.training.pool import WorkerPool
 from simomerge.training.settings import TrainSettings
 
@@ -56,8 +56,8 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def record(patch: pytest.MonkeyPatch, names: list[str]) -> None:
     class Recording(WorkerPool):
-        def run(self, jobs: Sequence[Any], after: Sequence[Any] = ()) -> list[Any]:
-            return super().run([(recorded(function), arguments) for function, arguments in jobs], after)
+        def run(self, jobs: Sequence[Any], *more: Any) -> list[Any]:
+            return super().run([(recorded(function), arguments) for function, arguments in jobs], *more)
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(**arguments: Any) -> Any:
@@ -66,7 +66,7 @@ def record(patch: pytest.MonkeyPatch, names: list[str]) -> None:
 
         return call
 
-    patch.setattr(run, "WorkerPool", Recording)
+    patch.setattr(cluster, "WorkerPool", Recording)
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,8 @@ def _problem(hub_id: str, revision: str, error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the hub has no such model, or it is private. Check the name; for a private model, {LOGIN}."
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"cannot load it: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold it."
+        where = constants.HF_HUB_CACHE
+        return f"cannot load it: HF_HUB_OFFLINE is set, and {where} does not hold it; load it once while online."
     reason = first_sentence(error)
     return (
         f"cannot load it ({reason[:200]}). Give a folder with config.json and model.safetensors, or a hub id while"

@@ -96,7 +96,9 @@ def arrange_convolutions(module: nn.Module) -> nn.Module:
     1.5 times as fast in float32 and twice as fast in bfloat16. Values change by rounding only.
     """
     if _depthwise(module):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own types omit it
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     return module
 
 

@@ -22,7 +22,6 @@ from simomerge.core import images
 from simomerge.core.classes import make, settings_of, trusting
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
-from simomerge.core.machine import arrange_convolutions
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
@@ -336,7 +335,6 @@ def load(source: str | Path, trust_code: bool = False) -> SimoModel:
     else:
         model = SimoModel(load_encoder(folder), {}, {})
     model.source, model.licence = str(source), licence_of(Path(folder))
-    arrange_convolutions(model)
     return model
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
-from simomerge.core.machine import arrange_convolutions, loader_workers, mixed_precision
+from simomerge.core.machine import loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches_of_all, training_batches
 from simomerge.models.encoders import Encoder
@@ -160,7 +160,6 @@ class _Trainer:
     ) -> None:
         self.accelerator, self.module, self.objective = accelerator, module, objective
         self.settings, self.label = settings, label
-        arrange_convolutions(module)
         encoder = getattr(module, "encoder", None)
         # The products of gradients are sums over the shares of gradients that FSDP2 has averaged over the processes.
         by_gradients = isinstance(objective.weighting, GradientWeighting) and distributed.processes() > 1

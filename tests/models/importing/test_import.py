@@ -430,7 +430,7 @@ def test_mappings_that_do_not_fit_list_what_does_not(
 def test_other_architectures_are_named(tmp_path: Path, base_folder: Path) -> None:
     with pytest.raises(InputError, match="Dinov2Model, but only DepthAnythingForDepthEstimation"):
         import_expert(base_folder, "depth")
-    with pytest.raises(InputError, match="not a model folder, not a weight file"):
+    with pytest.raises(InputError, match="no such folder, and as a hub id"):
         import_expert("someone/some-depth-model", "depth")
     with pytest.raises(InputError, match=r"nosuch\.pth: no such file"):
         import_expert(base_folder / "nosuch.pth", "depth", encoder=base_folder, head="linear")

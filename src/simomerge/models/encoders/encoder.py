@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
+from simomerge.core.machine import arrange_convolutions
 from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders.adapters import Adapters, TreeAdapters
 from simomerge.models.encoders.features import Features
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
             raise InputError(
                 f"{type(backbone).__name__} has no final layer norm that fits every tap; use apply_layernorm=False."
             )
-        self.backbone: Any = backbone
+        self.backbone: Any = arrange_convolutions(backbone)
         self.apply_layernorm = layout.norm is not None if apply_layernorm is None else apply_layernorm
         self.adapters: Adapters | TreeAdapters | None = None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
