@@ -1,6 +1,6 @@
 """The sums of a fold on disk, so that a pass over many images goes on where it was interrupted.
 
-Each process keeps a file of its own in the work folder. A start with another number of processes begins anew.
+Each process keeps a file of its own in the work folder. A start with another number of processes begins from the start.
 """
 
 from __future__ import annotations
