@@ -115,6 +115,28 @@ def nudged():
     return nudge
 
 
+@pytest.fixture(scope="session")
+def experts_by_dice(make_model, nudged):
+    """``experts_by_dice(tasks, base, size)``: an expert per task, with noise of this size in the backbone.
+
+    Their linear heads have something to say, and they record the base, which is called the-base.
+    """
+    import torch
+
+    def make(tasks, base, size):
+        found = {}
+        for seed, (name, task) in enumerate(tasks.items(), start=1):
+            expert = make_model({name: task}, seed=seed)
+            generator = nudged(expert, seed, size)
+            with torch.no_grad():
+                expert.heads[name].output.weight.normal_(generator=generator).mul_(0.3)
+            expert.provenance = {"base": {"source": "the-base", "fingerprint": base.encoder_fingerprint()}}
+            found[name] = expert
+        return found
+
+    return make
+
+
 @pytest.fixture
 def float32(monkeypatch):
     """Training and inference in float32: comparisons to the last bit must not depend on the machine."""

@@ -71,20 +71,10 @@ def base(make_model: Callable[..., SimoModel]) -> SimoModel:
 
 
 @pytest.fixture(scope="module")
-def experts(
-    make_model: Callable[..., SimoModel], nudged: Callable[..., torch.Generator], base: SimoModel
-) -> dict[str, SimoModel]:
-    """Fine-tuned by dice, with heads that have something to say."""
-    found = {}
-    for seed, (name, task) in enumerate(TASKS.items(), start=1):
-        expert = make_model({name: task}, seed=seed)
-        generator = nudged(expert, seed, 0.08)
-        with torch.no_grad():
-            head: Any = expert.heads[name]
-            head.output.weight.normal_(generator=generator).mul_(0.3)
+def experts(experts_by_dice: Callable[..., dict[str, SimoModel]], base: SimoModel) -> dict[str, SimoModel]:
+    found = experts_by_dice(TASKS, base, 0.08)
+    for name, expert in found.items():
         expert.source = f"runs/{name}"
-        expert.provenance = {"base": {"source": "the-base", "fingerprint": base.encoder_fingerprint()}}
-        found[name] = expert
     return found
 
 

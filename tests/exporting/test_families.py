@@ -17,7 +17,7 @@ from simomerge.models.heads import head_for
 from simomerge.models.heads.building import build_head
 from simomerge.models.model import SimoModel
 
-from .contract import ExportContract
+from .contract import ExportContract, QuantisedContract
 from .modules import TASKS, small_model
 
 pytestmark = pytest.mark.slow
@@ -48,10 +48,8 @@ class TestFamilies(ExportContract):
         return shaken(SimoModel(encoder, {name: TASKS[name] for name in heads}, heads))
 
 
-class TestHeads(ExportContract):
+class TestHeads(QuantisedContract):
     """The other heads, and adapters in the encoder."""
-
-    quantised = True
 
     @pytest.fixture(params=["binned-depth", "surgery", "depth-anything", "dpt-segmentation", "subpixels", "adapters"])
     def model(self, request: pytest.FixtureRequest, tiny_base: Path) -> SimoModel:
@@ -86,11 +84,10 @@ class TestOwnModules(ExportContract):
         return small_model(("parts", "depth", "normals", "edges"))
 
 
-class TestTrees(ExportContract):
+class TestTrees(QuantisedContract):
     """Tasks share the first blocks of the encoder and have their own last ones."""
 
     splits = False
-    quantised = True
 
     @pytest.fixture
     def model(self, tiny_base: Path) -> SimoModel:

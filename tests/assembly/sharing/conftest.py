@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -44,20 +43,8 @@ def base(make_model: Callable[..., SimoModel]) -> SimoModel:
 
 
 @pytest.fixture(scope="module")
-def experts(
-    make_model: Callable[..., SimoModel], nudged: Callable[..., torch.Generator], base: SimoModel
-) -> dict[str, SimoModel]:
-    """Fine-tuned by dice, with heads that have something to say."""
-    found = {}
-    for seed, (name, task) in enumerate(TASKS.items(), start=1):
-        expert = make_model({name: task}, seed=seed)
-        generator = nudged(expert, seed, 0.05)
-        with torch.no_grad():
-            head: Any = expert.heads[name]
-            head.output.weight.normal_(generator=generator).mul_(0.3)
-        expert.provenance = {"base": {"source": "the-base", "fingerprint": base.encoder_fingerprint()}}
-        found[name] = expert
-    return found
+def experts(experts_by_dice: Callable[..., dict[str, SimoModel]], base: SimoModel) -> dict[str, SimoModel]:
+    return experts_by_dice(TASKS, base, 0.05)
 
 
 @pytest.fixture(scope="module")
