@@ -217,7 +217,8 @@ class Encoder(nn.Module):
         Narrow models on a CPU are loaded with the eager attention, which is faster in training only.
         """
         changed: list[Any] = []
-        if not torch.is_grad_enabled() and any(getattr(each, "_supports_sdpa", False) for each in self.modules()):
+        wanted = not torch.is_grad_enabled() and not torch.compiler.is_compiling()  # some families export eager only
+        if wanted and any(getattr(each, "_supports_sdpa", False) for each in self.modules()):
             configs = {id(config): config for each in self.modules() if (config := getattr(each, "config", None))}
             changed = [each for each in configs.values() if getattr(each, "_attn_implementation", None) == "eager"]
         try:
