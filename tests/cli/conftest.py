@@ -59,11 +59,12 @@ def assert_next_steps_parse(printed: str) -> None:
             continue
         program, name, *arguments = shlex.split(line.removeprefix("Next: "), comments=True)
         assert program == "simomerge", line
-        command = cli.get_command(click.Context(cli), name)
+        parent = click.Context(cli, **cli.context_settings)  # commands inherit -h from it, and keep what they inherit
+        command = cli.get_command(parent, name)
         assert command is not None, line
         if isinstance(command, click.Group):
             command, arguments = command.commands[arguments[0]], arguments[1:]
-        command.make_context(name, list(arguments))  # raises if an option or an argument is wrong
+        command.make_context(name, list(arguments), parent=parent)  # raises if an option or an argument is wrong
         assert not re.search(r"\b(EXPERT|FOLDER|BASE|OUT|OTHER)\b", " ".join(arguments)), line
 
 
