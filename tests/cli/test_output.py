@@ -10,6 +10,7 @@ import pytest
 
 from simomerge.cli import output
 from simomerge.cli.output import Table
+from simomerge.training.run_folder import RunFolder
 
 from .conftest import simomerge
 
@@ -81,12 +82,12 @@ def test_the_table_of_a_run_has_the_colours_of_the_families(tmp_path: Any, monke
         {"method": "ties", "family": "merge", "delta_mtl": {"mean": -12.0, "std": None}},
     ]
     results: dict[str, Any] = {"tasks": [], "rows": rows, "gallery": []}
-    output.report_run(results | {}, tmp_path, as_json=False)
+    output.report_run(results | {}, RunFolder.of(tmp_path), as_json=False)
     text = shown.getvalue()
     assert "38;2;139;148;158m" in text and "38;2;213;94;0m" in text and "Delta_MTL" in text
     assert f"Report:  {tmp_path / 'report.html'}" in text
     plain = Terminal()
     monkeypatch.setattr(plain, "isatty", lambda: False)
     monkeypatch.setattr(sys, "stdout", plain)
-    output.report_run(results | {}, tmp_path, as_json=False)
+    output.report_run(results | {}, RunFolder.of(tmp_path), as_json=False)
     assert ESCAPE not in plain.getvalue() and "\nties         -12.0" in plain.getvalue()

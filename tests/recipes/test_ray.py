@@ -15,7 +15,8 @@ import pytest
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.recipes.file import read_recipe
-from simomerge.recipes.run import run_recipe
+from simomerge.recipes.run import held_out_delta, run_recipe
+from simomerge.recipes.search import search_recipe
 from simomerge.training import nodes
 from simomerge.training.cluster import RayPool
 from simomerge.training.pool import WorkerPool
@@ -41,6 +42,25 @@ realign:
 merges: [average]
 realigned: [average+fold]
 gallery: [experts, average]
+"""
+
+SEARCH = """
+base: {base}
+tasks: [depth, normals]
+train_images: 16
+val_images: 12
+test_images: 4
+probe: {{steps: 4, batch_size: 4}}
+tune: {{steps: 4, batch_size: 4}}
+realign: {{heads: {{steps: 4, batch_size: 4}}}}
+merges: [average]
+realigned: [average+heads]
+search:
+  row: average+heads
+  images: 4
+  trials: 4
+  space:
+    realign.heads.lr: {{low: 1e-5, high: 1e-2, log: true}}
 """
 
 
@@ -101,6 +121,26 @@ def test_two_nodes_of_which_one_dies_give_the_results_of_one_machine(
     assert same(shared) == same(alone)
     names = [sorted(path.name for path in (tmp_path / run / "stages").iterdir()) for run in ("alone", "shared")]
     assert names[0] == names[1]  # the same keys, and no log, lock or state is left
+
+
+def test_trials_at_the_same_time_score_as_on_one_machine(clustered: Clustered, tiny_base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(SEARCH.format(base=tiny_base))
+    labels: list[str] = []
+    with show_progress(lambda label, *_: labels.append(label)):
+        found = search_recipe(file, tmp_path / "shared", seed=0, ray=clustered.address)
+    assert found == json.loads((tmp_path / "shared" / "search.json").read_text())
+    trials = found["trials"]
+    assert [trial["state"] for trial in trials] == ["complete"] * 4 and labels.count("search") == 4
+    assert len({trial["values"]["realign.heads.lr"] for trial in trials}) == 4
+    kept = list((tmp_path / "shared" / "stages").iterdir())
+    assert len([path for path in kept if path.name.startswith("expert-")]) == 2  # the trials share the experts
+    assert len([path for path in kept if path.name.startswith("average+heads")]) == 4
+    with WorkerPool(1) as pool:
+        for trial in trials:
+            recipe = read_recipe(file, values=trial["values"])
+            alone = held_out_delta(recipe, "average+heads", 4, tmp_path / "alone", pool)
+            assert alone == pytest.approx(trial["per_seed"], abs=1e-9)
 
 
 def die() -> None:

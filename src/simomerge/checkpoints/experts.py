@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from simomerge.core.errors import InputError
+from simomerge.core.remote import is_url
 from simomerge.core.schema import nearest
 
 _SETTINGS = {
@@ -151,11 +152,11 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def source_name(source: str | Path) -> str:
-    """What provenance calls a source: the name of a file or folder without its path, or a hub id.
+    """What provenance calls a source: the name of a file or folder without its path or URL, or a hub id.
 
     A shared model must not reveal where files were on the machine that made it.
     """
-    return Path(source).name if Path(source).exists() else str(source)
+    return Path(source).name if is_url(source) or Path(source).exists() else str(source)
 
 
 def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:

@@ -11,8 +11,9 @@ from simomerge.checkpoints.card import PICTURE, model_card
 from simomerge.checkpoints.description import read_description
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core.errors import InputError
-from simomerge.core.hub import LOGIN, first_sentence
+from simomerge.core.hub import LOGIN
 from simomerge.core.model_files import is_model_file, needed_files
+from simomerge.core.text import first_sentence
 
 _OTHERS = (".gitattributes", "README.md")
 """What a repository without a model may hold."""

@@ -33,10 +33,11 @@ def command(tasks: str, base: str, output: Path, workers: int | None, as_json: b
     from simomerge.core.distributed import join_processes
     from simomerge.recipes.demo import ALL_TASKS, demo_recipe
     from simomerge.recipes.run import run_recipe
+    from simomerge.training.run_folder import RunFolder
 
     join_processes()
     names = ALL_TASKS if tasks == "all" else tuple(tasks.split(","))
     recipe = replace(demo_recipe(names, given["head"], given["seeds"], given["full"]), base=base)
     with console():
         results = run_recipe(recipe, output, workers)
-    report_run(results, output, as_json)
+    report_run(results, RunFolder.of(output), as_json)

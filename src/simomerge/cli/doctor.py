@@ -123,7 +123,7 @@ def _cache() -> str:
     import shutil
     import tempfile
 
-    from simomerge.datasets.rooms.cache import cache_folder
+    from simomerge.core.files import cache_folder
 
     folder = Path(cache_folder(None))
     folder.mkdir(parents=True, exist_ok=True)

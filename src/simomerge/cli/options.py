@@ -15,6 +15,7 @@ from simomerge.cli.output import warning
 from simomerge.core.classes import trust
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
+from simomerge.core.remote import is_url
 from simomerge.core.schema import plain_value
 from simomerge.training.choices import TRACKERS
 from simomerge.training.settings import TrainSettings
@@ -165,7 +166,7 @@ data = click.option(
     type=place,
     default="rooms",
     show_default=True,
-    help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data.",
+    help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data; or the URL of one.",
 )
 method_parameters = click.option(
     "-p",
@@ -181,7 +182,7 @@ pictures = together(
         "--images",
         type=place,
         metavar="FOLDER",
-        help="Images without labels: a folder of pictures with its subfolders, or a dataset as for --data.",
+        help="Images without labels: a folder of pictures with its subfolders or its URL, or a dataset as for --data.",
     ),
     click.option(
         "--size",
@@ -255,9 +256,24 @@ def size_in_bytes(option: str, help: str) -> Decorator:
     return click.option(option, metavar="SIZE", callback=_bytes, help=help)
 
 
+class _Written(click.Path):
+    """A path to write; or a URL, as text, if the command takes one."""
+
+    def __init__(self, urls: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self.urls = urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_url(value):
+            return super().convert(value, param, ctx)
+        if not self.urls:
+            raise InputError(f"-o {value}: only run and search write to a URL; give a path, and copy what is there.")
+        return value
+
+
 def output(required: bool = True, model: bool = True, help: str = "Folder to write (OUT).") -> Decorator:
     """-o and --overwrite: a file or folder (of a model) that must not exist, except with --overwrite; and --json."""
-    path, callback = click.Path(path_type=Path), _new_model if model else _new_path
+    path, callback = _Written(), _new_model if model else _new_path
     return together(
         click.option("-o", "--output", type=path, required=required, callback=callback, help=help),
         click.option("--overwrite", is_flag=True, is_eager=True, help="Replace OUT if it exists."),
@@ -265,15 +281,15 @@ def output(required: bool = True, model: bool = True, help: str = "Folder to wri
     )
 
 
-def folder(default: Path | None, help: str, required: bool = False) -> Decorator:
-    """-o for a folder that may exist; the command adds to it or continues in it."""
+def folder(default: Path | None, help: str, required: bool = False, urls: bool = False) -> Decorator:
+    """-o for a folder that may exist; the command adds to it or continues in it. With ``urls``, it may be a URL."""
     settings: dict[str, Any] = {
         "default": default,
         "show_default": default is not None,
         "required": required,
         "help": help,
     }
-    return click.option("-o", "--output", type=click.Path(path_type=Path), **settings)
+    return click.option("-o", "--output", type=_Written(urls), **settings)
 
 
 def note_count(count: int | None, available: int, what: str) -> None:

@@ -9,14 +9,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from simomerge.cli.next_step import MARK, next_step
 from simomerge.core.progress import Console, has_rich, show_progress, starting
 from simomerge.core.text import printable
+
+if TYPE_CHECKING:
+    from simomerge.training.run_folder import RunFolder
+
+REPORT = "report.html"
 
 quiet = False
 """Whether the command shows neither progress nor the next step; set by `be_quiet`."""
@@ -118,7 +122,7 @@ def console() -> Iterator[None]:
         shown.close()
 
 
-def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
+def report_run(results: dict[str, Any], folder: RunFolder, as_json: bool) -> None:
     """Write the report of a finished run next to its results.json, and print the table."""
     from simomerge.relations.page import seeds_section
     from simomerge.report import text_table, write_report
@@ -130,7 +134,9 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
     if not is_first():
         return
     related = ("Task relationships", seeds_section(results.get("relations") or {}))
-    report = write_report(folder / "report.html", results, results.pop("gallery"), [related])
+    write_report(folder.path / REPORT, results, results.pop("gallery"), [related], folder.shown())
+    folder.send(REPORT)
+    report = folder.shown(REPORT)
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
     shown: list[str | Table] = []
     if sys.stdout.isatty():
@@ -140,8 +146,8 @@ def report_run(results: dict[str, Any], folder: Path, as_json: bool) -> None:
             shown += [Table(["\n".join(column.head) for column in block], cells, colours), ""]
     else:
         shown = [text_table(results, ascii_only=ascii_only), ""]
-    files = [f"Results: {folder / 'results.json'}", f"Report:  {report}"]
-    if advice := recommendation(results, folder.as_posix()):
+    files = [f"Results: {folder.shown('results.json')}", f"Report:  {report}"]
+    if advice := recommendation(results, folder.shown()):
         shown += [*advice.sentences, ""]
         files += [f"Model:   {advice.folder}", next_step("inspect", advice.folder)]
-    say(as_json, {**results, "report": str(report)}, *shown, *files)
+    say(as_json, {**results, "report": report}, *shown, *files)

@@ -18,7 +18,7 @@ from simomerge.core.progress import starting
 @options.changes
 @click.option("--dry-run", is_flag=True, help="List the stages and which of them are done, and stop.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of recipes, for editors, and stop.")
-@options.folder(None, "Folder of the run. [default: the recipe's]")
+@options.folder(None, "Folder of the run, or its URL, such as s3://BUCKET/RUN. [default: the recipe's]", urls=True)
 @options.workers
 @options.ray
 @options.shard
@@ -26,7 +26,9 @@ from simomerge.core.progress import starting
 @options.precision
 @options.trust_code
 @options.as_json
-def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, as_json: bool, **given: Any) -> None:
+def command(
+    recipe: str | None, changes: tuple[str, ...], output: str | Path | None, as_json: bool, **given: Any
+) -> None:
     """Run RECIPE, a YAML file: experts, joint model, merges, re-alignments, evaluation, report.
 
     A second run repeats only what changed, and an interrupted run resumes. docs/recipes.md describes the keys of a
@@ -35,6 +37,7 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
     from simomerge.core.distributed import join_processes
     from simomerge.recipes.file import read_recipe, recipe_schema
     from simomerge.recipes.run import plan_of, run_recipe
+    from simomerge.training.run_folder import RunFolder
     from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
@@ -48,7 +51,7 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
         raise click.UsageError("give a RECIPE, such as recipes/rooms-small.yaml.")
     join_processes()
     chosen = read_recipe(recipe, changes)
-    folder = output or Path(chosen.output)
+    folder = RunFolder.of(output or chosen.output)
     if given["dry_run"]:
         stages = plan_of(chosen, folder)
         done = sum(finished for _, finished in stages)
@@ -56,6 +59,7 @@ def command(recipe: str | None, changes: tuple[str, ...], output: Path | None, a
         rows = [{"stage": name, "done": finished} for name, finished in stages]
         say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
         return
-    with sharded(given["shard"], given["offload"]), track(given["trackers"], folder / "logs"), console():
+    with sharded(given["shard"], given["offload"]), track(given["trackers"], folder.path / "logs"), console():
         results = run_recipe(chosen, folder, given["workers"], given["ray"])
     report_run(results, folder, as_json)
+    folder.send("logs")

@@ -18,12 +18,12 @@ from simomerge.cli.output import console, say
 @options.changes
 @click.option("--storage", help="Storage of the study: a file, or an Optuna URL. [default: search.log in OUT]")
 @click.option("--seed", type=int, help="Seed of the sampler. Machines that share a study need different seeds or none.")
-@options.folder(None, "Folder (OUT). [default: the recipe's + -search]")
+@options.folder(None, "Folder (OUT), or its URL. [default: the recipe's + -search]", urls=True)
 @options.workers
 @options.ray
 @options.trust_code
 @options.as_json
-def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json: bool, **given: Any) -> None:
+def command(recipe: str, changes: tuple[str, ...], output: str | Path | None, as_json: bool, **given: Any) -> None:
     """Search the values that RECIPE names under `search`, with Optuna, on held-out validation images.
 
     A second call resumes the study, and another machine with the same --storage joins it. docs/recipes.md describes
@@ -31,8 +31,9 @@ def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json:
     """
     from simomerge.recipes.file import read_recipe
     from simomerge.recipes.search import search_recipe
+    from simomerge.training.run_folder import RunFolder
 
-    folder = output or Path(read_recipe(recipe, changes).output + "-search")
+    folder = RunFolder.of(output or read_recipe(recipe, changes).output + "-search")
     with console():
         results = search_recipe(
             recipe, folder, changes, given["storage"], given["seed"], given["workers"], given["ray"]
@@ -42,10 +43,10 @@ def command(recipe: str, changes: tuple[str, ...], output: Path | None, as_json:
     sets = [word for key, value in shown[0]["values"].items() for word in ("--set", f"{key}={json.dumps(value)}")]
     say(
         as_json,
-        {**results, "output": str(folder)},
+        {**results, "output": folder.shown()},
         f"Delta_MTL of {results['row']} on {results['images']} held-out validation images, {len(shown)} trials:",
         *lines,
-        f"All trials: {folder / 'search.json'}",
+        f"All trials: {folder.shown('search.json')}",
         next_step("run", recipe, *sets),
     )
 

@@ -150,7 +150,7 @@ def temporary_folder() -> AbstractContextManager[Path]:
     return _made_by_first(tempfile.TemporaryDirectory)
 
 
-def _check_seen(folder: Path) -> None:
+def check_seen(folder: Path) -> None:
     """Raise InputError if a process does not see a folder that the first one made."""
     for _ in range(_LOOKS):
         if folder.is_dir():
@@ -170,7 +170,7 @@ def _made_by_first(make: Callable[[], AbstractContextManager[str | Path]]) -> It
     """A folder that the first process makes and closes, by its path in all processes."""
     with make() if is_first() else nullcontext("") as made:
         folder = Path(from_first(str(made)))
-        _check_seen(folder)
+        check_seen(folder)
         yield folder
         wait()
     wait()

@@ -160,6 +160,16 @@ def temporary_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
 
 
+def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder for files that can be made again: the argument, SIMOMERGE_CACHE, or the user's cache folder."""
+    chosen = cache_dir or os.environ.get("SIMOMERGE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("simomerge"))
+
+
 def check_not_current(path: Path) -> None:
     """Raise InputError if a path is the current folder or one that holds it, which cannot be replaced."""
     target, here = path.resolve(), Path.cwd()

@@ -12,6 +12,8 @@ from simomerge.core.assets import resolve_source
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.model_files import is_model_file, needed_files, shards
+from simomerge.core.remote import is_url, local_copy
+from simomerge.core.text import first_sentence
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -22,7 +24,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def local_source(source: str | Path, bare: bool = True) -> str:
-    """The local path of a source: a path on the disk, ``rooms-base``, or a hub id, whose files are fetched if needed.
+    """The local path of a source: a path, ``rooms-base``, or a hub id or URL, whose files are fetched if needed.
 
     A hub id is OWNER/NAME or OWNER/NAME@REVISION, with a branch, a tag or a commit. What exists on the disk is taken
     first, then what the cache of the hub holds; only what neither has is looked up online. A text that can only be a
@@ -40,6 +42,8 @@ def local_source(source: str | Path, bare: bool = True) -> str:
         >>> local_source("./nowhere")
         './nowhere'
     """
+    if is_url(source):
+        return str(local_copy(str(source)))
     given, path = str(source), resolve_source(source)
     if Path(path).exists():
         return path
@@ -83,12 +87,6 @@ def _problem(hub_id: str, revision: str, error: Exception) -> str:
         f"cannot load it ({reason[:200]}). Give a folder with config.json and model.safetensors, or a hub id while"
         " online."
     )
-
-
-def first_sentence(error: BaseException) -> str:
-    """The first sentence of an error's message, or its class if it has none."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return first_line.partition(". ")[0].rstrip(".")
 
 
 def _revisions(hub_id: str) -> str:

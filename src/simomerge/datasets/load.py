@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
+from simomerge.core.remote import RemoteFile, is_url, last_name, local_copy, remote_files
 from simomerge.core.schema import nearest
 from simomerge.datasets.base import DenseDataset, Joined
 from simomerge.datasets.manifest import MANIFESTS, read_manifest
+from simomerge.datasets.pictures import SUFFIXES, Images
 from simomerge.datasets.published.cityscapes import cityscapes
 from simomerge.datasets.published.nyuv2 import nyuv2
 from simomerge.datasets.published.taskonomy import taskonomy
 from simomerge.datasets.rows import Manifest, Rows
+from simomerge.datasets.tars import SUFFIX as TAR
+from simomerge.datasets.tars import TarPictures
 
 PUBLISHED: dict[str, Callable[..., Manifest]] = {"nyuv2": nyuv2, "cityscapes": cityscapes, "taskonomy": taskonomy}
 """Datasets given as NAME:FOLDER."""
@@ -32,7 +36,7 @@ def load_data(
     Args:
         spec: ``rooms``; ``nyuv2:FOLDER``, ``cityscapes:FOLDER`` or ``taskonomy:FOLDER``; or the path of a manifest
             (``*.yaml``, ``*.csv``) or of the folder that holds ``data.yaml`` or ``data.csv``. docs/data.md describes
-            them.
+            them. Folders and files may be URLs such as ``s3://bucket/robot``, of which a local copy is made.
         split: "train", "val" or "test", or another split that the manifest names. "train+val" joins splits; a mapping
             such as ``{"train": 800, "val": 640}`` also limits the number of images of each.
         count: number of images, evenly over the split. By default all, or all if there are fewer; rooms have a
@@ -74,7 +78,8 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
     """Images without labels: a folder of pictures, or a dataset as `load_data` takes it, whose labels are not read.
 
     Args:
-        spec: A folder or file of pictures; or ``rooms``, ``NAME:FOLDER``, a manifest, or the folder of a manifest.
+        spec: A folder or file of pictures; or ``rooms``, ``NAME:FOLDER``, a manifest, or the folder of a manifest; or
+            the URL of one of these. Tar files at a URL are read there, of everything else a local copy is made.
         split: The split or splits of a dataset; all but the test split by default.
 
     Raises:
@@ -84,12 +89,14 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
         >>> len(load_images("rooms", "val"))
         256
     """
-    path = Path(spec).expanduser()
+    if is_url(spec) and (tars := _tars_only(str(spec))):
+        _check_no_split(spec, split)
+        return Images(TarPictures(tars, SUFFIXES))
+    path = _local(spec)
     published = str(spec).partition(":")[0] in ("rooms", *PUBLISHED) and not path.exists()
     described = path.suffix in MANIFESTS or any((path / f"data{suffix}").is_file() for suffix in MANIFESTS)
     if not published and not described:
-        if split is not None:
-            raise InputError(f"{spec} is a folder of pictures and has no splits; leave the split out.")
+        _check_no_split(spec, split)
         return path
     if split is None:
         names = ("train", "val") if spec == "rooms" else tuple(find_manifest(spec).rows)
@@ -101,6 +108,27 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
     return load_data(spec, split, tasks=[])
 
 
+def _tars_only(url: str) -> list[RemoteFile]:
+    """The tar files at a URL, unless there are pictures or manifests too."""
+    files = {name or last_name(url): file for name, file in remote_files(url).items()}
+    if any(name.lower().endswith((*SUFFIXES, *MANIFESTS)) for name in files):
+        return []
+    return [file for name, file in sorted(files.items()) if name.lower().endswith(TAR)]
+
+
+def _check_no_split(spec: str | Path, split: str | None) -> None:
+    if split is not None:
+        raise InputError(f"{spec} is a folder of pictures and has no splits; leave the split out.")
+
+
+def _local(place: str | Path) -> Path:
+    """A path, or that of the local copy of a URL. With the manifest at a URL, its folder is copied."""
+    if not is_url(place):
+        return Path(place).expanduser()
+    folder, _, name = str(place).rstrip("/").rpartition("/")
+    return local_copy(folder) / name if name.endswith(MANIFESTS) else local_copy(str(place))
+
+
 def find_manifest(spec: str | Path, **options: Any) -> Manifest:
     """All splits of a dataset on disk, by its manifest or as NAME:FOLDER. Raises InputError."""
     if spec == "rooms":
@@ -109,8 +137,8 @@ def find_manifest(spec: str | Path, **options: Any) -> Manifest:
     if name in PUBLISHED:
         if not folder:
             raise InputError(f"{name!r} needs its folder: {name}:FOLDER (docs/data.md).")
-        return PUBLISHED[name](Path(folder).expanduser(), **options)
-    path = Path(spec).expanduser()
+        return PUBLISHED[name](_local(folder), **options)
+    path = _local(spec)
     if path.suffix in MANIFESTS or path.is_dir():
         return read_manifest(path, **options)
     near = nearest(name, ["rooms", *PUBLISHED])
@@ -137,7 +165,11 @@ def data_name(spec: str) -> str:
     Example:
         >>> data_name("rooms"), data_name("nyuv2:/data/nyuv2"), data_name("/home/me/robot/data.yaml")
         ('rooms', 'nyuv2', 'robot')
+        >>> data_name("s3://bucket/robot")
+        'robot'
     """
+    if is_url(spec) and spec.partition(":")[0] not in PUBLISHED:
+        spec = spec.partition("://")[2]
     name, colon, _ = spec.partition(":")
     path = Path(spec)
     return name if colon or spec == "rooms" else (path.parent.name if path.suffix else path.name) or "own data"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,8 +83,11 @@ class Images(DenseDataset):
             return str(getattr(self.source, "fingerprint", str)())
         if isinstance(self.source, TarPictures):
             return self.source.fingerprint(self._positions)
-        files = [Path(self.source[place]) for place in self._positions if isinstance(self.source[place], (str, Path))]
-        lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+        sources = [self.source[place] for place in self._positions]
+        files = [Path(each).absolute() for each in sources if isinstance(each, (str, Path)) and Path(each).is_file()]
+        folder = os.path.commonpath([file.parent for file in files]) if files else ""  # which may be moved
+        stats = ((file.relative_to(folder), file.stat()) for file in files)
+        lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def resized(self, size: str | tuple[int, int], crop: bool = False) -> Images:

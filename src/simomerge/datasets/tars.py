@@ -1,7 +1,8 @@
-"""Pictures in tar files, as WebDataset writes them: read one by one, without unpacking.
+"""Pictures in tar files, as WebDataset writes them: read one by one, without unpacking, on a disk or at a URL.
 
 Only the place of each picture is kept in memory, 16 bytes for each, so that a million of them are no problem. Python's
-tarfile finds the places; WebDataset's own reader has no access by number.
+tarfile finds the places; WebDataset's own reader has no access by number. The places in files at a URL are kept in the
+cache folder, because finding them reads the whole file.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.files import atomic_file, cache_folder
+from simomerge.core.progress import progress
+from simomerge.core.remote import RemoteFile
 
 SUFFIX = ".tar"
 
@@ -24,7 +29,7 @@ class TarPictures(Sequence[Any]):
     """The pictures in tar files, in the order of the files and within them, as PIL images.
 
     Args:
-        files: The tar files.
+        files: The tar files, or those at URLs.
         suffixes: Of the members that are pictures. Others, such as WebDataset's ``.json`` and ``.cls``, are left out.
 
     Raises:
@@ -35,13 +40,13 @@ class TarPictures(Sequence[Any]):
         (640, 480)
     """
 
-    def __init__(self, files: Sequence[Path], suffixes: Sequence[str]) -> None:
-        self.files = list(files)
-        found = [_places(file, tuple(suffixes)) for file in self.files]
+    def __init__(self, files: Sequence[Path] | Sequence[RemoteFile], suffixes: Sequence[str]) -> None:
+        self.files = [_LocalFile(file) if isinstance(file, Path) else file for file in files]
+        found = [_kept_places(file, tuple(suffixes)) for file in self.files]
         self._places = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
         self._ends = np.cumsum([len(each) for each in found])
         if not len(self._places):
-            raise InputError(f"{self.files[0].parent}: no picture in its tar files (looked for {', '.join(suffixes)}).")
+            raise InputError(f"{self.files[0]}: no picture in the tar files (looked for {', '.join(suffixes)}).")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -50,15 +55,13 @@ class TarPictures(Sequence[Any]):
         from PIL import Image
 
         start, size = (int(number) for number in self._places[index])
-        with self.file(index).open("rb") as handle:
-            handle.seek(start)
-            content = handle.read(size)
+        content = self.file(index).read(start, size)
         try:
             return Image.open(io.BytesIO(content))
         except OSError as error:  # UnidentifiedImageError too
             raise InputError(f"{self.name(index)}: cannot be read as an image ({error}).") from error
 
-    def file(self, index: int) -> Path:
+    def file(self, index: int) -> _LocalFile | RemoteFile:
         """The tar file of a picture."""
         return self.files[int(np.searchsorted(self._ends, index, side="right"))]
 
@@ -73,22 +76,63 @@ class TarPictures(Sequence[Any]):
 
     def fingerprint(self, positions: Sequence[int]) -> str:
         """sha256 of the tar files' names, sizes and dates, and of which pictures are used."""
-        lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in self.files]
+        lines = [f"{file} {file.size} {file.version}" for file in self.files]
         used = hashlib.sha256(np.asarray(positions, np.int64).tobytes()).hexdigest()
         return hashlib.sha256("\n".join([*lines, used]).encode()).hexdigest()
 
 
-def _places(file: Path, suffixes: tuple[str, ...]) -> np.ndarray:
+@dataclass(frozen=True)
+class _LocalFile:
+    """A file on a disk, with what `RemoteFile` has."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    @property
+    def version(self) -> str:
+        return str(self.path.stat().st_mtime_ns)
+
+    def open(self) -> BinaryIO:
+        return self.path.open("rb")
+
+    def read(self, start: int, size: int) -> bytes:
+        with self.open() as handle:
+            handle.seek(start)
+            return handle.read(size)
+
+
+def _kept_places(file: _LocalFile | RemoteFile, suffixes: tuple[str, ...]) -> np.ndarray:
+    """`_places`, kept in the cache folder if the file is at a URL."""
+    if isinstance(file, _LocalFile):
+        return _places(file, suffixes)
+    key = hashlib.sha256(f"{file} {file.size} {file.version} {suffixes}".encode()).hexdigest()[:24]
+    kept = cache_folder() / "tars" / f"{key}.npy"
+    if not kept.is_file():
+        progress("tar files", 0, 1, f"looking through {file}")
+        found = _places(file, suffixes)
+        with atomic_file(kept, durable=False) as handle:
+            np.save(handle, found)
+    places: np.ndarray = np.load(kept)
+    return places
+
+
+def _places(file: _LocalFile | RemoteFile, suffixes: tuple[str, ...]) -> np.ndarray:
     """Start and size of every picture in a tar file, int64 (N, 2)."""
     found = []
     try:
-        with tarfile.open(file, "r:") as opened:
+        with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
             for member in opened:
                 opened.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
                 if member.isfile() and member.name.lower().endswith(suffixes):
                     found.append((member.offset_data, member.size))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"{file}: cannot be read as an uncompressed tar file ({error}); write it again.") from error
-    if found and sum(found[-1]) > file.stat().st_size:
+    if found and sum(found[-1]) > file.size:
         raise InputError(f"{file}: is truncated; copy it again.")
     return np.array(found, np.int64).reshape(-1, 2)

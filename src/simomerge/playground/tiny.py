@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from simomerge.core.files import cache_folder
 from simomerge.core.progress import labelled_progress
 from simomerge.core.version import __version__
 from simomerge.datasets.load import data_record, load_data
 from simomerge.datasets.rooms import RENDER_VERSION
-from simomerge.datasets.rooms.cache import cache_folder
 from simomerge.models.model import SimoModel, load
 from simomerge.training.familiarity import training_images
 from simomerge.training.lpft import fresh_head, lpft

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.load import load_data, load_images
 from simomerge.datasets.pictures import as_images
 from simomerge.training.pool import WorkerPool
+from simomerge.training.run_folder import LOG, STAGES, RunFolder
 
 Data = Mapping[str, Any]
 """A dataset as plain data: the keyword arguments of `simomerge.datasets.load.load_data`. With ``unlabelled``, ``spec``
@@ -87,9 +88,12 @@ class Graph:
         weights: Bytes of the base's weights, by which a cluster finds room for each stage.
     """
 
-    def __init__(self, folder: Path, base: str, salt: str, contents: Callable[[Data], str], weights: int = 0) -> None:
+    def __init__(
+        self, folder: Path | RunFolder, base: str, salt: str, contents: Callable[[Data], str], weights: int = 0
+    ) -> None:
         self.weights = weights
-        self.folder = folder
+        self.run_folder = RunFolder.of(folder)
+        self.folder = self.run_folder.path
         self.base = base
         self.salt = salt
         self.contents = contents
@@ -101,10 +105,11 @@ class Graph:
         Among the stages that can start, the one with the longest chain of waiting stages starts first.
         """
         found = self.in_order(wanted)
-        absent = set(distributed.from_first([str(path) for path in found if not path.exists()]))
-        missing = {path: stage for path, stage in found.items() if str(path) in absent}
+        done = distributed.from_first(self.run_folder.done(found))
+        missing = {path: stage for path, stage in found.items() if path not in done}
         for path in found.keys() - missing.keys():
             _lock(path).unlink(missing_ok=True)  # left by a run that was killed after the stage was done
+        self.run_folder.send_stages(done)  # of a run that was killed before it could do that
         needs = {path: [o for o in map(self.output, stage.needs()) if o in missing] for path, stage in missing.items()}
         chain = {path: stage.cost for path, stage in missing.items()}
         for path in reversed(missing):  # a stage comes before the stages that it waits for
@@ -113,7 +118,7 @@ class Graph:
         order = sorted(missing, key=lambda path: -chain[path])
         place = {path: index for index, path in enumerate(order)}
         do = _do_once if pool.needs_locks else do_stage
-        jobs = [(do, {"stage": self._resolved(missing[path]), "output": path}) for path in order]
+        jobs = [(do, self._job(missing[path])) for path in order]
         memory = [OVERHEAD + int(missing[path].models * self.weights) for path in order]
         pool.run(jobs, [[place[need] for need in needs[path]] for path in order], memory)
 
@@ -123,12 +128,17 @@ class Graph:
             named = json.dumps(self._inputs(stage), sort_keys=True, default=str)
             key = hashlib.sha256(f"{self.salt} {type(stage).__name__} {named}".encode()).hexdigest()[:12]
             name = f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
-            self._outputs[stage] = self.folder / "stages" / name
+            self._outputs[stage] = self.folder / STAGES / name
         return self._outputs[stage]
+
+    def fetched(self, stage: Stage) -> Path:
+        """The folder of a finished stage, with its content on this machine."""
+        self.run_folder.fetch([self.output(stage)])
+        return self.output(stage)
 
     def log(self, stage: Stage) -> dict[str, Any]:
         """The log of a finished stage: what it cost and found."""
-        return read_log(self.output(stage))
+        return _read_log(self.run_folder.log(self.output(stage)))
 
     def in_order(self, wanted: Iterable[Stage]) -> dict[Path, Stage]:
         """The stages and those that they need, by their folders, each after what it needs."""
@@ -138,6 +148,11 @@ class Graph:
                 found |= self.in_order(stage.needs())
                 found[self.output(stage)] = stage
         return found
+
+    def _job(self, stage: Stage) -> dict[str, Any]:
+        """The arguments of `do_stage`."""
+        needs = tuple(map(self.output, stage.needs()))
+        return {"stage": self._resolved(stage), "output": self.output(stage), "folder": self.run_folder, "needs": needs}
 
     def _resolved(self, stage: Stage) -> Stage:
         """The stage, with the stages among its inputs replaced by their folders."""
@@ -166,14 +181,18 @@ class Graph:
             return {"class": type(value).__name__, **self._inputs(value)}
         if isinstance(value, Mapping):
             plain = {key: self._key_of(item) for key, item in value.items()}
-            is_data = {"spec", "split"} <= value.keys()
+            is_data = "spec" in value and ("split" in value or "unlabelled" in value)
             return {**plain, "spec": self.contents(value) or value["spec"]} if is_data else plain
         return "base" if value == self.base else value
 
 
 def read_log(output: Path) -> dict[str, Any]:
-    """The log of a finished stage: what it cost and found."""
-    log: dict[str, Any] = read_json(output / "log.json", "remove the stage's folder, and run the recipe again.")
+    """The log of a finished stage that is on this machine."""
+    return _read_log(output / LOG)
+
+
+def _read_log(file: Path) -> dict[str, Any]:
+    log: dict[str, Any] = read_json(file, "remove the stage's folder, and run the recipe again.")
     return log
 
 
@@ -217,19 +236,28 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-def do_stage(stage: Stage, output: Path) -> None:
-    """Do a stage, unless it is done. No other program may be doing it."""
+def do_stage(stage: Stage, output: Path, folder: RunFolder, needs: Sequence[Path]) -> None:
+    """Do a stage, unless it is done. No other program may be doing it.
+
+    Args:
+        stage: The stage, with folders in the place of other stages.
+        output: Its folder.
+        folder: The run folder. If it is at a URL, the stage's folder is copied there.
+        needs: The folders of the stages that it needs.
+    """
     if distributed.is_first():
         remove_leftovers(output)
     if not distributed.from_first(output.exists()):
         with labelled_progress(stage.name, keep=stage.keeps_labels):
+            folder.fetch(needs)
             stage.run(output)
+    folder.send_stages([output])
 
 
-def _do_once(stage: Stage, output: Path) -> None:
+def _do_once(stage: Stage, output: Path, folder: RunFolder, needs: Sequence[Path]) -> None:
     """Do a stage, unless another run in the same folder is doing it or has done it."""
     with locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
-        do_stage(stage, output)
+        do_stage(stage, output, folder, needs)
     if distributed.is_first():
         _lock(output).unlink(missing_ok=True)  # waiting and later runs will find the finished stage
 

@@ -146,8 +146,8 @@ def gallery(plan: Plan, graph: Graph, data: Any, images: int = 4) -> list[dict[s
     """Some test images, with the ground truth and the predictions of the gallery's rows in colours."""
     seed = plan.recipe.seeds[0]
     rows = [row for row in plan.recipe.gallery if row == "experts" or (seed, row) in plan.models]
-    models = {row: load(graph.output(plan.models[seed, row]) / "model") for row in rows if row != "experts"}
-    experts = {task: load(graph.output(stage) / "model") for task, stage in plan.experts[seed].items()}
+    models = {row: load(graph.fetched(plan.models[seed, row]) / "model") for row in rows if row != "experts"}
+    experts = {task: load(graph.fetched(stage) / "model") for task, stage in plan.experts[seed].items()}
     shown = []
     for index in range(0, len(data), max(1, len(data) // images)):
         sample = data[index]

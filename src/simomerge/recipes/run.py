@@ -28,24 +28,25 @@ from simomerge.recipes.graph import Data, Graph, open_data
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
-from simomerge.recipes.shipping import check_place, choose, expert_folders, ship
+from simomerge.recipes.shipping import MODEL, check_place, choose, expert_folders, ship
 from simomerge.training.cluster import pool_of
 from simomerge.training.evaluate import delta_mtl
 from simomerge.training.pool import WorkerPool
+from simomerge.training.run_folder import RunFolder
 
 SAMPLES = 4
 """Samples of each split that are read before any work, to find mistakes that all labels have."""
 
 
 def run_recipe(
-    recipe: Recipe, folder: str | Path | None = None, workers: int | None = None, ray: str | None = None
+    recipe: Recipe, folder: str | Path | RunFolder | None = None, workers: int | None = None, ray: str | None = None
 ) -> dict[str, Any]:
     """Run a recipe: experts, joint MTL, merges, re-alignments, evaluation on the test split.
 
     Args:
         recipe: What to do.
-        folder: The run folder, by default the recipe's ``output``; a second run with the same recipe reuses every stage
-            in it.
+        folder: The run folder, or its URL (see `RunFolder`), by default the recipe's ``output``; a second run with the
+            same recipe reuses every stage in it.
         workers: Number of processes; one per core by default.
         ray: Address of a Ray cluster that does the stages, see `RayPool`; by default this machine does them.
 
@@ -54,8 +55,9 @@ def run_recipe(
         the report. The folder ``model`` in the run folder is the model that the run recommends.
     """
     began = time.monotonic()
-    folder = Path(folder or recipe.output).resolve()
-    check_place(folder)
+    folder = RunFolder.of(folder or recipe.output)
+    folder.check()
+    check_place(folder.path)
     plan, graph = _planned(recipe, folder)
     with pool_of(folder, workers, ray) as pool:
         with distributed.first_before_others():
@@ -70,11 +72,14 @@ def run_recipe(
         results["model"] = ship(plan, graph, choice, test)
     results["seconds_of_this_call"] = round(time.monotonic() - began, 1)
     if distributed.is_first():
-        atomic_write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        atomic_write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+        folder.send(MODEL, "results.json")
     return {**results, "gallery": gallery(plan, graph, test)}
 
 
-def held_out_delta(recipe: Recipe, row: str, images: int, folder: Path, pool: WorkerPool) -> list[float]:
+def held_out_delta(
+    recipe: Recipe, row: str, images: int, folder: str | Path | RunFolder, pool: WorkerPool
+) -> list[float]:
     """Delta_MTL of one row, in percent per seed, on ``images`` of the validation images.
 
     Only the stages that the row needs are run. These images are not part of D_val, and the test split is not used.
@@ -88,7 +93,7 @@ def held_out_delta(recipe: Recipe, row: str, images: int, folder: Path, pool: Wo
         )
     kept = replace(recipe, val_images=available - images)
     held_out = {"split": "val", "count": images, "skip": kept.val_images}
-    plan, graph = _planned(kept, folder.resolve(), held_out)
+    plan, graph = _planned(kept, RunFolder.of(folder), held_out)
     tasks = _opened(plan.splits, kept, deeply=True)["test"].tasks
     scores = [plan.scores[seed, row] for seed in kept.seeds]
     graph.build([*scores, *(stage for seed in kept.seeds for stage in plan.expert_scores[seed].values())], pool)
@@ -102,16 +107,18 @@ def held_out_delta(recipe: Recipe, row: str, images: int, folder: Path, pool: Wo
     ]
 
 
-def plan_of(recipe: Recipe, folder: str | Path | None = None) -> list[tuple[str, bool]]:
+def plan_of(recipe: Recipe, folder: str | Path | RunFolder | None = None) -> list[tuple[str, bool]]:
     """The stages of a recipe in an order in which they can be done, and for each whether it is done in the folder."""
-    return _stages(*_planned(recipe, Path(folder or recipe.output).resolve()))
+    return _stages(*_planned(recipe, RunFolder.of(folder or recipe.output)))
 
 
 def _stages(plan: Plan, graph: Graph) -> list[tuple[str, bool]]:
-    return [(stage.name, path.exists()) for path, stage in graph.in_order(plan.wanted()).items()]
+    stages = graph.in_order(plan.wanted())
+    done = graph.run_folder.done(stages)
+    return [(stage.name, path in done) for path, stage in stages.items()]
 
 
-def _planned(recipe: Recipe, folder: Path, test: Mapping[str, Any] | None = None) -> tuple[Plan, Graph]:
+def _planned(recipe: Recipe, folder: RunFolder, test: Mapping[str, Any] | None = None) -> tuple[Plan, Graph]:
     """Plan and graph; ``test`` replaces settings of the test split."""
     base = resolve_source(recipe.base)
     base = str(Path(base).resolve()) if Path(base).exists() else base  # else a hub id

@@ -24,11 +24,15 @@ from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import held_out_delta
 from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training.cluster import pool_of
+from simomerge.training.run_folder import RunFolder
+
+_STORAGE, _RESULTS = "search.log", "search.json"
+"""Files in the folder of a search: the study, unless it has another storage, and its trials."""
 
 
 def search_recipe(
     path: str | Path,
-    folder: str | Path,
+    folder: str | Path | RunFolder,
     changes: Sequence[str] = (),
     storage: str | None = None,
     seed: int | None = None,
@@ -41,7 +45,7 @@ def search_recipe(
 
     Args:
         path, changes: As `read_recipe` takes them.
-        folder: Folder of the stages and of ``search.json``: all trials, the best first.
+        folder: Folder of the stages and of ``search.json``: all trials, the best first. It may be a URL.
         storage: Storage of the study: an Optuna URL, such as ``postgresql://...``, or a file, which may be on a disk
             that several machines share. The default is ``search.log`` in the folder.
         seed: Seed of the sampler. Machines that share a study leave it out, or each takes its own.
@@ -59,9 +63,11 @@ def search_recipe(
     optuna = _optuna()
     recipe = read_recipe(path, changes)
     _check(path, changes, recipe)
-    folder, search = Path(folder), recipe.search
-    folder.mkdir(parents=True, exist_ok=True)
-    study = _study(optuna, storage or str(folder / "search.log"), _name(Path(path), recipe), seed)
+    folder, search = RunFolder.of(folder), recipe.search
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.check()
+    folder.restore(_STORAGE)
+    study = _study(optuna, storage or str(folder.path / _STORAGE), _name(Path(path), recipe), seed)
 
     def objective(trial: Any) -> float:
         tried = read_recipe(path, changes, suggest(trial, search.space))
@@ -74,7 +80,7 @@ def search_recipe(
         trial.set_user_attr("per_seed", found)
         return sum(found) / len(found)
 
-    with pool_of(folder.resolve(), workers, ray) as pool:
+    with pool_of(folder, workers, ray) as pool:
         if _finished(study) < search.trials:
             try:
                 _optimise(optuna, study, objective, search, folder, pool.slots)
@@ -89,7 +95,7 @@ def search_recipe(
 
 
 def _optimise(
-    optuna: Any, study: Any, objective: Callable[[Any], float], search: SearchSettings, folder: Path, at_once: int
+    optuna: Any, study: Any, objective: Callable[[Any], float], search: SearchSettings, folder: RunFolder, at_once: int
 ) -> None:
     """Run trials until the study has all of them, ``at_once`` at the same time."""
     here = copy_context()  # trials at the same time are threads, which start without progress and trusted classes
@@ -108,10 +114,11 @@ def _finished(study: Any) -> int:
     return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.get_trials(deepcopy=False))
 
 
-def _report(study: Any, search: SearchSettings, folder: Path) -> None:
+def _report(study: Any, search: SearchSettings, folder: RunFolder) -> None:
     """Write search.json and report progress after each trial."""
     results = _results(study, search)
-    atomic_write_text(folder / "search.json", json.dumps(results, indent=2) + "\n")
+    atomic_write_text(folder.path / _RESULTS, json.dumps(results, indent=2) + "\n")
+    folder.send(_RESULTS, _STORAGE)
     best = results["trials"][0]["delta_mtl"]
     note = "" if best is None else f"best {best:+.2f} %"
     progress("search", min(_finished(study), search.trials), search.trials, note)

@@ -84,8 +84,8 @@ def ship(plan: Plan, graph: Graph, choice: Choice, data: Any) -> dict[str, Any]:
     Its weights are hard links to those of its stage where the disk has them, so they need no space of their own.
     """
     row, seed = choice.row, choice.seed
-    source = graph.output(plan.models[seed, row]) / "model"
-    experts = {task: graph.output(stage) / "model" for task, stage in plan.experts[seed].items()}
+    source = graph.fetched(plan.models[seed, row]) / "model"
+    experts = {task: graph.fetched(stage) / "model" for task, stage in plan.experts[seed].items()}
     model, image = load(source), data[0]["image"]
     scores = graph.log(plan.scores[seed, row])["scores"]
     baseline = {task: graph.log(stage)["scores"][task] for task, stage in plan.expert_scores[seed].items()}

@@ -32,6 +32,7 @@ from simomerge.training.evaluate import evaluate
 from simomerge.training.familiarity import training_images
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.lpft import finetune, fresh_head, train_head, trainable_parameters
+from simomerge.training.run_folder import LOG
 from simomerge.training.settings import TrainSettings, TuneOptions
 
 _LOGGED = ("steps", "trained_parameters", "labelled_images", "unlabelled_images", "r2")
@@ -60,7 +61,7 @@ class LoggedStage(Stage):
 
 def _write_log(folder: Path, began: float, log: Mapping[str, Any]) -> None:
     content = json.dumps({"seconds": time.monotonic() - began, **log}, indent=2)
-    (folder / "log.json").write_text(content + "\n", encoding="utf-8")
+    (folder / LOG).write_text(content + "\n", encoding="utf-8")
 
 
 def _models(folders: Mapping[str, Any], device: Any = "cpu") -> dict[str, SimoModel]:

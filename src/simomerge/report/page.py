@@ -58,7 +58,11 @@ def render_html(template: str, **values: Any) -> Markup:
 
 
 def write_report(
-    path: str | os.PathLike[str], results: Results, gallery: Gallery = (), more: Sequence[tuple[str, str]] = ()
+    path: str | os.PathLike[str],
+    results: Results,
+    gallery: Gallery = (),
+    more: Sequence[tuple[str, str]] = (),
+    folder: str | None = None,
 ) -> Path:
     """Write the page of a run: headline, table, figures, pictures, recipe. The file is replaced as a whole.
 
@@ -69,6 +73,7 @@ def write_report(
             ``predictions[task][column]``; the columns keep the order in which they first appear.
         more: further sections, which follow the figures: pairs of a heading and its content. HTML content must be
             `markupsafe.Markup`, other strings are escaped; sections without content are left out.
+        folder: The run folder as its reader may type it; that of the file by default.
 
     Returns:
         The path.
@@ -80,7 +85,8 @@ def write_report(
         >>> write_report("report.html", {"title": "Rooms", "tasks": [], "rows": []}).name
         'report.html'
     """
-    atomic_write_text(path, report_page(results, gallery, more, Path(path).parent.as_posix()))
+    folder = Path(path).parent.as_posix() if folder is None else folder
+    atomic_write_text(path, report_page(results, gallery, more, folder))
     return Path(path)
 
 

@@ -1,7 +1,8 @@
 """The jobs of a run as tasks of a Ray cluster.
 
-All nodes see the run folder under the same path. A job whose process or node died is done again, and a training resumes
-from its state in the folder. Each job writes what it prints to a file next to its output, which is shown if it fails.
+All nodes see the run folder under the same path, or its URL. A job whose process or node died is done again, and a
+training resumes from its state in the folder, if the nodes share it. Each job writes what it prints to a file next to
+its output, which is shown if it fails.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from simomerge.core.progress import current_sink, progress, show_progress
 from simomerge.training import tracking
 from simomerge.training.nodes import check_nodes
 from simomerge.training.pool import Job, WorkerPool
+from simomerge.training.run_folder import RunFolder
 
 ATTEMPTS = 4
 """How often a job is started whose process dies."""
@@ -61,7 +63,7 @@ class RayPool(WorkerPool):
     Args:
         address: The cluster, such as ``auto`` or ``ray://host:10001``. Empty: that of the variable RAY_ADDRESS, or else
             this machine alone.
-        folder: The run folder, which all nodes must see.
+        folder: The run folder, or its URL, which all nodes must see.
         workers: The largest number of jobs at the same time. By default as many as the cluster has room for.
 
     Raises:
@@ -69,10 +71,10 @@ class RayPool(WorkerPool):
             differ from this machine or do not see the folder, or fewer jobs have room than ``workers``.
     """
 
-    def __init__(self, address: str, folder: Path, workers: int | None = None) -> None:
+    def __init__(self, address: str, folder: str | Path | RunFolder, workers: int | None = None) -> None:
         if started_processes() > 1:
             raise InputError("--ray shares stages among machines by itself: start the command without torchrun.")
-        self.address, self.folder, self.asked = address, folder, workers
+        self.address, self.folder, self.asked = address, RunFolder.of(folder), workers
         self.workers, self.slots = workers or _MOST_TASKS, 1
         self._ray = _imported()
         self._same: dict[str, Future[Any]] = {}  # jobs that several runs of this process wait for
@@ -129,10 +131,11 @@ class RayPool(WorkerPool):
         """Start a job, or wait for it where another trial of a search has started it."""
         key = str(job[1].get("output", uuid.uuid4()))
         with self._lock:
-            if key not in self._same:
+            future = self._same.get(key)
+            if future is None:
                 future = self._same[key] = self._threads.submit(self._attempts, job, memory)
-                future.add_done_callback(lambda _: self._same.pop(key, None))
-            return self._same[key]
+        future.add_done_callback(lambda _: self._same.pop(key, None))  # at once, if it is done by now
+        return future
 
     def _attempts(self, job: Job, memory: int) -> Any:
         """The result of a job, which is started again if its process dies."""
@@ -196,7 +199,7 @@ class RayPool(WorkerPool):
             self._ended.wait(_EVERY)
 
 
-def pool_of(folder: Path, workers: int | None, ray: str | None) -> WorkerPool:
+def pool_of(folder: RunFolder, workers: int | None, ray: str | None) -> WorkerPool:
     """The processes of this machine, or those of a Ray cluster if its address is given. See `RayPool`."""
     return WorkerPool(workers) if ray is None else RayPool(ray, folder, workers)
 
@@ -276,6 +279,8 @@ def _tail(log: Path | None, text: str = "") -> str:
         text = f"{log.read_text(encoding='utf-8', errors='replace')}\n{text}"
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()][-_LINES:]
     where = f" ({log})" if log is not None else ""
+    if not lines and log is not None and not log.exists():
+        return f"Its log is {log} on the node that ran it."
     return f"Its log{where} ends with:\n" + "\n".join(lines) if lines else f"Its log{where} is empty."
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from simomerge.core.environment import versions
 from simomerge.core.errors import InputError
+from simomerge.training.run_folder import RunFolder
 
 _PATIENCE = 300
 """Seconds in which a node must answer. The first task on a node starts a process there."""
@@ -46,8 +45,8 @@ class Nodes:
             )
 
 
-def check_nodes(ray: Any, folder: Path) -> Nodes:
-    """Check that every node sees a folder and has the versions of this machine.
+def check_nodes(ray: Any, folder: RunFolder) -> Nodes:
+    """Check that every node sees the run folder and has the versions of this machine.
 
     Raises:
         InputError: The message names the node and what differs.
@@ -56,20 +55,20 @@ def check_nodes(ray: Any, folder: Path) -> Nodes:
     working = [node for node in alive if node["Resources"].get("CPU", 0) >= 1]
     if not working:
         raise InputError("--ray: no node of the cluster has a free CPU; start a node with `ray start --address=...`.")
-    folder.mkdir(parents=True, exist_ok=True)
-    token = folder / f".seen-{uuid.uuid4().hex[:12]}"
-    token.touch()
     try:
-        probe = ray.remote(num_cpus=0, max_retries=0)(_look)
-        answers = {node["NodeID"]: probe.options(**_on(node["NodeID"])).remote(str(token)) for node in working}
-        found = {key: ray.get(answer, timeout=_PATIENCE) for key, answer in answers.items()}
+        with folder.token() as token:
+            probe = ray.remote(num_cpus=0, max_retries=0)(_look)
+            answers = {node["NodeID"]: probe.options(**_on(node["NodeID"])).remote(folder, token) for node in working}
+            found = {key: ray.get(answer, timeout=_PATIENCE) for key, answer in answers.items()}
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(f"--ray: on a node of the cluster: {error.cause}") from error
+        raise
     except ray.exceptions.RayError as error:
         raise InputError(
             f"--ray: a node of the cluster cannot run simomerge ({_first_line(error)}). Install the same"
             " `simomerge[ray,torch]` on every node."
         ) from error
-    finally:
-        token.unlink(missing_ok=True)
     here = versions()
     for node in working:
         sees, there = found[node["NodeID"]]
@@ -99,9 +98,9 @@ def _room(ray: Any, nodes: list[Any]) -> Nodes:
     return Nodes(own, cpus, int(bool(with_gpu)), sum(tasks), max(tasks), memory)
 
 
-def _look(token: str) -> tuple[bool, dict[str, str]]:
-    """What a node sees: whether a file is there, and its versions."""
-    return Path(token).exists(), versions()
+def _look(folder: RunFolder, token: str) -> tuple[bool, dict[str, str]]:
+    """What a node sees: whether a token is in the run folder, and its versions."""
+    return folder.sees(token), versions()
 
 
 def _on(node: str) -> dict[str, Any]:

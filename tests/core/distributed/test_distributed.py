@@ -211,9 +211,9 @@ def test_commands_write_and_print_once(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_a_process_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_LOOKS", 1)
-    distributed._check_seen(tmp_path)
+    distributed.check_seen(tmp_path)
     with pytest.raises(InputError, match=r"1 of 1 processes do not see the folder .*absent.*disk that all machines"):
-        distributed._check_seen(tmp_path / "absent")
+        distributed.check_seen(tmp_path / "absent")
 
 
 def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

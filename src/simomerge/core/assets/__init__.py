@@ -9,7 +9,7 @@ EMBEDDED_BASE = "rooms-base"
 
 
 def resolve_source(source: str | Path) -> str:
-    """The folder of the embedded base if its name is given. Other sources are returned unchanged, with ``~`` expanded.
+    """The folder of the embedded base if its name is given. Others stay, with ``~`` expanded.
 
     Example:
         >>> Path(resolve_source("rooms-base")).name
@@ -19,4 +19,4 @@ def resolve_source(source: str | Path) -> str:
     """
     if str(source) == EMBEDDED_BASE:
         return str(Path(__file__).parent / EMBEDDED_BASE)
-    return str(Path(source).expanduser())
+    return str(source) if "://" in str(source) else str(Path(source).expanduser())

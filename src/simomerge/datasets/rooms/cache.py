@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.files import cache_folder
 from simomerge.core.parallel import available_threads
 from simomerge.core.progress import progress
 from simomerge.datasets.rooms.generate import check_request, render_rooms
@@ -84,16 +85,6 @@ def load_rooms(
         raise InputError(f"The number of workers is {workers}: give 1 or more.")
     sets = _Sets(cache_folder(cache_dir) / "rooms", seed, split, height, width)
     return sets.find(count) or sets.make(count, workers)
-
-
-def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder for files that can be made again: the argument, SIMOMERGE_CACHE, or the user's cache folder."""
-    chosen = cache_dir or os.environ.get("SIMOMERGE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("simomerge"))
 
 
 @dataclass(frozen=True)

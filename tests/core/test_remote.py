@@ -1,0 +1,194 @@
+"""Files at URLs: local copies that follow the files there, parts that are read there, and clear errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from simomerge.core import remote
+from simomerge.core.errors import InputError
+from simomerge.core.hub import local_source
+from simomerge.core.remote import copy_there, local_copy, names_there, remote_files, remove_there
+
+CONTENT = {"data.csv": b"image\n", "images/0.png": b"first", "images/deep/1.png": b"second picture"}
+
+
+class Locked(MemoryFileSystem):
+    """A file system that lets nobody in."""
+
+    protocol = "locked"
+
+    def info(self, path: str, **_: Any) -> Any:
+        raise PermissionError("Access Denied")
+
+    def put_file(self, *_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
+    """A folder of three files at memory://bucket/robot, and an empty cache folder."""
+    monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "cache"))
+    local_copy.cache_clear()
+    memory = fsspec.filesystem("memory")
+    for name, content in CONTENT.items():
+        memory.pipe_file(f"/bucket/robot/{name}", content)
+    yield memory
+    memory.rm("/bucket", recursive=True)
+    local_copy.cache_clear()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_copy_follows_the_files_at_the_url(
+    files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[str] = []
+    get_file = MemoryFileSystem.get_file
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "get_file",
+        lambda self, source, *more, **given: copied.append(source) or get_file(self, source, *more, **given),
+    )
+    folder = local_copy("memory://bucket/robot")
+    assert contents(folder) == CONTENT and len(copied) == 3
+    assert folder == tmp_path / "cache" / "urls" / "memory" / "bucket" / "robot"
+
+    local_copy.cache_clear()  # as in another process
+    assert local_copy("memory://bucket/robot/") == folder and len(copied) == 3
+
+    files.pipe_file("/bucket/robot/images/0.png", b"other")  # of the same size
+    files.rm_file("/bucket/robot/data.csv")
+    (folder / "images" / "deep" / "1.png").write_bytes(b"cut")  # damaged here
+    local_copy.cache_clear()
+    expected = {"images/0.png": b"other", "images/deep/1.png": CONTENT["images/deep/1.png"]}
+    assert contents(local_copy("memory://bucket/robot")) == expected and len(copied) == 5
+    assert local_copy("memory://bucket/robot/images/0.png").read_bytes() == b"other" and len(copied) == 5
+
+
+def test_dates_of_copies_are_the_same_on_all_machines(
+    files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = local_copy("memory://bucket/robot/data.csv").stat()
+    monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "other"))
+    local_copy.cache_clear()
+    second = local_copy("memory://bucket/robot/data.csv").stat()
+    assert first.st_ino != second.st_ino and first.st_mtime_ns == second.st_mtime_ns
+
+
+def test_parts_of_a_file_are_read_at_the_url(files: MemoryFileSystem) -> None:
+    file = remote_files("memory://bucket/robot")["images/deep/1.png"]
+    assert (file.size, file.read(7, 7)) == (14, b"picture")
+    with file.open() as stream:
+        assert stream.read() == b"second picture"
+
+
+def test_a_folder_at_a_url_becomes_that_on_the_disk(
+    files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stage"
+    (folder / "model").mkdir(parents=True)
+    (folder / "log.json").write_bytes(b"{}")
+    (folder / "model" / "weights").write_bytes(b"w")
+    written: list[str] = []
+    put_file = MemoryFileSystem.put_file
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "put_file",
+        lambda self, source, target, **given: written.append(target) or put_file(self, source, target, **given),
+    )
+    copy_there(folder, "memory://bucket/robot", last="log.json")
+    assert written == ["/bucket/robot/model/weights", "/bucket/robot/log.json"]
+    assert sorted(names_there("memory://bucket/robot")) == ["log.json", "model/weights"]
+    copy_there(folder / "log.json", "memory://bucket/one.json")
+    assert files.cat_file("/bucket/one.json") == b"{}"
+    remove_there("memory://bucket/one.json")
+    assert names_there("memory://bucket/one.json") == [] == names_there("memory://nowhere")
+
+
+def test_a_model_may_be_at_a_url(files: MemoryFileSystem) -> None:
+    assert contents(Path(local_source("memory://bucket/robot"))) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/nowhere", r"memory://bucket/nowhere: there is no such file, folder or bucket\."),
+        ("s4://bucket/robot", r"fsspec knows no protocol 's4'; give a URL such as s3://BUCKET/FOLDER"),
+        ("abfs://bucket/robot", r"abfs:// needs a package: pip install adlfs\."),
+        ("locked://bucket/robot", r"access is denied \(Access Denied\); check the credentials"),
+        ("broken://bucket/robot", r"the file system of broken:// fails \(no route to host\)"),
+    ],
+)
+def test_what_cannot_be_read_is_said(
+    files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, url: str, message: str
+) -> None:
+    class Broken(MemoryFileSystem):
+        def info(self, path: str, **_: Any) -> Any:
+            raise RuntimeError("no route to host. Traceback follows")
+
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    fsspec.register_implementation("locked", Locked, clobber=True)
+    fsspec.register_implementation("broken", Broken, clobber=True)
+    with pytest.raises(InputError, match=message):
+        local_copy(url)
+
+
+def test_a_disk_without_room_is_named_before_anything_is_copied(
+    files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"25 bytes.*10 bytes are free"):
+        local_copy("memory://bucket/robot")
+    assert not (tmp_path / "cache" / "urls" / "memory" / "bucket" / "robot").exists()
+
+
+def test_names_stay_inside_the_folder(files: MemoryFileSystem, tmp_path: Path) -> None:
+    files.store["/bucket/robot/../../../outside"] = files.store["/bucket/robot/data.csv"]
+    try:
+        with pytest.raises(InputError, match=r"the name '\.\./\.\./\.\./outside' leads out of the folder"):
+            local_copy("memory://bucket/robot")
+    finally:
+        del files.store["/bucket/robot/../../../outside"]
+
+
+def test_a_file_that_changes_while_it_is_copied_is_named(
+    files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shorter(self: Any, source: str, target: str, **_: Any) -> None:
+        Path(target).write_bytes(b"x")
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", shorter)
+    with pytest.raises(InputError, match=r"memory://bucket/robot/data\.csv: changed while it was copied"):
+        local_copy("memory://bucket/robot")
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(
+    files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SIMOMERGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"Cannot write to the cache folder .*set SIMOMERGE_CACHE"):
+        local_copy("memory://bucket/robot")
+
+
+def test_processes_of_a_machine_take_turns(files: MemoryFileSystem, tmp_path: Path) -> None:
+    with remote.one_at_a_time(tmp_path / "place"):
+        child = os.fork()
+        if not child:
+            with remote.one_at_a_time(tmp_path / "place"):
+                (tmp_path / "entered").touch()
+            os._exit(0)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0) and not (tmp_path / "entered").exists()
+    os.waitpid(child, 0)
+    assert (tmp_path / "entered").exists()
