@@ -51,7 +51,7 @@ def join_processes() -> int:
             f"{started} processes were started, and accelerate sees {state.num_processes}: start them with"
             " `torchrun --nproc-per-node N -m simomerge ...`."
         )
-    atexit.register(_leave)
+    atexit.register(state.destroy_process_group)
     _check_versions()
     return int(state.process_index)
 
@@ -68,11 +68,6 @@ def _check_versions() -> None:
 def started_processes() -> int:
     """Number of processes that torchrun started, whether or not they are connected yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _leave() -> None:
-    if processes() > 1:
-        torch.distributed.destroy_process_group()
 
 
 def processes() -> int:

@@ -92,7 +92,7 @@ class RemoteFile:
     def read(self, start: int, size: int) -> bytes:
         """Part of the file. Raises InputError."""
         with _file_system(self.url) as (system, path):
-            content: bytes = system.cat_file(path, start, start + size)
+            content: bytes = system.cat_file(path, start=start, end=start + size)
             return content
 
 
@@ -202,8 +202,11 @@ def copy_there(place: Path, url: str, last: str | None = None) -> None:
     with _file_system(url) as (system, path):
         system.invalidate_cache()
         for some in ([name for name in names if name != last], [name for name in names if name == last]):
+            targets = [f"{path}/{name}".rstrip("/") for name in some]
+            for parent in {target.rpartition("/")[0] for target in targets} if not system.async_impl else ():
+                system.makedirs(parent, exist_ok=True)  # object stores have no folders, and would make a bucket
             if some:
-                system.put([str(place / name) for name in some], [f"{path}/{name}".rstrip("/") for name in some])
+                system.put([str(place / name) for name in some], targets)
         kept = {f"{path}/{name}" for name in names}
         if old := [name for name in (system.find(path) if folder else ()) if name not in kept]:
             system.rm(old)

@@ -162,9 +162,9 @@ class Recipe:
     Args:
         title: Title of the report.
         base: Folder or hub id of the foundation encoder, or rooms-base.
-        data: As `simomerge.datasets.load.load_data` takes it: rooms, a manifest, or NAME:ROOT.
+        data: As `simomerge.datasets.load.load_data` takes it: rooms, a manifest, NAME:ROOT, or the URL of one.
         data_options: Further keyword arguments of the dataset, such as ``size: [280, 378]``.
-        output: The run folder.
+        output: The run folder, or its URL.
         search: What `simomerge search` varies.
         tasks: Names of the dataset's tasks.
         head: A key of `simomerge.models.heads.HEADS`.

@@ -26,7 +26,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def start(command: list[str], processes: int) -> str:
     launcher = TORCHRUN if processes > 1 else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

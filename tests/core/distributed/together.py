@@ -141,7 +141,8 @@ def recipe(base: Path, output: Path) -> None:
         realigned=("task-arithmetic+heads", "average+adapters", "task-arithmetic+fold", "average+distill", "auto"),
         relate=True,
     )
-    results = run_recipe(small, output / "run", workers=1)  # others would not be in float32
+    folder = output / "run" if distributed.processes() < 2 else f"file://{output}/run"  # two processes, and at a URL
+    results = run_recipe(small, folder, workers=1)  # others would not be in float32
     save(output, "recipe", {row["method"]: row["all_metrics"] for row in results["rows"]})
 
 
