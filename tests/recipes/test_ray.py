@@ -14,6 +14,7 @@ import pytest
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
+from simomerge.core.remote import copy_there, names_there
 from simomerge.recipes.file import read_recipe
 from simomerge.recipes.run import held_out_delta, run_recipe
 from simomerge.recipes.search import search_recipe
@@ -52,13 +53,14 @@ val_images: 12
 test_images: 4
 probe: {{steps: 4, batch_size: 4}}
 tune: {{steps: 4, batch_size: 4}}
+joint: {{steps: 4, batch_size: 4}}
 realign: {{heads: {{steps: 4, batch_size: 4}}}}
 merges: [average]
 realigned: [average+heads]
 search:
   row: average+heads
   images: 4
-  trials: 4
+  trials: 3
   space:
     realign.heads.lr: {{low: 1e-5, high: 1e-2, log: true}}
 """
@@ -131,11 +133,11 @@ def test_trials_at_the_same_time_score_as_on_one_machine(clustered: Clustered, t
         found = search_recipe(file, tmp_path / "shared", seed=0, ray=clustered.address)
     assert found == json.loads((tmp_path / "shared" / "search.json").read_text())
     trials = found["trials"]
-    assert [trial["state"] for trial in trials] == ["complete"] * 4 and labels.count("search") == 4
-    assert len({trial["values"]["realign.heads.lr"] for trial in trials}) == 4
+    assert [trial["state"] for trial in trials] == ["complete"] * 3 and labels.count("search") == 3
+    assert len({trial["values"]["realign.heads.lr"] for trial in trials}) == 3
     kept = list((tmp_path / "shared" / "stages").iterdir())
     assert len([path for path in kept if path.name.startswith("expert-")]) == 2  # the trials share the experts
-    assert len([path for path in kept if path.name.startswith("average+heads")]) == 4
+    assert len([path for path in kept if path.name.startswith("average+heads")]) == 3
     with WorkerPool(1) as pool:
         for trial in trials:
             recipe = read_recipe(file, values=trial["values"])
@@ -183,3 +185,31 @@ def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:
 
 def test_a_pool_of_this_machine_needs_locks(tmp_path: Path) -> None:
     assert WorkerPool(1).needs_locks and not RayPool("", tmp_path).needs_locks
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """An empty bucket of a server for S3 on this machine; the processes of Ray inherit how to reach it."""
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    started = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    started.start()
+    address = "http://{}:{}".format(*started.get_host_and_port())
+    names = {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    started.stop()
+
+
+def test_nodes_share_a_bucket(bucket: str, clustered: Clustered, tiny_base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(SEARCH.format(base=tiny_base))
+    copy_there(tiny_base, f"{bucket}/base")
+    alone = run_recipe(read_recipe(file), tmp_path / "alone", workers=1)
+    shared = run_recipe(read_recipe(file, [f"base={bucket}/base"]), f"{bucket}/run", ray=clustered.address)
+    assert same(shared) == same(alone)
+    names = {name.split("/")[0] for name in names_there(f"{bucket}/run/stages")}
+    assert names == {path.name for path in (tmp_path / "alone" / "stages").iterdir()}
+    assert {"results.json", "model/simo.json"} <= set(names_there(f"{bucket}/run"))

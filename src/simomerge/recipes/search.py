@@ -64,10 +64,8 @@ def search_recipe(
     recipe = read_recipe(path, changes)
     _check(path, changes, recipe)
     folder, search = RunFolder.of(folder), recipe.search
-    folder.path.mkdir(parents=True, exist_ok=True)
     folder.check()
-    folder.restore(_STORAGE)
-    study = _study(optuna, storage or str(folder.path / _STORAGE), _name(Path(path), recipe), seed)
+    study = _study(optuna, storage or str(folder.restored(_STORAGE)), _name(Path(path), recipe), seed)
 
     def objective(trial: Any) -> float:
         tried = read_recipe(path, changes, suggest(trial, search.space))

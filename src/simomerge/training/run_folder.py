@@ -112,10 +112,11 @@ class RunFolder:
         log = output / LOG
         return log if output.exists() or not self.url else local_copy(self._at(log))
 
-    def restore(self, name: str) -> None:
-        """Copy a file from the URL, if it is there."""
+    def restored(self, name: str) -> Path:
+        """The path of a file, after copying it from the URL if it is there."""
         if self.url and names_there(f"{self.url}/{name}"):
             copy_here(f"{self.url}/{name}", self.path / name)
+        return self.path / name
 
     def send(self, *names: str) -> None:
         """Copy files and folders to the URL, if they exist; their content there is replaced."""
