@@ -26,6 +26,7 @@ ray = pytest.importorskip("ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the processes of Ray cannot import this file
 pytestmark = pytest.mark.slow
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - its own, 15, takes minutes where others use the machine
+os.environ["RAY_raylet_start_wait_time_s"] = "600"  # noqa: SIM112 - and so may the start of a node
 
 RECIPE = """
 base: {base}

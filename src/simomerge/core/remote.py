@@ -106,6 +106,8 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
         system.invalidate_cache()  # or files that another machine has written stay unknown
         whole = system.info(path)
         found = system.find(path, detail=True) if whole["type"] == "directory" else {path: whole}
+        if not found:
+            raise FileNotFoundError(path)
     files, root = {}, url.rstrip("/")
     for name, about in found.items():
         if name.endswith("/"):  # the mark of an empty folder

@@ -60,11 +60,9 @@ def check_nodes(ray: Any, folder: RunFolder) -> Nodes:
             probe = ray.remote(num_cpus=0, max_retries=0)(_look)
             answers = {node["NodeID"]: probe.options(**_on(node["NodeID"])).remote(folder, token) for node in working}
             found = {key: ray.get(answer, timeout=_PATIENCE) for key, answer in answers.items()}
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise InputError(f"--ray: on a node of the cluster: {error.cause}") from error
-        raise
     except ray.exceptions.RayError as error:
+        if isinstance(cause := getattr(error, "cause", None), InputError):
+            raise InputError(f"--ray: a node of the cluster cannot use the run folder: {cause}") from error
         raise InputError(
             f"--ray: a node of the cluster cannot run simomerge ({_first_line(error)}). Install the same"
             " `simomerge[ray,torch]` on every node."
@@ -80,7 +78,7 @@ def check_nodes(ray: Any, folder: RunFolder) -> Nodes:
             raise InputError(f"node {name} has {', '.join(others)}; install the same versions on every node.")
         if not sees:
             raise InputError(
-                f"node {name} does not see the run folder {folder}; choose a folder that all nodes share (-o)."
+                f"node {name} does not see the run folder {folder.shown()}; choose a folder that all nodes share (-o)."
             )
     return _room(ray, working)
 
