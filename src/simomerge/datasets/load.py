@@ -109,9 +109,10 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
 
 
 def _tars_only(url: str) -> list[RemoteFile]:
-    """The tar files at a URL, unless there are pictures or manifests too."""
+    """The tar files at a URL, unless there are pictures or a manifest too."""
     files = {name or last_name(url): file for name, file in remote_files(url).items()}
-    if any(name.lower().endswith((*SUFFIXES, *MANIFESTS)) for name in files):
+    manifests = {f"data{suffix}" for suffix in MANIFESTS}
+    if any(name.lower().endswith(SUFFIXES) or name in manifests for name in files):
         return []
     return [file for name, file in sorted(files.items()) if name.lower().endswith(TAR)]
 
@@ -168,7 +169,7 @@ def data_name(spec: str) -> str:
         >>> data_name("s3://bucket/robot")
         'robot'
     """
-    if is_url(spec) and spec.partition(":")[0] not in PUBLISHED:
+    if is_url(spec):
         spec = spec.partition("://")[2]
     name, colon, _ = spec.partition(":")
     path = Path(spec)

@@ -131,9 +131,9 @@ class RayPool(WorkerPool):
         """Start a job, or wait for it where another trial of a search has started it."""
         key = str(job[1].get("output", uuid.uuid4()))
         with self._lock:
-            future = self._same.get(key)
-            if future is None:
-                future = self._same[key] = self._threads.submit(self._attempts, job, memory)
+            if (started := self._same.get(key)) is not None:
+                return started
+            future = self._same[key] = self._threads.submit(self._attempts, job, memory)
         future.add_done_callback(lambda _: self._same.pop(key, None))  # at once, if it is done by now
         return future
 
