@@ -89,7 +89,7 @@ def test_a_missing_bucket_is_named_and_not_made(bucket: str, tmp_path: Path) -> 
     for use in (remote_files, local_copy):
         with pytest.raises(InputError, match=r"s3://nowhere/x: there is no such file, folder or bucket"):
             use("s3://nowhere/x")
-    with pytest.raises(InputError, match=r"s3://nowhere/run/\.seen-\w+: there is no such file, folder or bucket"):
+    with pytest.raises(InputError, match=r"s3://nowhere/run: there is no such file, folder or bucket"):
         RunFolder.of("s3://nowhere/run").check()
     assert s3fs.S3FileSystem().ls("") == ["bucket"]
     RunFolder.of(f"{bucket}/run").check()

@@ -156,7 +156,7 @@ def test_a_url_that_cannot_be_written_is_named_before_any_work(
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", denied)
-    with pytest.raises(InputError, match=r"memory://bucket/run/\.seen-\w+: access is denied \(Access Denied\)"):
+    with pytest.raises(InputError, match=r"memory://bucket/run: access is denied \(Access Denied\)"):
         run_recipe(on(MICRO, tiny_base), URL, workers=1)
     assert not done
 

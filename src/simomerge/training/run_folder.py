@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simomerge.core import distributed
+from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
 from simomerge.core.remote import (
     copy_here,
@@ -72,7 +73,10 @@ class RunFolder:
         token.touch()
         try:
             if self.url:
-                copy_there(token, self._at(token))
+                try:
+                    copy_there(token, self._at(token))
+                except InputError as error:
+                    raise InputError(str(error).replace(f"/{token.name}", "", 1)) from error
             try:
                 yield token.name
             finally:
