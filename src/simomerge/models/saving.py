@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file
 from simomerge.core.png16 import write_png16
@@ -150,7 +151,7 @@ class _Video:
         try:
             import av
         except ImportError as error:
-            raise InputError(f"{path}: video needs PyAV: pip install 'simomerge[video]'.") from error
+            raise InputError(f"{path}: video needs PyAV: {install_command('video')}.") from error
         self.av: Any = av
         self.path, self.unfinished = path, path.with_name(f".{path.stem}.unfinished.mp4")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -217,7 +217,7 @@ def video_frames(source: str | Path) -> Iterator[np.ndarray]:
     try:
         import av
     except ImportError as error:
-        raise InputError(f"{source}: video needs PyAV: pip install 'simomerge[video]'.") from error
+        raise InputError(f"{source}: video needs PyAV: pip install av.") from error
     name = str(source)
     options: dict[str, str] = {}
     if name.startswith("camera:"):
