@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simomerge.checkpoints.experts import is_other_size, trained_size
+from simomerge.core.caution import warn
 from simomerge.core.progress import progress
 from simomerge.datasets.load import load_images
 from simomerge.datasets.pictures import Images, as_images
@@ -73,10 +73,10 @@ def check_images(
         count: Number of all images.
     """
     if count < FEW_IMAGES:
-        _warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
+        warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
     compared_here = next(iter(sketches.values()))[:MOST_COMPARED]
     if (copies := _copies(compared_here)) * LEAST_COPIES >= len(compared_here):
-        _warn(f"{copies} of {len(compared_here)} images are copies of others, and add nothing; give different ones.")
+        warn(f"{copies} of {len(compared_here)} images are copies of others, and add nothing; give different ones.")
     compared = {
         task: found
         for task, each in sketches.items()
@@ -86,19 +86,19 @@ def check_images(
         return
     task, far = max(compared.items(), key=lambda pair: pair[1].shift)
     if far.shift > FAR:
-        _warn(
+        warn(
             f"the images differ from those that the experts were trained on: their mean features are {far.shift:.1f}"
             f" standard deviations away (expert {task}). The experts' predictions for them may be wrong."
         )
     task, alike = min(compared.items(), key=lambda pair: pair[1].spread)
     if alike.spread < ALIKE and count > 1:
-        _warn(
+        warn(
             f"the images are alike: their features vary {alike.spread:.2f} times as much as those of the training"
             f" images (expert {task}). Give images of different scenes."
         )
     trained = next((own for expert in experts.values() if (own := trained_size(expert.provenance)) is not None), None)
     if trained is not None and is_other_size(size, trained):
-        _warn(
+        warn(
             f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {trained[1]} x"
             f" {trained[0]}; give the size at which the model will be used."
         )
@@ -113,7 +113,3 @@ def _copies(sketches: Tensor) -> int:
 def _training(model: SimoModel) -> Mapping[str, Any]:
     record = model.provenance.get("training", {})
     return record if isinstance(record, Mapping) else {}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)

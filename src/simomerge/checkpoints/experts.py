@@ -7,11 +7,11 @@ the same functions. These work on plain data: the content of simo.json and finge
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
 
@@ -218,14 +218,11 @@ def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
     return [task for task, theirs in recorded.items() if not theirs.get("fingerprint")]
 
 
-def warn_of_unrecorded_base(task: str, distance: float, stacklevel: int = 1) -> None:
+def warn_of_unrecorded_base(task: str, distance: float) -> None:
     """Warn that an expert does not record its base, with ``||expert - base|| / ||base||`` as evidence."""
     verdict = "this looks like another base" if distance > 0.5 else "plausible for a fine-tuning"
-    warnings.warn(
-        f"expert {task!r} does not record its base. Its weights differ from the given one by {distance:.0%} of their"
-        f" norm: {verdict}.",
-        stacklevel=stacklevel + 1,
-    )
+    share = f"{100 * distance:.2g}% of their norm: {verdict}" if distance else "nothing: they are equal"
+    warn(f"expert {task!r} does not record its base. Its weights differ from the given one by {share}.")
 
 
 def check_merged_from(

@@ -215,7 +215,9 @@ def _message(error: Exception) -> str | None:
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    if issubclass(category, UserWarning) and "simomerge" in filename:
+    from simomerge.core.caution import Caution
+
+    if issubclass(category, Caution):
         from simomerge.cli import output
 
         output.warning(str(message))

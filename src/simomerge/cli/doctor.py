@@ -53,9 +53,8 @@ def checks() -> dict[str, Callable[[], str]]:
             "torchvision": lambda: torchvision_version() or "not installed (not needed)",
             "torch build": _build,
             "device": _device,
-            "embedded base": _base,
         }
-    found |= {"cache folder": _cache, "hub": _hub}
+    found |= {"cache folder": _cache, "hub": _hub} | ({"embedded base": _base} if _has_torch() else {})
     return found | {f"extra {name}": partial(_extra, packages) for name, packages in extras().items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
 from simomerge.datasets.base import DenseDataset
@@ -160,7 +160,7 @@ class Images(DenseDataset):
             reason = self._memory.errors[self._positions[unreadable[0]]]
             raise InputError(f"none of the {asked} images can be read, first {self.name(unreadable[0])} ({reason}).")
         shown = ", ".join(map(self.name, unreadable[:3])) + (", ..." if len(unreadable) > 3 else "")
-        warnings.warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}", stacklevel=3)
+        warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}")
 
     def _picked(self, count: int) -> Sequence[int]:
         """Pictures evenly over the sequence: neighbouring frames of a video are nearly the same."""

@@ -21,6 +21,7 @@ from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.agreement import Agreement
 from simomerge.assembly.realign.sums import HeadTargets, fold_heads, head_targets, with_heads
 from simomerge.checkpoints.experts import trained_size
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 from simomerge.datasets.groups import LEAST_IMAGES, held_out
@@ -192,7 +193,7 @@ class Workshop:
         kept = self._pictures.get((_digest(given), variant), lambda: self._observe(merged, given, variant))
         folded = fold_heads(merged, kept.targets, variant, "auto", kept.agreement)
         for note in [*kept.notes, *filter(None, [folded.sums.shortcoming()])]:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         if kept.judge is None:
             return folded.model, {}
         ridges = {task: fit.ridge for task, fit in folded.fits.items()}

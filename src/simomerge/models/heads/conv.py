@@ -15,7 +15,7 @@ from simomerge.models.heads.projections import Foldable, InputLayer
 from simomerge.models.heads.resize import resize
 
 
-class ConvHead(Foldable, nn.Conv2d):
+class ConvHead(Foldable, nn.Conv2d):  # type: ignore[misc]  # in_channels is a number here
     """Maps tapped patch tokens to logits by one convolution of kernel 1, without a normalisation or CLS tokens.
 
     It is itself the convolution, so that its tensors are ``weight`` (out, in, 1, 1) and ``bias`` (out).
