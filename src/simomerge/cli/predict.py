@@ -62,7 +62,10 @@ def command(
     with console():
         progress("load", 0, 1)  # torch alone takes seconds
         written, broken, count = _predict(model, images, output, size, given)
-    say(as_json, {"written": written, "broken": broken}, *written)
+    kinds = given["kinds"].split(",")
+    others = [kind for kind in kinds if kind != "colours"] if "colours" in kinds else []
+    values = [f"The values are next to them, as {' and '.join(others)}."] if others and written else []
+    say(as_json, {"written": written, "broken": broken}, *written, *values)
     if broken:
         _report_broken(broken, count, len(written))
 

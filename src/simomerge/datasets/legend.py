@@ -88,13 +88,13 @@ def lines_of(legend: Legend, width: int) -> list[list[tuple[int, str, Any]]]:
         parts += [(legend.low, None), (legend.high, legend.bar)]
     parts += list(legend.entries)
     lines: list[list[tuple[int, str, Any]]] = [[]]
-    left = 0
+    left = 4
     for text, colour in parts:
         room = 7 * len(text) + 12  # the built-in font is about six pixels wide
         room += 0 if colour is None else BAR + 6 if isinstance(colour, np.ndarray) else SWATCH + 5
         if lines[-1] and left + room > width:
             lines.append([])
-            left = 0
+            left = 4
         lines[-1].append((left, text, colour))
         left += room
     return lines
