@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
 import simomerge as sm
+from simomerge.checkpoints.experts import trained_size
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.models.importing import import_expert
@@ -294,6 +295,10 @@ def test_the_head_of_plain_training_code_is_one_convolution(tmp_path: Path, base
     expert = import_expert(
         tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[2, 4], head_settings={"taps": [1]}
     )
+    sized = import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[4], size="56x70")
+    assert (trained_size(sized.provenance), trained_size(expert.provenance)) == ((56, 70), None)
+    with pytest.raises(InputError, match="size 56: give HEIGHTxWIDTH"):
+        import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[4], size="56")
     image = torch.rand(1, 3, 56, 70)
     with torch.no_grad():
         last = expert.encode(image).maps[-1]
