@@ -17,6 +17,7 @@ import pytest
 
 import simomerge
 from simomerge.cli import COMMANDS
+from simomerge.core.environment import install_command
 from simomerge.datasets.rooms.render import render
 from simomerge.datasets.rooms.scenes import sample_scenes
 
@@ -300,7 +301,7 @@ def test_report_and_merging_run_without_torch() -> None:
 def test_a_public_name_that_needs_torch_says_what_to_install() -> None:
     code = "import sys; sys.modules['torch'] = None\nimport simomerge as sm\nsm.merging\nsm.load"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    wanted = "ImportError: simomerge.load: this needs torch, which is not installed: pip install 'simomerge[torch]'."
+    wanted = f"ImportError: simomerge.load: this needs torch, which is not installed: {install_command('torch')}."
     assert done.stderr.splitlines()[-1] == wanted
 
 

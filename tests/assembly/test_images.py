@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from simomerge.assembly.images import prepare, training_size
+from simomerge.assembly.images import prepare
 from simomerge.assembly.realign.teacher import observe
+from simomerge.checkpoints.experts import is_other_size, trained_size
 from simomerge.core.errors import InputError
 from simomerge.core.images import cropped
 from simomerge.core.progress import show_progress
@@ -79,7 +80,25 @@ def test_without_one_recorded_size_pictures_keep_theirs(experts: dict[str, SimoM
 
 @pytest.mark.parametrize("recorded", [None, [24], [24, "32"], [24, -1], "24x32", [24, True]])
 def test_a_size_that_is_none_is_not_used(make_model: Callable[..., SimoModel], recorded: Any) -> None:
-    assert training_size(SimoModel(make_model({}).encoder, {}, {}, {"training": {"size": recorded}})) is None
+    assert trained_size({"training": {"size": recorded}}) is None
+
+
+def test_a_merged_model_has_the_size_of_its_experts(make_model: Callable[..., SimoModel]) -> None:
+    small, large, unknown = (
+        SimoModel(make_model({}).encoder, {}, {}, {"training": {"size": size}} if size else {})
+        for size in ([24, 32], [48, 64], None)
+    )
+    assert small.origin()["size"] == [24, 32] and "size" not in unknown.origin()
+
+    def merged(*experts: SimoModel) -> tuple[int, int] | None:
+        return trained_size({"experts": {str(index): expert.origin() for index, expert in enumerate(experts)}})
+
+    assert merged(small, small) == (24, 32) and merged(small, large) is None and merged(small, unknown) is None
+
+
+def test_twice_the_pixels_is_another_size() -> None:
+    assert not is_other_size((24, 64), (24, 32)) and not is_other_size((12, 32), (24, 32))
+    assert is_other_size((25, 64), (24, 32)) and is_other_size((11, 32), (24, 32))
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2), (1, 1), (7, 5)])

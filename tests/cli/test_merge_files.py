@@ -340,7 +340,7 @@ def test_methods_lists_every_method_and_re_alignment_with_its_parameters() -> No
     for block, method in zip(blocks, available().values(), strict=True):
         assert method.link in block and method.paper in block and "(needs " in block.splitlines()[0]
         assert re.findall(r"-p (\w+)=", block) == [spec.name for spec in settings(method)]
-    assert "-p density=0.2; > 0, ≤ 1" in blocks[list(available()).index("ties")]
+    assert "-p density=0.2; > 0, <= 1" in blocks[list(available()).index("ties")]
     blocks = re.split(r"\n(?=\S)", realigned.strip())
     assert [block.split()[0] for block in blocks] == list(realignments())
     for block, row in zip(blocks, realignment_rows(), strict=True):

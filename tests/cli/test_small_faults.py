@@ -19,7 +19,7 @@ from PIL import Image
 import simomerge as sm
 from simomerge.checkpoints import open_checkpoint
 from simomerge.checkpoints.experts import own_task
-from simomerge.cli import cli
+from simomerge.cli import cli, main
 from simomerge.cli.merge import _shown
 from simomerge.core.errors import InputError
 from simomerge.core.text import plain
@@ -85,6 +85,17 @@ def test_the_first_line_of_a_long_list() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.stdout.split("\n")[:2] == ["Merge methods:", "0"] and done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437"])
+def test_every_encoding_of_a_pipe_can_be_written(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters that it does not have become question marks; its own setting for errors stays."""
+    for errors, expected in (("strict", "a ?"), ("backslashreplace", "a \\u65e5")):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors))
+        monkeypatch.setattr(type(cli), "main", lambda *_, **__: print("a 日", end="", flush=True))
+        main()
+        assert written.getvalue().decode(encoding) == expected
 
 
 @pytest.fixture

@@ -9,11 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 
-from simomerge.cli import COMMANDS, GROUPS
+from simomerge.assembly.realign import get_realignment, realignments
+from simomerge.cli import COMMANDS, GROUPS, cli, output
+from simomerge.cli.realign import _chosen
+from simomerge.core.classes import trusting
 from simomerge.core.progress import Console
 from simomerge.models.model import load
 from simomerge.recipes.recipe import Recipe
@@ -166,6 +170,18 @@ def test_realign_writes_a_model_and_its_cost(story: Story, tmp_path: Path, metho
     assert [path.name for path in tmp_path.iterdir()] == ["mended"]
     inspected = simomerge("inspect", tmp_path / "mended")
     assert ("adapters of rank 2" in inspected.out) == (method == "adapters")
+
+
+@pytest.mark.parametrize("method", list(realignments()))
+def test_every_re_alignment_takes_the_options_of_all_commands(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(output, "quiet", False)
+    parent = click.Context(cli, **cli.context_settings)
+    command = cli.get_command(parent, "realign")
+    given = ["model", "depth=expert", "--method", method, "-q", "--trust-code", "-o", str(tmp_path / "out")]
+    with trusting(), command.make_context("realign", given, parent=parent):
+        assert _chosen(method) == get_realignment(method) and output.quiet
 
 
 def test_realign_distils_with_lora(story: Story, tmp_path: Path) -> None:

@@ -132,15 +132,15 @@ def test_only_fields_made_by_parameter_are_settings() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("share", "0.5; > 0, ≤ 1"),
-        ("size", "1; ≥ 0"),
-        ("legs", "4; ≥ 1, ≤ 8"),
+        ("share", "0.5; > 0, <= 1"),
+        ("size", "1; >= 0"),
+        ("legs", "4; >= 1, <= 8"),
         ("colour", "black; black or white"),
         ("label", '""'),
         ("tame", "false"),
         ("rate", "auto; > 0, or auto, or best"),
-        ("limit", "none; ≥ 1"),
-        ("scale", "0.4; ≥ 0, one or per expert"),
+        ("limit", "none; >= 1"),
+        ("scale", "0.4; >= 0, one or per expert"),
     ],
 )
 def test_ranges_in_tables(name: str, text: str) -> None:

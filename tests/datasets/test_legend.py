@@ -71,3 +71,13 @@ def test_lines_fit_the_width_and_lose_nothing(width: int) -> None:
     lines = lines_of(legend, width)
     assert [text for line in lines for _, text, _ in line] == ["many:", *(name for name, _ in legend.entries)]
     assert all(line[-1][0] + 7 * len(line[-1][1]) <= width for line in lines)
+
+
+def test_the_legend_of_a_large_picture_has_larger_letters() -> None:
+    values = np.linspace(1, 4, 30 * 2000, dtype=np.float32).reshape(30, 2000)
+    legend = legend_of(Task("depth"), values)
+    picture = colourise(Task("depth"), values)
+    small, large = with_legend(picture[:, :600], legend), with_legend(picture, legend)
+    assert small.shape[0] - 30 == 24 and large.shape == (30 + 3 * 24, 2000, 3)
+    assert (large[:30] == picture).all()
+    np.testing.assert_array_equal(large[30::3, :1800:3], small[30:, :600])

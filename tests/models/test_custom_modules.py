@@ -1,4 +1,4 @@
-"""Custom encoders and heads: the contract, the example of the README, and what is refused."""
+"""Custom encoders and heads: the contract, the example of the docs, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from simomerge.merging.disk.merge import merge_on_disk
 
 from .encoders.contract import EncoderContract, Make
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "own-modules.md"
 
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float32: None) -> Any:
-    """The README's example as a module that was run in a folder with photos."""
+    """The example of docs/own-modules.md as a module that was run in a folder with photos."""
     (code,) = [
         block
-        for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-        if "class Encoder" in block
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+        if "class Head" in block
     ]
     (tmp_path / "photos").mkdir()
     random = np.random.default_rng(0)
     for index in range(8):
         Image.fromarray(random.integers(0, 255, (41, 53, 3), dtype=np.uint8)).save(tmp_path / f"photos/{index}.png")
-    module = types.ModuleType("readme_example")
-    monkeypatch.setitem(sys.modules, "readme_example", module)
+    module = types.ModuleType("docs_example")
+    monkeypatch.setitem(sys.modules, "docs_example", module)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     training = "# ... train each expert ..."
     assert training in code
     code = code.replace(training, "for expert in experts.values():\n    change(expert.encoder)")
     module.__dict__["change"] = _change
-    exec(compile(code, "README.md", "exec"), module.__dict__)
+    exec(compile(code, PAGE.name, "exec"), module.__dict__)
     return module
 
 
@@ -57,7 +57,7 @@ def _change(encoder: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
-def test_the_readmes_example_runs_and_its_model_loads(example: Any, tmp_path: Path) -> None:
+def test_the_docs_example_runs_and_its_model_loads(example: Any, tmp_path: Path) -> None:
     model, experts, image = example.model, example.experts, tmp_path / "photos/0.png"
     again = sm.load("my-scene")
     assert type(again.encoder.backbone) is example.Encoder and type(again.heads["depth"]) is example.Head
@@ -78,7 +78,7 @@ def test_the_readmes_example_runs_and_its_model_loads(example: Any, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
-def test_the_readmes_encoder_merges_with_learned_coefficients(example: Any) -> None:
+def test_the_docs_encoder_merges_with_learned_coefficients(example: Any) -> None:
     assert example.base.encoder.layout.names == ["stem", "down"]
     for given in ({"scale": "learned"}, {"method": "auto"}):
         model = sm.merge(example.base, example.experts, images="photos", size=(24, 32), **given)

@@ -132,6 +132,14 @@ def test_a_folder_of_somebody_else_is_not_replaced(finished: Finished, tiny_base
     assert json.loads((copied / "results.json").read_text()) == before
 
 
+def test_the_folder_of_a_model_is_no_run_folder(tiny_base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    with pytest.raises(InputError, match="is the folder of a model; give a run a folder of its own"):
+        run_recipe(on(MICRO, tiny_base), folder, workers=1)
+    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("spec", "name"),
     [("rooms", "rooms"), ("nyuv2:/data/x", "nyuv2"), ("/me/robot/data.yaml", "robot"), ("/me/robot", "robot")],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from simomerge.assembly.realign import get_realignment, realign
 from simomerge.assembly.realign.distillation import VALIDATIONS
 from simomerge.core import distributed
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.models.model import SimoModel
@@ -53,7 +53,7 @@ def distil_until(
         with distributed.temporary_folder() as folder:
             distilled = _distilled(ends, merged, experts, images, folder)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        warnings.warn(f"auto keeps the fold, because distillation failed: {error}", stacklevel=3)
+        warn(f"auto keeps the fold, because distillation failed: {error}")
         return _with_choice(folded, {"chosen": "fold-cross", "reason": f"distillation failed: {error}"})
     if distilled is None:
         return _with_choice(folded, {"chosen": "fold-cross", "reason": "the time does not suffice for distillation"})

@@ -49,7 +49,7 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
     check_same_encoder({task: comparable(expert) for task, expert in named.items()})
     for task in check_base(base, named):
         distance = _relative_distance(base.encoder.backbone, named[task].encoder.backbone)
-        warn_of_unrecorded_base(task, distance, stacklevel=2)
+        warn_of_unrecorded_base(task, distance)
     return named
 
 

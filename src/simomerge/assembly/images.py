@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simomerge.checkpoints.experts import is_other_size, trained_size
+from simomerge.core.caution import warn
 from simomerge.core.progress import progress
 from simomerge.datasets.load import load_images
 from simomerge.datasets.pictures import Images, as_images
@@ -28,10 +28,6 @@ FAR = 1.1
 
 ALIKE = 0.65
 """A spread below this, relative to the training images, is a warning."""
-
-OTHER_SIZE = 2.0
-"""Images with this number of times more, or fewer, pixels than the training images are a warning."""
-
 
 LEAST_COPIES = 5
 """A warning if one of this number of images, or more, is a copy of another one."""
@@ -55,21 +51,13 @@ def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = N
     """
     source = load_images(source) if isinstance(source, (str, Path)) else source
     images = as_images(source, count, None if size == OWN_SIZE else size)
-    sizes = {trained for expert in experts.values() if (trained := training_size(expert)) is not None}
+    sizes = {trained for expert in experts.values() if (trained := trained_size(expert.provenance)) is not None}
     if size is not None or images.is_dataset or images.size is not None or len(sizes) != 1:
         return images
     height, width = sizes.pop()
     note = f"cut and resized to {width} x {height} pixels, the experts' training size; size {OWN_SIZE} keeps theirs"
     progress("images", len(images), len(images), note)
     return images.resized((height, width), crop=True)
-
-
-def training_size(model: SimoModel) -> tuple[int, int] | None:
-    """(height, width) of the images that a model was trained on; None if it records none."""
-    recorded = _training(model).get("size")
-    if not isinstance(recorded, list) or len(recorded) != 2 or not all(type(n) is int and n > 0 for n in recorded):
-        return None
-    return recorded[0], recorded[1]
 
 
 def check_images(
@@ -85,10 +73,10 @@ def check_images(
         count: Number of all images.
     """
     if count < FEW_IMAGES:
-        _warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
+        warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
     compared_here = next(iter(sketches.values()))[:MOST_COMPARED]
     if (copies := _copies(compared_here)) * LEAST_COPIES >= len(compared_here):
-        _warn(f"{copies} of {len(compared_here)} images are copies of others, and add nothing; give different ones.")
+        warn(f"{copies} of {len(compared_here)} images are copies of others, and add nothing; give different ones.")
     compared = {
         task: found
         for task, each in sketches.items()
@@ -98,19 +86,19 @@ def check_images(
         return
     task, far = max(compared.items(), key=lambda pair: pair[1].shift)
     if far.shift > FAR:
-        _warn(
+        warn(
             f"the images differ from those that the experts were trained on: their mean features are {far.shift:.1f}"
             f" standard deviations away (expert {task}). The experts' predictions for them may be wrong."
         )
     task, alike = min(compared.items(), key=lambda pair: pair[1].spread)
     if alike.spread < ALIKE and count > 1:
-        _warn(
+        warn(
             f"the images are alike: their features vary {alike.spread:.2f} times as much as those of the training"
             f" images (expert {task}). Give images of different scenes."
         )
-    trained = next((own for expert in experts.values() if (own := training_size(expert)) is not None), None)
-    if trained is not None and abs(math.log(size[0] * size[1] / (trained[0] * trained[1]))) > math.log(OTHER_SIZE):
-        _warn(
+    trained = next((own for expert in experts.values() if (own := trained_size(expert.provenance)) is not None), None)
+    if trained is not None and is_other_size(size, trained):
+        warn(
             f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {trained[1]} x"
             f" {trained[0]}; give the size at which the model will be used."
         )
@@ -125,7 +113,3 @@ def _copies(sketches: Tensor) -> int:
 def _training(model: SimoModel) -> Mapping[str, Any]:
     record = model.provenance.get("training", {})
     return record if isinstance(record, Mapping) else {}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)

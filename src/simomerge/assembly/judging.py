@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.assembly.realign.teacher import observe
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
@@ -190,10 +190,9 @@ class Judge:
                 " predictions: give labelled data, or other images."
             )
         for name in constant:
-            warnings.warn(
+            warn(
                 f"the expert of {name!r} predicts the same for all held-out images, so {name} does not count in the"
-                " choice; give images of different scenes.",
-                stacklevel=4,
+                " choice; give images of different scenes."
             )
             del self.tasks[name]
 

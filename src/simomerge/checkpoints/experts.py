@@ -7,11 +7,11 @@ the same functions. These work on plain data: the content of simo.json and finge
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.remote import is_url
 from simomerge.core.schema import nearest
@@ -25,6 +25,9 @@ _SETTINGS = {
 }
 """What experts of one encoder must agree in -> the keys of these values in the encoder's settings."""
 
+OTHER_SIZE = 2.0
+"""Images with this number of times more, or fewer, pixels than the training images are a warning."""
+
 
 class Recorded(Protocol):
     """A base, an expert or a merged model, in memory or on disk."""
@@ -37,8 +40,8 @@ class Recorded(Protocol):
     def place(self) -> str:
         """Where it was read from, for messages; "the given model" if it was not read."""
 
-    def origin(self) -> dict[str, str]:
-        """``source``, a name without its folder, ``fingerprint`` of its encoder, and ``license``, if it is known."""
+    def origin(self) -> dict[str, Any]:
+        """What other models record about it, as `origin_of` gives it."""
 
 
 # The task of an expert ----------------------------------------------------------------------------------
@@ -159,6 +162,43 @@ def source_name(source: str | Path) -> str:
     return Path(source).name if is_url(source) or Path(source).exists() else str(source)
 
 
+def origin_of(source: str, fingerprint: str, licence: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What other models record about a model.
+
+    Returns:
+        ``source``, a name without its folder, ``fingerprint`` of its encoder, and, if they are known, ``license`` and
+        ``size``, the height and width of its training images.
+    """
+    size = trained_size(provenance)
+    known = {"license": licence or None, "size": list(size) if size else None}
+    return {"source": source, "fingerprint": fingerprint, **{key: each for key, each in known.items() if each}}
+
+
+def trained_size(provenance: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of the images that a model, or all experts of a merged model, were trained on; None if unknown.
+
+    Example:
+        >>> trained_size({"training": {"size": [480, 640]}})
+        (480, 640)
+    """
+    records = [provenance.get("training", {})]
+    if isinstance(experts := provenance.get("experts"), Mapping):
+        records = list(experts.values())
+    sizes = {_size(record.get("size")) if isinstance(record, Mapping) else None for record in records}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _size(recorded: Any) -> tuple[int, int] | None:
+    valid = isinstance(recorded, list) and len(recorded) == 2 and all(type(n) is int and n > 0 for n in recorded)
+    return (recorded[0], recorded[1]) if valid else None
+
+
+def is_other_size(size: tuple[int, int], trained: tuple[int, int]) -> bool:
+    """Whether an image, (height, width), has `OTHER_SIZE` times more, or fewer, pixels than the training images."""
+    times = size[0] * size[1] / (trained[0] * trained[1])
+    return not 1 / OTHER_SIZE <= times <= OTHER_SIZE
+
+
 def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
     """Check that the base is the one that every expert records.
 
@@ -179,14 +219,11 @@ def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
     return [task for task, theirs in recorded.items() if not theirs.get("fingerprint")]
 
 
-def warn_of_unrecorded_base(task: str, distance: float, stacklevel: int = 1) -> None:
+def warn_of_unrecorded_base(task: str, distance: float) -> None:
     """Warn that an expert does not record its base, with ``||expert - base|| / ||base||`` as evidence."""
     verdict = "this looks like another base" if distance > 0.5 else "plausible for a fine-tuning"
-    warnings.warn(
-        f"expert {task!r} does not record its base. Its weights differ from the given one by {distance:.0%} of their"
-        f" norm: {verdict}.",
-        stacklevel=stacklevel + 1,
-    )
+    share = f"{100 * distance:.2g}% of their norm: {verdict}" if distance else "nothing: they are equal"
+    warn(f"expert {task!r} does not record its base. Its weights differ from the given one by {share}.")
 
 
 def check_merged_from(
@@ -214,7 +251,7 @@ def check_merged_from(
 
 
 def merge_provenance(
-    base: Mapping[str, str], experts: Mapping[str, Mapping[str, str]], merge: Mapping[str, Any]
+    base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], merge: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What a merged model records.
 

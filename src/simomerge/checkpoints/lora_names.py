@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from simomerge.checkpoints.names import canonical_name
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 
 REMEDY = "call merge_and_unload() in peft and give the merged model"
@@ -40,9 +40,7 @@ def without_heads(
     dropped = {name for names in heads.values() for name in names}
     if dropped:
         modules = ", ".join(module for module, names in heads.items() if names)
-        warnings.warn(
-            f"{file}: left out {len(dropped)} tensors of {modules}, which the base does not have.", stacklevel=2
-        )
+        warn(f"{file}: left out {len(dropped)} tensors of {modules}, which the base does not have.")
     return {name: full for name, full in replaced.items() if name not in dropped}
 
 

@@ -141,6 +141,7 @@ def main() -> None:
     from simomerge.cli import output
 
     _stop_like_ctrl_c()
+    _print_anything()
     warnings.showwarning = _show_warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -161,6 +162,13 @@ def main() -> None:
         sys.exit(2)
     if isinstance(code, int) and code:
         sys.exit(code)
+
+
+def _print_anything() -> None:
+    """Print "?" for characters that the terminal's or the pipe's encoding cannot write, such as those of file names."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _stop_like_ctrl_c() -> None:
@@ -207,7 +215,9 @@ def _message(error: Exception) -> str | None:
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    if issubclass(category, UserWarning) and "simomerge" in filename:
+    from simomerge.core.caution import Caution
+
+    if issubclass(category, Caution):
         from simomerge.cli import output
 
         output.warning(str(message))

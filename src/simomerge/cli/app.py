@@ -30,7 +30,7 @@ def command(given: tuple[str, ...], base: str | None, port: int | None, host: st
     """Try models on your own photos, on a page in the browser.
 
     The page shows all tasks of a photo, from the experts, their merge and the repaired merge, and merges again when
-    you change the method or the scale. It needs: pip install "simomerge[app]".
+    you change the method or the scale. It needs the extra app.
 
     \b
     simomerge app                               the run in runs/demo, or three tiny experts

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,53 @@ import click
 from simomerge.cli import options
 from simomerge.cli.next_step import next_step
 from simomerge.cli.output import Table, say
-from simomerge.core.environment import missing_extra, torchvision_version
+from simomerge.core.environment import install_command, missing_extra, torchvision_version
 from simomerge.core.version import __version__
 
-PACKAGES = ("torch", "transformers", "accelerate", "torchmetrics", "safetensors", "numpy", "PIL", "matplotlib")
+PACKAGES = ("safetensors", "numpy")
+WITH_TORCH = ("torch", "transformers", "accelerate", "torchmetrics", "PIL", "matplotlib")
 
 
 @click.command("doctor")
 @options.as_json
 def command(as_json: bool) -> None:
     """Check versions, torch's build, the GPU, caches, the embedded base and the extras, and say what to fix."""
-    checks: dict[str, Callable[[], str]] = {
-        "simomerge": lambda: f"{__version__} in {Path(__file__).parents[1]}",
-        "python": lambda: sys.version.split()[0],
-        **{name: partial(_import, name) for name in PACKAGES},
-        "torchvision": lambda: torchvision_version() or "not installed (not needed)",
-        "torch build": _build,
-        "device": _device,
-        "cache folder": _cache,
-        "hub": _hub,
-        "embedded base": _base,
-        **{f"extra {name}": partial(_extra, packages) for name, packages in extras().items()},
-    }
-    rows = [_run(name, check) for name, check in checks.items()]
+    rows = [_run(name, check) for name, check in checks().items()]
     failed = [row["name"] for row in rows if not row["ok"]]
     cells = [("ok" if row["ok"] else "FAIL", row["name"], row["found"]) for row in rows]
     table = Table(("state", "check", "found"), cells, ["" if row["ok"] else "red" for row in rows])
     verdict = f"To fix: {', '.join(failed)}." if failed else "Everything works."
-    hint = [] if failed else [next_step("demo")]
+    if not failed and not _has_torch():
+        verdict = f"Everything works that needs no torch. To train, predict or export: {install_command('torch')}."
+    hint = [] if failed or not _has_torch() else [next_step("demo")]
     say(as_json, {"checks": rows, "ok": not failed}, table, verdict, *hint)
     if failed:
         sys.exit(1)
+
+
+def checks() -> dict[str, Callable[[], str]]:
+    """The checks by name. Without torch, which merging and the runtime do not need, those that need it are left out."""
+    found: dict[str, Callable[[], str]] = {
+        "simomerge": lambda: f"{__version__} in {Path(__file__).parents[1]}",
+        "python": lambda: sys.version.split()[0],
+        **{name: partial(_import, name) for name in PACKAGES},
+    }
+    if _has_torch():
+        found |= {
+            **{name: partial(_import, name) for name in WITH_TORCH},
+            "torchvision": lambda: torchvision_version() or "not installed (not needed)",
+            "torch build": _build,
+            "device": _device,
+        }
+    found |= {"cache folder": _cache, "hub": _hub} | ({"embedded base": _base} if _has_torch() else {})
+    return found | {f"extra {name}": partial(_extra, packages) for name, packages in extras().items()}
+
+
+def _has_torch() -> bool:
+    try:
+        return find_spec("torch") is not None
+    except ValueError:  # it was set to None among the imported modules
+        return False
 
 
 def _run(name: str, check: Callable[[], str]) -> dict[str, Any]:

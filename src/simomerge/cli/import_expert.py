@@ -67,6 +67,7 @@ def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> di
 )
 @click.option("--mean", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB mean. [default: the encoder's]")
 @click.option("--std", callback=_list_of(float), metavar="0.5,0.5,0.5", help="RGB standard deviation.")
+@click.option("--size", metavar="HEIGHTxWIDTH", help="Size of its training images, to which photos are resized later.")
 @options.trust_code
 @options.output()
 def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:

@@ -53,8 +53,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         head = model["heads"][name]["kind"]
         lines.append(f"  task {name}: {task.get('kind', name)}, {head} head")
     encoder = model["encoder"]
-    taps, norm = ", ".join(map(str, encoder["taps"])), "on" if encoder["apply_layernorm"] else "off"
-    lines.append(f"  taps {taps}, final layer norm {norm}")
+    if encoder.get("taps"):
+        norm = "on" if encoder.get("apply_layernorm") else "off"
+        lines.append(f"  taps {', '.join(map(str, encoder['taps']))}, final layer norm {norm}")
     if encoder.get("tree"):
         from simomerge.merging.tree import Tree
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -12,6 +12,9 @@ from simomerge.cli import options
 from simomerge.cli.output import console, say, warning
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
+
+if TYPE_CHECKING:
+    from simomerge.models.prediction import Frame
 
 
 @click.command("predict")
@@ -59,7 +62,10 @@ def command(
     with console():
         progress("load", 0, 1)  # torch alone takes seconds
         written, broken, count = _predict(model, images, output, size, given)
-    say(as_json, {"written": written, "broken": broken}, *written)
+    kinds = given["kinds"].split(",")
+    others = [kind for kind in kinds if kind != "colours"] if "colours" in kinds else []
+    values = [f"The values are next to them, as {' and '.join(others)}."] if others and written else []
+    say(as_json, {"written": written, "broken": broken}, *written, *values)
     if broken:
         _report_broken(broken, count, len(written))
 
@@ -68,6 +74,7 @@ def _predict(
     model: str, images: Sequence[str], output: Path, size: str | None, given: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str], int]:
     """What was written, path -> what is wrong for each image that cannot be read, and the number of images."""
+    from simomerge.checkpoints.experts import trained_size
     from simomerge.core.machine import named_device
     from simomerge.datasets.pictures import parse_size
     from simomerge.datasets.tasks import select_tasks
@@ -90,7 +97,10 @@ def _predict(
     saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]), bool(given["legend"]))
     predictor.to(device)
     batch, half = int(given["batch_size"]), bool(given["half"])
-    frames = predict_frames(predictor, frames_of(readable, broken), batch, list(tasks), height_width, half)
+    images_in_order = frames_of(readable, broken)
+    if height_width is None:
+        images_in_order = _warn_of_other_size(images_in_order, trained_size(predictor.provenance))
+    frames = predict_frames(predictor, images_in_order, batch, list(tasks), height_width, half)
     total = 0 if any(source.is_video for source in readable) else len(readable)
     written: list[str] = []
     done = 0  # enumerate would keep a photograph and its maps, hundreds of megabytes, while the next is predicted
@@ -104,6 +114,23 @@ def _predict(
     finally:
         saver.discard()  # after an error or Ctrl-C no half video stays
     return written, broken, len(sources)
+
+
+def _warn_of_other_size(frames: Iterator[Frame], trained: tuple[int, int] | None) -> Iterator[Frame]:
+    """The same frames, with a warning before the first one whose size differs much from that of the training images."""
+    from simomerge.checkpoints.experts import is_other_size
+
+    for frame in frames:
+        height, width = frame.image.shape[:2]
+        if trained is not None and is_other_size((height, width), trained):
+            scale = (trained[0] * trained[1] / (height * width)) ** 0.5  # keeps the shape of the image
+            warning(
+                f"{frame.name} has {width} x {height} pixels, the model's training images {trained[1]} x {trained[0]}:"
+                " objects have another size than it learned. Predictions may be better with --size"
+                f" {max(1, round(height * scale))}x{max(1, round(width * scale))}; they keep the image's size."
+            )
+            trained = None
+        yield frame
 
 
 def _report_broken(broken: Mapping[str, str], given: int, written: int) -> NoReturn:

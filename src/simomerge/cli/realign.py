@@ -18,7 +18,7 @@ from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 
-_EVERY = ("precision", "work", "method", "count", "output", "overwrite", "as_json", "model", "experts")
+_EVERY = ("work", "method", "count", "output", "overwrite", "as_json", "model", "experts")
 """Options and arguments that every re-alignment accepts, although some check `experts`."""
 
 
@@ -119,10 +119,10 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
 def _chosen(method: str) -> Realignment:
     """The re-alignment with the parameters from the command line. Rejects every option that it does not use."""
     context = click.get_current_context()
-    from_user = {
-        option.name: option
+    from_user = {  # without --quiet, --precision and --trust-code, which every command handles by itself
+        str(option.name): option
         for option in context.command.params
-        if option.name and context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE
+        if option.expose_value and context.get_parameter_source(str(option.name)) == ParameterSource.COMMANDLINE
     }
     kind = realignments()[method]
     trained = isinstance(kind, TrainedRealignment)

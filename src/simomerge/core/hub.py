@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import glob
-import warnings
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.assets import resolve_source
+from simomerge.core.caution import warn
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.model_files import is_model_file, needed_files, shards
@@ -57,10 +57,9 @@ def local_source(source: str | Path, bare: bool = True) -> str:
         return _fetched(hub_id, revision or None)
     except Exception as error:  # no connection, no such id, a gated model, ...: the library raises many classes
         if cached:
-            warnings.warn(
+            warn(
                 f"{source}: the cache of the hub has no preprocessor_config.json for it or not all of its weights, and"
-                " the hub cannot be reached. Without that file the normalisation of ImageNet is assumed.",
-                stacklevel=2,
+                " the hub cannot be reached. Without that file the normalisation of ImageNet is assumed."
             )
             return cached
         problem = _problem(hub_id, revision, error)

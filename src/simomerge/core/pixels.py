@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.environment import install_command
 from simomerge.core.orientation import orientation, turned
 
 MAX_PIXELS = 64_000_000
@@ -24,7 +25,6 @@ OTHER_STARTS = (*_PFM, _EXR, _FLO, *TIFF_STARTS)
 """The first bytes of files that Pillow may not know, but `read_pixels` does."""
 _SWAPPED = {"I;16BS": "I;16S", "I;32BS": "I;32S", "F;32BF": "F;32F"}
 """Raw modes of compressed TIFF files with the most significant byte first: libtiff has swapped the bytes already."""
-_EXTRA = "pip install 'simomerge[pictures]'"
 
 
 def read_pixels(path: Path, colours: bool = False) -> np.ndarray:
@@ -276,7 +276,7 @@ def _read_tiff(path: Path) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise ValueError(f"TIFF files of this kind need the package tifffile: {_EXTRA}") from error
+        raise ValueError(f"TIFF files of this kind need the package tifffile: {install_command('pictures')}") from error
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         check_pixels(page.imagelength, page.imagewidth)
@@ -292,7 +292,7 @@ def _read_exr(path: Path) -> np.ndarray:
     try:
         import OpenEXR
     except ImportError as error:
-        raise ValueError(f"EXR files need the package OpenEXR: {_EXTRA}") from error
+        raise ValueError(f"EXR files need the package OpenEXR: {install_command('pictures')}") from error
     with OpenEXR.File(str(path), header_only=True) as file:
         low, high = file.header()["dataWindow"]
         check_pixels(int(high[1]) - int(low[1]) + 1, int(high[0]) - int(low[0]) + 1)

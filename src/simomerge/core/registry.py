@@ -114,14 +114,14 @@ def _allowed(spec: Field[Any]) -> str:
 
 
 def range_text(spec: Field[Any]) -> str:
-    """Default and range of a parameter for tables, such as ``0.2; > 0, ≤ 1``."""
+    """Default and range of a parameter for tables, such as ``0.2; > 0, <= 1``."""
     limits = spec.metadata
     text = plain(spec.default)
     if limits["choices"]:
         return f"{text}; {' or '.join(limits['choices'])}"
     if limits["kind"] in (str, bool):
         return text
-    signs = ((limits["low"], "≥"), (limits["above"], ">"), (limits["high"], "≤"))
+    signs = ((limits["low"], ">="), (limits["above"], ">"), (limits["high"], "<="))
     bounds = ", ".join(f"{sign} {limit:g}" for limit, sign in signs if limit is not None)
     words = "".join(f", or {word}" for word in limits["words"])
     return f"{text}; {bounds or 'any'}{words}{', one or per expert' if limits['per_expert'] else ''}"

@@ -13,6 +13,8 @@ from simomerge.datasets.tasks import Task
 
 LINE, SWATCH, BAR, NARROWEST = 16, 9, 96, 220
 """Pixels of drawn legends: height of a line, side of a square of colour, width of a colour bar and of a legend."""
+READABLE = 640
+"""Pixels: a legend is drawn twice as large where the picture is twice as wide as this, and so on."""
 
 _DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}
 _NORMALS = {"+x": (1, 0, 0), "-x": (-1, 0, 0), "+y": (0, 1, 0), "-y": (0, -1, 0), "+z": (0, 0, 1)}
@@ -86,13 +88,13 @@ def lines_of(legend: Legend, width: int) -> list[list[tuple[int, str, Any]]]:
         parts += [(legend.low, None), (legend.high, legend.bar)]
     parts += list(legend.entries)
     lines: list[list[tuple[int, str, Any]]] = [[]]
-    left = 0
+    left = 4
     for text, colour in parts:
         room = 7 * len(text) + 12  # the built-in font is about six pixels wide
         room += 0 if colour is None else BAR + 6 if isinstance(colour, np.ndarray) else SWATCH + 5
         if lines[-1] and left + room > width:
             lines.append([])
-            left = 0
+            left = 4
         lines[-1].append((left, text, colour))
         left += room
     return lines
@@ -115,7 +117,9 @@ def draw_lines(draw: Any, lines: Sequence[Sequence[tuple[int, str, Any]]], top: 
 
 
 def with_legend(picture: np.ndarray, legend: Legend) -> np.ndarray:
-    """A picture (H, W, 3) with its legend below, on white, uint8 (H', W', 3). A narrow picture becomes wider.
+    """A picture (H, W, 3) with its legend below, on white, uint8 (H', W', 3).
+
+    A narrow picture becomes wider, and the legend of a wide one has larger letters.
 
     Example:
         >>> depth = np.array([[1.0, 4.0]], np.float32)
@@ -128,8 +132,12 @@ def with_legend(picture: np.ndarray, legend: Legend) -> np.ndarray:
         return picture
     height, width = picture.shape[:2]
     room = max(width, NARROWEST)
-    lines = lines_of(legend, room)
-    sheet = Image.new("RGB", (room, height + LINE * len(lines) + 8), "white")
+    zoom = max(1, room // READABLE)  # a line of 16 pixels is not readable below a photograph that is 4,000 wide
+    lines = lines_of(legend, room // zoom)
+    drawn = Image.new("RGB", (room // zoom, LINE * len(lines) + 8), "white")
+    draw_lines(ImageDraw.Draw(drawn), lines, 4)
+    drawn = drawn.resize((drawn.width * zoom, drawn.height * zoom), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (room, height + drawn.height), "white")
     sheet.paste(Image.fromarray(picture), (0, 0))
-    draw_lines(ImageDraw.Draw(sheet), lines, height + 4)
+    sheet.paste(drawn, (0, height))
     return np.asarray(sheet)

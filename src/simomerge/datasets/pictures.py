@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
 from simomerge.datasets.base import DenseDataset
@@ -164,7 +164,7 @@ class Images(DenseDataset):
             reason = self._memory.errors[self._positions[unreadable[0]]]
             raise InputError(f"none of the {asked} images can be read, first {self.name(unreadable[0])} ({reason}).")
         shown = ", ".join(map(self.name, unreadable[:3])) + (", ..." if len(unreadable) > 3 else "")
-        warnings.warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}", stacklevel=3)
+        warn(f"{len(unreadable)} of {asked} images cannot be read and were left out: {shown}")
 
     def _picked(self, count: int) -> Sequence[int]:
         """Pictures evenly over the sequence: neighbouring frames of a video are nearly the same."""

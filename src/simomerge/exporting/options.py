@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}
@@ -91,4 +92,4 @@ def check_packages(form: str) -> None:
     """Raise InputError if a format needs packages that are not installed."""
     if missing := missing_packages(form):
         extra = "export,openvino" if form == "openvino" else "export"
-        raise InputError(f"the format {form} needs {', '.join(missing)}: pip install 'simomerge[{extra}]'.")
+        raise InputError(f"the format {form} needs {', '.join(missing)}: {install_command(extra)}.")

@@ -25,6 +25,8 @@ HELD_OUT = 4
 OTHER_SIZE = "random, other size"
 """The source of frames that have another size than the traced ones."""
 
+_FIXED = "Sizes cannot be free here: leave out --dynamic."
+
 Frames = list[np.ndarray]
 """uint8 RGB (H, W, 3) each."""
 
@@ -94,11 +96,15 @@ def verify(
     The frames of a source are predicted as one batch, and the first one also alone.
 
     Raises:
-        InputError: The batch predicts something else for the first frame than that frame alone.
+        InputError: The file does not run.
     """
     rows: list[dict[str, Any]] = []
     for source, given in frames.items():
-        found, alone = predict(given), predict(given[:1])[0]
+        try:
+            found, alone = predict(given), predict(given[:1])[0]
+        except (InputError, RuntimeError, ValueError, AssertionError) as error:  # a program of torch raises any of them
+            remedy = _FIXED if OTHER_SIZE in frames else "Choose another --size or another format."
+            raise InputError(f"nothing was written, because the result fails: {error} {remedy}") from error
         for name, about in outputs.items():
             values, expected = (np.stack([each[name] for each in of]) for of in (found, wanted[source]))
             value = difference(about["measure"], values, expected)
@@ -108,18 +114,14 @@ def verify(
     return rows
 
 
-def _remedy(images: str) -> str:
-    if images == OTHER_SIZE:
-        return "Sizes cannot be free here: leave out --dynamic."
-    return "Choose a higher precision, or accept it with --limit."
-
-
 def check_rows(rows: list[dict[str, Any]], file: str) -> None:
     """Raise InputError for the row that is furthest beyond its limit."""
     wrong = [row for row in rows if not row["ok"]]
     if wrong:
         row = max(wrong, key=lambda row: row["difference"] / max(row["limit"], 1e-12))
+        fixed = any(each["images"] == OTHER_SIZE for each in wrong)
+        remedy = _FIXED if fixed else "Choose a higher precision, or accept it with --limit."
         raise InputError(
             f"{file}: nothing was written, because {row['output']} differs from torch by {row['difference']:.3g}"
-            f" ({row['measure']}; limit {row['limit']:g}) on {row['images']} images. {_remedy(row['images'])}"
+            f" ({row['measure']}; limit {row['limit']:g}) on {row['images']} images. {remedy}"
         )

@@ -11,7 +11,6 @@ public code. See `_MIN_EIGENVALUE` for the matrices to which this does not apply
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
 from simomerge.merging.engine.stream import TaskVectors, TaskVectorStream
 from simomerge.merging.method import MergeMethod, register
@@ -46,10 +46,7 @@ class SpectralMethod(MergeMethod):
     def prepare(self, stream: TaskVectorStream) -> None:
         """Warn if the encoder has no matrices, as a convolutional one."""
         if not any(len(shape) == 2 for shape in stream.shapes.values()):
-            warnings.warn(
-                f"{self.name} merges matrices, and this encoder has none: the result is the mean of the experts.",
-                stacklevel=2,
-            )
+            warn(f"{self.name} merges matrices, and this encoder has none: the result is the mean of the experts.")
 
     def merge_tensor(self, name: str, base: np.ndarray, task_vectors: TaskVectors, statistics: Any) -> np.ndarray:
         taus = list(task_vectors.values())

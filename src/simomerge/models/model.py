@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from simomerge.checkpoints import FORMAT, read_description
 from simomerge.checkpoints.card import PICTURE, licence_of
 from simomerge.checkpoints.description import FILE, TREE_FORMAT, head_file, model_folder
-from simomerge.checkpoints.experts import own_task, source_name
+from simomerge.checkpoints.experts import origin_of, own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
 from simomerge.core.classes import make, settings_of, trusting
@@ -165,10 +165,9 @@ class SimoModel(nn.Module):
         """Where it was loaded from, for messages."""
         return self.source or "the given model"
 
-    def origin(self) -> dict[str, str]:
-        """What the provenance of other models records about this one: ``source``, ``fingerprint`` and ``license``."""
-        found = {"source": source_name(self.source), "fingerprint": self.encoder_fingerprint()}
-        return {**found, "license": self.licence} if self.licence else found
+    def origin(self) -> dict[str, Any]:
+        """What the provenance of other models records about this one, see `simomerge.checkpoints.experts.origin_of`."""
+        return origin_of(source_name(self.source), self.encoder_fingerprint(), self.licence, self.provenance)
 
     def select(self, tasks: str | list[str]) -> SimoModel:
         """A model with some of the tasks. It shares the encoder and the heads with this one."""

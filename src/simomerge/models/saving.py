@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file
 from simomerge.core.png16 import write_png16
@@ -41,6 +42,18 @@ def stored16(task: Task, values: np.ndarray) -> np.ndarray:
     scaled = values * 0.5 + 0.5 if task.kind == "normals" else values
     scaled = np.rint(scaled * 65535.0).clip(0, 65535).astype(np.uint16)
     return scaled.transpose(1, 2, 0) if scaled.ndim == 3 else scaled
+
+
+def compact(task: Task, values: np.ndarray) -> np.ndarray:
+    """Labels as uint8, or as uint16 with more than 256 classes; other values as they are.
+
+    Example:
+        >>> compact(Task("parts", "segmentation", ("head", "arm")), np.array([[0, 1]])).dtype
+        dtype('uint8')
+    """
+    if task.kind != "segmentation":
+        return values
+    return values.astype(np.uint8 if task.channels <= 256 else np.uint16)
 
 
 class Saver:
@@ -82,7 +95,7 @@ class Saver:
             start = self.folder / f"{frame.name}-{task}"
             if "npy" in self.kinds:
                 with atomic_file(start.with_name(f"{start.name}.npy")) as file:
-                    np.save(file, values)
+                    np.save(file, compact(self.tasks[task], values))
                 written["npy"].append(start.with_name(f"{start.name}.npy"))
             if "png16" in self.kinds:
                 path = start.with_name(f"{start.name}-16.png")
@@ -97,7 +110,8 @@ class Saver:
         if "npz" in self.kinds:
             path = self.folder / f"{frame.name}.npz"
             with atomic_file(path) as file:
-                np.savez_compressed(file, allow_pickle=False, **maps)
+                named = {task: compact(self.tasks[task], values) for task, values in maps.items()}
+                np.savez_compressed(file, allow_pickle=False, **named)
             written["npz"].append(path)
         if "video" in self.kinds:
             written["video"] += self._add_to_video(frame, maps)
@@ -150,7 +164,7 @@ class _Video:
         try:
             import av
         except ImportError as error:
-            raise InputError(f"{path}: video needs PyAV: pip install 'simomerge[video]'.") from error
+            raise InputError(f"{path}: video needs PyAV: {install_command('video')}.") from error
         self.av: Any = av
         self.path, self.unfinished = path, path.with_name(f".{path.stem}.unfinished.mp4")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from simomerge.assembly.experts import assemble, with_merged_encoder
-from simomerge.assembly.images import prepare, training_size
+from simomerge.assembly.images import prepare
 from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.agreement import Agreement
 from simomerge.assembly.realign.sums import HeadTargets, fold_heads, head_targets, with_heads
+from simomerge.checkpoints.experts import trained_size
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 from simomerge.datasets.groups import LEAST_IMAGES, held_out
@@ -191,7 +193,7 @@ class Workshop:
         kept = self._pictures.get((_digest(given), variant), lambda: self._observe(merged, given, variant))
         folded = fold_heads(merged, kept.targets, variant, "auto", kept.agreement)
         for note in [*kept.notes, *filter(None, [folded.sums.shortcoming()])]:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         if kept.judge is None:
             return folded.model, {}
         ridges = {task: fit.ridge for task, fit in folded.fits.items()}
@@ -249,7 +251,7 @@ class Workshop:
 
     def _trained_at(self) -> tuple[int, int] | None:
         models = [*self.opened.experts.values(), *([self.opened.model] if self.opened.model else [])]
-        return next((size for model in models if (size := training_size(model)) is not None), None)
+        return next((size for model in models if (size := trained_size(model.provenance)) is not None), None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from simomerge.assembly.realign import realignments
 from simomerge.core import distributed
 from simomerge.core.assets import resolve_source
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.machine import mixed_precision
@@ -157,7 +157,7 @@ def _note_counts(recipe: Recipe, opened: Mapping[str, DenseDataset], unlabelled:
             defaults[f"realign.{name}.count"] = REALIGN.get(name, {}).get("count")
     for key, (asked, there) in wanted.items():
         if asked > there and asked != defaults[key]:
-            warnings.warn(f"recipe: {key} is {asked}, and there are {there} images; all are used.", stacklevel=3)
+            warn(f"recipe: {key} is {asked}, and there are {there} images; all are used.")
 
 
 def _contents(tasks: Sequence[str]) -> Callable[[Data], str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.distributed import started_processes
+from simomerge.core.environment import install_command
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.progress import progress
@@ -207,6 +208,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise InputError('a search needs Optuna: pip install "simomerge[search]".') from error
+        raise InputError(f"a search needs Optuna: {install_command('search')}.") from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

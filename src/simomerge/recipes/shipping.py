@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simomerge.checkpoints.card import PICTURE
 from simomerge.checkpoints.description import FILE, check_output, model_folder, write_description
+from simomerge.core.errors import InputError
 from simomerge.core.machine import compute_device
 from simomerge.datasets.load import data_name
 from simomerge.datasets.tasks import Task
@@ -48,7 +49,11 @@ class Choice:
 
 
 def check_place(folder: Path) -> None:
-    """Raise InputError if the run folder has something in the place of the recommended model that must stay."""
+    """Raise InputError if the run folder is a model, or holds one where the recommended model goes that must stay."""
+    if (folder / FILE).is_file():
+        raise InputError(
+            f"{folder} is the folder of a model; give a run a folder of its own with -o, such as runs/mine."
+        )
     check_output(folder / MODEL, overwrite=True)
 
 

@@ -217,7 +217,7 @@ def video_frames(source: str | Path) -> Iterator[np.ndarray]:
     try:
         import av
     except ImportError as error:
-        raise InputError(f"{source}: video needs PyAV: pip install 'simomerge[video]'.") from error
+        raise InputError(f"{source}: video needs PyAV: pip install av.") from error
     name = str(source)
     options: dict[str, str] = {}
     if name.startswith("camera:"):
@@ -293,10 +293,15 @@ class _Onnx:
         self.info = _described(file, self.session.get_modelmeta().custom_metadata_map.get("simomerge"))
         if checksum(content) is None:
             raise InputError(f"{file}: was changed after its export, or is incomplete; export the model again.")
+        self.file = file
         self._inputs = [each.name for each in self.session.get_inputs()]
 
     def run(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        found: list[np.ndarray] = self.session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        try:
+            found: list[np.ndarray] = self.session.run(None, dict(zip(self._inputs, inputs, strict=True)))
+        except Exception as error:  # onnxruntime has its own classes of errors
+            shape = " x ".join(map(str, inputs[0].shape))
+            raise InputError(f"{self.file}: cannot run on an input of {shape} ({_first_line(error)}).") from error
         return found
 
 

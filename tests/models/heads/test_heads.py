@@ -19,7 +19,14 @@ from simomerge.models.heads.linear import LinearHead
 from simomerge.models.heads.resize import resize
 from simomerge.models.heads.surgery import SurgeryHead
 
-from .contract import CHANNELS, FoldableHeadContract, HeadContract, TrainableHeadContract, random_features
+from .contract import (
+    CHANNELS,
+    FoldableHeadContract,
+    HeadContract,
+    TrainableHeadContract,
+    random_features,
+    random_moments,
+)
 
 NECK = {"neck_hidden_sizes": [4, 6, 8, 10], "fusion_hidden_size": 8}
 
@@ -27,6 +34,61 @@ NECK = {"neck_hidden_sizes": [4, 6, 8, 10], "fusion_hidden_size": 8}
 class TestLinearHead(TrainableHeadContract):
     kind = "linear"
     cases = ({}, {"cls": False}, {"subpixels": 2}, {"cls": False, "subpixels": 4})
+
+
+class TestConvHead(FoldableHeadContract):
+    kind = "conv"
+    cases = ({}, {"subpixels": 2}, {"taps": [3]}, {"taps": [2, 0]})
+
+    def test_every_tap_and_cls_token_counts_where_it_is_asked_for(
+        self, trained: nn.Module, settings: dict[str, Any]
+    ) -> None:
+        features = self.features()
+        for tensor in (*features.maps, *features.cls):
+            tensor.requires_grad_()
+        trained(features).sum().backward()
+        read = settings.get("taps", [0, 1, 2, 3])
+        assert [tap for tap, each in enumerate(features.maps) if each.grad is not None] == sorted(read)
+        assert all(each.grad is None for each in features.cls)
+
+
+@pytest.mark.parametrize("taps", [[0, 1, 2, 3], [1, 3]])
+def test_a_conv_head_is_torchs_convolution_of_the_concatenated_taps(taps: list[int]) -> None:
+    channels = [6, 4, 6, 5]
+    head = build_head("conv", channels, 3, {"taps": taps})
+    plain = nn.Conv2d(sum(channels[tap] for tap in taps), 3, 1)
+    head.load_state_dict(plain.state_dict())
+    features = random_features(channels=channels)
+    wanted = F.interpolate(plain(torch.cat([features.maps[tap] for tap in taps], 1)), (24, 40), mode="bilinear")
+    torch.testing.assert_close(head(features), wanted)
+    fresh = build_head("conv", channels, 3, {"subpixels": 2})
+    nn.init.zeros_(fresh.weight)
+    fresh.start_at(torch.tensor([1.5, -2.0, 0.25]))
+    torch.testing.assert_close(fresh(features), torch.tensor([1.5, -2.0, 0.25]).view(1, 3, 1, 1).expand(2, 3, 24, 40))
+    for wrong in ([4], [-1], []):
+        with pytest.raises(InputError, match="the encoder has 4; give places from 0 on"):
+            build_head("conv", channels, 3, {"taps": wrong})
+
+
+def test_a_head_that_is_itself_a_convolution_folds() -> None:
+    class Own(Foldable, nn.Conv2d):
+        reads = {"": (3,)}  # noqa: RUF012
+
+        def forward(self, features: Features) -> Tensor:  # type: ignore[override]
+            return super().forward(features.maps[3])
+
+    head, features = Own(6, 3, 1), random_features()
+    projection = head.projections()[0]
+    assert projection.maps.keys() == {3} and torch.equal(projection.maps[3], head.weight.flatten(1))
+    again = head.with_projections([projection], random_moments())
+    torch.testing.assert_close(again(features), head(features))
+
+
+def test_a_misspelt_argument_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"head 'linear' has no argument 'subpixel': did you mean 'subpixels'\?"):
+        build_head("linear", CHANNELS, 3, {"subpixel": 4})
+    with pytest.raises(InputError, match=r"head 'conv' has no argument 'x': choose from subpixels, taps\."):
+        build_head("conv", CHANNELS, 3, {"x": 4})
 
 
 class TestDPTHead(TrainableHeadContract):
@@ -118,7 +180,7 @@ class TestSurgeryHead(HeadContract):
 
 
 def test_every_registered_head_is_tested() -> None:
-    tested = (TestLinearHead, TestDPTHead, TestBinnedDepthHead, TestTransformersHead, TestSurgeryHead)
+    tested = (TestLinearHead, TestConvHead, TestDPTHead, TestBinnedDepthHead, TestTransformersHead, TestSurgeryHead)
     assert {each.kind for each in tested} == set(HEADS)
 
 

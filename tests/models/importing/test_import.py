@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
 import simomerge as sm
+from simomerge.checkpoints.experts import trained_size
 from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.models.importing import import_expert
@@ -283,6 +284,30 @@ def test_checkpoints_with_dinov2s_names_and_a_custom_head(tmp_path: Path, base_f
         wanted = F.interpolate(decoder.classifier(grid), (56, 70), mode="bilinear")
         torch.testing.assert_close(expert(image)["segmentation"], wanted, rtol=1e-5, atol=1e-5)
     assert expert.provenance["base"]["fingerprint"] == sm.load(base_folder).encoder_fingerprint()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_head_of_plain_training_code_is_one_convolution(tmp_path: Path, base_folder: Path, bias: bool) -> None:
+    net, layer = trained(models.base()), nn.Conv2d(32, 3, 1, bias=bias)
+    state = {f"encoder.{n}": v for n, v in net.backbone.state_dict().items()}
+    torch.save({**state, **{f"head.{n}": v for n, v in layer.state_dict().items()}}, tmp_path / "mine.pth")
+    given = {"encoder": base_folder, "encoder_prefix": "encoder.", "head_prefix": "head.", "classes": ("a", "b", "c")}
+    expert = import_expert(
+        tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[2, 4], head_settings={"taps": [1]}
+    )
+    sized = import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[4], size="56x70")
+    assert (trained_size(sized.provenance), trained_size(expert.provenance)) == ((56, 70), None)
+    with pytest.raises(InputError, match="size 56: give HEIGHTxWIDTH"):
+        import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[4], size="56")
+    image = torch.rand(1, 3, 56, 70)
+    with torch.no_grad():
+        last = expert.encode(image).maps[-1]
+        wanted = F.interpolate(layer(last), (56, 70), mode="bilinear")
+        torch.testing.assert_close(expert(image)["segmentation"], wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match=r"the head in it is one layer \(head\.weight.*give --head conv"):
+        import_expert(tmp_path / "mine.pth", "segmentation", **given, head="linear", taps=[2, 4])
+    with pytest.raises(InputError, match=r"another size\. Check --taps, --classes and .*: subpixels, taps"):
+        import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[2, 4])
 
 
 # DINOv2's own heads ---------------------------------------------------------------------------------------

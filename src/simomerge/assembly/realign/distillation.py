@@ -6,7 +6,6 @@ units. Some images are held out; the weights with the smallest distance on them 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
+from simomerge.core.caution import warn
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.machine import autocast, compute_device
 from simomerge.datasets import groups
@@ -181,10 +181,7 @@ class Distilling:
             data = UnlabelledImages(inputs.images, inputs.experts)
         train, held_out = split_off(data, self.hold_out)
         if len(train) < FEW_IMAGES:
-            warnings.warn(
-                f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.",
-                stacklevel=5,
-            )
+            warn(f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.")
         home = next(model.parameters()).device
         with evaluating(*inputs.experts.values()):
             distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
@@ -219,7 +216,7 @@ class Distilling:
         except DivergedError as error:
             if not error.kept:
                 raise
-            warnings.warn(f"{error} The best weights before that are kept.", stacklevel=6)
+            warn(f"{error} The best weights before that are kept.")
             return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
         best = {"best_step": log.best_step} if held_out else {}
         return {**cost, **best, "steps": log.steps, "seconds": log.seconds}
@@ -237,6 +234,4 @@ def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list
     if worse:
         ratios = {task: after[task] / max(before[task], 1e-12) for task in worse}
         shown = ", ".join(f"{task} by {100 * (ratio - 1):.1f} %" for task, ratio in ratios.items())
-        warnings.warn(
-            f"{label}: on held-out images these tasks are now further from their experts: {shown}.", stacklevel=6
-        )
+        warn(f"{label}: on held-out images these tasks are now further from their experts: {shown}.")

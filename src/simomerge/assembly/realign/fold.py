@@ -13,11 +13,11 @@ same W A. The code solves this smaller problem: O outputs instead of C channels.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.method import Inputs, Realignment, register
+from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
 
 if TYPE_CHECKING:
@@ -80,13 +80,12 @@ class Fold(Realignment):
         ridge = math.inf if self.ridge == "none" else self.ridge
         folded = fold_heads(model, (), self.variant, ridge, agreement, sums)
         if message := folded.sums.shortcoming():
-            warnings.warn(message, stacklevel=4)
+            warn(message)
         for task in folded.kept:
             before, after = folded.before[task], folded.after[task]
-            warnings.warn(
+            warn(
                 f"{task}: on held-out images the folded head is {100 * (after / before - 1):.0f} % further from its"
-                " expert than the head before the fold, so that one is kept.",
-                stacklevel=4,
+                " expert than the head before the fold, so that one is kept."
             )
         model.heads = folded.model.heads
         kept = {task: {"ridge": math.inf, "r2": folded.fits[task].r2_before} for task in folded.kept}

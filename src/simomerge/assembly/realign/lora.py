@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
+from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
 
@@ -98,7 +99,7 @@ def lora_config(
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise InputError(f'LoRA needs peft ({error}): pip install "simomerge[lora]".') from error
+        raise InputError(f"LoRA needs peft ({error}): {install_command('lora')}.") from error
     return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=names)
 
 

@@ -11,11 +11,11 @@ the ridge is in units of the mean variance, and "auto" chooses it on held-out im
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.method import Inputs, Realignment, register
+from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class React(Realignment):
         maps = feature_maps(model, inputs.experts, inputs.images, self.images_at_once)
         fits = {task: each.choose(self.ridge) for task, each in maps.items()}
         if not all(math.isfinite(fit.r2) for fit in fits.values()):
-            warnings.warn("too few images to hold one out, so the fit of the maps is unknown; give more.", stacklevel=4)
+            warn("too few images to hold one out, so the fit of the maps is unknown; give more.")
         for task, each in maps.items():
             model.heads[task] = each.head(fits[task].ridge)
         return {

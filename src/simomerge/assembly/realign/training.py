@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from torch import nn
 from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
@@ -123,10 +123,9 @@ def distil_heads(
     ratios = {task: round(after[task] / max(before[task], 1e-12), 4) for task in after}
     for task in (task for task in after if after[task] > before[task]):
         model.heads[task], ratios[task] = start[task], 1.0
-        warnings.warn(
+        warn(
             f"{label}: on held-out images {task} is {100 * (after[task] / before[task] - 1):.1f} % further from its"
-            " expert than before the training, so its head stays as it was.",
-            stacklevel=5,
+            " expert than before the training, so its head stays as it was."
         )
     return {"held_out_images": len(held_out) if held_out else 0, "distance_ratio": ratios, **cost}
 

@@ -11,7 +11,6 @@ With several experts the mean of their tokens gives the same map, so the code re
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from simomerge.assembly.realign.normal_equations import NormalEquations
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES
 from simomerge.assembly.realign.systems import tokens
 from simomerge.core import distributed
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
@@ -100,7 +100,7 @@ def fit_stitches(
             stitch.weight.copy_(fit.weight)
             stitch.bias.copy_(fit.bias)
     if short := next((fit.shortcoming for fit in found.values() if fit.shortcoming), ""):
-        warnings.warn(short, stacklevel=3)
+        warn(short)
     return found
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.pixels import MAX_PIXELS
-
-_INSTALL = "pip install 'simomerge[hdf5]'"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def _opened(path: Path, _changed: int, _process: int) -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise InputError(f"{path}: reading HDF5 needs h5py: {_INSTALL}.") from error
+        raise InputError(f"{path}: reading HDF5 needs h5py: {install_command('hdf5')}.") from error
     try:
         return h5py.File(path, "r")
     except Exception as error:  # h5py raises many kinds of errors for damaged files

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from simomerge.checkpoints.experts import changed_by, check_base, check_merged_from, merge_provenance
 from simomerge.checkpoints.writing import storage_layout
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.merging import (
     LinearMethod,
@@ -75,7 +75,7 @@ def edit_on_disk(
     method, schedule = edit.method()
     tensors = edit.tensors(method, schedule)
     if "realign" in merged.provenance:
-        warnings.warn("the heads that stay were re-aligned with the old encoder: re-align the new model.", stacklevel=2)
+        warn("the heads that stay were re-aligned with the old encoder: re-align the new model.")
     how = {**merged.provenance["merge"], **describe_method(restricted(method, edit.tasks), schedule)}
     stored = {name: merged.weights.info(name).dtype for name in merged.weights}
     heads = {task: edit.add.get(task, merged) for task in edit.tasks}

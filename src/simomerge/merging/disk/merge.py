@@ -109,4 +109,4 @@ def _warn_of_unrecorded_bases(base: Source, experts: Mapping[str, Source], threa
     for name, distance in sampled_distances(stream).items():
         # A weight file never records its base; a model folder should, so it deserves a warning in any case.
         if distance > 0.5 or experts[name].description is not None:
-            warn_of_unrecorded_base(name, distance, stacklevel=3)
+            warn_of_unrecorded_base(name, distance)

@@ -11,7 +11,7 @@ from typing import Any
 
 from simomerge.checkpoints.card import licence_of
 from simomerge.checkpoints.description import FILE, existing, head_file, read_description
-from simomerge.checkpoints.experts import own_task
+from simomerge.checkpoints.experts import origin_of, own_task
 from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
 from simomerge.checkpoints.names import canonical_name, canonicalise
@@ -62,11 +62,9 @@ class Source:
         """Its path or hub id, for messages."""
         return self.hub_id or str(self.path)
 
-    def origin(self) -> dict[str, str]:
-        """Its name, without the path, the fingerprint of its weights (computed once), and its licence if known."""
-        licence = licence_of(self.path)
-        found = {"source": self.hub_id or self.path.name, "fingerprint": self._fingerprint}
-        return {**found, "license": licence} if licence else found
+    def origin(self) -> dict[str, Any]:
+        """What other models record about it, see `origin_of`. The fingerprint of its weights is computed once."""
+        return origin_of(self.hub_id or self.path.name, self._fingerprint, licence_of(self.path), self.provenance)
 
     def encoder_folder(self) -> Path:
         """The folder where config.json is expected."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from threading import Lock
@@ -13,6 +12,7 @@ import numpy as np
 from simomerge.checkpoints import TensorInfo, as_numpy, canonicalise, tensor_info
 from simomerge.checkpoints.parts import joined, parts_of
 from simomerge.checkpoints.tensors import encode, value_info
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
 from simomerge.merging.engine.checks import check_models
@@ -138,14 +138,11 @@ class Merged(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._canonical)
 
-    def warn_of_unchanged(self, stacklevel: int = 2) -> None:
+    def warn_of_unchanged(self) -> None:
         """Warn of experts that equal the base. Call it after all tensors have been read."""
         unchanged = [expert for expert in self._stream.experts if expert not in self._stream.changed]
         if unchanged and self._has_base:
-            warnings.warn(
-                f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.",
-                stacklevel=stacklevel + 1,
-            )
+            warn(f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.")
 
 
 class _Provisional(Merged):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from simomerge.models.encoders import Features
 from simomerge.models.heads.binned import BinnedDepthHead
-from simomerge.models.heads.building import HEADS, build_head, head_for, head_kind
+from simomerge.models.heads.building import HEADS, build_head, head_arguments, head_for, head_kind
+from simomerge.models.heads.conv import ConvHead
 from simomerge.models.heads.dpt import DPTHead
 from simomerge.models.heads.linear import LinearHead
 from simomerge.models.heads.projections import Foldable
@@ -20,6 +21,7 @@ HEADS.update(
     {
         "linear": LinearHead,
         "dpt": DPTHead,
+        "conv": ConvHead,
         "binned-depth": BinnedDepthHead,
         "transformers": TransformersHead,
         "surgery": SurgeryHead,
@@ -38,4 +40,4 @@ class DenseHead(Protocol):
         """Features -> logits (B, C, H, W) at the padded size."""
 
 
-__all__ = ["HEADS", "DenseHead", "Foldable", "build_head", "head_for", "head_kind"]
+__all__ = ["HEADS", "DenseHead", "Foldable", "build_head", "head_arguments", "head_for", "head_kind"]

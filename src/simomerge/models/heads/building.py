@@ -10,6 +10,7 @@ from torch import nn
 
 from simomerge.core.classes import class_path, make
 from simomerge.core.errors import InputError
+from simomerge.core.registry import suggestion
 from simomerge.models.encoders import Encoder
 
 HEADS: dict[str, type[nn.Module]] = {}
@@ -35,15 +36,29 @@ def build_head(
         return make(kind, settings or {}, nn.Module)
     if kind not in HEADS:
         raise InputError(f"unknown head {kind!r}; choose one of: {', '.join(HEADS)}.")
+    known = head_arguments(kind)
+    for name in settings or {}:
+        if name not in known:
+            raise InputError(f"head {kind!r} has no argument {name!r}{suggestion(name, known)}")
     try:
         return HEADS[kind](in_channels, out_channels, **(settings or {}))
     except (TypeError, ValueError) as error:
         raise InputError(f"head {kind!r}: {str(error).rstrip('.')}.") from error
 
 
+def head_arguments(kind: str) -> list[str]:
+    """The names of the arguments of a head in `HEADS`, besides the channels of taps and task.
+
+    Example:
+        >>> head_arguments("linear")
+        ['cls', 'subpixels']
+    """
+    return list(inspect.signature(HEADS[kind]).parameters)[2:]
+
+
 def head_for(encoder: Encoder, kind: str, out_channels: int, **settings: Any) -> nn.Module:
     """A fresh head for an encoder: it fits the strides of the taps, and reads CLS tokens if the encoder has them."""
-    known = inspect.signature(HEADS[kind]).parameters if kind in HEADS else {}
+    known = head_arguments(kind) if kind in HEADS else []
     fitting = {"cls": encoder.has_cls, "pyramid": len(set(encoder.strides)) > 1}
     accepted = {name: value for name, value in fitting.items() if name in known}
     return build_head(kind, encoder.channels, out_channels, {**accepted, **settings})

@@ -146,7 +146,8 @@ class InputLayer:
             InputError: The layer has no bias, or it reads other taps.
         """
         sources = (projection.maps, projection.cls) if self.paired else (projection.maps,)
-        weight = torch.cat([source[tap] for tap in sorted(projection.maps) for source in sources], 1)
+        order = list(self.taps) if set(self.taps) == set(projection.maps) else sorted(projection.maps)
+        weight = torch.cat([source[tap] for tap in order for source in sources], 1)
         if weight.numel() != self.layer.weight.numel():
             raise InputError(
                 f"a layer with weights {tuple(self.layer.weight.shape)} cannot hold a projection of taps"
@@ -157,7 +158,7 @@ class InputLayer:
         self.layer.weight.copy_(weight.view_as(self.layer.weight))
         self.layer.bias.copy_(projection.bias)
         if self.readout is not None:
-            readout = torch.cat([projection.cls[tap] for tap in sorted(projection.cls)], 1)
+            readout = torch.cat([projection.cls[tap] for tap in order], 1)
             self.readout.weight.copy_(readout.view_as(self.readout.weight))
 
 
@@ -188,6 +189,7 @@ class Foldable:
         """The head's first layers; those in ``reads`` by default."""
         assert isinstance(self, nn.Module)
         layers = []
+        widths = () if isinstance(self.in_channels, int) else self.in_channels  # a number if the head is a convolution
         for name, taps in self.reads.items():
             try:
                 layer = self.get_submodule(name)
@@ -195,7 +197,7 @@ class Foldable:
                 raise InputError(
                     f"{type(self).__name__}.reads names {name!r}, but the head has no such layer."
                 ) from error
-            layers.append(InputLayer(layer, taps, grid=taps[0], channels=self.in_channels))
+            layers.append(InputLayer(layer, taps, grid=taps[0], channels=widths))
         return layers
 
     def projections(self) -> list[Projection]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
+from simomerge.datasets.pictures import parse_size
 from simomerge.models.importing.dinov2 import is_dinov2_head, read_dinov2_head
 from simomerge.models.importing.mapping import read_mapped
 from simomerge.models.importing.options import ImportOptions
@@ -27,7 +28,8 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
         source: A folder, a hub id or a weight file (safetensors, or pt, pth, bin with only tensors).
         task: The name of the expert's task.
         **options: ``kind``, ``classes``, ``encoder``, ``encoder_prefix``, ``head_prefix``, ``head``,
-            ``head_settings``, ``drop``, ``taps``, ``apply_layernorm``, ``mean`` and ``std``; see `ImportOptions`.
+            ``head_settings``, ``drop``, ``taps``, ``apply_layernorm``, ``mean``, ``std`` and ``size``; see
+            `ImportOptions`.
 
     Raises:
         InputError: An option that has no effect on this kind of source, an unknown source, or tensors of a weight file
@@ -38,6 +40,14 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
         >>> expert.save_pretrained("experts/depth")                                           # doctest: +SKIP
     """
     chosen = ImportOptions(**options)
+    size = None if chosen.size is None else parse_size(chosen.size)
+    expert = _read(source, task, chosen)
+    if size is not None:
+        expert.provenance["training"] = {"size": list(size)}
+    return expert
+
+
+def _read(source: str | Path, task: str, chosen: ImportOptions) -> SimoModel:
     path = Path(source)
     if path.is_file():
         read = read_dinov2_head if is_dinov2_head(path) and not chosen.head else read_mapped

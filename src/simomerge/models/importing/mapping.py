@@ -13,7 +13,8 @@ from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.classes import trusting
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
-from simomerge.models.heads import HEADS, head_for
+from simomerge.models.heads import HEADS, head_arguments, head_for, head_kind
+from simomerge.models.heads.conv import ConvHead
 from simomerge.models.importing.names import from_dinov2, split_gate
 from simomerge.models.importing.options import ImportOptions, as_imported, name_of
 from simomerge.models.model import SimoModel
@@ -33,6 +34,7 @@ def read_mapped(file: Path, task: str, options: ImportOptions) -> SimoModel:
     weights = open_checkpoint(file)
     encoder = options.load_encoder()
     described = Task(task, options.kind, tuple(options.classes))
+    _check_not_one_layer(file, weights, options)
     with trusting():  # the caller names the class, not a file
         head = head_for(encoder, options.head, described.channels, **options.head_settings)
     expert = as_imported(encoder, described, head, str(file), "mapping")
@@ -41,8 +43,21 @@ def read_mapped(file: Path, task: str, options: ImportOptions) -> SimoModel:
         modules[prefix] = encoder.backbone
         base = fingerprint(encoder.backbone.state_dict())  # before the file's weights replace it
         expert.provenance["base"] = {"source": name_of(str(options.encoder)), "fingerprint": base}
-    fill(weights, modules, options.drop, [f"{prefix}embeddings.mask_token"] if prefix else [])
+    optional = [f"{prefix}embeddings.mask_token"] if prefix else []
+    optional += [f"{options.head_prefix}bias"] if isinstance(head, ConvHead) else []  # a fresh one is zero
+    fill(weights, modules, options.drop, optional)
     return expert
+
+
+def _check_not_one_layer(file: Path, weights: Checkpoint, options: ImportOptions) -> None:
+    """Raise InputError if the file's head is one layer, but the chosen head of simomerge has several."""
+    prefix = options.head_prefix
+    own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)} if prefix else {}
+    if options.head in HEADS and options.head != "conv" and own.keys() in ({"weight"}, {"weight", "bias"}):
+        raise InputError(
+            f"{file}: the head in it is one layer ({', '.join(own.values())}), but {options.head!r} has several. For a"
+            " convolution of kernel 1 give --head conv."
+        )
 
 
 def fill(
@@ -123,8 +138,16 @@ def _state(
         elif tensor.shape != wanted[target].shape:
             raise InputError(
                 f"{weights.path}: {original} is {tuple(tensor.shape)}, but {target} of {type(module).__name__} is"
-                f" {tuple(wanted[target].shape)}: another architecture or another size."
+                f" {tuple(wanted[target].shape)}: another architecture or another size.{_hint(module)}"
             )
         else:
             state[target] = tensor.to(wanted[target].dtype)
     return state
+
+
+def _hint(module: nn.Module) -> str:
+    """What the sizes of a head of simomerge depend on, as a sentence; empty for other modules."""
+    kind = head_kind(module)
+    if kind not in HEADS:
+        return ""
+    return f" Check --taps, --classes and the head's arguments (--head-arg): {', '.join(head_arguments(kind))}."

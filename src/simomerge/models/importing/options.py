@@ -35,6 +35,7 @@ class ImportOptions:
         drop: Prefixes of tensors that are not needed, such as ``"auxiliary_head."``.
         taps, apply_layernorm: What the head reads; see `Encoder`.
         mean, std: RGB normalisation of the source's images, if it differs from that of ``encoder``.
+        size: (height, width) of its training images in pixels, or "HEIGHTxWIDTH". Alignment resizes photographs to it.
     """
 
     kind: str = ""
@@ -49,12 +50,13 @@ class ImportOptions:
     apply_layernorm: bool | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    size: str | tuple[int, int] | None = None
 
     def check_used(self, source: str, reason: str, *used: str) -> None:
-        """Check that only options from ``used`` are given, next to kind and classes. Raises InputError otherwise."""
+        """Check that only options from ``used`` are given, or kind, classes and size. Raises InputError otherwise."""
         for name in (spec.name for spec in fields(self)):
             given = getattr(self, name) not in (None, "", (), [], {})
-            if given and name not in ("kind", "classes", *used):
+            if given and name not in ("kind", "classes", "size", *used):
                 flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
                 raise InputError(f"{source}: {flag} does nothing here, {reason}; leave it out.")
 
