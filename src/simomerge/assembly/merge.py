@@ -21,7 +21,7 @@ from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.merging.tree import Tree, check_sharing
-from simomerge.models.encoders.tree import unit_names
+from simomerge.models.encoders.units import unit_names
 from simomerge.models.model import SimoModel, as_model, as_models
 
 AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (

@@ -269,6 +269,19 @@ def merge_provenance(
     }
 
 
+def of_group(provenance: Mapping[str, Any], group: Collection[str]) -> dict[str, Any]:
+    """What is left of the record of a tree for a group of tasks that shares no block with others.
+
+    Example:
+        >>> of_group({"experts": {"a": {}, "b": {}}, "merge": {"tree": "4: a, b", "groups": {}}}, ["a"])
+        {'experts': {'a': {}}}
+    """
+    rest = {key: value for key, value in provenance.items() if key != "merge"}
+    experts = {task: origin for task, origin in provenance.get("experts", {}).items() if task in group}
+    merge = provenance.get("merge", {}).get("groups", {}).get("+".join(group))
+    return {**rest, "experts": experts, **({"merge": dict(merge)} if merge else {})}
+
+
 def changed_by(provenance: Mapping[str, Any]) -> str | None:
     """The method of a re-alignment that changed a merged model's encoder, or None if the encoder is the merge."""
     record = provenance.get("realign")

@@ -18,7 +18,7 @@ from simomerge.merging import MergeMethod, Schedule, describe_method
 from simomerge.merging.method import restricted
 from simomerge.merging.tree import Group, Tree
 from simomerge.models.encoders import TreeEncoder
-from simomerge.models.encoders.tree import unit_names
+from simomerge.models.encoders.units import unit_names
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
 
