@@ -19,8 +19,8 @@ from simomerge.merging.tree import Tree
 from simomerge.models.encoders import CustomEncoder, Encoder, TreeEncoder
 from simomerge.models.encoders.allocation import check_tensors
 from simomerge.models.encoders.loading import quiet
-from simomerge.models.encoders.low_rank import check_rank, low_rank_layers, own_parameters
-from simomerge.models.encoders.units import Trial, unit_names
+from simomerge.models.encoders.low_rank import check_rank, own_parameters
+from simomerge.models.encoders.units import low_rank_of, unit_names
 
 STITCHES = "stitches.safetensors"
 
@@ -129,7 +129,7 @@ def _check_branches(tree: Tree, leaves: Sequence[int], rank: int | None, first: 
     low_rank: Mapping[str, Sequence[str]] = {}
     if rank is not None:
         check_rank(rank)
-        low_rank = low_rank_layers({name: modules[name] for name in names}, Trial.of(first, names).linear, rank)
+        low_rank = low_rank_of(first, rank)
     whole, needed = set(tree.path(leaves[0])), 0  # what encoder/ has, but for its factors
     for step in {step for leaf in leaves for step in tree.path(leaf)}:
         node = tree.nodes[step]

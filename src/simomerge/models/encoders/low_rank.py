@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from simomerge.core.errors import InputError
 
 ROUNDS = 2
-"""Rounds over the groups in `shared_and_factors`. With two groups the first one gives the optimum; with more, the second
-one still gains something, and further ones little."""
+"""Rounds over the groups in `shared_and_factors`. With two groups the first one gives the optimum; with more, the
+second one still gains something, and further ones little."""
 
 
 class Factors(nn.Module):
@@ -72,8 +72,8 @@ def low_rank_layers(units: Mapping[str, nn.Module], linear: Sequence[str], rank:
         if convolution or not own:
             what = f"{convolution} is a convolution" if convolution else f"{unit} has no linear layer"
             raise InputError(
-                f"a branch rank needs blocks whose weights are in linear layers, and {what}: leave the rank out, and own"
-                " blocks are stored in full."
+                f"a branch rank needs blocks whose weights are in linear layers, and {what}: leave the rank out, and"
+                " own blocks are stored in full."
             )
         found[unit] = [name for name in own if _saves(module.get_submodule(name).weight, rank)]
     return found

@@ -81,7 +81,8 @@ class TreeEncoder(Encoder):
         low_rank = {} if rank is None else low_rank_layers(given, trial.linear, rank)
         leaves = tree.leaves_of(tree.tasks if kept is None else kept)
         needed = {step for leaf in leaves for step in tree.path(leaf)}
-        shared = {id(w): w for name, own in low_rank.items() for w in (given[name].get_submodule(o).weight for o in own)}
+        layers = [given[name].get_submodule(layer) for name, own in low_rank.items() for layer in own]
+        shared = {id(layer.weight): layer.weight for layer in layers}
 
         def grown(place: int, node: Node) -> Iterator[Unit]:
             """New units of a node. Their shared weights are those of ``plain``."""
@@ -127,7 +128,7 @@ class TreeEncoder(Encoder):
         return [task for task in self.tree.tasks if self.tree.leaf_of(task) in self.leaves]
 
     def describe(self) -> dict[str, Any]:
-        """The entry ``encoder`` of simo.json: also ``tree``, as text, and the arguments ``branch_rank`` and ``kept``."""
+        """The entry ``encoder`` of simo.json: also ``tree``, as text, and perhaps ``branch_rank`` and ``kept``."""
         rank = {} if self.rank is None else {"branch_rank": self.rank}
         kept = {"kept": self.tasks} if len(self.leaves) < len(self.tree.leaves) else {}
         return {**self.paths[0].describe(), "tree": str(self.tree), **rank, **kept}
@@ -328,7 +329,7 @@ class TreeEncoder(Encoder):
         return self._share_adapters(found, settings)
 
     def _share_adapters(self, found: dict[int, Adapter], settings: Mapping[str, Any]) -> TreeAdapters:
-        """Set the adapters, which are given by the ids of their blocks. Each belongs to the first path with its block."""
+        """Set the adapters, given by the ids of their blocks. Each belongs to the first path with its block."""
         blocks = [path.layout.blocks for path in self.paths]
         own = [{n: found.pop(id(each)) for n, each in enumerate(some) if id(each) in found} for some in blocks]
         self.adapters = TreeAdapters(own, settings)

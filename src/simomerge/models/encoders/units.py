@@ -1,4 +1,4 @@
-"""The parts of a tree of shared blocks: the blocks or stages that it is made of, and what is between and inside them."""
+"""The parts of a tree of shared blocks: the blocks or stages of an encoder, and the stitches between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.models.encoders.encoder import Encoder
-from simomerge.models.encoders.low_rank import Factors
+from simomerge.models.encoders.low_rank import Factors, low_rank_layers
 
 
 class Stitch(nn.Linear):
@@ -93,6 +93,13 @@ def unit_names(encoder: Encoder) -> list[str]:
     encoder.block_shapes()  # raises if they are unknown
     names = {id(module): name for name, module in encoder.backbone.named_modules()}
     return [names[id(unit)] for unit in encoder.layout.units]
+
+
+def low_rank_of(encoder: Encoder, rank: int) -> dict[str, list[str]]:
+    """By the names of the units, the layers that are low-rank differences in own units; raises as `low_rank_layers`."""
+    names = unit_names(encoder)
+    units = {name: encoder.backbone.get_submodule(name) for name in names}
+    return low_rank_layers(units, Trial.of(encoder, names).linear, rank)
 
 
 def within(name: str, modules: Sequence[str]) -> str:
