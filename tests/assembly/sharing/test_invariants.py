@@ -21,7 +21,7 @@ from simomerge.models.model import SimoModel, load
 from .conftest import TASKS, equal, predicted, random_stitches
 
 FEW = settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 Experts = dict[str, SimoModel]
 
