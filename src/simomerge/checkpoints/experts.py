@@ -276,10 +276,11 @@ def of_group(provenance: Mapping[str, Any], group: Collection[str]) -> dict[str,
         >>> of_group({"experts": {"a": {}, "b": {}}, "merge": {"tree": "4: a, b", "groups": {}}}, ["a"])
         {'experts': {'a': {}}}
     """
-    rest = {key: value for key, value in provenance.items() if key != "merge"}
-    experts = {task: origin for task, origin in provenance.get("experts", {}).items() if task in group}
+    found = {key: value for key, value in provenance.items() if key != "merge"}
+    if "experts" in found:
+        found["experts"] = {task: origin for task, origin in found["experts"].items() if task in group}
     merge = provenance.get("merge", {}).get("groups", {}).get("+".join(group))
-    return {**rest, "experts": experts, **({"merge": dict(merge)} if merge else {})}
+    return {**found, "merge": dict(merge)} if merge else found
 
 
 def changed_by(provenance: Mapping[str, Any]) -> str | None:

@@ -278,6 +278,19 @@ def test_an_edit_keeps_the_rank(low: SimoModel, base: SimoModel, experts: dict[s
     assert encoder_of(found).rank == 3 and found.provenance["merge"]["branch_rank"] == 3
 
 
+def test_a_task_that_shares_no_block_is_fitted_too(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor
+) -> None:
+    """Its weights are not quite its expert's, so that its head is folded, unlike in a plain tree."""
+    far = Grower(base, check_experts(base, experts), METHOD).grow(tree("each"), 4)
+    found = merge(base, experts, METHOD, share=0, images=images, branch_rank=4)
+    assert found.provenance["realign"]["method"] == "fold" and not encoder_of(found).stitches
+    for task, expert in experts.items():
+        wanted = predicted(expert, picture)[task]
+        distances = [float((predicted(model, picture)[task] - wanted).square().mean()) for model in (found, far)]
+        assert 0 < distances[0] < distances[1]
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no tree": ({"share": None, "branch_rank": 3}, "branch_rank is the rank of own blocks: give share or budget too"),
     "negative": ({"branch_rank": -1}, "the branch rank is -1: give a whole number of at least 0"),

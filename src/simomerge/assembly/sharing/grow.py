@@ -112,7 +112,7 @@ def share_blocks(
 def fold_shared(
     model: SimoModel, experts: Mapping[str, SimoModel], images: Any, variant: str = "cross-tap"
 ) -> SimoModel:
-    """Fold the heads that can be folded. The head of a task that shares no block fits its encoder already."""
+    """Fold the heads that can be folded. The head of a task that shares nothing fits its encoder already."""
     tasks = [task for task, head in model.heads.items() if is_foldable(head) and not _is_alone(model, task)]
     if not tasks:
         return model
@@ -123,7 +123,9 @@ def fold_shared(
 
 
 def _is_alone(model: SimoModel, task: str) -> bool:
-    return isinstance(model.encoder, TreeEncoder) and (task,) in model.encoder.tree.partitions[0]
+    """Whether a task has the weights of its expert in all blocks."""
+    encoder = model.encoder
+    return isinstance(encoder, TreeEncoder) and encoder.rank is None and (task,) in encoder.tree.partitions[0]
 
 
 def _record(grower: Grower, model: SimoModel) -> dict[str, Any]:
