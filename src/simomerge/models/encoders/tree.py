@@ -90,7 +90,8 @@ class TreeEncoder(Encoder):
                 inner = copy.deepcopy(given[names[block - 1]], dict(shared))
                 begins = block == node.first and node.parent is not None
                 stitch = Stitch(trial.widths[block - 1]) if begins else None
-                yield Unit(inner, stitch, low_rank.get(names[block - 1], ()) if node.first >= tree.splits else (), rank)
+                own = low_rank.get(names[block - 1], ()) if node.first >= tree.splits else ()
+                yield Unit(inner, stitch, own, rank or 0)
 
         nodes = [list(grown(place, node)) for place, node in enumerate(tree.nodes)]
         loose = [value for name, value in plain.named_parameters() if not within(name, names) and comes_first(name)]
@@ -189,7 +190,7 @@ class TreeEncoder(Encoder):
         for found in layers.values():
             shared, pairs = shared_and_factors([wanted for _, _, wanted in found], self.rank or 0)
             for (unit, layer, _), (up, down) in zip(found, pairs, strict=True):
-                unit.inner.get_submodule(layer).weight.copy_(shared)  # type: ignore[operator, union-attr]
+                unit.inner.get_submodule(layer).weight.copy_(shared)  # type: ignore[operator]
                 if factors := unit.factors.get(layer):
                     factors.up.copy_(up)
                     factors.down.copy_(down)
@@ -340,8 +341,9 @@ class TreeEncoder(Encoder):
 
     def _adapters_by_block(self) -> dict[int, Adapter]:
         """The adapters by the ids of their blocks."""
-        pairs: Any = zip(self.paths, self.adapters.paths if self.adapters is not None else (), strict=False)
-        return {id(path.layout.blocks[n]): each for path, own in pairs for n, each in own.adapters.items()}
+        own = self.adapters.paths if isinstance(self.adapters, TreeAdapters) else []
+        pairs = zip(self.paths, own, strict=False)
+        return {id(path.layout.blocks[n]): each for path, some in pairs for n, each in some.adapters.items()}
 
     def block_shapes(self) -> Sequence[BlockShape]:
         return self.paths[0].block_shapes()

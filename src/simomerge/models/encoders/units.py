@@ -44,7 +44,7 @@ class Unit(nn.Module):
     """
 
     def __init__(
-        self, inner: nn.Module, stitch: Stitch | None = None, low_rank: Iterable[str] = (), rank: int | None = None
+        self, inner: nn.Module, stitch: Stitch | None = None, low_rank: Iterable[str] = (), rank: int = 0
     ) -> None:
         super().__init__()
         self.inner, self.stitch = inner, stitch
