@@ -15,6 +15,8 @@ run's test split.
 - ``groups``: whole encoders for groups of tasks. The partition has the best Delta_MTL on the test split itself, so
   that no way to choose one without labels could be better.
 - ``every tree`` (``--exhaustive``): the best tree within each budget, likewise by the test split itself.
+- ``rank`` (``--ranks 4 16 64``): the split after half of the blocks, with own blocks as differences of this rank to
+  shared weights (``merge --branch-rank``), and how many encoders' worth of parameters the encoder has then.
 
 Results are written after every model, and a second call resumes. `--show` prints the results and measures nothing.
 """
@@ -43,7 +45,7 @@ from simomerge.datasets import load_data
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, TaskArithmetic
 from simomerge.merging.tree import Group, Partition, Tree
-from simomerge.models.model import load
+from simomerge.models.model import SimoModel, load
 from simomerge.recipes.results import machine, spread
 from simomerge.training.evaluate import evaluate
 
@@ -84,17 +86,45 @@ class Bench:
         missing = [task for task in self.tasks if keys[task] not in gains]
         if missing:
             model = share_blocks(self.grower, tree, self.images, self.known)
-            for task, metrics in evaluate(model.select(missing), self.test).items():
-                metric, about = model.tasks[task].metric, model.tasks[task]
-                change = metrics[metric] / self.baseline[task][metric] - 1
-                gains[keys[task]] = 100 * (change if about.higher_is_better else -change)
+            gains |= {keys[task]: gain for task, gain in self.gains(model.select(missing)).items()}
         return statistics.mean(gains[key] for key in keys.values())
+
+    def gains(self, model: SimoModel) -> dict[str, float]:
+        """What each task of a model gains against its expert on the test split, in percent."""
+        found = {}
+        for task, metrics in evaluate(model, self.test).items():
+            metric, about = model.tasks[task].metric, model.tasks[task]
+            change = metrics[metric] / self.baseline[task][metric] - 1
+            found[task] = 100 * (change if about.higher_is_better else -change)
+        return found
+
+    def low_rank(self, tree: Tree, rank: int | None) -> dict[str, Any]:
+        """The row of a tree whose own blocks are differences of this rank; None stores them in full."""
+        model = share_blocks(self.grower, tree, self.images, self.known, rank)
+        whole, found = (
+            sum(each.numel() for each in encoder.parameters()) for encoder in (self.grower.base.encoder, model.encoder)
+        )
+        row = {"delta": statistics.mean(self.gains(model).values()), "parameters": found / whole}
+        return row | {"kept": model.provenance["merge"].get("difference_kept", {})}
 
 
 def _expert(run: Path, task: str, seed: int) -> Path:
     """The newest finished expert of a run."""
     found = [p for p in (run / "stages").glob(f"expert-{task}-seed-{seed}-*/model") if ".work" not in str(p)]
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def measure_ranks(run: Path, seed: int, results: dict[str, Any], output: Path, ranks: Sequence[int]) -> None:
+    """Measure the split after half of the blocks with own blocks in full, and with each rank."""
+    found = results["seeds"].setdefault(str(seed), {"rows": []})
+    bench = Bench(run, seed, found)
+    tree = bench.tree(bench.grower.blocks // 2)
+    done = {row["asked"] for row in found["rows"] if row["kind"] == "rank"}
+    for rank in (None, *ranks):
+        if rank not in done:
+            row = {"kind": "rank", "asked": rank, "tree": str(tree), **bench.low_rank(tree, rank)}
+            found["rows"].append({"cost": tree.cost(), **row})
+            atomic_write_text(output, json.dumps(results, indent=1) + "\n")
 
 
 def measure(run: Path, seed: int, results: dict[str, Any], output: Path, exhaustive: bool) -> None:
@@ -163,6 +193,9 @@ def every_tree(tasks: Sequence[str], blocks: int) -> Iterator[Tree]:
 def show(results: dict[str, Any]) -> None:
     """Print Delta_MTL by cost, over the seeds."""
     seeds = [found["rows"] for found in results["seeds"].values()]
+    show_ranks(seeds)
+    if not any(row["kind"] == "chosen" for row in seeds[0]):
+        return
     costs = sorted({row["asked"] for row in seeds[0] if row["kind"] == "chosen"})
     has_all = any(row["kind"] == "every" for row in seeds[0])
     names = ["chosen", "chosen by labels", "best single split", "best whole groups"]
@@ -181,6 +214,18 @@ def show(results: dict[str, Any]) -> None:
                 print(f"seed {seed}, {row['kind']} {row['asked']:.2f}: {row['tree']}")
 
 
+def show_ranks(seeds: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Print Delta_MTL and parameters by rank, over the seeds."""
+    ranks = [row["asked"] for row in seeds[0] if row["kind"] == "rank"]
+    if ranks:
+        print("| branch rank | parameters, in encoders | Delta_MTL % |\n| --: | --: | --: |")
+    for rank in ranks:
+        rows = [row for each in seeds for row in each if row["kind"] == "rank" and row["asked"] == rank]
+        delta = spread([row["delta"] for row in rows])
+        shown = f"{delta['mean']:+.2f}" + (f" ± {delta['std']:.2f}" if delta["std"] else "")
+        print(f"| {'in full' if rank is None else rank} | {rows[0]['parameters']:.2f} | {shown} |")
+
+
 def _best(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
     """The Delta_MTL for a cost; for kinds that are not chosen, the best on the test split itself."""
     single = {row["asked"]: row["delta"] for row in rows if row["kind"] == "branch"}
@@ -197,6 +242,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exhaustive", action="store_true", help="Also measure every tree (three tasks at most).")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[], help="Measure these branch ranks only.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--show", action="store_true", help="Print the content of OUTPUT; measure nothing.")
     options = parser.parse_args()
@@ -207,7 +253,10 @@ def main() -> None:
     if options.output.exists():
         results = json.loads(options.output.read_text(encoding="utf-8"))
     for seed in () if options.show else options.seeds:
-        measure(options.run, seed, results, options.output, options.exhaustive)
+        if options.ranks:
+            measure_ranks(options.run, seed, results, options.output, options.ranks)
+        else:
+            measure(options.run, seed, results, options.output, options.exhaustive)
     show(results)
 
 

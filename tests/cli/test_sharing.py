@@ -75,6 +75,26 @@ def test_other_ways_to_say_it(story: Story, tiny_base: Path, photos: Path, tmp_p
     assert "The heads are folded." in done.out
 
 
+def test_own_blocks_of_low_rank(story: Story, tiny_base: Path, photos: Path, tmp_path: Path) -> None:
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    given = ("--scale", "0.5", "--branch", 3, "--branch-rank", 2, "--images", photos, "-o", tmp_path / "scene")
+    done = simomerge("merge", tiny_base, *experts, *given)
+    assert done.code == 0, done.err
+    assert "own blocks of rank 2" in done.out and "  own blocks 4-depth: rank 2 keeps " in done.out
+    done = simomerge("inspect", tmp_path / "scene")
+    assert "own blocks are differences of rank 2 to shared weights:\n    blocks 1-3: depth + normals\n" in done.out
+    found = simomerge("inspect", tmp_path / "scene", "--json").json
+    linear = [v for k, v in load_file(tmp_path / "scene" / "encoder" / "model.safetensors").items() if "layer.3." in k]
+    small = sum(t.size for t in linear if t.ndim < 2)
+    factors = 2 * 2 * sum(sum(t.shape) for t in linear if t.ndim == 2)
+    assert found["branch_parameters"] == small + factors + 2 * 32 + 2 * (32 * 32 + 32)
+    one = load(tmp_path / "scene").select("normals").save_pretrained(tmp_path / "one")
+    assert "    blocks 1-4: normals\n" in simomerge("inspect", one).out
+    assert "Only what normals need is here" in (one / "README.md").read_text()
+    done = simomerge("predict", one, photos / "0.png", "-o", tmp_path / "maps")
+    assert done.code == 0, done.err
+
+
 MERGE = ("merge", "BASE", "depth=./nowhere", "normals=./nowhere", "-o", "OUT")
 MISTAKES = {
     "no images": (("--branch", 2), "--branch fits the branches on images without labels: give --images"),
@@ -82,6 +102,8 @@ MISTAKES = {
     "joins again": (("--share", "2: depth, normals | all", "--images", "x"), r"depth\+normals at block 3 joins tasks"),
     "unknown task": (("--share", "2: all | depth, edges", "--images", "x"), "names 'edges', which is no task"),
     "missing task": (("--share", "2: all | depth", "--images", "x"), "leaves out task 'normals'"),
+    "rank without a tree": (("--branch-rank", 4, "--images", "x"), "--branch-rank is the rank of own blocks: give"),
+    "negative rank": (("--branch", 2, "--branch-rank", -1, "--images", "x"), "-1 is not in the range x>=0"),
     "budget": (("--budget", 2.5, "--images", "x"), "a budget of 2.5 encoders: give a number from 1 .* to 2"),
     "auto": (("--budget", 1.5, "--images", "x", "--method", "auto"), "--budget needs a merge method"),
     "no file": (("--share", "nowhere.yaml", "--images", "x"), r"nowhere\.yaml: no such file; give a tree"),

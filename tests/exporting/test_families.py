@@ -85,15 +85,15 @@ class TestOwnModules(ExportContract):
 
 
 class TestTrees(QuantisedContract):
-    """Tasks share the first blocks of the encoder and have their own last ones."""
+    """Tasks share the first blocks of the encoder and have their own last ones, in full or of low rank."""
 
     splits = False
 
-    @pytest.fixture
-    def model(self, tiny_base: Path) -> SimoModel:
+    @pytest.fixture(params=[None, 3])
+    def model(self, tiny_base: Path, request: pytest.FixtureRequest) -> SimoModel:
         torch.manual_seed(0)
         plain = load_encoder(tiny_base)
-        encoder = TreeEncoder(Tree.of(2, ["parts", "normals"], blocks=4), plain)
+        encoder = TreeEncoder(Tree.of(2, ["parts", "normals"], blocks=4), plain, rank=request.param)
         with torch.no_grad():
             for parameter in encoder.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

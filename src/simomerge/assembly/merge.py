@@ -21,7 +21,8 @@ from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.merging.tree import Tree, check_sharing
-from simomerge.models.encoders.tree import unit_names
+from simomerge.models.encoders.low_rank import check_rank
+from simomerge.models.encoders.units import low_rank_of, unit_names
 from simomerge.models.model import SimoModel, as_model, as_models
 
 AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
@@ -45,6 +46,7 @@ def merge(
     minutes: float | None = None,
     share: int | str | Mapping[Any, Any] | None = None,
     budget: float | None = None,
+    branch_rank: int | None = None,
     **parameters: Any,
 ) -> SimoModel:
     """Merge the experts' encoders into one model that has the head of every expert.
@@ -71,6 +73,8 @@ def merge(
             default all tasks share all blocks.
         budget: Choose the tree for this cost, in units of one encoder: on ``images``, or by the labels of
             ``validation`` if that is given, too.
+        branch_rank: With ``share`` or ``budget``: store the linear layers of own blocks as differences of this rank to
+            weights that all branches share. By default own blocks are stored in full.
         **parameters: Further parameters of the method.
 
     Returns:
@@ -92,7 +96,9 @@ def merge(
     pictures = None if images is None else prepare(images, experts, size=size)
     if share is not None or budget is not None:
         given = {"method": method, "scale": scale, "validation": validation, "minutes": minutes}
-        return _shared(base, experts, pictures, (share, budget), given, plan, count, parameters)
+        return _shared(base, experts, pictures, (share, budget, branch_rank), given, plan, count, parameters)
+    if branch_rank is not None:
+        raise InputError("branch_rank is the rank of own blocks: give share or budget too, or leave it out.")
     if method == "auto":
         given = {**parameters, "scale": scale, "schedule": schedule, "validation": validation}
         return _auto(base, experts, pictures, count, minutes, given)
@@ -129,15 +135,17 @@ def _shared(
     base: SimoModel,
     experts: Mapping[str, SimoModel],
     images: Any,
-    wanted: tuple[Any, float | None],
+    wanted: tuple[Any, float | None, int | None],
     given: Mapping[str, Any],
     schedule: Schedule | None,
     count: int | None,
     parameters: Mapping[str, Any],
 ) -> SimoModel:
     """Share blocks as a tree says, or as a budget allows. A scale of "auto" is chosen for each group of tasks."""
-    (share, budget), method, scale = wanted, given["method"], given["scale"]
+    (share, budget, rank), method, scale = wanted, given["method"], given["scale"]
     check_sharing(share, budget, list(experts))
+    if rank is not None:
+        check_rank(rank)
     if method == "auto" or scale == "learned" or given["minutes"] is not None:
         raise InputError("a tree of shared blocks needs a merge method, and a number or 'auto' as scale.")
     data = given["validation"]
@@ -156,8 +164,12 @@ def _shared(
     if chosen.needs_labels:
         raise InputError(f"{chosen.name} needs labels, and a tree of shared blocks uses none: give another method.")
     experts = check_experts(base, experts)
-    blocks = len(unit_names(next(iter(experts.values())).encoder))
-    tree = None if budget is not None else Tree.of(share, list(experts), blocks)
+    encoder = next(iter(experts.values())).encoder
+    tree = None if budget is not None else Tree.of(share, list(experts), len(unit_names(encoder)))
+    if rank is not None:
+        low_rank_of(encoder, rank)  # raises if it has blocks that cannot be low-rank differences
+        if tree is not None and tree.is_trivial:
+            raise InputError("all tasks share all blocks, so that no own block could have a rank: leave it out.")
     images = as_images(images, count or 256).readable()
     chosen = with_statistics(chosen, experts, images)
 
@@ -166,10 +178,10 @@ def _shared(
 
     grower = Grower(base, experts, with_best_scale if searched else chosen, schedule)
     if tree is not None:
-        return share_blocks(grower, tree, images)
+        return share_blocks(grower, tree, images, rank=rank)
     assert budget is not None
     found = choose_tree(grower, images, budget, data)
-    model = share_blocks(grower, found.tree, images)
+    model = share_blocks(grower, found.tree, images, rank=rank)
     model.provenance["merge"] |= {
         "budget": budget,
         "disagreement" if data is None else "loss": {task: round(loss, 4) for task, loss in found.losses.items()},

@@ -226,10 +226,17 @@ def common_licence(description: Mapping[str, Any]) -> str:
 
 
 def _structure(description: Mapping[str, Any]) -> str:
-    tree = description["encoder"].get("tree")
+    encoder = description["encoder"]
+    tree = encoder.get("tree")
     if not tree:
         return "`encoder/` is a plain transformers folder, unless simo.json names a class for it."
-    return f"""Which tasks share which blocks, by the last block of each level: `{tree}`. `encoder/` is a plain
+    kept = f" Only what {', '.join(map(markdown, encoder['kept']))} need is here." if "kept" in encoder else ""
+    start = f"Which tasks share which blocks, by the last block of each level: `{tree}`.{kept} `encoder/` is a plain"
+    if "branch_rank" in encoder:
+        return f"""{start}
+transformers folder with the blocks and weights that all tasks share, and `branches/` has the differences of rank
+{encoder["branch_rank"]} of the tasks' own blocks."""
+    return f"""{start}
 transformers folder with the blocks of the first task, `branches/` has the blocks that it does not share."""
 
 

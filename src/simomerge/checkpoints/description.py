@@ -21,6 +21,9 @@ FORMAT = 1
 TREE_FORMAT = 2
 """Version of the format if the encoder is a tree of shared blocks, which older versions of simomerge cannot read."""
 
+RANK_FORMAT = 3
+"""Version of the format if own blocks of a tree are low-rank differences: ``encoder/`` is then no complete path."""
+
 FILE = "simo.json"
 """The file of the description; a folder that holds it is a model folder."""
 
@@ -51,6 +54,8 @@ _SCHEMA = {
         "apply_layernorm?": bool,
         "class?": str,
         "tree?": str,
+        "branch_rank?": int,
+        "kept?": [str],
         "blocks?": [str],
     },
     "adapters": (dict, type(None)),
@@ -77,7 +82,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{folder}: not a model folder (no {FILE} in it); give a folder that simomerge wrote.")
     description: dict[str, Any] = read_json(path, _REMEDY, {"format": int})
-    if description["format"] > TREE_FORMAT:
+    if description["format"] > RANK_FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     try:
         check(description, _SCHEMA)
@@ -88,6 +93,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     if headless := [name for name in description["tasks"] if name not in description["heads"]]:
         raise InputError(f"{path}: task {headless[0]!r} has no head in it; {_REMEDY}")
     return description
+
+
+def format_of(encoder: Mapping[str, Any]) -> int:
+    """The version of the format of a model folder with this entry ``encoder``."""
+    if not encoder.get("tree"):
+        return FORMAT
+    return TREE_FORMAT if encoder.get("branch_rank") is None else RANK_FORMAT
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:

@@ -267,6 +267,20 @@ def merge_provenance(
     }
 
 
+def of_group(provenance: Mapping[str, Any], group: Collection[str]) -> dict[str, Any]:
+    """What is left of the record of a tree for a group of tasks that shares no block with others.
+
+    Example:
+        >>> of_group({"experts": {"a": {}, "b": {}}, "merge": {"tree": "4: a, b", "groups": {}}}, ["a"])
+        {'experts': {'a': {}}}
+    """
+    found = {key: value for key, value in provenance.items() if key != "merge"}
+    if "experts" in found:
+        found["experts"] = {task: origin for task, origin in found["experts"].items() if task in group}
+    merge = provenance.get("merge", {}).get("groups", {}).get("+".join(group))
+    return {**found, "merge": dict(merge)} if merge else found
+
+
 def changed_by(provenance: Mapping[str, Any]) -> str | None:
     """The method of a re-alignment that changed a merged model's encoder, or None if the encoder is the merge."""
     record = provenance.get("realign")

@@ -60,9 +60,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
         from simomerge.merging.tree import Tree
 
         tree = Tree.read(encoder["tree"])
+        tree = tree.without([task for task in tree.tasks if task not in encoder.get("kept", tree.tasks)])
+        rank = encoder.get("branch_rank")
         lines.append(
             f"  shared blocks, {tree.cost():.2f} encoders if all blocks cost the same;"
-            f" {found['branch_parameters'] / 1e6:.2f} M parameters more in branches and stitches:"
+            f" {found['branch_parameters'] / 1e6:.2f} M parameters more in branches and stitches"
+            + (":" if rank is None else f"; own blocks are differences of rank {rank} to shared weights:")
         )
         lines += [f"    {line}" for line in tree.drawing().splitlines()]
     if model["adapters"]:

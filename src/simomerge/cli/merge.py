@@ -19,6 +19,7 @@ _WORDS = {
     "scale_chosen_on": "the scale was chosen on",
     "labelled_images": "images with labels:",
     "unlabelled_images": "images without labels:",
+    "branch_rank": "own blocks of rank",
 }
 """What an entry of the record of a merge is called in the summary, where its key is no plain word."""
 
@@ -60,6 +61,12 @@ _WORDS = {
     help="Which tasks share which blocks, as '6: a+b, c | each' or a YAML file; see docs/sharing.md.",
 )
 @click.option("--budget", type=float, help="Choose what is shared for this cost: 1 is one encoder.")
+@click.option(
+    "--branch-rank",
+    type=click.IntRange(0),
+    metavar="R",
+    help="Store own blocks as differences of this rank to shared weights. [default: in full]",
+)
 @click.option("--labels", metavar="DATA", help="Choose for --budget by the labels of this dataset's validation split.")
 @options.trust_code
 @options.output()
@@ -78,7 +85,7 @@ def command(as_json: bool, **given: Any) -> None:
     wanted = _Wanted(**given)
     wanted.check()
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
-    unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement", "loss")
+    unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement", "loss", "difference_kept")
     details = ", ".join(f"{_WORDS.get(key, key)} {_shown(value)}" for key, value in made.items() if key not in unseen)
     say(
         as_json,
@@ -113,6 +120,7 @@ class _Wanted:
     branch: int | None
     share: str | None
     budget: float | None
+    branch_rank: int | None
     labels: str | None
     output: Path
     overwrite: bool
@@ -183,6 +191,8 @@ class _Wanted:
         given = self.given()
         if self.labels is not None and self.budget is None:
             raise InputError("--labels chooses what is shared for a --budget; give one, or leave it out.")
+        if self.branch_rank is not None and not self.shares_blocks:
+            raise InputError("--branch-rank is the rank of own blocks: give --branch, --share or --budget too.")
         if self.shares_blocks:
             self.check_tree()
         if (self.method == "auto" or self.scale == "learned") and self.images is None:
@@ -231,7 +241,8 @@ class _Wanted:
         with console():
             foundation, loaded = load(self.base), load_experts(**self.experts)
             inputs = {**(self._inputs() if self.uses_images else {}), "minutes": self.minutes}
-            inputs |= {"share": self.tree(), "budget": self.budget} if self.shares_blocks else {}
+            if self.shares_blocks:
+                inputs |= {"share": self.tree(), "budget": self.budget, "branch_rank": self.branch_rank}
             model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
         model.save_pretrained(self.output, self.overwrite, self._stored_dtype())
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
@@ -287,6 +298,10 @@ def tree_lines(made: dict[str, Any]) -> list[str]:
         return []
     from simomerge.merging.tree import Tree
 
+    kept = [
+        f"  own blocks {name}: rank {made['branch_rank']} keeps {share:.1%} of the squared difference"
+        for name, share in made.get("difference_kept", {}).items()
+    ]
     fits = [
         f"  stitch {name}: R2 of the hidden states on held-out images {fit['r2_before']:.3f} -> {fit['r2']:.3f}"
         for name, fit in made.get("stitches", {}).items()
@@ -298,7 +313,7 @@ def tree_lines(made: dict[str, Any]) -> list[str]:
         for key, what in losses.items()
         if key in made
     ]
-    return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + fits + lines
+    return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + kept + fits + lines
 
 
 def _shown(value: Any) -> str:

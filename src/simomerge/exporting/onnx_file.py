@@ -50,7 +50,8 @@ def write_onnx(
     """Write a program as ONNX, simplified.
 
     onnxruntime computes everything that depends on constants alone, such as position embeddings in another size, and
-    removes what has no effect. Attention loses masks that hide nothing. Only operators of the ONNX standard remain.
+    removes what has no effect. Attention loses masks that hide nothing. Equal matrices are kept once. Only operators of
+    the ONNX standard remain.
 
     Raises:
         InputError: The file would be too large for its format.
@@ -81,6 +82,7 @@ def write_onnx(
     ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     simple = onnx.load(file)
     without_masks(simple.graph)
+    share_matrices(simple.graph)
     used = {node.domain for node in simple.graph.node}
     for entry in [each for each in simple.opset_import if each.domain not in used]:
         simple.opset_import.remove(entry)
@@ -91,6 +93,24 @@ def write_onnx(
         node.ClearField("doc_string")
         node.ClearField("metadata_props")
     onnx.save(simple, file)
+
+
+def share_matrices(graph: Any) -> None:
+    """Keep one of equal matrices, in place: onnxruntime copies the weights that branches of low rank share.
+
+    Vectors stay, because 8 bits need a scale for each bias.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    names: dict[str, str] = {}
+    for place, each in enumerate(list(graph.initializer)):
+        if len(each.dims) > 1 and each.raw_data:
+            key = (each.data_type, *each.dims, hashlib.sha256(each.raw_data).digest())
+            if (same := first.setdefault(key, each.name)) != each.name:
+                names[each.name] = same
+                del graph.initializer[place - len(names) + 1]
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = names.get(name, name)
 
 
 def describe_onnx(file: Path, description: dict[str, Any]) -> None:

@@ -136,6 +136,11 @@ class Tree:
         """Whether all tasks share all blocks."""
         return len(self.partitions[-1]) == 1
 
+    @property
+    def splits(self) -> int:
+        """The first block that not all tasks share, counted from 1; one more than there are if they share all."""
+        return next((n for n, groups in enumerate(self.partitions, start=1) if len(groups) > 1), self.blocks + 1)
+
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes in order of their first blocks. A parent comes before its children."""
@@ -161,6 +166,11 @@ class Tree:
         ends = [place for place, node in enumerate(self.nodes) if not node.children]
         return sorted(ends, key=lambda place: self.partitions[-1].index(self.nodes[place].tasks))
 
+    def leaves_of(self, tasks: Iterable[str]) -> list[int]:
+        """Positions of the leaves that the heads of some tasks read."""
+        asked = set(tasks)
+        return [leaf for leaf in self.leaves if asked & set(self.nodes[leaf].tasks)]
+
     def path(self, node: int) -> list[int]:
         """Positions of the nodes from the first block to a node, which is included."""
         parent = self.nodes[node].parent
@@ -168,7 +178,11 @@ class Tree:
 
     def leaf_of(self, task: str) -> int:
         """Position of the leaf that a task's head reads."""
-        return next(place for place in self.leaves if task in self.nodes[place].tasks)
+        return self.leaves_of([task])[0]
+
+    def group_of(self, task: str, block: int = 1) -> Group:
+        """The tasks that share a block, counted from 1, with a task."""
+        return next(group for group in self.partitions[block - 1] if task in group)
 
     def cost(self, shares: Sequence[float] | None = None) -> float:
         """The number of groups, summed over the blocks, in units of one encoder.

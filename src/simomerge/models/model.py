@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simomerge.checkpoints import FORMAT, read_description
+from simomerge.checkpoints import read_description
 from simomerge.checkpoints.card import PICTURE, licence_of
-from simomerge.checkpoints.description import FILE, TREE_FORMAT, head_file, model_folder
-from simomerge.checkpoints.experts import origin_of, own_task, source_name
+from simomerge.checkpoints.description import FILE, format_of, head_file, model_folder
+from simomerge.checkpoints.experts import of_group, origin_of, own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
 from simomerge.core.classes import make, settings_of, trusting
@@ -63,7 +63,7 @@ class SimoModel(nn.Module):
         if set(tasks) != set(heads):
             raise InputError(f"tasks {sorted(tasks)} and heads {sorted(heads)} must have the same names.")
         self.encoder = encoder if isinstance(encoder, Encoder) else CustomEncoder(encoder)
-        branches = self.encoder.tree.tasks if isinstance(self.encoder, TreeEncoder) else list(tasks)
+        branches = self.encoder.tasks if isinstance(self.encoder, TreeEncoder) else list(tasks)
         if missing := [task for task in tasks if task not in branches]:
             raise InputError(f"the encoder has no branch for task {missing[0]!r}; it has {', '.join(branches)}.")
         self.tasks = dict(tasks)
@@ -170,9 +170,15 @@ class SimoModel(nn.Module):
         return origin_of(source_name(self.source), self.encoder_fingerprint(), self.licence, self.provenance)
 
     def select(self, tasks: str | list[str]) -> SimoModel:
-        """A model with some of the tasks. It shares the encoder and the heads with this one."""
+        """A model with some of the tasks, whose tensors are those of this one.
+
+        Branches of a tree that none of these tasks needs are left out, and are not saved with it.
+        """
         chosen = select_tasks(self.tasks, tasks)
-        model = SimoModel(self.encoder, chosen, {name: self.heads[name] for name in chosen}, self.provenance)
+        encoder, provenance = self.encoder.for_tasks(chosen), self.provenance
+        if isinstance(self.encoder, TreeEncoder) and not isinstance(encoder, TreeEncoder):
+            provenance = of_group(provenance, self.encoder.tree.group_of(next(iter(chosen))))
+        model = SimoModel(encoder, chosen, {name: self.heads[name] for name in chosen}, provenance)
         model.source, model.licence = self.source, self.licence
         return model
 
@@ -236,7 +242,7 @@ class SimoModel(nn.Module):
     def description(self) -> dict[str, Any]:
         """The content of simo.json."""
         return {
-            "format": TREE_FORMAT if isinstance(self.encoder, TreeEncoder) else FORMAT,
+            "format": format_of(self.encoder.describe()),
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "heads": {
                 name: {"kind": head_kind(head), "settings": settings_of(head)} for name, head in self.heads.items()
@@ -296,7 +302,7 @@ class SimoModel(nn.Module):
             how = (settings[name] for name in ("taps", "mean", "std", "apply_layernorm"))
             encoder = Encoder(load_backbone(weights), *how)
         if settings.get("tree"):
-            encoder = load_tree(settings["tree"], encoder, folder)
+            encoder = load_tree(settings, encoder, folder)
         if description["adapters"]:
             create = partial(encoder.add_adapters, **description["adapters"])
             with_tensors(create, folder / "adapters.safetensors")

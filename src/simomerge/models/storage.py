@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from simomerge.merging.tree import Tree
 from simomerge.models.encoders import CustomEncoder, Encoder, TreeEncoder
 from simomerge.models.encoders.allocation import check_tensors
 from simomerge.models.encoders.loading import quiet
-from simomerge.models.encoders.tree import unit_names
+from simomerge.models.encoders.low_rank import check_rank, own_parameters
+from simomerge.models.encoders.units import low_rank_of, unit_names
 
 STITCHES = "stitches.safetensors"
 
@@ -72,16 +73,15 @@ def _check_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
 
 
 def _save_tree(encoder: TreeEncoder, folder: Path, dtype: str | None) -> None:
-    """Write the first path of a tree as a complete encoder, what every other path has of its own, and the stitches."""
+    """Write the first path of a tree as a complete encoder, what every path has of its own, and the stitches."""
     from safetensors.torch import save_file
 
     with encoder.plain(0):
         _save_plain(encoder.paths[0], folder / "encoder", dtype)
     (folder / "branches").mkdir()
-    for place, leaf in enumerate(encoder.tree.leaves):
-        if place:
-            own = _rounded(encoder.branch_tensors(place), dtype)
-            save_file(own, branch_file(folder, encoder.tree.nodes[leaf].tasks[0]))
+    for place, leaf in enumerate(encoder.leaves):
+        if own := encoder.branch_tensors(place):
+            save_file(_rounded(own, dtype), branch_file(folder, encoder.tree.nodes[leaf].tasks[0]))
     if encoder.stitches:
         save_file(_rounded(nn.ModuleDict(encoder.stitches).state_dict(), dtype), folder / STITCHES)
 
@@ -98,34 +98,48 @@ def _rounded(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tens
     return found
 
 
-def load_tree(text: Any, first: Encoder, folder: Path) -> TreeEncoder:
-    """The tree of a model folder, given as text in simo.json.
+def load_tree(settings: Mapping[str, Any], first: Encoder, folder: Path) -> TreeEncoder:
+    """The tree of a model folder.
 
     Args:
+        settings: The entry ``encoder`` of simo.json.
         first: The path of the first leaf.
 
     Raises:
-        InputError: The text is no tree for this encoder, or a file is missing or does not fit.
+        InputError: There is no such tree for this encoder, or a file is missing or does not fit.
     """
-    tree = Tree.read(text)
-    _check_branches(tree, first, folder)
-    encoder = TreeEncoder(tree, first)
-    for place, leaf in enumerate(encoder.tree.leaves):
-        if place:
+    tree, rank = Tree.read(settings["tree"]), settings.get("branch_rank")
+    kept = settings.get("kept", tree.tasks)
+    if not kept or not set(kept) <= set(tree.tasks):
+        raise InputError(f"kept is {kept}, but the tasks of the tree are {', '.join(tree.tasks)}.")
+    leaves = tree.leaves_of(kept)
+    _check_branches(tree, leaves, rank, first, folder)
+    encoder = TreeEncoder(tree, first, rank, kept)
+    for place, leaf in enumerate(leaves):
+        if encoder.branch_tensors(place):
             _load(partial(encoder.load_branch, place), branch_file(folder, tree.nodes[leaf].tasks[0]))
     if encoder.stitches:
         _load(nn.ModuleDict(encoder.stitches).load_state_dict, folder / STITCHES)
     return encoder
 
 
-def _check_branches(tree: Tree, first: Encoder, folder: Path) -> None:
+def _check_branches(tree: Tree, leaves: Sequence[int], rank: int | None, first: Encoder, folder: Path) -> None:
     """Check that the files of branches can hold the tree's weights, before memory is used for every branch."""
-    files = [existing(branch_file(folder, tree.nodes[leaf].tasks[0])) for leaf in tree.leaves[1:]]
-    names, shared = unit_names(first), set(tree.path(tree.leaves[0]))
-    own = [name for n, node in enumerate(tree.nodes) if n not in shared for name in names[node.first - 1 : node.last]]
-    sizes = {name: sum(value.numel() for value in first.backbone.get_submodule(name).parameters()) for name in names}
-    needed, stored = sum(sizes[name] for name in own), sum(file.stat().st_size for file in files)
-    if stored < needed:  # at least one byte per parameter
+    names, modules = unit_names(first), dict(first.backbone.named_modules())
+    low_rank: Mapping[str, Sequence[str]] = {}
+    if rank is not None:
+        check_rank(rank)
+        low_rank = low_rank_of(first, rank)
+    whole, needed = set(tree.path(leaves[0])), 0  # what encoder/ has, but for its factors
+    for step in {step for leaf in leaves for step in tree.path(leaf)}:
+        node = tree.nodes[step]
+        for name in names[node.first - 1 : node.last]:
+            layers = low_rank.get(name, ()) if node.first >= tree.splits else ()
+            needed += own_parameters(modules[name], layers, rank or 0)
+            needed -= own_parameters(modules[name], layers, 0) if step in whole else 0
+    named = leaves if rank and any(low_rank.values()) else leaves[1:]
+    files = [existing(branch_file(folder, tree.nodes[leaf].tasks[0])) for leaf in named]
+    if (stored := sum(file.stat().st_size for file in files)) < needed:  # at least one byte per parameter
         raise InputError(
             f"{folder}: its branches hold {stored:,} bytes, but the tree {str(tree)!r} needs {needed:,} parameters;"
             " take the model from its source again."

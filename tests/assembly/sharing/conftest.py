@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from simomerge.core import machine
 from simomerge.datasets.pictures import Images, as_images
 from simomerge.datasets.tasks import Task
 from simomerge.merging import get_method
+from simomerge.merging.tree import Tree
+from simomerge.models.encoders import TreeEncoder
 from simomerge.models.model import SimoModel
 
 TASKS = {"depth": Task("depth"), "normals": Task("normals"), "parts": Task("parts", "segmentation", classes=("x", "y"))}
 METHOD = get_method("task-arithmetic", scale=0.4)
+MANY = ("2: all | 3: depth, normals+parts | each", "1: depth+parts, normals | each", "3: all | depth+normals, parts")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,3 +68,17 @@ def predicted(model: SimoModel, picture: Tensor, tasks: list[str] | None = None)
 
 def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def tree(text: Any) -> Tree:
+    return Tree.of(text, list(TASKS), 4)
+
+
+def random_stitches(model: SimoModel) -> SimoModel:
+    assert isinstance(model.encoder, TreeEncoder)
+    with torch.no_grad():
+        for seed, stitch in enumerate(model.encoder.stitches.values()):
+            generator = torch.Generator().manual_seed(seed)
+            stitch.weight.add_(0.3 * torch.randn(stitch.weight.shape, generator=generator))
+            stitch.bias.add_(0.3 * torch.randn(stitch.bias.shape, generator=generator))
+    return model

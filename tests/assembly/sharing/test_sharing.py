@@ -33,16 +33,9 @@ from simomerge.models.encoders import Encoder, TreeEncoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel, load
 
-from .conftest import METHOD, TASKS, equal, predicted
+from .conftest import MANY, METHOD, TASKS, equal, predicted, random_stitches, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stays (close|near):UserWarning")
-
-
-def tree(text: Any) -> Tree:
-    return Tree.of(text, list(TASKS), 4)
-
-
-MANY = ("2: all | 3: depth, normals+parts | each", "1: depth+parts, normals | each", "3: all | depth+normals, parts")
 
 
 # Special cases ------------------------------------------------------------------------------------------
@@ -117,16 +110,6 @@ def test_the_order_of_tasks_does_not_matter(
 
 
 # Running ------------------------------------------------------------------------------------------------
-
-
-def random_stitches(model: SimoModel) -> SimoModel:
-    assert isinstance(model.encoder, TreeEncoder)
-    with torch.no_grad():
-        for seed, stitch in enumerate(model.encoder.stitches.values()):
-            generator = torch.Generator().manual_seed(seed)
-            stitch.weight.add_(0.3 * torch.randn(stitch.weight.shape, generator=generator))
-            stitch.bias.add_(0.3 * torch.randn(stitch.bias.shape, generator=generator))
-    return model
 
 
 @pytest.mark.parametrize("text", MANY)

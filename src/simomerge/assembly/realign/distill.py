@@ -185,7 +185,7 @@ class Distill(TrainedRealignment):
             folded = Fold(variant=self.variant).apply(model.select(tasks), replace(inputs, experts=experts))
             for task in tasks:
                 model.heads[task] = folded.heads[task]
-            model.provenance = folded.provenance
+            model.provenance = {**model.provenance, "realign": folded.provenance["realign"]}
 
     def _train_inside(self, model: SimoModel, inputs: Inputs, inside: Any) -> dict[str, Any]:
         """Train the heads together with the encoder, with adapters or with LoRA, in place."""

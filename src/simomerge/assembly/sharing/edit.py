@@ -32,7 +32,7 @@ def edit_tree(
     """Add tasks to a model whose tasks share blocks as a tree says, or remove some.
 
     A group of tasks that stays keeps its merge. Other groups are merged as the recorded group that is most like them.
-    Stitches and heads are fitted again on the images.
+    Stitches and heads are fitted again on the images. The rank of own blocks stays.
 
     Args:
         model: The model, or its folder.
@@ -56,19 +56,20 @@ def edit_tree(
         >>> edit_tree("scene", "rooms-base", experts, "photos/", remove=["depth"])              # doctest: +SKIP
     """
     model, base, experts = as_model(model), as_model(base), as_models(experts)
-    before = _tree_of(model)
-    staying = [task for task in before.tasks if task not in remove]
-    _check(model, before, base, experts, remove)
+    encoder = _tree_of(model)
+    before, present = encoder.tree, encoder.tasks
+    staying = [task for task in present if task not in remove]
+    _check(model, present, base, experts, remove)
     kept = before
     for task in experts:
         kept = kept if task in before.tasks else kept.joined_by(task)
-    kept = kept.without(remove)
+    kept = kept.without([task for task in before.tasks if task not in experts])
     order = [*staying, *(task for task in experts if task not in staying)]
     tree = kept if share is None else Tree.of(share, order, before.blocks)
     checked = check_experts(base, {task: experts[task] for task in order})
     pictures = as_images(prepare(images, checked, size=size), count or 256).readable()
     methods = _Methods(model.provenance["merge"]["groups"])
-    return share_blocks(Grower(base, checked, methods, methods.schedule), tree, pictures)
+    return share_blocks(Grower(base, checked, methods, methods.schedule), tree, pictures, rank=encoder.rank)
 
 
 class _Methods:
@@ -91,14 +92,14 @@ class _Methods:
         return restricted(self.known[alike], group)
 
 
-def _tree_of(model: SimoModel) -> Tree:
+def _tree_of(model: SimoModel) -> TreeEncoder:
     if not isinstance(model.encoder, TreeEncoder):
         raise InputError(f"{model.place}: its tasks share one encoder; it has no tree that could change.")
-    return model.encoder.tree
+    return model.encoder
 
 
 def _check(
-    model: SimoModel, tree: Tree, base: SimoModel, experts: Mapping[str, SimoModel], remove: Collection[str]
+    model: SimoModel, present: list[str], base: SimoModel, experts: Mapping[str, SimoModel], remove: Collection[str]
 ) -> None:
     """Raise InputError for an edit that cannot be."""
     groups = model.provenance.get("merge", {}).get("groups")
@@ -109,16 +110,16 @@ def _check(
             f"{model.place}: the re-alignment {method!r} changed its encoder, which is no longer the plain merge. Edit"
             " the model from before the re-alignment."
         )
-    if unknown := [task for task in remove if task not in tree.tasks]:
-        raise InputError(f"task {unknown[0]!r} is not in {model.place}, which has {', '.join(tree.tasks)}.")
-    staying = [task for task in tree.tasks if task not in remove]
+    if unknown := [task for task in remove if task not in present]:
+        raise InputError(f"task {unknown[0]!r} is not in {model.place}, which has {', '.join(present)}.")
+    staying = [task for task in present if task not in remove]
     if missing := [task for task in staying if task not in experts]:
         raise InputError(
             f"own blocks, stitches and heads are made again: give the experts that stay, too ({', '.join(missing)})."
         )
     if both := [task for task in experts if task in remove]:
         raise InputError(f"task {both[0]!r} is removed, and its expert is given; leave one out.")
-    if set(experts) == set(tree.tasks):
+    if set(experts) == set(present):
         raise InputError("nothing to do: name a task to add or to remove; a tree alone cannot be changed.")
     if len(experts) < 2:
         raise InputError(f"only {', '.join(experts) or 'no task'} stays, and its expert has that encoder already.")

@@ -18,7 +18,7 @@ from simomerge.merging import MergeMethod, Schedule, describe_method
 from simomerge.merging.method import restricted
 from simomerge.merging.tree import Group, Tree
 from simomerge.models.encoders import TreeEncoder
-from simomerge.models.encoders.tree import unit_names
+from simomerge.models.encoders.units import unit_names
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
 
@@ -70,28 +70,34 @@ class Grower:
             self._merged = dict([*self._merged.items()][1 - KEPT :]) | {key: merged}
         return self._merged[key]
 
-    def grow(self, tree: Tree) -> SimoModel:
-        """The model of a tree: merged weights, stitches that change nothing, the experts' heads, no provenance."""
+    def grow(self, tree: Tree, rank: int | None = None) -> SimoModel:
+        """The model of a tree: merged weights, stitches that change nothing, the experts' heads, no provenance.
+
+        With a rank, own blocks are differences of this rank to shared weights.
+        """
         first = next(iter(self.experts.values())).encoder
         if tree.is_trivial:
             encoder = copy.deepcopy(first)
             encoder.backbone.load_state_dict(self.weights(tree.partitions[0][0]))
         else:
-            encoder = TreeEncoder(tree, first)
+            encoder = TreeEncoder(tree, first, rank)
             encoder.load_groups(self.weights)
         heads = {task: copy.deepcopy(expert.heads[task]) for task, expert in self.experts.items()}
         return SimoModel(encoder, {task: expert.tasks[task] for task, expert in self.experts.items()}, heads).eval()
 
 
-def share_blocks(grower: Grower, tree: Tree, images: Any = None, known: Known | None = None) -> SimoModel:
+def share_blocks(
+    grower: Grower, tree: Tree, images: Any = None, known: Known | None = None, rank: int | None = None
+) -> SimoModel:
     """A model that shares blocks as a tree says, with its provenance.
 
     Args:
         images: Images without labels, as `simomerge.datasets.pictures.as_images` gives them, for the stitches and the
             cross-tap fold of the heads. Without images, stitches are the identity and heads are the experts'.
         known: See `fit_stitches`.
+        rank: See `Grower.grow`. Stitches and heads are fitted to the weights of this rank.
     """
-    model = grower.grow(tree)
+    model = grower.grow(tree, rank)
     fits: dict[str, StitchFit] = {}
     if images is not None and isinstance(model.encoder, TreeEncoder):
         fits = fit_stitches(model, grower.experts, images, known)
@@ -106,17 +112,20 @@ def share_blocks(grower: Grower, tree: Tree, images: Any = None, known: Known | 
 def fold_shared(
     model: SimoModel, experts: Mapping[str, SimoModel], images: Any, variant: str = "cross-tap"
 ) -> SimoModel:
-    """Fold the heads that can be folded. The head of a task that shares no block fits its encoder already."""
+    """Fold the heads that can be folded. The head of a task that shares nothing fits its encoder already."""
     tasks = [task for task, head in model.heads.items() if is_foldable(head) and not _is_alone(model, task)]
     if not tasks:
         return model
     folded = realign(model.select(tasks), {task: experts[task] for task in tasks}, images, variant=variant)
     heads = {task: folded.heads[task] if task in tasks else head for task, head in model.heads.items()}
-    return SimoModel(model.encoder, model.tasks, heads, folded.provenance).eval()
+    provenance = {**model.provenance, "realign": folded.provenance["realign"]}
+    return SimoModel(model.encoder, model.tasks, heads, provenance).eval()
 
 
 def _is_alone(model: SimoModel, task: str) -> bool:
-    return isinstance(model.encoder, TreeEncoder) and (task,) in model.encoder.tree.partitions[0]
+    """Whether a task has the weights of its expert in all blocks."""
+    encoder = model.encoder
+    return isinstance(encoder, TreeEncoder) and encoder.rank is None and (task,) in encoder.tree.partitions[0]
 
 
 def _record(grower: Grower, model: SimoModel) -> dict[str, Any]:
@@ -126,11 +135,13 @@ def _record(grower: Grower, model: SimoModel) -> dict[str, Any]:
     tree = model.encoder.tree
     groups = dict.fromkeys(node.tasks for node in tree.nodes if len(node.tasks) > 1)
     made = {"+".join(group): describe_method(grower.method(group), grower.schedule) for group in groups}
+    kept = {name: round(share, 4) for name, share in model.encoder.kept_shares(grower.weights).items()}
     return {
         "method": next(iter(made.values()))["method"] if made else "none",
         "tree": str(tree),
         "cost": round(tree.cost(model.encoder.shares()), 4),
         "groups": made,
+        **({} if model.encoder.rank is None else {"branch_rank": model.encoder.rank, "difference_kept": kept}),
     }
 
 

@@ -75,7 +75,8 @@ def fit_stitches(
         model: With a `TreeEncoder`. The weights of its blocks stay as they are.
         experts: By task.
         images: As `simomerge.datasets.pictures.as_images` gives them, without labels.
-        known: Stitches that an earlier call found for the same images. They are used again, and new ones are added.
+        known: Stitches that an earlier call found for the same images. They are used again, and new ones are added,
+            unless own blocks have low rank: their shared weights depend on the whole tree.
         hold_out: Leave the held-out images out of the solution, and not only out of the choice of the ridge.
 
     Returns:
@@ -86,7 +87,7 @@ def fit_stitches(
     """
     encoder: Any = model.encoder
     tree, found = encoder.tree, dict[str, StitchFit]()
-    known = {} if known is None else known
+    known = {} if known is None or encoder.rank is not None else known
     for block in sorted({node.first for node in tree.nodes if node.parent is not None}):
         places = [place for place, node in enumerate(tree.nodes) if node.first == block and node.parent is not None]
         keys = {place: path_key(encoder, place) for place in places}

@@ -6,7 +6,7 @@ writes ``B A x``; its reference code puts a ReLU between A and B. ``activation``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,23 +85,18 @@ class TreeAdapters(nn.ModuleList):
     """The adapters of a tree of shared blocks: one per block, which all tasks that share the block share too.
 
     Args:
-        paths: The `Adapters` that each complete encoder of the tree would have alone.
-        owners: For each path, the number of the path that a block's adapter belongs to: the first one with the block.
+        own: For each path, the adapters that belong to it, by block (counted from 0). The adapter of a shared block
+            belongs to the first path with the block.
+        settings: Those of `Adapters`.
 
     Attributes:
         paths: For each path, what stands for its `Adapters`.
     """
 
-    def __init__(self, paths: Sequence[Adapters], owners: Sequence[Sequence[int]]) -> None:
-        own = [
-            [block for block, owner in enumerate(blocks) if owner == path and paths[path].of_block(block) is not None]
-            for path, blocks in enumerate(owners)
-        ]
-        super().__init__(paths[path].of_block(block) for path, blocks in enumerate(own) for block in blocks)
-        self.settings = paths[0].settings
-        self.paths = [
-            PathAdapters({block: paths[path].of_block(block) for block in blocks}) for path, blocks in enumerate(own)
-        ]
+    def __init__(self, own: Sequence[Mapping[int, Adapter]], settings: Mapping[str, Any]) -> None:
+        super().__init__(adapter for adapters in own for adapter in adapters.values())
+        self.settings = dict(settings)
+        self.paths = [PathAdapters(dict(adapters)) for adapters in own]
 
 
 class PathAdapters:

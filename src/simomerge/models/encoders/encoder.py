@@ -237,6 +237,10 @@ class Encoder(nn.Module):
         """The encoder whose features a task's head reads."""
         return self
 
+    def for_tasks(self, tasks: Iterable[str]) -> Encoder:
+        """An encoder for the heads of these tasks, with the same tensors; only a tree leaves something out."""
+        return self
+
     def _features(self, images: Tensor, size: tuple[int, int], tasks: Iterable[str] | None) -> Features:
         """The Features of padded images."""
         maps, cls = self._encode(images)

@@ -2,7 +2,8 @@
 
 Each leaf of the tree has a *path*: a complete encoder of the usual kind. Paths share their modules: a block that a
 group of tasks shares is the same module in all their paths, and runs once per image. Where a group splits, each child
-starts with a *stitch*, an affine map of the hidden states.
+starts with a *stitch*, an affine map of the hidden states. With a rank, the linear layers of own blocks are low-rank
+differences to weights that all branches share; see `simomerge.models.encoders.low_rank`.
 """
 
 from __future__ import annotations
@@ -10,74 +11,33 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from simomerge.checkpoints.names import canonicalise
+from simomerge.checkpoints.names import canonical_name, canonicalise
 from simomerge.core.errors import InputError
 from simomerge.merging.engine.depth import Depth, comes_first
-from simomerge.merging.tree import Group, Tree
-from simomerge.models.encoders.adapters import Adapters, TreeAdapters
+from simomerge.merging.tree import Group, Node, Tree
+from simomerge.models.encoders.adapters import Adapter, Adapters, TreeAdapters
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.features import Features
 from simomerge.models.encoders.layout import BlockShape
-
-
-class Stitch(nn.Linear):
-    """An affine map of the channels of tokens (B, N, C) or maps (B, C, h, w). It starts as the identity."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels)
-        nn.init.eye_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return super().forward(hidden.movedim(1, -1)).movedim(-1, 1) if hidden.ndim == 4 else super().forward(hidden)
-
-
-class Unit(nn.Module):
-    """A block or stage that several paths share, with the stitch before it if it starts a branch.
-
-    While ``keeps`` is true it runs once; further calls return the same result. Paths that share a unit share everything
-    before it, so that its input is the same in all of them.
-    """
-
-    def __init__(self, inner: nn.Module, stitch: Stitch | None = None) -> None:
-        super().__init__()
-        self.inner, self.stitch = inner, stitch
-        self.keeps = False
-        self._result: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._result is not None:
-            return self._result
-        if self.stitch is not None and args:
-            args = (self.stitch(args[0]), *args[1:])
-        elif self.stitch is not None:
-            kwargs = {**kwargs, "hidden_states": self.stitch(kwargs["hidden_states"])}
-        result = self.inner(*args, **kwargs)
-        if self.keeps:
-            self._result = result
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        """The inner module's attributes too: some encoders read the dtype of their patch embeddings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "inner":
-                raise
-            return getattr(self.inner, name)
-
-    def forget(self) -> None:
-        """Drop the result, and run in every call again."""
-        self.keeps, self._result = False, None
+from simomerge.models.encoders.low_rank import errors, low_rank_layers, shared_and_factors
+from simomerge.models.encoders.units import (
+    Stitch,
+    Trial,
+    Unit,
+    remove_hooks,
+    replace_modules,
+    twin,
+    unit_names,
+    within,
+)
 
 
 class TreeEncoder(Encoder):
@@ -88,12 +48,17 @@ class TreeEncoder(Encoder):
     Args:
         tree: Which tasks share which units (blocks of a plain transformer, stages of a pyramid).
         encoder: An encoder of the same architecture. It stays as it is.
+        rank: The rank of the differences between own blocks and shared weights. By default, own blocks have full
+            weights.
+        kept: Tasks. Only the paths that one of them needs are made; by default all.
 
     Attributes:
-        backbone: One complete encoder per leaf, in the order of ``tree.leaves``. They share modules.
+        backbone: One complete encoder per leaf, in the order of ``leaves``. They share modules.
+        leaves: The places in ``tree.nodes`` of the leaves whose paths there are.
 
     Raises:
-        InputError: The units of the encoder are unknown, or not as many as the tree has.
+        InputError: The units of the encoder are unknown, or not as many as the tree has; or they cannot have low-rank
+            differences.
 
     Example:
         >>> from transformers import Dinov2Config, Dinov2Model
@@ -104,38 +69,50 @@ class TreeEncoder(Encoder):
         torch.Size([2, 32, 8, 10])
     """
 
-    def __init__(self, tree: Tree, encoder: Encoder) -> None:
+    def __init__(
+        self, tree: Tree, encoder: Encoder, rank: int | None = None, kept: Collection[str] | None = None
+    ) -> None:
         names = unit_names(encoder)
         if len(names) != tree.blocks:
             raise InputError(f"the tree has {tree.blocks} blocks, but the encoder has {len(names)}.")
-        plain, (widths, before) = _without_hooks(encoder), _probed(encoder, names)
-        loose = [value for name, value in plain.named_parameters() if not _within(name, names) and comes_first(name)]
-        nodes: list[list[Unit]] = []
-        for node in tree.nodes:
-            first, *others = (copy.deepcopy(plain.get_submodule(name)) for name in names[node.first - 1 : node.last])
-            stitch = None if node.parent is None else Stitch(widths[node.first - 1])
-            nodes.append([Unit(first, stitch), *map(Unit, others)])
+        encoder.restore_windows()
+        plain, trial = remove_hooks(copy.deepcopy(encoder.backbone)), Trial.of(encoder, names)
+        given = {name: plain.get_submodule(name) for name in names}
+        low_rank = {} if rank is None else low_rank_layers(given, trial.linear, rank)
+        leaves = tree.leaves_of(tree.tasks if kept is None else kept)
+        needed = {step for leaf in leaves for step in tree.path(leaf)}
+        layers = [given[name].get_submodule(layer) for name, own in low_rank.items() for layer in own]
+        shared = {id(layer.weight): layer.weight for layer in layers}
+
+        def grown(place: int, node: Node) -> Iterator[Unit]:
+            """New units of a node. Their shared weights are those of ``plain``."""
+            for block in range(node.first, node.last + 1) if place in needed else ():
+                inner = copy.deepcopy(given[names[block - 1]], dict(shared))
+                begins = block == node.first and node.parent is not None
+                stitch = Stitch(trial.widths[block - 1]) if begins else None
+                own = low_rank.get(names[block - 1], ()) if node.first >= tree.splits else ()
+                yield Unit(inner, stitch, own, rank or 0)
+
+        nodes = [list(grown(place, node)) for place, node in enumerate(tree.nodes)]
+        loose = [value for name, value in plain.named_parameters() if not within(name, names) and comes_first(name)]
         paths: list[Encoder] = []
         units_of: list[dict[str, Unit]] = []
         roots: dict[int, tuple[dict[str, Unit], dict[int, Any]]] = {}
-        for leaf in tree.leaves:
+        for leaf in leaves:
             steps = tree.path(leaf)
             if steps[0] not in roots:
-                stems = {name: Unit(copy.deepcopy(plain.get_submodule(name))) for name in before}
+                stems = {name: Unit(copy.deepcopy(plain.get_submodule(name))) for name in trial.before}
                 roots[steps[0]] = stems, {id(value): copy.deepcopy(value) for value in loose}
             stems, memo = roots[steps[0]]
             units = dict(zip(names, (unit for step in steps for unit in nodes[step]), strict=True)) | stems
             memo = memo | {id(plain.get_submodule(name)): unit.inner for name, unit in units.items()}
             paths.append(encoder.around(copy.deepcopy(plain, memo)))
             units_of.append(units)
-            _replace(paths[-1].backbone, units)
-        layout = replace(paths[0].layout, blocks=(), tapped=(), windows=(), units=())
+            replace_modules(paths[-1].backbone, units)
         how = (paths[0].preprocessing["mean"], paths[0].preprocessing["std"], paths[0].apply_layernorm)
-        super().__init__(nn.ModuleList(paths), paths[0].taps, *how, layout=layout)
-        self.tree = tree
-        self.nodes = nodes
-        self._units = units_of
-        self._before = before
+        super().__init__(nn.ModuleList(paths), paths[0].taps, *how, layout=_outside(paths[0]))
+        self.tree, self.rank, self.leaves, self.nodes = tree, rank, leaves, nodes
+        self._units, self._before, self._low_rank = units_of, trial.before, low_rank
         self.to(next(encoder.parameters()).device)
 
     @property
@@ -146,20 +123,28 @@ class TreeEncoder(Encoder):
     def architecture(self) -> str:
         return self.paths[0].architecture
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks whose paths there are, in order."""
+        return [task for task in self.tree.tasks if self.tree.leaf_of(task) in self.leaves]
+
     def describe(self) -> dict[str, Any]:
-        """The entry ``encoder`` of simo.json: also ``tree``, as text."""
-        return {**self.paths[0].describe(), "tree": str(self.tree)}
+        """The entry ``encoder`` of simo.json: also ``tree``, as text, and perhaps ``branch_rank`` and ``kept``."""
+        rank = {} if self.rank is None else {"branch_rank": self.rank}
+        kept = {"kept": self.tasks} if len(self.leaves) < len(self.tree.leaves) else {}
+        return {**self.paths[0].describe(), "tree": str(self.tree), **rank, **kept}
 
     def source(self, task: str) -> str:
         return self.tree.nodes[self.tree.leaf_of(task)].tasks[0]
 
     def branch(self, task: str) -> Encoder:
-        return self.paths[self.tree.leaves.index(self.tree.leaf_of(task))]
+        return self.paths[self.leaves.index(self.tree.leaf_of(task))]
 
     @property
     def stitches(self) -> dict[str, Stitch]:
         """By the name of their node."""
-        found = {node.name: units[0].stitch for node, units in zip(self.tree.nodes, self.nodes, strict=True)}
+        pairs = zip(self.tree.nodes, self.nodes, strict=True)
+        found = {node.name: units[0].stitch for node, units in pairs if units}
         return {name: stitch for name, stitch in found.items() if stitch is not None}
 
     def shares(self) -> list[float]:
@@ -172,22 +157,26 @@ class TreeEncoder(Encoder):
 
     @contextmanager
     def plain(self, path: int) -> Iterator[nn.Module]:
-        """The backbone of a path as a plain module, with the usual names of its tensors, inside the block."""
+        """The backbone of a path as a plain module, with the usual names of its tensors, inside the block.
+
+        The linear layers of low-rank blocks have the shared weights there. Their forward hooks add the differences.
+        """
         backbone, units = self.paths[path].backbone, self._units[path]
-        _replace(backbone, {name: unit.inner for name, unit in units.items()})
+        replace_modules(backbone, {name: unit.inner for name, unit in units.items()})
         try:
             yield backbone
         finally:
-            _replace(backbone, units)
+            replace_modules(backbone, units)
 
+    @torch.no_grad()
     def load_groups(self, weights: Callable[[Group], Mapping[str, Tensor]]) -> None:
-        """Give every unit the weights of its group; the stitches stay.
+        """Give every unit the weights of its group, or those of this rank that are nearest; the stitches stay.
 
         Args:
             weights: The state dict of a whole encoder for a group of tasks. Tensors outside the units come from the
                 group of the first or the last unit.
         """
-        for path, leaf in enumerate(self.tree.leaves):
+        for path, leaf in enumerate(self.leaves):
             with self.plain(path) as backbone:
                 groups = [self.tree.nodes[step] for step in self.tree.path(leaf)]
                 units, state = list(self._units[path])[: self.tree.blocks], {}
@@ -195,44 +184,110 @@ class TreeEncoder(Encoder):
                     block = self._unit_of(name, units) + 1
                     state[name] = weights(next(node.tasks for node in groups if block <= node.last))[name]
                 backbone.load_state_dict(state)
+        layers: dict[str, list[tuple[Unit, str, Tensor]]] = {}
+        for _, name, unit, layer, wanted in self._low_rank_weights(weights):
+            layers.setdefault(name, []).append((unit, layer, wanted))
+        for found in layers.values():
+            shared, pairs = shared_and_factors([wanted for _, _, wanted in found], self.rank or 0)
+            for (unit, layer, _), (up, down) in zip(found, pairs, strict=True):
+                unit.inner.get_submodule(layer).weight.copy_(shared)  # type: ignore[operator]
+                if factors := unit.factors.get(layer):
+                    factors.up.copy_(up)
+                    factors.down.copy_(down)
+
+    def kept_shares(self, weights: Callable[[Group], Mapping[str, Tensor]]) -> dict[str, float]:
+        """What the rank keeps of the squared differences between own and shared weights, by the name of the node."""
+        sums: dict[str, tuple[float, float]] = {}
+        for node, _, unit, layer, wanted in self._low_rank_weights(weights):
+            shared = cast(Tensor, unit.inner.get_submodule(layer).weight)
+            pairs = zip(sums.get(node, (0.0, 0.0)), errors(wanted, shared, unit.factors.get(layer)), strict=True)
+            sums[node] = cast(tuple[float, float], tuple(map(sum, pairs)))
+        return {node: 1 - after / before if before else 1.0 for node, (before, after) in sums.items()}
+
+    def _low_rank_weights(
+        self, weights: Callable[[Group], Mapping[str, Tensor]]
+    ) -> Iterator[tuple[str, str, Unit, str, Tensor]]:
+        """Of each low-rank layer: its node, its name in the backbone, its unit, its name there, its group's weights."""
+        names = list(self._units[0])[: self.tree.blocks]
+        for node, units in zip(self.tree.nodes, self.nodes, strict=True):
+            if self.rank is None or node.first < self.tree.splits or not units:
+                continue
+            state = weights(node.tasks)
+            for name, unit in zip(names[node.first - 1 : node.last], units, strict=True):
+                for layer in self._low_rank[name]:
+                    yield node.name, f"{name}.{layer}", unit, layer, state[f"{name}.{layer}.weight"]
 
     def branch_tensors(self, path: int) -> dict[str, Tensor]:
-        """The tensors of a path that no earlier path has, by their names on disk."""
+        """The tensors of a path that neither the first path nor an earlier one has, by their names on disk.
+
+        The first path has some, too, if there is a rank: its factors, which are no tensors of a plain encoder.
+        """
         with self.plain(path) as backbone:
             state = backbone.state_dict()
-        own = self._own_names(path, state)
-        return {name: state[given] for name, given in canonicalise(state).items() if given in own}
+        units, found = list(self._units[path])[: self.tree.blocks], dict[str, Tensor]()
+        steps = [self.tree.path(leaf) for leaf in self.leaves]
+        earlier = {step for other in steps[:path] for step in other}
+        begins = max((self.tree.nodes[step].last for step in steps[path] if step in earlier), default=0)
+        first = self.tree.splits - 1
+        shared = {f"{unit}.{layer}.weight" for unit in units[first:] for layer in self._low_rank.get(unit, ())}
+        for name, given in canonicalise(state).items() if path else ():
+            if self._unit_of(given, units) >= begins and given not in shared:
+                found[name] = state[given]
+        for unit in units[begins:]:
+            for layer, factors in self._units[path][unit].factors.items():
+                found |= {canonical_name(f"{unit}.{layer}.{n}"): value for n, value in factors.state_dict().items()}
+        return found
 
+    @torch.no_grad()
     def load_branch(self, path: int, tensors: Mapping[str, Tensor]) -> None:
         """Set the tensors of `branch_tensors`. Raises RuntimeError if a tensor is missing, unknown or misshapen."""
-        with self.plain(path) as backbone:
-            known = canonicalise(backbone.state_dict())
-            own = self._own_names(path, known.values())
-            expected = {name for name, given in known.items() if given in own}
-            if wrong := sorted(expected ^ set(tensors)):
-                raise RuntimeError(f"{'missing' if wrong[0] in expected else 'unexpected'} tensor {wrong[0]}")
-            backbone.load_state_dict({known[name]: tensor for name, tensor in tensors.items()}, strict=False)
-
-    def _own_names(self, path: int, names: Iterable[str]) -> set[str]:
-        """The names of tensors that belong to no earlier path."""
-        steps = [self.tree.path(leaf) for leaf in self.tree.leaves]
-        earlier = {step for other in steps[:path] for step in other}
-        shared = [node for step, node in enumerate(self.tree.nodes) if step in steps[path] and step in earlier]
-        first = max((node.last for node in shared), default=0)
-        units = list(self._units[path])[: self.tree.blocks]
-        return {name for name in names if self._unit_of(name, units) >= first}
+        known = self.branch_tensors(path)
+        if wrong := sorted(known.keys() ^ tensors.keys()):
+            raise RuntimeError(f"{'missing' if wrong[0] in known else 'unexpected'} tensor {wrong[0]}")
+        for name, value in known.items():
+            if value.shape != tensors[name].shape:
+                raise RuntimeError(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}")
+            value.copy_(tensors[name])
 
     def _unit_of(self, name: str, units: Sequence[str]) -> int:
         """Position of the unit that a tensor belongs to. Tensors outside belong to the first or the last one."""
-        if inside := _within(name, units):
+        if inside := within(name, units):
             return units.index(inside)
-        return 0 if _within(name, self._before) or comes_first(name) else len(units) - 1
+        return 0 if within(name, self._before) or comes_first(name) else len(units) - 1
+
+    def for_tasks(self, tasks: Iterable[str]) -> Encoder:
+        """This encoder without the paths that none of these tasks needs; its tensors are the same.
+
+        A single path without a stitch, a low-rank difference or an adapter is a plain encoder.
+        """
+        places = [self.leaves.index(leaf) for leaf in self.tree.leaves_of(tasks) if leaf in self.leaves]
+        if len(places) in (0, len(self.leaves)):
+            return self
+        if len(self.tree.path(self.leaves[places[0]])) == len(places) == 1 and self.rank is self.adapters is None:
+            with self.plain(places[0]) as backbone:
+                alone = self.paths[places[0]].around(remove_hooks(twin(backbone)))
+            return alone.to(self.mean.device).train(self.training)
+        found: TreeEncoder = twin(self)
+        found._keep(places)
+        return found
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Drop all paths but these, in place."""
+        adapters = self._adapters_by_block()
+        paths = [self.paths[place] for place in places]
+        self.leaves, self._units = [self.leaves[place] for place in places], [self._units[place] for place in places]
+        needed = {step for leaf in self.leaves for step in self.tree.path(leaf)}
+        self.nodes = [units if place in needed else [] for place, units in enumerate(self.nodes)]
+        self.backbone, self.layout = nn.ModuleList(paths), _outside(paths[0])
+        remove_hooks(self.backbone, paths)
+        if isinstance(self.adapters, TreeAdapters):
+            self._share_adapters(adapters, self.adapters.settings)
 
     # Encoding -----------------------------------------------------------------------------------------------
 
     def _features(self, images: Tensor, size: tuple[int, int], tasks: Iterable[str] | None) -> Features:
         asked = set(self.tree.tasks if tasks is None else tasks)
-        groups = [self.tree.nodes[leaf].tasks for leaf in self.tree.leaves]
+        groups = [self.tree.nodes[leaf].tasks for leaf in self.leaves]
         needed = [place for place, group in enumerate(groups) if asked & set(group)]
         found: dict[str, Features] = {}
         with self._sharing(needed):
@@ -265,27 +320,33 @@ class TreeEncoder(Encoder):
 
     def add_adapters(self, rank: int = 16, activation: str = "none", last: int = 0) -> TreeAdapters:
         """Add a fresh adapter to every block of every node, or to those of the last blocks; see `Encoder`."""
-        alone = [Adapters(path.block_shapes(), rank, activation, last) for path in self.paths]
-        units = [[self._unit_at(path, block) for block in each.layout.blocks] for path, each in enumerate(self.paths)]
-        owners = [
-            [
-                next(other for other, theirs in enumerate(units) if theirs[block] is unit)
-                for block, unit in enumerate(mine)
-            ]
-            for mine in units
-        ]
-        self.adapters = TreeAdapters(alone, owners)
+        found: dict[int, Adapter] = {}
+        for path in self.paths:
+            alone = Adapters(path.block_shapes(), rank, activation, last)
+            settings = alone.settings
+            for index, block in enumerate(path.layout.blocks):
+                if (adapter := alone.of_block(index)) is not None:
+                    found.setdefault(id(block), adapter)
+        return self._share_adapters(found, settings)
+
+    def _share_adapters(self, found: dict[int, Adapter], settings: Mapping[str, Any]) -> TreeAdapters:
+        """Set the adapters, given by the ids of their blocks. Each belongs to the first path with its block."""
+        blocks = [path.layout.blocks for path in self.paths]
+        own = [{n: found.pop(id(each)) for n, each in enumerate(some) if id(each) in found} for some in blocks]
+        self.adapters = TreeAdapters(own, settings)
         for path, adapters in zip(self.paths, self.adapters.paths, strict=True):
             # Not a submodule: the tensors of a path are those of a plain encoder.
             object.__setattr__(path, "adapters", adapters)
         return self.adapters
 
+    def _adapters_by_block(self) -> dict[int, Adapter]:
+        """The adapters by the ids of their blocks."""
+        own = self.adapters.paths if isinstance(self.adapters, TreeAdapters) else []
+        pairs = zip(self.paths, own, strict=False)
+        return {id(path.layout.blocks[n]): each for path, some in pairs for n, each in some.adapters.items()}
+
     def block_shapes(self) -> Sequence[BlockShape]:
         return self.paths[0].block_shapes()
-
-    def _unit_at(self, path: int, block: nn.Module) -> Unit:
-        """The unit of a path that a block is or belongs to."""
-        return next(unit for unit in self._units[path].values() if any(each is block for each in unit.inner.modules()))
 
     def check_checkpointing(self) -> None:
         for path in self.paths:
@@ -296,66 +357,6 @@ class TreeEncoder(Encoder):
             path.checkpoint_gradients(on)
 
 
-def unit_names(encoder: Encoder) -> list[str]:
-    """The names, in the backbone, of the modules between which a tree can split.
-
-    Raises:
-        InputError: They are unknown; the message says how an encoder of one's own declares them.
-    """
-    encoder.block_shapes()  # raises if they are unknown
-    names = {id(module): name for name, module in encoder.backbone.named_modules()}
-    return [names[id(unit)] for unit in encoder.layout.units]
-
-
-def _within(name: str, modules: Sequence[str]) -> str:
-    """The one of these modules that a tensor is in; empty if there is none."""
-    return next((module for module in modules if name.startswith(f"{module}.")), "")
-
-
-def _replace(backbone: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        parent, _, key = name.rpartition(".")
-        setattr(backbone.get_submodule(parent), key, module)
-
-
-def _without_hooks(encoder: Encoder) -> nn.Module:
-    """A copy of an encoder's backbone without the hooks of the encoder."""
-    encoder.restore_windows()
-    backbone: nn.Module = copy.deepcopy(encoder.backbone)
-    for module in backbone.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, partial) and isinstance(getattr(hook.func, "__self__", None), Encoder):
-                module._forward_hooks.pop(key)
-                module._forward_hooks_with_kwargs.pop(key, None)
-    return backbone
-
-
-@torch.no_grad()
-def _probed(encoder: Encoder, units: Sequence[str]) -> tuple[list[int], list[str]]:
-    """What encoding a small image shows.
-
-    Returns:
-        Channels of the hidden states that reach each unit; and the names of the modules that run before the first unit,
-        once each, without those inside of others.
-    """
-    widths: dict[str, int] = {}
-    earlier: Counter[str] = Counter()
-
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name in units:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            widths[name] = hidden.shape[1 if hidden.ndim == 4 else -1]
-        elif not widths or name in earlier:
-            earlier[name] += 1
-
-    training = encoder.training
-    with ExitStack() as stack:
-        stack.callback(encoder.train, training)
-        for name, module in encoder.backbone.named_modules():
-            around = any(unit.startswith(f"{name}.") for unit in units)
-            if not around and not _within(name, units):
-                stack.callback(module.register_forward_pre_hook(partial(note, name), with_kwargs=True).remove)
-        encoder.eval()
-        encoder(torch.zeros(1, 3, *encoder.padded(1, 1), device=next(encoder.parameters()).device))
-    once = [name for name, count in earlier.items() if name and count == 1]
-    return [widths[unit] for unit in units], [name for name in once if not _within(name, once)]
+def _outside(path: Encoder) -> Any:
+    """The layout of a tree: that of its first path, without its modules."""
+    return replace(path.layout, blocks=(), tapped=(), windows=(), units=())
