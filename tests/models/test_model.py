@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Dinov2Model
 
-from simomerge.checkpoints.description import model_card
+from simomerge.checkpoints.description import RANK_FORMAT, model_card
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.heads.linear import LinearHead
@@ -345,7 +345,7 @@ def test_an_entry_that_makes_no_model_names_the_file(folder, change):
         SimoModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("number", [3, 99])
+@pytest.mark.parametrize("number", [RANK_FORMAT + 1, 99])
 def test_a_newer_format_asks_for_an_upgrade(folder, number):
     edit(folder, lambda d: d.update(format=number))
     with pytest.raises(InputError, match=rf"simo\.json: format {number} is newer .*upgrade"):
