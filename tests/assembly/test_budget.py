@@ -52,9 +52,10 @@ def test_as_many_steps_are_made_as_fit(
     folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(budget, "LEAST_STEPS", 1)
+    monkeypatch.setattr(budget, "MOST_STEPS", 60)
     began = time.monotonic()
-    result = distil_until(began + 6, folded, folded, experts, images())
-    assert time.monotonic() - began < 15  # a slow machine makes fewer steps
+    result = distil_until(began + 30, folded, folded, experts, images())
+    assert time.monotonic() - began < 45  # a slow machine makes fewer steps
     choice, record = result.provenance["auto"], result.provenance["realign"]
     assert choice == {"chosen": "distill-encoder", "steps": record["steps"]} and record["steps"] > 8
     assert record["after"]["method"] == "fold" and record["trains"] == "encoder"
@@ -78,7 +79,7 @@ def test_distillation_that_does_only_harm_is_not_chosen(
     made = budget.get_realignment
     monkeypatch.setattr(budget, "LEAST_STEPS", 1)
     monkeypatch.setattr(budget, "get_realignment", lambda name, steps, **_: made(name, steps=min(steps, 12), lr=0.9))
-    result = distil_until(time.monotonic() + 6, near, near, experts, images())
+    result = distil_until(time.monotonic() + 60, near, near, experts, images())  # of which 12 steps take a little
     assert result.provenance["auto"]["reason"] == "distillation came no closer to the experts"
     assert same(weights(result), weights(near))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from simomerge.core.errors import InputError
 from simomerge.datasets.load import data_name
 from simomerge.datasets.tasks import Task
-from simomerge.models.model import load
+from simomerge.models.model import SimoModel, load
 from simomerge.recipes import shipping
 from simomerge.recipes.plan import Plan
 from simomerge.recipes.recipe import Recipe
@@ -132,8 +133,15 @@ def test_a_folder_of_somebody_else_is_not_replaced(finished: Finished, tiny_base
     assert json.loads((copied / "results.json").read_text()) == before
 
 
-def test_the_folder_of_a_model_is_no_run_folder(tiny_base: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+@pytest.mark.parametrize("kind", ["transformers", "simomerge"])
+def test_the_folder_of_a_model_is_no_run_folder(
+    kind: str, tiny_base: Path, make_model: Callable[..., SimoModel], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    if kind == "transformers":
+        shutil.copytree(tiny_base, folder)
+    else:
+        make_model({}).save_pretrained(folder)
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     with pytest.raises(InputError, match="is the folder of a model; give a run a folder of its own"):
         run_recipe(on(MICRO, tiny_base), folder, workers=1)

@@ -50,7 +50,7 @@ class Choice:
 
 def check_place(folder: Path) -> None:
     """Raise InputError if the run folder is a model, or holds one where the recommended model goes that must stay."""
-    if (folder / FILE).is_file():
+    if (folder / FILE).is_file() or (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is the folder of a model; give a run a folder of its own with -o, such as runs/mine."
         )
