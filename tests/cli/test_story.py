@@ -16,6 +16,7 @@ from PIL import Image
 
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.cli import COMMANDS, GROUPS, cli, output
+from simomerge.cli.next_step import next_step
 from simomerge.cli.realign import _chosen
 from simomerge.core.classes import trusting
 from simomerge.core.progress import Console
@@ -180,7 +181,10 @@ def test_every_re_alignment_takes_the_options_of_all_commands(
     parent = click.Context(cli, **cli.context_settings)
     command = cli.get_command(parent, "realign")
     given = ["model", "depth=expert", "--method", method, "-q", "--trust-code", "-o", str(tmp_path / "out")]
+    assert "--trust-code" not in next_step("evaluate", "scene")
     with trusting(), command.make_context("realign", given, parent=parent):
+        assert next_step("evaluate", "scene").endswith("scene --trust-code")
+        assert next_step("inspect", "scene").endswith("scene")
         assert _chosen(method) == get_realignment(method) and output.quiet
 
 

@@ -147,8 +147,9 @@ def check_same_encoder(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
             expected, given = ([settings.get(key) for key in keys] for settings in (reference, description["encoder"]))
             if expected != given:
                 both = f"experts {first!r} and {task!r}" if first.isidentifier() else f"{first} and expert {task!r}"
+                cure = ", or import them with the same --taps" if what == "taps" else ""
                 shown = " and ".join(str(values if len(values) > 1 else values[0]) for values in (expected, given))
-                raise InputError(f"{both} differ in {what}: {shown}. Give experts that were trained alike.")
+                raise InputError(f"{both} differ in {what}: {shown}. Give experts that were trained alike{cure}.")
 
 
 # Where weights come from --------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> di
 @click.option("--encoder", metavar="BASE", help="The encoder that a weight file fine-tuned: a folder or hub id.")
 @click.option("--encoder-prefix", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'")
 @click.option("--head-prefix", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'")
-@click.option("--head", metavar="CLASS", help="module:Class, linear, dpt or transformers.")
+@click.option("--head", metavar="CLASS", help="module:Class, conv, linear, dpt, binned-depth or transformers.")
 @click.option(
     "--head-arg",
     "head_settings",

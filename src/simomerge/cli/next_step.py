@@ -7,18 +7,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from simomerge.core.assets import EMBEDDED_BASE
+from simomerge.core.classes import allowed
 
 MARK = "Next: "
+_WITHOUT_CODE = ("inspect", "demo", "data", "methods")
+"""Commands that load no model, and have no --trust-code."""
 
 
 def next_step(*words: object, comment: str = "") -> str:
     """The line of a command; names with spaces are quoted, so that a shell reads them as one.
 
+    If this command was allowed to run the code of model folders, the next one is, too.
+
     Example:
         >>> next_step("inspect", "runs/my scene", comment="what it is")
         "Next: simomerge inspect 'runs/my scene'   # what it is"
     """
-    line = MARK + shlex.join(["simomerge", *map(str, words)])
+    code = ["--trust-code"] if allowed()[0] and words[0] not in _WITHOUT_CODE else []
+    line = MARK + shlex.join(["simomerge", *map(str, words), *code])
     return f"{line}   # {comment}" if comment else line
 
 

@@ -295,6 +295,8 @@ def test_the_head_of_plain_training_code_is_one_convolution(tmp_path: Path, base
     expert = import_expert(
         tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[2, 4], head_settings={"taps": [1]}
     )
+    parts = import_expert(tmp_path / "mine.pth", "parts", **given, head="conv", taps=[4])  # classes say what it is
+    assert parts.tasks["parts"].kind == "segmentation"
     sized = import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[4], size="56x70")
     assert (trained_size(sized.provenance), trained_size(expert.provenance)) == ((56, 70), None)
     with pytest.raises(InputError, match="size 56: give HEIGHTxWIDTH"):

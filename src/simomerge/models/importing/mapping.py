@@ -12,7 +12,7 @@ from simomerge.checkpoints import Checkpoint, canonical_name, canonicalise, fing
 from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.classes import trusting
 from simomerge.core.errors import InputError
-from simomerge.datasets.tasks import Task
+from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.heads import HEADS, head_arguments, head_for, head_kind
 from simomerge.models.heads.conv import ConvHead
 from simomerge.models.importing.names import from_dinov2, split_gate
@@ -33,7 +33,9 @@ def read_mapped(file: Path, task: str, options: ImportOptions) -> SimoModel:
         raise InputError(f"{file}: --encoder-prefix and --head-prefix are both {prefix!r}; they must differ.")
     weights = open_checkpoint(file)
     encoder = options.load_encoder()
-    described = Task(task, options.kind, tuple(options.classes))
+    # A task with classes is a segmentation, unless its name or --kind says another kind.
+    implied = "segmentation" if options.classes and task not in KINDS else ""
+    described = Task(task, options.kind or implied, tuple(options.classes))
     _check_not_one_layer(file, weights, options)
     with trusting():  # the caller names the class, not a file
         head = head_for(encoder, options.head, described.channels, **options.head_settings)
