@@ -41,6 +41,16 @@ def test_a_tree_needs_a_branch_for_each_leaf_but_the_first(given: str) -> None:
     assert found == ["simo.json", "encoder/config.json", "encoder/model.safetensors", *branches, *stitches]
 
 
+def test_a_selection_needs_the_files_of_the_tasks_that_were_kept() -> None:
+    def found(tree: str, kept: list[str]) -> list[str]:
+        encoder = {"tree": str(Tree.of(tree, ["a", "b", "c"], blocks=4)), "kept": kept}
+        return needed_files({"tasks": {}, "encoder": encoder}, Path("nowhere"))[3:]
+
+    assert found("1: a+b, c | each", ["b"]) == ["stitches.safetensors"]
+    assert found("1: a+b, c | each", ["c", "b"]) == ["branches/c.safetensors", "stitches.safetensors"]
+    assert found("1: a+b, c | each", ["c"]) == []
+
+
 def test_shards_replace_the_one_file_of_weights(tmp_path: Path) -> None:
     (tmp_path / "encoder").mkdir()
     index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}

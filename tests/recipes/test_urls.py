@@ -161,6 +161,15 @@ def test_a_url_that_cannot_be_written_is_named_before_any_work(
     assert not done
 
 
+@pytest.mark.parametrize("file", ["simo.json", "config.json", "model/notes.txt"])
+def test_files_of_others_at_a_url_are_not_replaced(file: str, bucket: MemoryFileSystem, tiny_base: Path) -> None:
+    bucket.pipe_file(f"/bucket/run/{file}", b"mine")
+    wanted = "which simomerge did not write and would delete" if "/" in file else "is the folder of a model"
+    with pytest.raises(InputError, match=wanted):
+        run_recipe(on(MICRO, tiny_base), URL, workers=1)
+    assert bucket.find("/bucket/run") == [f"/bucket/run/{file}"]
+
+
 def test_other_commands_write_to_paths(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"-o s3://bucket/model: only run and search write to a URL"):
         cli(["merge", f"depth={tmp_path}", "-o", "s3://bucket/model"], standalone_mode=False)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
-from simomerge.core.remote import is_url
+from simomerge.core.remote import is_url, last_name
 from simomerge.core.schema import nearest
 
 _SETTINGS = {
@@ -160,7 +160,9 @@ def source_name(source: str | Path) -> str:
 
     A shared model must not reveal where files were on the machine that made it.
     """
-    return Path(source).name if is_url(source) or Path(source).exists() else str(source)
+    if is_url(source):
+        return last_name(str(source))
+    return Path(source).name if Path(source).exists() else str(source)
 
 
 def origin_of(source: str, fingerprint: str, licence: str, provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def command(
         done = sum(finished for _, finished in stages)
         lines = [f"{'done   ' if finished else 'to do  '}{name}" for name, finished in stages]
         rows = [{"stage": name, "done": finished} for name, finished in stages]
-        say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder}.")
+        say(as_json, {"stages": rows}, *lines, "", f"{done} of {len(stages)} stages are done in {folder.shown()}.")
         return
     with sharded(given["shard"], given["offload"]), track(given["trackers"], folder.path / "logs"), console():
         results = run_recipe(chosen, folder, given["workers"], given["ray"])

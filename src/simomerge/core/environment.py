@@ -61,7 +61,7 @@ def install_command(extra: str) -> str:
         recorded, source = {}, urlparse("")
     if source.scheme != "file":
         return f'pip install "simomerge[{extra}]"'
-    editable = "-e " if "dir_info" in recorded else ""
+    editable = "-e " if recorded.get("dir_info", {}).get("editable") else ""
     return f'pip install {editable}"{url2pathname(source.path)}[{extra}]"'
 
 

@@ -66,7 +66,7 @@ def needed_files(description: Mapping[str, Any], folder: Path) -> list[str]:
         *(f"encoder/{name}" for name in weights),
         *(f"heads/{task}.safetensors" for task in description.get("tasks") or {}),
         *["adapters.safetensors"] * bool(description.get("adapters")),
-        *_tree_files((description.get("encoder") or {}).get("tree") or ""),
+        *_tree_files(description.get("encoder") or {}),
     ]
 
 
@@ -79,12 +79,18 @@ def shards(folder: Path) -> set[str]:
     return found
 
 
-def _tree_files(tree: Any) -> list[str]:
+def _tree_files(encoder: Mapping[str, Any]) -> list[str]:
     """The files of a tree of shared blocks besides ``encoder/``: a branch for each leaf but the first, and stitches.
 
-    A branch is named by the first task of its leaf. There is a stitch wherever a group splits.
+    A branch is named by the first task of its leaf. There is a stitch wherever a group splits. Leaves without a task
+    that was kept have no files. With a rank, the first leaf may have a file, too.
     """
-    levels = [level.rpartition(":")[2].split(",") for level in str(tree).split("|")]
-    leaves = [group.partition("+")[0].strip() for group in levels[-1]]
-    branches = [f"branches/{task}.safetensors" for task in leaves[1:]]
-    return branches + ["stitches.safetensors"] * (len(levels[0]) < len(leaves))
+    if not encoder.get("tree"):
+        return []
+    levels = [level.rpartition(":")[2].split(",") for level in str(encoder["tree"]).split("|")]
+    first, last = ([[task.strip() for task in group.split("+")] for group in levels[place]] for place in (0, -1))
+    kept = set(encoder.get("kept") or (task for leaf in last for task in leaf))
+    leaves = [leaf for leaf in last if kept & set(leaf)]
+    branches = [f"branches/{leaf[0]}.safetensors" for leaf in leaves[1:]]
+    whole = [set(group) for group in first]
+    return branches + ["stitches.safetensors"] * any(set(leaf) not in whole for leaf in leaves)

@@ -55,8 +55,10 @@ def last_name(url: str) -> str:
     Example:
         >>> last_name("s3://bucket/photos/")
         'photos'
+        >>> last_name("https://example.org/a.pth?token=secret")
+        'a.pth'
     """
-    return PurePosixPath(url.partition("://")[2]).name
+    return PurePosixPath(url.partition("://")[2].partition("?")[0]).name
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
         if name.endswith("/"):  # the mark of an empty folder
             continue
         relative = name[len(path) :].strip("/")
-        if ".." in relative.split("/"):
-            raise InputError(f"{url}: the name {relative!r} leads out of the folder; rename it.")
+        if relative and {"", ".", ".."} & set(relative.split("/")):
+            raise InputError(f"{url}: a local folder cannot have a file of the name {relative!r}; rename it.")
         version = next((about[key] for key in _VERSIONS if about.get(key)), "")
         version = str(version.timestamp() if hasattr(version, "timestamp") else version)
         files[relative] = RemoteFile(f"{root}/{relative}".rstrip("/"), int(about["size"] or 0), version)
@@ -188,11 +190,12 @@ def _is_copy(path: Path, file: RemoteFile) -> bool:
     return found is not None and (found.st_size, int(found.st_mtime)) == (file.size, file.stamp)
 
 
-def copy_there(place: Path, url: str, last: str | None = None) -> None:
-    """Make the file or folder at a URL equal to a local one.
+def copy_there(place: Path, url: str, last: str | None = None, exact: bool = False) -> None:
+    """Copy a local file or folder to a URL.
 
     Args:
         last: The name of a file in the folder that is written after all others, so that it shows a complete folder.
+        exact: Remove the files at the URL that the local folder does not have.
 
     Raises:
         InputError: There is no such bucket, writing is not allowed, or the package for the protocol is missing.
@@ -210,8 +213,9 @@ def copy_there(place: Path, url: str, last: str | None = None) -> None:
             if some:
                 system.put([str(place / name) for name in some], targets)
         kept = {f"{path}/{name}" for name in names}
-        if old := [name for name in (system.find(path) if folder else ()) if name not in kept]:
-            system.rm(old)
+        for name in system.find(path) if exact and folder else ():
+            if name not in kept:
+                system.rm_file(name)  # rm would take * and ? in names for patterns
 
 
 def remove_there(url: str) -> None:
@@ -245,6 +249,10 @@ def one_at_a_time(place: Path) -> Iterator[None]:
         lock.release()
 
 
+class Unreachable(InputError, OSError):
+    """A failure that another attempt may not have, such as one of the network."""
+
+
 @contextmanager
 def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     """fsspec's file system for a URL and the path in it; what it raises in the block becomes an InputError."""
@@ -256,7 +264,8 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
     except InputError:
         raise
     except Exception as error:  # every package has exceptions of its own
-        raise InputError(f"{url}: {_problem(url, error)}") from error
+        lasting = isinstance(error, (ImportError, FileNotFoundError, PermissionError, ValueError))
+        raise (InputError if lasting else Unreachable)(f"{url}: {_problem(url, error)}") from error
 
 
 def _problem(url: str, error: Exception) -> str:

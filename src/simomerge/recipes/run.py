@@ -58,6 +58,7 @@ def run_recipe(
     folder = RunFolder.of(folder or recipe.output)
     folder.check()
     check_place(folder.path)
+    folder.check_replaceable()
     plan, graph = _planned(recipe, folder)
     with pool_of(folder, workers, ray) as pool:
         with distributed.first_before_others():

@@ -25,9 +25,7 @@ from simomerge.models.strip import save_strip
 from simomerge.recipes.graph import Graph
 from simomerge.recipes.plan import Plan
 from simomerge.training.evaluate import delta_mtl, evaluation_record
-
-MODEL = "model"
-"""The folder of the recommended model in a run folder."""
+from simomerge.training.run_folder import MODEL
 
 _RUNS = 7
 _SECONDS = 5.0

@@ -15,6 +15,7 @@ from pathlib import Path
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder
+from simomerge.core.model_files import is_model_file
 from simomerge.core.remote import (
     copy_here,
     copy_there,
@@ -28,6 +29,9 @@ from simomerge.core.remote import (
 
 STAGES = "stages"
 """The folder of the stages in a run folder."""
+
+MODEL = "model"
+"""The folder of the recommended model in a run folder."""
 
 LOG = "log.json"
 """The file of a stage that says what it cost and found."""
@@ -98,6 +102,19 @@ class RunFolder:
             distributed.wait()
             distributed.check_seen(self.path)
 
+    def check_replaceable(self) -> None:
+        """Raise InputError if the URL is a model, or has files in place of the run's model that a run did not write."""
+        if not self.url or not distributed.is_first():
+            return
+        for name in ("simo.json", "config.json"):
+            if names_there(f"{self.url}/{name}"):
+                raise InputError(f"{self.url} is the folder of a model; give a run a folder of its own.")
+        if others := [name for name in names_there(f"{self.url}/{MODEL}") if not is_model_file(name)]:
+            raise InputError(
+                f"{self.url}/{MODEL} holds {others[0]!r}, which simomerge did not write and would delete; give another"
+                " URL."
+            )
+
     def done(self, outputs: Iterable[Path]) -> set[Path]:
         """Which of some stages are done, here or at the URL."""
         kept = self._kept() if self.url else set()
@@ -123,10 +140,11 @@ class RunFolder:
         return self.path / name
 
     def send(self, *names: str) -> None:
-        """Copy files and folders to the URL, if they exist; their content there is replaced."""
+        """Copy files and folders to the URL, if they exist. Stages and the model there are replaced."""
         for place in (self.path / name for name in names) if self.url and distributed.is_first() else ():
             if place.exists():
-                copy_there(place, self._at(place), last=LOG)
+                whole = place.parent.name == STAGES or place.name == MODEL
+                copy_there(place, self._at(place), last=LOG, exact=whole)
 
     def send_stages(self, outputs: Iterable[Path]) -> None:
         """Copy the folders of stages to the URL, unless they are there."""

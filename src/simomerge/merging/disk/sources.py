@@ -21,6 +21,7 @@ from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
+from simomerge.core.remote import is_url, last_name
 
 CONFIGS = ("config.json", "preprocessor_config.json")
 """The files next to the weights of a transformers folder that belong to them."""
@@ -64,7 +65,8 @@ class Source:
 
     def origin(self) -> dict[str, Any]:
         """What other models record about it, see `origin_of`. The fingerprint of its weights is computed once."""
-        return origin_of(self.hub_id or self.path.name, self._fingerprint, licence_of(self.path), self.provenance)
+        named = last_name(self.hub_id) if is_url(self.hub_id) else self.hub_id
+        return origin_of(named or self.path.name, self._fingerprint, licence_of(self.path), self.provenance)
 
     def encoder_folder(self) -> Path:
         """The folder where config.json is expected."""
