@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,13 @@ def test_processes_of_a_machine_take_turns(files: MemoryFileSystem, tmp_path: Pa
     with remote.one_at_a_time(tmp_path / "place"):
         child = os.fork()
         if not child:
+            (tmp_path / "waits").touch()
             with remote.one_at_a_time(tmp_path / "place"):
                 (tmp_path / "entered").touch()
             os._exit(0)
+        while not (tmp_path / "waits").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
         assert os.waitpid(child, os.WNOHANG) == (0, 0) and not (tmp_path / "entered").exists()
     os.waitpid(child, 0)
     assert (tmp_path / "entered").exists()

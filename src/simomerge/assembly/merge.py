@@ -17,6 +17,7 @@ from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import choose_tree
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
@@ -181,6 +182,8 @@ def _shared(
         return share_blocks(grower, tree, images, rank=rank)
     assert budget is not None
     found = choose_tree(grower, images, budget, data)
+    if rank is not None and found.tree.is_trivial:
+        warn("the tree that was chosen has no own blocks, so that the branch rank changes nothing.")
     model = share_blocks(grower, found.tree, images, rank=rank)
     model.provenance["merge"] |= {
         "budget": budget,

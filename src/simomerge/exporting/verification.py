@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from simomerge.core.errors import InputError
+from simomerge.datasets.load import load_data, load_images
 from simomerge.datasets.pictures import Images, as_images
 from simomerge.runtime import MEASURES, Maps, difference
 
@@ -61,13 +63,12 @@ def real_frames(images: Any, size: tuple[int, int], count: int) -> tuple[Frames,
         InputError: There is no such folder, or no image in it can be read.
     """
     if images is None:
-        from simomerge.datasets.load import load_data
-
         shrink = min(1.0, 128 / max(size))
         small = tuple(max(8, round(side * shrink)) for side in size)
         rooms = load_data("rooms", split="val", count=2, size=small)
         return [], [_bytes(rooms[index]["image"], size) for index in range(2)]
-    chosen = as_images(images, count + HELD_OUT, None)
+    source = load_images(images) if isinstance(images, (str, Path)) else images
+    chosen = as_images(source, count + HELD_OUT, None)
     if not chosen.is_dataset:
         chosen = chosen.resized(size)
     chosen = chosen.readable()
