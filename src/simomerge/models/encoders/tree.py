@@ -207,7 +207,7 @@ class TreeEncoder(Encoder):
     def _low_rank_weights(
         self, weights: Callable[[Group], Mapping[str, Tensor]]
     ) -> Iterator[tuple[str, str, Unit, str, Tensor]]:
-        """Of each low-rank layer: its node, its name in the backbone, its unit, its name there, its group's weights."""
+        """For each low-rank layer: its node, name in the backbone, unit, name in the unit, and its group's weights."""
         names = list(self._units[0])[: self.tree.blocks]
         for node, units in zip(self.tree.nodes, self.nodes, strict=True):
             if self.rank is None or node.first < self.tree.splits or not units:
