@@ -106,6 +106,9 @@ class HeadContract:
     def reads_cls(self, settings: dict[str, Any]) -> bool:
         return bool(settings.get("cls", True))
 
+    def taps_read(self, settings: dict[str, Any]) -> Sequence[int]:
+        return range(len(self.channels))
+
     def train(self, settings: dict[str, Any], channels: Sequence[int] | None = None) -> nn.Module:
         """A head as after training."""
         return trained_head(self.kind, settings, channels or self.channels, self.out_channels)
@@ -162,7 +165,8 @@ class HeadContract:
             tensor.requires_grad_()
         weights = torch.randn(2, self.out_channels, 24, 40, generator=torch.Generator().manual_seed(5))
         (trained(features) * weights).sum().backward()
-        assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in features.maps)
+        counts = [tap for tap, m in enumerate(features.maps) if m.grad is not None and m.grad.abs().sum() > 0]
+        assert counts == sorted(self.taps_read(settings))
         reads = [c.grad is not None and bool(c.grad.abs().sum() > 0) for c in features.cls]
         assert reads == [self.reads_cls(settings)] * len(features.cls)
 
