@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,11 +72,17 @@ def test_each_stage_may_be_done_on_another_machine(
     seen: list[set[str]] = []
 
     def elsewhere(**arguments: Any) -> None:
-        do_stage(**arguments)
-        seen.append({path.name.split("-")[0] for path in arguments["output"].parent.iterdir()})
-        shutil.rmtree(arguments["folder"].path)
+        """Do a stage on a machine whose cache folder is another, and which was never used before."""
+        sent = pickle.dumps(arguments)
+        with monkeypatch.context() as there:
+            machine(tmp_path / f"machine{len(seen)}", there)
+            arguments = pickle.loads(sent)
+            do_stage(**arguments)
+            seen.append({path.name.split("-")[0] for path in arguments["folder"].stage("").iterdir()})
+        assert not here.exists()
 
     monkeypatch.setattr(graph, "_do_once", elsewhere)
+    here = RunFolder.of(URL).path
     made = Graph(RunFolder.of(URL), "/base", "s", lambda data: "")
     with WorkerPool(1) as pool:
         made.build([third], pool)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.load import load_data, load_images
 from simomerge.datasets.pictures import as_images
 from simomerge.training.pool import WorkerPool
-from simomerge.training.run_folder import LOG, STAGES, RunFolder
+from simomerge.training.run_folder import LOG, RunFolder
 
 Data = Mapping[str, Any]
 """A dataset as plain data: the keyword arguments of `simomerge.datasets.load.load_data`. With ``unlabelled``, ``spec``
@@ -41,6 +41,13 @@ def open_data(data: Data, **more: Any) -> DenseDataset:
     if data.get("unlabelled"):
         return as_images(load_images(data["spec"]), data["count"])
     return load_data(**{**more, **data})
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder of a stage by its name: each machine may have the run folder under another path."""
+
+    name: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,7 +135,7 @@ class Graph:
             named = json.dumps(self._inputs(stage), sort_keys=True, default=str)
             key = hashlib.sha256(f"{self.salt} {type(stage).__name__} {named}".encode()).hexdigest()[:12]
             name = f"{stage.name.replace(' ', '-').replace('/', '-')}-{key}"
-            self._outputs[stage] = self.folder / STAGES / name
+            self._outputs[stage] = self.run_folder.stage(name)
         return self._outputs[stage]
 
     def fetched(self, stage: Stage) -> Path:
@@ -151,18 +158,8 @@ class Graph:
 
     def _job(self, stage: Stage) -> dict[str, Any]:
         """The arguments of `do_stage`."""
-        needs = tuple(map(self.output, stage.needs()))
-        return {"stage": self._resolved(stage), "output": self.output(stage), "folder": self.run_folder, "needs": needs}
-
-    def _resolved(self, stage: Stage) -> Stage:
-        """The stage, with the stages among its inputs replaced by their folders."""
-
-        def resolve(value: Any) -> Any:
-            if isinstance(value, Stage):
-                return self.output(value)
-            return {key: resolve(item) for key, item in value.items()} if isinstance(value, Mapping) else value
-
-        return replace(stage, **{spec.name: resolve(getattr(stage, spec.name)) for spec in fields(stage)})
+        named = _replaced(stage, Stage, lambda need: Output(self.output(need).name))
+        return {"stage": named, "output": Output(self.output(stage).name), "folder": self.run_folder}
 
     def _inputs(self, value: Any) -> dict[str, Any]:
         """The fields of a dataclass that decide results, as they enter a key."""
@@ -236,30 +233,48 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-def do_stage(stage: Stage, output: Path, folder: RunFolder, needs: Sequence[Path]) -> None:
+def do_stage(stage: Stage, output: Output, folder: RunFolder) -> None:
     """Do a stage, unless it is done. No other program may be doing it.
 
     Args:
-        stage: The stage, with folders in the place of other stages.
+        stage: The stage, with `Output` in the place of other stages.
         output: Its folder.
         folder: The run folder. If it is at a URL, the stage's folder is copied there.
-        needs: The folders of the stages that it needs.
     """
+    place, needs = folder.stage(output.name), []
+
+    def found(need: Output) -> Path:
+        needs.append(folder.stage(need.name))
+        return needs[-1]
+
+    stage = _replaced(stage, Output, found)
     if distributed.is_first():
-        remove_leftovers(output)
-    if not distributed.from_first(output.exists()):
+        remove_leftovers(place)
+    if not distributed.from_first(place.exists()):
         with labelled_progress(stage.name, keep=stage.keeps_labels):
             folder.fetch(needs)
-            stage.run(output)
-    folder.send_stages([output])
+            stage.run(place)
+    folder.send_stages([place])
 
 
-def _do_once(stage: Stage, output: Path, folder: RunFolder, needs: Sequence[Path]) -> None:
+def _do_once(stage: Stage, output: Output, folder: RunFolder) -> None:
     """Do a stage, unless another run in the same folder is doing it or has done it."""
-    with locked(_lock(output), lambda: progress(stage.name, 0, 1, "another run does it")):
-        do_stage(stage, output, folder, needs)
+    lock = _lock(folder.stage(output.name))
+    with locked(lock, lambda: progress(stage.name, 0, 1, "another run does it")):
+        do_stage(stage, output, folder)
     if distributed.is_first():
-        _lock(output).unlink(missing_ok=True)  # waiting and later runs will find the finished stage
+        lock.unlink(missing_ok=True)  # waiting and later runs will find the finished stage
+
+
+def _replaced(stage: Stage, kind: type, by: Callable[[Any], Any]) -> Stage:
+    """The stage with other values in the place of those of a type among its inputs, also inside mappings."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, kind):
+            return by(value)
+        return {key: replaced(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+
+    return replace(stage, **{spec.name: replaced(getattr(stage, spec.name)) for spec in fields(stage)})
 
 
 def _stages_in(value: Any) -> Iterator[Stage]:

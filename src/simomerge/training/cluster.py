@@ -149,7 +149,7 @@ class RayPool(WorkerPool):
         task = ray.remote(_task).options(**needs, name=name)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                result = self._result(name, task.remote(function, dict(arguments), setup, self._reports, log))
+                result = self._result(name, task.remote(function, dict(arguments), setup, self._reports))
                 if log:
                     log.unlink(missing_ok=True)
                 return result
@@ -218,9 +218,7 @@ class _Reports:
         return found
 
 
-def _task(
-    function: Callable[..., Any], arguments: dict[str, Any], setup: _Setup, reports: Any, log: Path | None
-) -> Any:
+def _task(function: Callable[..., Any], arguments: dict[str, Any], setup: _Setup, reports: Any) -> Any:
     """Do a job in a process of the cluster."""
     if setup.precision is not None:
         os.environ[PRECISION] = setup.precision
@@ -235,7 +233,7 @@ def _task(
             said[label] = time.monotonic()
             reports.put.remote((label, done, total, note))
 
-    with _logged(log), show_progress(report):
+    with _logged(_log(arguments)), show_progress(report):
         return function(**arguments)
 
 
@@ -265,8 +263,9 @@ def _name(arguments: Mapping[str, Any]) -> str:
 
 
 def _log(arguments: Mapping[str, Any]) -> Path | None:
-    output = arguments.get("output")
-    return output.with_name(f"{output.name}.log") if isinstance(output, Path) else None
+    """Where this machine writes the log of a job."""
+    folder = arguments.get("folder")
+    return folder.stage(f"{arguments['output'].name}.log") if isinstance(folder, RunFolder) else None
 
 
 def _last(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
@@ -64,6 +65,14 @@ class RunFolder:
     def shown(self, name: str = "") -> str:
         """The folder, or something in it, as the user may type it."""
         return f"{self.url}/{name}".rstrip("/") if self.url else (Path(self.given) / name).as_posix()
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage on this machine."""
+        return self.path / STAGES / name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled for another machine: a URL has a path of its own there, another folder the same."""
+        return (RunFolder.of, (self.url,)) if self.url else (RunFolder, (self.path, self.given))
 
     @contextmanager
     def token(self) -> Iterator[str]:
