@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -16,8 +17,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from simomerge.core import remote
 from simomerge.core.errors import InputError
+from simomerge.core.files import temporary_folder
 from simomerge.core.hub import local_source
-from simomerge.core.remote import copy_there, local_copy, names_there, remote_files, remove_there
+from simomerge.core.remote import (
+    Unreachable,
+    copy_here,
+    copy_there,
+    local_copy,
+    names_there,
+    remote_files,
+    remove_there,
+)
 
 CONTENT = {"data.csv": b"image\n", "images/0.png": b"first", "images/deep/1.png": b"second picture"}
 
@@ -94,6 +104,78 @@ def test_parts_of_a_file_are_read_at_the_url(files: MemoryFileSystem) -> None:
         assert stream.read() == b"second picture"
 
 
+def _path(kind: type[MemoryFileSystem], url: str) -> str:
+    return MemoryFileSystem._strip_protocol(url.replace(f"{kind.protocol}://", "memory://"))
+
+
+class Whole(MemoryFileSystem):
+    """A server that gives whole files only, as simple HTTP servers do."""
+
+    protocol = "whole"
+    _strip_protocol = classmethod(_path)
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> Any:
+        return super().cat_file(path)
+
+
+class Sizeless(MemoryFileSystem):
+    """A server that does not say how long its files are."""
+
+    protocol = "sizeless"
+    _strip_protocol = classmethod(_path)
+
+    def info(self, path: str, **_: Any) -> Any:
+        return {**super().info(path), "size": None}
+
+
+def test_a_server_may_give_whole_files_only(files: MemoryFileSystem) -> None:
+    fsspec.register_implementation("whole", Whole, clobber=True)
+    fsspec.register_implementation("sizeless", Sizeless, clobber=True)
+    for protocol in ("whole", "sizeless"):
+        assert local_copy(f"{protocol}://bucket/robot/data.csv").read_bytes() == b"image\n"
+    message = r"images/0\.png: its server does not give parts of a file; copy the file to a disk\."
+    with pytest.raises(InputError, match=message):
+        remote_files("whole://bucket/robot/images/0.png")[""].read(1, 2)
+    with (
+        pytest.raises(InputError, match=message),
+        remote_files("sizeless://bucket/robot/images/0.png")[""].open(),
+    ):
+        pass
+
+
+def test_a_failing_server_is_no_damaged_file(files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = remote_files("memory://bucket/robot/data.csv")[""]
+    with pytest.raises(Unreachable, match=r"memory://bucket/robot/data\.csv: .* fails \(reset by peer\)"), file.open():
+        raise RuntimeError("reset by peer")
+    with pytest.raises(EOFError), file.open(passing=(EOFError,)):
+        raise EOFError
+
+    def silent(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("url") from ConnectionRefusedError("Connection refused")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", silent)
+    with pytest.raises(Unreachable, match=r"fails \(Connection refused\)"):
+        file.read(0, 1)
+
+
+def test_a_full_disk_here_is_not_the_servers_fault(files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MemoryFileSystem, "get", full)
+    with pytest.raises(InputError, match=r"cannot be copied to .*cache \(No space left on device\); set "):
+        local_copy("memory://bucket/robot")
+
+
+def test_a_copy_of_a_part_is_not_disturbed(files: MemoryFileSystem) -> None:
+    folder = local_copy("memory://bucket/robot")
+    with temporary_folder(folder / "images") as temporary:
+        (temporary / "0").write_bytes(b"on its way")
+        copy_here("memory://bucket/robot", folder)
+        assert (temporary / "0").exists()
+    assert contents(folder) == CONTENT
+
+
 def test_a_folder_at_a_url_becomes_that_on_the_disk(
     files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +197,12 @@ def test_a_folder_at_a_url_becomes_that_on_the_disk(
     written.clear()
     copy_there(folder, "memory://bucket/robot", last="log.json", exact=True)
     assert written == ["/bucket/robot/model/weights", "/bucket/robot/log.json"]
+    monkeypatch.setattr(MemoryFileSystem, "put_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError, match="division by zero"):
+        copy_there(folder, "memory://bucket/robot", last="log.json")
+    assert names_there("memory://bucket/robot") == ["model/weights"], "no log.json says that the folder is complete"
+    monkeypatch.undo()
+    copy_there(folder, "memory://bucket/robot", last="log.json")
     assert sorted(names_there("memory://bucket/robot")) == ["log.json", "model/weights"]
     copy_there(folder / "log.json", "memory://bucket/one.json")
     assert files.cat_file("/bucket/one.json") == b"{}"

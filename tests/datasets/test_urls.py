@@ -97,6 +97,19 @@ def test_tar_files_are_read_where_they_are(
     assert len(as_images(load_images(f"memory://bucket/{name}"))) == count
 
 
+def test_a_picture_that_the_network_does_not_give_is_no_broken_picture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = as_images(load_images("memory://bucket/tars"))
+
+    def reset(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", reset)
+    with pytest.raises(InputError, match=r"tars/0\.tar: the file system of memory:// fails \(reset by peer\)"):
+        images.readable()
+
+
 def test_errors_name_the_url(folder: Path) -> None:
     with pytest.raises(InputError, match=r"memory://bucket/tars is a folder of pictures and has no splits"):
         load_images("memory://bucket/tars", "val")

@@ -155,6 +155,20 @@ def test_a_search_goes_on_on_another_machine(
     assert json.loads(bucket.cat_file("/bucket/run/search.json")) == found
 
 
+def test_the_longer_of_two_studies_is_kept(bucket: MemoryFileSystem) -> None:
+    folder = RunFolder.of(URL)
+    folder.path.mkdir(parents=True)
+    for there, here, expected in (
+        (b"1\n", b"", b"1\n"),
+        (b"1\n", b"1\n2\n", b"1\n2\n"),
+        (b"1\n3\n", b"1\n2\n", b"1\n3\n"),
+    ):
+        bucket.pipe_file("/bucket/run/search.log", there)
+        (folder.path / "search.log").write_bytes(here)
+        local_copy.cache_clear()
+        assert folder.restored("search.log").read_bytes() == expected
+
+
 def test_a_url_that_cannot_be_written_is_named_before_any_work(
     tiny_base: Path, bucket: MemoryFileSystem, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from simomerge.checkpoints.card import PICTURE, model_card
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_text, check_absent, check_not_current
+from simomerge.core.model_files import DESCRIPTION
 from simomerge.core.text import shown
 
 FORMAT = 1
@@ -24,7 +25,7 @@ TREE_FORMAT = 2
 RANK_FORMAT = 3
 """Version of the format if own blocks of a tree are low-rank differences: ``encoder/`` is then no complete path."""
 
-FILE = "simo.json"
+FILE = DESCRIPTION
 """The file of the description; a folder that holds it is a model folder."""
 
 _MARKS = (FILE, "compressed.json", "config.json", "model.safetensors", "model.safetensors.index.json")

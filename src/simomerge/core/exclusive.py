@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
 import time
 import uuid
@@ -62,6 +63,16 @@ def alone(target: Path) -> Iterator[None]:
 def sibling(target: Path, kind: str) -> Path:
     """A new name next to a path, for a temporary file or folder of this kind."""
     return target.with_name(f".{target.name[:_LONGEST_NAME]}.{uuid.uuid4().hex[:12]}.{kind}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a relative path is that of a temporary file, or of a file in a temporary folder.
+
+    Example:
+        >>> is_temporary("images/.a.png.0123456789ab.tmp/0"), is_temporary("images/a.png")
+        (True, False)
+    """
+    return re.search(r"(^|/)\.[^/]*\.[0-9a-f]{12}\.tmp(/|$)", name) is not None
 
 
 def remove_leftovers(target: Path) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 
 from simomerge.core.documents import read_json
 
+DESCRIPTION = "simo.json"
+"""The file that makes a folder a model."""
+
 _PATTERNS = (
-    "simo.json",
+    DESCRIPTION,
     "README.md",
     "picture.png",
     "encoder/*.json",

@@ -7,6 +7,7 @@ themselves, in the environment or in their configuration files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from simomerge.core.errors import InputError
+from simomerge.core.exclusive import is_temporary
 from simomerge.core.files import cache_folder, check_room, temporary_folder
 from simomerge.core.progress import progress
 from simomerge.core.text import first_sentence
@@ -67,12 +69,12 @@ class RemoteFile:
 
     Args:
         url: The URL of the file.
-        size: Bytes.
+        size: Bytes; None if the server does not say it.
         version: Changes with the content, as far as the file system says it.
     """
 
     url: str
-    size: int
+    size: int | None
     version: str
 
     def __str__(self) -> str:
@@ -84,18 +86,27 @@ class RemoteFile:
         return int(hashlib.sha256(f"{self.size} {self.version}".encode()).hexdigest()[:8], 16) >> 1
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """The file as a stream, which reads ahead. Raises InputError; other exceptions of the block pass through."""
-        with _file_system(self.url) as (system, path):
-            handle = system.open(path, "rb")
-        with handle:
+    def open(self, passing: tuple[type[Exception], ...] = ()) -> Iterator[BinaryIO]:
+        """The file as a stream, which reads ahead.
+
+        Raises:
+            InputError: The file cannot be read. Exceptions of the block become one too, except those to be passed on.
+        """
+        with _file_system(self.url, passing) as (system, path), system.open(path, "rb") as handle:
+            if self.size is None or not handle.seekable():
+                raise self._whole_only()
             yield handle
 
     def read(self, start: int, size: int) -> bytes:
         """Part of the file. Raises InputError."""
         with _file_system(self.url) as (system, path):
             content: bytes = system.cat_file(path, start=start, end=start + size)
+            if len(content) > size:
+                raise self._whole_only()
             return content
+
+    def _whole_only(self) -> InputError:
+        return InputError(f"{self}: its server does not give parts of a file; copy the file to a disk.")
 
 
 def remote_files(url: str) -> dict[str, RemoteFile]:
@@ -119,7 +130,7 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
             raise InputError(f"{url}: a local folder cannot have a file of the name {relative!r}; rename it.")
         version = next((about[key] for key in _VERSIONS if about.get(key)), "")
         version = str(version.timestamp() if hasattr(version, "timestamp") else version)
-        files[relative] = RemoteFile(f"{root}/{relative}".rstrip("/"), int(about["size"] or 0), version)
+        files[relative] = RemoteFile(f"{root}/{relative}".rstrip("/"), about["size"], version)
     return files
 
 
@@ -160,15 +171,16 @@ def copy_here(url: str, place: Path) -> None:
     with one_at_a_time(place):
         changed = {name: file for name, file in files.items() if not _is_copy(place / name, file)}
         place.parent.mkdir(parents=True, exist_ok=True)
-        check_room(place.parent, sum(file.size for file in changed.values()))
+        check_room(place.parent, sum(file.size or 0 for file in changed.values()))
         _copy(url, changed, place)
         for path in [each for each in place.rglob("*") if each.is_file()]:
-            if path.relative_to(place).as_posix() not in files:
+            name = path.relative_to(place).as_posix()
+            if name not in files and not is_temporary(name):  # of a copy of a part of this folder
                 path.unlink()
 
 
 def _copy(url: str, files: Mapping[str, RemoteFile], place: Path) -> None:
-    done, total = 0, sum(file.size for file in files.values())
+    done, total = 0, sum(file.size or 0 for file in files.values())
     waiting = iter(files.items())
     while some := list(islice(waiting, _AT_ONCE)):
         with temporary_folder(place) as temporary:
@@ -176,25 +188,27 @@ def _copy(url: str, files: Mapping[str, RemoteFile], place: Path) -> None:
             with _file_system(url) as (system, path):
                 system.get([f"{path}/{name}".rstrip("/") for name, _ in some], list(map(str, here)))
             for (name, file), copied in zip(some, here, strict=True):
-                if copied.stat().st_size != file.size:
+                if file.size not in (None, copied.stat().st_size):
                     raise InputError(f"{file}: changed while it was copied; repeat this when nobody writes it.")
                 os.utime(copied, (file.stamp, file.stamp))
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 copied.replace(place / name)
-                done += file.size
+                done += file.size or 0
         progress("copy", done // 10**6, max(1, total // 10**6), f"MB of {url}")
 
 
 def _is_copy(path: Path, file: RemoteFile) -> bool:
-    found = path.stat() if path.is_file() else None
-    return found is not None and (found.st_size, int(found.st_mtime)) == (file.size, file.stamp)
+    if not path.is_file() or (file.size is None and not file.version):
+        return False
+    found = path.stat()
+    return file.size in (None, found.st_size) and int(found.st_mtime) == file.stamp
 
 
 def copy_there(place: Path, url: str, last: str | None = None, exact: bool = False) -> None:
     """Copy a local file or folder to a URL.
 
     Args:
-        last: The name of a file in the folder that is written after all others, so that it shows a complete folder.
+        last: The name of a file in the folder that shows a complete folder: it is removed first, and written last.
         exact: Remove the files at the URL that the local folder does not have.
 
     Raises:
@@ -206,6 +220,8 @@ def copy_there(place: Path, url: str, last: str | None = None, exact: bool = Fal
     )
     with _file_system(url) as (system, path):
         system.invalidate_cache()
+        if folder and last in names and system.exists(f"{path}/{last}"):
+            system.rm_file(f"{path}/{last}")
         for some in ([name for name in names if name != last], [name for name in names if name == last]):
             targets = [f"{path}/{name}".rstrip("/") for name in some]
             for parent in {target.rpartition("/")[0] for target in targets} if not system.async_impl else ():
@@ -254,16 +270,18 @@ class Unreachable(InputError, OSError):
 
 
 @contextmanager
-def _file_system(url: str) -> Iterator[tuple[Any, str]]:
-    """fsspec's file system for a URL and the path in it; what it raises in the block becomes an InputError."""
+def _file_system(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[tuple[Any, str]]:
+    """fsspec's file system for a URL and the path in it; exceptions of the block become an InputError, or pass."""
     try:
         from fsspec.core import url_to_fs
 
         system, path = url_to_fs(url)
         yield system, path.rstrip("/")
-    except InputError:
-        raise
     except Exception as error:  # every package has exceptions of its own
+        if isinstance(error, (InputError, *passing)):
+            raise
+        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
+            error = error.__cause__  # fsspec takes a server that does not answer for a file that is not there
         lasting = isinstance(error, (ImportError, FileNotFoundError, PermissionError, ValueError))
         raise (InputError if lasting else Unreachable)(f"{url}: {_problem(url, error)}") from error
 
@@ -271,6 +289,8 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
 def _problem(url: str, error: Exception) -> str:
     """What a failure means, and what to do: one or two sentences."""
     protocol = url.partition("://")[0]
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"it cannot be copied to {cache_folder()} ({error.strerror}); set SIMOMERGE_CACHE to another folder."
     if isinstance(error, ImportError):
         package = _PACKAGES.get(protocol)
         return f"{protocol}:// needs a package: {f'pip install {package}' if package else first_sentence(error)}."

@@ -12,7 +12,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,6 +23,7 @@ from simomerge.core.progress import progress
 from simomerge.core.remote import RemoteFile
 
 SUFFIX = ".tar"
+_DAMAGED = (tarfile.TarError, EOFError)
 
 
 class TarPictures(Sequence[Any]):
@@ -76,7 +77,7 @@ class TarPictures(Sequence[Any]):
 
     def fingerprint(self, positions: Sequence[int]) -> str:
         """sha256 of the tar files' names, sizes and dates, and of which pictures are used."""
-        lines = [f"{file} {file.size} {file.version}" for file in self.files]
+        lines = [f"{PurePath(str(file)).name} {file.size} {file.version}" for file in self.files]
         used = hashlib.sha256(np.asarray(positions, np.int64).tobytes()).hexdigest()
         return hashlib.sha256("\n".join([*lines, used]).encode()).hexdigest()
 
@@ -98,7 +99,7 @@ class _LocalFile:
     def version(self) -> str:
         return str(self.path.stat().st_mtime_ns)
 
-    def open(self) -> BinaryIO:
+    def open(self, passing: tuple[type[Exception], ...] = ()) -> BinaryIO:
         return self.path.open("rb")
 
     def read(self, start: int, size: int) -> bytes:
@@ -126,13 +127,15 @@ def _places(file: _LocalFile | RemoteFile, suffixes: tuple[str, ...]) -> np.ndar
     """Start and size of every picture in a tar file, int64 (N, 2)."""
     found = []
     try:
-        with file.open() as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
+        with file.open(_DAMAGED) as stream, tarfile.open(fileobj=stream, mode="r:") as opened:
             for member in opened:
                 opened.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them
                 if member.isfile() and member.name.lower().endswith(suffixes):
                     found.append((member.offset_data, member.size))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except InputError:
+        raise
+    except (OSError, *_DAMAGED) as error:
         raise InputError(f"{file}: cannot be read as an uncompressed tar file ({error}); write it again.") from error
-    if found and sum(found[-1]) > file.size:
+    if found and file.size is not None and sum(found[-1]) > file.size:
         raise InputError(f"{file}: is truncated; copy it again.")
     return np.array(found, np.int64).reshape(-1, 2)

@@ -15,8 +15,8 @@ from typing import Any
 
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder
-from simomerge.core.model_files import is_model_file
+from simomerge.core.files import atomic_folder, atomic_write_bytes
+from simomerge.core.model_files import DESCRIPTION, is_model_file
 from simomerge.core.remote import (
     copy_here,
     copy_there,
@@ -115,7 +115,7 @@ class RunFolder:
         """Raise InputError if the URL is a model, or has files in place of the run's model that a run did not write."""
         if not self.url or not distributed.is_first():
             return
-        for name in ("simo.json", "config.json"):
+        for name in (DESCRIPTION, "config.json"):
             if names_there(f"{self.url}/{name}"):
                 raise InputError(f"{self.url} is the folder of a model; give a run a folder of its own.")
         if others := [name for name in names_there(f"{self.url}/{MODEL}") if not is_model_file(name)]:
@@ -143,27 +143,34 @@ class RunFolder:
         return log if output.exists() or not self.url else local_copy(self._at(log))
 
     def restored(self, name: str) -> Path:
-        """The path of a file, after copying it from the URL if it is there."""
+        """The path of a file that only grows, after copying it from the URL unless this machine's has more."""
         if self.url and names_there(f"{self.url}/{name}"):
-            copy_here(f"{self.url}/{name}", self.path / name)
+            there = local_copy(f"{self.url}/{name}").read_bytes()
+            place = self.path / name
+            if not (place.is_file() and place.read_bytes().startswith(there)):
+                atomic_write_bytes(place, there)
         return self.path / name
 
     def send(self, *names: str) -> None:
         """Copy files and folders to the URL, if they exist. Stages and the model there are replaced."""
         for place in (self.path / name for name in names) if self.url and distributed.is_first() else ():
             if place.exists():
-                whole = place.parent.name == STAGES or place.name == MODEL
-                copy_there(place, self._at(place), last=LOG, exact=whole)
+                model = place.name == MODEL
+                last = DESCRIPTION if model else LOG
+                copy_there(place, self._at(place), last=last, exact=model or place.parent.name == STAGES)
 
     def send_stages(self, outputs: Iterable[Path]) -> None:
         """Copy the folders of stages to the URL, unless they are there."""
         if self.url and distributed.is_first() and (here := [output for output in outputs if output.exists()]):
-            kept = self._kept()
+            one = here[0].name if len(here) == 1 else ""
+            kept = self._kept(one)
             self.send(*(output.relative_to(self.path).as_posix() for output in here if output.name not in kept))
 
-    def _kept(self) -> set[str]:
-        """The names of the stages at the URL."""
-        names = (name.split("/") for name in names_there(f"{self.url}/{STAGES}"))
+    def _kept(self, name: str = "") -> set[str]:
+        """The names of the stages at the URL, or the one name, if that stage is there."""
+        if name:  # listing all stages after each of them would take the square of their number
+            return {name} if names_there(f"{self.url}/{STAGES}/{name}/{LOG}") else set()
+        names = (each.split("/") for each in names_there(f"{self.url}/{STAGES}"))
         return {parts[0] for parts in names if parts[1:] == [LOG]}
 
     def _at(self, path: Path) -> str:
