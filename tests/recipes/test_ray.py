@@ -16,11 +16,13 @@ from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.core.remote import copy_there, names_there
 from simomerge.recipes.file import read_recipe
+from simomerge.recipes.graph import Output
 from simomerge.recipes.run import held_out_delta, run_recipe
 from simomerge.recipes.search import search_recipe
 from simomerge.training import nodes
 from simomerge.training.cluster import RayPool
 from simomerge.training.pool import WorkerPool
+from simomerge.training.run_folder import RunFolder
 
 ray = pytest.importorskip("ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the processes of Ray cannot import this file
@@ -151,27 +153,28 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail(output: Path) -> None:
+def fail(output: Output, folder: RunFolder) -> None:
     print("what the stage printed", flush=True)
     raise RuntimeError("no such kernel")
 
 
-def kill(output: Path) -> None:
+def kill(output: Output, folder: RunFolder) -> None:
     die()
 
 
-def big(output: Path) -> None:
+def big(output: Output, folder: RunFolder) -> None:
     raise AssertionError("it must not start")
 
 
 def test_what_cannot_work_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RayPool("", tmp_path) as pool:
+    folder = RunFolder.of(tmp_path)
+    with RayPool("", folder) as pool:
         with pytest.raises(InputError, match=r"(?s)RuntimeError: no such kernel\. Its log .*what the stage printed"):
-            pool.run([(fail, {"output": tmp_path / "stage"})])
+            pool.run([(fail, {"output": Output("stage"), "folder": folder})])
         with pytest.raises(InputError, match=r"(?s)its process ended 4 times, most often.*about to die"):
-            pool.run([(kill, {"output": tmp_path / "other"})])
+            pool.run([(kill, {"output": Output("other"), "folder": folder})])
         with pytest.raises(InputError, match=r"needs about 1000000.0 GB of memory, and the largest node"):
-            pool.run([(big, {"output": tmp_path / "big"})], memory=[10**15])
+            pool.run([(big, {"output": Output("big"), "folder": folder})], memory=[10**15])
     with pytest.raises(InputError, match=r"--workers 500: the cluster has room"), RayPool("", tmp_path, 500):
         pass
     monkeypatch.setattr(nodes, "versions", lambda: {"torch": "0.1"})

@@ -104,8 +104,10 @@ def _optimise(
 
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
-    at_once = min(at_once, search.trials)
-    study.optimize(lambda trial: here.copy().run(objective, trial), callbacks=[report, limit], n_jobs=at_once)
+    left = search.trials - _finished(study)  # the callback stops other machines, but not trials that run here already
+    study.optimize(
+        lambda trial: here.copy().run(objective, trial), left, callbacks=[report, limit], n_jobs=min(at_once, left)
+    )
 
 
 def _finished(study: Any) -> int:

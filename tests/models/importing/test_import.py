@@ -312,6 +312,32 @@ def test_the_head_of_plain_training_code_is_one_convolution(tmp_path: Path, base
         import_expert(tmp_path / "mine.pth", "segmentation", **given, head="conv", taps=[2, 4])
 
 
+@sm.register_head
+class Sums(nn.Module):
+    """A head that reads one tap, with as many channels as it is given."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.channels = channels
+
+    def forward(self, features: Any) -> torch.Tensor:
+        (found,) = features.maps
+        return self.weight * F.interpolate(found[:, : self.channels], features.padded_size)
+
+
+def test_a_head_that_cannot_read_the_features_is_refused(tmp_path: Path, base_folder: Path) -> None:
+    state = {f"backbone.{key}": value for key, value in sm.load(base_folder).encoder.backbone.state_dict().items()}
+    torch.save(state | {"head.weight": torch.ones(1)}, tmp_path / "mine.pth")
+    given: dict[str, Any] = {"encoder": base_folder, "encoder_prefix": "backbone.", "head_prefix": "head."}
+    given |= {"head": f"{__name__}:Sums"}
+    import_expert(tmp_path / "mine.pth", "normals", **given, taps=[4])
+    with pytest.raises(InputError, match=r"Sums fails on the encoder's features \(ValueError: too many.*--taps"):
+        import_expert(tmp_path / "mine.pth", "normals", **given, taps=[2, 4])
+    with pytest.raises(InputError, match=r"Sums gives \(1, 2, \d+, \d+\) for one image, and the task 'normals' needs"):
+        import_expert(tmp_path / "mine.pth", "normals", **given, taps=[4], head_settings={"channels": 2})
+
+
 # DINOv2's own heads ---------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from simomerge.core.errors import InputError
+from simomerge.core.text import first_sentence
 from simomerge.datasets.pictures import parse_size
+from simomerge.models.heads import head_kind
 from simomerge.models.importing.dinov2 import is_dinov2_head, read_dinov2_head
 from simomerge.models.importing.mapping import read_mapped
 from simomerge.models.importing.options import ImportOptions
 from simomerge.models.importing.transformers import read_transformers
 from simomerge.models.model import SimoModel
+
+_SIDE = 128
+"""About the side in pixels of the image on which an imported head is tried."""
 
 
 def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
@@ -32,8 +39,8 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
             `ImportOptions`.
 
     Raises:
-        InputError: An option that has no effect on this kind of source, an unknown source, or tensors of a weight file
-            that are unused or missing. The message lists them.
+        InputError: An option that has no effect on this kind of source, an unknown source, tensors of a weight file
+            that are unused or missing (the message lists them), or a head that fails on the encoder's features.
 
     Example:
         >>> expert = import_expert("depth-anything/Depth-Anything-V2-Small-hf", "depth")      # doctest: +SKIP
@@ -42,6 +49,7 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
     chosen = ImportOptions(**options)
     size = None if chosen.size is None else parse_size(chosen.size)
     expert = _read(source, task, chosen)
+    _try(expert, source, task)
     if size is not None:
         expert.provenance["training"] = {"size": list(size)}
     return expert
@@ -55,6 +63,26 @@ def _read(source: str | Path, task: str, chosen: ImportOptions) -> SimoModel:
     if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         raise InputError(f"{source}: no such file.")
     return read_transformers(str(source), task, chosen)
+
+
+def _try(expert: SimoModel, source: str | Path, task: str) -> None:
+    """Raise InputError if the head fails on the features of a small image, as it would at the first photo."""
+    multiple, wanted = expert.encoder.multiple, expert.tasks[task].channels
+    side = max(1, _SIDE // multiple) * multiple
+    kind = head_kind(expert.heads[task])
+    try:
+        with torch.inference_mode():
+            found = tuple(expert.eval()(torch.full((1, 3, side, side), 0.5))[task].shape)
+    except Exception as error:  # the head may be of any class
+        raise InputError(
+            f"{source}: the head {kind} fails on the encoder's features ({type(error).__name__}:"
+            f" {first_sentence(error)}). Check --taps, --head and --head-arg."
+        ) from error
+    if len(found) != 4 or found[1] != wanted:
+        raise InputError(
+            f"{source}: the head {kind} gives {found} for one image, and the task {task!r} needs (1, {wanted}, height,"
+            " width). Check --kind, --classes and --head-arg."
+        )
 
 
 __all__ = ["ImportOptions", "import_expert"]
