@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.experts import load_experts, with_merged_encoder
 from simomerge.assembly.realign.sums import head_sums, with_heads
+from simomerge.core.classes import trust
 from simomerge.core.machine import limit_threads
 from simomerge.datasets import load_data
 from simomerge.merging import MergeMethod, get_method
@@ -70,10 +71,13 @@ def main() -> None:
     parser.add_argument("--images-split", default="train+val")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--test-images", type=int, default=256)
+    parser.add_argument("--trust-code", action="store_true", help="Import the class of an encoder of one's own.")
     parser.add_argument("-o", "--output", help="Write the rows as JSON.")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     limit_threads(1)
+    if given.trust_code:
+        trust()
     experts = load_experts(**dict(pair.split("=", 1) for pair in given.experts))
     images = load_data(given.data, given.images_split, tasks=[])
     test = load_data(given.data, "test", given.test_images, list(experts))

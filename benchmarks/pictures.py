@@ -5,6 +5,10 @@
 
 docs/pictures/rooms.png shows test images with their labels. docs/pictures/story.png shows one of them with the ground
 truth and the predictions of the experts, the merged model and the folded model.
+
+    PYTHONPATH=examples python benchmarks/pictures.py PHOTO MERGED REPAIRED TASK=EXPERT...
+
+docs/pictures/photo.png shows what experts, their merge and the repaired merge predict for a photo.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from simomerge.core.classes import trust
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.colours import colourise
+from simomerge.datasets.legend import legend_of
+from simomerge.models.model import load
 from simomerge.models.strip import sheet
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import run_recipe
@@ -31,6 +38,8 @@ STORY_COLUMNS = {
     "task-arithmetic": "merged",
     "task-arithmetic+fold-cross": "merged and repaired",
 }
+PHOTO_SIZE = (160, 240)
+"""Height and width to which a photo is resized for the encoder: about the size of the experts' training images."""
 LABELS = ["segmentation", "depth", "normals", "edges", "texture", "keypoints"]
 
 
@@ -77,7 +86,28 @@ def story_picture(folder: Path) -> None:
     sheet(story_rows(gallery[0]), 128).save(PICTURES / "story.png", optimize=True)
 
 
+def photo_picture(photo: str, merged: str, repaired: str, *experts: str) -> None:
+    """A row per task, with the colours of its expert's range, and the legends of the classes."""
+    trust()
+    found = {task: load(folder) for task, _, folder in (pair.partition("=") for pair in experts)}
+    columns = {"merged": load(merged), "merged and repaired": load(repaired)}
+    image = np.asarray(Image.open(photo).convert("RGB"))
+    rows, legends = [], []
+    for task, expert in found.items():
+        about, wanted = expert.tasks[task], expert.predict(photo, size=PHOTO_SIZE)[task]
+        limits = (float(wanted.min()), float(wanted.max()))
+        maps = {f"its own expert: {task}": wanted}
+        maps |= {title: model.predict(photo, tasks=[task], size=PHOTO_SIZE)[task] for title, model in columns.items()}
+        first = ("input", image) if not rows else ("", np.full_like(image, 255))
+        rows.append([first, *((title, colourise(about, values, limits)) for title, values in maps.items())])
+        legends += [legend_of(about, wanted)] if about.kind == "segmentation" else []
+    sheet(rows, 136, legends).save(PICTURES / "photo.png", optimize=True)
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(parents=True, exist_ok=True)
-    rooms_picture()
-    story_picture(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        photo_picture(*sys.argv[1:])
+    else:
+        rooms_picture()
+        story_picture(Path(sys.argv[1]))

@@ -5,12 +5,12 @@
     python benchmarks/sharing.py --run runs/rooms-sharing [--seeds 0] -o runs/sharing.json
 
 Uses the experts of a finished run, but not its joint model. Merges are task arithmetic; the scale of each group of
-tasks is chosen by alignment on 64 images without labels. Trees are chosen on the same 64 images. Stitches and the
-cross-tap fold of each final model use 128 images of the validation split, without labels. Delta_MTL is that on the
-run's test split.
+tasks is chosen without labels on 64 images. Trees are chosen on the same 64 images. Stitches and the cross-tap fold of
+each final model use 128 images of the validation split (``--images-split``), without labels. Delta_MTL is that on the
+run's test split. ``--data``, ``--base`` and ``--trust-code`` are those of the run; ``--test-images`` takes fewer.
 
 - ``chosen``: the tree for each budget, in steps of a quarter of an encoder.
-- ``labelled``: the same, chosen by the labels of 128 other validation images.
+- ``labelled``: the same, chosen by the labels of 128 other images.
 - ``branch``: all tasks share the first k blocks, and then each has its own.
 - ``groups``: whole encoders for groups of tasks. The partition has the best Delta_MTL on the test split itself, so
   that no way to choose one without labels could be better.
@@ -40,6 +40,7 @@ from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch, path_of
 from simomerge.assembly.sharing.stitches import Known
 from simomerge.core.assets import resolve_source
+from simomerge.core.classes import trust
 from simomerge.core.files import atomic_write_text
 from simomerge.datasets import load_data
 from simomerge.datasets.pictures import as_images
@@ -59,15 +60,17 @@ LABELLED = 128
 class Bench:
     """The experts of one seed, the images, and what is measured so far."""
 
-    def __init__(self, run: Path, seed: int, found: dict[str, Any]) -> None:
-        recipe = json.loads((run / "results.json").read_text(encoding="utf-8"))["recipe"]
+    def __init__(self, given: argparse.Namespace, seed: int, found: dict[str, Any]) -> None:
+        recipe = json.loads((given.run / "results.json").read_text(encoding="utf-8"))["recipe"]
         self.tasks, self.found = list(recipe["tasks"]), found
-        base = load(resolve_source("rooms-base"))
-        experts = check_experts(base, {task: load(_expert(run, task, seed)) for task in self.tasks})
-        pool = load_data("rooms", split="val", count=recipe["val_images"], tasks=self.tasks)
+        base = load(resolve_source(given.base))
+        experts = check_experts(base, {task: load(_expert(given.run, task, seed)) for task in self.tasks})
+        split = given.images_split
+        pool = load_data(given.data, split=split, count=recipe[f"{split}_images"], tasks=self.tasks)
         self.few, self.images = as_images(pool, 64), as_images(pool, STITCHED)
         self.labelled = pool.skip(STITCHED).take(LABELLED)
-        self.test = load_data("rooms", split="test", count=recipe["test_images"], tasks=self.tasks)
+        count = given.test_images or recipe["test_images"]
+        self.test = load_data(given.data, split="test", count=count, tasks=self.tasks)
         self.grower = Grower(base, experts, self._method)
         self.known: Known = {}
         self.baseline = {task: evaluate(expert, self.test)[task] for task, expert in experts.items()}
@@ -114,29 +117,29 @@ def _expert(run: Path, task: str, seed: int) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def measure_ranks(run: Path, seed: int, results: dict[str, Any], output: Path, ranks: Sequence[int]) -> None:
+def measure_ranks(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> None:
     """Measure the split after half of the blocks with own blocks in full, and with each rank."""
     found = results["seeds"].setdefault(str(seed), {"rows": []})
-    bench = Bench(run, seed, found)
+    bench = Bench(given, seed, found)
     tree = bench.tree(bench.grower.blocks // 2)
     done = {row["asked"] for row in found["rows"] if row["kind"] == "rank"}
-    for rank in (None, *ranks):
+    for rank in (None, *given.ranks):
         if rank not in done:
             row = {"kind": "rank", "asked": rank, "tree": str(tree), **bench.low_rank(tree, rank)}
             found["rows"].append({"cost": tree.cost(), **row})
-            atomic_write_text(output, json.dumps(results, indent=1) + "\n")
+            atomic_write_text(given.output, json.dumps(results, indent=1) + "\n")
 
 
-def measure(run: Path, seed: int, results: dict[str, Any], output: Path, exhaustive: bool) -> None:
+def measure(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> None:
     """Measure what the results do not have yet of one seed, and write them after every model."""
     found = results["seeds"].setdefault(str(seed), {"rows": []})
-    bench, began = Bench(run, seed, found), time.monotonic()
+    bench, began = Bench(given, seed, found), time.monotonic()
     done = {(row["kind"], row["asked"]) for row in found["rows"]}
 
     def add(kind: str, asked: float, tree: Tree, **more: Any) -> None:
         row = {"kind": kind, "asked": asked, "cost": tree.cost(), "tree": str(tree), "delta": bench.delta(tree), **more}
         found["rows"].append(row)
-        atomic_write_text(output, json.dumps(results, indent=1) + "\n")
+        atomic_write_text(given.output, json.dumps(results, indent=1) + "\n")
         print(
             f"  {time.monotonic() - began:5.0f} s  seed {seed} {kind:8} cost {row['cost']:.3f}"
             f" {row['delta']:+.2f}  {tree}",
@@ -159,7 +162,7 @@ def measure(run: Path, seed: int, results: dict[str, Any], output: Path, exhaust
             start = time.monotonic()
             best = search.best(budget)
             add(kind, budget, best.tree, losses=best.losses, seconds=round(time.monotonic() - start, 1))
-    for number, tree in enumerate(every_tree(bench.tasks, blocks) if exhaustive else ()):
+    for number, tree in enumerate(every_tree(bench.tasks, blocks) if given.exhaustive else ()):
         if ("every", number) not in done:
             add("every", number, tree)
 
@@ -239,6 +242,11 @@ def _best(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--base", default="rooms-base")
+    parser.add_argument("--data", default="rooms")
+    parser.add_argument("--images-split", default="val", choices=("train", "val"))
+    parser.add_argument("--test-images", type=int)
+    parser.add_argument("--trust-code", action="store_true", help="Import the class of an encoder of one's own.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exhaustive", action="store_true", help="Also measure every tree (three tasks at most).")
@@ -246,6 +254,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--show", action="store_true", help="Print the content of OUTPUT; measure nothing.")
     options = parser.parse_args()
+    if options.trust_code:
+        trust()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     warnings.simplefilter("ignore")
@@ -254,9 +264,9 @@ def main() -> None:
         results = json.loads(options.output.read_text(encoding="utf-8"))
     for seed in () if options.show else options.seeds:
         if options.ranks:
-            measure_ranks(options.run, seed, results, options.output, options.ranks)
+            measure_ranks(options, seed, results)
         else:
-            measure(options.run, seed, results, options.output, options.exhaustive)
+            measure(options, seed, results)
     show(results)
 
 
