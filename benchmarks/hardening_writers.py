@@ -169,6 +169,8 @@ def full_disk(commands: dict[str, str], count: int, folder: Path, seed: int = 0)
         for size in sizes:
             limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
             _judge(tally, *run(command(text), folder, limit))
+            if (folder / "out.work").exists():  # the state of a training, from which the next run goes on
+                run(command(text), folder)
             shutil.rmtree(folder / "out", ignore_errors=True)
             _leftovers(tally, folder, inputs)
         yield tally

@@ -16,7 +16,7 @@ from PIL import Image
 
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.cli import COMMANDS, GROUPS, cli, output
-from simomerge.cli.next_step import next_step
+from simomerge.cli.next_step import judge_step, next_step
 from simomerge.cli.realign import _chosen
 from simomerge.core.classes import trusting
 from simomerge.core.progress import Console
@@ -302,3 +302,15 @@ def test_demo_writes_a_report(tiny_base: Path, tmp_path: Path, monkeypatch: pyte
     assert [row["method"] for row in done.json["rows"]] == ["experts", "joint-mtl", "average", "average+heads"]
     assert done.json["report"] == str(run / "report.html") and "<html" in (run / "report.html").read_text()
     assert json.loads((run / "results.json").read_text())["rows"] == done.json["rows"]
+
+
+def test_a_model_made_on_pictures_is_looked_at_and_one_made_on_a_dataset_is_judged(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/data.yaml").touch()
+    experts = {"depth": "runs/depth"}
+    looked = judge_step(Path("scene"), experts, str(tmp_path / "photos"), "--split", "test")
+    assert looked.startswith(f"Next: simomerge predict scene {tmp_path}/photos -o scene-predictions")
+    for data in ("rooms", str(tmp_path / "mine"), str(tmp_path / "mine/data.yaml"), "nyuv2:/data/nyuv2"):
+        judged = judge_step(Path("scene"), experts, data, "--split", "test")
+        assert judged == f"Next: simomerge evaluate scene depth=runs/depth --data {data} --split test"

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from simomerge.cli import options
-from simomerge.cli.next_step import next_step, pairs, realign_step
+from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
 from simomerge.core.errors import InputError
 from simomerge.core.text import plain
@@ -273,7 +273,7 @@ class _Wanted:
         if not model:
             return next_step("diff", self.base, self.output, comment="how far it is from the base")
         if self.method == "auto" or self.shares_blocks:
-            return next_step("evaluate", self.output, *pairs(self.experts), "--data", self.data)
+            return judge_step(self.output, self.experts, self.images or self.data)
         return realign_step(
             self.output, self.experts, self.base, self.images or (self.data if self.uses_images else None)
         )

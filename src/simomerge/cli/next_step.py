@@ -46,6 +46,17 @@ def realign_step(model: Path, experts: Mapping[str, object], base: str, images: 
     return next_step(*words, comment=f"the heads no longer fit{where}")
 
 
+def judge_step(model: Path, experts: Mapping[str, object], data: str, *split: str) -> str:
+    """Compare a model with its experts on a dataset; or look at its predictions for pictures, which have no labels."""
+    from simomerge.datasets.manifest import MANIFESTS
+
+    path = Path(data)
+    manifest = path.suffix in MANIFESTS or any((path / f"data{suffix}").is_file() for suffix in MANIFESTS)
+    if path.exists() and not manifest:
+        return next_step("predict", model, data, "-o", f"{model}-predictions", comment="look at what it predicts")
+    return next_step("evaluate", model, *pairs(experts), "--data", data, *split)
+
+
 def recorded_experts(
     model: str, tasks: Iterable[str], recorded: Mapping[str, Mapping[str, str]], known: Mapping[str, str]
 ) -> dict[str, str]:
