@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.files import temporary_folder
 from simomerge.core.hub import local_source
 from simomerge.core.remote import (
+    RemoteError,
     Unreachable,
     copy_here,
     copy_there,
@@ -118,6 +120,20 @@ class Whole(MemoryFileSystem):
         return super().cat_file(path)
 
 
+class Streaming(MemoryFileSystem):
+    """A server that gives a stream, which says that it can seek and cannot."""
+
+    protocol = "streaming"
+    _strip_protocol = classmethod(_path)
+
+    def open(self, path: str, *_: Any, **__: Any) -> Any:
+        class Stream(io.BytesIO):
+            def seek(self, *_: int) -> int:
+                raise ValueError("Cannot seek streaming HTTP file")
+
+        return Stream(super().cat_file(path))
+
+
 class Sizeless(MemoryFileSystem):
     """A server that does not say how long its files are."""
 
@@ -131,16 +147,18 @@ class Sizeless(MemoryFileSystem):
 def test_a_server_may_give_whole_files_only(files: MemoryFileSystem) -> None:
     fsspec.register_implementation("whole", Whole, clobber=True)
     fsspec.register_implementation("sizeless", Sizeless, clobber=True)
+    fsspec.register_implementation("streaming", Streaming, clobber=True)
     for protocol in ("whole", "sizeless"):
         assert local_copy(f"{protocol}://bucket/robot/data.csv").read_bytes() == b"image\n"
     message = r"images/0\.png: its server does not give parts of a file; copy the file to a disk\."
     with pytest.raises(InputError, match=message):
         remote_files("whole://bucket/robot/images/0.png")[""].read(1, 2)
-    with (
-        pytest.raises(InputError, match=message),
-        remote_files("sizeless://bucket/robot/images/0.png")[""].open(),
-    ):
-        pass
+    for protocol in ("whole", "streaming", "sizeless"):
+        with (
+            pytest.raises(RemoteError, match=message),
+            remote_files(f"{protocol}://bucket/robot/images/0.png")[""].open(),
+        ):
+            pass
 
 
 def test_a_failing_server_is_no_damaged_file(files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,14 +175,34 @@ def test_a_failing_server_is_no_damaged_file(files: MemoryFileSystem, monkeypatc
     with pytest.raises(Unreachable, match=r"fails \(Connection refused\)"):
         file.read(0, 1)
 
+    class Answer(Exception):
+        status = 503
 
-def test_a_full_disk_here_is_not_the_servers_fault(files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("url") from Answer("Service Unavailable")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", busy)
+    with pytest.raises(Unreachable, match=r"fails \(Service Unavailable\)"):
+        file.read(0, 1)
+    Answer.status = 404
+    with pytest.raises(RemoteError, match="there is no such file"):
+        file.read(0, 1)
+
+
+def test_a_full_disk_here_is_not_the_servers_fault(
+    files: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(MemoryFileSystem, "get", full)
-    with pytest.raises(InputError, match=r"cannot be copied to .*cache \(No space left on device\); set "):
+    with pytest.raises(InputError, match=r"cache/urls/\S+: cannot be written \(No space left on device\); set "):
         local_copy("memory://bucket/robot")
+    monkeypatch.setattr(MemoryFileSystem, "put", full)
+    with pytest.raises(RemoteError, match=r"^memory://bucket/x: the file system of memory:// fails \(.*No space left"):
+        copy_there(tmp_path, "memory://bucket/x")
 
 
 def test_a_copy_of_a_part_is_not_disturbed(files: MemoryFileSystem) -> None:

@@ -25,7 +25,8 @@ VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 MERGE = """
 import sys
 from simomerge.cli import cli
-cli(["merge", "base.safetensors", "a=a.safetensors", "b=b.safetensors", "-o", "merged.safetensors", "--method", "average"])
+files = ["base.safetensors", "a=a.safetensors", "b=b.safetensors"]
+cli(["merge", *files, "-o", "merged.safetensors", "--method", "average"])
 """
 
 PREDICT = """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,3 +259,24 @@ def test_the_command_says_the_best_and_how_to_run_it(
         f"simomerge run {recipe} --set realign.heads.lr={json.dumps(best['realign.heads.lr'])}" in out
         and "3 trials" in out
     )
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_error_of_a_trial_ends_the_search(
+    at_once: int, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna itself loses the errors of the last trials at the same time."""
+
+    def fails(*_: Any) -> list[float]:
+        raise InputError("no room on the disk")
+
+    @contextmanager
+    def pool(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(slots=at_once)
+
+    monkeypatch.setattr(search, "held_out_delta", fails)
+    monkeypatch.setattr(search, "pool_of", pool)
+    file = tmp_path / "mine.yaml"
+    file.write_text(RECIPE.format(base=tiny_base))
+    with pytest.raises(InputError, match="no room on the disk"):
+        search_recipe(file, tmp_path / "run", ["search.trials=3"])

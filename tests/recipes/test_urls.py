@@ -126,6 +126,8 @@ def test_another_machine_goes_on(
     here = RunFolder.of(URL).path / "model"
     files = sorted(path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file())
     assert sorted(names_there(f"{URL}/model")) == files and "simo.json" in files
+    dates = {name: bucket.modified(f"/bucket/run/model/{name}") for name in files}
+    assert max(dates, key=dates.__getitem__) == "simo.json", "it is written last, so that a model is complete"
     assert bucket.exists(f"{score}/log.json")
 
     machine(tmp_path / "second", monkeypatch)
@@ -165,7 +167,6 @@ def test_the_longer_of_two_studies_is_kept(bucket: MemoryFileSystem) -> None:
     ):
         bucket.pipe_file("/bucket/run/search.log", there)
         (folder.path / "search.log").write_bytes(here)
-        local_copy.cache_clear()
         assert folder.restored("search.log").read_bytes() == expected
 
 

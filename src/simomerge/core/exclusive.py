@@ -66,13 +66,13 @@ def sibling(target: Path, kind: str) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a relative path is that of a temporary file, or of a file in a temporary folder.
+    """Whether a relative path is that of a temporary file, of a file in a temporary folder, or of a lock.
 
     Example:
         >>> is_temporary("images/.a.png.0123456789ab.tmp/0"), is_temporary("images/a.png")
         (True, False)
     """
-    return re.search(r"(^|/)\.[^/]*\.[0-9a-f]{12}\.tmp(/|$)", name) is not None
+    return re.search(r"(^|/)\.[^/]*\.([0-9a-f]{12}\.tmp|lock)(/|$)", name) is not None
 
 
 def remove_leftovers(target: Path) -> None:

@@ -93,8 +93,13 @@ class RemoteFile:
             InputError: The file cannot be read. Exceptions of the block become one too, except those to be passed on.
         """
         with _file_system(self.url, passing) as (system, path), system.open(path, "rb") as handle:
-            if self.size is None or not handle.seekable():
+            try:
+                handle.seek(1), handle.seek(0)
+            except (OSError, ValueError) as error:  # streams of HTTP say that they can seek
+                raise self._whole_only() from error
+            if self.size is None:
                 raise self._whole_only()
+            self.read(0, 1)
             yield handle
 
     def read(self, start: int, size: int) -> bytes:
@@ -105,8 +110,8 @@ class RemoteFile:
                 raise self._whole_only()
             return content
 
-    def _whole_only(self) -> InputError:
-        return InputError(f"{self}: its server does not give parts of a file; copy the file to a disk.")
+    def _whole_only(self) -> RemoteError:
+        return RemoteError(f"{self}: its server does not give parts of a file; copy the file to a disk.")
 
 
 def remote_files(url: str) -> dict[str, RemoteFile]:
@@ -173,10 +178,10 @@ def copy_here(url: str, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         check_room(place.parent, sum(file.size or 0 for file in changed.values()))
         _copy(url, changed, place)
-        for path in [each for each in place.rglob("*") if each.is_file()]:
+        for path in place.glob("**/*") if place.is_dir() else ():
             name = path.relative_to(place).as_posix()
-            if name not in files and not is_temporary(name):  # of a copy of a part of this folder
-                path.unlink()
+            if name not in files and not is_temporary(name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def _copy(url: str, files: Mapping[str, RemoteFile], place: Path) -> None:
@@ -185,7 +190,7 @@ def _copy(url: str, files: Mapping[str, RemoteFile], place: Path) -> None:
     while some := list(islice(waiting, _AT_ONCE)):
         with temporary_folder(place) as temporary:
             here = [temporary / str(number) for number in range(len(some))]
-            with _file_system(url) as (system, path):
+            with _file_system(url) as (system, path), _this_disk(place):
                 system.get([f"{path}/{name}".rstrip("/") for name, _ in some], list(map(str, here)))
             for (name, file), copied in zip(some, here, strict=True):
                 if file.size not in (None, copied.stat().st_size):
@@ -195,6 +200,19 @@ def _copy(url: str, files: Mapping[str, RemoteFile], place: Path) -> None:
                 copied.replace(place / name)
                 done += file.size or 0
         progress("copy", done // 10**6, max(1, total // 10**6), f"MB of {url}")
+
+
+@contextmanager
+def _this_disk(place: Path) -> Iterator[None]:
+    """Name the local disk where it fails, and not the file system of the URL."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise InputError(
+            f"{place}: cannot be written ({error.strerror}); set SIMOMERGE_CACHE to a folder on another disk."
+        ) from error
 
 
 def _is_copy(path: Path, file: RemoteFile) -> bool:
@@ -265,7 +283,11 @@ def one_at_a_time(place: Path) -> Iterator[None]:
         lock.release()
 
 
-class Unreachable(InputError, OSError):
+class RemoteError(InputError):
+    """A file at a URL could not be read or written."""
+
+
+class Unreachable(RemoteError, OSError):
     """A failure that another attempt may not have, such as one of the network."""
 
 
@@ -280,17 +302,22 @@ def _file_system(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterato
     except Exception as error:  # every package has exceptions of its own
         if isinstance(error, (InputError, *passing)):
             raise
-        if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError):
-            error = error.__cause__  # fsspec takes a server that does not answer for a file that is not there
+        cause = error.__cause__
+        if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in (404, 410):
+            error = cause  # fsspec takes every failure of an HTTP server for a file that is not there
         lasting = isinstance(error, (ImportError, FileNotFoundError, PermissionError, ValueError))
-        raise (InputError if lasting else Unreachable)(f"{url}: {_problem(url, error)}") from error
+        lasting |= _status(error) in (401, 403)
+        raise (RemoteError if lasting else Unreachable)(f"{url}: {_problem(url, error)}") from error
+
+
+def _status(error: BaseException) -> int | None:
+    """The status code of an HTTP server's answer."""
+    return getattr(error, "status", None)
 
 
 def _problem(url: str, error: Exception) -> str:
     """What a failure means, and what to do: one or two sentences."""
     protocol = url.partition("://")[0]
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"it cannot be copied to {cache_folder()} ({error.strerror}); set SIMOMERGE_CACHE to another folder."
     if isinstance(error, ImportError):
         package = _PACKAGES.get(protocol)
         return f"{protocol}:// needs a package: {f'pip install {package}' if package else first_sentence(error)}."
@@ -298,6 +325,6 @@ def _problem(url: str, error: Exception) -> str:
         return "there is no such file, folder or bucket."
     if isinstance(error, ValueError) and "rotocol" in str(error):
         return f"fsspec knows no protocol {protocol!r}; give a URL such as s3://BUCKET/FOLDER."
-    if isinstance(error, PermissionError) or "credentials" in str(error).lower():
+    if isinstance(error, PermissionError) or _status(error) in (401, 403) or "credentials" in str(error).lower():
         return f"access is denied ({first_sentence(error)}); check the credentials (docs/clusters.md)."
     return f"the file system of {protocol}:// fails ({first_sentence(error)[:200]})."

@@ -16,7 +16,7 @@ from torch import Tensor
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
-from simomerge.core.remote import Unreachable
+from simomerge.core.remote import RemoteError
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.tars import SUFFIX as TAR
 from simomerge.datasets.tars import TarPictures
@@ -139,11 +139,11 @@ class Images(DenseDataset):
         return self._memory.sizes.get(position)
 
     def try_image(self, index: int) -> Tensor | None:
-        """An image; None if it is a picture that cannot be read. Raises the error of a dataset or of a network."""
+        """An image; None if it is a picture that cannot be read. Raises the error of a dataset or of a URL."""
         try:
             return self.image(index)
         except InputError as error:
-            if self.is_dataset or isinstance(error, Unreachable):
+            if self.is_dataset or isinstance(error, RemoteError):
                 raise
             self._memory.errors[self._positions[index]] = str(error)
             return None

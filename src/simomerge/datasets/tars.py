@@ -12,7 +12,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file, cache_folder
 from simomerge.core.progress import progress
-from simomerge.core.remote import RemoteFile
+from simomerge.core.remote import RemoteFile, last_name
 
 SUFFIX = ".tar"
 _DAMAGED = (tarfile.TarError, EOFError)
@@ -77,7 +77,8 @@ class TarPictures(Sequence[Any]):
 
     def fingerprint(self, positions: Sequence[int]) -> str:
         """sha256 of the tar files' names, sizes and dates, and of which pictures are used."""
-        lines = [f"{PurePath(str(file)).name} {file.size} {file.version}" for file in self.files]
+        names = [file.path.name if isinstance(file, _LocalFile) else last_name(file.url) for file in self.files]
+        lines = [f"{name} {file.size} {file.version}" for name, file in zip(names, self.files, strict=True)]
         used = hashlib.sha256(np.asarray(positions, np.int64).tobytes()).hexdigest()
         return hashlib.sha256("\n".join([*lines, used]).encode()).hexdigest()
 

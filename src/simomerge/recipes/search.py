@@ -80,13 +80,12 @@ def search_recipe(
         return sum(found) / len(found)
 
     with pool_of(folder, workers, ray) as pool:
-        if _finished(study) < search.trials:
-            try:
-                _optimise(optuna, study, objective, search, folder, pool.slots)
-            except InputError:
-                raise
-            except ValueError as error:  # for example, the stored study has different choices
-                raise InputError(f"{path}: the search cannot go on ({error}); take another storage.") from error
+        try:
+            _optimise(optuna, study, objective, search, folder, pool.slots)
+        except InputError:
+            raise
+        except ValueError as error:  # for example, the stored study has different choices
+            raise InputError(f"{path}: the search cannot go on ({error}); take another storage.") from error
     results = _results(study, search)
     if results["trials"][0]["delta_mtl"] is None:
         raise InputError(f"{path}: none of {len(results['trials'])} trials was completed; search lower learning rates.")
@@ -98,16 +97,35 @@ def _optimise(
 ) -> None:
     """Run trials until the study has all of them, ``at_once`` at the same time."""
     here = copy_context()  # trials at the same time are threads, which start without progress and trusted classes
+    errors: list[Exception] = []  # Optuna loses those of the last trials at the same time
 
-    def report(*_: Any) -> None:
-        here.copy().run(_report, study, search, folder)
+    def guarded(work: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return here.copy().run(work, *given)
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            errors.append(error)
+            study.stop()
+            raise
 
     finished = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
     limit = optuna.study.MaxTrialsCallback(search.trials, states=finished)
     left = search.trials - _finished(study)  # the callback stops other machines, but not trials that run here already
-    study.optimize(
-        lambda trial: here.copy().run(objective, trial), left, callbacks=[report, limit], n_jobs=min(at_once, left)
-    )
+    if left <= 0:
+        return
+    try:
+        study.optimize(
+            lambda trial: guarded(objective, trial),
+            left,
+            callbacks=[lambda *_: guarded(_report, study, search, folder), limit],
+            n_jobs=min(at_once, left),
+        )
+    finally:
+        if errors:
+            raise errors[0]
+    if at_once > 1:
+        _report(study, search, folder)  # trials at the same time may have written an older state last
 
 
 def _finished(study: Any) -> int:

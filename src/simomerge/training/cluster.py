@@ -149,10 +149,7 @@ class RayPool(WorkerPool):
         task = ray.remote(_task).options(**needs, name=name)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                result = self._result(name, task.remote(function, dict(arguments), setup, self._reports))
-                if log:
-                    log.unlink(missing_ok=True)
-                return result
+                return self._result(name, task.remote(function, dict(arguments), setup, self._reports))
             except ray.exceptions.RayTaskError as error:  # an exception of the job itself
                 if isinstance(error.cause, (OSError, MemoryError)) and attempt < ATTEMPTS:
                     self._say(name, f"{type(error.cause).__name__}, attempt {attempt + 1} of {ATTEMPTS}")
@@ -233,8 +230,12 @@ def _task(function: Callable[..., Any], arguments: dict[str, Any], setup: _Setup
             said[label] = time.monotonic()
             reports.put.remote((label, done, total, note))
 
-    with _logged(_log(arguments)), show_progress(report):
-        return function(**arguments)
+    log = _log(arguments)
+    with _logged(log), show_progress(report):
+        result = function(**arguments)
+    if log:
+        log.unlink(missing_ok=True)
+    return result
 
 
 @contextmanager
@@ -279,7 +280,7 @@ def _tail(log: Path | None, text: str = "") -> str:
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()][-_LINES:]
     where = f" ({log})" if log is not None else ""
     if not lines and log is not None and not log.exists():
-        return f"Its log is {log} on the node that ran it."
+        return f"Its log is {log.name} in the run folder of the node that ran it."
     return f"Its log{where} ends with:\n" + "\n".join(lines) if lines else f"Its log{where} is empty."
 
 

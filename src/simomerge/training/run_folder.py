@@ -18,6 +18,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_bytes
 from simomerge.core.model_files import DESCRIPTION, is_model_file
 from simomerge.core.remote import (
+    Unreachable,
     copy_here,
     copy_there,
     is_url,
@@ -136,6 +137,8 @@ class RunFolder:
                 if not output.exists():
                     with atomic_folder(output, durable=False) as folder:
                         copy_here(self._at(output), folder)
+                        if not (folder / LOG).is_file():
+                            raise Unreachable(f"{self._at(output)}: another run is writing it; repeat the command.")
 
     def log(self, output: Path) -> Path:
         """The log of a stage on this machine. Without the stage's folder, a copy in the cache folder."""
@@ -145,8 +148,9 @@ class RunFolder:
     def restored(self, name: str) -> Path:
         """The path of a file that only grows, after copying it from the URL unless this machine's has more."""
         if self.url and names_there(f"{self.url}/{name}"):
-            there = local_copy(f"{self.url}/{name}").read_bytes()
-            place = self.path / name
+            copy, place = local_place("urls", f"{self.url}/{name}"), self.path / name
+            copy_here(f"{self.url}/{name}", copy)
+            there = copy.read_bytes()
             if not (place.is_file() and place.read_bytes().startswith(there)):
                 atomic_write_bytes(place, there)
         return self.path / name

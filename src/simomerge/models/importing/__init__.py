@@ -70,9 +70,11 @@ def _try(expert: SimoModel, source: str | Path, task: str) -> None:
     multiple, wanted = expert.encoder.multiple, expert.tasks[task].channels
     side = max(1, _SIDE // multiple) * multiple
     kind = head_kind(expert.heads[task])
+    with torch.no_grad():
+        features = expert.eval().encode(torch.full((1, 3, side, side), 0.5))
     try:
-        with torch.inference_mode():
-            found = tuple(expert.eval()(torch.full((1, 3, side, side), 0.5))[task].shape)
+        with torch.no_grad():
+            found = tuple(expert.decode(features)[task].shape)
     except Exception as error:  # the head may be of any class
         raise InputError(
             f"{source}: the head {kind} fails on the encoder's features ({type(error).__name__}:"
