@@ -141,7 +141,9 @@ def _config(source: str) -> Any:
 
 
 def _architecture(config: Any) -> str:
-    return str((config.architectures or [""])[0])
+    """The class that config.json names first; empty if it names none."""
+    named = config.architectures
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _encoder(config: Any, source: str) -> Encoder:
