@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,15 @@ def test_mappings_that_do_not_fit_list_what_does_not(
     import_expert(tmp_path / "mine.pth", "segmentation", **options)
     with pytest.raises(InputError, match=message):
         import_expert(tmp_path / "mine.pth", "segmentation", **{**options, **change})
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, math.inf, "DPTForDepthEstimation", [], 3])
+def test_architectures_that_are_no_list_of_names_are_refused(value: Any, tmp_path: Path) -> None:
+    models.depth_anything(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": value}))
+    with pytest.raises(InputError, match=r"config\.json|only DepthAnythingForDepthEstimation"):
+        import_expert(tmp_path, "depth")
 
 
 def test_other_architectures_are_named(tmp_path: Path, base_folder: Path) -> None:
