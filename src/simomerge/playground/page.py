@@ -201,7 +201,7 @@ def _choices(workshop: Workshop) -> list[Any]:
     start = "folded" if workshop.samples else next(iter(HEADS))
     info = "A fold repairs the heads in closed form, on pictures without labels."
     heads = gr.Radio(list(HEADS), value=start, label="Heads", info=info)
-    text = f"**Pictures for the fold:** 8 to {MAX_PICTURES} of different scenes."
+    text = f"**Pictures for the fold:** 8 to {MAX_PICTURES} of different scenes; select the files of a folder together."
     if workshop.samples:
         text += f" Without them, {len(workshop.samples)} rooms are used."
     gr.Markdown(text, padding=True)

@@ -143,7 +143,7 @@ def test_a_recipe_in_two_processes_has_the_metrics_of_one(together: Callable[...
 
 @pytest.fixture(scope="session")
 def divided(together: Callable[..., dict[int, Path]]) -> dict[int, Path]:
-    return together("shard", "shard_realigned")
+    return together("shard", "shard_realigned", "weightings")
 
 
 @pytest.mark.slow
@@ -173,9 +173,26 @@ def test_a_training_resumes_on_another_number_of_processes(divided: dict[int, Pa
 @pytest.mark.slow
 def test_realignments_of_a_divided_model_are_those_of_a_whole_one(divided: dict[int, Path]) -> None:
     alone, shared = found(divided, "shard-realigned")
-    close(alone.pop("scores"), shared.pop("scores"), 1e-4)
+    close(alone["scores"], shared["scores"], 1e-4)  # after a training
+    close(alone["start"], shared["start"], 1e-6)
+    close(alone["fold"], shared["fold"], 3e-6)
     for name in ("adapters", "lora", "stored", "live"):
         same_weights(alone[name], shared[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adapters", "lora"])
+def test_training_inside_the_encoder_is_that_of_one_process(divided: dict[int, Path], method: str) -> None:
+    alone, shared = found(divided, "shard-realigned")
+    same_weights(alone[f"whole {method}"], shared[f"whole {method}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["pcgrad", "cagrad", "gradnorm"])
+def test_gradient_weightings_are_those_of_one_process(divided: dict[int, Path], weighting: str) -> None:
+    alone, shared = found(divided, f"train-{weighting}")
+    close(alone["log"]["validation"], shared["log"]["validation"], 1e-6)
+    same_weights(alone["model"], shared["model"])
 
 
 def test_one_process_cannot_divide_a_model() -> None:

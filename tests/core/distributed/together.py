@@ -65,15 +65,20 @@ def save(output: Path, name: str, value: Any) -> None:
     torch.save(value, output / f"{name}-{distributed.rank()}.pt")
 
 
-def train(base: Path, output: Path) -> None:
+def train(base: Path, output: Path, weightings: tuple[str, ...] = ("uncertainty", "nash")) -> None:
     data = load_data("rooms", "train", 16, ("depth", "segmentation", "normals"))
     kinds = {"depth": "linear", "segmentation": "dpt", "normals": "linear"}
     validation = load_data("rooms", "val", 9, tuple(data.tasks))
-    for weighting in ("uncertainty", "nash"):
+    for weighting in weightings:
         model = model_of(base, data, kinds).requires_grad_(True)
         options = TuneOptions(weighting=weighting, checkpointing=weighting == "nash")
         log = finetune(model, data, SETTINGS, validation, output / f"{weighting}.safetensors", options=options)
         save(output, f"train-{weighting}", {"model": model.state_dict(), "log": asdict(log)})
+
+
+def weightings(base: Path, output: Path) -> None:
+    """The other ways to weight the tasks by their gradients."""
+    train(base, output, ("pcgrad", "cagrad", "gradnorm"))
 
 
 def realigned(base: Path, output: Path) -> None:
@@ -196,10 +201,14 @@ def shard_realigned(base: Path, output: Path) -> None:
     model = model_of(base, data, kinds)
     experts = moved_experts(base, data, kinds)
     found = {}
+    for method in ("adapters", "lora"):
+        given = {"data": data, "method": method, "training": HEAD_SETTINGS, "rank": 2}
+        found[f"whole {method}"] = realign(model, **given).state_dict()
+        with divided():
+            found[method] = realign(model, **given).state_dict()
     with divided():
-        for method in ("adapters", "lora"):
-            trained = realign(model, data=data, method=method, training=HEAD_SETTINGS, rank=2)
-            found[method] = trained.state_dict()
+        found["fold"] = realign(model, experts, data, images_at_once=2).heads.state_dict()
+        found["start"] = evaluate(model, data, batch_size=4)
         model.provenance = {"realign": {"method": "fold"}}
         for predictions in ("stored", "live"):
             given = {"training": SETTINGS, "hold_out": 0.3, "predictions": predictions}
