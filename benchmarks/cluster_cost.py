@@ -72,17 +72,21 @@ class Encoder:
         return 2.0 * self.weights * self.tokens + attention
 
 
+def sent(work: str, encoder: Encoder, gpus: int, images: float, given: argparse.Namespace) -> float:
+    """Bytes that each GPU sends for all images: gradients twice per step, and with ``--shard`` weights too."""
+    steps = images / (given.batch * gpus)
+    return steps * {"train": 2.0, "train --shard": 3.0}.get(work, 0.0) * 4 * encoder.weights * (gpus - 1) / gpus
+
+
 def seconds(
     work: str, encoder: Encoder, cluster: Cluster, gpus: int, images: float, given: argparse.Namespace
 ) -> dict[str, float]:
     """Resource -> seconds that it alone would need for all images."""
     passes = {"fold": 1.0 + given.experts, "evaluate": 1.0, "train": 3.0, "train --shard": 3.0}[work]
-    sent = {"train": 2.0, "train --shard": 3.0}.get(work, 0.0) * 4 * encoder.weights * (gpus - 1) / gpus
-    steps = images / (given.batch * gpus)
     link = cluster.link if gpus <= 8 else cluster.network
     return {
         "products": images * passes * encoder.forward / (gpus * cluster.peak * 1e12 * cluster.utilisation),
-        "network": steps * sent / (link * 1e9),
+        "network": sent(work, encoder, gpus, images, given) / (link * 1e9),
         "disk": images * given.image_kb * 1e3 / (cluster.disk * 1e9),
         "decoding": images * given.decode_ms / 1e3 / (gpus * cluster.cores),
     }
@@ -107,14 +111,16 @@ def main() -> None:
     encoder = Encoder(*ENCODERS[given.encoder], given.tokens)
     cluster = Cluster(given.peak, given.utilisation, given.link, given.network, given.disk, given.cores)
     print(f"Computed, not measured: ViT-{given.encoder}, {given.images:.0e} images, {vars(given)}\n")
-    print("| work | GPUs | hours | saturates first | products | network | disk | decoding |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"Read from the storage: {given.images * given.image_kb / 1e9:.0f} TB.\n")
+    print("| work | GPUs | hours | saturates first | products | network | disk | decoding | TB sent per GPU |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for work in ("fold", "evaluate", "train", "train --shard"):
         for gpus in GPUS:
             found = seconds(work, encoder, cluster, gpus, given.images, given)
             first = max(found, key=lambda name: found[name])
             hours = " | ".join(f"{value / 3600:.2f}" for value in found.values())
-            print(f"| {work} | {gpus} | {found[first] / 3600:.2f} | {first} | {hours} |")
+            moved = sent(work, encoder, gpus, given.images, given) / 1e12
+            print(f"| {work} | {gpus} | {found[first] / 3600:.2f} | {first} | {hours} | {moved:.0f} |")
 
 
 if __name__ == "__main__":
