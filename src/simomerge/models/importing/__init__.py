@@ -70,15 +70,16 @@ def _try(expert: SimoModel, source: str | Path, task: str) -> None:
     multiple, wanted = expert.encoder.multiple, expert.tasks[task].channels
     side = max(1, _SIDE // multiple) * multiple
     kind = head_kind(expert.heads[task])
-    with torch.no_grad():
-        features = expert.eval().encode(torch.full((1, 3, side, side), 0.5))
+    part = "the encoder fails on an image"
     try:
         with torch.no_grad():
+            features = expert.eval().encode(torch.full((1, 3, side, side), 0.5))
+            part = f"the head {kind} fails on the encoder's features"
             found = tuple(expert.decode(features)[task].shape)
-    except Exception as error:  # the head may be of any class
+    except Exception as error:  # both may be of any class
         raise InputError(
-            f"{source}: the head {kind} fails on the encoder's features ({type(error).__name__}:"
-            f" {first_sentence(error)}). Check --taps, --head and --head-arg."
+            f"{source}: {part} ({type(error).__name__}: {first_sentence(error)}). Check --taps, --head, --head-arg and"
+            " the source's config.json."
         ) from error
     if len(found) != 4 or found[1] != wanted:
         raise InputError(
