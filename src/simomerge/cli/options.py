@@ -94,6 +94,24 @@ place = click.Path(path_type=str)
 """A file, a folder or a hub id; the shell completes files. What it must be is checked where it is read."""
 
 
+class _First(click.Path):
+    """The model that a command takes before its experts, which is easily forgotten."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(path_type=str)
+        self.what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name, equals, _ = str(value).partition("=")
+        if param is not None and ctx is not None and equals and "/" not in name and not Path(value).exists():
+            first = param.make_metavar(ctx)
+            raise InputError(
+                f"the first argument of {ctx.info_name} is {first}, {self.what}; {value!r} looks like an expert."
+                f" Give {first} before the experts: simomerge {ctx.info_name} {first} {value} ..."
+            )
+        return super().convert(value, param, ctx)
+
+
 def _pairs(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, str]:
     return parse_pairs(given)
 
@@ -139,6 +157,42 @@ def _trust_code(context: click.Context, option: Any, given: bool) -> None:
         trust()
 
 
+class MethodCommand(click.Command):
+    """A command with `method_parameters`. It says where a parameter belongs that is given as an option of its own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.removeprefix("--").replace("-", "_")
+            if methods := _methods_with(name):
+                value = _value_after(error.option_name, given)
+                raise InputError(
+                    f"{error.option_name} is no option: {name} is a parameter of the method"
+                    f"{'s' if len(methods) > 1 else ''} {', '.join(methods)}. Give -p {name}={value}."
+                ) from error
+            raise
+
+
+def _methods_with(parameter: str) -> list[str]:
+    """The merge methods that have a parameter of this name."""
+    from simomerge.core.registry import settings
+    from simomerge.merging import available
+
+    return [name for name, method in available().items() if any(each.name == parameter for each in settings(method))]
+
+
+def _value_after(option: str, args: Sequence[str]) -> str:
+    """What was given as the value of an option, or VALUE."""
+    for index, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name == option:
+            following = args[index + 1 : index + 2]
+            return value if equals else next((each for each in following if not each.startswith("-")), "VALUE")
+    return "VALUE"
+
+
 def logs_of(output: Path) -> Path:
     """Where trackers write, for an output folder that appears only when all is done."""
     return output.parent / f"{output.name}-logs"
@@ -156,6 +210,13 @@ class Name(click.Choice[str]):
 
 # Arguments and options ----------------------------------------------------------------------------------
 
+
+def first(name: str, what: str) -> Decorator:
+    """The argument before the experts: a folder or a hub id. An expert in its place is named as the mistake."""
+    return click.argument(name, type=_First(what))
+
+
+base = first("base", "the encoder that the experts were fine-tuned from")
 some_experts = click.argument("experts", nargs=-1, type=_Pair(), metavar="[TASK=EXPERT]...", callback=_pairs)
 experts = click.argument("experts", nargs=-1, type=_Pair(), required=True, metavar="TASK=EXPERT...", callback=_pairs)
 
@@ -189,6 +250,9 @@ pictures = together(
         metavar="HEIGHTxWIDTH",
         help="Resize the images, in pixels; own keeps their sizes. [default: the experts' training size]",
     ),
+)
+split = click.option(
+    "--split", help="Split of the data, or of a dataset as --images. [default: val; for --images all but test]"
 )
 trust_code = click.option(
     "--trust-code",
@@ -292,10 +356,14 @@ def folder(default: Path | None, help: str, required: bool = False, urls: bool =
     return click.option("-o", "--output", type=_Written(urls), **settings)
 
 
+def is_given(name: str) -> bool:
+    """Whether the user gave an option or argument of the command that runs."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def note_count(count: int | None, available: int, what: str) -> None:
     """Say it if ``--count`` was given, and fewer images are there."""
-    source = click.get_current_context().get_parameter_source("count")
-    if count is not None and available < count and source is click.core.ParameterSource.COMMANDLINE:
+    if count is not None and available < count and is_given("count"):
         warning(f"--count {count}: {what} has {available} images; all of them are used.")
 
 
