@@ -11,6 +11,7 @@ import click
 from simomerge.cli import options
 from simomerge.cli.next_step import next_step, pairs, realign_step
 from simomerge.cli.output import console, say
+from simomerge.cli.parameters import MethodCommand, method_parameters
 from simomerge.core.errors import InputError
 from simomerge.core.text import plain
 
@@ -24,7 +25,7 @@ _WORDS = {
 """What an entry of the record of a merge is called in the summary, where its key is no plain word."""
 
 
-@click.command("merge", cls=options.MethodCommand)
+@click.command("merge", cls=MethodCommand)
 @options.base
 @options.experts
 @click.option(
@@ -33,7 +34,7 @@ _WORDS = {
     show_default=True,
     help="See `simomerge methods`; 'auto' tries some on --images and folds the best.",
 )
-@options.method_parameters
+@method_parameters
 @click.option(
     "--scale",
     help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto'"
