@@ -39,6 +39,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "parameter's value": ((*MERGE, "--method", "ties", "-p", "density=much"), "density must be a number.*'much'"),
     "parameter's range": ((*MERGE, "--method", "ties", "-p", "density=1.5"), "density must be a number.*1.5"),
     "parameter's parameter": ((*MERGE, "--method", "average", "--scale", "1"), "'average' has no parameter 'scale'"),
+    "parameter as an option": (
+        (*MERGE, "--method", "ties", "--density", "0.5"),
+        r"--density is no option: density is a parameter of the methods .*dare-ties, .*ties\. Give -p density=0\.5\.$",
+    ),
     "scale": ((*MERGE, "--scale", "best"), "--scale best: give a number, .*'auto' or 'learned'"),
     "negative scale": ((*MERGE, "--scale", "-1"), "scale must be"),
     "minutes without auto": ((*MERGE, "--minutes", "2"), "--minutes is the time of --method auto"),
@@ -47,6 +51,28 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "task twice": (("merge", "BASE", "depth=DEPTH", "depth=x", "-o", "OUT"), "two experts for task 'depth'"),
     "expert's path": (("merge", "BASE", "depth=./nowhere", "-o", "OUT"), "nowhere does not exist"),
     "base's path": (("merge", "./nowhere", "depth=DEPTH", "-o", "OUT"), "nowhere: no such folder"),
+    "forgotten base of a merge": (
+        ("merge", "depth=DEPTH", "normals=NORMALS", "-o", "OUT"),
+        "first argument of merge is BASE, the encoder that the experts were fine-tuned from; 'depth=.*' looks like an"
+        r" expert\. Give BASE before the experts: simomerge merge BASE depth=",
+    ),
+    "forgotten base of relate": (("relate", "depth=DEPTH", "normals=NORMALS"), "first argument of relate is BASE, the"),
+    "forgotten base of compress": (("compress", "depth=DEPTH", "-o", "OUT"), "first argument of compress is BASE, the"),
+    "forgotten model": (("evaluate", "depth=DEPTH"), "evaluate is MODEL, the model to evaluate; 'depth=.*' looks like"),
+    "forgotten merged model": (
+        ("realign", "depth=DEPTH", "--images", "./nowhere", "-o", "OUT"),
+        "realign is MODEL, the model that the experts were merged into; 'depth=.*' looks like an expert",
+    ),
+    "base's path with an equals sign": (
+        ("merge", "./lr=1/base", "depth=DEPTH", "-o", "OUT"),
+        "lr=1/base: no such folder",
+    ),
+    "split without images": ((*MERGE, "--split", "train"), "--split chooses among images, and this merge uses none"),
+    "precision without images": ((*MERGE, "--precision", "bf16"), "--precision is that of computations with images"),
+    "split of a folder": (
+        (*MERGE, "--scale", "auto", "--images", "FOLDER", "--split", "val"),
+        "is a folder of pictures and has no splits; leave the split out",
+    ),
     "expert of no task": (
         ("merge", "BASE", "depth=BASE", "--scale", "auto", "-o", "OUT"),
         "expert 'depth' has the tasks none",

@@ -30,7 +30,7 @@ def test_only_modules_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("broken:Thing", "'broken' cannot be imported.*RuntimeError: at import.*fix the module"),
         ("wrong:Thing", "'wrong' cannot be imported.*SyntaxError.*fix the module"),
         ("raising:Thing", "cannot be created with.*ValueError: never"),
-        ("__main__:Gone", "script or notebook"),
+        ("__main__:Gone", "notebook or script"),
     ):
         with trusting(), pytest.raises(InputError, match=message):
             make(path, {}, nn.Module)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compress")
-@click.argument("base", type=options.place)
+@options.base
 @options.experts
 @click.option("--threshold", default="auto", show_default=True, help="Lambda of the masks: a number or 'auto'.")
 @click.option(

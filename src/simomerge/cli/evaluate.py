@@ -13,7 +13,7 @@ from simomerge.core.errors import InputError
 
 
 @click.command("evaluate")
-@click.argument("model", type=options.place)
+@options.first("model", "the model to evaluate")
 @options.some_experts
 @options.data
 @click.option("--split", default="test", show_default=True)

@@ -11,6 +11,7 @@ import click
 from simomerge.cli import options
 from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
+from simomerge.cli.parameters import MethodCommand, method_parameters
 from simomerge.core.errors import InputError
 from simomerge.core.text import plain
 
@@ -24,8 +25,8 @@ _WORDS = {
 """What an entry of the record of a merge is called in the summary, where its key is no plain word."""
 
 
-@click.command("merge")
-@click.argument("base", type=options.place)
+@click.command("merge", cls=MethodCommand)
+@options.base
 @options.experts
 @click.option(
     "--method",
@@ -33,7 +34,7 @@ _WORDS = {
     show_default=True,
     help="See `simomerge methods`; 'auto' tries some on --images and folds the best.",
 )
-@options.method_parameters
+@method_parameters
 @click.option(
     "--scale",
     help="Factor of the merged task vector: a number, TASK:NUMBER,... or, chosen on images, 'auto'"
@@ -44,6 +45,7 @@ _WORDS = {
 @options.size_in_bytes("--max-shard-size", "Split larger weights, such as 2GB. [default: one file]")
 @options.pictures
 @options.data
+@options.split
 @click.option(
     "--count",
     type=click.IntRange(1),
@@ -68,6 +70,7 @@ _WORDS = {
     help="Store own blocks as differences of this rank to shared weights. [default: in full]",
 )
 @click.option("--labels", metavar="DATA", help="Choose for --budget by the labels of this dataset's validation split.")
+@options.precision
 @options.trust_code
 @options.output()
 def command(as_json: bool, **given: Any) -> None:
@@ -84,6 +87,11 @@ def command(as_json: bool, **given: Any) -> None:
     """
     wanted = _Wanted(**given)
     wanted.check()
+    if not wanted.uses_images and options.is_given("precision"):
+        raise InputError(
+            "--precision is that of computations with images, and this merge uses none. For the stored weights,"
+            " give --dtype."
+        )
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
     unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement", "loss", "difference_kept")
     details = ", ".join(f"{_WORDS.get(key, key)} {_shown(value)}" for key, value in made.items() if key not in unseen)
@@ -115,6 +123,7 @@ class _Wanted:
     images: str | None
     size: str | None
     data: str
+    split: str | None
     count: int | None
     minutes: float | None
     branch: int | None
@@ -203,6 +212,8 @@ class _Wanted:
         if self.method != "auto":
             get_method(self.method, **{**given, "scale": 1.0} if self.searched else given)
         as_schedule(self.schedule)
+        if self.split is not None and not self.uses_images:
+            raise InputError("--split chooses among images, and this merge uses none; leave it out.")
         files = [path for path in (self.base, *self.experts.values()) if Path(path).suffix in _FILES]
         if self.uses_images and files:
             what = f"--scale {self.scale}" if self.searched else "a tree" if self.shares_blocks else self.method
@@ -259,13 +270,14 @@ class _Wanted:
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""
-        from simomerge.datasets.load import load_data
+        from simomerge.datasets.load import load_data, load_images
 
+        tasks = list(self.experts)
         if self.images is not None:
-            tasks = list(self.experts)
             labelled = None if self.labels is None else load_data(self.labels, split="val", count=256, tasks=tasks)
-            return {"images": self.images, "size": self.size, "count": self.count, "validation": labelled}
-        data = load_data(self.data, split="val", count=self.count or 256, tasks=list(self.experts))
+            images = load_images(self.images, self.split)
+            return {"images": images, "size": self.size, "count": self.count, "validation": labelled}
+        data = load_data(self.data, split=self.split or "val", count=self.count or 256, tasks=tasks)
         return {"validation": data}
 
     def next_step(self, model: bool) -> str:

@@ -94,12 +94,26 @@ place = click.Path(path_type=str)
 """A file, a folder or a hub id; the shell completes files. What it must be is checked where it is read."""
 
 
+class _First(click.Path):
+    """The model that a command takes before its experts, which is easily forgotten."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(path_type=str)
+        self.what = what
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name, equals, _ = str(value).partition("=")
+        if param is not None and ctx is not None and equals and "/" not in name and not Path(value).exists():
+            first = param.make_metavar(ctx)
+            raise InputError(
+                f"the first argument of {ctx.info_name} is {first}, {self.what}; {value!r} looks like an expert."
+                f" Give {first} before the experts: simomerge {ctx.info_name} {first} {value} ..."
+            )
+        return super().convert(value, param, ctx)
+
+
 def _pairs(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, str]:
     return parse_pairs(given)
-
-
-def _parameters(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, Any]:
-    return {name: parse_value(value) for name, value in parse_pairs(given, "KEY=VALUE").items()}
 
 
 def _numbers(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, Any]:
@@ -156,6 +170,13 @@ class Name(click.Choice[str]):
 
 # Arguments and options ----------------------------------------------------------------------------------
 
+
+def first(name: str, what: str) -> Decorator:
+    """The argument before the experts: a folder or a hub id. An expert in its place is named as the mistake."""
+    return click.argument(name, type=_First(what))
+
+
+base = first("base", "the encoder that the experts were fine-tuned from")
 some_experts = click.argument("experts", nargs=-1, type=_Pair(), metavar="[TASK=EXPERT]...", callback=_pairs)
 experts = click.argument("experts", nargs=-1, type=_Pair(), required=True, metavar="TASK=EXPERT...", callback=_pairs)
 
@@ -167,15 +188,6 @@ data = click.option(
     default="rooms",
     show_default=True,
     help="rooms, nyuv2:FOLDER, cityscapes:FOLDER, taskonomy:FOLDER, or a manifest of your own data; or the URL of one.",
-)
-method_parameters = click.option(
-    "-p",
-    "--parameter",
-    "parameters",
-    multiple=True,
-    metavar="KEY=VALUE",
-    callback=_parameters,
-    help="Parameter of the method; may be repeated.",
 )
 pictures = together(
     click.option(
@@ -189,6 +201,9 @@ pictures = together(
         metavar="HEIGHTxWIDTH",
         help="Resize the images, in pixels; own keeps their sizes. [default: the experts' training size]",
     ),
+)
+split = click.option(
+    "--split", help="Split of the data, or of a dataset as --images. [default: val; for --images all but test]"
 )
 trust_code = click.option(
     "--trust-code",
@@ -292,10 +307,14 @@ def folder(default: Path | None, help: str, required: bool = False, urls: bool =
     return click.option("-o", "--output", type=_Written(urls), **settings)
 
 
+def is_given(name: str) -> bool:
+    """Whether the user gave an option or argument of the command that runs."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def note_count(count: int | None, available: int, what: str) -> None:
     """Say it if ``--count`` was given, and fewer images are there."""
-    source = click.get_current_context().get_parameter_source("count")
-    if count is not None and available < count and source is click.core.ParameterSource.COMMANDLINE:
+    if count is not None and available < count and is_given("count"):
         warning(f"--count {count}: {what} has {available} images; all of them are used.")
 
 

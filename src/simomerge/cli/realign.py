@@ -59,15 +59,13 @@ def _help() -> str:
 
 
 @click.command("realign", help=_help())
-@click.argument("model", type=options.place)
+@options.first("model", "the model that the experts were merged into")
 @options.some_experts
 @click.option("--method", type=options.Name(list(realignments())), default="fold", show_default=True)
 @options.pictures
 @click.option("--base", type=options.place, help="The foundation encoder: a folder, a hub id or rooms-base.")
 @options.data
-@click.option(
-    "--split", help="Split of the data, or of a dataset as --images. [default: val; for --images all but test]"
-)
+@options.split
 @click.option(
     "--count",
     type=click.IntRange(1),

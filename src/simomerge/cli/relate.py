@@ -13,7 +13,7 @@ from simomerge.core.errors import InputError
 
 
 @click.command("relate")
-@click.argument("base", type=options.place)
+@options.base
 @options.experts
 @options.pictures
 @click.option("--data", help="Labelled data instead of --images: rooms, NAME:FOLDER or a manifest.")

@@ -21,6 +21,7 @@ from simomerge.cli.output import console, say
 @options.folder(None, "Folder (OUT), or its URL. [default: the recipe's + -search]", urls=True)
 @options.workers
 @options.ray
+@options.precision
 @options.trust_code
 @options.as_json
 def command(recipe: str, changes: tuple[str, ...], output: str | Path | None, as_json: bool, **given: Any) -> None:

@@ -14,9 +14,13 @@ from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, TypeVar
 
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 
 _Class = TypeVar("_Class", bound=type)
+
+_MAIN = "__main__:"
+"""How the path of a class begins that is defined in a notebook, in a script or on the prompt."""
 
 _registered: dict[str, type | None] = {}
 """The registered classes by their path; None if the class was registered in the process that started this one."""
@@ -125,14 +129,45 @@ def settings_of(thing: object) -> dict[str, Any]:
     return settings
 
 
+def warn_of_main(described: Mapping[str, Any]) -> None:
+    """Warn of the classes in a description that are defined in a notebook or script, where no other program finds them.
+
+    Args:
+        described: What a model folder is about to say about its encoder and heads.
+
+    Warns:
+        UserWarning: There is such a class.
+    """
+    if names := sorted({path.removeprefix(_MAIN) for path in _paths_of_main(described)}):
+        are, them, these = ("are", "them", "these classes") if len(names) > 1 else ("is", "it", "this class")
+        warn(
+            f"{' and '.join(names)} {are} defined in a notebook or script (__main__): only a program that defines and"
+            f" registers {these} can load the model. Move {them} to a module, and import {them} from there."
+        )
+
+
+def _paths_of_main(described: Any) -> Iterator[str]:
+    if isinstance(described, Mapping):
+        for value in described.values():
+            yield from _paths_of_main(value)
+    elif isinstance(described, str) and described.startswith(_MAIN):
+        yield described
+
+
 def make(path: str, settings: Mapping[str, Any], base: type) -> Any:
     """Create an object of the class ``module:Class``, a subclass of ``base``.
+
+    For a class of a notebook or script (``__main__:Class``), the one registered class of this name is taken, if it is
+    not registered itself: it was moved to a module.
 
     Raises:
         InputError: The class is neither registered nor trusted, does not exist here, is no subclass, or rejects the
             arguments.
     """
+    path = _moved(path)
     if path not in _registered and not _trusted.get():
+        if path.startswith(_MAIN):
+            raise _of_main(path)
         raise InputError(
             f"{path} is a class outside simomerge, and a model folder runs no code unasked. Import the class and"
             " register it (sm.register_encoder or sm.register_head), or load with trust_code=True (--trust-code)"
@@ -147,13 +182,35 @@ def make(path: str, settings: Mapping[str, Any], base: type) -> Any:
         raise InputError(f"{path}: cannot be created with {settings} ({type(error).__name__}: {error}).") from error
 
 
+def _moved(path: str) -> str:
+    """The path of the registered class that a path means. Raises InputError if it may mean several."""
+    if path in _registered or not path.startswith(_MAIN):
+        return path
+    found = [known for known in _registered if known.partition(":")[2] == path.removeprefix(_MAIN)]
+    if len(found) > 1:
+        raise InputError(
+            f"{path} was defined in a notebook or script (__main__), and {' and '.join(found)} are registered under its"
+            " name. Register only the one that is meant."
+        )
+    return found[0] if found else path
+
+
+def _of_main(path: str) -> InputError:
+    """The error for a class of a notebook or script that this program does not define."""
+    return InputError(
+        f"{path} was defined in a notebook or script (__main__), where no other program finds it. In Python, define the"
+        " class or import it from a module, and register it (sm.register_encoder or sm.register_head) before loading."
+        " With the class of a module, save the model again: then the folder names that module."
+    )
+
+
 def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         found: Any = import_module(module)
     except Exception as error:  # a custom module may raise anything
-        missing = isinstance(error, ModuleNotFoundError)
-        remedy = "run where it can be imported (its folder in PYTHONPATH)" if missing else "fix the module"
+        absent = isinstance(error, ModuleNotFoundError)
+        remedy = "run where it can be imported (its folder in PYTHONPATH)" if absent else "fix the module"
         raise InputError(
             f"{path}: the module {module!r} cannot be imported ({type(error).__name__}: {error}); {remedy}."
         ) from error
@@ -161,6 +218,6 @@ def _imported(path: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except AttributeError as error:
-        hint = "" if module != "__main__" else "; it was defined in a script or notebook: move it to a module"
-        raise InputError(f"{path}: no such class in the module{hint}.") from error
+        missing = _of_main(path) if path.startswith(_MAIN) else InputError(f"{path}: no such class in the module.")
+        raise missing from error
     return found

@@ -19,7 +19,7 @@ from simomerge.checkpoints.description import FILE, format_of, head_file, model_
 from simomerge.checkpoints.experts import of_group, origin_of, own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.core import images
-from simomerge.core.classes import make, settings_of, trusting
+from simomerge.core.classes import make, settings_of, trusting, warn_of_main
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task, select_tasks
@@ -195,10 +195,16 @@ class SimoModel(nn.Module):
         Raises:
             InputError: The folder exists and ``overwrite`` is false, a weight is too large for ``dtype``, or the disk
                 is full.
+
+        Warns:
+            UserWarning: The class of the encoder or of a head is defined in a notebook or script, so that no other
+                program can load the folder.
         """
         from safetensors.torch import save_file
 
-        with model_folder(folder, self.description(), overwrite) as target:
+        description = self.description()
+        warn_of_main({name: description[name] for name in ("encoder", "heads")})
+        with model_folder(folder, description, overwrite) as target:
             save_encoder(self.encoder, target, dtype)
             for name, head in self.heads.items():
                 save_file(stored_tensors(head), head_file(target, name))
