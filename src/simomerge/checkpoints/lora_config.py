@@ -38,12 +38,16 @@ _VARIANTS = {
 #: Initialisations that subtract the first B @ A from the base: the adapter fits only the changed base.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-
 _WORD = re.compile(r"\w+")
 _SECONDS = 0.02  # for one expression of adapter_config.json and one name
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        InputError: no such file, another type of adapter than plain LoRA, or an initialisation that changed the base.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist: give the folder of a peft adapter.")
     config: dict[str, Any] = read_json(path, "copy or save the adapter again.", _CONFIG_SCHEMA)
@@ -62,10 +66,21 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def not_plain(path: Path, variant: str) -> InputError:
+    """The error for an adapter of a variant of LoRA, whose weights are not base + scale * B @ A."""
     return InputError(f"{path}: the adapter uses {variant}, which is more than base + B @ A: {REMEDY}.")
 
 
 def rank_and_scale(path: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """The rank of a module's factors, and the factor of their product.
+
+    Args:
+        path: The file of the configuration, for messages.
+        config: Its content.
+        module: The name of the module.
+
+    Raises:
+        InputError: The configuration has no rank and alpha for it.
+    """
     try:
         rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
         alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))

@@ -16,12 +16,15 @@ from PIL import Image
 from torch import nn
 from transformers import (
     BeitConfig,
+    BeitModel,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
     DPTConfig,
     DPTForDepthEstimation,
     SwinConfig,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
@@ -468,6 +471,49 @@ def test_an_adapter_with_one_layer_as_its_head(tmp_path: Path, base_folder: Path
         torch.testing.assert_close(expert(image)["parts"], wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match=r"the head in it is one layer .*'linear' has several"):
         import_expert(folder, "parts", classes=("a", "b", "c"), **{**options, "head": "linear"})
+
+
+class Placed(nn.Module):
+    """An encoder in an attribute of any name, and a head of one layer."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.net, self.head = encoder, nn.Conv2d(32, 2, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden = self.net(pixel_values=pixels).last_hidden_state
+        side = pixels.shape[-1] // 14
+        logits = self.head(hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side)))
+        return F.interpolate(logits, pixels.shape[-2:], mode="bilinear", align_corners=False)
+
+
+WIDE = {name: value for name, value in models.BACKBONE.items() if name != "mlp_ratio"} | {"intermediate_size": 48}
+FAMILIES = {
+    "swiglu": lambda: Dinov2Model(Dinov2Config(**models.BACKBONE, use_swiglu_ffn=True)),
+    "pooler": lambda: ViTModel(ViTConfig(**WIDE)),
+    "shared bias": lambda: BeitModel(BeitConfig(**WIDE, use_shared_relative_position_bias=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_adapters_on_families_whose_names_differ_on_disk(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(13)
+    encoder = FAMILIES[family]()
+    encoder.save_pretrained(tmp_path / "base")
+    targets = r".*\.(q_proj|query|dense|gate_proj|up_proj|fc1)"  # with that of the pooler
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["head"], init_lora_weights=False)
+    adapted = peft.get_peft_model(Placed(encoder), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().eval()
+    options: dict[str, Any] = {"encoder": tmp_path / "base", "head": "conv", "head_prefix": "head.", "taps": [4]}
+    expert = import_expert(tmp_path / "adapter", "parts", classes=("a", "b"), **options)
+    image = torch.rand(1, 3, 70, 70)
+    wanted = merged((image - expert.encoder.mean) / expert.encoder.std)
+    torch.testing.assert_close(expert(image)["parts"], wanted, rtol=1e-4, atol=1e-5)
+    assert wanted.std() > 0.05
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
