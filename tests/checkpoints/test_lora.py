@@ -13,6 +13,7 @@ from torch import nn
 from simomerge.checkpoints import as_numpy, canonicalise, fingerprint, open_checkpoint, write_safetensors
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
 from simomerge.core.errors import InputError
+from simomerge.merging.disk.merge import merge_on_disk
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 
@@ -218,11 +219,60 @@ def test_more_layers_and_places(tmp_path: Path, case: str) -> None:
         assert expert.info(own[canonical]).shape == expected[name].shape
 
 
-def test_a_head_is_left_out_with_a_warning(tmp_path: Path) -> None:
-    head = {"base_model.model.decode_head.weight": np.ones((2, 3)), "base_model.model.decode_head.bias": np.ones(2)}
-    with pytest.warns(UserWarning, match="left out 2 tensors of decode_head, which the base does not have"):
-        expert = open_lora(adapter(tmp_path, {**FACTORS, **head}, modules_to_save=["decode_head"]), BASE)
+def test_a_head_is_apart_and_a_merge_warns_of_it(tmp_path: Path) -> None:
+    head = {
+        "base_model.model.decode_head.weight": np.full((2, 3), 5.0),
+        "base_model.model.decode_head.bias": np.ones(2),
+    }
+    folder = adapter(tmp_path / "adapter", {**FACTORS, **head}, modules_to_save=["decode_head"])
+    expert = open_lora(folder, BASE)
     np.testing.assert_array_equal(expert.task_vector(f"{QUERY}.weight"), 3 * B @ A)
+    assert set(expert.head) == {"decode_head.weight", "decode_head.bias"} and set(expert) == set(BASE)
+    np.testing.assert_array_equal(expert.head["decode_head.weight"], np.full((2, 3), 5.0))
+    write_safetensors(tmp_path / "base.safetensors", BASE)
+    message = (
+        rf"{folder}: left out 2 tensors of decode_head, which the base does not have\. .*: simomerge import {folder}"
+        r" --task TASK --encoder BASE --head HEAD --head-prefix decode_head\."
+    )
+    with pytest.warns(UserWarning, match=message):
+        merge_on_disk(tmp_path / "base.safetensors", {"a": folder}, tmp_path / "merged.safetensors", "average")
+    merged = open_checkpoint(tmp_path / "merged.safetensors")[f"{QUERY}.weight"]
+    np.testing.assert_allclose(merged, BASE[f"{QUERY}.weight"] + 3 * B @ A, rtol=1e-3)
+
+
+def test_a_head_that_the_configuration_does_not_name(tmp_path: Path) -> None:
+    """As peft writes it with bias="all": the biases of modules that are not in modules_to_save."""
+    folder = adapter(tmp_path, {**FACTORS, "base_model.model.model.decode_head.bias": np.ones(2)})
+    with pytest.raises(InputError, match=rf"1 tensor that .*: simomerge import {folder} .*--head-prefix decode_head\."):
+        open_lora(folder, BASE)
+    assert list(open_lora(folder, BASE, ["model.decode_head."]).head) == ["model.decode_head.bias"]
+    blocks = {name.replace("layer.0", "layer.7"): value for name, value in FACTORS.items()}
+    with pytest.raises(InputError, match=r"Give the base that the adapter was trained on\.$"):
+        open_lora(adapter(tmp_path, blocks), BASE)
+
+
+def test_a_pooler_that_the_base_does_not_have_never_decides(tmp_path: Path) -> None:
+    """As target_modules="all-linear" and bias="all" change it, while encoders are loaded without it."""
+    pooler = {name.replace(QUERY, "pooler.dense"): value for name, value in FACTORS.items()}
+    bias = {"base_model.model.pooler.dense.bias": np.full(4, 7.0)}
+    folder = adapter(tmp_path, {**FACTORS, **pooler, **bias})
+    expert = open_lora(folder, BASE)
+    assert set(expert) == set(BASE) and not expert.head
+    np.testing.assert_array_equal(expert.task_vector(f"{QUERY}.weight"), 3 * B @ A)
+    with_pooler = {**BASE, "pooler.dense.weight": np.ones((4, 3)), "pooler.dense.bias": np.zeros(4)}
+    expert = open_lora(folder, with_pooler)
+    np.testing.assert_array_equal(expert.task_vector("pooler.dense.weight"), 3 * B @ A)
+    np.testing.assert_array_equal(expert["pooler.dense.bias"], np.full(4, 7.0))
+
+
+def test_factors_of_other_modules_are_left_out_by_their_prefix(tmp_path: Path) -> None:
+    factors = {name.replace(QUERY, "auxiliary.0"): value for name, value in FACTORS.items()}
+    folder = adapter(tmp_path, {**FACTORS, **factors})
+    with pytest.raises(InputError, match=r"1 tensor that the base does not have: auxiliary\.0\.weight"):
+        open_lora(folder, BASE)
+    expert = open_lora(folder, BASE, ["auxiliary.", "encoder."])
+    np.testing.assert_array_equal(expert.task_vector(f"{QUERY}.weight"), 3 * B @ A)
+    assert not expert.head
 
 
 def test_two_encoders_in_one_adapter_are_refused(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Reading checkpoints, against safetensors and torch as oracles."""
 
+import argparse
 import json
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +62,101 @@ def test_special_values_of_bfloat16(tmp_path: Path) -> None:
     assert read.tobytes() == values.bfloat16().float().numpy().tobytes()
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
+KEYS = ["state_dict", "model", "model_state_dict", "net", "network", "params", "student"]
+AVERAGES = ["state_dict_ema", "model_ema", "ema", "ema_state_dict", "params_ema", "teacher"]
+
+
+def averaged() -> dict[str, torch.Tensor]:
+    return {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state().items()}
+
+
+def lightning(**more: Any) -> dict[str, Any]:
+    """What PyTorch Lightning writes, as far as the names and types of its values matter."""
+    return {
+        "epoch": 3,
+        "global_step": 40,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state(),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5), "last": "a.ckpt"}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3, 5)}}, "param_groups": [{"lr": 0.1}]}],
+        "lr_schedulers": [{"last_epoch": 4, "_last_lr": [0.1]}],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"lr": 0.1, "encoder": {"name": "dinov2"}, "sizes": (1, 2)},
+        **more,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth.tar", ".pt"])
+def test_training_files_with_other_values_than_weights(tmp_path: Path, suffix: str) -> None:
+    best = torch.tensor(0.5)  # a tensor next to the state dict, as in PyTorch's example for ImageNet
+    torch.save(lightning(best_acc1=best, state_dict_ema=None, params={"lr": 0.1}), tmp_path / f"last{suffix}")
+    assert_reads(tmp_path / f"last{suffix}", state())
+    assert_reads(Path(f"{tmp_path}/last{suffix}::state_dict"), state())
+
+
+def test_a_training_file_with_classes_is_refused(tmp_path: Path) -> None:
+    torch.save(lightning(hyper_parameters=argparse.Namespace(lr=0.1)), tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt was refused: it holds a argparse\.Namespace"):
+        open_checkpoint(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_trained_weights_or_their_average_are_chosen_knowingly(tmp_path: Path, average: str) -> None:
+    file = tmp_path / "last.ckpt"
+    for trained in KEYS:
+        torch.save({average: averaged(), "epoch": 3, trained: state()}, file)
+        message = rf"sets of weights: {trained}, {average} \(an average\)\. Choose .*last\.ckpt::{average}\."
+        with pytest.raises(InputError, match=message):
+            open_checkpoint(file)
+        assert_reads(Path(f"{file}::{trained}"), state())
+        assert_reads(Path(f"{file}::{average}"), averaged())
+    torch.save({average: averaged(), "epoch": 3}, file)
+    assert_reads(file, averaged())
+
+
+def test_averages_under_other_keys_and_deeper(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    wrapped = {f"module.{name}": tensor for name, tensor in averaged().items()}
+    for content, key in (
+        (lightning(slow={"n_averaged": torch.tensor(3), **wrapped}), "slow"),
+        (lightning(ema={"decay": 0.999, "module": averaged()}), "ema::module"),
+        (lightning(ema={"decay": 0.999, "shadow_params": list(averaged().values())}), "ema::shadow_params"),
+        ({"model": state(), "net": averaged()}, "net"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(InputError, match=rf"several sets of weights: .*last\.ckpt::{key}\."):
+            open_checkpoint(file)
+        if key == "ema::shadow_params":
+            with pytest.raises(InputError, match="holds a list, not a state dict"):
+                open_checkpoint(f"{file}::{key}")
+        else:
+            read = open_checkpoint(f"{file}::{key}")
+            own = "module.scalar" if key == "slow" else "scalar"
+            np.testing.assert_array_equal(read[own], averaged()["scalar"].numpy())
+
+
+def test_keys_that_are_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    torch.save({"encoder": state(), "decoder": {"w": torch.ones(2)}}, file)
+    with pytest.raises(InputError, match=r"'encoder' is a dict.*: \S+last\.ckpt::encoder, \S+last\.ckpt::decoder\."):
+        open_checkpoint(file)
+    assert_reads(Path(f"{file}::encoder"), state())
+    with pytest.raises(InputError, match=r"last\.ckpt has no weights under 'ema': there are encoder, decoder\."):
+        open_checkpoint(f"{file}::ema")
+    torch.save(state(), file)
+    with pytest.raises(InputError, match="has no weights under 'ema': it has no sets of weights by keys"):
+        open_checkpoint(f"{file}::ema")
+    with pytest.raises(InputError, match="holds a Tensor, not a state dict"):
+        open_checkpoint(f"{file}::encoder.bias")
+    save_file(state(), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"w\.safetensors holds one set of weights: leave '::ema' out"):
+        open_checkpoint(f"{tmp_path}/w.safetensors::ema")
+    with pytest.raises(InputError, match=r"lost\.ckpt does not exist.*Did you mean '.*last\.ckpt'"):
+        open_checkpoint(f"{tmp_path}/lost.ckpt::ema")
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_nested_and_legacy_torch_files(tmp_path: Path, key: str) -> None:
     torch.save({"epoch": 3, key: state()}, tmp_path / "nested.pth")
     assert_reads(tmp_path / "nested.pth", state())
@@ -192,6 +288,7 @@ def test_pickles_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.M
     ("content", "message"),
     [
         ([torch.zeros(1)], "a list, not a state dict"),
+        (torch.zeros(3), "a Tensor, not a state dict"),
         ({}, "nothing, not a state dict"),
         ({"epoch": 3}, "'epoch' is a int"),
         ({"w": torch.zeros(1), "config": {"a": 1}}, "'config' is a dict"),

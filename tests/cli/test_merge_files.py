@@ -445,6 +445,37 @@ def test_edit_asks_for_those_that_stay(models: Path, tiny_base: Path, tmp_path: 
     assert done.code == 0 and done.out.startswith("Merged depth, normals, edges by ties")
 
 
+def test_every_command_on_weights_takes_a_key_of_a_training_file(here: Path) -> None:
+    states = {
+        key: {f"model.{n}": torch.from_numpy(array) for n, array in weights(seed).items()}
+        for key, seed in (("state_dict", 2), ("state_dict_ema", 1))
+    }
+    torch.save({"epoch": 3, **states}, here / "last.ckpt")
+    given = ["base.safetensors", "a=last.ckpt::state_dict_ema", "b=b.safetensors"]
+    assert simomerge("merge", *given, "-o", "out.safetensors").code == 0
+    assert_merged(here / "out.safetensors")
+    choice = r"last\.ckpt holds several sets of weights: state_dict, state_dict_ema \(an average\)\. Choose one"
+    for command in (
+        ("merge", "base.safetensors", "a=last.ckpt", "-o", "again.safetensors"),
+        ("inspect", "last.ckpt"),
+        ("diff", "base.safetensors", "last.ckpt"),
+        ("compress", "base.safetensors", "a=last.ckpt", "b=b.safetensors", "-o", "small"),
+    ):
+        assert_mistake(simomerge(*command), choice)
+    said = simomerge("inspect", "last.ckpt::state_dict_ema", "--json").json
+    assert said["path"] == "last.ckpt::state_dict_ema" and said["tensors"] == len(weights(1))
+    apart = simomerge("diff", "base.safetensors", "last.ckpt::state_dict_ema", "--json").json["differences"]
+    assert apart == simomerge("diff", "base.safetensors", "a.safetensors", "--json").json["differences"]
+    assert simomerge("compress", *given, "-o", "small").code == 0
+    assert_mistake(
+        simomerge("merge", "base.safetensors", "a=lost.ckpt::ema", "-o", "again.safetensors"),
+        "lost.ckpt does not exist",
+    )
+    images = ("--scale", "auto", "--images", ".")
+    done = simomerge("merge", "last.ckpt::state_dict", "a=last.ckpt::state_dict_ema", "-o", "m", *images)
+    assert_mistake(done, "last.ckpt::state_dict is a weight file, and --scale auto computes with images")
+
+
 # Diff ---------------------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,11 @@ def test_a_copy_with_a_part_missing_is_completed_or_said(cache: Path, absent: st
 
 
 @pytest.mark.parametrize(
-    "source", ["./tiny", "/no/such", "~/none", "a/b/c", "w.safetensors", "me/w.pt", "timm:resnet18"]
+    "source",
+    [
+        *("./tiny", "/no/such", "~/none", "a/b/c", "w.safetensors", "me/w.pt", "timm:resnet18"),
+        *("me/last.ckpt", "me/best.pth.tar", "me/last.ckpt::state_dict_ema"),
+    ],
 )
 def test_what_can_only_be_a_path_is_not_looked_up(cache: Path, source: str) -> None:
     assert local_source(source) == source

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simomerge.core.model_files import is_model_file, needed_files
+from simomerge.core.model_files import file_and_key, is_model_file, is_weight_file, needed_files
 from simomerge.merging.tree import Tree
 
 
@@ -60,3 +60,21 @@ def test_shards_replace_the_one_file_of_weights(tmp_path: Path) -> None:
         *("encoder/model-1-of-2.safetensors", "encoder/model-2-of-2.safetensors"),
         *("heads/depth.safetensors", "adapters.safetensors"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "key"),
+    [
+        ("runs/last.ckpt::ema", "runs/last.ckpt", "ema"),
+        ("last.pth.tar::ema::module", "last.pth.tar", "ema::module"),
+        (r"C:\runs\a.pt::model", r"C:\runs\a.pt", "model"),
+        ("s3://bucket/a.ckpt::ema", "s3://bucket/a.ckpt", "ema"),
+        ("simplecache::s3://bucket/a.ckpt::ema", "simplecache::s3://bucket/a.ckpt", "ema"),
+        ("zip://a.pt::s3://bucket/a.zip", "zip://a.pt::s3://bucket/a.zip", ""),
+        ("folder::ema", "folder::ema", ""),
+        ("a.safetensors", "a.safetensors", ""),
+    ],
+)
+def test_keys_in_training_files(source: str, file: str, key: str) -> None:
+    assert file_and_key(source) == (file, key)
+    assert is_weight_file(source) == file.endswith((".pt", ".ckpt", ".pth.tar", ".safetensors"))

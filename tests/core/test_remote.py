@@ -20,6 +20,7 @@ from simomerge.core import remote
 from simomerge.core.errors import InputError
 from simomerge.core.files import temporary_folder
 from simomerge.core.hub import local_source
+from simomerge.core.model_files import file_and_key
 from simomerge.core.remote import (
     RemoteError,
     Unreachable,
@@ -61,6 +62,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFil
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_key_of_a_training_file_stays(files: MemoryFileSystem) -> None:
+    files.pipe_file("/bucket/robot/last.ckpt", b"weights")
+    file, key = file_and_key(local_source("memory://bucket/robot/last.ckpt::state_dict_ema"))
+    assert Path(file).read_bytes() == b"weights" and key == "state_dict_ema"
 
 
 def test_a_copy_follows_the_files_at_the_url(

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
+from simomerge.core.model_files import file_and_key
 from simomerge.core.remote import is_url, last_name
 from simomerge.core.schema import nearest
 
@@ -162,7 +163,8 @@ def source_name(source: str | Path) -> str:
     """
     if is_url(source):
         return last_name(str(source))
-    return Path(source).name if Path(source).exists() else str(source)
+    file, _ = file_and_key(source)
+    return Path(file).name + str(source)[len(file) :] if Path(file).exists() else str(source)
 
 
 def origin_of(source: str, fingerprint: str, licence: str, provenance: Mapping[str, Any]) -> dict[str, Any]:

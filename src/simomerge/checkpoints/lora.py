@@ -12,57 +12,29 @@ one ``fan_in_fan_out`` for all layers and decides by the class of each, so here 
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints.lora_names import REMEDY, own_names, without_heads
+from simomerge.checkpoints.lora_config import CONFIG, not_plain, rank_and_scale, read_config
+from simomerge.checkpoints.lora_names import REMEDY, of_base, others_of, own_names
 from simomerge.checkpoints.names import canonicalise
 from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.checkpoints.tensors import TensorInfo, as_numpy, tensor_info
-from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 
-_CONFIG = "adapter_config.json"
-_CONFIG_SCHEMA = {
-    "peft_type": str,
-    "r?": int,
-    "lora_alpha?": float,
-    "rank_pattern?": (dict, type(None)),
-    "alpha_pattern?": (dict, type(None)),
-    "modules_to_save?": (list, type(None)),
-}
 _WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-#: Options with which the weights are more than base + scale * B @ A, or belong to more than the base's modules.
-_VARIANTS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "layer replication",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trainable tokens",
-}
-#: Initialisations that subtract the first B @ A from the base: the adapter fits only the changed base.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<bias>\.bias|\.weight)?$")
 _INFIX = re.compile(r"\.(?:base_layer|modules_to_save)(?=\.|$)")  # which peft inserts between a module and its tensors
 _UNTRAINED = ".original_module."  # peft's copy of a module from before the training; not needed
 _CONV1D = re.compile(r"(?:c_attn|c_proj|c_fc|q_attn|\w*conv1d)$", re.IGNORECASE)  # usual names of Conv1D layers
-_WORD = re.compile(r"\w+")
-_SECONDS = 0.02  # for one expression of adapter_config.json and one name
 _LINEAR = re.compile(r"\b(?:lin(?:ear)?\d*|query|key|value|dense|qkv|fc\d*|(?:\w+_)?proj)$")  # and of Linear layers
 
 
@@ -120,10 +92,12 @@ class LoraExpert(Mapping[str, np.ndarray]):
     Attributes:
         path: the adapter's folder.
         base: the mapping it was opened with; ``task_vector`` is relative to it.
+        head: the tensors of the adapter that were trained in full and that the base does not have.
     """
 
     path: Path
     base: Mapping[str, Any]
+    head: Checkpoint
     _adapter: Checkpoint
     _low_rank: Mapping[str, _LowRank]
     _replaced: Mapping[str, _Full]
@@ -181,20 +155,21 @@ def is_lora_folder(path: str | os.PathLike[str]) -> bool:
         >>> is_lora_folder(".")
         False
     """
-    return (Path(path) / _CONFIG).is_file()
+    return (Path(path) / CONFIG).is_file()
 
 
-def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraExpert:
+def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any], others: Sequence[str] = ()) -> LoraExpert:
     """Open a peft LoRA adapter as the expert that it makes of ``base``, without reading values.
 
     The adapter's names may be those in memory or on disk, behind ``base_model.model.`` and wrappers such as
     ``backbone.``; :func:`~simomerge.checkpoints.names.canonical_name` matches them with the base's. If all of them
-    share one more prefix, it is left out. A head in ``modules_to_save`` that the base does not have is left out with a
-    warning.
+    share one more prefix, it is left out. Modules in ``modules_to_save`` that the base does not have, such as a
+    head, are apart in ``head``.
 
     Args:
         folder: ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
         base: the model that the adapter was trained on: name -> numpy array or torch tensor, or a Checkpoint.
+        others: prefixes of more tensors that belong to no module of the base. Their factors are left out.
 
     Raises:
         InputError: no adapter or no weights there, a damaged file, an adapter that is not plain LoRA (DoRA and other
@@ -214,7 +189,7 @@ def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraEx
                [ 0.,  0.]], dtype=float32)
     """
     folder = Path(folder)
-    config = _read_config(folder / _CONFIG)
+    config = read_config(folder / CONFIG)
     file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise InputError(f"{folder} holds no adapter weights (looked for {', '.join(_WEIGHT_FILES)}): copy them there.")
@@ -225,7 +200,9 @@ def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraEx
         low_rank |= _changes(file, adapter, config, module, sides)
     parts = separated(base)
     known = canonicalise(parts)
-    replaced = without_heads(file, known, config, replaced)
+    low_rank, replaced = of_base(known, low_rank, others), of_base(known, replaced)
+    extra = others_of(known, config, replaced, others)
+    head = adapter.renamed({name: replaced.pop(name).key for name in extra})
     own = own_names(file, known, [*low_rank, *replaced])
     shapes = {name: tensor_info(parts, own[name]).shape for name in own}
     low_rank = _oriented(file, adapter, config, low_rank, shapes)
@@ -237,29 +214,8 @@ def open_lora(folder: str | os.PathLike[str], base: Mapping[str, Any]) -> LoraEx
                 " base that the adapter was trained on."
             )
     changes = {own[name]: change for name, change in low_rank.items()}
-    return LoraExpert(folder, base, adapter, changes, {own[name]: full for name, full in replaced.items()}, parts)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give the folder of a peft adapter.")
-    config: dict[str, Any] = read_json(path, "copy or save the adapter again.", _CONFIG_SCHEMA)
-    if config["peft_type"] != "LORA":
-        raise InputError(f"{path} holds an adapter of type {config['peft_type']}, not LORA: {REMEDY}.")
-    for option, variant in _VARIANTS.items():
-        if config.get(option):
-            raise _not_plain(path, variant)
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        raise InputError(
-            f"{path}: it began as '{start}', which also changes the base: save it with peft's "
-            "path_initial_model_for_weight_conversion, which makes it plain LoRA."
-        )
-    return config
-
-
-def _not_plain(path: Path, variant: str) -> InputError:
-    return InputError(f"{path}: the adapter uses {variant}, which is more than base + B @ A: {REMEDY}.")
+    in_full = {own[name]: full for name, full in replaced.items()}
+    return LoraExpert(folder, base, head, adapter, changes, in_full, parts)
 
 
 def _sort(file: Path, adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, _Full]]:
@@ -274,7 +230,7 @@ def _sort(file: Path, adapter: Checkpoint) -> tuple[dict[str, dict[str, str]], d
     for key in adapter:
         name = key.removeprefix("base_model.model.")
         if ".lora_magnitude_vector" in name:
-            raise _not_plain(file, "DoRA")
+            raise not_plain(file, "DoRA")
         if match := _FACTOR.match(name):
             side = (match["embedding"] or "") + match["side"] + (".bias" if match["bias"] == ".bias" else "")
             factors.setdefault(match["module"], {})[side] = key
@@ -304,7 +260,7 @@ def _changes(
     # The output projection inside an nn.MultiheadAttention takes the rank of the attention. peft adds its change twice,
     # in the forward pass of the training as in its merge.
     outer, inside, _ = module.partition(".base_layer.out_proj")
-    rank, scale = _rank_and_scale(file.with_name(_CONFIG), config, outer)
+    rank, scale = rank_and_scale(file.with_name(CONFIG), config, outer)
     scale *= 2 if inside else 1
     shapes = adapter.info(a).shape, adapter.info(b).shape
     if len(shapes[0]) > 2 and shapes[0][0] == rank and shapes[1][1:2] < (rank,) and rank % max(shapes[1][1], 1) == 0:
@@ -314,7 +270,7 @@ def _changes(
     if len(shapes[0]) < 2 or len(shapes[0]) != len(shapes[1]) or {shapes[0][0], shapes[1][1]} != {rank}:
         raise InputError(
             f"{file}: the factors of '{module}' have the shapes {shapes[0]} and {shapes[1]}, which do not fit the "
-            f"rank {rank} of {_CONFIG}: take both files from one training."
+            f"rank {rank} of {CONFIG}: take both files from one training."
         )
     name = _INFIX.sub("", module)
     changes = {part: _LowRank(a, b, scale, embedding, rows) for part, rows in _parts_and_rows(f"{name}.weight")}
@@ -366,35 +322,7 @@ def _oriented(
             turned[name] = True in others
         else:
             raise InputError(
-                f"{file}: {_CONFIG} says fan_in_fan_out, and '{module}' is square, so it may be stored either way:"
+                f"{file}: {CONFIG} says fan_in_fan_out, and '{module}' is square, so it may be stored either way:"
                 f" {REMEDY}."
             )
     return {name: replace(change, transposed=turned.get(name, change.transposed)) for name, change in low_rank.items()}
-
-
-def _rank_and_scale(path: Path, config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    try:
-        rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        if isinstance(rank, int) and math.isfinite(scale):
-            return rank, float(scale)
-    except (ArithmeticError, AttributeError, TypeError, ValueError):
-        pass
-    raise InputError(f"{path}: no rank and alpha for '{module}' can be read from it: copy or save the adapter again.")
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    # As peft does: the first expression that matches the end of the name, from the start or after a dot.
-    return next((value for key, value in patterns.items() if _ends_with(module, key)), default)
-
-
-def _ends_with(module: str, key: str) -> bool:
-    if _WORD.fullmatch(key):
-        return f".{module}".endswith(f".{key}")
-    import regex  # it can stop: an expression from a file may take forever
-
-    try:
-        return regex.match(rf"(.*\.)?({key})$", module, timeout=_SECONDS) is not None
-    except (regex.error, TimeoutError) as error:
-        raise ValueError(key) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,31 +17,63 @@ _WRAPPERS = ("encoder.", "model.")  # possible prefixes of the encoder's own nam
 _Tensor = TypeVar("_Tensor")
 
 
-def without_heads(
-    file: Path, known: Mapping[str, str], config: Mapping[str, Any], replaced: Mapping[str, _Tensor]
-) -> dict[str, _Tensor]:
-    """The tensors trained in full, without those of saved modules that the base does not have, such as a head.
+def others_of(
+    known: Mapping[str, str], config: Mapping[str, Any], names: Iterable[str], prefixes: Sequence[str] = ()
+) -> list[str]:
+    """The tensors trained in full that belong to no module of the base: those of a head.
 
     Args:
-        file: The adapter, for messages.
         known: Canonical name -> the base's own.
-        config: The adapter's configuration.
-        replaced: The adapter's tensor names -> anything.
-
-    Warns:
-        UserWarning: Tensors were left out.
+        config: The adapter's configuration. Only modules that it names in ``modules_to_save`` may be missing in a base.
+        names: The adapter's tensor names.
+        prefixes: Of more tensors that may be missing.
     """
     saved = [str(module) for module in config.get("modules_to_save") or []]
-    heads = {
-        module: [name for name in replaced if f".{module}." in f".{name}" and _found(name, known) is None]
-        for module in saved
-        if not any(f".{module}." in f".{name}" for name in known)
-    }
-    dropped = {name for names in heads.values() for name in names}
-    if dropped:
-        modules = ", ".join(module for module, names in heads.items() if names)
-        warn(f"{file}: left out {len(dropped)} tensors of {modules}, which the base does not have.")
-    return {name: full for name, full in replaced.items() if name not in dropped}
+    saved = [module for module in saved if not any(f".{module}." in f".{name}" for name in known)]
+    may_miss = [name for name in names if _is_of(name, saved) or name.startswith(tuple(prefixes))]
+    return [name for name in may_miss if _found(name, known) is None]
+
+
+def of_base(known: Mapping[str, str], tensors: Mapping[str, _Tensor], others: Sequence[str] = ()) -> dict[str, _Tensor]:
+    """The tensors without those of a pooler that the base does not have, as no head reads it, and without others.
+
+    Args:
+        known: Canonical name -> the base's own.
+        tensors: The adapter's tensor names -> anything.
+        others: Prefixes of names that are left out unless the base has them.
+    """
+    poolers = [] if any(_is_of(name, ["pooler"]) for name in known) else ["pooler"]
+    elsewhere = {name for name in tensors if name.startswith(tuple(others)) and _found(name, known) is None}
+    return {name: each for name, each in tensors.items() if name not in elsewhere and not _is_of(name, poolers)}
+
+
+def _is_of(name: str, modules: Iterable[str]) -> bool:
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+def warn_of_head(folder: Path, names: Collection[str]) -> None:
+    """Warn that an adapter's head is left out where only weights are merged, with the way to keep it."""
+    if names:
+        modules = list(dict.fromkeys(map(_module, names)))
+        warn(
+            f"{folder}: left out {len(names)} tensors of {', '.join(modules)}, which the base does not have."
+            f" {import_command(folder, modules[0])}"
+        )
+
+
+def _module(name: str) -> str:
+    """The module at the top of the trained model that a tensor belongs to."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name.partition(".")[0]
+
+
+def import_command(folder: str | Path, module: str) -> str:
+    """How to make an expert of an adapter and the head in it, as a sentence."""
+    return (
+        f"To keep a head, make an expert first: simomerge import {folder} --task TASK --encoder BASE --head HEAD"
+        f" --head-prefix {module}."
+    )
 
 
 def _found(name: str, known: Mapping[str, str]) -> str | None:
@@ -81,9 +113,11 @@ def own_names(file: Path, known: Mapping[str, str], names: Iterable[str]) -> dic
     if unknown:
         shown = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
         tensors = f"{len(unknown)} tensor{'s' if len(unknown) > 1 else ''}"
+        own_modules = {name.partition(".")[0] for name in known}
+        of_head = not own_modules & {canonical_name(name).partition(".")[0] for name in unknown}
         raise InputError(
-            f"{file} changes {tensors} that the base does not have: {shown}."
-            " Give the base that the adapter was trained on, and an adapter without a head."
+            f"{file} changes {tensors} that the base does not have: {shown}. Give the base that the adapter was trained"
+            f" on. {import_command(file.parent, _module(unknown[0])) if of_head else ''}".rstrip()
         )
     own = {name: str(value) for name, value in found.items()}
     by_own = {value: name for name, value in own.items()}

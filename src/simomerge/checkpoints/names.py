@@ -12,7 +12,7 @@ gate and up projections of a SwiGLU DINOv2 (giant) are two tensors in memory and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 
 from simomerge.core.errors import InputError
@@ -84,6 +84,29 @@ def is_running_statistic(name: str) -> bool:
         (True, False)
     """
     return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def outer_prefix(names: Collection[str], fits: Callable[[str], bool]) -> str:
+    """The prefix that a wrapper gave to all names and without which they fit, such as the ``model.`` of Lightning.
+
+    Args:
+        names: The names in a file.
+        fits: Whether a name is one of those that are looked for.
+
+    Returns:
+        The prefix; "" if a name fits as it is, if not all names share a prefix, or if none fits without it.
+
+    Example:
+        >>> outer_prefix(["model.norm.weight", "model.norm.bias"], lambda name: name.startswith("norm."))
+        'model.'
+    """
+    first, prefix = next(iter(names), ""), ""
+    while not any(fits(name.removeprefix(prefix)) for name in names):
+        part, dot, _ = first.removeprefix(prefix).partition(".")
+        prefix += part + dot
+        if not dot or not all(name.startswith(prefix) for name in names):
+            return ""
+    return prefix
 
 
 def canonicalise(names: Iterable[str]) -> dict[str, str]:

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from simomerge.checkpoints.stored import Pieces, WeightFile
 from simomerge.checkpoints.tensors import STORAGE, TensorInfo, as_numpy, decode, value_info
+from simomerge.checkpoints.training_files import state_dict_in
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.hub import similar
+from simomerge.core.model_files import TORCH_FILES, WEIGHT_FILES, file_and_key
 from simomerge.core.text import shown
 
 #: Weight files of a transformers folder, in order of preference.
@@ -28,7 +30,6 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 class _Entry(NamedTuple):
@@ -44,7 +45,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     be a view of the file: treat it as read-only. Names are those in the file.
 
     Attributes:
-        path: the file, or the folder that holds the weights.
+        path: the file, with ``::KEY`` if that was given, or the folder that holds the weights.
     """
 
     def __init__(self, path: Path, entries: dict[str, _Entry]) -> None:
@@ -84,7 +85,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def only(self, names: Iterable[str]) -> Checkpoint:
         """The same file, reduced to some of its tensors. Raises KeyError."""
-        return Checkpoint(self.path, {name: self._entries[name] for name in names})
+        return self.renamed({name: name for name in names})
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same file, reduced to some of its tensors, under new names: new name -> own name. Raises KeyError."""
+        return Checkpoint(self.path, {new: self._entries[own] for new, own in names.items()})
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
@@ -95,13 +100,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: a ``.safetensors`` file; a transformers folder (one file, or shards with an index); a simomerge model
-            folder (its encoder is the checkpoint); a ``.pt``, ``.pth`` or ``.bin`` file that holds a state dict, alone
-            or under ``state_dict`` or ``model``. The latter are loaded with ``torch.load(weights_only=True)``, which
-            refuses files that could run code.
+            folder (its encoder is the checkpoint); a ``.pt``, ``.pth``, ``.pth.tar``, ``.bin`` or ``.ckpt`` file that
+            holds a state dict, alone or under a usual key such as ``state_dict`` (see `state_dict_in`). These are
+            loaded with ``torch.load(weights_only=True)``, which refuses files that could run code. ``FILE::KEY`` names
+            one of several state dicts in a file.
 
     Raises:
         InputError: nothing there, no weights in the folder, a damaged file, a missing shard, a file that holds more
-            than tensors.
+            than tensors, or several sets of weights of which none is chosen.
 
     Example:
         >>> from simomerge.checkpoints import write_safetensors
@@ -111,10 +117,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         >>> open_checkpoint(path)["norm.weight"]
         array([1., 1., 1., 1.], dtype=float32)
     """
-    path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    return Checkpoint(path, _open_file(path))
+    file, key = file_and_key(os.fspath(path))
+    if Path(file).is_dir():
+        return _open_folder(Path(file))
+    return Checkpoint(Path(path), _open_file(Path(file), key))
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -131,14 +137,16 @@ def _open_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _open_file(file: Path) -> dict[str, _Entry]:
+def _open_file(file: Path, key: str = "") -> dict[str, _Entry]:
     if not file.exists():
         raise InputError(f"{file} does not exist: check the path.{similar(file)}")
+    if file.name.endswith(TORCH_FILES):
+        return _open_torch(file, key)
+    if key:
+        raise InputError(f"{file} holds one set of weights: leave '::{key}' out.")
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
-    if file.suffix in _TORCH_SUFFIXES:
-        return _open_torch(file)
-    known = ", ".join((".safetensors", *_TORCH_SUFFIXES))
+    known = ", ".join(WEIGHT_FILES)
     raise InputError(f"{file} is not a weight file: give a folder or a file that ends in {known}.")
 
 
@@ -188,7 +196,7 @@ def _open_shards(index: Path) -> dict[str, _Entry]:
     return {name: opened[shard][name] for name, shard in weight_map.items()}
 
 
-def _open_torch(file: Path) -> dict[str, _Entry]:
+def _open_torch(file: Path, key: str) -> dict[str, _Entry]:
     import torch
 
     try:
@@ -212,28 +220,6 @@ def _open_torch(file: Path) -> dict[str, _Entry]:
         # The first sentence: torch goes on with advice for its developers.
         reason = re.split(r"\.\s|\n", str(error))[0].rstrip(".") if str(error) else type(error).__name__
         raise InputError(f"{file} is not a complete torch file ({reason}): copy or save it again.") from error
-    state = _state_dict(loaded, file)
+    state = state_dict_in(loaded, file, key)
     weights = WeightFile(file)
     return {name: _Entry(value_info(tensor, name), tensor, weights) for name, tensor in state.items()}
-
-
-def _state_dict(loaded: Any, file: Path) -> Mapping[str, Any]:
-    """Find the state dict in what torch.load returned: at the top, or under 'state_dict' or 'model'."""
-    import torch
-
-    if isinstance(loaded, Mapping):
-        nested = (loaded.get(key) for key in ("state_dict", "model"))
-        loaded = next((state for state in nested if isinstance(state, Mapping)), loaded)
-    if not isinstance(loaded, Mapping) or not loaded:
-        found = f"a {type(loaded).__name__}" if loaded else "nothing"
-        raise InputError(f"{file} holds {found}, not a state dict: save model.state_dict().")
-    for name, value in loaded.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise InputError(
-                f"{file} is not a state dict: '{name}' is a {type(value).__name__}, not a tensor. "
-                "Save model.state_dict(), alone or under 'state_dict'."
-            )
-        if value.layout != torch.strided or value.is_quantized:
-            kind = "quantised" if value.is_quantized else "sparse"
-            raise InputError(f"{file}: '{name}' is a {kind} tensor: save it dense, by .dequantize() or .to_dense().")
-    return loaded

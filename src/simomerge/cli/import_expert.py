@@ -45,7 +45,9 @@ def _settings(context: click.Context, option: Any, pairs: tuple[str, ...]) -> di
 @click.option("--task", required=True, help="Name of the expert's task.")
 @click.option("--kind", help="Kind of the task. [default: its name]")
 @click.option("--classes", callback=_list_of(str), metavar="A,B,...", help="Class names of a segmentation.")
-@click.option("--encoder", metavar="BASE", help="The encoder that a weight file fine-tuned: a folder or hub id.")
+@click.option(
+    "--encoder", metavar="BASE", help="The encoder that a weight file or adapter fine-tuned: a folder or hub id."
+)
 @click.option("--encoder-prefix", metavar="PREFIX", help="Prefix of the encoder's tensors, such as 'backbone.'")
 @click.option("--head-prefix", metavar="PREFIX", help="Prefix of the head's tensors, such as 'decode_head.'")
 @click.option("--head", metavar="CLASS", help="module:Class, conv, linear, dpt, binned-depth or transformers.")
@@ -77,12 +79,15 @@ def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool
     SOURCE is
       a folder or hub id of transformers' Depth Anything or DPT
       a head that DINOv2 publishes, such as dinov2_vitb14_nyu_linear4_head.pth (with --encoder)
-      any other weight file: --encoder, --encoder-prefix, --head-prefix and --head describe its tensors
+      any other weight file: --encoder, --encoder-prefix, --head-prefix and --head describe its tensors;
+        FILE::KEY is one of several sets of weights in a training file
+      a peft LoRA adapter with a head in it: --encoder is its base, --head-prefix and --head describe the head
     """
     from simomerge.models.importing import import_expert, transformers
 
     expert = import_expert(source, task, **{key: value for key, value in given.items() if value is not None})
-    original = None if Path(source).is_file() else transformers.source_model(source)
+    how = expert.provenance["imported"]["as"]
+    original = transformers.source_model(source) if how in transformers.ARCHITECTURES else None
     difference = transformers.largest_difference(expert, original) if original is not None else None
     if difference and difference[0] > TOLERANCE * difference[1]:
         raise InputError(

@@ -13,9 +13,9 @@ from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
 from simomerge.cli.parameters import MethodCommand, method_parameters
 from simomerge.core.errors import InputError
+from simomerge.core.model_files import is_weight_file
 from simomerge.core.text import plain
 
-_FILES = (".safetensors", ".pt", ".pth", ".bin")
 _WORDS = {
     "scale_chosen_on": "the scale was chosen on",
     "labelled_images": "images with labels:",
@@ -76,9 +76,9 @@ _WORDS = {
 def command(as_json: bool, **given: Any) -> None:
     """Merge the EXPERTs' encoders, fine-tuned from BASE, into one model with all their heads.
 
-    BASE and EXPERTs are model folders, transformers folders, weight files (.safetensors, .pt, .bin) or, experts
-    only, peft LoRA adapters. Where not every EXPERT is a model folder, or OUT ends in .safetensors, only weights
-    are merged.
+    BASE and EXPERTs are model folders, transformers folders, weight files (.safetensors, .pt, .bin, .ckpt) or,
+    experts only, peft LoRA adapters. Where not every EXPERT is a model folder, or OUT ends in .safetensors, only
+    weights are merged. FILE::KEY is one of several sets of weights in a training file.
 
     \b
     simomerge merge rooms-base depth=runs/depth normals=runs/normals --method ties --scale 0.4 -o runs/scene
@@ -182,7 +182,7 @@ class _Wanted:
             return True
         from simomerge.core.hub import local_source
 
-        return not (Path(self.base).suffix in _FILES or Path(local_source(self.base)).exists())
+        return not (is_weight_file(self.base) or Path(local_source(self.base)).exists())
 
     def given(self) -> dict[str, Any]:
         """The parameters of the method; they include the scale unless it is chosen on images."""
@@ -214,7 +214,7 @@ class _Wanted:
         as_schedule(self.schedule)
         if self.split is not None and not self.uses_images:
             raise InputError("--split chooses among images, and this merge uses none; leave it out.")
-        files = [path for path in (self.base, *self.experts.values()) if Path(path).suffix in _FILES]
+        files = [path for path in (self.base, *self.experts.values()) if is_weight_file(path)]
         if self.uses_images and files:
             what = f"--scale {self.scale}" if self.searched else "a tree" if self.shares_blocks else self.method
             raise InputError(

@@ -11,7 +11,7 @@ from simomerge.core.assets import resolve_source
 from simomerge.core.caution import warn
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
-from simomerge.core.model_files import is_model_file, needed_files, shards
+from simomerge.core.model_files import file_and_key, is_model_file, is_weight_file, needed_files, shards
 from simomerge.core.remote import is_url, local_copy
 from simomerge.core.text import first_sentence
 
@@ -26,7 +26,8 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 def local_source(source: str | Path, bare: bool = True) -> str:
     """The local path of a source: a path, ``rooms-base``, or a hub id or URL, whose files are fetched if needed.
 
-    A hub id is OWNER/NAME or OWNER/NAME@REVISION, with a branch, a tag or a commit. What exists on the disk is taken
+    A hub id is OWNER/NAME or OWNER/NAME@REVISION, with a branch, a tag or a commit. FILE::KEY is a training file with
+    the key of the weights that are meant; the key stays at the end of the path. What exists on the disk is taken
     first, then what the cache of the hub holds; only what neither has is looked up online. A text that can only be a
     path, and names with a prefix such as ``timm:``, are returned unchanged, whether the path exists or not.
 
@@ -43,7 +44,8 @@ def local_source(source: str | Path, bare: bool = True) -> str:
         './nowhere'
     """
     if is_url(source):
-        return str(local_copy(str(source)))
+        file, _ = file_and_key(source)
+        return f"{local_copy(file)}{str(source)[len(file) :]}"
     given, path = str(source), resolve_source(source)
     if Path(path).exists():
         return path
@@ -106,10 +108,8 @@ def is_only_a_path(source: str) -> bool:
     If OWNER is a local folder such as runs/, a path is meant.
     """
     owner, slash, _ = source.partition("/")
-    is_file = Path(source).suffix in (".safetensors", ".pt", ".pth", ".bin")
-    return (
-        is_file or source.startswith((".", "/", "~")) or source.count("/") > 1 or bool(slash and Path(owner).is_dir())
-    )
+    is_path = is_weight_file(source) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return is_path or bool(slash and Path(owner).is_dir())
 
 
 def similar(path: str | Path) -> str:

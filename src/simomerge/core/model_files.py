@@ -1,7 +1,8 @@
-"""The files of a model folder: which names belong to one, and which of them its description needs."""
+"""Files of weights by their names: those of a model folder, those that it needs, and single weight files."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,14 @@ from simomerge.core.documents import read_json
 
 DESCRIPTION = "simo.json"
 """The file that makes a folder a model."""
+
+TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+"""How the names of files end that torch.save wrote."""
+
+WEIGHT_FILES = (".safetensors", *TORCH_FILES)
+"""How the names of all weight files end."""
+
+_KEYED = re.compile(rf"(.*?(?:{'|'.join(map(re.escape, WEIGHT_FILES))}))::([^/]+)", re.DOTALL)
 
 _PATTERNS = (
     DESCRIPTION,
@@ -39,6 +48,29 @@ def is_model_file(name: str) -> bool:
         len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
         for wanted in (pattern.split("/") for pattern in _PATTERNS)
     )
+
+
+def file_and_key(source: str | Path) -> tuple[str, str]:
+    """Split ``FILE::KEY``: a training file, and which of the sets of weights in it is meant; "" if none is named.
+
+    Example:
+        >>> file_and_key("runs/last.ckpt::state_dict_ema")
+        ('runs/last.ckpt', 'state_dict_ema')
+        >>> file_and_key("runs/last.ckpt")
+        ('runs/last.ckpt', '')
+    """
+    found = _KEYED.fullmatch(str(source))
+    return (found[1], found[2]) if found else (str(source), "")
+
+
+def is_weight_file(source: str | Path) -> bool:
+    """Whether a source can only be a weight file, to judge by its name.
+
+    Example:
+        >>> is_weight_file("last.ckpt::ema"), is_weight_file("facebook/dinov2-base")
+        (True, False)
+    """
+    return file_and_key(source)[0].endswith(WEIGHT_FILES)
 
 
 def needed_files(description: Mapping[str, Any], folder: Path) -> list[str]:

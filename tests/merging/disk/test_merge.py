@@ -54,6 +54,30 @@ def test_files_merge_as_arrays_do(method: str, files: dict[str, Path], tmp_path:
 
 
 @pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.module.", "model.", "model._orig_mod.", "module.model.", "net.encoder."]
+)
+def test_training_files_merge_as_their_weights_do(prefix: str, files: dict[str, Path], tmp_path: Path) -> None:
+    """As DDP, torch.compile and Lightning write them, with an average; a prefix of some names only is no wrapper."""
+    trained, other = ({n: torch.from_numpy(a) for n, a in weights(seed).items()} for seed in (1, 2))
+    states = {
+        key: {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        for key, state in (("state_dict", other), ("state_dict_ema", trained))
+    }
+    torch.save({"epoch": 3, **states}, tmp_path / "last.ckpt")
+    given = {TASKS[0]: f"{tmp_path}/last.ckpt::state_dict_ema", TASKS[1]: f"{tmp_path}/last.ckpt::state_dict"}
+    done = merge_on_disk(files["base"], given, tmp_path / "out.safetensors")
+    assert_equal(tensors_of(done.output), expected(count=2))
+    opened = open_source(given[TASKS[0]], open_checkpoint(files["base"]))
+    assert opened.place == given[TASKS[0]] and opened.origin()["source"] == "last.ckpt::state_dict_ema"
+    with pytest.raises(InputError, match=r"state_dict, state_dict_ema \(an average\)"):
+        merge_on_disk(files["base"], {"a": tmp_path / "last.ckpt"}, tmp_path / "again.safetensors")
+    names = list(trained)
+    torch.save({(name if name == names[0] else f"model.{name}"): trained[name] for name in names}, tmp_path / "some.pt")
+    with pytest.raises(InputError, match=r"is missing \d+ tensors of the base"):
+        merge_on_disk(files["base"], {"a": tmp_path / "some.pt"}, tmp_path / "again.safetensors")
+
+
+@pytest.mark.parametrize(
     ("parameters", "recorded"),
     [
         ({}, {"scale": 0.4}),

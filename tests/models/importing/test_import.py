@@ -16,12 +16,15 @@ from PIL import Image
 from torch import nn
 from transformers import (
     BeitConfig,
+    BeitModel,
     Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
     DPTConfig,
     DPTForDepthEstimation,
     SwinConfig,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
@@ -337,6 +340,205 @@ def test_a_head_that_cannot_read_the_features_is_refused(tmp_path: Path, base_fo
         import_expert(tmp_path / "mine.pth", "normals", **given, taps=[2, 4])
     with pytest.raises(InputError, match=r"Sums gives \(1, 2, \d+, \d+\) for one image, and the task 'normals' needs"):
         import_expert(tmp_path / "mine.pth", "normals", **given, taps=[4], head_settings={"channels": 2})
+
+
+# Training files and adapters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "_orig_mod.", "model._orig_mod."])
+@torch.no_grad()
+def test_a_training_file_of_lightning(tmp_path: Path, base_folder: Path, wrapper: str) -> None:
+    """The weights are chosen by their key, and what a wrapper puts before all names needs no option."""
+    torch.manual_seed(11)
+    encoder, layer, average = models.base(), nn.Conv2d(32, 2, 1), nn.Conv2d(32, 2, 1)
+    for parameter in encoder.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    states = {}
+    for key, head in (("state_dict", layer), ("state_dict_ema", average)):
+        named = {f"backbone.{name}": value for name, value in encoder.state_dict().items()}
+        named |= {f"head.{name}": value for name, value in head.state_dict().items()}
+        states[key] = {f"{wrapper}{name}": value for name, value in named.items()}
+    file = tmp_path / "last.ckpt"
+    torch.save({"epoch": 3, "hyper_parameters": {"lr": 0.1}, **states}, file)
+    options: dict[str, Any] = {"encoder": base_folder, "encoder_prefix": "backbone.", "head_prefix": "head."}
+    options |= {"head": "conv", "taps": [4], "classes": ("a", "b")}
+    with pytest.raises(InputError, match=r"state_dict, state_dict_ema \(an average\)"):
+        import_expert(file, "segmentation", **options)
+    image = torch.rand(1, 3, 56, 70)
+    for key, head in (("state_dict", layer), ("state_dict_ema", average)):
+        expert = import_expert(f"{file}::{key}", "segmentation", **options)
+        assert expert.provenance["imported"]["source"] == f"last.ckpt::{key}"
+        pixels = (image - expert.encoder.mean) / expert.encoder.std
+        ((last, _),) = layers(encoder, pixels, [4], True)
+        wanted = F.interpolate(head(last), (56, 70), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(expert(image)["segmentation"], wanted, rtol=1e-4, atol=1e-5)
+
+
+class Segmenter(nn.Module):
+    """A model of some training code, to which peft adds LoRA; the head has statistics, and is saved in full."""
+
+    def __init__(self, auxiliary: bool = False) -> None:
+        super().__init__()
+        self.backbone = models.base()
+        self.decode_head = nn.Sequential(nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+        if auxiliary:
+            self.auxiliary = nn.Conv2d(32, 3, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        ((last, _),) = layers(self.backbone, pixels, [4], True)
+        return F.interpolate(self.decode_head(last), pixels.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class ConvHead(nn.Sequential):
+    """The head of that code."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, features: Any) -> torch.Tensor:
+        return F.interpolate(super().forward(features.maps[-1]), features.padded_size, mode="bilinear")
+
+
+HEAD = f"{ConvHead.__module__}:ConvHead"
+
+
+def adapter(folder: Path, model: nn.Module, **settings: Any) -> nn.Module:
+    """Write a trained LoRA adapter; the model that peft merges."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(12)
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "fc1"], "init_lora_weights": False} | settings)
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.train()
+    adapted(torch.rand(2, 3, 56, 56))  # batch norms measure
+    adapted.save_pretrained(folder)
+    return adapted.eval().merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@torch.no_grad()
+def test_an_adapter_with_its_head_predicts_what_peft_merges(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged = adapter(tmp_path / "adapter", Segmenter(), modules_to_save=["decode_head"])
+    options: dict[str, Any] = {"encoder": base_folder, "head": HEAD, "head_prefix": "decode_head.", "taps": [4]}
+    expert = import_expert(tmp_path / "adapter", "segmentation", classes=("a", "b", "c"), **options)
+    image = torch.rand(2, 3, 56, 70)
+    wanted = merged((image - expert.encoder.mean) / expert.encoder.std)
+    torch.testing.assert_close(expert(image)["segmentation"], wanted, rtol=1e-4, atol=1e-5)
+    assert wanted.std() > 0.1
+    assert expert.provenance["imported"] == {"source": "adapter", "as": "LoRA adapter"}
+    assert expert.provenance["base"]["source"] == base_folder.name
+    assert expert.provenance["base"]["fingerprint"] == sm.load(base_folder).encoder_fingerprint()
+    assert expert.encoder_fingerprint() != expert.provenance["base"]["fingerprint"]
+    arguments = ["import", str(tmp_path / "adapter"), "--task", "segmentation", "--classes", "a,b,c", "--taps", "4"]
+    arguments += ["--encoder", str(base_folder), "--head", HEAD, "--head-prefix", "decode_head."]
+    cli.main([*arguments, "-o", str(tmp_path / "expert")], standalone_mode=False)
+    assert "segmentation of 3 channels, taps [4]" in capsys.readouterr().out
+    again = sm.load(tmp_path / "expert", trust_code=True)
+    torch.testing.assert_close(again(image)["segmentation"], wanted, rtol=1e-4, atol=1e-5)
+    # The merge of such an expert alone, at full scale, is the expert itself.
+    result = sm.merge(base_folder, {"segmentation": again}, "task-arithmetic", scale=1.0)
+    torch.testing.assert_close(result.eval()(image)["segmentation"], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@torch.no_grad()
+def test_an_adapter_with_one_layer_as_its_head(tmp_path: Path, base_folder: Path) -> None:
+    class Linear(Segmenter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decode_head = nn.Conv2d(32, 3, 1)
+
+    class Lightning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Linear()
+
+        def forward(self, pixels: torch.Tensor) -> Any:
+            return self.model(pixels)
+
+    options: dict[str, Any] = {"encoder": base_folder, "head": "conv", "head_prefix": "decode_head.", "taps": [4]}
+    for number, make in enumerate((Linear, Lightning)):
+        folder = tmp_path / str(number)
+        merged = adapter(folder, make(), modules_to_save=["decode_head"], bias="all")
+        expert = import_expert(folder, "parts", classes=("a", "b", "c"), **options)
+        image = torch.rand(1, 3, 70, 56)
+        wanted = merged((image - expert.encoder.mean) / expert.encoder.std)
+        torch.testing.assert_close(expert(image)["parts"], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=r"the head in it is one layer .*'linear' has several"):
+        import_expert(folder, "parts", classes=("a", "b", "c"), **{**options, "head": "linear"})
+
+
+class Placed(nn.Module):
+    """An encoder in an attribute of any name, and a head of one layer."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.net, self.head = encoder, nn.Conv2d(32, 2, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        hidden = self.net(pixel_values=pixels).last_hidden_state
+        side = pixels.shape[-1] // 14
+        logits = self.head(hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side)))
+        return F.interpolate(logits, pixels.shape[-2:], mode="bilinear", align_corners=False)
+
+
+WIDE = {name: value for name, value in models.BACKBONE.items() if name != "mlp_ratio"} | {"intermediate_size": 48}
+FAMILIES = {
+    "swiglu": lambda: Dinov2Model(Dinov2Config(**models.BACKBONE, use_swiglu_ffn=True)),
+    "pooler": lambda: ViTModel(ViTConfig(**WIDE)),
+    "shared bias": lambda: BeitModel(BeitConfig(**WIDE, use_shared_relative_position_bias=True)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_adapters_on_families_whose_names_differ_on_disk(tmp_path: Path, family: str) -> None:
+    torch.manual_seed(13)
+    encoder = FAMILIES[family]()
+    encoder.save_pretrained(tmp_path / "base")
+    targets = r".*\.(q_proj|query|dense|gate_proj|up_proj|fc1)"  # with that of the pooler
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=["head"], init_lora_weights=False)
+    adapted = peft.get_peft_model(Placed(encoder), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload().eval()
+    options: dict[str, Any] = {"encoder": tmp_path / "base", "head": "conv", "head_prefix": "head.", "taps": [4]}
+    expert = import_expert(tmp_path / "adapter", "parts", classes=("a", "b"), **options)
+    image = torch.rand(1, 3, 70, 70)
+    wanted = merged((image - expert.encoder.mean) / expert.encoder.std)
+    torch.testing.assert_close(expert(image)["parts"], wanted, rtol=1e-4, atol=1e-5)
+    assert wanted.std() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_adapters_that_cannot_be_an_expert_yet(tmp_path: Path, base_folder: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapter(folder, Segmenter(auxiliary=True), modules_to_save=["decode_head", "auxiliary"])
+    options: dict[str, Any] = {"encoder": base_folder, "head": HEAD, "head_prefix": "decode_head.", "taps": [4]}
+    options |= {"classes": ("a", "b", "c")}
+    for change, message in (
+        ({}, r"2 tensors are used by nothing \(auxiliary\.\w+, auxiliary\.\w+\).*--drop"),
+        ({"drop": ("auxiliary.",), "head_prefix": "head."}, r"used by nothing \(decode_head\..*missing \(head\.0"),
+        ({"encoder": None}, r"adapter is a LoRA adapter: give --encoder"),
+        ({"head": ""}, "is a LoRA adapter: give --head "),
+        ({"encoder_prefix": "backbone."}, "--encoder-prefix does nothing here, names in an adapter say"),
+    ):
+        with pytest.raises(InputError, match=message):
+            import_expert(folder, "segmentation", **{**options, **change})
+    import_expert(folder, "segmentation", **options, drop=("auxiliary.",))
+    with pytest.raises(InputError, match=rf"a peft adapter.*simomerge import {folder} .*--head-prefix decode_head\."):
+        sm.load(folder)
+    adapter(tmp_path / "bare", models.base(), target_modules=["q_proj"])
+    with pytest.raises(InputError, match=r"bare: the adapter holds no head\. Merge it as it is \(simomerge merge BASE"):
+        import_expert(tmp_path / "bare", "segmentation", **options)
+    with pytest.raises(InputError, match=r"lost\.ckpt::ema: no such file"):
+        import_expert(tmp_path / "lost.ckpt::ema", "segmentation", **options)
 
 
 # DINOv2's own heads ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from simomerge.checkpoints.writing import Tensors, write_safetensors, write_shar
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_not_current
+from simomerge.core.model_files import TORCH_FILES
 from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -46,7 +47,7 @@ class Output:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in (*_DTYPES, *_DTYPES.values()):
             raise InputError(f"dtype {self.dtype!r}: use float32, float16 or bfloat16.")
-        if self.path.suffix in (".pt", ".pth", ".bin"):
+        if self.path.name.endswith(TORCH_FILES):
             raise InputError(
                 f"{self.path}: weights are written as safetensors; name it {self.path.stem}.safetensors, or a folder."
             )

@@ -14,13 +14,15 @@ from simomerge.checkpoints.description import FILE, existing, head_file, read_de
 from simomerge.checkpoints.experts import origin_of, own_task
 from simomerge.checkpoints.fingerprint import fingerprint
 from simomerge.checkpoints.lora import LoraExpert, is_lora_folder, open_lora
-from simomerge.checkpoints.names import canonical_name, canonicalise
+from simomerge.checkpoints.lora_names import warn_of_head
+from simomerge.checkpoints.names import canonical_name, canonicalise, outer_prefix
 from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.quantised import check_config
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
 from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
+from simomerge.core.model_files import file_and_key
 from simomerge.core.remote import is_url, last_name
 
 CONFIGS = ("config.json", "preprocessor_config.json")
@@ -61,12 +63,20 @@ class Source:
     @property
     def place(self) -> str:
         """Its path or hub id, for messages."""
-        return self.hub_id or str(self.path)
+        return self.hub_id or f"{self.path}{self._ending}"
+
+    @property
+    def _ending(self) -> str:
+        """``::KEY`` if it is one of several sets of weights in a file."""
+        _, key = file_and_key(self.weights.path)
+        return f"::{key}" if key else ""
 
     def origin(self) -> dict[str, Any]:
         """What other models record about it, see `origin_of`. The fingerprint of its weights is computed once."""
         named = last_name(self.hub_id) if is_url(self.hub_id) else self.hub_id
-        return origin_of(named or self.path.name, self._fingerprint, licence_of(self.path), self.provenance)
+        return origin_of(
+            named or f"{self.path.name}{self._ending}", self._fingerprint, licence_of(self.path), self.provenance
+        )
 
     def encoder_folder(self) -> Path:
         """The folder where config.json is expected."""
@@ -84,24 +94,40 @@ class Source:
 def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = None) -> Source:
     """Open a base or, with ``base``, an expert of it, without reading a value; by its path, hub id or embedded name.
 
+    A prefix that a wrapper gave to all tensors of a weight file, such as Lightning's ``model.``, is left out if the
+    names are those of the base without it.
+
     Raises:
         InputError: nothing there, a damaged file, quantised weights, or a tree of shared blocks.
     """
     given = os.fspath(path)
-    path = Path(local_source(given, bare=False))
-    hub_id = "" if given == EMBEDDED_BASE or Path(given).expanduser().exists() or not path.exists() else given
+    place = local_source(given, bare=False)
+    path, named = (Path(file_and_key(each)[0]) for each in (place, given))
+    hub_id = "" if given == EMBEDDED_BASE or named.expanduser().exists() or not path.exists() else given
     if base is not None and is_lora_folder(path):
-        return Source(path, open_lora(path, base), None, hub_id)
+        adapted = open_lora(path, base)
+        warn_of_head(path, adapted.head)
+        return Source(path, adapted, None, hub_id)
     description = read_description(path) if (path / FILE).is_file() else None
     if description and description["encoder"].get("tree"):
         raise InputError(
             f"{given}: a tree of shared blocks, which has no single set of encoder weights. Give one encoder, or the"
             " experts that the tree was made from."
         )
-    source = Source(path, open_checkpoint(path), description, hub_id)
+    weights = open_checkpoint(place)
+    if base is not None and path.is_file():
+        weights = _unwrapped(weights, base)
+    source = Source(path, weights, description, hub_id)
     if path.is_dir():
         check_config(source.encoder_folder())
     return source
+
+
+def _unwrapped(weights: Checkpoint, base: Mapping[str, Any]) -> Checkpoint:
+    """The weights without what a wrapper put before all of their names."""
+    known = {canonical_name(name) for own in base for name in (own, *parts_of(own))}
+    prefix = outer_prefix(weights.keys(), lambda name: canonical_name(name) in known)
+    return weights.renamed({name.removeprefix(prefix): name for name in weights}) if prefix else weights
 
 
 def check_unchanged(inputs: Iterable[Source]) -> None:

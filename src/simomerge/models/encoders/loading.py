@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from simomerge.checkpoints.lora import is_lora_folder
+from simomerge.checkpoints.lora_config import CONFIG, read_config
+from simomerge.checkpoints.lora_names import import_command
 from simomerge.checkpoints.quantised import check_config
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
@@ -130,9 +133,11 @@ def _check_folder(source: str) -> None:
             f"{source}: no such folder; give a folder with config.json and model.safetensors, or a hub id."
             f"{similar(source)}"
         )
-    if (folder / "adapter_config.json").is_file():  # transformers would load the model that this file names
+    if is_lora_folder(folder):  # transformers would load the model that its file names
+        saved = read_config(folder / CONFIG).get("modules_to_save")
         raise InputError(
             f"{source}: a peft adapter, not an encoder. Merge it into its base: simomerge merge BASE task={source}."
+            f" {import_command(source, str(saved[0])) if saved else ''}".rstrip()
         )
     check_config(folder)
 

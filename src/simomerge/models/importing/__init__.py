@@ -7,10 +7,14 @@ from typing import Any
 
 import torch
 
+from simomerge.checkpoints.lora import is_lora_folder
 from simomerge.core.errors import InputError
+from simomerge.core.hub import local_source, similar
+from simomerge.core.model_files import file_and_key, is_weight_file
 from simomerge.core.text import first_sentence
 from simomerge.datasets.pictures import parse_size
 from simomerge.models.heads import head_kind
+from simomerge.models.importing.adapter import read_adapter
 from simomerge.models.importing.dinov2 import is_dinov2_head, read_dinov2_head
 from simomerge.models.importing.mapping import read_mapped
 from simomerge.models.importing.options import ImportOptions
@@ -24,15 +28,18 @@ _SIDE = 128
 def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
     """An expert from a model that simomerge did not train.
 
-    There are three kinds of source:
+    There are four kinds of source:
 
     - A folder or hub id of transformers' Depth Anything or DPT, on any plain encoder. It needs no option.
     - A head that DINOv2 publishes (``dinov2_vitb14_nyu_linear4_head.pth``). ``encoder`` is the encoder that it reads.
     - Any other weight file. ``encoder`` is the architecture that it fine-tuned (usually the base), ``encoder_prefix``
       and ``head_prefix`` say which tensors belong to the encoder and to the head, and ``head`` is the head's class.
+    - The folder of a peft LoRA adapter with a head in it (``modules_to_save``). ``encoder`` is the base that it was
+      trained on, and ``head`` and ``head_prefix`` describe the head. The adapter is folded into the encoder.
 
     Args:
-        source: A folder, a hub id or a weight file (safetensors, or pt, pth, bin with only tensors).
+        source: A folder, a hub id or a weight file; ``FILE::KEY`` names one of several sets of weights in it. See
+            `simomerge.checkpoints.open_checkpoint`.
         task: The name of the expert's task.
         **options: ``kind``, ``classes``, ``encoder``, ``encoder_prefix``, ``head_prefix``, ``head``,
             ``head_settings``, ``drop``, ``taps``, ``apply_layernorm``, ``mean``, ``std`` and ``size``; see
@@ -56,12 +63,14 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
 
 
 def _read(source: str | Path, task: str, chosen: ImportOptions) -> SimoModel:
-    path = Path(source)
-    if path.is_file():
-        read = read_dinov2_head if is_dinov2_head(path) and not chosen.head else read_mapped
-        return read(path, task, chosen)
-    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
-        raise InputError(f"{source}: no such file.")
+    place = local_source(source)
+    if Path(file_and_key(place)[0]).is_file():
+        read = read_dinov2_head if not chosen.head and is_dinov2_head(Path(place)) else read_mapped
+        return read(Path(place), task, chosen)
+    if is_weight_file(place):
+        raise InputError(f"{source}: no such file.{similar(file_and_key(place)[0])}")
+    if is_lora_folder(place):
+        return read_adapter(Path(place), str(source), task, chosen)
     return read_transformers(str(source), task, chosen)
 
 

@@ -54,8 +54,6 @@ _DPT_NAMES = (
 
 def is_dinov2_head(file: Path) -> bool:
     """Whether a weight file holds only a head that DINOv2 publishes."""
-    if file.suffix not in (".pth", ".pt", ".safetensors"):
-        return False
     names = list(open_checkpoint(file))
     return bool(names) and all(name.startswith("decode_head.") for name in names)
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from simomerge.checkpoints import Checkpoint, canonical_name, canonicalise, fingerprint, open_checkpoint
+from simomerge.checkpoints.experts import source_name
+from simomerge.checkpoints.names import outer_prefix
 from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.classes import trusting
 from simomerge.core.errors import InputError
@@ -16,49 +18,84 @@ from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.heads import HEADS, head_arguments, head_for, head_kind
 from simomerge.models.heads.conv import ConvHead
 from simomerge.models.importing.names import from_dinov2, split_gate
-from simomerge.models.importing.options import ImportOptions, as_imported, name_of
+from simomerge.models.importing.options import ImportOptions, as_imported
 from simomerge.models.model import SimoModel
 
 
 def read_mapped(file: Path, task: str, options: ImportOptions) -> SimoModel:
     """The expert in a weight file; see `simomerge.import_expert`."""
-    for name, value, what in (
+    prefix = options.encoder_prefix
+    if prefix == options.head_prefix and options.encoder and options.head:
+        raise InputError(f"{file}: --encoder-prefix and --head-prefix are both {prefix!r}; they must differ.")
+    weights = unwrapped(open_checkpoint(file), [prefix, options.head_prefix])
+    check_not_one_layer(str(file), weights, options)
+    expert = prepared(str(file), "weight file", task, options)
+    head = expert.heads[task]
+    modules = {options.head_prefix: head}
+    if prefix:
+        modules[prefix] = expert.encoder.backbone
+        record_base(expert, options)
+    fill(weights, modules, options.drop, optional_tensors(head, options))
+    return expert
+
+
+def prepared(source: str, what: str, task: str, options: ImportOptions) -> SimoModel:
+    """An expert of the encoder and the head that the options name; the source's weights are still to be read.
+
+    Args:
+        source: The source, for messages and for the record.
+        what: What it is, such as "weight file".
+        task: The name of the task.
+        options: The options of the import.
+
+    Raises:
+        InputError: No encoder or no head is named, or one of them cannot be made.
+    """
+    for name, value, form in (
         ("encoder", options.encoder, "the folder or hub id of its base"),
         ("head", options.head, "module:Class, or " + ", ".join(HEADS)),
     ):
         if not value:
-            raise InputError(f"{file} is a weight file: give --{name} ({what}) to read it.")
-    prefix = options.encoder_prefix
-    if prefix == options.head_prefix:
-        raise InputError(f"{file}: --encoder-prefix and --head-prefix are both {prefix!r}; they must differ.")
-    weights = open_checkpoint(file)
+            raise InputError(f"{source} is a {what}: give --{name} ({form}) to read it.")
     encoder = options.load_encoder()
     # A task with classes is a segmentation, unless its name or --kind says another kind.
     implied = "segmentation" if options.classes and task not in KINDS else ""
     described = Task(task, options.kind or implied, tuple(options.classes))
-    _check_not_one_layer(file, weights, options)
     with trusting():  # the caller names the class, not a file
         head = head_for(encoder, options.head, described.channels, **options.head_settings)
-    expert = as_imported(encoder, described, head, str(file), "mapping")
-    modules = {options.head_prefix: head}
-    if prefix:
-        modules[prefix] = encoder.backbone
-        base = fingerprint(encoder.backbone.state_dict())  # before the file's weights replace it
-        expert.provenance["base"] = {"source": name_of(str(options.encoder)), "fingerprint": base}
-    optional = [f"{prefix}embeddings.mask_token"] if prefix else []
-    optional += [f"{options.head_prefix}bias"] if isinstance(head, ConvHead) else []  # a fresh one is zero
-    fill(weights, modules, options.drop, optional)
-    return expert
+    return as_imported(encoder, described, head, source, "mapping" if what == "weight file" else what)
 
 
-def _check_not_one_layer(file: Path, weights: Checkpoint, options: ImportOptions) -> None:
-    """Raise InputError if the file's head is one layer, but the chosen head of simomerge has several."""
+def record_base(expert: SimoModel, options: ImportOptions) -> None:
+    """Record the encoder as the base, before the source's weights replace its own."""
+    found = fingerprint(expert.encoder.backbone.state_dict())
+    expert.provenance["base"] = {"source": source_name(str(options.encoder)), "fingerprint": found}
+
+
+def unwrapped(weights: Checkpoint, prefixes: Sequence[str]) -> Checkpoint:
+    """The weights without what a wrapper put before all names, such as DDP's ``module.`` and Lightning's ``model.``.
+
+    It is left out only if names begin with one of the given prefixes without it, and none does with it.
+    """
+    wanted = tuple(filter(None, prefixes))
+    outer = outer_prefix(weights.keys(), lambda name: name.startswith(wanted)) if wanted else ""
+    return weights.renamed({name.removeprefix(outer): name for name in weights}) if outer else weights
+
+
+def optional_tensors(head: nn.Module, options: ImportOptions) -> list[str]:
+    """Prefixes of tensors that a file may leave out."""
+    masks = [f"{options.encoder_prefix}embeddings.mask_token"] if options.encoder_prefix else []
+    return masks + ([f"{options.head_prefix}bias"] if isinstance(head, ConvHead) else [])  # a fresh bias is zero
+
+
+def check_not_one_layer(source: str, weights: Checkpoint, options: ImportOptions) -> None:
+    """Raise InputError if the source's head is one layer, but the chosen head of simomerge has several."""
     prefix = options.head_prefix
     own = {name.removeprefix(prefix): name for name in weights if name.startswith(prefix)} if prefix else {}
     if options.head in HEADS and options.head != "conv" and own.keys() in ({"weight"}, {"weight", "bias"}):
         raise InputError(
-            f"{file}: the head in it is one layer ({', '.join(own.values())}), but {options.head!r} has several. For a"
-            " convolution of kernel 1 give --head conv."
+            f"{source}: the head in it is one layer ({', '.join(own.values())}), but {options.head!r} has several. For"
+            " a convolution of kernel 1 give --head conv."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from simomerge.checkpoints.experts import source_name
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, load_encoder
@@ -28,7 +29,7 @@ class ImportOptions:
         encoder: Folder or hub id of the encoder that the source fine-tuned (usually the base), or that its head reads.
         encoder_prefix: Prefix of the encoder's tensors in a weight file. Without it, the weights are those of
             ``encoder``.
-        head_prefix: Prefix of the head's tensors in a weight file.
+        head_prefix: Prefix of the head's tensors in a weight file or an adapter.
         head: ``module:Class`` of a custom head (see `simomerge.models.heads.DenseHead`), or a key of
             `simomerge.models.heads.HEADS`.
         head_settings: Keyword arguments of the head.
@@ -71,10 +72,5 @@ class ImportOptions:
 
 def as_imported(encoder: Encoder, task: Task, head: nn.Module, source: str, how: str) -> SimoModel:
     """The imported expert; its provenance names the source, and how it was read."""
-    provenance = {"imported": {"source": name_of(source), "as": how}}
+    provenance = {"imported": {"source": source_name(source), "as": how}}
     return SimoModel(encoder, {task.name: task}, {task.name: head}, provenance).eval()
-
-
-def name_of(source: str | Path) -> str:
-    """A hub id, or the name of a folder or file. Its path would reveal the machine on which the model was made."""
-    return Path(source).name if Path(source).exists() else str(source)
