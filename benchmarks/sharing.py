@@ -57,6 +57,9 @@ LABELLED = 128
 """Other images, whose labels choose the trees of the rows ``labelled``."""
 
 
+KINDS = ("branch", "groups", "chosen", "labelled")
+
+
 class Bench:
     """The experts of one seed, the images, and what is measured so far."""
 
@@ -148,15 +151,15 @@ def measure(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> No
 
     blocks, count = bench.grower.blocks, len(bench.tasks)
     for shared in range(blocks, -1, -1):
-        if ("branch", shared) not in done:
+        if ("branch", shared) not in done and "branch" in given.kinds:
             add("branch", shared, bench.tree(shared))
-    for encoders in range(2, count):
+    for encoders in range(2, count) if "groups" in given.kinds else ():
         for tree in (bench.tree({blocks: groups}) for groups in partitions(bench.tasks) if len(groups) == encoders):
             if ("groups", str(tree)) not in done:
                 add("groups", str(tree), tree)  # type: ignore[arg-type]
     budgets = [1 + step / 4 for step in range(1, 4 * (count - 1))]
     for kind, data in (("chosen", None), ("labelled", bench.labelled)):
-        missing = [budget for budget in budgets if (kind, budget) not in done]
+        missing = [budget for budget in budgets if (kind, budget) not in done and kind in given.kinds]
         search = TreeSearch(bench.grower, bench.few, data) if missing else None
         for budget in missing if search else ():
             start = time.monotonic()
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exhaustive", action="store_true", help="Also measure every tree (three tasks at most).")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="Measure some kinds of trees only.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[], help="Measure these branch ranks only.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--show", action="store_true", help="Print the content of OUTPUT; measure nothing.")
