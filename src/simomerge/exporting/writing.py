@@ -15,10 +15,11 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.exporting.graph import Outputs
-from simomerge.exporting.onnx_file import describe_onnx, write_onnx
+from simomerge.exporting.onnx_file import UNSEALED, describe_onnx, sealed, write_onnx
 from simomerge.exporting.options import Options
 from simomerge.exporting.parts import Part, parts_of
 from simomerge.exporting.precision import to_half, to_int8
+from simomerge.exporting.torch_file import describe_program
 from simomerge.models.model import SimoModel
 
 
@@ -167,7 +168,8 @@ def identity_of(files: dict[str, Path]) -> str:
     """A short name of what was exported, by which a golden file knows its model."""
     digest = hashlib.sha256()
     for file in files.values():
-        digest.update((file.with_suffix(".bin") if file.suffix == ".xml" else file).read_bytes())
+        for each in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
+            digest.update(each.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -181,11 +183,12 @@ def describe(file: Path, description: dict[str, Any]) -> Path:
         checksum = hashlib.sha256(file.with_suffix(".bin").read_bytes()).hexdigest()
         model = openvino.Core().read_model(str(file))
         model.set_rt_info(json.dumps({**description, "sha256": checksum}), ["simomerge"])
+        model.set_rt_info(UNSEALED, ["simomerge_sha256"])
         again = file.with_name("described.xml")
         openvino.save_model(model, str(again), compress_to_fp16=False)
-        again.replace(file)
+        file.write_bytes(sealed(again.read_bytes()))
+        again.unlink()
         again.with_suffix(".bin").replace(file.with_suffix(".bin"))
     else:
-        program = torch.export.load(file)
-        torch.export.save(program, file, extra_files={"simomerge.json": json.dumps(description)})
+        describe_program(file, description)
     return file
