@@ -99,6 +99,8 @@ def _cannot(job: Job, part: Part, folder: Path, error: Exception) -> InputError:
         others = [task for task in job.outputs.tasks if task != part.name]
         what, module = f"the head of {part.name!r}", job.model.heads[part.name]
         remedy += f", or export the others with --tasks {','.join(others)}" if others else ""
+        if others and job.form == "onnx" and not job.options.split:
+            remedy += ", and with --split if this head is to run in torch on what the exported encoder gives"
     return InputError(
         f"{what} ({type(module).__module__}:{type(module).__name__}) cannot be exported: {_reason(error)}; {remedy}."
     )
