@@ -177,6 +177,26 @@ def test_samples_of_the_labelled_file_are_upright_and_of_the_official_split(labe
     assert load(labelled / "nyu_depth_v2_labeled.mat", "train")[0]["image"].shape == (3, 280, 378)
 
 
+@pytest.mark.parametrize(
+    ("shape", "chunks", "message"),
+    [
+        ((2, 3, 20_000, 20_000), (1, 1, 10, 10), "an image takes 1,200,000,000 bytes, more than 512,000,000"),
+        ((2**20, 3, 640, 480), (2000, 1, 640, 480), "an image takes 614,400,000 bytes"),
+        ((2, 3, 0, 480), None, "no stack of images"),
+    ],
+    ids=["image", "chunk", "empty"],
+)
+def test_sizes_that_a_file_declares_are_limited_before_it_is_read(
+    tmp_path: Path, shape: tuple[int, ...], chunks: tuple[int, ...] | None, message: str
+) -> None:
+    with h5py.File(tmp_path / "x.mat", "w") as file:  # nothing is stored yet, so the file has few bytes
+        file.create_dataset("images", shape, "u1", chunks=chunks)
+        file.create_dataset("labels", (100, 640, 480), "u1", chunks=(100, 640, 480))
+    with pytest.raises(InputError, match=rf"x\.mat, images 1: cannot be read.*{message}"):
+        Frame(tmp_path / "x.mat", "images", 1).read()
+    assert Frame(tmp_path / "x.mat", "labels", 1).read().shape == (480, 640)
+
+
 def test_normals_of_the_labelled_file_are_those_of_its_surfaces(labelled: Path) -> None:
     data = load(labelled, "train")
     for position, index in enumerate((1, 3, 4)):

@@ -88,6 +88,50 @@ def test_what_is_no_table_is_refused(content: bytes, message: str, tmp_path: Pat
         read_manifest(tmp_path / "x.csv")
 
 
+@pytest.mark.parametrize(
+    ("limit", "most", "message"),
+    [
+        ("MOST_BYTES", 89, r"x\.csv: 90 bytes, but a file of this kind has at most 89; remove columns and lines"),
+        ("MOST_VALUES", 12, r"x\.csv: more than 12 values and line ends; remove columns and lines"),
+        ("MOST_COLUMNS", 2, r"x\.csv: its first line has 3 names, but a table has at most 2\."),
+    ],
+)
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_tables_have_limits(
+    limit: str, most: int, message: str, separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes((text(separator, rows=[*ROWS, ["2.png", "test", "d2.png"]]) + b"\n").ljust(90))
+    assert [row["split"] for row in read_table(path, "image")] == ["train", "val", "test"]
+    monkeypatch.setattr(f"simomerge.datasets.tables.{limit}", most)
+    with pytest.raises(InputError, match=message):
+        read_table(path, "image")
+    monkeypatch.setattr(f"simomerge.datasets.tables.{limit}", {89: 90, 12: 13, 2: 3}[most])
+    assert len(read_table(path, "image")) == 3
+
+
+def test_millions_of_empty_values_are_refused_before_they_are_split(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for sign in (b",", b";", b"\n", b"\r"):
+        path.write_bytes(b"image,depth\n" + sign * 21_000_000)
+        with pytest.raises(InputError, match="more than 20,000,000 values"):
+            read_table(path, "image")
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"image,split,depth\n" + b"a.png,train,a.npy\n" * 1_000_000)
+    rows = read_table(path, "image")
+    assert len(rows) == 1_000_000 and rows[-1] == {"image": "a.png", "split": "train", "depth": "a.npy"}
+
+
+def test_only_a_file_is_a_table(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").mkdir()
+    with pytest.raises(InputError, match=r"x\.csv: no such file"):
+        read_table(tmp_path / "x.csv", "image")
+
+
 # Splits -------------------------------------------------------------------------------------------------
 
 

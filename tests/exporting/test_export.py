@@ -19,6 +19,7 @@ from simomerge.cli import COMMANDS
 from simomerge.core.errors import InputError
 from simomerge.exporting import verification
 from simomerge.exporting.export import export
+from simomerge.exporting.graph import HeadGraph, Outputs
 from simomerge.exporting.precision import (
     _decibels,
     coarse_layers,
@@ -321,6 +322,20 @@ def test_heads_of_a_split_export_run_at_their_own_rates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_head_that_cannot_be_exported_runs_on_the_encoder_of_a_split_export(tmp_path: Path) -> None:
+    """The error about such a head offers this."""
+    model, (frame,) = small_model(("depth",)), frames_of(SIZE, 1)
+    heads = {"depth": model.heads["depth"], "edges": SortingHead()}
+    model = SimoModel(model.encoder, {name: TASKS[name] for name in heads}, heads).eval()
+    export(model, tmp_path / "scene.onnx", SIZE, images=frames_of(SIZE, 2), tasks="depth", split=True)
+    found = [torch.from_numpy(each) for each in Scene(tmp_path / "scene.encoder.onnx", threads=1).encode(frame)]
+    head = HeadGraph(model, Outputs({"edges": TASKS["edges"]}, raw=True), SIZE)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255)["edges"]
+        torch.testing.assert_close(head(found)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder", "head", "limit"])
 def test_what_cannot_be_exported_is_named_and_nothing_is_written(tmp_path: Path, part: str) -> None:
     model, limits = small_model(("depth",)), {}
@@ -329,7 +344,7 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(tmp_path: Path,
     elif part == "head":
         heads = {"depth": model.heads["depth"], "edges": SortingHead()}
         model = SimoModel(model.encoder, {name: TASKS[name] for name in heads}, heads)
-        message = "the head of 'edges' .*SortingHead.* operation .*bessel_j0.* export the others with --tasks depth"
+        message = "the head of .edges. .*SortingHead.* operation .*bessel_j0.* with --tasks depth, and with --split if"
     else:
         limits, message = {"depth": 0}, "nothing was written, because depth differs"
     with pytest.raises(InputError, match=message):

@@ -41,6 +41,37 @@ def test_damaged_files_give_one_clear_error_or_are_accepted(hardening: Any) -> N
     assert len(found) == 18
 
 
+@pytest.mark.parametrize(
+    "name", ["a.safetensors", "shards/model.safetensors.index.json", "manifest.csv", "d.npy", "i.png"]
+)
+def test_a_reader_that_accepts_other_values_than_another_library_is_counted(
+    hardening: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = hardening.PAIRS[name]
+    (tally,) = hardening.fuzz(60, seed=3, only=[name], share=False)
+    accepted = tally.counts["accepted"]
+    assert accepted and tally.counts["wrong accept"] == tally.bad() == 0
+
+    def other(file: Path) -> Any:
+        """The smallest change of what our reader finds."""
+        value = ours(file)
+        if isinstance(value, list):
+            return [*value[:-1], {**value[-1], "image": "other.png"}]
+        if isinstance(value, dict):
+            name = next(iter(value))
+            return {**value, name: value[name] + np.float32(1e-6)}
+        return value.astype(value.dtype.newbyteorder(">")) if value.dtype.itemsize > 1 else value ^ 1
+
+    def refusing(file: Path) -> Any:
+        raise OSError("no")
+
+    for pair in ((other, theirs), (ours, refusing)):
+        monkeypatch.setitem(hardening.PAIRS, name, pair)
+        (tally,) = hardening.fuzz(60, seed=3, only=[name], share=False)
+        assert tally.counts["wrong accept"] == tally.bad() == accepted and not tally.counts["accepted"]
+        assert "wrong accept" in tally.examples
+
+
 @pytest.mark.slow
 def test_kills_full_disks_and_limits_lose_nothing(hardening: Any) -> None:
     writers = importlib.import_module("hardening_writers")

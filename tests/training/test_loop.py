@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.checkpoints import open_checkpoint
-from simomerge.core.errors import InputError
+from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.machine import PRECISION
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
@@ -269,6 +271,58 @@ def test_a_run_killed_twice_resumes_twice(tmp_path: Path) -> None:
     got, _ = train(tmp_path / "state.safetensors", lambda label, done, total, note="": steps.append(done))
     assert_same(expected, got)
     assert min(steps) >= 30  # finished steps are not repeated
+
+
+def broken_at(step: int) -> Losses:
+    """Finite losses whose gradients are infinite at one step, so that the weights are NaN after it."""
+    calls = []
+
+    def losses(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        found = regression(module, batch)
+        if module.training:
+            calls.append(1)
+        if module.training and len(calls) == step:
+            found["square"].register_hook(lambda gradient: gradient * float("inf"))
+        return found
+
+    return losses
+
+
+@pytest.mark.usefixtures("eager_state")
+@pytest.mark.parametrize("validate_every", [0, 7, 13])
+def test_a_diverged_training_keeps_its_last_finite_state_and_goes_on_from_it(
+    tmp_path: Path, validate_every: int
+) -> None:
+    settings, state = replace(SETTINGS, validate_every=validate_every), tmp_path / "state.safetensors"
+    straight, module = WithEncoder(), WithEncoder()
+    fit(straight, regression, Points(), settings, Points(9, 1))
+    with pytest.raises(
+        DivergedError, match="training: the weights became NaN or infinite by step 13; lower the lea"
+    ) as e:
+        fit(module, broken_at(13), Points(), settings, Points(9, 1), state_file=state)
+    assert (e.value.step, e.value.kept, e.value.best_step) == (13, validate_every == 7, 7 if validate_every == 7 else 0)
+    saved = open_checkpoint(state)
+    assert all(np.isfinite(saved[name]).all() for name in saved)
+    assert json.loads(bytes(saved["log"].tolist()))["steps"] == 12
+    again = WithEncoder()
+    log = fit(again, regression, Points(), settings, Points(9, 1), state_file=state)
+    assert log.steps == settings.steps
+    assert_same(weights(straight), weights(again))
+
+
+def test_a_training_that_diverges_before_it_is_saved_starts_from_the_beginning(tmp_path: Path) -> None:
+    for step in (4, 40):  # 40: no loss is computed after it
+        with pytest.raises(DivergedError, match="lower the learning rate"):
+            fit(
+                WithEncoder(),
+                broken_at(step),
+                Points(),
+                replace(SETTINGS, validate_every=0),
+                None,
+                None,
+                tmp_path / "s",
+            )
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("eager_state")

@@ -90,15 +90,21 @@ def read_yaml(path: Path, hint: str) -> dict[str, Any]:
 
 def read_text(path: Path, hint: str, most: int = MOST_BYTES) -> str:
     """The text of a file in UTF-8 of at most ``most`` bytes. Raises InputError."""
+    try:
+        return read_bytes(path, hint, most).decode("utf-8")
+    except UnicodeError as error:
+        raise InputError(f"{path}: not text in UTF-8 ({error}); {hint}") from error
+
+
+def read_bytes(path: Path, hint: str, most: int) -> bytes:
+    """The content of a file of at most ``most`` bytes. Raises InputError."""
     if not path.is_file():  # a device or a pipe is no file, and may have no end
         raise InputError(f"{path}: no such file; {hint}")
     try:
         size = path.stat().st_size
         if size > most:
             raise InputError(f"{path}: {size:,} bytes, but a file of this kind has at most {most:,}; {hint}")
-        return path.read_text(encoding="utf-8")
-    except UnicodeError as error:
-        raise InputError(f"{path}: not text in UTF-8 ({error}); {hint}") from error
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from error
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from simomerge.core.documents import read_bytes
 from simomerge.core.errors import InputError
 
+MOST_BYTES = 400_000_000
+"""A million images with five columns of long paths have half of it."""
+MOST_VALUES = 20_000_000
+"""In all lines together, with the empty ones."""
+MOST_COLUMNS = 1000
 _SEPARATORS = (",", ";", "\t")
+_SMALLER = "remove columns and lines that are not needed, or divide the table."
 
 
 def read_table(path: Path, column: str) -> list[dict[str, str]]:
@@ -24,16 +31,18 @@ def read_table(path: Path, column: str) -> list[dict[str, str]]:
         column: a column that it must have, by which the separator is recognised. Its case does not matter.
 
     Raises:
-        InputError: the file is not a table, a line has more or fewer values than there are names, or a name occurs
-            twice.
+        InputError: the file is not a table or too large, a line has more or fewer values than there are names, or a
+            name occurs twice.
     """
     try:
-        lines = _lines(_text(path), column)
+        lines = _lines(path, _text(path), column)
     except (UnicodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
     if not lines:
         return []
     (_, names), *rest = lines
+    if len(names) > MOST_COLUMNS:
+        raise InputError(f"{path}: its first line has {len(names):,} names, but a table has at most {MOST_COLUMNS:,}.")
     for number, line in rest:
         if len(line) < len(names) or any(line[len(names) :]):
             raise InputError(f"{path}: line {number} has more or fewer values than the first line has names.")
@@ -47,22 +56,27 @@ def read_table(path: Path, column: str) -> list[dict[str, str]]:
 
 
 def _text(path: Path) -> str:
-    content = path.read_bytes()
+    content = read_bytes(path, _SMALLER, MOST_BYTES)
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if wide else "utf-8-sig")
 
 
-def _lines(text: str, column: str) -> list[tuple[int, list[str]]]:
+def _lines(path: Path, text: str, column: str) -> list[tuple[int, list[str]]]:
     """The lines that are not empty with their numbers, split at the separator of the file."""
     first, *rest = re.split(r"\r\n|\r|\n", text, maxsplit=1)
     if re.fullmatch("sep=.", first):  # Excel's own line
-        return _split("\n" + "".join(rest), first[-1])
-    tables = [lines for separator in _SEPARATORS if (lines := _split(text, separator))]
-    with_column = [lines for lines in tables if column in map(str.lower, lines[0][1])]
-    return max(with_column or tables, key=lambda lines: len(lines[0][1]), default=[])
+        return list(_split(path, "\n" + "".join(rest), first[-1]))
+    firsts = {separator: next(_split(path, text, separator), (0, []))[1] for separator in _SEPARATORS}
+    with_column = [separator for separator, names in firsts.items() if column in map(str.lower, names)]
+    return list(_split(path, text, max(with_column or firsts, key=lambda separator: len(firsts[separator]))))
 
 
-def _split(text: str, separator: str) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
-    lines = [(reader.line_num, [value.strip() for value in line]) for line in reader]
-    return [(number, line) for number, line in lines if any(line)]
+def _split(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    if sum(map(text.count, (separator, "\r", "\n"))) > MOST_VALUES:
+        raise InputError(f"{path}: more than {MOST_VALUES:,} values and line ends; {_SMALLER}")
+    lines = (found[0] for found in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text))
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=separator != "\t")
+    for line in reader:
+        values = [value.strip() for value in line]
+        if any(values):
+            yield reader.line_num, values

@@ -20,6 +20,8 @@ from simomerge.exporting.attention import without_masks
 
 _MAX_BYTES = 2_000_000_000
 """A protobuf file cannot be larger."""
+UNSEALED = "0" * 64
+"""What stands in the place of a file's checksum until `sealed` writes it."""
 
 
 @contextlib.contextmanager
@@ -119,11 +121,14 @@ def describe_onnx(file: Path, description: dict[str, Any]) -> None:
 
     model = onnx.load(file)
     del model.metadata_props[:]
-    for key, value in (("simomerge", json.dumps(description)), ("simomerge_sha256", "0" * 64)):
+    for key, value in (("simomerge", json.dumps(description)), ("simomerge_sha256", UNSEALED)):
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
-    content = model.SerializeToString()
+    file.write_bytes(sealed(model.SerializeToString()))
+
+
+def sealed(content: bytes) -> bytes:
+    """The content of a file with its checksum in the place of the zeros after the last ``simomerge_sha256`` in it."""
     place = content.rindex(b"simomerge_sha256")
     digest = hashlib.sha256(content).hexdigest().encode()
-    head, tail = content[:place], content[place:].replace(b"0" * 64, digest, 1)
-    file.write_bytes(head + tail)
+    return content[:place] + content[place:].replace(UNSEALED.encode(), digest, 1)

@@ -42,9 +42,9 @@ def _measures(outputs: dict[str, Any]) -> dict[str, str]:
 def _of_torch_file(target: str) -> tuple[Predict, dict[str, str]]:
     import torch
 
-    extra = {"simomerge.json": ""}
-    module = torch.export.load(target, extra_files=extra).module()
-    info = json.loads(extra["simomerge.json"])
+    from simomerge.exporting.torch_file import open_program
+
+    module, info = open_program(Path(target))
 
     def predict(frames: np.ndarray) -> list[dict[str, np.ndarray]]:
         images = torch.from_numpy(frames)

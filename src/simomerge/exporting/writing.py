@@ -15,10 +15,11 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.exporting.graph import Outputs
-from simomerge.exporting.onnx_file import describe_onnx, write_onnx
+from simomerge.exporting.onnx_file import UNSEALED, describe_onnx, sealed, write_onnx
 from simomerge.exporting.options import Options
 from simomerge.exporting.parts import Part, parts_of
 from simomerge.exporting.precision import to_half, to_int8
+from simomerge.exporting.torch_file import describe_program
 from simomerge.models.model import SimoModel
 
 
@@ -98,6 +99,8 @@ def _cannot(job: Job, part: Part, folder: Path, error: Exception) -> InputError:
         others = [task for task in job.outputs.tasks if task != part.name]
         what, module = f"the head of {part.name!r}", job.model.heads[part.name]
         remedy += f", or export the others with --tasks {','.join(others)}" if others else ""
+        if others and job.form == "onnx" and not job.options.split:
+            remedy += ", and with --split if this head is to run in torch on what the exported encoder gives"
     return InputError(
         f"{what} ({type(module).__module__}:{type(module).__name__}) cannot be exported: {_reason(error)}; {remedy}."
     )
@@ -167,7 +170,8 @@ def identity_of(files: dict[str, Path]) -> str:
     """A short name of what was exported, by which a golden file knows its model."""
     digest = hashlib.sha256()
     for file in files.values():
-        digest.update((file.with_suffix(".bin") if file.suffix == ".xml" else file).read_bytes())
+        for each in (file, file.with_suffix(".bin")) if file.suffix == ".xml" else (file,):
+            digest.update(each.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -181,11 +185,12 @@ def describe(file: Path, description: dict[str, Any]) -> Path:
         checksum = hashlib.sha256(file.with_suffix(".bin").read_bytes()).hexdigest()
         model = openvino.Core().read_model(str(file))
         model.set_rt_info(json.dumps({**description, "sha256": checksum}), ["simomerge"])
+        model.set_rt_info(UNSEALED, ["simomerge_sha256"])
         again = file.with_name("described.xml")
         openvino.save_model(model, str(again), compress_to_fp16=False)
-        again.replace(file)
+        file.write_bytes(sealed(again.read_bytes()))
+        again.unlink()
         again.with_suffix(".bin").replace(file.with_suffix(".bin"))
     else:
-        program = torch.export.load(file)
-        torch.export.save(program, file, extra_files={"simomerge.json": json.dumps(description)})
+        describe_program(file, description)
     return file

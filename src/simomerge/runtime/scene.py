@@ -27,7 +27,7 @@ except ImportError:  # this file was copied alone
 FORMAT = 1
 """Version of the description in an exported file. Files with a higher number are refused."""
 
-_CHECKSUM = re.compile(rb"simomerge_sha256[^0-9a-f]{1,8}([0-9a-f]{64})")
+_CHECKSUM = re.compile(rb'simomerge_sha256(?:[^0-9a-f]{1,8}| value=")([0-9a-f]{64})')
 
 Maps = dict[str, np.ndarray]
 """Output -> array of one frame."""
@@ -290,9 +290,8 @@ class _Onnx:
             raise InputError(f"{file}: cannot be loaded ({_first_line(error)}).") from error
         if (got := self.session.get_providers()[0]) != chosen[0]:
             raise InputError(f"{file}: {chosen[0]} could not start, onnxruntime would use {got}; check its libraries.")
-        self.info = _described(file, self.session.get_modelmeta().custom_metadata_map.get("simomerge"))
-        if checksum(content) is None:
-            raise InputError(f"{file}: was changed after its export, or is incomplete; export the model again.")
+        self.info = described(file, self.session.get_modelmeta().custom_metadata_map.get("simomerge"))
+        _check_unchanged(file, content)
         self.file = file
         self._inputs = [each.name for each in self.session.get_inputs()]
 
@@ -319,7 +318,8 @@ class _OpenVino:
         try:
             model = core.read_model(str(file))
             text = model.get_rt_info("simomerge").value if model.has_rt_info("simomerge") else None
-            self.info = _described(file, text)
+            self.info = described(file, text)
+            _check_unchanged(file, file.read_bytes())
             if self.info["sha256"] != hashlib.sha256(file.with_suffix(".bin").read_bytes()).hexdigest():
                 raise InputError(f"{file.with_suffix('.bin')}: was changed after its export; export the model again.")
             self.model = core.compile_model(model, device, settings)
@@ -331,7 +331,7 @@ class _OpenVino:
         return [np.asarray(found[index]) for index in range(len(self.model.outputs))]
 
 
-def _described(file: Path, text: str | None) -> dict[str, Any]:
+def described(file: Path, text: str | None) -> dict[str, Any]:
     """The description in an exported file. Raises InputError."""
     if text is None:
         raise InputError(f"{file}: was not written by `simomerge export`; it holds no description of tasks.")
@@ -349,7 +349,7 @@ def _described(file: Path, text: str | None) -> dict[str, Any]:
 
 
 def checksum(content: bytes) -> str | None:
-    """The sha256 that an ONNX file holds of itself, with zeros in its place; None if it is not right."""
+    """The sha256 that an ONNX or XML file holds of itself, with zeros in its place; None if it is not right."""
     found = _CHECKSUM.search(content)
     if found is None:
         return None
@@ -358,6 +358,11 @@ def checksum(content: bytes) -> str | None:
     digest.update(b"0" * 64)
     digest.update(content[end:])
     return digest.hexdigest() if digest.hexdigest().encode() == found[1] else None
+
+
+def _check_unchanged(file: Path, content: bytes) -> None:
+    if checksum(content) is None:
+        raise InputError(f"{file}: was changed after its export, or is incomplete; export the model again.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,8 +78,8 @@ def fit(
         Steps, samples, seconds (of all attempts together) and validation losses.
 
     Raises:
-        DivergedError: The loss became NaN or infinite; a lower learning rate helps. The module then has the weights of
-            the best validation, if there was one.
+        DivergedError: The loss or the weights became NaN or infinite; a lower learning rate helps. The module then has
+            the weights of the best validation, if there was one, and the state file is the last one that was finite.
         InputError: Memory does not suffice; the message says what needs less.
     """
     if min(settings.batch_size, len(train)) < distributed.processes():
@@ -183,7 +183,7 @@ class _Trainer:
             total_steps=settings.steps + 1,
             pct_start=max(settings.warmup, 1e-3),
         )
-        self.state = TrainingState(self.root, self.optimizer, self.schedule, state_file)
+        self.state = TrainingState(self.root, self.optimizer, self.schedule, state_file, label)
         self.log = self.state.resume()
         if distributed.from_first(self.log.steps) != self.log.steps:
             raise InputError(
@@ -219,7 +219,8 @@ class _Trainer:
             self._validate(validation)
             if self._is_flat():
                 break
-        self.state.restore_best()
+        if not self.state.restore_best():
+            self.state.check_finite(log.steps)  # the last loss was finite, but its step may have been too large
         log.seconds = time.monotonic() - began
         if log.steps < settings.steps:
             note = f"stopped at step {log.steps}: the validation loss is flat"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from simomerge.checkpoints import write_safetensors
 from simomerge.checkpoints.tensors import value_info
 from simomerge.core import distributed
-from simomerge.core.errors import InputError
-from simomerge.training.sharding import assign, whole
+from simomerge.core.errors import DivergedError, InputError
+from simomerge.training.sharding import assign, own, whole
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LOG = "log"
@@ -54,12 +54,14 @@ class TrainingState:
         optimizer: AdamW on its parameters.
         schedule: A `OneCycleLR` of the optimiser.
         path: The file; without it, nothing is saved.
+        label: Name of the training in messages.
     """
 
     root: nn.Module
     optimizer: Any
     schedule: Any
     path: Path | None
+    label: str = "training"
     best: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
@@ -84,9 +86,14 @@ class TrainingState:
             self.save(log)
 
     def save(self, log: TrainLog) -> None:
-        """Write the file. All processes call this together."""
+        """Write the file. All processes call this together.
+
+        Raises:
+            DivergedError: The state is not finite; the file stays as it is.
+        """
         if self.path is None:
             return
+        self.check_finite(log.steps)
         began, tensors = time.monotonic(), self._tensors()
         text = torch.tensor(list(json.dumps(asdict(log)).encode()), dtype=torch.uint8)
         layout = {name: value_info(value, name) for name, value in {**tensors, _LOG: text}.items()}
@@ -103,6 +110,19 @@ class TrainingState:
                 pass
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - began
+
+    @torch.no_grad()
+    def check_finite(self, step: int) -> None:
+        """Raise DivergedError if a trained weight or a moment of the optimiser is NaN or infinite."""
+        trained = [parameter for parameter in self.root.parameters() if parameter.requires_grad]
+        moments = [self.optimizer.state[one][key] for one in trained if one in self.optimizer.state for key in _MOMENTS]
+        finite = torch.stack([own(value).isfinite().all() for value in (*trained, *moments)]).all()
+        broken = torch.tensor([0.0 if finite else 1.0])
+        distributed.add_up(broken)  # of a divided model, another process may hold the value
+        if broken.item():
+            raise DivergedError(
+                f"{self.label}: the weights became NaN or infinite by step {step}; lower the learning rate.", step
+            )
 
     def resume(self) -> TrainLog:
         """Read the file, if there is one.

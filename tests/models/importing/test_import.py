@@ -101,6 +101,22 @@ def test_dpt_on_a_swiglu_dinov2(tmp_path: Path) -> None:
     assert expert.tasks["depth"].kind == "depth" and largest > 0.01 and difference < 1e-5
 
 
+@pytest.mark.parametrize("name", ["depth-anything", "dpt-segmentation"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_no_attention_or_weights_that_a_file_names_are_fetched(tmp_path: Path, name: str, key: str) -> None:
+    folder = SOURCES[name][0](tmp_path / "source")
+    config = json.loads((folder / "config.json").read_text())
+    for place in (config, config["backbone_config"] or {}):
+        place.update({key: "attacker/kernels", "transformers_weights": "../other.safetensors"})
+    (folder / "config.json").write_text(json.dumps(config))
+    expert, original = import_expert(folder, "scene"), source_model(str(folder))
+    assert original is not None
+    backbone = getattr(original, "backbone", original)
+    for each in (expert.encoder.backbone, original, backbone):
+        assert each.config._attn_implementation in ("eager", "sdpa")
+    assert largest_difference(expert, original)[0] < 1e-5
+
+
 def test_dpt_on_a_pyramid_and_hybrids_are_refused(tmp_path: Path) -> None:
     swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], out_indices=[1, 2, 3, 4])
     config = DPTConfig(backbone_config=swin, neck_ignore_stages=[], **models.NECK)

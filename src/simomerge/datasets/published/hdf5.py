@@ -15,6 +15,9 @@ from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.pixels import MAX_PIXELS
 
+_LARGEST = 8 * MAX_PIXELS
+"""Bytes of an image, and of a chunk of HDF5."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -43,8 +46,7 @@ class Frame:
         arrays = open_hdf5(self.file)
         try:
             array = arrays[self.key]
-            if not 0 < math.prod(array.shape[1:]) <= 4 * MAX_PIXELS or array.dtype.kind not in "buif":
-                raise ValueError(f"{array.dtype} of shape {array.shape} is no stack of images")
+            _check(array)
             return np.ascontiguousarray(array[self.index].T)
         except Exception as error:  # h5py raises many kinds of errors for damaged files
             raise InputError(f"{self}: cannot be read ({error}); download the file again.") from error
@@ -73,6 +75,19 @@ def count_images(path: Path, key: str, name: str) -> int:
         return int(arrays[key].shape[0])
     except Exception as error:  # h5py raises many kinds of errors for damaged files
         raise InputError(f"{path}: no array {key!r} in it; give the labelled dataset, {name}.") from error
+
+
+def _check(array: Any) -> None:
+    """Raise ValueError if an array is no stack of images, or reading one image would take much memory."""
+    if not math.prod(array.shape[1:]) or array.dtype.kind not in "buif":
+        raise ValueError(f"{array.dtype} of shape {array.shape} is no stack of images")
+    # HDF5 stores arrays in chunks, which it reads and unpacks whole: few bytes in a file can be many in memory.
+    size = max(math.prod(array.shape[1:]), math.prod(array.chunks or ())) * array.dtype.itemsize
+    if size > _LARGEST:
+        raise ValueError(
+            f"{array.dtype} of shape {array.shape} in chunks of {array.chunks}: an image takes {size:,} bytes, more"
+            f" than {_LARGEST:,}"
+        )
 
 
 @lru_cache(maxsize=4)

@@ -157,10 +157,7 @@ def _read(source: str) -> tuple[Any, dict[str, Any]]:
         config = transformers.ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"})
     if hasattr(config, "vision_use_head"):  # SigLIP's pooler
         config.vision_use_head = False
-    narrow = not torch.cuda.is_available() and getattr(config, "hidden_size", 0) <= 256
-    # Never what the file names, which may be code on the hub or another file. None is the choice of transformers.
-    config._attn_implementation = "eager" if narrow else None
-    config.transformers_weights = None
+    choose_attention(config)
     family = family_of(config.model_type)
     loader = getattr(transformers, family.loads_as if family and family.loads_as else "AutoModel")
     check_size(source, config, getattr(loader, "from_config", loader))
@@ -168,6 +165,18 @@ def _read(source: str) -> tuple[Any, dict[str, Any]]:
         source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     return found
+
+
+def choose_attention(config: Any) -> None:
+    """Choose the attention of an encoder, never what its file names: that may be code on the hub, or another file.
+
+    Args:
+        config: The configuration of an encoder, or of a model with one in ``backbone_config``. It is changed in place.
+    """
+    width = getattr(getattr(config, "backbone_config", None) or config, "hidden_size", 0)
+    # None is the choice of transformers. The setter also reaches the configurations inside of this one.
+    config._attn_implementation = "eager" if width <= 256 and not torch.cuda.is_available() else None
+    config.transformers_weights = None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.layout import find_layout
-from simomerge.models.encoders.loading import first_line, quiet, without_pooler
+from simomerge.models.encoders.loading import choose_attention, first_line, quiet, without_pooler
 from simomerge.models.encoders.preprocessing import read_normalisation
 from simomerge.models.heads.transformers import ARCHITECTURES, TransformersHead, check_not_hybrid
 from simomerge.models.importing.mapping import fill
@@ -100,7 +100,7 @@ def source_model(source: str) -> nn.Module | None:
         return None  # transformers takes the registers for patches and fails
     with quiet():
         model: nn.Module = getattr(transformers, architecture).from_pretrained(
-            source, dtype=torch.float32, attn_implementation=None, trust_remote_code=False
+            source, config=config, dtype=torch.float32, trust_remote_code=False
         )
     return model.eval()
 
@@ -128,16 +128,19 @@ def largest_difference(expert: SimoModel, model: nn.Module, size: tuple[int, int
 
 
 def _config(source: str) -> Any:
+    """The configuration in a folder or of a hub id, with an attention that simomerge chooses."""
     from transformers import AutoConfig
 
     with quiet():
         try:
-            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
             raise InputError(
                 f"{source}: not a model folder, not a weight file, and as a hub id it cannot be loaded"
                 f" ({first_line(error)}). Download it while online and give its folder."
             ) from error
+    choose_attention(config)
+    return config
 
 
 def _architecture(config: Any) -> str:
