@@ -311,6 +311,10 @@ def test_a_model_made_on_pictures_is_looked_at_and_one_made_on_a_dataset_is_judg
     experts = {"depth": "runs/depth"}
     looked = judge_step(Path("scene"), experts, str(tmp_path / "photos"), "--split", "test")
     assert looked.startswith(f"Next: simomerge predict scene {tmp_path}/photos -o scene-predictions")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/0.tar").touch()
+    for pictures in ("s3://bucket/photos", str(tmp_path / "tars"), str(tmp_path / "tars/0.tar")):
+        assert judge_step(Path("scene"), experts, pictures) == "Next: simomerge inspect scene"
     for data in ("rooms", str(tmp_path / "mine"), str(tmp_path / "mine/data.yaml"), "nyuv2:/data/nyuv2"):
         judged = judge_step(Path("scene"), experts, data, "--split", "test")
         assert judged == f"Next: simomerge evaluate scene depth=runs/depth --data {data} --split test"

@@ -22,7 +22,7 @@ from simomerge.exporting.torch_file import describe_program, open_program
 from simomerge.exporting.writing import describe, identity_of
 from simomerge.runtime.scene import open_engine
 
-CHANGED = "was changed after its export, or is incomplete; export the model again"
+CHANGED = "was changed after its export, is incomplete, or has no checksum; export the model again"
 DESCRIPTION: dict[str, Any] = {
     "format": 1,
     "simomerge": "0.1",

@@ -45,10 +45,11 @@ def _sets(loaded: Mapping[Any, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for key, value in loaded.items():
-        if _holds_tensors(value):
-            found[str(key)] = value
-        elif isinstance(value, Mapping) and key in (*_TRAINED, *_AVERAGES):
-            found |= {f"{key}::{inner}": each for inner, each in value.items() if _holds_tensors(each)}
+        inner: dict[str, Any] = {}
+        if isinstance(value, Mapping) and key in (*_TRAINED, *_AVERAGES):
+            maps = {name: each for name, each in value.items() if isinstance(each, Mapping)} or value
+            inner = {f"{key}::{name}": each for name, each in maps.items() if _holds_tensors(each)}
+        found |= inner or ({str(key): value} if _holds_tensors(value) else {})
     return found
 
 
@@ -81,11 +82,18 @@ def _only_one(loaded: Any, file: Path, sets: Mapping[str, Any]) -> Any:
     rivals = [name for name, other in sets.items() if name not in usual and own & _names(other)]
     if not rivals and len(usual) == 1:
         return sets[usual[0]]
-    found = [f"{name} (an average)" if name.startswith(_AVERAGES) else name for name in (*usual, *rivals)]
+    found = [_described(name, sets[name]) for name in (*usual, *rivals)]
+    readable = [name for name in usual if isinstance(sets[name], Mapping)] or usual
     raise InputError(
         f"{file} holds several sets of weights: {', '.join(found)}. Choose one by its key, such as"
-        f" {file}::{(*usual, *rivals)[-1]}."
+        f" {file}::{readable[-1]}."
     )
+
+
+def _described(name: str, state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return f"{name} (a {type(state).__name__}, which cannot be read)"
+    return f"{name} (an average)" if name.startswith(_AVERAGES) else name
 
 
 def _names(state: Any) -> set[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.classes import allowed
+from simomerge.core.remote import is_url
 
 MARK = "Next: "
 _WITHOUT_CODE = ("inspect", "demo", "data", "methods")
@@ -48,13 +49,13 @@ def realign_step(model: Path, experts: Mapping[str, object], base: str, images: 
 
 def judge_step(model: Path, experts: Mapping[str, object], data: str, *split: str) -> str:
     """Compare a model with its experts on a dataset; or look at its predictions for pictures, which have no labels."""
-    from simomerge.datasets.manifest import MANIFESTS
+    from simomerge.datasets.load import is_dataset
 
-    path = Path(data)
-    manifest = path.suffix in MANIFESTS or any((path / f"data{suffix}").is_file() for suffix in MANIFESTS)
-    if path.exists() and not manifest:
-        return next_step("predict", model, data, "-o", f"{model}-predictions", comment="look at what it predicts")
-    return next_step("evaluate", model, *pairs(experts), "--data", data, *split)
+    if is_dataset(data):
+        return next_step("evaluate", model, *pairs(experts), "--data", data, *split)
+    if is_url(data) or data.endswith(".tar") or any(Path(data).glob("*.tar")):  # predict reads pictures as they are
+        return next_step("inspect", model)
+    return next_step("predict", model, data, "-o", f"{model}-predictions", comment="look at what it predicts")
 
 
 def recorded_experts(

@@ -8,6 +8,7 @@ otherwise.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -164,7 +165,8 @@ def make(path: str, settings: Mapping[str, Any], base: type) -> Any:
         InputError: The class is neither registered nor trusted, does not exist here, is no subclass, or rejects the
             arguments.
     """
-    path = _moved(path)
+    if not (_trusted.get() and path.startswith(_MAIN) and hasattr(sys.modules["__main__"], path.removeprefix(_MAIN))):
+        path = _moved(path)
     if path not in _registered and not _trusted.get():
         if path.startswith(_MAIN):
             raise _of_main(path)

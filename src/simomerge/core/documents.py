@@ -96,14 +96,14 @@ def read_text(path: Path, hint: str, most: int = MOST_BYTES) -> str:
         raise InputError(f"{path}: not text in UTF-8 ({error}); {hint}") from error
 
 
-def read_bytes(path: Path, hint: str, most: int) -> bytes:
-    """The content of a file of at most ``most`` bytes. Raises InputError."""
+def read_bytes(path: Path, hint: str, most: int, smaller: str = "") -> bytes:
+    """The content of a file of at most ``most`` bytes. Raises InputError; ``smaller`` is the hint for a larger one."""
     if not path.is_file():  # a device or a pipe is no file, and may have no end
         raise InputError(f"{path}: no such file; {hint}")
     try:
         size = path.stat().st_size
         if size > most:
-            raise InputError(f"{path}: {size:,} bytes, but a file of this kind has at most {most:,}; {hint}")
+            raise InputError(f"{path}: {size:,} bytes, but a file of this kind has at most {most:,}; {smaller or hint}")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from error

@@ -46,9 +46,10 @@ def local_source(source: str | Path, bare: bool = True) -> str:
     if is_url(source):
         file, _ = file_and_key(source)
         return f"{local_copy(file)}{str(source)[len(file) :]}"
-    given, path = str(source), resolve_source(source)
+    given, (file, key) = str(source), file_and_key(source)
+    path = resolve_source(file)
     if Path(path).exists():
-        return path
+        return f"{path}::{key}" if key else path
     if ":" in given or is_only_a_path(given) or not (bare or "/" in given):
         return given
     hub_id, _, revision = given.partition("@")

@@ -302,15 +302,20 @@ def _file_system(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterato
     except Exception as error:  # every package has exceptions of its own
         if isinstance(error, (InputError, *passing)):
             raise
-        cause = error.__cause__
-        if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in (404, 410):
-            error = cause  # fsspec takes every failure of an HTTP server for a file that is not there
+        if isinstance(error, FileNotFoundError):
+            error = _of_server(error.__cause__) or error
         lasting = isinstance(error, (ImportError, FileNotFoundError, PermissionError, ValueError))
         lasting |= _status(error) in (401, 403)
         raise (RemoteError if lasting else Unreachable)(f"{url}: {_problem(url, error)}") from error
 
 
-def _status(error: BaseException) -> int | None:
+def _of_server(cause: BaseException | None) -> Exception | None:
+    """The failure of an HTTP server or of the way to it, each of which fsspec takes for a file that is not there."""
+    failed = isinstance(cause, OSError) or _status(cause) not in (None, 404, 410)
+    return cause if failed and isinstance(cause, Exception) else None
+
+
+def _status(error: BaseException | None) -> int | None:
     """The status code of an HTTP server's answer."""
     return getattr(error, "status", None)
 

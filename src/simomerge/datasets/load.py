@@ -93,9 +93,7 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
         _check_no_split(spec, split)
         return Images(TarPictures(tars, SUFFIXES))
     path = _local(spec)
-    published = str(spec).partition(":")[0] in ("rooms", *PUBLISHED) and not path.exists()
-    described = path.suffix in MANIFESTS or any((path / f"data{suffix}").is_file() for suffix in MANIFESTS)
-    if not published and not described:
+    if not _is_dataset(spec, path):
         _check_no_split(spec, split)
         return path
     if split is None:
@@ -106,6 +104,21 @@ def load_images(spec: str | Path, split: str | None = None) -> Any:
                 f"{spec} has a test split only, which is for reported figures; name it as the split to use it."
             )
     return load_data(spec, split, tasks=[])
+
+
+def is_dataset(spec: str | Path) -> bool:
+    """Whether a spec on this machine names a dataset, which may have labels, and not pictures.
+
+    Example:
+        >>> is_dataset("rooms"), is_dataset("nyuv2:/data/nyuv2"), is_dataset("mine/data.yaml")
+        (True, True, True)
+    """
+    return _is_dataset(spec, Path(spec))
+
+
+def _is_dataset(spec: str | Path, path: Path) -> bool:
+    published = str(spec).partition(":")[0] in ("rooms", *PUBLISHED) and not path.exists()
+    return published or path.suffix in MANIFESTS or any((path / f"data{suffix}").is_file() for suffix in MANIFESTS)
 
 
 def _tars_only(url: str) -> list[RemoteFile]:

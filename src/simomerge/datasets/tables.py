@@ -56,7 +56,7 @@ def read_table(path: Path, column: str) -> list[dict[str, str]]:
 
 
 def _text(path: Path) -> str:
-    content = read_bytes(path, _SMALLER, MOST_BYTES)
+    content = read_bytes(path, "give a CSV file.", MOST_BYTES, _SMALLER)
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if wide else "utf-8-sig")
 

@@ -40,14 +40,23 @@ def _skip_round_trips(model: Any) -> None:
     def is_to(node: Any, kind: int) -> bool:
         return bool(node.attribute[0].i == kind)
 
+    skipped = {}
     for node in casts.values():
         inner = casts.get(node.input[0])
         if inner is not None and is_to(node, onnx.TensorProto.FLOAT) and is_to(inner, onnx.TensorProto.FLOAT16):
+            skipped[inner.output[0]] = inner
             node.input[0] = inner.input[0]
-    needed = {name for node in graph.node for name in node.input} | {each.name for each in graph.output}
-    for node in casts.values():
-        if node.output[0] not in needed:
+    needed = _read_in(graph) | {each.name for each in graph.output}
+    for name, node in skipped.items():
+        if name not in needed:
             graph.node.remove(node)
+
+
+def _read_in(graph: Any) -> set[str]:
+    """The values that the nodes of a graph read, also those in branches and loops."""
+    names = {name for node in graph.node for name in node.input}
+    inner = [each for node in graph.node for each in node.attribute]
+    return names.union(*(_read_in(each) for attribute in inner for each in (attribute.g, *attribute.graphs)))
 
 
 def score_nodes(model: Any) -> list[str]:

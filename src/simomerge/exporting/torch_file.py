@@ -43,7 +43,9 @@ def open_program(file: Path) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{file}: cannot be loaded ({error}); export the model again.") from error
     info = described(file, text)
     if info.get("sha256") != checksum:
-        raise InputError(f"{file}: was changed after its export, or is incomplete; export the model again.")
+        raise InputError(
+            f"{file}: was changed after its export, is incomplete, or has no checksum; export the model again."
+        )
     try:
         return torch.export.load(file).module(), info
     except Exception as error:  # from another version of torch

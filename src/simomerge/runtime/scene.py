@@ -362,7 +362,9 @@ def checksum(content: bytes) -> str | None:
 
 def _check_unchanged(file: Path, content: bytes) -> None:
     if checksum(content) is None:
-        raise InputError(f"{file}: was changed after its export, or is incomplete; export the model again.")
+        raise InputError(
+            f"{file}: was changed after its export, is incomplete, or has no checksum; export the model again."
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -47,9 +47,10 @@ class Output:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in (*_DTYPES, *_DTYPES.values()):
             raise InputError(f"dtype {self.dtype!r}: use float32, float16 or bfloat16.")
-        if self.path.name.endswith(TORCH_FILES):
+        if endings := [ending for ending in TORCH_FILES if self.path.name.endswith(ending)]:
+            name = self.path.name.removesuffix(max(endings, key=len))
             raise InputError(
-                f"{self.path}: weights are written as safetensors; name it {self.path.stem}.safetensors, or a folder."
+                f"{self.path}: weights are written as safetensors; name it {name}.safetensors, or a folder."
             )
         if self.is_file and self.max_shard_size is not None:
             raise InputError(f"{self.path} is one file, not shards: name a folder, or leave the shard size out.")

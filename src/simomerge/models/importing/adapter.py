@@ -38,8 +38,9 @@ def read_adapter(folder: Path, source: str, task: str, options: ImportOptions) -
     adapted = open_lora(folder, own, [prefix for prefix in (options.head_prefix, *options.drop) if prefix])
     if not adapted.head:
         raise InputError(
-            f"{source}: the adapter holds no head. Merge it as it is (simomerge merge BASE {task}={source}), or train"
-            " the head with it: name the head in modules_to_save."
+            f"{source}: the adapter holds no whole head. If LoRA changed the head, the head's own weights are missing:"
+            " name it in modules_to_save, or fold the adapter where it was trained and import that file. If there is no"
+            f" head, merge the adapter as it is (simomerge merge BASE {task}={source})."
         )
     record_base(expert, options)
     weights = unwrapped(adapted.head, [options.head_prefix])
