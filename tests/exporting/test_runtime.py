@@ -121,6 +121,10 @@ def test_frames_come_in_many_forms(exported: Exported, tmp_path: Path, kind: str
         ([np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)], "differ in size"),
         ([], "no frames"),
         ("nowhere.png", "nowhere.png: cannot be read as an image"),
+        (
+            "nowhere.mp4",
+            r"nowhere.mp4: cannot be read as an image .* Give predict the frames of video_frames\(file\)\.",
+        ),
     ],
 )
 def test_what_is_no_frame_is_refused(exported: Exported, frames: object, message: str) -> None:

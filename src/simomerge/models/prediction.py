@@ -18,9 +18,7 @@ from simomerge.datasets.pictures import picture_files
 from simomerge.datasets.stored import may_be_truncated
 from simomerge.models.model import SimoModel
 from simomerge.runtime import video_frames
-
-VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts")
-"""Suffixes of files that are read as videos."""
+from simomerge.runtime.scene import VIDEOS
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ except ImportError:  # this file was copied alone
 FORMAT = 1
 """Version of the description in an exported file. Files with a higher number are refused."""
 
+VIDEOS = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts")
+"""How the names of video files end."""
+
 _CHECKSUM = re.compile(rb'simomerge_sha256(?:[^0-9a-f]{1,8}| value=")([0-9a-f]{64})')
 
 Maps = dict[str, np.ndarray]
@@ -205,7 +208,8 @@ def read_picture(path: str | Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
-        raise InputError(f"{path}: cannot be read as an image ({error}).") from error
+        hint = " Give predict the frames of video_frames(file)." if str(path).lower().endswith(VIDEOS) else ""
+        raise InputError(f"{path}: cannot be read as an image ({error}).{hint}") from error
 
 
 def video_frames(source: str | Path) -> Iterator[np.ndarray]:
