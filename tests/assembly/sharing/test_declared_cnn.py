@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 import simomerge as sm
+from models.declared import Cnn, Head
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.sharing.grow import Grower
 from simomerge.datasets.pictures import Images
@@ -27,52 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*images are few"),
     pytest.mark.filterwarnings("ignore:.*on held-out images the folded head"),
 ]
-
-
-class Mixer(nn.Module):
-    """A depthwise convolution with a residual path, and a batch norm."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv(x)).relu()
-
-
-@sm.register_encoder
-class Cnn(nn.Module):
-    """Four blocks; ``stem`` runs before them, and ``down`` is declared last but made first."""
-
-    channels, strides = (6, 10), (2, 4)
-    blocks = ("wide", "mixers", "down")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.Conv2d(6, 10, 3, 2, 1)
-        self.stem, self.wide = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 6, 1)
-        self.mixers = nn.ModuleList([Mixer(6), Mixer(6)])
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        x = self.wide(self.stem(images)).relu()
-        for mixer in self.mixers:
-            x = mixer(x)
-        return [x, self.down(x)]
-
-
-@sm.register_head
-class Head(sm.Foldable, nn.Module):
-    reads: ClassVar = {"fine": (0,), "coarse": (1,)}
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.settings = {"channels": channels}
-        self.fine, self.coarse, self.out = nn.Conv2d(6, 4, 1), nn.Conv2d(10, 4, 1), nn.Conv2d(4, channels, 1)
-
-    def forward(self, features: sm.Features) -> Tensor:
-        fine, coarse = self.fine(features.maps[0]), self.coarse(features.maps[1])
-        hidden = fine + F.interpolate(coarse, fine.shape[-2:])
-        return F.interpolate(self.out(hidden.relu()), features.padded_size, mode="bilinear")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +108,7 @@ def test_a_shared_block_is_the_merge_and_own_blocks_are_the_experts_after_a_stit
     two: Any = sm.merge(base, {task: experts[task] for task in ("normals", "parts")}, METHOD).encoder.backbone.eval()
     assert isinstance(model.encoder, TreeEncoder)
     stitches = model.encoder.stitches
-    shared = whole.wide(whole.stem(picture))  # the block; what follows it is outside of all blocks
+    shared = whole.wide(whole.first_stem(picture))  # the block; what follows it is outside of all blocks
     for task, expert in experts.items():
         own: Any = expert.encoder.backbone
         middle, name = (own, "2-depth") if task == "depth" else (two, "2-normals")
