@@ -107,3 +107,13 @@ def test_full_disk_names_the_folder(tmp_path: Path, error: Exception) -> None:
             (folder / "half").write_text("x")
             raise error
     assert names(tmp_path) == []
+
+
+def test_a_failure_of_a_library_to_write_names_the_folder(tmp_path: Path) -> None:
+    error = RuntimeError("SafetensorError: Error while serializing: I/O error: File too large (os error 27)")
+    with pytest.raises(InputError, match=r"Cannot write .*scene: File too large\.") as refused:  # noqa: SIM117
+        with atomic_folder(tmp_path / "scene"):
+            raise error
+    assert refused.value.__cause__ is error and names(tmp_path) == []
+    with pytest.raises(RuntimeError, match="os error 5"), atomic_folder(tmp_path / "scene"):
+        raise RuntimeError("a file that is read: Input/output error (os error 5)")

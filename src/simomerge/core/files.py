@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -137,8 +138,12 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, durable
         place = f" ({error.filename})" if error.filename and str(target) not in str(error.filename) else ""
         raise InputError(f"Cannot write {target}: {error.strerror}{place}{_remedy(error)}.") from error
     except Exception as error:  # safetensors and torch have exceptions of their own
-        if not isinstance(error, InputError) and _is_full(error):
+        if isinstance(error, InputError):
+            raise
+        if _is_full(error):
             raise InputError(f"Cannot write the folder {target}: no space left{_remedy(error)}.") from error
+        if (number := _errno(error)) in _OF_THE_PLACE:
+            raise InputError(f"Cannot write {target}: {os.strerror(number)}.") from error
         raise
 
 
@@ -258,10 +263,15 @@ def _must_flush(size: int, target: Path) -> bool:
     return size < _LARGE or target.exists()
 
 
+def _errno(error: Exception) -> int:
+    """The number of an error of the system; safetensors has it in the text of an exception of its own."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(found[1]) if found else 0)
+
+
 def _is_full(error: Exception) -> bool:
-    # safetensors and torch report a full disk in exceptions of their own, recognisable only by their text.
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or os.strerror(errno.ENOSPC) in str(error)
+    # torch says it in words only.
+    return _errno(error) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _remedy(error: Exception) -> str:
