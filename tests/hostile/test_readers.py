@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from simomerge.checkpoints.description import model_card
-from simomerge.checkpoints.lora import _ends_with
+from simomerge.checkpoints.lora_config import _ends_with
 from simomerge.core.documents import read_json, read_yaml
 from simomerge.core.errors import InputError
 from simomerge.core.text import markdown, printable, shortened, shown
