@@ -142,6 +142,14 @@ def test_averages_under_other_keys_and_deeper(tmp_path: Path) -> None:
             np.testing.assert_array_equal(read[own], averaged()["scalar"].numpy())
 
 
+def test_more_than_tensors_beside_weights_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    for extra in ({"scale": torch.ones(3)}, [torch.ones(3)]):
+        torch.save({"state_dict": {"w": torch.ones(2), "_extra_state": extra}, "epoch": 3}, file)
+        with pytest.raises(InputError, match=r"'_extra_state' is a (dict|list), not a tensor"):
+            open_checkpoint(file)
+
+
 def test_keys_that_are_not_there(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
     torch.save({"encoder": state(), "decoder": {"w": torch.ones(2)}}, file)

@@ -306,14 +306,15 @@ def test_demo_writes_a_report(tiny_base: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_model_made_on_pictures_is_looked_at_and_one_made_on_a_dataset_is_judged(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/0.png").touch()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/data.yaml").touch()
     experts = {"depth": "runs/depth"}
     looked = judge_step(Path("scene"), experts, str(tmp_path / "photos"), "--split", "test")
     assert looked.startswith(f"Next: simomerge predict scene {tmp_path}/photos -o scene-predictions")
-    (tmp_path / "tars").mkdir()
-    (tmp_path / "tars/0.tar").touch()
-    for pictures in ("s3://bucket/photos", str(tmp_path / "tars"), str(tmp_path / "tars/0.tar")):
+    (tmp_path / "tars/deep").mkdir(parents=True)
+    (tmp_path / "tars/deep/0.tar").touch()
+    for pictures in ("s3://bucket/photos", str(tmp_path / "tars"), str(tmp_path / "tars/deep/0.tar")):
         assert judge_step(Path("scene"), experts, pictures) == "Next: simomerge inspect scene"
     for data in ("rooms", str(tmp_path / "mine"), str(tmp_path / "mine/data.yaml"), "nyuv2:/data/nyuv2"):
         judged = judge_step(Path("scene"), experts, data, "--split", "test")

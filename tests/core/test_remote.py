@@ -183,7 +183,9 @@ def test_a_failing_server_is_no_damaged_file(files: MemoryFileSystem, monkeypatc
         file.read(0, 1)
 
     class Answer(Exception):
-        status = 503
+        status: int | None = 503
+
+    Answer.__module__ = "aiohttp.client_exceptions"
 
     def busy(*_: Any, **__: Any) -> None:
         raise FileNotFoundError("url") from Answer("Service Unavailable")
@@ -191,11 +193,14 @@ def test_a_failing_server_is_no_damaged_file(files: MemoryFileSystem, monkeypatc
     monkeypatch.setattr(MemoryFileSystem, "cat_file", busy)
     with pytest.raises(Unreachable, match=r"fails \(Service Unavailable\)"):
         file.read(0, 1)
-    monkeypatch.setattr(Answer, "status", None)  # as of S3's own errors, which say the same as the FileNotFoundError
-    with pytest.raises(RemoteError, match="there is no such file"):
-        file.read(0, 1)
     Answer.status = 404
     with pytest.raises(RemoteError, match="there is no such file"):
+        file.read(0, 1)
+    Answer.status, Answer.__module__ = None, "botocore.exceptions"  # its FileNotFoundError says the same
+    with pytest.raises(RemoteError, match="there is no such file"):
+        file.read(0, 1)
+    Answer.__module__ = "aiohttp.client_exceptions"  # a connection that ended
+    with pytest.raises(Unreachable, match=r"fails \(Service Unavailable\)"):
         file.read(0, 1)
 
 

@@ -43,12 +43,15 @@ def _sets(loaded: Mapping[Any, Any]) -> dict[str, Any]:
 
     A list of tensors, as some code saves an average, counts too: that it is there must not be overlooked.
     """
+    import torch
+
     found: dict[str, Any] = {}
     for key, value in loaded.items():
         inner: dict[str, Any] = {}
         if isinstance(value, Mapping) and key in (*_TRAINED, *_AVERAGES):
-            maps = {name: each for name, each in value.items() if isinstance(each, Mapping)} or value
-            inner = {f"{key}::{name}": each for name, each in maps.items() if _holds_tensors(each)}
+            own = [each for each in value.values() if isinstance(each, torch.Tensor)]
+            if all(each.numel() == 1 for each in own):  # no weights, but such as a number of steps
+                inner = {f"{key}::{name}": each for name, each in value.items() if _holds_tensors(each)}
         found |= inner or ({str(key): value} if _holds_tensors(value) else {})
     return found
 
@@ -83,11 +86,10 @@ def _only_one(loaded: Any, file: Path, sets: Mapping[str, Any]) -> Any:
     if not rivals and len(usual) == 1:
         return sets[usual[0]]
     found = [_described(name, sets[name]) for name in (*usual, *rivals)]
-    readable = [name for name in usual if isinstance(sets[name], Mapping)] or usual
-    raise InputError(
-        f"{file} holds several sets of weights: {', '.join(found)}. Choose one by its key, such as"
-        f" {file}::{readable[-1]}."
-    )
+    names = (*rivals, *usual)  # the last that can be read is the example
+    readable = [f"{file}::{name}" for name in names if isinstance(sets[name], Mapping)]
+    remedy = f"Choose one by its key, such as {readable[-1]}." if readable else "Save model.state_dict()."
+    raise InputError(f"{file} holds several sets of weights: {', '.join(found)}. {remedy}")
 
 
 def _described(name: str, state: Any) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.classes import allowed
+from simomerge.core.errors import InputError
 from simomerge.core.remote import is_url
 
 MARK = "Next: "
@@ -50,10 +51,16 @@ def realign_step(model: Path, experts: Mapping[str, object], base: str, images: 
 def judge_step(model: Path, experts: Mapping[str, object], data: str, *split: str) -> str:
     """Compare a model with its experts on a dataset; or look at its predictions for pictures, which have no labels."""
     from simomerge.datasets.load import is_dataset
+    from simomerge.datasets.pictures import picture_files
 
+    data = data if is_url(data) or not data.startswith("~") else str(Path(data).expanduser())
     if is_dataset(data):
         return next_step("evaluate", model, *pairs(experts), "--data", data, *split)
-    if is_url(data) or data.endswith(".tar") or any(Path(data).glob("*.tar")):  # predict reads pictures as they are
+    try:
+        readable = not is_url(data) and not data.lower().endswith(".tar") and bool(picture_files(Path(data)))
+    except InputError:  # such as tar files, which predict does not read
+        readable = False
+    if not readable:
         return next_step("inspect", model)
     return next_step("predict", model, data, "-o", f"{model}-predictions", comment="look at what it predicts")
 

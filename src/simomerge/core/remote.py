@@ -311,13 +311,13 @@ def _file_system(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterato
 
 def _of_server(cause: BaseException | None) -> Exception | None:
     """The failure of an HTTP server or of the way to it, each of which fsspec takes for a file that is not there."""
-    failed = isinstance(cause, OSError) or _status(cause) not in (None, 404, 410)
-    return cause if failed and isinstance(cause, Exception) else None
+    by_http = isinstance(cause, OSError) or type(cause).__module__.partition(".")[0] == "aiohttp"
+    return cause if by_http and isinstance(cause, Exception) and _status(cause) not in (404, 410) else None
 
 
 def _status(error: BaseException | None) -> int | None:
     """The status code of an HTTP server's answer."""
-    return getattr(error, "status", None)
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _problem(url: str, error: Exception) -> str:

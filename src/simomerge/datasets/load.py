@@ -113,7 +113,7 @@ def is_dataset(spec: str | Path) -> bool:
         >>> is_dataset("rooms"), is_dataset("nyuv2:/data/nyuv2"), is_dataset("mine/data.yaml")
         (True, True, True)
     """
-    return _is_dataset(spec, Path(spec))
+    return _is_dataset(spec, Path(spec).expanduser())
 
 
 def _is_dataset(spec: str | Path, path: Path) -> bool:
