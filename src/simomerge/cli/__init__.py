@@ -138,8 +138,6 @@ def main() -> None:
     Exit codes: 0 done, 1 a check found something to fix, 2 the input is wrong, 130 stopped by Ctrl-C (or SIGTERM or
     SIGHUP).
     """
-    from simomerge.cli import output
-
     _stop_like_ctrl_c()
     _print_anything()
     warnings.showwarning = _show_warning
@@ -158,6 +156,8 @@ def main() -> None:
         if message is None:
             raise
         if message:
+            from simomerge.cli import output
+
             output.error(message)
         sys.exit(2)
     if isinstance(code, int) and code:
