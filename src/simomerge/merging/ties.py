@@ -205,10 +205,11 @@ def _mean_of_elected(kept: np.ndarray, total: np.ndarray, zero_is_positive: bool
     # to it. The bit pattern that precedes +0.0 is negative.
     sign = _bits(total) & _SIGN if zero_is_positive else (_bits(total) - 1) & _SIGN
     np.bitwise_xor(_bits(kept), sign, out=_bits(kept))  # Values with the elected sign are now positive.
-    np.maximum(kept, 0, out=kept)
+    # Negative floats are negative integers. numpy takes the maximum with an array five times as fast as with a number.
+    np.maximum(_bits(kept), np.zeros(total.shape, np.int32), out=_bits(kept))
     mean = _sum(kept)
     count = (kept > 0).view(np.uint8).sum(0, dtype=np.uint8 if len(kept) < 256 else np.uint16)
-    mean /= np.maximum(count, 1, out=count).astype(np.float32)
+    mean /= np.maximum(count, np.ones_like(count), out=count).astype(np.float32)
     np.bitwise_xor(_bits(mean), sign, out=_bits(mean))
     return mean
 
