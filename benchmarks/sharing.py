@@ -15,6 +15,8 @@ run's test split. ``--data``, ``--base`` and ``--trust-code`` are those of the r
 - ``groups``: whole encoders for groups of tasks. The partition has the best Delta_MTL on the test split itself, so
   that no way to choose one without labels could be better.
 - ``every tree`` (``--exhaustive``): the best tree within each budget, likewise by the test split itself.
+- ``distilled`` (``--distil STEPS``): the chosen tree of each whole and half budget, and the best partition into whole
+  encoders, both trained on the predictions of the experts for 512 images without labels (``distill-encoder``).
 - ``rank`` (``--ranks 4 16 64``): the split after half of the blocks, with own blocks as differences of this rank to
   shared weights (``merge --branch-rank``), and how many encoders' worth of parameters the encoder has then.
 
@@ -36,6 +38,7 @@ import torch
 
 from simomerge.assembly.alignment import Aligner
 from simomerge.assembly.experts import check_experts
+from simomerge.assembly.realign import realign
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch, path_of
 from simomerge.assembly.sharing.stitches import Known
@@ -52,6 +55,9 @@ from simomerge.training.evaluate import evaluate
 
 STITCHED = 128
 """Images for the stitches and the fold of each final model."""
+
+DISTILLED = 512
+"""Images for the distillation of the rows ``distilled``, without labels."""
 
 LABELLED = 128
 """Other images, whose labels choose the trees of the rows ``labelled``."""
@@ -71,6 +77,7 @@ class Bench:
         split = given.images_split
         pool = load_data(given.data, split=split, count=recipe[f"{split}_images"], tasks=self.tasks)
         self.few, self.images = as_images(pool, 64), as_images(pool, STITCHED)
+        self.many = as_images(pool, DISTILLED)
         self.labelled = pool.skip(STITCHED).take(LABELLED)
         count = given.test_images or recipe["test_images"]
         self.test = load_data(given.data, split="test", count=count, tasks=self.tasks)
@@ -94,6 +101,12 @@ class Bench:
             model = share_blocks(self.grower, tree, self.images, self.known)
             gains |= {keys[task]: gain for task, gain in self.gains(model.select(missing)).items()}
         return statistics.mean(gains[key] for key in keys.values())
+
+    def distilled(self, tree: Tree, steps: int) -> float:
+        """Delta_MTL of a tree after distillation, on the test split."""
+        model = share_blocks(self.grower, tree, self.images, self.known)
+        model = realign(model, self.grower.experts, self.many, method="distill-encoder", steps=steps)
+        return statistics.mean(self.gains(model).values())
 
     def gains(self, model: SimoModel) -> dict[str, float]:
         """What each task of a model gains against its expert on the test split, in percent."""
@@ -131,6 +144,31 @@ def measure_ranks(given: argparse.Namespace, seed: int, results: dict[str, Any])
             row = {"kind": "rank", "asked": rank, "tree": str(tree), **bench.low_rank(tree, rank)}
             found["rows"].append({"cost": tree.cost(), **row})
             atomic_write_text(given.output, json.dumps(results, indent=1) + "\n")
+
+
+def measure_distilled(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> None:
+    """Distil the chosen trees and the best whole groups of a seed that has been measured."""
+    rows = results["seeds"][str(seed)]["rows"]
+    bench, began = Bench(given, seed, results["seeds"][str(seed)]), time.monotonic()
+    done = {(row["kind"], row["asked"]) for row in rows}
+    for budget in (1 + step / 2 for step in range(2 * len(bench.tasks) - 2)):
+        for kind in ("chosen", "groups"):
+            found = [row for row in rows if row["kind"] == kind and row["cost"] <= budget + 1e-9]
+            found = [row for row in found if kind == "groups" or row["asked"] == budget]
+            if budget == 1 and kind == "chosen":
+                found = [row for row in rows if row["kind"] == "branch" and row["cost"] == 1]
+            if not found or (f"{kind}, distilled", budget) in done or (kind == "groups" and budget % 1):
+                continue
+            best = max(found, key=lambda row: float(row["delta"]))
+            tree = bench.tree(best["tree"])
+            delta = bench.distilled(tree, given.distil)
+            row = {"kind": f"{kind}, distilled", "asked": budget, "cost": tree.cost(), "tree": str(tree)}
+            rows.append(row | {"delta": delta, "before": best["delta"]})
+            atomic_write_text(given.output, json.dumps(results, indent=1) + "\n")
+            print(
+                f"  {time.monotonic() - began:5.0f} s  seed {seed} {kind}, distilled {budget:.2f}: {delta:+.2f}",
+                flush=True,
+            )
 
 
 def measure(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> None:
@@ -200,6 +238,7 @@ def show(results: dict[str, Any]) -> None:
     """Print Delta_MTL by cost, over the seeds."""
     seeds = [found["rows"] for found in results["seeds"].values()]
     show_ranks(seeds)
+    show_distilled(seeds)
     if not any(row["kind"] == "chosen" for row in seeds[0]):
         return
     costs = sorted({row["asked"] for row in seeds[0] if row["kind"] == "chosen"})
@@ -232,6 +271,18 @@ def show_ranks(seeds: Sequence[Sequence[dict[str, Any]]]) -> None:
         print(f"| {'in full' if rank is None else rank} | {rows[0]['parameters']:.2f} | {shown} |")
 
 
+def show_distilled(seeds: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Print Delta_MTL before and after distillation, over the seeds."""
+    asked = [(row["kind"], row["asked"]) for row in seeds[0] if row["kind"].endswith("distilled")]
+    if asked:
+        print("| cost at most | trees | before | distilled |\n| --: | :-- | --: | --: |")
+    for kind, budget in asked:
+        rows = [row for each in seeds for row in each if (row["kind"], row["asked"]) == (kind, budget)]
+        before, after = (spread([row[key] for row in rows]) for key in ("before", "delta"))
+        cells = [f"{found['mean']:+.2f} ± {found['std'] or 0:.2f}" for found in (before, after)]
+        print(f"| {budget:.2f} | {kind.split(',')[0]} | {' | '.join(cells)} |")
+
+
 def _best(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
     """The Delta_MTL for a cost; for kinds that are not chosen, the best on the test split itself."""
     single = {row["asked"]: row["delta"] for row in rows if row["kind"] == "branch"}
@@ -255,6 +306,7 @@ def main() -> None:
     parser.add_argument("--exhaustive", action="store_true", help="Also measure every tree (three tasks at most).")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="Measure some kinds of trees only.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[], help="Measure these branch ranks only.")
+    parser.add_argument("--distil", type=int, metavar="STEPS", help="Distil trees that have been measured, only.")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--show", action="store_true", help="Print the content of OUTPUT; measure nothing.")
     options = parser.parse_args()
@@ -269,6 +321,8 @@ def main() -> None:
     for seed in () if options.show else options.seeds:
         if options.ranks:
             measure_ranks(options, seed, results)
+        elif options.distil:
+            measure_distilled(options, seed, results)
         else:
             measure(options, seed, results)
     show(results)

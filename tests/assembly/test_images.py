@@ -136,6 +136,34 @@ def test_unsuitable_images_are_a_warning_with_the_evidence(experts: dict[str, Si
     assert any("have 64 x 48 pixels, those that the experts were trained on 32 x 24" in text for text in large)
 
 
+def test_frames_of_one_video_are_a_warning_and_the_same_frames_in_another_order_are_not(
+    experts: dict[str, SimoModel],
+) -> None:
+    scenes = [picture(seed).astype(float) for seed in range(5)]
+    places = np.linspace(0, 3.999, 24)
+    frames = [
+        ((1 - place % 1) * scenes[int(place)] + place % 1 * scenes[int(place) + 1]).astype(np.uint8) for place in places
+    ]
+    (said,) = [text for text in messages(experts, frames) if "video" in text]
+    assert said.startswith("the 24 images seem to be frames of one video")
+    shuffled = [frames[place] for place in np.random.default_rng(0).permutation(24)]
+    assert not any("video" in text for text in messages(experts, shuffled))
+
+
+def test_the_distance_from_the_training_images_is_shown(experts: dict[str, SimoModel]) -> None:
+    lines: list[str] = []
+    with show_progress(lambda label, done, total, note: lines.append(note)):
+        list(observe(experts, as_images([picture(seed) for seed in range(100, 132)])))
+    (near,) = [line for line in lines if "standard deviations" in line]
+    lines.clear()
+    with show_progress(lambda label, done, total, note: lines.append(note)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        list(observe(experts, as_images([picture(seed, mean=20, spread=10) for seed in range(32)])))
+    (far,) = [line for line in lines if "standard deviations" in line]
+    shown = [float(line.split()[2]) for line in (near, far)]
+    assert shown[0] < 0.6 and shown[1] > 1.1
+
+
 # What may be given --------------------------------------------------------------------------------------
 
 

@@ -63,7 +63,9 @@ def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = N
 def check_images(
     experts: Mapping[str, SimoModel], sketches: Mapping[str, Tensor], size: tuple[int, int], count: int
 ) -> None:
-    """Warn of images that are few, unlike the experts' training images, nearly all alike, or of another size.
+    """Warn of images that are few, frames of one video, unlike the experts' training images, alike, or of another size.
+
+    Also shows how far they are from the training images.
 
     Args:
         experts: By task.
@@ -77,6 +79,11 @@ def check_images(
     compared_here = next(iter(sketches.values()))[:MOST_COMPARED]
     if (copies := _copies(compared_here)) * LEAST_COPIES >= len(compared_here):
         warn(f"{copies} of {len(compared_here)} images are copies of others, and add nothing; give different ones.")
+    if len(compared_here) >= FEW_IMAGES and _is_one_sequence(compared_here):
+        warn(
+            f"the {count} images seem to be frames of one video: all neighbours are more alike than most pairs. Such"
+            " images show little of what the model will see; add other scenes, or fewer frames of more videos."
+        )
     compared = {
         task: found
         for task, each in sketches.items()
@@ -85,6 +92,8 @@ def check_images(
     if not compared:
         return
     task, far = max(compared.items(), key=lambda pair: pair[1].shift)
+    distance = f"mean features {far.shift:.1f} standard deviations from the training images (warned of above {FAR})"
+    progress("images", count, count, distance)
     if far.shift > FAR:
         warn(
             f"the images differ from those that the experts were trained on: their mean features are {far.shift:.1f}"
@@ -108,6 +117,13 @@ def _copies(sketches: Tensor) -> int:
     """How many images have the features (n, D) of an earlier one, up to rounding in bfloat16."""
     near = torch.cdist(sketches, sketches) < 1e-3 * float(sketches.std(0, correction=0).norm())
     return int(near.tril(-1).any(1).sum())
+
+
+def _is_one_sequence(sketches: Tensor) -> bool:
+    """Whether no two neighbours are as far apart as half of all pairs are. In any other order, one pair in two is."""
+    distances = torch.cdist(sketches, sketches)
+    pairs = distances[torch.triu(torch.ones_like(distances, dtype=torch.bool), diagonal=1)]
+    return bool(distances.diagonal(1).max() < pairs.median())
 
 
 def _training(model: SimoModel) -> Mapping[str, Any]:

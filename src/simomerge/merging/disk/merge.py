@@ -97,7 +97,7 @@ def merge_on_disk(
         write_model(target, opened, recorded, tensors, layout, [foundation])
     else:
         write_weights(target, [foundation, *opened.values()], tensors, layout)
-    tensors.warn_of_unchanged()
+    tensors.warn_of_differences()
     return MergedOnDisk(target.path, how, tuple(opened) if makes_model else ())
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from simomerge.checkpoints import canonicalise, tensor_info
+import numpy as np
+
+from simomerge.checkpoints import as_numpy, canonicalise, tensor_info
 from simomerge.checkpoints.parts import separated
 from simomerge.checkpoints.quantised import check_not_quantised
 from simomerge.core.errors import InputError
@@ -46,10 +48,10 @@ def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str,
     expected_names, given_names = canonicalise(expected), canonicalise(given)
     # Integers, such as the position_ids that only some versions save, are copied from the base and may be missing.
     if missing := _only_floats(expected, expected_names, given_names):
-        which = _listed(missing, f" of {reference}")
+        which = listed(missing, f" of {reference}")
         raise InputError(f"{_capital(other)} is missing {which}. Give experts fine-tuned from this base.")
     if extra := _only_floats(given, given_names, expected_names):
-        which = _listed(extra, f" that {reference} does not have")
+        which = listed(extra, f" that {reference} does not have")
         raise InputError(f"{_capital(other)} has {which}. Give the encoder alone, without heads.")
     shapes, dtypes = [], []
     for name in (name for name in expected_names if name in given_names):
@@ -61,9 +63,32 @@ def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str,
     for differing, what in ((shapes, "shapes"), (dtypes, "dtypes")):
         if differing:
             raise InputError(
-                f"{_capital(reference)} and {other} differ in the {what} of {_listed(differing)}. "
+                f"{_capital(reference)} and {other} differ in the {what} of {listed(differing)}. "
                 "Give experts fine-tuned from this base."
             )
+
+
+def other_tensors_that_differ(reference: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of tensors that are not floats, and so are not merged, and differ in an expert.
+
+    Single numbers, such as the counters of batch norms, do not count.
+
+    Example:
+        >>> table = {"index": np.arange(3)}
+        >>> other_tensors_that_differ(table, {"a": dict(table), "b": {"index": np.arange(3) + 1}})
+        ['index']
+    """
+    names = {expert: canonicalise(tensors) for expert, tensors in experts.items()}
+    found = []
+    for name, own in canonicalise(reference).items():
+        info = tensor_info(reference, own)
+        if info.is_float or info.size < 2:
+            continue
+        values = as_numpy(reference[own], own)
+        others = (as_numpy(experts[expert][known[name]], name) for expert, known in names.items() if name in known)
+        if not all(np.array_equal(values, other) for other in others):
+            found.append(own)
+    return found
 
 
 def _only_floats(tensors: Mapping[str, Any], names: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
@@ -71,7 +96,7 @@ def _only_floats(tensors: Mapping[str, Any], names: Mapping[str, str], others: M
     return [name for name, own in names.items() if name not in others and tensor_info(tensors, own).is_float]
 
 
-def _listed(items: Sequence[str], which: str = "") -> str:
+def listed(items: Sequence[str], which: str = "") -> str:
     """The number of tensors and the first of them, such as "5 tensors of the base: w0, w1, w2, ..."."""
     more = ", ..." if len(items) > _SHOWN else ""
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''}{which}: {', '.join(items[:_SHOWN])}{more}"

@@ -15,7 +15,7 @@ from simomerge.checkpoints.tensors import encode, value_info
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
-from simomerge.merging.engine.checks import check_models
+from simomerge.merging.engine.checks import check_models, listed, other_tensors_that_differ
 from simomerge.merging.engine.schedule import Factor, Schedule, as_schedule
 from simomerge.merging.engine.stream import TaskVectorStream, all_finite
 from simomerge.merging.method import MergeMethod, Provisional, get_method
@@ -59,7 +59,7 @@ class Merged(Mapping[str, np.ndarray]):
         # A method without a base accepts any point of reference. It is always the first expert by name, because the
         # last digit of the result depends on it.
         self._reference = experts[min(experts)] if base is None else base
-        self._has_base = base is not None
+        self._has_base, self._experts = base is not None, experts
         self._method = method.for_experts(list(experts))
         self._stream = TaskVectorStream(self._reference, experts, threads, blocks)
         self._canonical = {own: name for name, own in canonicalise(self._reference).items()}
@@ -138,11 +138,15 @@ class Merged(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._canonical)
 
-    def warn_of_unchanged(self) -> None:
-        """Warn of experts that equal the base. Call it after all tensors have been read."""
+    def warn_of_differences(self) -> None:
+        """Warn of experts that equal the base, and of differences that are lost. Call it after all tensors are read."""
         unchanged = [expert for expert in self._stream.experts if expert not in self._stream.changed]
         if unchanged and self._has_base:
             warn(f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.")
+        if differing := other_tensors_that_differ(self._reference, self._experts):
+            kept = "the base" if self._has_base else min(self._experts)
+            which = listed(differing, " of another dtype")
+            warn(f"Only floats are merged, and the models differ in {which}. The values of {kept} are kept.")
 
 
 class _Provisional(Merged):
@@ -239,7 +243,7 @@ def merge_tensors(
 def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.ndarray]]:
     merged.prepare()
     yield from ordered_map(lambda name: (name, merged[name]), merged, threads)
-    merged.warn_of_unchanged()
+    merged.warn_of_differences()
 
 
 def merge_state_dicts(
@@ -275,7 +279,7 @@ def merge_state_dicts(
     result = {name: like(array, reference[name], name) for name, array in arrays}
     for name, start, values in merged.corrections():
         result[name].reshape(-1)[start : start + values.size] = like(values, reference[name], name)
-    merged.warn_of_unchanged()
+    merged.warn_of_differences()
     return result
 
 
