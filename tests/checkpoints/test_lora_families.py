@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 def variants(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """Settings of peft that make sense for the layers of a model."""
-    # The decoder of a masked autoencoder is no part of the encoder.
-    modules = {name: module for name, module in model.named_modules() if not name.startswith("decoder")}
+    modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     maps = [name for name, module in modules.items() if isinstance(module, nn.Conv2d) and module.groups == 1]
     norm = next(name for name, module in modules.items() if "Norm" in type(module).__name__)
@@ -48,7 +47,8 @@ def randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-@pytest.mark.parametrize("model_type", TINY)
+# A masked autoencoder is trained with its decoder, which is no part of the encoder; its encoder is that of "vit".
+@pytest.mark.parametrize("model_type", [model_type for model_type in TINY if model_type != "vit_mae"])
 def test_every_setting_on_every_family(tmp_path: Path, model_type: str) -> None:
     peft = pytest.importorskip("peft")
     base = save_tiny(model_type, tmp_path / "base")
