@@ -440,7 +440,7 @@ def test_neither_the_order_of_the_images_nor_the_batches_matter(
     other, other_fit = folded(sums_of(bare({"seg": head}), variant), x, experts, batches=batches)
     assert fit["seg"].ridge == other_fit["seg"].ridge
     assert fit["seg"].r2 == pytest.approx(other_fit["seg"].r2, abs=1e-6)
-    torch.testing.assert_close(logits(other["seg"], x), logits(one["seg"], x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(other["seg"], x), logits(one["seg"], x), rtol=1e-4, atol=1e-4)
 
 
 # Maps of several strides --------------------------------------------------------------------------------
