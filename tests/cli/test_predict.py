@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,34 @@ def test_each_image_is_read_when_its_turn_comes(
     assert done.code == 0, done.err
     assert events == [word for photo in photos for word in (photo.name, "predicted")]
     assert [Path(name).name for name in done.json["written"]] == [f"{photo.stem}-depth.png" for photo in photos]
+
+
+ODD_NAMES = [
+    b"with space.png",
+    "K\u00fcche\u2192\u65e5\u672c.png".encode(),
+    b"caf\xe9.png",  # no UTF-8
+    b"a=b.png",
+    b"[x]*?.png",
+    b"-dash.png",
+    b"new\nline.png",
+    b"a#b%20.png",
+    b"CAPS.PNG",
+    b"x.tar.png",
+    b"'quote\".png",
+]
+
+
+def test_every_name_that_a_file_may_have(make_model, tmp_path: Path) -> None:
+    photos = tmp_path / "photos [1] = 50%"
+    photos.mkdir()
+    names = [os.fsdecode(name) for name in ODD_NAMES]
+    for name in names:
+        Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(photos / name)
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    done = simomerge("predict", tmp_path / "m", photos, "-o", tmp_path / "out=é", "--as", "colours")
+    assert done.code == 0, done.err
+    expected = {f"{Path(name).stem}-depth.png" for name in names}
+    assert {file.name for file in (tmp_path / "out=é").iterdir() if file.suffix == ".png"} == expected
 
 
 def damage(file: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
