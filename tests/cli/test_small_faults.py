@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import simomerge as sm
+from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.checkpoints import open_checkpoint
 from simomerge.checkpoints.experts import own_task
 from simomerge.cli import cli, main
@@ -182,3 +183,10 @@ def test_a_delta_over_some_of_the_tasks_says_so(half: dict[str, Path], tiny_base
     assert "It is over depth only: give the experts of normals too" in one.out
     pairs = [f"{task}={folder}" for task, folder in half.items()]
     assert "only" not in simomerge("evaluate", merged, *pairs, "--count", 2).out
+
+
+def test_the_help_gives_the_number_of_images_that_each_method_uses() -> None:
+    counts = {name: get_realignment(name).default_count for name in realignments()}
+    few = [name for name, count in counts.items() if count == 64]
+    assert sorted(few) == ["fold", "fold-cross", "prodistill", "react"] and set(counts.values()) == {64, 256}
+    assert "64 in closed form and for prodistill, else 256" in " ".join(simomerge("realign", "--help").out.split())

@@ -89,6 +89,8 @@ def test_every_distance_is_one_at_the_start(start: SimoModel, experts: dict[str,
         for task, value in distances(start, batch).items():
             assert float(value) == pytest.approx(1, rel=1e-4)
             assert distances.units[task] == pytest.approx(raw[task], rel=1e-4)
+        for task, value in ExpertDistances(experts)(start, batch).items():  # without units, the distances themselves
+            assert float(value) == pytest.approx(raw[task], rel=1e-4)
     assert max(raw.values()) > 1.5 * min(raw.values())  # without units one task would outweigh the other
 
 
