@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from simomerge.assembly.experts import assemble, check_experts, with_parameters,
 from simomerge.assembly.images import prepare
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
+from simomerge.assembly.sharing.cost import check_kind
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import choose_tree
 from simomerge.core.caution import warn
@@ -25,6 +27,17 @@ from simomerge.merging.tree import Tree, check_sharing
 from simomerge.models.encoders.low_rank import check_rank
 from simomerge.models.encoders.units import low_rank_of, unit_names
 from simomerge.models.model import SimoModel, as_model, as_models
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Which blocks are shared; see `merge`."""
+
+    share: Any
+    budget: float | None
+    budget_of: str
+    rank: int | None
+
 
 AUTO_METHODS: tuple[tuple[str, Schedule | None], ...] = (
     ("task-arithmetic", None),
@@ -47,6 +60,7 @@ def merge(
     minutes: float | None = None,
     share: int | str | Mapping[Any, Any] | None = None,
     budget: float | None = None,
+    budget_of: str = "parameters",
     branch_rank: int | None = None,
     **parameters: Any,
 ) -> SimoModel:
@@ -74,6 +88,8 @@ def merge(
             default all tasks share all blocks.
         budget: Choose the tree for this cost, in units of one encoder: on ``images``, or by the labels of
             ``validation`` if that is given, too.
+        budget_of: What the budget counts: ``"parameters"`` of the blocks, or their ``"time"``, measured on this device
+            for the first image. For plain transformers they are the same; in pyramids they differ.
         branch_rank: With ``share`` or ``budget``: store the linear layers of own blocks as differences of this rank to
             weights that all branches share. By default own blocks are stored in full.
         **parameters: Further parameters of the method.
@@ -97,7 +113,11 @@ def merge(
     pictures = None if images is None else prepare(images, experts, size=size)
     if share is not None or budget is not None:
         given = {"method": method, "scale": scale, "validation": validation, "minutes": minutes}
-        return _shared(base, experts, pictures, (share, budget, branch_rank), given, plan, count, parameters)
+        return _shared(
+            base, experts, pictures, _Sharing(share, budget, budget_of, branch_rank), given, plan, count, parameters
+        )
+    if budget_of != "parameters":
+        raise InputError("budget_of is what a budget counts: give budget too, or leave it out.")
     if branch_rank is not None:
         raise InputError("branch_rank is the rank of own blocks: give share or budget too, or leave it out.")
     if method == "auto":
@@ -136,15 +156,16 @@ def _shared(
     base: SimoModel,
     experts: Mapping[str, SimoModel],
     images: Any,
-    wanted: tuple[Any, float | None, int | None],
+    wanted: _Sharing,
     given: Mapping[str, Any],
     schedule: Schedule | None,
     count: int | None,
     parameters: Mapping[str, Any],
 ) -> SimoModel:
     """Share blocks as a tree says, or as a budget allows. A scale of "auto" is chosen for each group of tasks."""
-    (share, budget, rank), method, scale = wanted, given["method"], given["scale"]
+    share, budget, rank, method, scale = wanted.share, wanted.budget, wanted.rank, given["method"], given["scale"]
     check_sharing(share, budget, list(experts))
+    check_kind(wanted.budget_of)
     if rank is not None:
         check_rank(rank)
     if method == "auto" or scale == "learned" or given["minutes"] is not None:
@@ -181,12 +202,13 @@ def _shared(
     if tree is not None:
         return share_blocks(grower, tree, images, rank=rank)
     assert budget is not None
-    found = choose_tree(grower, images, budget, data)
+    found = choose_tree(grower, images, budget, data, wanted.budget_of)
     if rank is not None and found.tree.is_trivial:
         warn("the tree that was chosen has no own blocks, so that the branch rank changes nothing.")
     model = share_blocks(grower, found.tree, images, rank=rank)
     model.provenance["merge"] |= {
         "budget": budget,
+        **({"time": round(found.cost, 4)} if wanted.budget_of == "time" else {}),
         "disagreement" if data is None else "loss": {task: round(loss, 4) for task, loss in found.losses.items()},
     }
     return model

@@ -21,6 +21,7 @@ _WORDS = {
     "labelled_images": "images with labels:",
     "unlabelled_images": "images without labels:",
     "branch_rank": "own blocks of rank",
+    "time": "measured time",
 }
 """What an entry of the record of a merge is called in the summary, where its key is no plain word."""
 
@@ -63,6 +64,13 @@ _WORDS = {
     help="Which tasks share which blocks, as '6: a+b, c | each' or a YAML file; see docs/sharing.md.",
 )
 @click.option("--budget", type=float, help="Choose what is shared for this cost: 1 is one encoder.")
+@click.option(
+    "--budget-of",
+    type=click.Choice(("parameters", "time")),
+    default="parameters",
+    show_default=True,
+    help="What --budget counts; time is measured on this machine.",
+)
 @click.option(
     "--branch-rank",
     type=click.IntRange(0),
@@ -129,6 +137,7 @@ class _Wanted:
     branch: int | None
     share: str | None
     budget: float | None
+    budget_of: str
     branch_rank: int | None
     labels: str | None
     output: Path
@@ -198,6 +207,8 @@ class _Wanted:
         from simomerge.merging import as_schedule, get_method
 
         given = self.given()
+        if self.budget is None and options.is_given("budget_of"):
+            raise InputError("--budget-of says what a --budget counts; give one, or leave it out.")
         if self.labels is not None and self.budget is None:
             raise InputError("--labels chooses what is shared for a --budget; give one, or leave it out.")
         if self.branch_rank is not None and not self.shares_blocks:
@@ -253,7 +264,8 @@ class _Wanted:
             foundation, loaded = load(self.base), load_experts(**self.experts)
             inputs = {**(self._inputs() if self.uses_images else {}), "minutes": self.minutes}
             if self.shares_blocks:
-                inputs |= {"share": self.tree(), "budget": self.budget, "branch_rank": self.branch_rank}
+                inputs |= {"share": self.tree(), "budget": self.budget, "budget_of": self.budget_of}
+                inputs |= {"branch_rank": self.branch_rank}
             model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
         model.save_pretrained(self.output, self.overwrite, self._stored_dtype())
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)

@@ -15,12 +15,13 @@ from typing import Any
 
 from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.sums import head_sums, head_targets, with_heads
+from simomerge.assembly.sharing.cost import check_kind, time_shares
 from simomerge.assembly.sharing.grow import Grower
 from simomerge.assembly.sharing.stitches import Known, fit_stitches
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.datasets.groups import held_out
-from simomerge.datasets.pictures import as_images
+from simomerge.datasets.pictures import as_images, image_batches
 from simomerge.merging.tree import Group, Partition, Tree
 from simomerge.models.encoders import TreeEncoder
 from simomerge.models.heads.projections import is_foldable
@@ -83,6 +84,7 @@ class TreeSearch:
         images: Images without labels, as `simomerge.datasets.pictures.as_images` takes them.
         data: A dataset with labels that judges the trees, other than the images. By default a quarter of the images
             does, by the experts' predictions.
+        cost_of: What trees cost: "parameters", or "time", which is measured on the first image.
 
     Attributes:
         tried: All trees so far, in order; the first is one encoder.
@@ -91,7 +93,8 @@ class TreeSearch:
         InputError: There are fewer than eight images, or a head cannot be folded.
     """
 
-    def __init__(self, grower: Grower, images: Any, data: Any = None) -> None:
+    def __init__(self, grower: Grower, images: Any, data: Any = None, cost_of: str = "parameters") -> None:
+        check_kind(cost_of)
         self.grower, self.experts = grower, grower.experts
         self.images = as_images(images, SEARCH_IMAGES).readable()
         judged = held_out(self.images)
@@ -111,12 +114,19 @@ class TreeSearch:
         self._stitches: Known = {}
         self._losses: dict[TaskPath, dict[str, float]] = {}
         one = Tree.of("all", list(self.experts), grower.blocks)
-        each = TreeEncoder(Tree.of(0, list(self.experts), grower.blocks), next(iter(self.experts.values())).encoder)
-        self.shares = each.shares()
+        self.shares = self._shares(cost_of)
         start = self._measured(grower.grow(one), list(self.experts))
         self._units = {task: 1.0 if self._labelled else max(value, LEAST_LOSS) for task, value in start.items()}
         self.tried: list[Tried] = []
         self.try_out(one)
+
+    def _shares(self, cost_of: str) -> list[float]:
+        """Share of each block in what one encoder costs."""
+        first = next(iter(self.experts.values()))
+        if cost_of == "time":
+            _, image = next(image_batches(self.images, 1))
+            return time_shares(first.encoder, first.fit(image.to(next(first.parameters()).device)))
+        return TreeEncoder(Tree.of(0, list(self.experts), self.grower.blocks), first.encoder).shares()
 
     def try_out(self, tree: Tree) -> Tried:
         """Grow, stitch, fold and compare with the experts; only for tasks whose path is new."""
@@ -170,9 +180,9 @@ class TreeSearch:
         return min(within, key=lambda each: (each.loss, each.cost))
 
 
-def choose_tree(grower: Grower, images: Any, budget: float, data: Any = None) -> Tried:
+def choose_tree(grower: Grower, images: Any, budget: float, data: Any = None, cost_of: str = "parameters") -> Tried:
     """The best tree for a budget in units of one encoder; see `TreeSearch`."""
-    return TreeSearch(grower, images, data).best(budget)
+    return TreeSearch(grower, images, data, cost_of).best(budget)
 
 
 def path_of(tree: Tree, task: str) -> TaskPath:
