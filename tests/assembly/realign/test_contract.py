@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from simomerge.assembly.realign import realignments
+from simomerge.assembly.realign import get_realignment, realignments
+from simomerge.core.registry import settings
 
 from .contract import SETTINGS, RealignmentContract
 
@@ -120,3 +121,14 @@ class TestProDistill(RealignmentContract):
 
 def test_every_re_alignment_is_here() -> None:
     assert {each.name for each in RealignmentContract.__subclasses__()} == set(realignments())
+
+
+def test_what_decides_memory_or_disk_only_is_not_recorded() -> None:
+    only = {"images_at_once", "cache_budget", "checkpointing"}
+    found = {
+        (name, spec.name): spec.metadata["resource"]
+        for name in realignments()
+        for spec in settings(get_realignment(name))
+    }
+    about = {pair: resource for pair, resource in found.items() if pair[1] in only}
+    assert ("react", "images_at_once") in about and ("fold", "images_at_once") in about and all(about.values())

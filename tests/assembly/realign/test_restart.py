@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from simomerge.assembly.realign import predictions, realign
+from simomerge.assembly.realign.agreement import Agreement
+from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.assembly.realign.restart import SavedSums
+from simomerge.assembly.realign.sums import HeadSums
+from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset
+from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import as_images
 from simomerge.models.model import SimoModel
 
@@ -49,6 +54,22 @@ def test_an_interrupted_fold_ends_like_one_that_was_left_alone(
     records = [model.provenance["realign"] for model in (expected, resumed)]
     assert records[0]["r2"] == records[1]["r2"]
     assert records[0]["unlabelled_images"] == records[1]["unlabelled_images"] == len(rooms)
+
+
+def test_the_predictions_that_judge_a_fold_are_kept_too(
+    merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
+) -> None:
+    agreement, sums = Agreement(experts), HeadSums(FoldLayout(merged, "cross-tap"))
+    for batch in observe(experts, as_images(rooms), check=False):
+        agreement.add(batch)
+    assert sum(map(len, agreement.images)) == len(held_out(rooms)) > 0
+    SavedSums(tmp_path, sums, agreement).save(3)
+    again = Agreement(experts)
+    assert SavedSums(tmp_path, HeadSums(FoldLayout(merged, "cross-tap")), again).resume() == 3
+    assert len(again.images) == len(agreement.images)
+    for kept, found in zip(agreement.images, again.images, strict=True):
+        assert torch.equal(kept, found)
+    assert again.distances(merged) == agreement.distances(merged)
 
 
 def test_interrupted_predictions_go_on(
