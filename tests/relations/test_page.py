@@ -52,13 +52,18 @@ def sample(count: int = 4) -> dict[str, Any]:
          "gains": dict.fromkeys(tasks, float(k - count)), "measured": k != 2}
         for k in range(1, count + 1)
     ]  # fmt: skip
+    together, apart = "+".join(tasks), ", ".join(tasks)
     shared = [
-        {"budget": cost, "cost": cost, "tree": f"3: {'+'.join(tasks)}", "shared": dict.fromkeys(tasks, 3),
-         "gain": cost - count, "gains": dict.fromkeys(tasks, cost - count)}
-        for cost in (1.0, 1.5, float(count))
+        {"budget": cost, "cost": cost, "tree": tree, "shared": dict.fromkeys(tasks, blocks),
+         "gain": gain, "gains": dict.fromkeys(tasks, gain)}
+        for cost, tree, blocks, gain in (
+            (1.0, f"3: {together}", 3, -4.0),
+            ((2 + count) / 3, f"2: {together} | 3: {apart}", 2, -1.0),
+            (float(count), f"3: {apart}", 0, 0.0),
+        )
     ]  # fmt: skip
     return {
-        "format": 1, "tasks": tasks, "judged_by": "labels", "images": 16,
+        "format": 1, "tasks": tasks, "judged_by": "labels", "images": 16, "judged_images": 8,
         "verdict": ["One encoder would do.", "So would two."],
         "groups": {"merges": merges, "choices": choices},
         "sweeps": {
@@ -102,8 +107,20 @@ def test_the_folder_holds_everything_and_the_page_needs_nothing_else(tmp_path: P
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html) and "<script" not in html
     assert "One encoder would do." in html and "a task &lt;with&gt; $a$ long name" in html and "<with>" not in html
     assert html.count("<figure>") == html.count("<svg ") == 6
+    assert html.count('<pre class="drawing">') == 3 and "|-- block 3: a task &lt;with&gt; $a$ long name" in html
+    assert html.count(", recommended</h3>") == 1 and "<h3>2.00 encoders: -1.0 %, recommended</h3>" in html
+    assert "<h2>Shared blocks (Delta_MTL on 8 labelled images)</h2>" in html
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
+
+
+def test_the_curve_says_what_it_measures_and_marks_the_recommended_tree() -> None:
+    axes = sharing_figure(sample()).axes[0]
+    assert axes.get_title(loc="left") == "Delta_MTL on 8 labelled images: mean (thick) and by task"
+    *_, ring, _ = axes.lines
+    assert ring.get_xydata().tolist() == [[2.0, -1.0]] and axes.get_xlim() == (0.95, 4.05)
+    estimate = sharing_figure(sample() | {"judged_by": "the experts' predictions"}).axes[0]
+    assert estimate.get_title(loc="left").startswith("agreement with the experts, an estimate without labels: ")
 
 
 def test_only_what_was_measured_is_shown(tmp_path: Path) -> None:
@@ -119,7 +136,9 @@ def test_tables_for_a_terminal() -> None:
     assert any(re.match(r" +1 +-3.0 +depth \+ normals", line) for line in lines)
     assert any(re.match(r" +2 +-2.0 \*", line) for line in lines)  # predicted, not measured
     assert any(re.match(r"depth +2 +0.100 +0.900 +– +0.800", line) for line in lines)
-    assert any(re.match(r" *1.50 +-2.5 +3: depth\+normals", line) for line in lines)
+    assert any(re.match(r" *2.00 +-1.0 +2: depth\+normals\+.* \| 3: depth, normals, ", line) for line in lines)
+    leaves = [table for heading, table in relation_tables(sample(3)) if heading.startswith("The last block")]
+    assert leaves[0][1:] == [["1.00", *["never"] * 3], ["1.67", *["2"] * 3], ["3.00", *["0"] * 3]]
     (_, first), *others = relation_tables(sample(), budget=3)
     assert [row[0] for row in first[1:]] == ["3"]
     assert not any(row[0].isdigit() for _, table in others for row in table)

@@ -10,6 +10,8 @@ import pytest
 
 import simomerge as sm
 from simomerge.assembly.experts import with_merged_encoder
+from simomerge.assembly.sharing.grow import Grower
+from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.core.errors import InputError
 from simomerge.merging import TaskArithmetic
 from simomerge.models.model import SimoModel
@@ -49,7 +51,31 @@ def test_the_curve_of_shared_blocks_goes_from_one_encoder_to_the_experts(
     assert all(each["cost"] <= each["budget"] + 1e-6 for each in curve)
     assert curve[0]["shared"] == {"depth": 4, "normals": 4} and curve[-1]["shared"] == {"depth": 0, "normals": 0}
     assert curve[-1]["gain"] == pytest.approx(0, abs=1e-3) and curve[0]["gain"] < 0
-    assert found.verdict()[0].startswith("Shared blocks: at the cost of ")
+    assert found.judged_images == 8
+    assert found.verdict()[0].startswith("Shared blocks: ")
+    assert "(agreement with the experts, an estimate without labels: " in found.verdict()[0]
+
+
+def test_labels_choose_the_trees_of_the_curve(
+    base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judges = []
+
+    class Search(TreeSearch):
+        def __init__(self, grower: Grower, images: Any, data: Any = None) -> None:
+            super().__init__(grower, images, data)
+            judges.append((self, data))
+
+    monkeypatch.setattr("simomerge.relations.sharing.TreeSearch", Search)
+    some = {task: experts[task] for task in ("depth", "normals")}
+    found = relate(base, some, data=dataset, sections=["sharing"], count=16)
+    ((search, data),) = judges
+    assert found.sharing is not None and len(data) == found.judged_images == 8
+    fitted = {tuple(search.images[index]["image"].flatten().tolist()) for index in range(len(search.images))}
+    assert not any(tuple(data.image(index).flatten().tolist()) in fitted for index in range(len(data)))
+    assert all(tried.power == 1 for tried in search.tried)  # the loss is Delta_MTL, not a power of disagreements
+    assert {each.tree for each in found.sharing} <= {str(tried.tree) for tried in search.tried}
+    assert "(Delta_MTL on 8 labelled images: " in found.verdict()[0]
 
 
 def test_labels_judge_if_given(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
@@ -190,6 +216,8 @@ def test_a_merge_without_finite_metrics_is_an_error(
     monkeypatch.setattr(Judge, "gains", lambda self, scores: dict.fromkeys(scores, float("nan")))
     with pytest.raises(InputError, match=r"merged, .* that is not finite"):
         relate(base, experts, dataset, sections=["groups"])
+    with pytest.raises(InputError, match=r"merged, .* that is not finite"):
+        relate(base, experts, dataset, sections=["sharing"])
 
 
 def test_all_pairs_are_merged(base: SimoModel, experts: dict[str, SimoModel], dataset: RandomDataset) -> None:

@@ -56,10 +56,10 @@ def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> 
     for heading, (head, *rows) in relation_tables(found, budget):
         shown += [*([heading] if heading else []), Table(head, rows), ""]
     if judge := found["judged_by"]:
-        shown.append(f"Judged by {judge}, on half of {found['images']} images.")
+        shown.append(f"Judged by {judge}, on {found['judged_images']} of {found['images']} images.")
     if page:
         shown.append(f"Page: {page}")
-    shown.append(_next(base, experts, found, budget, given["images"] or given["data"]))
+    shown.append(_next(base, experts, found, given))
     say(as_json, {**found, **({"output": str(output)} if output else {})}, *shown)
 
 
@@ -90,7 +90,11 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
     names = [name.strip() for name in given["sections"].split(",")] if given["sections"] else None
     sections = check_sections(names, images is not None or data is not None, merged is not None)
     if given["budget"] is not None and "groups" not in sections:
-        raise InputError("--budget requires the section 'groups', which uses images: give --images or --data.")
+        curve = " Without --budget, the section 'sharing' answers every cost." if "sharing" in sections else ""
+        raise InputError(
+            "--budget requires the section 'groups', which uses images: give --images or --data, and"
+            f" --sections groups,{','.join(sections)}.{curve}"
+        )
     dataset = load_data(data, split=given["split"], count=count, tasks=list(experts)) if data is not None else None
     options.note_images(images, given["count"])
     if dataset is not None:
@@ -107,12 +111,22 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
         return relate(foundation, loaded, images, dataset, model, sections, count, size=size).to_dict()
 
 
-def _next(base: str, experts: dict[str, str], found: dict[str, Any], budget: int | None, images: str | None) -> str:
+def _next(base: str, experts: dict[str, str], found: dict[str, Any], given: dict[str, Any]) -> str:
     """The command that makes the first merge of the answer, as a line."""
-    members = list(experts)
-    if "groups" in found:
+    from simomerge.relations.curve import recommended_tree
+
+    budget, images = given["budget"], given["images"] or given["data"]
+    curve: list[Any] = found.get("sharing", [])
+    tree = recommended_tree(found, budget) if curve else None
+    members, chosen = list(experts), ["--method", "auto"]
+    if tree is not None and tree is not curve[0]:
+        chosen = ["--share", tree["tree"], "--scale", "auto"]  # the scale that the curve has
+    elif tree is None and "groups" in found:
         members = max(found["groups"]["choices"][(budget or 1) - 1]["groups"], key=len)
     if len(members) == 1:
         return "Keep the experts: under this budget no merge is better than none."
-    chosen = ("--method", "auto", "--images", images) if images else ()
+    if curve and tree is None:
+        chosen += ["--minutes", "10"]  # to distil the merge
+    chosen += ["--size", given["size"]] if given["size"] else []
+    chosen = [*chosen, "--images", images] if images else []
     return next_step("merge", base, *pairs({task: experts[task] for task in members}), *chosen, "-o", "merged")

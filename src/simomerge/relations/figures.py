@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simomerge.relations.curve import measure, recommended_tree
 from simomerge.relations.verdict import pair_gains
 from simomerge.report.drawing import LIGHT, SERIES, NothingToDraw, figure_style, new_figure, numbers
 from simomerge.report.figures import WIDTH
@@ -82,10 +83,14 @@ def sharing_figure(found: Found) -> Figure:
         axes.scatter(
             encoders, numbers([choice["gain"] for choice in groups["choices"]]), color=LIGHT["muted"], marker="s"
         )
+    if best := recommended_tree(found, found.get("budget")):
+        axes.plot(best["cost"], best["gain"], color=LIGHT["ink"], marker="o", ms=11, mfc="none")
     axes.axhline(0, color=LIGHT["muted"], lw=0.8, ls="--")
     axes.grid(axis="y")
+    axes.set_xlim(0.95, len(found["tasks"]) + 0.05)
     axes.set_xlabel("cost, in encoders")
-    axes.set_title("gain over the experts, in %: mean (thick) and by task; squares: whole encoders for groups of tasks")
+    axes.set_ylabel("gain over the experts, in %")
+    axes.set_title(f"{measure(found)}: mean (thick) and by task")
     _task_legend(figure, found["tasks"])
     return figure
 

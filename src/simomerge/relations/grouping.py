@@ -108,6 +108,22 @@ def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) 
     return fold_heads(model, targets, "cross-tap").model, float(method.scale)
 
 
+def finite_gains(judge: Judge, model: SimoModel) -> dict[str, float]:
+    """The gain of each task of a merged model, as `Judge.gains`.
+
+    Raises:
+        InputError: a gain is not finite.
+    """
+    gains = judge.gains(judge.scores(model))
+    for task, gain in gains.items():
+        if not math.isfinite(gain):
+            raise InputError(
+                f"merged, {' + '.join(model.tasks)} have a {judge.tasks[task].metric} of {task!r} that is not finite:"
+                " check the expert's predictions and the images."
+            )
+    return gains
+
+
 def group_tasks(
     base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge, limit: int | None = None
 ) -> Grouping:
@@ -134,14 +150,7 @@ def group_tasks(
 
     def measure(group: Group) -> MergedGroup:
         model, scale = merge_group(base, {task: experts[task] for task in group}, images)
-        gains = judge.gains(judge.scores(model))
-        for task, gain in gains.items():
-            if not math.isfinite(gain):
-                raise InputError(
-                    f"merged, {' + '.join(group)} have a {judge.tasks[task].metric} of {task!r} that is not finite:"
-                    " check the expert's predictions and the images."
-                )
-        return MergedGroup(group, gains, scale)
+        return MergedGroup(group, finite_gains(judge, model), scale)
 
     merges, choices = choose_groups(list(experts), measure, judge.labelled, limit)
     return Grouping(list(experts), judge.labelled, merges, choices)

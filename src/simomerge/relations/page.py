@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from simomerge.core.files import atomic_write_text
+from simomerge.relations.curve import drawings, sharing_tables
 from simomerge.relations.figures import (
     cka_figure,
     cosine_figure,
@@ -69,6 +70,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
         judged_by=found.get("judged_by"),
         verdict=verdict[1:],
         tables=list(relation_tables(found)),
+        trees=list(drawings(found)) if "sharing" in found else [],
         figures=inline_figures(FIGURES, found),
     )
     page = folder / "relate.html"
@@ -114,8 +116,7 @@ def relation_tables(found: Found, budget: int | None = None) -> Iterator[tuple[s
         rows = [[str(c["budget"]), signed(c["gain"]) + ("" if c["measured"] else " *"), _named(c)] for c in chosen]
         yield "", [["encoders", "gain %", "groups"], *rows]
     if "sharing" in found:
-        rows = [[f"{each['cost']:.2f}", signed(each["gain"]), each["tree"]] for each in found["sharing"]]
-        yield "Shared blocks", [["encoders", "gain %", "tree"], *rows]
+        yield from sharing_tables(found)
     if "sweeps" in found:
         yield "Sensitivity and effects", _sweep_table(found["sweeps"], tasks)
     if "geometry" in found:

@@ -40,12 +40,14 @@ class Relations:
         tasks: the tasks in order.
         judged_by: "labels", "the experts' predictions", or "" if nothing was judged.
         images: number of images.
+        judged_images: number of the images that judge; the others are used to merge and fold.
         groups, sweeps, geometry, cka, alignment, sharing: the sections.
     """
 
     tasks: list[str]
     judged_by: str = ""
     images: int = 0
+    judged_images: int = 0
     groups: Grouping | None = None
     sweeps: Sweeps | None = None
     geometry: Geometry | None = None
@@ -67,7 +69,8 @@ class Relations:
             "alignment": None if self.alignment is None else [asdict(row) for row in self.alignment],
             "sharing": [{**asdict(each), "gain": each.gain} for each in self.sharing or ()] or None,
         }
-        found = {"format": 1, "tasks": self.tasks, "judged_by": self.judged_by, "images": self.images, **sections}
+        given = {key: getattr(self, key) for key in ("tasks", "judged_by", "images", "judged_images")}
+        found = {"format": 1, **given, **sections}
         plain = {key: _plain(value) for key, value in found.items() if value is not None}
         return {**plain, "verdict": verdict(plain)}
 
@@ -110,7 +113,7 @@ def relate(
 
     With ``data``, its labels judge the models (normalised performance, Delta_MTL). With ``images``, the experts' own
     predictions do (agreement). Half of the images, in whole folders or runs, is used to merge and fold,
-    without labels; the other half is used to judge.
+    without labels; the other half is used to judge, and to choose groups and trees by if it has labels.
 
     Args:
         base: the foundation encoder that all experts were fine-tuned from, or its folder or hub id.
@@ -163,6 +166,7 @@ def _measure(
     if {"groups", "sweeps", "sharing"} & set(chosen):
         judge = Judge(experts, judge_images, labelled)
         found["judged_by"] = "labels" if labelled else "the experts' predictions"
+        found["judged_images"] = len(judge_images)
         if "sweeps" in chosen:
             found["sweeps"] = sweep(base, experts, judge, lambdas)
         if "groups" in chosen:

@@ -1,7 +1,8 @@
 """What a tree of shared blocks gains for its cost, from one encoder for all tasks to one per task.
 
-The trees are chosen without labels (`simomerge.assembly.sharing.search`). The judge then measures each of them on
-other images.
+A search (`simomerge.assembly.sharing.search`) chooses the tree for each cost. With labels it goes by Delta_MTL on the
+judge's images, which the curve then shows. Without labels it goes by a part of the images that it merges on, and the
+judge's images show the agreement of the trees with the experts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from simomerge.assembly.sharing.stitches import Known
 from simomerge.core.progress import progress
 from simomerge.merging import MergeMethod, TaskArithmetic
 from simomerge.models.model import SimoModel
+from simomerge.relations.grouping import finite_gains
 
 STEP = 0.25
 """Distance of the budgets, in units of one encoder."""
@@ -56,8 +58,11 @@ def sharing_curve(
         base: the foundation encoder.
         experts: experts by task, as `simomerge.assembly.experts.check_experts` returns them.
         images: images to merge, stitch and fold on, as `simomerge.datasets.pictures.as_images` takes them.
-        judge: the judge, with other images.
+        judge: the judge, with other images; if they have labels, these choose the trees, too.
         step: distance of the budgets.
+
+    Raises:
+        InputError: as `TreeSearch`, or a tree whose metric is not finite.
     """
 
     def method(group: Sequence[str]) -> MergeMethod:
@@ -65,14 +70,14 @@ def sharing_curve(
 
     grower, known, found = Grower(base, experts, method), Known(), list[SharedBlocks]()
     budgets = [1 + step * number for number in range(round((len(experts) - 1) / step) + 1)]
-    search = TreeSearch(grower, images)
+    search = TreeSearch(grower, images, judge.source if judge.labelled else None)
     for done, budget in enumerate(budgets, start=1):
         best = search.best(budget)
         progress("budgets", done, len(budgets), f"{budget:g} encoders: {best.tree}")
         if found and found[-1].tree == str(best.tree):
             continue
         model = share_blocks(grower, best.tree, images, known)
-        gains = judge.gains(judge.scores(model))
+        gains = finite_gains(judge, model)
         shared = {task: sum((task,) not in groups for groups in best.tree.partitions) for task in experts}
         found.append(SharedBlocks(budget, best.cost, str(best.tree), shared, gains))
     return found

@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from simomerge.core.errors import InputError
+from simomerge.relations.curve import sharing_sentences
 from simomerge.report.facts import signed
 
 Found = Mapping[str, Any]
@@ -14,9 +15,6 @@ Found = Mapping[str, Any]
 
 VISIBLE = 0.005
 """Smaller effects and differences of widths are zero in the two decimals that are shown."""
-
-ENOUGH = 0.25
-"""A tree is recommended if it loses at most this share of what one encoder loses."""
 
 _K = TypeVar("_K", bound=Hashable)
 
@@ -40,7 +38,7 @@ def verdict(found: Found, budget: int | None = None) -> list[str]:
     if "groups" in found:
         lines += [*(_overview(found) if budget is None else []), *_choices(found, budget), *_pairs(found)]
     if "sharing" in found:
-        lines += _sharing(found)
+        lines += sharing_sentences(found, budget)
     if "sweeps" in found:
         lines += [*_effects(found["sweeps"]), *_widths(found["sweeps"])]
     if "geometry" in found:
@@ -63,20 +61,6 @@ def _overview(found: Found) -> Iterator[str]:
     one, two = choices[0], choices[1]
     more = f" Two ({_named(two['groups'])}): by {signed(two['gain'])} %." if len(two["groups"]) == 2 else ""
     yield f"One encoder for all {len(tasks)} tasks would change {measure} by {signed(one['gain'])} %.{more}"
-
-
-def _sharing(found: Found) -> Iterator[str]:
-    """The cheapest tree that loses little of what one encoder loses."""
-    one = found["sharing"][0]["gain"]
-    enough = next((each for each in found["sharing"] if each["gain"] >= ENOUGH * one), found["sharing"][-1])
-    if one >= -VISIBLE or enough["cost"] <= 1:
-        yield f"Shared blocks: one encoder for all tasks loses nothing ({_unit(found)} {signed(one)} %)."
-        return
-    unlike = [f"{task} {count}" for task, count in enough["shared"].items()]
-    yield (
-        f"Shared blocks: at the cost of {enough['cost']:.2f} encoders the {_unit(found)} changes by"
-        f" {signed(enough['gain'])} % instead of {signed(one)} %; blocks that a task shares: {', '.join(unlike)}."
-    )
 
 
 def _choices(found: Found, budget: int | None) -> Iterator[str]:
