@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,50 @@ def test_geometry_looks_at_no_image(tiny_base: Path, experts: list[str]) -> None
     assert done.code == 0 and "Task vectors (whole encoder)" in done.out and "Judged" not in done.out
 
 
+def curve(middle: float) -> dict[str, Any]:
+    """What relate finds for two tasks, if a tree between one encoder (-4 %) and the experts has this gain."""
+    rows = ((1.0, "4: depth+normals", 4, -4.0), (1.5, TREE, 2, middle), (2.0, "4: depth, normals", 0, 0.0))
+    sharing = [
+        {"cost": cost, "tree": tree, "gain": gain, "shared": dict.fromkeys(("depth", "normals"), shared)}
+        for cost, tree, shared, gain in rows
+    ]
+    judged = {"judged_by": "labels", "images": 16, "judged_images": 8}
+    return {"tasks": ["depth", "normals"], **judged, "sharing": sharing}
+
+
+TREE = "2: depth+normals | 4: depth, normals"
+SHARED = "--size 32x40 --images PHOTOS -o merged"
+
+
+@pytest.mark.parametrize(
+    ("gain", "ending", "spoken"),
+    [
+        (-0.4, f"--share '{TREE}' --scale auto {SHARED}", "take the tree of 1.50 encoders"),
+        (-3.6, f"--method auto --minutes 10 {SHARED}", "keep the 2 experts apart, or distil one encoder"),
+    ],
+)
+def test_the_next_step_is_the_recommended_tree(
+    gain: float, ending: str, spoken: str, tiny_base: Path, photos: Path, experts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("simomerge.cli.relate._measure", lambda *_: curve(gain))
+    words = ("--images", photos, "--size", "32x40", "--sections", "sharing")
+    done = simomerge("relate", tiny_base, *experts, *words)
+    assert done.code == 0 and spoken in done.out and "Shared blocks (Delta_MTL on 8 labelled images)" in done.out
+    last = done.out.splitlines()[-1]
+    assert last == f"Next: simomerge merge {tiny_base} {' '.join(experts)} {ending.replace('PHOTOS', str(photos))}"
+
+
+def test_the_curve_of_shared_blocks(tiny_base: Path, photos: Path, experts: list[str], tmp_path: Path) -> None:
+    words = ("--images", photos, "--sections", "sharing", "-o", tmp_path / "related")
+    done = simomerge("relate", tiny_base, *experts, *words)
+    assert done.code == 0, done.err
+    assert "agreement with the experts, an estimate without labels" in done.out and "on 8 of 16 images" in done.out
+    names = {"relate.html", "relate.json", "sharing.png"}
+    assert {path.name for path in (tmp_path / "related").iterdir()} == names
+    assert "blocks 1-4: depth + normals" in (tmp_path / "related" / "relate.html").read_text()
+
+
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "nothing to look at": ((), "looks at images: give images or labelled data, or ask for 'geometry' alone"),
     "both": (("--images", "PHOTOS", "--data", "rooms"), "--images and --data exclude each other"),
@@ -63,6 +108,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "budget": (("--images", "PHOTOS", "--budget", "3"), "--budget 3: 2 experts need no more than 2 encoders"),
     "no budget": (("--images", "PHOTOS", "--budget", "0"), "0 is not in the range"),
     "budget of nothing": (("--sections", "geometry", "--budget", "1"), "--budget requires the section 'groups'"),
+    "budget of a curve": (
+        ("--images", "PHOTOS", "--sections", "sharing", "--budget", "1"),
+        "--sections groups,sharing. Without --budget, the section 'sharing' answers every cost",
+    ),
     "count": (("--images", "PHOTOS", "--count", "4"), "4 is not in the range"),
     "images": (("--images", "./nowhere"), "nowhere: no such folder of images"),
     "data": (("--data", "room"), "unknown dataset 'room'; did you mean 'rooms'"),

@@ -32,8 +32,9 @@ def test_the_tree_where_the_curve_bends_most() -> None:
     """Above the line to the experts: 0.75 - 0.25 at 1.5, 0.9 - 0.375 at 1.75, 0.95 - 0.5 at 2."""
     found = curve({1.0: -4.0, 1.5: -1.0, 1.75: -0.4, 2.0: -0.2, 3.0: 0.0})
     assert verdict(found) == [
-        "Shared blocks: take the tree of 1.75 encoders, where the curve bends most (Delta_MTL on 128 labelled images:"
-        " -0.4 %, with one encoder -4.0 %). It avoids 90% of the loss for 38% of the extra cost of 3 encoders.",
+        "Shared blocks: take the tree of 1.75 encoders (Delta_MTL on 128 labelled images: -0.4 %, with one encoder"
+        " -4.0 %).",
+        "There the curve bends most: the tree avoids 90 % of the loss for 38 % of the extra cost of 3 encoders.",
         "Where the tasks leave this tree: a after block 4, b after block 6, c after block 6.",
     ]
     assert recommended_tree(found, budget=1.5) == found["sharing"][1]
@@ -45,9 +46,9 @@ def test_the_tree_where_the_curve_bends_most() -> None:
 def test_tasks_that_never_leave_and_that_share_nothing() -> None:
     found = curve({1.0: -4.0, 2.0: 0.4, 3.0: 0.0}, "the experts' predictions")
     assert verdict(found) == [
-        "Shared blocks: take the tree of 2.00 encoders, where the curve bends most (agreement with the experts, an"
-        " estimate without labels: +0.4 %, with one encoder -4.0 %). It avoids 100% of the loss for 50% of the extra"
-        " cost of 3 encoders.",
+        "Shared blocks: take the tree of 2.00 encoders (agreement with the experts, an estimate without labels: +0.4 %,"
+        " with one encoder -4.0 %).",
+        "There the curve bends most: the tree avoids 100 % of the loss for 50 % of the extra cost of 3 encoders.",
         "Where the tasks leave this tree: a before block 1, b never, c never.",
     ]
 

@@ -67,11 +67,14 @@ def sharing_sentences(found: Found, budget: float | None = None) -> Iterator[str
     if best is one:
         yield f"Shared blocks: one encoder for all {tasks} tasks is enough ({measure(found)}: {loss})."
     elif best is not None:
-        avoided = min(_avoided(found, best), 1.0)
+        avoided, extra = 100 * min(_avoided(found, best), 1.0), 100 * _extra(found, best)
         yield (
-            f"Shared blocks: take the tree of {best['cost']:.2f} encoders, where the curve bends most"
-            f" ({measure(found)}: {signed(best['gain'])} %, with one encoder {loss}). It avoids"
-            f" {avoided:.0%} of the loss for {_extra(found, best):.0%} of the extra cost of {tasks} encoders."
+            f"Shared blocks: take the tree of {best['cost']:.2f} encoders ({measure(found)}: {signed(best['gain'])} %,"
+            f" with one encoder {loss})."
+        )
+        yield (
+            f"There the curve bends most: the tree avoids {avoided:.0f} % of the loss for {extra:.0f} % of the extra"
+            f" cost of {tasks} encoders."
         )
         places = (f"{task} {_leaving(found, count)}" for task, count in best["shared"].items())
         yield f"Where the tasks leave this tree: {', '.join(places)}."
