@@ -164,9 +164,10 @@ def test_what_is_no_image_is_refused_by_type(thing):
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
-    for path in (tmp_path / "gone.png", tmp_path):
-        with pytest.raises(InputError, match=f"^{path}: no such image file"):
-            to_tensor(path)
+    with pytest.raises(InputError, match=f"^{tmp_path}/gone.png: no such image file"):
+        to_tensor(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=f"^{tmp_path} is no file but a folder; give an image"):
+        to_tensor(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"GIF89a"])

@@ -128,7 +128,7 @@ def test_a_million_rows_are_read(tmp_path: Path) -> None:
 
 def test_only_a_file_is_a_table(tmp_path: Path) -> None:
     (tmp_path / "x.csv").mkdir()
-    with pytest.raises(InputError, match=r"x\.csv: no such file"):
+    with pytest.raises(InputError, match=r"x\.csv is no file but a folder"):
         read_table(tmp_path / "x.csv", "image")
 
 

@@ -107,12 +107,6 @@ def test_json(tmp_path: Path, text: str, message: str) -> None:
         read_json(tmp_path / "a.json", "take it from its source again.")
 
 
-def test_only_files_are_read() -> None:
-    for device in ("/dev/zero", "/dev/stdin"):
-        with pytest.raises(InputError, match="no such file"):
-            read_json(Path(device), "give a file.")
-
-
 def test_a_schema_names_the_place(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"tasks": {"depth": {"kind": 3}}, "taps": [1, True]}))

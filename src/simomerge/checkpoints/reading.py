@@ -21,6 +21,7 @@ from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.hub import similar
 from simomerge.core.model_files import TORCH_FILES, WEIGHT_FILES, file_and_key
+from simomerge.core.regular import check_regular
 from simomerge.core.text import shown
 
 #: Weight files of a transformers folder, in order of preference.
@@ -138,6 +139,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_file(file: Path, key: str = "") -> dict[str, _Entry]:
+    check_regular(file, "give a weight file.")
     if not file.exists():
         raise InputError(f"{file} does not exist: check the path.{similar(file)}")
     if file.name.endswith(TORCH_FILES):
@@ -156,6 +158,7 @@ def check_safetensors(file: Path) -> None:
     Raises:
         InputError: The file is truncated or is not a safetensors file.
     """
+    check_regular(file, "give a safetensors file.")
     try:
         with safe_open(file, framework="numpy"):
             pass

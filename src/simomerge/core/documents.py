@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
+from simomerge.core.regular import check_regular
 from simomerge.core.text import shown
 
 MOST_BYTES = 100_000_000
@@ -98,7 +99,8 @@ def read_text(path: Path, hint: str, most: int = MOST_BYTES) -> str:
 
 def read_bytes(path: Path, hint: str, most: int, smaller: str = "") -> bytes:
     """The content of a file of at most ``most`` bytes. Raises InputError; ``smaller`` is the hint for a larger one."""
-    if not path.is_file():  # a device or a pipe is no file, and may have no end
+    check_regular(path, hint)
+    if not path.is_file():
         raise InputError(f"{path}: no such file; {hint}")
     try:
         size = path.stat().st_size

@@ -21,6 +21,7 @@ from simomerge.core.pixels import (
     read_pixels,
     upright,
 )
+from simomerge.core.regular import check_regular
 
 
 def read_image(path: str | Path, least: tuple[int, int] | None = None) -> np.ndarray:
@@ -62,6 +63,7 @@ def check_image(path: str | Path) -> None:
     from PIL import Image, UnidentifiedImageError
 
     path = Path(path)
+    check_regular(path, "give an image.")
     if not path.is_file():
         raise InputError(f"{path}: no such image file.")
     try:

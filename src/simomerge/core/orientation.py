@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.core.regular import check_regular
+
 _TAG = 0x0112
 _LATE = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 """Chunks of a PNG file that can hold the tag."""
@@ -21,6 +23,7 @@ def orientation(path: Path) -> int | None:
     if path.suffix.lower() == ".npy":
         return None
     try:
+        check_regular(path, "give a picture.")
         return _orientation(path, path.stat().st_mtime_ns)
     except Exception:  # missing, damaged, or no picture: reading it says so
         return None

@@ -25,6 +25,7 @@ from simomerge.core.pixels import (
     largest_value,
     read_pixels,
 )
+from simomerge.core.regular import check_regular
 from simomerge.datasets.colours import is_grey, labels_of_colours, labels_of_palette
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.tasks import IGNORE_LABEL, Task
@@ -49,6 +50,7 @@ def read_array(path: Source, colours: bool = False) -> np.ndarray:
     """
     if isinstance(path, Frame):
         return path.read()
+    check_regular(path, "give a PNG, TIFF, PFM, JPEG or NPY file.")
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     try:
@@ -105,7 +107,9 @@ def may_be_truncated(file: Path) -> bool:
 
     Raises:
         OSError: the file cannot be opened.
+        InputError: it is a named pipe, a device or a folder.
     """
+    check_regular(file, "give a picture or an NPY file.")
     size = file.stat().st_size
     with file.open("rb") as handle:
         if file.suffix.lower() == ".npy":

@@ -20,6 +20,7 @@ import numpy as np
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file, cache_folder
 from simomerge.core.progress import progress
+from simomerge.core.regular import check_regular
 from simomerge.core.remote import RemoteFile, last_name
 
 SUFFIX = ".tar"
@@ -101,6 +102,7 @@ class _LocalFile:
         return str(self.path.stat().st_mtime_ns)
 
     def open(self, passing: tuple[type[Exception], ...] = ()) -> BinaryIO:
+        check_regular(self.path, "give a tar file.")
         return self.path.open("rb")
 
     def read(self, start: int, size: int) -> bytes:

@@ -64,7 +64,7 @@ def find_sources(given: Sequence[str]) -> list[Source]:
         if each.startswith("camera:") or Path(each).is_file():
             paths.append(each)
         elif Path(each).is_dir():
-            videos = sorted(file for file in Path(each).iterdir() if file.suffix.lower() in VIDEOS)
+            videos = sorted(file for file in Path(each).iterdir() if file.suffix.lower() in VIDEOS and file.is_file())
             try:
                 pictures = picture_files(Path(each))
             except InputError:

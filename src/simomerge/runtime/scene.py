@@ -204,6 +204,8 @@ def read_picture(path: str | Path) -> np.ndarray:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise InputError(f"{path}: pictures need Pillow: pip install pillow; or give the frame as an array.") from error
+    if Path(path).exists() and not Path(path).is_file():  # opening a named pipe waits for a writer
+        raise InputError(f"{path} is no file; give a picture.")
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

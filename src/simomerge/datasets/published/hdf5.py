@@ -14,6 +14,7 @@ import numpy as np
 from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.pixels import MAX_PIXELS
+from simomerge.core.regular import check_regular
 
 _LARGEST = 8 * MAX_PIXELS
 """Bytes of an image, and of a chunk of HDF5."""
@@ -63,6 +64,7 @@ class Frame:
 
 def open_hdf5(path: Path) -> Any:
     """The file, opened once per process, because an HDF5 handle does not survive a fork. Raises InputError."""
+    check_regular(path, "give an HDF5 file.")
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     return _opened(path, path.stat().st_mtime_ns, os.getpid())

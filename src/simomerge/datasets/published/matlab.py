@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.core.regular import check_regular
 
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MATRIX, _COMPRESSED = 14, 15
@@ -28,6 +29,7 @@ def read_matlab(path: Path, *keys: str) -> list[np.ndarray]:
     Raises:
         InputError: the file is missing, has another format, or does not have a variable.
     """
+    check_regular(path, "give a MATLAB file.")
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
     if path.stat().st_size > _LARGEST:
