@@ -11,6 +11,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _PATIENCE = 2.0
 _LONGEST_NAME = 200
 _HERE, _EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EROFS, errno.EIO)
+"""Errors of disks without locks, such as some network disks."""
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
@@ -39,7 +42,7 @@ def alone(target: Path) -> Iterator[None]:
     process there is no other writer, and no lock.
 
     Raises:
-        InputError: Another process is writing it.
+        InputError: Another process is writing it, perhaps one of another user, or its lock cannot be used.
     """
     if any(parent.name.startswith(".") and parent.suffix == ".tmp" for parent in target.parents):
         yield
@@ -127,10 +130,9 @@ def _acquired(lock: Path, target: Path) -> int | None:
         return None
     end = time.monotonic() + _PATIENCE
     while True:
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError:
-            return None  # writing next to it will fail with the better message
+        descriptor = _opened(lock, target)
+        if descriptor is None:
+            return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
@@ -145,10 +147,40 @@ def _acquired(lock: Path, target: Path) -> int | None:
                     f"{target}: another process is writing it. Wait until it has ended, or choose another path."
                 ) from None
             time.sleep(0.01)
-        except OSError:  # no lock service, as on some network disks
+        except OSError as error:
             os.close(descriptor)
-            lock.unlink(missing_ok=True)
+            if error.errno not in _CANNOT_LOCK:  # a network disk may lock only what is open for writing
+                raise _unusable(lock, target, error) from error
+            with suppress(OSError):
+                lock.unlink()
             return None
+
+
+def _opened(lock: Path, target: Path) -> int | None:
+    """The descriptor of a lock's file, which may belong to another user; None where there can be no such file.
+
+    Raises:
+        InputError: There is something else in the place of the lock, or it is a file that this user may not read.
+    """
+    for _ in range(3):  # its holder may remove it between two lines
+        try:
+            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            failed = error
+        # A file of another user may be read only, which is enough for flock.
+        with suppress(OSError):
+            if stat.S_ISREG(lock.lstat().st_mode):
+                return os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        if os.path.lexists(lock):
+            raise _unusable(lock, target, failed)
+    return None  # writing next to it will fail with the better message
+
+
+def _unusable(lock: Path, target: Path, error: OSError) -> InputError:
+    return InputError(
+        f"Cannot write {target}: its lock {lock} cannot be used ({error.strerror}). Remove the lock if nobody is writing"
+        f" {target.name}, or choose another path."
+    )
 
 
 def _exchanged(first: Path, second: Path) -> bool:
