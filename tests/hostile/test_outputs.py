@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import simomerge as sm
 from simomerge.checkpoints import open_checkpoint, write_safetensors, write_sharded
+from simomerge.cli import cli
 from simomerge.core import exclusive
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file, atomic_folder, atomic_write_text
@@ -100,6 +103,38 @@ def test_no_output_lies_inside_an_input(make_model: Any, tmp_path: Path, monkeyp
     with pytest.raises(InputError, match="lies inside the model folder"):
         make_model([]).save_pretrained("depth/encoder", overwrite=True)
     assert list(sm.load("depth").tasks) == ["depth"]
+
+
+@pytest.mark.parametrize("name", ["depth", "base", "symbolic", "hard"])
+def test_no_output_is_an_input(files: dict[str, Path], name: str) -> None:
+    Path("symbolic.safetensors").symlink_to("depth.safetensors")
+    Path("hard.safetensors").hardlink_to("depth.safetensors")
+    with pytest.raises(
+        InputError, match=rf"{name}\.safetensors is the input .* would be replaced: choose another path"
+    ):
+        merge(files, f"{name}.safetensors")
+    assert open_checkpoint("depth.safetensors")["w"][0] == 2
+
+
+def test_commands_replace_no_input(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that work in memory, before they load a model; the model that is edited may be replaced."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "depth", "small"):
+        make_model([sm.Task("depth")] if name == "depth" else []).save_pretrained(name)
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("simomerge.models.model.load", lambda *given: pytest.fail("loaded"))
+    for given in (
+        "merge base depth=depth --images photos -o depth",
+        "merge base depth=depth -o base",
+        "compress base depth=depth -o depth",
+        "realign small depth=depth --images photos -o depth",
+        "realign small depth=depth --method symerge --images photos --base base -o base",
+        "train --base base --task depth -o base",
+        "import depth --task depth -o depth",
+    ):
+        result = CliRunner().invoke(cli, [*given.split(), "--overwrite"])
+        assert re.search("is the input .* would be replaced", str(result.exception)), (given, result.output)
+    assert kept == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_links_stay_and_dangling_ones_are_named(files: dict[str, Path], tmp_path: Path) -> None:
@@ -299,6 +334,27 @@ def test_an_input_that_changes_is_found(running: subprocess.Popen[str], change: 
     error = running.communicate(timeout=60)[1]
     assert running.returncode == 2 and "while it was read" in error and "Traceback" not in error
     assert names() == {"base.safetensors", "depth.safetensors", "normals.safetensors"}
+
+
+@pytest.mark.parametrize("command", ["diff", "inspect"])
+def test_every_command_says_that_an_input_became_shorter(files: dict[str, Path], command: str) -> None:
+    write_safetensors("depth.safetensors", {"w": np.ones(2**20, "f4")})
+    code = """
+import os, sys
+from simomerge.checkpoints import reading
+opened = reading._open_safetensors
+def then_shorter(file):
+    found = opened(file)
+    os.truncate("depth.safetensors", 2000)
+    found["w"].stored[-1] + 1
+    return found
+reading._open_safetensors = then_shorter
+from simomerge.cli import main
+main()
+"""
+    given = ["depth.safetensors"] * (2 if command == "diff" else 1)
+    done = subprocess.run([sys.executable, "-c", code, command, *given], capture_output=True, text=True)
+    assert done.returncode == 2 and "Error: a file became shorter while it was read" in done.stderr
 
 
 def test_files_beyond_the_first_are_read_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,11 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command. If nobody reads its output any more, as in ``| head``, it ends quietly."""
+        from simomerge.core.files import explain_lost_pages  # not needed for the help of all commands
+
         try:
             starting.begin()
+            explain_lost_pages()
             return super().invoke(ctx)
         except BrokenPipeError:  # click would turn it into exit code 1
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - Python flushes it when it ends

@@ -38,10 +38,8 @@ def command(base: str, experts: dict[str, str], output: Path, as_json: bool, **g
     simomerge compress rooms-base depth=runs/depth normals=runs/normals -o runs/compressed
     """
     threshold = given["threshold"] if given["threshold"] == "auto" else _number(given["threshold"])
-    from simomerge.core.files import explain_lost_pages
     from simomerge.merging.disk.compress import compress
 
-    explain_lost_pages()
     with console():
         done = compress(base, experts, output, threshold, given["dtype"].upper(), given["overwrite"])
     sizes = f"{done.bytes_before / 1e6:.1f} MB -> {done.bytes_after / 1e6:.1f} MB, base included"

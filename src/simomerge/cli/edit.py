@@ -33,7 +33,6 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
     simomerge edit runs/scene --base rooms-base --add edges=runs/edges -o runs/scene-2
     """
     from simomerge.checkpoints import read_description
-    from simomerge.core.files import explain_lost_pages
     from simomerge.merging.disk.edit import edit_on_disk
 
     experts = {name: given[name] for name in ("added", "removed", "staying")}
@@ -42,7 +41,6 @@ def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool,
         return
     if given["share"] or given["images"]:
         raise InputError(f"{model}: its tasks share one encoder, so --share and --images do not apply; leave them out.")
-    explain_lost_pages()
     with console():
         result = edit_on_disk(
             model, base, output, experts["added"], experts["removed"], experts["staying"], overwrite=overwrite
@@ -76,13 +74,14 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
     from simomerge.assembly.experts import load_experts
     from simomerge.assembly.sharing.edit import edit_tree
     from simomerge.cli.merge import tree_lines
-    from simomerge.core.files import check_absent
+    from simomerge.core.files import check_absent, check_apart
     from simomerge.models.model import load
 
     check_absent(output, overwrite)
     if given["images"] is None:
         raise InputError(f"{model}: its branches are fitted on images without labels: give --images FOLDER.")
     experts = {**given["staying"], **given["added"]}
+    check_apart(output, [base, *experts.values()])
     with console():
         edited = edit_tree(
             load(model),

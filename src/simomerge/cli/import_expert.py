@@ -83,8 +83,10 @@ def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool
         FILE::KEY is one of several sets of weights in a training file
       a peft LoRA adapter with a head in it: --encoder is its base, --head-prefix and --head describe the head
     """
+    from simomerge.core.files import check_apart
     from simomerge.models.importing import import_expert, transformers
 
+    check_apart(output, [source, *([given["encoder"]] if given["encoder"] else [])])
     expert = import_expert(source, task, **{key: value for key, value in given.items() if value is not None})
     how = expert.provenance["imported"]["as"]
     original = transformers.source_model(source) if how in transformers.ARCHITECTURES else None

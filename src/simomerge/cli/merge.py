@@ -204,8 +204,10 @@ class _Wanted:
 
     def check(self) -> None:
         """Reject everything that can be rejected before a file is read."""
+        from simomerge.core.files import check_apart
         from simomerge.merging import as_schedule, get_method
 
+        check_apart(self.output, [self.base, *self.experts.values()])
         given = self.given()
         if self.budget is None and options.is_given("budget_of"):
             raise InputError("--budget-of says what a --budget counts; give one, or leave it out.")
@@ -241,11 +243,9 @@ class _Wanted:
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Merge from disk to disk, without torch."""
-        from simomerge.core.files import explain_lost_pages
         from simomerge.merging.disk.merge import merge_on_disk
         from simomerge.merging.disk.output import Output
 
-        explain_lost_pages()
         output = Output(self.output, self.dtype, self.max_shard_size, self.overwrite)
         with console():
             result = merge_on_disk(self.base, self.experts, output, self.method, self.schedule, **self.given())

@@ -88,12 +88,14 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     chosen = _chosen(method)
     _check_inputs(method, chosen, experts, given)
     from simomerge.assembly.realign import realign
+    from simomerge.core.files import check_apart
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import available_cores
     from simomerge.models.model import load
     from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
+    check_apart(output, [*experts.values(), *([given["base"]] if given["base"] else [])])
     join_processes()
     options.note_images(given["images"], given["count"])
     with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():

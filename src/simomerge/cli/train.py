@@ -58,10 +58,12 @@ if TYPE_CHECKING:
 def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """LP-FT: train the heads on the frozen encoder first, then both together. An interrupted run resumes."""
     from simomerge.core.distributed import join_processes
+    from simomerge.core.files import check_apart
     from simomerge.datasets import load_data
     from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
+    check_apart(output, [given["base"]])
     join_processes()
     tasks, data = given["tasks"], given["data"]
     work = output.parent / f"{output.name}.work"

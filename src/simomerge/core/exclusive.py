@@ -178,8 +178,8 @@ def _opened(lock: Path, target: Path) -> int | None:
 
 def _unusable(lock: Path, target: Path, error: OSError) -> InputError:
     return InputError(
-        f"Cannot write {target}: its lock {lock} cannot be used ({error.strerror}). Remove the lock if nobody is writing"
-        f" {target.name}, or choose another path."
+        f"Cannot write {target}: its lock {lock} cannot be used ({error.strerror}). Remove the lock if nobody"
+        f" is writing {target.name}, or choose another path."
     )
 
 

@@ -13,13 +13,14 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from simomerge.core.errors import InputError
 from simomerge.core.exclusive import alone, in_use, put_in_place, remove, sibling
+from simomerge.core.model_files import file_and_key
 from simomerge.core.text import shown
 
 _LARGE = 64_000_000
@@ -188,6 +189,25 @@ def check_absent(target: Path, overwrite: bool) -> None:
         raise InputError(f"{target} already exists: choose another path, or pass overwrite to replace it.")
 
 
+def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise InputError if an output is one of the inputs, under any name, holds one, or lies in one.
+
+    Args:
+        output: What is to be written.
+        inputs: Paths, with ``::KEY`` or not; hub ids and names that are no path are left out.
+    """
+    target = output.resolve()
+    for given in inputs:
+        source = Path(file_and_key(given)[0]).expanduser().resolve()
+        if not source.exists():
+            continue
+        if target.exists() and (target.samefile(source) or target in source.parents):
+            how = "holds" if target in source.parents else "is"
+            raise InputError(f"{output} {how} the input {given} and would be replaced: choose another path.")
+        if source.is_dir() and source in target.parents:
+            raise InputError(f"{output} lies inside the input {given}: choose a path outside it.")
+
+
 def explain_lost_pages() -> None:
     """End with a message, and without leftovers, where a file that is mapped into memory becomes shorter.
 
@@ -199,10 +219,11 @@ def explain_lost_pages() -> None:
 
     if not hasattr(signal, "SIGBUS"):
         return
+    owner = os.getpid()
 
     def end(number: int) -> None:
         os.write(2, b"Error: a file became shorter while it was read: repeat this when nobody writes it.\n")
-        for left in in_use:
+        for left in in_use if os.getpid() == owner else ():  # a forked process writes nothing of its own
             remove(left)
         os._exit(2)
 

@@ -40,7 +40,7 @@ from simomerge.checkpoints.tensors import FLOATS, TensorInfo, decode, encode, te
 from simomerge.checkpoints.writing import write_safetensors
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder
+from simomerge.core.files import atomic_folder, check_apart
 from simomerge.core.progress import progress
 from simomerge.core.text import shown
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
@@ -140,6 +140,7 @@ def compress(
     check_base(foundation, opened)
     files = {task: _small_files(expert) for task, expert in opened.items()}
     check_output(Path(output), overwrite)
+    check_apart(Path(output), [foundation.path, *(expert.path for expert in opened.values())])
     with atomic_folder(output, overwrite) as folder:
         fits = _write_tensors(folder, foundation, opened, thresholds, dtype)
         for task in opened:
@@ -343,6 +344,7 @@ def restore(
     tensors = _restored_tensors(folder, base, task)
     layout = {name: base.info(name) for name in base}
     check_output(output, overwrite)
+    check_apart(output, [folder])
     if output.suffix == ".safetensors":
         write_safetensors(output, tensors, layout=layout)
     else:

@@ -50,7 +50,7 @@ def edit_on_disk(
     Args:
         model: a merged model folder.
         base: the base it was merged from.
-        output: the folder to write.
+        output: the folder to write; the model itself, with ``overwrite``, is edited in place.
         add, remove: task -> expert (model folders).
         others: task -> expert for the tasks that stay, where the method needs them.
         overwrite: replace ``output`` if it exists.
@@ -70,7 +70,10 @@ def edit_on_disk(
     _check_editable(merged)
     foundation = without_extras(open_source(base), {"model": merged})
     edit = _Edit(merged, foundation, *(_opened(paths, foundation) for paths in (add, remove, others)))
-    target.check([merged, foundation, *edit.add.values(), *edit.remove.values(), *edit.others.values()])
+    in_place = target.path.exists() and target.path.samefile(merged.path)
+    target.check(
+        [*([] if in_place else [merged]), foundation, *edit.add.values(), *edit.remove.values(), *edit.others.values()]
+    )
     edit.check()
     method, schedule = edit.method()
     tensors = edit.tensors(method, schedule)

@@ -16,7 +16,7 @@ from simomerge.checkpoints.tensors import TensorInfo
 from simomerge.checkpoints.writing import Tensors, write_safetensors, write_sharded
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
-from simomerge.core.files import atomic_folder, check_not_current
+from simomerge.core.files import atomic_folder, check_apart, check_not_current
 from simomerge.core.model_files import TORCH_FILES
 from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged
 
@@ -66,17 +66,9 @@ class Output:
         return self.dtype and _DTYPES.get(self.dtype, self.dtype)
 
     def check(self, inputs: Sequence[Source]) -> None:
-        """Raise InputError if the path must not be written: see `check_output`; or it holds an input or lies in one."""
+        """Raise InputError if the path must not be written: see `check_output` and `check_apart`."""
         check_not_current(self.path)
-        target = self.path.resolve()
-        for source in inputs:
-            given = source.path.resolve()
-            if self.path.exists() and target in given.parents:
-                raise InputError(
-                    f"{self.path} holds the input {source.path} and would be replaced: choose another path."
-                )
-            if given.is_dir() and given in target.parents:
-                raise InputError(f"{self.path} lies inside the input {source.path}: choose a path outside it.")
+        check_apart(self.path, [source.path for source in inputs])
         check_output(self.path, self.overwrite)
 
 
