@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_tar_files_are_read_where_they_are(
 
     monkeypatch.setattr(MemoryFileSystem, "open", unread)
     assert len(as_images(load_images(f"memory://bucket/{name}"))) == count
+
+
+def test_damaged_places_of_pictures_are_found_again(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert len(as_images(load_images("memory://bucket/tars"))) == COUNT
+        kept = list((tmp_path / "cache" / "tars").iterdir())
+        assert len(kept) == 2
+        for number, file in enumerate(kept):
+            os.truncate(file, 100 * (number == 0))
 
 
 def test_a_picture_that_the_network_does_not_give_is_no_broken_picture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -76,6 +77,21 @@ def test_cached_features_are_memory_mapped_in_half_precision(rooms: DenseDataset
 def test_a_dataset_of_another_length_is_refused(rooms: DenseDataset, cache: Path) -> None:
     with pytest.raises(InputError, match="features of 12 images, but the dataset has 7"):
         CachedFeatures(cache, rooms.take(7), ["depth"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "other", "objects"])
+def test_a_damaged_file_is_named(rooms: DenseDataset, cache: Path, damage: str) -> None:
+    file = cache / "map0.npy"
+    if damage == "other":
+        np.save(file, np.ones((12, 3, 3, 3), np.float32))
+    elif damage == "objects":
+        np.save(file, np.array([{}]), allow_pickle=True)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, 300 if damage == "truncated" else 0)
+    with pytest.raises(InputError, match=rf"map0\.npy: .*; remove the folder {cache}, and repeat the command"):
+        CachedFeatures(cache, rooms, [])
 
 
 def test_targets_are_not_decoded_while_encoding(

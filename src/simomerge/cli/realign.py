@@ -88,8 +88,8 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     chosen = _chosen(method)
     _check_inputs(method, chosen, experts, given)
     from simomerge.assembly.realign import realign
-    from simomerge.core.files import check_apart
     from simomerge.core.distributed import join_processes
+    from simomerge.core.files import check_apart
     from simomerge.core.machine import available_cores
     from simomerge.models.model import load
     from simomerge.training.sharding import sharded

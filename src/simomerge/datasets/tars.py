@@ -11,6 +11,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file, cache_folder
+from simomerge.core.kept import kept_array
 from simomerge.core.progress import progress
 from simomerge.core.regular import check_regular
 from simomerge.core.remote import RemoteFile, last_name
@@ -117,13 +119,13 @@ def _kept_places(file: _LocalFile | RemoteFile, suffixes: tuple[str, ...]) -> np
         return _places(file, suffixes)
     key = hashlib.sha256(f"{file} {file.size} {file.version} {suffixes}".encode()).hexdigest()[:24]
     kept = cache_folder() / "tars" / f"{key}.npy"
-    if not kept.is_file():
-        progress("tar files", 0, 1, f"looking through {file}")
-        found = _places(file, suffixes)
-        with atomic_file(kept, durable=False) as handle:
-            np.save(handle, found)
-    places: np.ndarray = np.load(kept)
-    return places
+    with suppress(InputError):
+        return kept_array(kept, "it is made again.", np.int64, (None, 2))
+    progress("tar files", 0, 1, f"looking through {file}")
+    found = _places(file, suffixes)
+    with atomic_file(kept, durable=False) as handle:
+        np.save(handle, found)
+    return found
 
 
 def _places(file: _LocalFile | RemoteFile, suffixes: tuple[str, ...]) -> np.ndarray:

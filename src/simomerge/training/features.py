@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from simomerge.core import distributed
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
+from simomerge.core.kept import kept_array
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
@@ -41,18 +42,21 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         tasks: The tasks whose targets to read.
 
     Raises:
-        InputError: The cache has another number of images than the dataset.
+        InputError: The cache has another number of images than the dataset, or a damaged file.
     """
 
     def __init__(self, folder: str | Path, dataset: Any, tasks: Iterable[str]) -> None:
         self.folder = Path(folder)
         self.dataset = dataset
         self.tasks = list(tasks)
-        meta = read_json(self.folder / "features.json", "remove this folder.", _META)
+        remedy = f"remove the folder {folder}, and repeat the command."
+        meta = read_json(self.folder / "features.json", remedy, _META)
         self.image_size = tuple(meta["image_size"])
         self.padded_size = tuple(meta["padded_size"])
-        self.maps = [np.load(self.folder / f"map{i}.npy", mmap_mode="r") for i in range(meta["taps"])]
-        self.cls = [np.load(self.folder / f"cls{i}.npy", mmap_mode="r") for i in range(meta["taps"] * meta["cls"])]
+        self.maps, self.cls = (
+            [kept_array(self.folder / f"{name}{i}.npy", remedy, np.float16) for i in range(count)]
+            for name, count in (("map", meta["taps"]), ("cls", meta["taps"] * meta["cls"]))
+        )
         if len(self) != len(dataset):
             raise InputError(f"{folder}: features of {len(self)} images, but the dataset has {len(dataset)}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,21 @@ def test_interrupted_predictions_go_on(
             assert torch.equal(parts.targets(index, [task])[task], value)
     left = {path.name for path in (tmp_path / "parts").iterdir()}
     assert left == {"done", *(f"{task}.npy" for task in experts)}
+
+
+def test_damaged_predictions_are_made_again_or_named(experts: dict[str, SimoModel], tmp_path: Path) -> None:
+    images = as_images(torch.rand((6, 3, 24, 32), generator=torch.Generator().manual_seed(0)))
+    whole = TeacherPredictions(images, experts, tmp_path)
+    expected = whole.targets(5, experts)
+    (tmp_path / "done").unlink()  # as after an interruption
+    (tmp_path / "next-0-of-1").write_text("4")
+    os.truncate(tmp_path / "depth.npy", 300)
+    again = TeacherPredictions(images, experts, tmp_path)
+    for task, values in again.targets(5, experts).items():
+        assert torch.equal(values, expected[task])
+    os.truncate(tmp_path / "depth.npy", 300)
+    with pytest.raises(InputError, match=rf"depth\.npy: cannot be read .*; remove the folder {tmp_path}, and repeat"):
+        TeacherPredictions(images, experts, tmp_path).targets(0, ["depth"])
 
 
 def test_a_damaged_file_is_named(

@@ -319,7 +319,7 @@ def test_another_base_and_an_output_that_exists(
     with pytest.raises(InputError, match="scene already exists: choose another path"):
         edit_on_disk(scene, tiny_base, scene, add=some(shared_models, "edges"))
     added = some(shared_models, "edges")
-    with pytest.raises(InputError, match="edges is the input .* and would be replaced: choose another path"):
+    with pytest.raises(InputError, match=r"edges is the input .* and would be replaced: choose another path"):
         edit_on_disk(scene, tiny_base, added["edges"], add=added, overwrite=True)
     assert content(tmp_path) == before
     edit_on_disk(scene, tiny_base, scene, add=added, overwrite=True)  # the model itself may be replaced

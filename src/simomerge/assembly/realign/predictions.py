@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.images import resized
+from simomerge.core.kept import kept_array
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.datasets.base import DenseDataset
@@ -103,7 +104,9 @@ class TeacherPredictions(UnlabelledImages):
         found = {}
         for task in tasks:
             if task not in self._logits:
-                self._logits[task] = np.load(self.folder / f"{task}.npy", mmap_mode="r")
+                shape = (len(self), self.tasks[task].channels, *self.size)
+                remedy = f"remove the folder {self.folder}, and repeat the command."
+                self._logits[task] = kept_array(self.folder / f"{task}.npy", remedy, np.float16, shape)
             found[task] = torch.from_numpy(self._logits[task][index].astype(np.float32))
         return found
 
@@ -120,7 +123,9 @@ def _check_space(needed: int, count: int, folder: Path) -> None:
 def _make_files(shapes: Mapping[str, tuple[int, ...]], needed: int, folder: Path) -> None:
     """Make the files of the logits, unless an interrupted start has made them."""
     files = {folder / f"{task}.npy": shape for task, shape in shapes.items()}
-    if all(file.exists() and np.load(file, mmap_mode="r").shape == shape for file, shape in files.items()):
+    with suppress(InputError):
+        for file, shape in files.items():
+            kept_array(file, "it is made again.", np.float16, shape)
         return
     _check_space(needed, next(iter(shapes.values()))[0], folder)
     for left in folder.glob("next-*"):

@@ -24,6 +24,7 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import cache_folder
+from simomerge.core.kept import kept_array
 from simomerge.core.parallel import available_threads
 from simomerge.core.progress import progress
 from simomerge.datasets.rooms.generate import check_request, render_rooms
@@ -131,16 +132,14 @@ class _Sets:
 
     def _open(self, count: int) -> dict[str, np.ndarray] | None:
         """Memory-map a set; None if a file is missing, truncated or of another shape."""
-        arrays = {}
-        for name, (dtype, channels) in _LAYOUT.items():
-            try:
-                array = np.load(self.folder / str(count) / f"{name}.npy", mmap_mode="r")
-            except (OSError, ValueError, EOFError, SyntaxError):
-                return None
-            if array.shape != (count, self.height, self.width, *channels) or array.dtype != dtype:
-                return None
-            arrays[name] = array
-        return arrays
+        folder, shape = self.folder / str(count), (count, self.height, self.width)
+        try:
+            return {
+                name: kept_array(folder / f"{name}.npy", "it is rendered again.", dtype, (*shape, *channels))
+                for name, (dtype, channels) in _LAYOUT.items()
+            }
+        except InputError:
+            return None
 
     def _create_files(self, folder: Path, count: int) -> None:
         folder.mkdir()
