@@ -65,6 +65,43 @@ def test_overwrite_replaces_only_models(files: dict[str, Path], foreign: str) ->
     assert place.read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["README.md", ".poetry.lock", ".notes.tmp", ".simo.json.0123456789ax.tmp", "a.lock"])
+def test_files_with_names_like_its_own_stay(make_model: Any, tmp_path: Path, name: str) -> None:
+    model = make_model([sm.Task("depth")])
+    model.save_pretrained(tmp_path / "scene")
+    (tmp_path / "scene" / name).write_text("# My notes about this model")
+    with pytest.raises(InputError, match=rf"'{re.escape(name)}', which simomerge did not write and would delete"):
+        model.save_pretrained(tmp_path / "scene", overwrite=True)
+    (tmp_path / "scene" / name).unlink()
+    for left in (".simo.json.lock", ".README.md.0123456789ab.tmp"):  # of a killed writer
+        (tmp_path / "scene" / left).touch()
+    model.save_pretrained(tmp_path / "scene", overwrite=True)
+    assert {path.name for path in (tmp_path / "scene").iterdir()} == {"README.md", "encoder", "heads", "simo.json"}
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "empty"), (" ", "empty"), ("-", "standard output")])
+@pytest.mark.parametrize("command", ["merge base a=a", "train --task depth", "predict scene photo.png", "demo"])
+def test_names_that_are_no_output(command: str, name: str, message: str) -> None:
+    result = CliRunner().invoke(cli, [*command.split(), "-o", name])
+    assert isinstance(result.exception, InputError), result.output
+    assert re.search(rf"^-o .*: .*{message}; name what to write", str(result.exception))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder without files of users")
+@pytest.mark.parametrize("path", ["/proc/x", "/proc/x/y"])
+def test_folders_that_keep_no_files(path: str) -> None:
+    message = rf"^Cannot write {path}: the system keeps no files there; choose another path\.$"
+    with pytest.raises(InputError, match=message), atomic_file(path):
+        pytest.fail("it was opened")  # pragma: no cover
+    with pytest.raises(InputError, match=message), atomic_folder(path):
+        pytest.fail("it was made")  # pragma: no cover
+
+
+def test_a_missing_file_that_is_read_is_no_error_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out"):
+        (tmp_path / "elsewhere/x").read_text()
+
+
 def test_its_own_outputs_are_replaced(files: dict[str, Path], make_model: Any) -> None:
     make_model([sm.Task("depth")]).save_pretrained("scene")
     make_model([sm.Task("depth")]).save_pretrained("scene", overwrite=True)

@@ -27,6 +27,10 @@ _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.-]{1,40})['\"]?[ \t]*$", re.MULTILINE)
 
 
+_MADE = "It was made with simomerge."
+"""A sentence of every card."""
+
+
 def model_card(description: Mapping[str, Any], picture: bool = False, name: str = "", licence: str = "") -> str:
     """The model card with the metadata that the hub understands.
 
@@ -78,6 +82,14 @@ simomerge predict {name or "this/folder"} photo.jpg -o predictions
 """
 
 
+def is_model_card(file: Path) -> bool:
+    """Whether a README.md is a card that `model_card` made."""
+    if not file.is_file():
+        return False
+    with file.open(encoding="utf-8", errors="replace") as content:
+        return _MADE in content.read(1 << 16)
+
+
 def licence_of(folder: Path) -> str:
     """The licence that a folder's model card declares, as the hub names it; empty if there is none.
 
@@ -111,7 +123,7 @@ def _summary(description: Mapping[str, Any]) -> str:
         text += f" Its encoder is the merge of {count} by {markdown(method)}"
         steps = [markdown(step) for step in _steps(provenance)]
         text += f", repaired afterwards by {', then '.join(steps)}." if steps else ". Its heads were not repaired."
-    return f"{text} It was made with simomerge."
+    return f"{text} {_MADE}"
 
 
 def _steps(provenance: Mapping[str, Any]) -> list[str]:

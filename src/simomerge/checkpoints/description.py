@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simomerge.checkpoints.card import PICTURE, model_card
+from simomerge.checkpoints.card import PICTURE, is_model_card, model_card
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_text, check_absent, check_not_current
@@ -31,11 +31,15 @@ FILE = DESCRIPTION
 _MARKS = (FILE, "compressed.json", "config.json", "model.safetensors", "model.safetensors.index.json")
 """One of these is in every folder that simomerge or transformers writes."""
 _FOLDERS = ("encoder", "heads", "branches", "masks", "experts")
-_FILES = re.compile(
+_NAMES = (
     r"(?:simo|compressed|config|(?:pre)?processor_config|generation_config|adapter_config)\.json|README\.md"
     r"|(?:model|base|merged|adapters|stitches|adapter_model)\.safetensors|model-\d{5}-of-\d{5}\.safetensors"
-    r"|model\.safetensors\.index\.json|picture\.png|pytorch_model\.bin|\.gitattributes|\.DS_Store|Thumbs\.db|\..*\.(?:lock|tmp)"
+    r"|model\.safetensors\.index\.json|picture\.png|pytorch_model\.bin"
 )
+_FILES = re.compile(
+    rf"{_NAMES}|\.gitattributes|\.DS_Store|Thumbs\.db|\.(?:{_NAMES})\.(?:lock|[0-9a-f]{{12}}\.tmp)", re.ASCII
+)
+"""Names in these folders, and what killed writers of these files leave (see `simomerge.core.exclusive`)."""
 _ORIGIN = {"source?": str, "fingerprint?": str, "license?": str}
 _METRIC = {
     "task": str,
@@ -150,6 +154,8 @@ def _is_ours(entry: Path, folder: Path) -> bool:
     """Whether an entry of a model folder is one that simomerge, transformers or a file manager writes."""
     if (folder / entry).is_dir() and not (folder / entry).is_symlink():
         return entry.parts[0] in _FOLDERS
+    if entry.name == "README.md":  # a person may have written it
+        return is_model_card(folder / entry)
     in_own_folder = len(entry.parts) > 1 and entry.parts[0] in _FOLDERS[1:]
     return bool(_FILES.fullmatch(entry.name)) or (in_own_folder and entry.suffix == ".safetensors")
 

@@ -279,6 +279,10 @@ class _Written(click.Path):
         self.urls = urls
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            raise InputError(f"-o {str(value)!r}: the name is empty; name what to write.")
+        if str(value) == "-":
+            raise InputError("-o -: nothing is written to the standard output; name what to write.")
         if not is_url(value):
             return super().convert(value, param, ctx)
         if not self.urls:

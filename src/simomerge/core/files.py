@@ -30,6 +30,7 @@ _OF_THE_PLACE = frozenset(
     for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EFBIG", "ENOTEMPTY", "EEXIST")
 )
 """Errors that say something about the place to write. Others come from what is read, or from the machine."""
+_NO_FILES = "the system keeps no files there; choose another path"
 
 
 @contextmanager
@@ -67,7 +68,8 @@ def atomic_file(
             _sync(target.parent)
     except OSError as error:
         size = "" if needed_bytes is None else f" ({needed_bytes:,} bytes)"
-        raise InputError(f"Cannot write {target}{size}: {error.strerror or error}{_remedy(error)}.") from error
+        reason = _NO_FILES if _takes_no_files(target, error) else error.strerror or error
+        raise InputError(f"Cannot write {target}{size}: {reason}{_remedy(error)}.") from error
 
 
 def check_room(path: Path, needed: int) -> None:
@@ -134,6 +136,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False, durable
     except OSError as error:
         if _is_full(error):
             raise InputError(f"Cannot write the folder {target}: no space left{_remedy(error)}.") from error
+        if _takes_no_files(target, error):
+            raise InputError(f"Cannot write {target}: {_NO_FILES}.") from error
         if error.errno not in _OF_THE_PLACE:
             raise
         place = f" ({error.filename})" if error.filename and str(target) not in str(error.filename) else ""
@@ -288,6 +292,12 @@ def _errno(error: Exception) -> int:
     """The number of an error of the system; safetensors has it in the text of an exception of its own."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return getattr(error, "errno", None) or (int(found[1]) if found else 0)
+
+
+def _takes_no_files(target: Path, error: OSError) -> bool:
+    """Whether a new file or folder could not be made where there are no files of users, as in /proc."""
+    failed = Path(os.fsdecode(error.filename or ""))
+    return error.errno == errno.ENOENT and (failed in target.parents or failed.parent == target.parent)
 
 
 def _is_full(error: Exception) -> bool:
