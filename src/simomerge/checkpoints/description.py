@@ -64,7 +64,12 @@ _SCHEMA = {
         "blocks?": [str],
     },
     "adapters": (dict, type(None)),
-    "provenance": {"base?": _ORIGIN, "experts?": {str: _ORIGIN}, "merge?": {"method?": str}, "realign?": dict},
+    "provenance": {
+        "base?": _ORIGIN,
+        "experts?": {str: _ORIGIN},
+        "merge?": {"method?": str, "cost?": float},
+        "realign?": dict,
+    },
     "evaluation?": {
         "data": str,
         "split": str,

@@ -57,17 +57,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         norm = "on" if encoder.get("apply_layernorm") else "off"
         lines.append(f"  taps {', '.join(map(str, encoder['taps']))}, final layer norm {norm}")
     if encoder.get("tree"):
-        from simomerge.merging.tree import Tree
-
-        tree = Tree.read(encoder["tree"])
-        tree = tree.without([task for task in tree.tasks if task not in encoder.get("kept", tree.tasks)])
-        rank = encoder.get("branch_rank")
-        lines.append(
-            f"  shared blocks, {tree.cost():.2f} encoders if all blocks cost the same;"
-            f" {found['branch_parameters'] / 1e6:.2f} M parameters more in branches and stitches"
-            + (":" if rank is None else f"; own blocks are differences of rank {rank} to shared weights:")
-        )
-        lines += [f"    {line}" for line in tree.drawing().splitlines()]
+        lines += _tree(encoder, model["provenance"].get("merge", {}).get("cost"), found["branch_parameters"])
     if model["adapters"]:
         lines.append(f"  adapters of rank {model['adapters']['rank']}")
     for key, value in model["provenance"].items():
@@ -75,6 +65,22 @@ def _lines(found: dict[str, Any]) -> list[str]:
             value = ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in value.items())
         lines.append(f"  {key}: {plain(value)}")
     return [*lines, *_measured(model.get("evaluation"))]
+
+
+def _tree(encoder: dict[str, Any], recorded: float | None, parameters: int) -> list[str]:
+    """The tree of shared blocks, and its cost as the merge recorded it, which is that with all tasks."""
+    from simomerge.merging.tree import Tree
+
+    tree, rank = Tree.read(encoder["tree"]), encoder.get("branch_rank")
+    cost = "" if recorded is None else f"cost {plain(recorded)}"
+    if "kept" in encoder or not cost:
+        tree = tree.without([task for task in tree.tasks if task not in encoder.get("kept", tree.tasks)])
+        cost = f"{tree.cost():.2f} encoders if all blocks cost the same" + (f" (all tasks: {cost})" if cost else "")
+    return [
+        f"  shared blocks, {cost}; {parameters / 1e6:.2f} M parameters more in branches and stitches"
+        + (":" if rank is None else f"; own blocks are differences of rank {rank} to shared weights:"),
+        *(f"    {line}" for line in tree.drawing().splitlines()),
+    ]
 
 
 def _measured(evaluation: dict[str, Any] | None) -> list[str]:
