@@ -408,6 +408,8 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
         "The heads no longer fit. `simomerge realign` repairs them; it needs the experts of depth, normals too.",
     ]
     remove = ("--remove", pairs["depth"], "--remove", pairs["edges"])
+    alone = simomerge("edit", tmp_path / "2", "--base", tiny_base, "--remove", "depth", "-o", tmp_path / "3")
+    assert_mistake(alone, "subtracts the expert that leaves, so its weights are needed: remove depth=EXPERT")
     done = simomerge("edit", tmp_path / "2", "--base", tiny_base, *remove, "-o", tmp_path / "3", "--json")
     assert done.json == {
         "output": str(tmp_path / "3"),

@@ -67,6 +67,8 @@ def test_the_cost_is_that_of_the_nodes(tree: Tree) -> None:
         (3, "3: a+b+c+d | 4: a, b, c, d"),
         (0, "4: a, b, c, d"),
         (4, "4: a+b+c+d"),
+        ("3", "3: a+b+c+d | 4: a, b, c, d"),
+        (" 0 ", "4: a, b, c, d"),
         ("all", "4: a+b+c+d"),
         ("2: all | 3: d, c + b , a | each", "2: a+b+c+d | 3: a, b+c, d | 4: a, b, c, d"),
         ({2: "all", "end": [["d"], ["a", "b", "c"]]}, "2: a+b+c+d | 4: a+b+c, d"),
@@ -79,16 +81,30 @@ def test_forms_of_a_tree(given: Any, expected: str) -> None:
 
 
 def refused() -> Iterator[tuple[Any, str]]:
-    yield "2: a, b+c+d | 3: a+b, c+d | each", r"a\+b at block 3 joins tasks that were apart"
+    yield (
+        "2: a, b+c+d | 3: a+b, c+d | each",
+        r"a\+b at block 3 joins .* again\. Write 'a, b' in the level that .* block 3",
+    )
+    yield (
+        "1: a+b, c+d | 3: a+b+c, d | each",
+        r"joins tasks .* \(a\+b, c\+d\).* Write 'a\+b, c' in the level .* block 2\.",
+    )
     yield "2: all | a, b, c, e", "names 'e', which is no task"
     yield "2: all | a, b, c", "leaves out task 'd'"
     yield "2: all | a, b, c, d+a", "'a' in one level twice"
     yield "3: all | 2: each", "block 2 comes after block 3"
     yield "3: all | 3: each", "block 3 comes after block 3"
-    yield "5: all | each", "splits after block 5, but the encoder has 4 blocks"
-    yield 5, "splits after block 5, but the encoder has 4 blocks"
+    yield "5: all | each", "splits after block 5, but the encoder has 4 blocks: give at most 4"
+    yield 5, "splits after block 5, but the encoder has 4 blocks: give at most 4"
+    yield "5", "splits after block 5, but"
+    yield "2: all | 5: each", "ends at block 5, but the encoder has 4 blocks: the last level may leave its number out"
     yield -1, "cannot leave after block -1"
-    yield "3: all", "ends at block 3, but the encoder has 4 blocks"
+    yield "-1", "cannot leave after block -1"
+    yield "9" * 5000, "no task here"
+    yield "3: all", r"ends at block 3, but .* 4 blocks: add a last level .* the blocks after it, such as '\| each'"
+    yield "1:", "level 1 of the tree has no groups of tasks: write them after its number"
+    yield "1: all |", "the last level of the tree has no groups"
+    yield {1: None, 4: "each"}, "level 1 of the tree has no groups"
     yield "all | each", "every level of a tree but the last one starts with its last block"
     yield "x: all | each", "'x' is not the last block"
     yield {0: "all", 4: "each"}, "0 is not the last block"
@@ -107,6 +123,11 @@ def test_what_is_no_tree(given: Any, message: str) -> None:
         Tree.of(given, TASKS, 4)
 
 
+def test_units_are_called_by_their_name() -> None:
+    with pytest.raises(InputError, match="splits after stage 9, but the encoder has 4 stages"):
+        Tree.of(9, TASKS, 4, "stage")
+
+
 def test_a_text_is_checked_without_an_encoder() -> None:
     assert read_levels(2, ["a", "b"]) == ((2, (("a", "b"),)), (None, (("a",), ("b",))))
     with pytest.raises(InputError, match="joins"):
@@ -117,6 +138,15 @@ def test_a_text_is_checked_without_an_encoder() -> None:
 def test_a_budget_is_between_one_encoder_and_one_per_task(budget: Any) -> None:
     with pytest.raises(InputError, match=r"from 1 \(one encoder\) to 4 \(one per task\)"):
         check_sharing(None, budget, TASKS)
+
+
+@pytest.mark.parametrize("given", [(1, None), ("each", None), (None, 1.0)])
+def test_a_single_task_shares_nothing(given: tuple[Any, Any]) -> None:
+    with pytest.raises(
+        InputError, match=r"a single task \(a\) shares blocks with no other: give more experts, or leave"
+    ):
+        check_sharing(*given, ["a"])
+    check_sharing(*given, ["a", "b"])
 
 
 def test_a_tree_and_a_budget_exclude_each_other() -> None:

@@ -187,7 +187,7 @@ def _shared(
         raise InputError(f"{chosen.name} needs labels, and a tree of shared blocks uses none: give another method.")
     experts = check_experts(base, experts)
     encoder = next(iter(experts.values())).encoder
-    tree = None if budget is not None else Tree.of(share, list(experts), len(unit_names(encoder)))
+    tree = None if budget is not None else Tree.of(share, list(experts), len(unit_names(encoder)), encoder.layout.unit)
     if rank is not None:
         low_rank_of(encoder, rank)  # raises if it has blocks that cannot be low-rank differences
         if tree is not None and tree.is_trivial:
@@ -209,7 +209,9 @@ def _shared(
     model.provenance["merge"] |= {
         "budget": budget,
         **({"time": round(found.cost, 4)} if wanted.budget_of == "time" else {}),
-        "disagreement" if data is None else "loss": {task: round(loss, 4) for task, loss in found.losses.items()},
+        "disagreement" if data is None else "loss": {
+            task: None if loss is None else round(loss, 4) for task, loss in found.losses.items()
+        },
     }
     return model
 

@@ -255,6 +255,15 @@ def check_merged_from(
             )
 
 
+def check_unchanged(model: Recorded) -> None:
+    """Raise InputError if a re-alignment changed the encoder of a merged model, which is to be edited."""
+    if method := changed_by(model.provenance):
+        raise InputError(
+            f"{model.place}: the re-alignment {method!r} changed its encoder, which is no longer the plain merge. Edit"
+            " the merge from before the re-alignment, and re-align the result again."
+        )
+
+
 def merge_provenance(
     base: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]], merge: Mapping[str, Any]
 ) -> dict[str, Any]:

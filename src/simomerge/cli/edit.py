@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,39 @@ import click
 from simomerge.cli import options
 from simomerge.cli.next_step import next_step, realign_step, recorded_experts
 from simomerge.cli.output import console, say
+from simomerge.cli.trees import naming, read_share
 from simomerge.core.errors import InputError
+
+
+def _removed(context: click.Context, option: Any, given: Sequence[str]) -> dict[str, str | None]:
+    """By task the expert, or None where only the task is given."""
+    alone = [each for each in given if "=" not in each]
+    return {**dict.fromkeys(alone), **options.parse_pairs([each for each in given if each not in alone])}
 
 
 @click.command("edit")
 @click.argument("model", type=options.place)
 @click.option("--base", type=options.place, required=True, help="The base of MODEL.")
 @options.pairs("--add", "added", "A task to add; may be repeated.")
-@options.pairs("--remove", "removed", "A task to remove; may be repeated.")
+@click.option(
+    "--remove",
+    "removed",
+    multiple=True,
+    metavar="TASK[=EXPERT]",
+    callback=_removed,
+    help="A task to remove, with its expert where the method needs it; may be repeated.",
+)
 @options.pairs("--expert", "staying", "An expert that stays, for methods that need it; may be repeated.")
 @options.pictures
-@click.option("--share", metavar="TREE", help="The new tree of a MODEL with shared and own blocks.")
+@click.option("--share", metavar="TREE", help="The new tree of a MODEL with shared and own blocks, as for `merge`.")
 @options.trust_code
 @options.output()
 def command(model: str, base: str, output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     """Add tasks to a merged MODEL or remove some, with the merge method and parameters recorded in it.
 
-    Task arithmetic and averages need no other expert. All other methods merge again, and need each expert that stays as
-    --expert. So does a MODEL with shared and own blocks, whose branches are fitted again on --images.
+    Task arithmetic and averages need the experts that come and go, and no other. All other methods merge again, and
+    need each expert that stays as --expert. So does a MODEL with shared and own blocks, whose branches are fitted again
+    on --images.
 
     \b
     simomerge edit runs/scene --base rooms-base --add edges=runs/edges -o runs/scene-2
@@ -80,18 +96,14 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
     check_absent(output, overwrite)
     if given["images"] is None:
         raise InputError(f"{model}: its branches are fitted on images without labels: give --images FOLDER.")
+    place, tree = ("", None) if given["share"] is None else read_share(given["share"])
     experts = {**given["staying"], **given["added"]}
     check_apart(output, [base, *experts.values()])
     with console():
-        edited = edit_tree(
-            load(model),
-            load(base),
-            load_experts(**experts),
-            given["images"],
-            remove=list(given["removed"]),
-            share=given["share"],
-            size=given["size"],
-        )
+        merged, foundation, loaded = load(model), load(base), load_experts(**experts)
+        how = {"remove": list(given["removed"]), "share": tree, "size": given["size"]}
+        with naming(place):
+            edited = edit_tree(merged, foundation, loaded, given["images"], **how)
         edited.save_pretrained(output, overwrite)
     made = edited.provenance["merge"]
     say(

@@ -12,6 +12,7 @@ from simomerge.cli import options
 from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
 from simomerge.cli.parameters import MethodCommand, method_parameters
+from simomerge.cli.trees import naming, read_share
 from simomerge.core.errors import InputError
 from simomerge.core.model_files import is_weight_file
 from simomerge.core.text import plain
@@ -148,13 +149,11 @@ class _Wanted:
         """Whether tasks share blocks as a tree says."""
         return any(given is not None for given in (self.branch, self.share, self.budget))
 
-    def tree(self) -> Any:
-        """The tree as `simomerge.merge` takes it; None if it is chosen."""
-        from simomerge.core.documents import read_yaml
-
-        if self.share is not None and Path(self.share).suffix in (".yaml", ".yml"):
-            return read_yaml(Path(self.share), "give a tree, such as '6: all | each' (docs/sharing.md).")
-        return self.branch if self.share is None else self.share
+    def tree(self) -> tuple[str, Any]:
+        """Where the tree is given, and the tree as `simomerge.merge` takes it; None if it is chosen."""
+        if self.share is not None:
+            return read_share(self.share)
+        return ("--budget", None) if self.branch is None else (f"--branch {self.branch}", self.branch)
 
     def check_tree(self) -> None:
         """Reject a tree or budget that can be rejected before a file is read."""
@@ -166,9 +165,17 @@ class _Wanted:
             raise InputError(f"{names[0]} and {names[1]} both say what is shared: give one of them.")
         if self.method == "auto" or self.scale == "learned":
             raise InputError(f"{names[0]} needs a merge method, and a number or 'auto' as --scale.")
+        if options.is_given("data"):
+            choice = f", and --labels {self.data} to choose by its labels" if self.budget is not None else ""
+            raise InputError(
+                f"{names[0]} fits the branches on images without labels, and --data gives labels: give --images"
+                f" {self.images or self.data} instead{choice}."
+            )
         if self.images is None:
             raise InputError(f"{names[0]} fits the branches on images without labels: give --images FOLDER.")
-        check_sharing(self.tree(), self.budget, list(self.experts))
+        place, tree = self.tree()
+        with naming(place):
+            check_sharing(tree, self.budget, list(self.experts))
 
     @property
     def searched(self) -> bool:
@@ -233,12 +240,11 @@ class _Wanted:
             raise InputError(
                 f"{files[0]} is a weight file, and {what} computes with images: give folders with config.json."
             )
-        if self.in_memory and (
-            self.schedule or self.dtype or self.max_shard_size or self.output.suffix == ".safetensors"
-        ):
+        schedule = self.schedule and not self.shares_blocks
+        if self.in_memory and (schedule or self.dtype or self.max_shard_size or self.output.suffix == ".safetensors"):
             raise InputError(
                 "a weight file as OUT, --schedule, --dtype and --max-shard-size work with a plain merge only: without"
-                " images, and with a base on disk."
+                " images, and with a base on disk. A tree of shared blocks takes --schedule, too."
             )
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -260,13 +266,17 @@ class _Wanted:
         options.note_images(self.images, self.count)
         parameters = self.given()
         scale = self.scale if self.searched else parameters.pop("scale", None)
+        place, tree = self.tree()
         with console():
             foundation, loaded = load(self.base), load_experts(**self.experts)
             inputs = {**(self._inputs() if self.uses_images else {}), "minutes": self.minutes}
             if self.shares_blocks:
-                inputs |= {"share": self.tree(), "budget": self.budget, "budget_of": self.budget_of}
+                inputs |= {"share": tree, "budget": self.budget, "budget_of": self.budget_of}
                 inputs |= {"branch_rank": self.branch_rank}
-            model = merge(foundation, loaded, self.method, scale=scale, **inputs, **parameters)
+            with naming(place):
+                model = merge(
+                    foundation, loaded, self.method, scale=scale, schedule=self.schedule, **inputs, **parameters
+                )
         model.save_pretrained(self.output, self.overwrite, self._stored_dtype())
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
 
@@ -333,11 +343,15 @@ def tree_lines(made: dict[str, Any]) -> list[str]:
     ]
     losses = {"disagreement": "disagreement with the experts, relative to one encoder", "loss": "loss in %"}
     lines = [
-        f"  {what}: {', '.join(f'{task} {value:.2f}' for task, value in made[key].items())}"
+        f"  {what}: {', '.join(f'{task} {_loss(value)}' for task, value in made[key].items())}"
         for key, what in losses.items()
         if key in made
     ]
     return [f"  {line}" for line in Tree.read(made["tree"]).drawing().splitlines()] + kept + fits + lines
+
+
+def _loss(value: float | None) -> str:
+    return "not judged" if value is None else f"{value:.2f}"
 
 
 def _shown(value: Any) -> str:

@@ -62,7 +62,15 @@ def read_json(path: Path, remedy: str, schema: Schema = dict) -> Any:
 
 
 def read_yaml(path: Path, hint: str) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping.
+    """Read a YAML file that contains a mapping; as `read_yaml_value`. Raises InputError for another value, too."""
+    content = read_yaml_value(path, hint)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no mapping; {hint}")
+    return content
+
+
+def read_yaml_value(path: Path, hint: str) -> Any:
+    """Read a YAML file that contains any value; None if it is empty.
 
     Args:
         path: The file.
@@ -70,7 +78,12 @@ def read_yaml(path: Path, hint: str) -> dict[str, Any]:
 
     Raises:
         InputError: The file is missing or too large, is not YAML, contains a key twice, too many values or values that
-            are neither text nor numbers, or does not contain a mapping.
+            are neither text nor numbers.
+
+    Example:
+        >>> _ = Path("a.yaml").write_text("[2, depth]")
+        >>> read_yaml_value(Path("a.yaml"), "give another file.")
+        [2, 'depth']
     """
     import yaml
 
@@ -84,8 +97,6 @@ def read_yaml(path: Path, hint: str) -> dict[str, Any]:
         raise InputError(f"{path}: not YAML (it is nested too deeply).") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:  # ValueError: an impossible date or number
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds no mapping; {hint}")
     return content
 
 

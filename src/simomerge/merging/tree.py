@@ -8,6 +8,7 @@ and ``each`` for one group per task; the last level may leave its number out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
+from simomerge.core.text import shown
 
 Group = tuple[str, ...]
 Partition = tuple[Group, ...]
@@ -25,6 +27,10 @@ MOST_BLOCKS = 10_000
 """Deeper trees are refused: the number may come from a file."""
 
 EXAMPLE = "'6: all | each', or '4: all | 6: edges, depth+normals | each'"
+
+
+class TreeError(InputError):
+    """A tree of shared blocks is wrong. Who knows where it was given adds that to the message."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Tree:
             order of their first tasks.
 
     Raises:
-        InputError: There is no block, or a level does not refine the one before it.
+        TreeError: There is no block, or a level does not refine the one before it.
 
     Example:
         >>> tree = Tree.of("2: all | 3: edges, depth+normals | each", ["depth", "normals", "edges"], blocks=4)
@@ -77,33 +83,41 @@ class Tree:
 
     def __post_init__(self) -> None:
         if not self.partitions:
-            raise InputError("a tree of shared blocks needs an encoder with at least one block.")
+            raise TreeError("a tree of shared blocks needs an encoder with at least one block.")
         for block, (before, after) in enumerate(zip(self.partitions, self.partitions[1:], strict=False), start=2):
             check_refines(before, after, block)
 
     @classmethod
-    def of(cls, given: Any, tasks: Sequence[str], blocks: int) -> Tree:
+    def of(cls, given: Any, tasks: Sequence[str], blocks: int, unit: str = "block") -> Tree:
         """The tree that a user describes.
 
         Args:
             given: The number of blocks that all tasks share, or the levels as `read_levels` takes them.
             tasks: All tasks in order.
             blocks: Number of blocks of the encoder.
+            unit: What messages call a block: "block" or "stage".
 
         Raises:
-            InputError: As `read_levels`, or the tree does not fit the number of blocks.
+            TreeError: As `read_levels`, or the tree does not fit the number of blocks.
         """
         if isinstance(given, Tree):
             given = dict(given.levels())
         levels = read_levels(given, tasks)
-        deepest = max(last or 0 for last, _ in levels)
+        *splits, last = [end for end, _ in levels]
+        deepest = max((end or 0 for end in splits), default=0)
         if deepest > blocks:
-            raise InputError(f"the tree splits after block {deepest}, but the encoder has {blocks} blocks.")
-        last, groups = levels[-1]
+            raise TreeError(
+                f"the tree splits after {unit} {deepest}, but the encoder has {blocks} {unit}s: give at most {blocks}."
+            )
+        if last is not None and last > blocks:
+            raise TreeError(
+                f"the tree ends at {unit} {last}, but the encoder has {blocks} {unit}s: the last level may leave its"
+                " number out, or be called 'end'."
+            )
         if last is not None and last < blocks:
-            raise InputError(
-                f"the tree ends at block {last}, but the encoder has {blocks} blocks: add the groups of blocks"
-                f" {last + 1} to {blocks}, such as '| each'."
+            raise TreeError(
+                f"the tree ends at {unit} {last}, but the encoder has {blocks} {unit}s: add a last level with the"
+                f" groups of the {unit}s after it, such as '| each'."
             )
         partitions: list[Partition] = []
         for last, groups in levels:
@@ -112,14 +126,14 @@ class Tree:
 
     @classmethod
     def read(cls, text: str) -> Tree:
-        """The tree whose text, as `str` gives it, this is. Raises InputError if it is no such text."""
+        """The tree whose text, as `str` gives it, this is. Raises TreeError if it is no such text."""
         last = str(text).rpartition("|")[2].partition(":")[0].strip()
         if not last.isdecimal() or len(last) > 6 or int(last) > MOST_BLOCKS:
-            raise InputError(f"{text!r} is no tree of shared blocks, such as '4: a+b | 6: a, b'.")
+            raise TreeError(f"{text!r} is no tree of shared blocks, such as '4: a+b | 6: a, b'.")
         groups = text.partition("|")[0].partition(":")[2]
         tasks = [task.strip() for group in groups.split(",") for task in group.split("+")]
         if wrong := [task for task in tasks if not task.isidentifier()]:  # some become names of files
-            raise InputError(f"the tree names {wrong[0]!r}, which cannot be the name of a task.")
+            raise TreeError(f"the tree names {wrong[0]!r}, which cannot be the name of a task.")
         return cls.of(text, tasks, int(last))
 
     @property
@@ -243,22 +257,24 @@ def read_levels(given: Any, tasks: Sequence[str]) -> Levels:
     """The levels that a user describes, checked in everything that needs no encoder.
 
     Args:
-        given: The number of blocks that all tasks share before each goes its own way; a text such as
+        given: The number of blocks that all tasks share before each goes its own way, perhaps as text; a text such as
             ``"6: all | each"``; or a mapping from the last block of each level to its groups, as text or as lists.
         tasks: All tasks in order.
 
     Raises:
-        InputError: Not a tree, an unknown, missing or repeated task, levels out of order, or groups that join again.
+        TreeError: Not a tree, an unknown, missing or repeated task, levels out of order, or groups that join again.
 
     Example:
         >>> read_levels("6: all | each", ["depth", "edges"])
         ((6, (('depth', 'edges'),)), (None, (('depth',), ('edges',))))
     """
     if isinstance(given, bool) or not isinstance(given, (int, str, Mapping)) or given in ("", {}):
-        raise InputError(f"{given!r} is no tree of shared blocks: give the number of shared blocks, or {EXAMPLE}.")
+        raise TreeError(f"{shown(given)} is no tree of shared blocks: give the number of shared blocks, or {EXAMPLE}.")
+    if isinstance(given, str) and re.fullmatch(r"\s*-?\d{1,9}\s*", given):
+        given = int(given)
     if isinstance(given, int):
         if given < 0:
-            raise InputError(f"the tasks cannot leave after block {given}: give 0 or a number of blocks.")
+            raise TreeError(f"the tasks cannot leave after block {given}: give 0 or a number of blocks.")
         shared: list[tuple[Any, Any]] = [(given, "all")] if given else []
         given = [*shared, (None, "each")]
     elif isinstance(given, str):
@@ -270,8 +286,8 @@ def read_levels(given: Any, tasks: Sequence[str]) -> Levels:
         end = _last_block(last, is_final=number == len(given))
         before = levels[-1][0] or 0 if levels else 0
         if end is not None and end <= before:
-            raise InputError(f"the levels of a tree go up: block {end} comes after block {before}.")
-        partition = _partition(groups, tasks)
+            raise TreeError(f"the levels of a tree go up: block {end} comes after block {before}.")
+        partition = _partition(groups, tasks, "the last level" if end is None else f"level {end}")
         tasks = [task for group in (levels[0][1] if levels else partition) for task in group]
         if levels:
             check_refines(levels[-1][1], partition, before + 1)
@@ -280,9 +296,14 @@ def read_levels(given: Any, tasks: Sequence[str]) -> Levels:
 
 
 def check_sharing(share: Any, budget: float | None, tasks: Sequence[str]) -> None:
-    """Raise InputError for a tree or a budget that no encoder can have, or if both are given."""
+    """Raise InputError for a tree or a budget that no encoder can have, or if both are given, or a single task."""
     if share is not None and budget is not None:
         raise InputError("a budget chooses the tree of shared blocks: give one of the two.")
+    if len(tasks) < 2:
+        raise TreeError(
+            f"a single task ({', '.join(tasks)}) shares blocks with no other: give more experts, or leave the"
+            " tree or budget out."
+        )
     if budget is None:
         read_levels(share, tasks)
         return
@@ -297,13 +318,16 @@ def check_refines(before: Partition, after: Partition, block: int) -> None:
     """Check that no group of ``after``, the groups at a block, joins tasks that were apart before it.
 
     Raises:
-        InputError: One does; the message names it.
+        TreeError: One does; the message names it.
     """
     for group in after:
         if not any(set(group) <= set(wider) for wider in before):
-            raise InputError(
+            parts = [[task for task in wider if task in group] for wider in before]
+            apart = ", ".join("+".join(part) for part in parts if part)
+            raise TreeError(
                 f"{'+'.join(group)} at block {block} joins tasks that were apart before it"
-                f" ({', '.join(map('+'.join, before))}): tasks that have split cannot share a block again."
+                f" ({', '.join(map('+'.join, before))}), and tasks that have split cannot share a block again. Write"
+                f" '{apart}' in the level that begins at block {block}."
             )
 
 
@@ -316,34 +340,40 @@ def _last_block(given: Any, is_final: bool) -> int | None:
     if given is None or str(given).strip() == "end":
         if is_final:
             return None
-        raise InputError(f"every level of a tree but the last one starts with its last block, as in {EXAMPLE}.")
+        raise TreeError(f"every level of a tree but the last one starts with its last block, as in {EXAMPLE}.")
     try:
         number = int(given)
     except (TypeError, ValueError):
         number = 0
     if isinstance(given, (bool, float)) or number < 1:
-        raise InputError(f"{given!r} is not the last block of a level: give a number of at least 1, as in {EXAMPLE}.")
+        raise TreeError(f"{given!r} is not the last block of a level: give a number of at least 1, as in {EXAMPLE}.")
     return number
 
 
-def _partition(given: Any, tasks: Sequence[str]) -> Partition:
+def _partition(given: Any, tasks: Sequence[str], level: str) -> Partition:
     """Groups of tasks in the order of the tasks."""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        raise TreeError(f"{level} of the tree has no groups of tasks: write them after its number, as in {EXAMPLE}.")
     if isinstance(given, str):
         words = given.strip()
         if words in ("all", "each") and words not in tasks:
             return (tuple(tasks),) if words == "all" else tuple((task,) for task in tasks)
+        if "|" in words:  # as in a YAML file without the quotes
+            raise TreeError(
+                f"{level} of the tree is {shown(words)}: put quotes around the tree, or each level on a line."
+            )
         given = [[name.strip() for name in group.split("+")] for group in words.split(",")]
     if not isinstance(given, Iterable) or not all(isinstance(group, (str, list, tuple)) for group in given):
-        raise InputError(f"{given!r} is no list of groups of tasks: give a tree such as {EXAMPLE}.")
+        raise TreeError(f"{shown(given)} is no list of groups of tasks: give a tree such as {EXAMPLE}.")
     groups = [group.split("+") if isinstance(group, str) else list(group) for group in given]
     names = [name for group in groups for name in group]
     for name in names:
         if name not in tasks:
-            raise InputError(f"the tree names {name!r}, which is no task here{suggestion(str(name), tasks)}")
+            raise TreeError(f"the tree names {shown(name)}, which is no task here{suggestion(str(name), tasks)}")
         if names.count(name) > 1:
-            raise InputError(f"the tree has task {name!r} in one level twice: give it once in every level.")
+            raise TreeError(f"the tree has task {name!r} in one level twice: give it once in every level.")
     if missing := [task for task in tasks if task not in names]:
-        raise InputError(f"the tree leaves out task {missing[0]!r}: every level has all of {', '.join(tasks)}.")
+        raise TreeError(f"the tree leaves out task {missing[0]!r}: every level has all of {', '.join(tasks)}.")
     order = list(tasks)
     sorted_groups = [tuple(sorted(group, key=order.index)) for group in groups if group]
     return tuple(sorted(sorted_groups, key=lambda group: order.index(group[0])))

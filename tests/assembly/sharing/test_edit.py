@@ -103,7 +103,8 @@ def test_what_cannot_be_edited_is_named(
             edit_tree(model, base, given, images, **options)
 
     two = some(experts, "depth", "normals")
-    refused("nothing to do: name a task", given=two)
+    refused("nothing to do: .* merge their experts again: simomerge merge --share", given=two, share=1)
+    refused("splits after block 5, but the encoder has 4 blocks", share=5)
     refused(r"give the experts that stay, too \(normals\)", given=some(experts, "depth", "parts"))
     refused("task 'edges' is not in the given model, which has depth, normals", given=two, remove=["edges"])
     refused("task 'depth' is removed, and its expert is given", remove=["depth"])
@@ -115,6 +116,6 @@ def test_what_cannot_be_edited_is_named(
     )
     refused("is not what the model was merged from", given={**experts, "depth": swapped})
     pair.provenance["realign"] = {"method": "distill", "changes_encoder": True}
-    refused("changed its encoder")
+    refused("changed its encoder.* Edit the merge from before the re-alignment, and re-align the result again")
     pair.provenance = {}
     refused("records no merge of a group of tasks")

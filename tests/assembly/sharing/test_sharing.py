@@ -24,6 +24,7 @@ from simomerge.assembly.realign.blocks import call_of
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.assembly.sharing.stitches import fit_stitches
+from simomerge.cli.merge import tree_lines
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import Images
@@ -381,6 +382,14 @@ def test_other_realignments_refuse_a_tree(
         realign(shared, experts, images, data=images, method=name, base=base)
 
 
+@pytest.mark.parametrize("name", ["fold", "fold-cross"])
+def test_the_heads_of_a_tree_are_folded_already(
+    shared: SimoModel, experts: dict[str, SimoModel], images: Images, name: str
+) -> None:
+    with pytest.raises(InputError, match="before any re-alignment"):
+        realign(shared, experts, images, method=name)
+
+
 def test_a_tree_is_no_expert(shared: SimoModel, base: SimoModel, experts: dict[str, SimoModel]) -> None:
     with pytest.raises(InputError, match="expert 'depth' is a tree of shared blocks"):
         merge(base, {**experts, "depth": shared}, METHOD)
@@ -394,6 +403,7 @@ def wrong_calls() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"share": 2, "images": "IMAGES", "method": "auto"}, "needs a merge method"
     yield {"share": 2, "images": "IMAGES", "scale": "learned"}, "a number or 'auto' as scale"
     yield {"share": 2, "images": "IMAGES", "minutes": 3}, "needs a merge method"
+    yield {"share": 2, "images": "IMAGES", "method": "fisher"}, "fisher needs labels, and a tree .* uses none"
 
 
 @pytest.mark.parametrize(("given", "message"), list(wrong_calls()))
@@ -517,6 +527,26 @@ def test_the_chosen_tree_keeps_to_the_budget_and_beats_one_encoder(
     record = model.provenance["merge"]
     assert record["budget"] == 1.75 and 1 < record["cost"] <= 1.75
     assert max(record["disagreement"].values()) < 1.5 and min(record["disagreement"].values()) < 1
+
+
+def test_a_task_that_cannot_be_judged_has_no_disagreement(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images
+) -> None:
+    """Its expert predicts the same everywhere; the choice is that without it."""
+    given = {**experts, "depth": copy.deepcopy(experts["depth"])}
+    torch.nn.init.zeros_(given["depth"].heads["depth"].output.weight)
+    with pytest.warns(UserWarning, match="depth does not count in the choice"):
+        search = TreeSearch(Grower(base, given, METHOD), images)
+    one, best = search.tried[0], search.best(2)
+    assert one.losses == {"depth": None, "normals": 1, "parts": 1} and one.loss == 1
+    assert all(each.losses["depth"] is None for each in search.tried) and best.loss < 1
+    assert search.try_out(tree("each")).loss == 0
+    with pytest.warns(UserWarning, match="depth does not count in the choice"):
+        model = merge(base, given, METHOD, budget=2, images=images)
+    record = model.provenance["merge"]["disagreement"]
+    assert record["depth"] is None and 0 <= record["normals"] < 1
+    (line,) = (line for line in tree_lines(model.provenance["merge"]) if "disagreement" in line)
+    assert "depth not judged" in line and f"normals {record['normals']:.2f}" in line
 
 
 def test_a_tree_that_its_files_cannot_hold_is_refused_before_it_is_built(

@@ -195,6 +195,25 @@ def test_other_methods_merge_again_and_need_those_that_stay(
     assert content(tmp_path / "new") == content(tmp_path / "merged_again") and done.merge == merged_again.merge
 
 
+@pytest.mark.parametrize("method", ["ties", "average"])
+def test_the_expert_that_leaves_is_needed_where_it_is_subtracted(
+    method: str, shared_models: Models, tiny_base: Path, tmp_path: Path
+) -> None:
+    merge_on_disk(tiny_base, shared_models, tmp_path / "old", method)
+    given = {"remove": {"normals": None}, "others": some(shared_models, "depth", "edges")}
+    if method == "average":
+        before = content(tmp_path)
+        with pytest.raises(InputError, match=r"'average' subtracts the expert that leaves, .* remove normals=EXPERT"):
+            edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", **given)
+        assert content(tmp_path) == before
+        return
+    assert edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", **given).tasks == ("depth", "edges")
+    merge_on_disk(tiny_base, some(shared_models, "depth", "edges"), tmp_path / "merged_again", method)
+    assert content(tmp_path / "new") == content(tmp_path / "merged_again")
+    with pytest.raises(InputError, match="expert 'far' is not in the merged model"):
+        edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "newer", **{**given, "remove": {"far": None}})
+
+
 def test_ties_with_one_more(shared_models: Models, tiny_base: Path, tmp_path: Path) -> None:
     merge_on_disk(tiny_base, some(shared_models, "depth", "normals"), tmp_path / "old", "ties", scale=0.5)
     with pytest.raises(InputError, match=r"give those that stay too \(normals\)"):
@@ -375,7 +394,8 @@ def test_models_that_no_merge_made(
     for realign in (changed, {"method": "heads", "changes_encoder": False, "after": changed}, *before_the_flag):
         record(scene, realign=realign)
         with pytest.raises(
-            InputError, match=r"scene: the re-alignment '(lora|distill)' changed its encoder.* Edit the model"
+            InputError,
+            match=r"scene: the re-alignment '(lora|distill)' changed its encoder.* Edit the merge from before",
         ):
             edit(scene)
     for how, message in (

@@ -97,8 +97,8 @@ def realign(
         raise InputError("the model has no heads to re-align; give a merged model.")
     if model.encoder.describe().get("tree") and not chosen.takes_trees:
         raise InputError(
-            f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use fold, heads, adapters,"
-            " distill, distill-adapters or distill-encoder."
+            f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use heads, adapters, distill,"
+            " distill-adapters or distill-encoder."
         )
     if chosen.teacher == "labels":
         inputs = {"data": _labelled(chosen, model, data)}

@@ -9,7 +9,7 @@ from typing import Any
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.images import prepare
 from simomerge.assembly.sharing.grow import Grower, share_blocks
-from simomerge.checkpoints.experts import changed_by, check_merged_from
+from simomerge.checkpoints.experts import check_merged_from, check_unchanged
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, Schedule, described_method
@@ -65,7 +65,7 @@ def edit_tree(
         kept = kept if task in before.tasks else kept.joined_by(task)
     kept = kept.without([task for task in before.tasks if task not in experts])
     order = [*staying, *(task for task in experts if task not in staying)]
-    tree = kept if share is None else Tree.of(share, order, before.blocks)
+    tree = kept if share is None else Tree.of(share, order, before.blocks, encoder.layout.unit)
     checked = check_experts(base, {task: experts[task] for task in order})
     pictures = as_images(prepare(images, checked, size=size), count or 256).readable()
     methods = _Methods(model.provenance["merge"]["groups"])
@@ -105,11 +105,7 @@ def _check(
     groups = model.provenance.get("merge", {}).get("groups")
     if not groups:
         raise InputError(f"{model.place}: its simo.json records no merge of a group of tasks; merge the experts again.")
-    if method := changed_by(model.provenance):
-        raise InputError(
-            f"{model.place}: the re-alignment {method!r} changed its encoder, which is no longer the plain merge. Edit"
-            " the model from before the re-alignment."
-        )
+    check_unchanged(model)
     if unknown := [task for task in remove if task not in present]:
         raise InputError(f"task {unknown[0]!r} is not in {model.place}, which has {', '.join(present)}.")
     staying = [task for task in present if task not in remove]
@@ -120,7 +116,10 @@ def _check(
     if both := [task for task in experts if task in remove]:
         raise InputError(f"task {both[0]!r} is removed, and its expert is given; leave one out.")
     if set(experts) == set(present):
-        raise InputError("nothing to do: name a task to add or to remove; a tree alone cannot be changed.")
+        raise InputError(
+            "nothing to do: name a task to add or to remove. For another tree of the same tasks, merge their experts"
+            " again: simomerge merge --share TREE, or simomerge.merge(..., share=)."
+        )
     if len(experts) < 2:
         raise InputError(f"only {', '.join(experts) or 'no task'} stays, and its expert has that encoder already.")
     check_merged_from(model.provenance, {task: experts[task] for task in staying}, base)

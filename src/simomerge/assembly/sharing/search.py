@@ -61,19 +61,20 @@ class Tried:
         tree: The tree.
         cost: In units of one encoder.
         losses: By task, the disagreement with the expert on held-out images, relative to that with one encoder. With
-            labels, the loss of the metric against the expert in percent.
+            labels, the loss of the metric against the expert in percent. None for a task that cannot be judged.
         power: What the losses are raised to before their mean; see `POWER`.
     """
 
     tree: Tree
     cost: float
-    losses: dict[str, float]
+    losses: dict[str, float | None]
     power: int
 
     @property
     def loss(self) -> float:
         """What a search minimises. Without labels it is 1 for one encoder and 0 for one encoder per task."""
-        return sum(loss**self.power for loss in self.losses.values()) / len(self.losses)
+        judged = [loss**self.power for loss in self.losses.values() if loss is not None]
+        return sum(judged) / len(judged)
 
 
 class TreeSearch:
@@ -115,7 +116,7 @@ class TreeSearch:
         self._losses: dict[TaskPath, dict[str, float]] = {}
         one = Tree.of("all", list(self.experts), grower.blocks)
         self.shares = self._shares(cost_of)
-        start = self._measured(grower.grow(one), list(self.experts))
+        start = self._measured(grower.grow(one), list(self._judge.tasks))
         self._units = {task: 1.0 if self._labelled else max(value, LEAST_LOSS) for task, value in start.items()}
         self.tried: list[Tried] = []
         self.try_out(one)
@@ -131,7 +132,8 @@ class TreeSearch:
     def try_out(self, tree: Tree) -> Tried:
         """Grow, stitch, fold and compare with the experts; only for tasks whose path is new."""
         paths = {task: path_of(tree, task) for task in tree.tasks}
-        known = {task: 0.0 for task, path in paths.items() if len(path[0][0]) == 1}  # the expert itself
+        known: dict[str, float | None] = {task: 0.0 for task, path in paths.items() if len(path[0][0]) == 1}  # experts
+        known |= {task: None for task in paths if task not in self._judge.tasks}
         known |= {task: self._losses[path][task] for task, path in paths.items() if task in self._losses.get(path, {})}
         if missing := [task for task in tree.tasks if task not in known]:
             model = self.grower.grow(tree)
@@ -148,7 +150,7 @@ class TreeSearch:
         return tried
 
     def _measured(self, model: SimoModel, tasks: Sequence[str]) -> dict[str, float]:
-        """The loss against the expert, by task, after the fold; 0 for tasks that do not count."""
+        """The loss against the expert, by task, after the fold."""
         batches = zip(*(self._targets[task] for task in tasks), strict=True)
         joined = [replace(b[0], targets=[target for each in b for target in each.targets]) for b in batches]
         some = model.select(list(tasks))
@@ -157,7 +159,7 @@ class TreeSearch:
         gains = self._judge.gains(self._judge.scores(folded))
         if self._labelled:
             return {task: -gain for task, gain in gains.items()}
-        return {task: max(-gains[task] / 100, 0.0) if task in gains else 0.0 for task in tasks}
+        return {task: max(-gain / 100, 0.0) for task, gain in gains.items()}
 
     def best(self, budget: float) -> Tried:
         """The best tree that costs at most as much, by greedy search.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simomerge.checkpoints.experts import changed_by, check_base, check_merged_from, merge_provenance
+from simomerge.checkpoints.experts import check_base, check_merged_from, check_unchanged, merge_provenance
 from simomerge.checkpoints.writing import storage_layout
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
@@ -36,14 +36,14 @@ def edit_on_disk(
     base: str | os.PathLike[str],
     output: str | os.PathLike[str],
     add: _Paths | None = None,
-    remove: _Paths | None = None,
+    remove: Mapping[str, str | os.PathLike[str] | None] | None = None,
     others: _Paths | None = None,
     overwrite: bool = False,
 ) -> MergedOnDisk:
     """Add tasks to a merged model or remove some, with the merge method and the parameters that it records.
 
     For a weighted sum of task vectors (average, weighted average, task arithmetic without a schedule), only the
-    experts that are added or removed are needed. Every other method merges again and also needs all the others. The
+    experts that are added or removed are needed. Every other method merges again and needs all that stay instead. The
     tasks that stay keep the model's heads. If these were re-aligned, it was with the old encoder; a warning reports
     that.
 
@@ -51,7 +51,8 @@ def edit_on_disk(
         model: a merged model folder.
         base: the base it was merged from.
         output: the folder to write; the model itself, with ``overwrite``, is edited in place.
-        add, remove: task -> expert (model folders).
+        add: task -> expert (model folders).
+        remove: task -> expert, or None where the method does not need it.
         others: task -> expert for the tasks that stay, where the method needs them.
         overwrite: replace ``output`` if it exists.
 
@@ -69,7 +70,9 @@ def edit_on_disk(
     merged = open_source(model)
     _check_editable(merged)
     foundation = without_extras(open_source(base), {"model": merged})
-    edit = _Edit(merged, foundation, *(_opened(paths, foundation) for paths in (add, remove, others)))
+    given = {task: path for task, path in (remove or {}).items() if path is not None}
+    opened = (_opened(add, foundation), _opened(given, foundation), _opened(others, foundation))
+    edit = _Edit(merged, foundation, *opened, tuple(remove or ()))
     in_place = target.path.exists() and target.path.samefile(merged.path)
     target.check(
         [*([] if in_place else [merged]), foundation, *edit.add.values(), *edit.remove.values(), *edit.others.values()]
@@ -90,13 +93,14 @@ def edit_on_disk(
 
 @dataclass(frozen=True)
 class _Edit:
-    """A merged model, its base, and the experts that are added, removed or stay, by task."""
+    """A merged model, its base, the experts that are added, removed or stay, by task, and the tasks that leave."""
 
     merged: Source
     base: Source
     add: dict[str, Source]
     remove: dict[str, Source]
     others: dict[str, Source]
+    leaving: tuple[str, ...]
 
     @property
     def present(self) -> list[str]:
@@ -106,11 +110,11 @@ class _Edit:
     @property
     def tasks(self) -> list[str]:
         """The tasks after the edit."""
-        return [task for task in self.present if task not in self.remove] + list(self.add)
+        return [task for task in self.present if task not in self.leaving] + list(self.add)
 
     def check(self) -> None:
         """Raise InputError for a base or an expert that does not belong to the model."""
-        if unknown := [task for task in (*self.others, *self.remove) if task not in self.present]:
+        if unknown := [task for task in (*self.others, *self.leaving) if task not in self.present]:
             raise InputError(f"expert {unknown[0]!r} is not in the merged model, which has {', '.join(self.present)}.")
         for experts in (self.others, self.remove):
             check_merged_from(self.merged.provenance, experts, self.base)
@@ -132,6 +136,11 @@ class _Edit:
     def tensors(self, method: MergeMethod, schedule: Schedule | None) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of the edited encoder."""
         if isinstance(method, LinearMethod) and schedule is None:
+            if bare := [task for task in self.leaving if task not in self.remove]:
+                raise InputError(
+                    f"'{method.name}' subtracts the expert that leaves, so its weights are needed: remove"
+                    f" {bare[0]}=EXPERT."
+                )
             add, remove = ({task: source.weights for task, source in some.items()} for some in (self.add, self.remove))
             return with_experts(
                 self.merged.weights, self.base.weights, method, self.present, add, remove, self.merged.blocks
@@ -166,10 +175,6 @@ def _check_editable(merged: Source) -> None:
     if merged.description["adapters"]:
         raise InputError(
             f"{merged.path}: has adapters in addition to its blocks, which fit only its weights. Edit the model from"
-            " before they were added."
+            " before they were added, and re-align the result."
         )
-    if method := changed_by(merged.provenance):
-        raise InputError(
-            f"{merged.path}: the re-alignment {method!r} changed its encoder, which is no longer the plain merge. Edit"
-            " the model from before the re-alignment."
-        )
+    check_unchanged(merged)

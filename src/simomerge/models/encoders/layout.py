@@ -86,6 +86,11 @@ class Layout:
         """Whether the maps differ in stride. Taps then count stages instead of blocks."""
         return len(set(self.strides)) > 1
 
+    @property
+    def unit(self) -> str:
+        """What messages call one of the units: "stage" in a pyramid, "block" elsewhere."""
+        return "stage" if self.is_pyramid and not self.names else "block"
+
 
 def find_layout(backbone: Any) -> Layout:
     """Find the layout of a backbone from its structure.
