@@ -202,7 +202,7 @@ def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
     """
     target = output.resolve()
     for given in inputs:
-        source = Path(file_and_key(given)[0]).expanduser().resolve()
+        source = Path(file_and_key(os.fspath(given))[0]).expanduser().resolve()
         if not source.exists():
             continue
         if target.exists() and (target.samefile(source) or target in source.parents):
