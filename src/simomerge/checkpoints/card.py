@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.assets import EMBEDDED_BASE
-from simomerge.core.text import markdown
+from simomerge.core.text import markdown, one_line
 
 PICTURE = "picture.png"
 """The picture of a model folder that its card shows."""
@@ -243,7 +243,8 @@ def _structure(description: Mapping[str, Any]) -> str:
     if not tree:
         return "`encoder/` is a plain transformers folder, unless simo.json names a class for it."
     kept = f" Only what {', '.join(map(markdown, encoder['kept']))} need is here." if "kept" in encoder else ""
-    start = f"Which tasks share which blocks, by the last block of each level: `{tree}`.{kept} `encoder/` is a plain"
+    levels = one_line(tree).replace("`", "'")
+    start = f"Which tasks share which blocks, by the last block of each level: `{levels}`.{kept} `encoder/` is a plain"
     if "branch_rank" in encoder:
         return f"""{start}
 transformers folder with the blocks and weights that all tasks share, and `branches/` has the differences of rank

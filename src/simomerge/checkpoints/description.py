@@ -14,6 +14,7 @@ from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_text, check_absent, check_not_current
 from simomerge.core.model_files import DESCRIPTION
+from simomerge.core.normalisation import check_normalisation
 from simomerge.core.text import shown
 
 FORMAT = 1
@@ -41,6 +42,16 @@ _FILES = re.compile(
 )
 """Names in these folders, and what killed writers of these files leave (see `simomerge.core.exclusive`)."""
 _ORIGIN = {"source?": str, "fingerprint?": str, "license?": str}
+_TASK = {
+    "name?": str,
+    "kind?": str,
+    "classes?": [str],
+    "colours?": [[int]],
+    "channels?": int,
+    "unit?": str,
+    "range?": [float],
+    "norm?": str,
+}
 _METRIC = {
     "task": str,
     "metric": str,
@@ -50,7 +61,7 @@ _METRIC = {
     "expert?": (float, type(None)),
 }
 _SCHEMA = {
-    "tasks": {str: {"kind?": str}},
+    "tasks": {str: _TASK},
     "heads": {str: {"kind": str, "settings": dict}},
     "encoder": {
         "taps?": [int],
@@ -58,6 +69,7 @@ _SCHEMA = {
         "std?": [float],
         "apply_layernorm?": bool,
         "class?": str,
+        "settings?": dict,
         "tree?": str,
         "branch_rank?": int,
         "kept?": [str],
@@ -79,7 +91,14 @@ _SCHEMA = {
         "weights?": str,
     },
 }
+_ADAPTERS = {"rank": int, "activation?": str, "last?": int}
 _REMEDY = "take the model from its source again."
+
+MOST_TASKS = 1000
+"""Descriptions with more tasks are refused."""
+
+_MOST = {"tree": 50_000, "kept": MOST_TASKS, "taps": 1000, "blocks": 10_000}
+"""Characters of the text, and entries of the lists, that ``encoder`` may have."""
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -96,13 +115,30 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     try:
         check(description, _SCHEMA)
+        if description["adapters"]:
+            check(description["adapters"], _ADAPTERS, "adapters")
+        _check_encoder(description["encoder"])
+        if (count := len(description["tasks"])) > MOST_TASKS:
+            raise ValueError(f"it has {count:,} tasks, and a model has at most {MOST_TASKS:,}")
     except ValueError as error:
-        raise InputError(f"{path}: {error}; {_REMEDY}") from error
+        raise InputError(f"{path}: {str(error).rstrip('.')}; {_REMEDY}") from error
     if unnamed := [name for name in description["tasks"] if not name.isidentifier()]:  # it is the name of a file
         raise InputError(f"{path}: {shown(unnamed[0])} cannot be the name of a task; {_REMEDY}")
     if headless := [name for name in description["tasks"] if name not in description["heads"]]:
         raise InputError(f"{path}: task {headless[0]!r} has no head in it; {_REMEDY}")
     return description
+
+
+def _check_encoder(encoder: Mapping[str, Any]) -> None:
+    """Raise ValueError for an entry ``encoder`` that is incomplete or that no model has."""
+    needed = ("settings",) if "class" in encoder else ("taps", "mean", "std", "apply_layernorm")
+    if missing := [key for key in needed if key not in encoder]:
+        raise ValueError(f"entry 'encoder.{missing[0]}' is missing")
+    for key, most in _MOST.items():
+        if (count := len(encoder.get(key, ""))) > most:
+            unit = "characters" if key == "tree" else "entries"
+            raise ValueError(f"encoder.{key} has {count:,} {unit}, and that of a model has at most {most:,}")
+    check_normalisation(encoder.get("mean", (0, 0, 0)), encoder.get("std", (1, 1, 1)), "encoder.")
 
 
 def format_of(encoder: Mapping[str, Any]) -> int:

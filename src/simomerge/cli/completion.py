@@ -33,4 +33,4 @@ def command(shell: str | None, as_json: bool) -> None:
     assert kind is not None
     script = kind(cli, {}, "simomerge", "_SIMOMERGE_COMPLETE").source_vars()
     text = kind.source_template % script
-    say(as_json, {"shell": chosen, "script": text}, text)
+    say(as_json, {"shell": chosen, "script": text}, *text.splitlines())

@@ -15,7 +15,7 @@ import click
 
 from simomerge.cli.next_step import MARK, next_step
 from simomerge.core.progress import Console, has_rich, show_progress, starting
-from simomerge.core.text import printable
+from simomerge.core.text import one_line, printable
 
 if TYPE_CHECKING:
     from simomerge.training.run_folder import RunFolder
@@ -40,7 +40,7 @@ class Table:
         head: One title per column.
         rows: The cells, row by row.
         colours: A rich style per row, if rows have colours.
-        text: Replaces the aligned columns where there is no terminal.
+        text: Replaces the aligned columns where there is no terminal. Cells may then have several lines.
     """
 
     head: Sequence[str]
@@ -70,12 +70,16 @@ class Table:
             drawn.add_column(Text(printable(title)), justify="left" if is_text(cells) else "right", overflow="fold")
         for number, row in enumerate(self.rows):
             colour = self.colours[number] if self.colours else None
-            drawn.add_row(*(Text(printable(cell)) for cell in row), style=colour)
+            clean = one_line if self.text is None else printable
+            drawn.add_row(*(Text(clean(cell)) for cell in row), style=colour)
         Terminal(highlight=False).print(drawn)
 
 
 def say(as_json: bool, data: dict[str, Any], *shown: str | Table) -> None:
-    """Print the result: lines and tables for people, or JSON for programs. Under torchrun only one process prints."""
+    """Print the result: lines and tables for people, or JSON for programs. Under torchrun only one process prints.
+
+    Each text is one line, whatever the names in it contain.
+    """
     if not is_first():
         return
     starting.end()
@@ -86,7 +90,7 @@ def say(as_json: bool, data: dict[str, Any], *shown: str | Table) -> None:
         if isinstance(each, Table) and sys.stdout.isatty() and has_rich():
             each.draw()
         elif not (quiet and isinstance(each, str) and each.startswith(MARK)):
-            click.echo(printable(each.plain() if isinstance(each, Table) else each))
+            click.echo(printable(each.plain()) if isinstance(each, Table) else one_line(each))
 
 
 def error(message: str) -> None:
@@ -145,7 +149,7 @@ def report_run(results: dict[str, Any], folder: RunFolder, as_json: bool) -> Non
             cells = list(zip(*(column.cells for column in block), strict=True))
             shown += [Table(["\n".join(column.head) for column in block], cells, colours), ""]
     else:
-        shown = [text_table(results, ascii_only=ascii_only), ""]
+        shown = [*text_table(results, ascii_only=ascii_only).splitlines(), ""]
     files = [f"Results: {folder.shown('results.json')}", f"Report:  {report}"]
     if advice := recommendation(results, folder.shown()):
         shown += [*advice.sentences, ""]

@@ -41,7 +41,7 @@ def command(repository: str, model: Path, dry_run: bool, as_json: bool, **given:
     if dry_run:
         card = card_to_publish(model, repository, given["licence"], picture is not None)
         found = {"repository": repository, "files": files, "left_out": left_out, "card": card}
-        say(as_json, found, f"Would send to {repository}: {', '.join(files)}", *ignored, "", card)
+        say(as_json, found, f"Would send to {repository}: {', '.join(files)}", *ignored, "", *card.splitlines())
         return
     with console():
         how = {"licence": given["licence"], "message": given["message"], "picture": picture}

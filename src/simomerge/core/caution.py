@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from simomerge.core.text import one_line, shortened
+
 
 class Caution(UserWarning):
     """A warning of simomerge. The command line prints these, and no warnings of other packages."""
@@ -12,6 +14,8 @@ class Caution(UserWarning):
 
 def warn(message: str) -> None:
     """Warn at the line of code outside of simomerge that called it.
+
+    The message becomes one line without control characters, of at most 2,000 characters: it may quote names from files.
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:
@@ -22,4 +26,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "simomerge":
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, Caution, stacklevel=level)
+    warnings.warn(shortened(one_line(message)), Caution, stacklevel=level)

@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any
 
+from simomerge.core.text import one_line
+
 Sink = Callable[[str, int, int, str], None]
 """``sink(label, done, total, note)``: `done` of `total` steps of `label` are done; `note` holds losses, images/s."""
 
@@ -173,7 +175,7 @@ class Console:
 
 
 def _text(label: str, done: int, total: int, note: str) -> str:
-    return f"  {label}  {done}/{total}  {note}".rstrip()
+    return one_line(f"  {label}  {done}/{total}  {note}").rstrip()
 
 
 def _bars() -> Any:

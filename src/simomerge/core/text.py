@@ -11,19 +11,20 @@ LONGEST_MESSAGE = 2000
 """Characters of an error message."""
 
 _LONGEST_VALUE = 300
-_CONTROL = {
-    code: None
-    for code in (
+_CONTROL: dict[int, str | None] = dict.fromkeys(
+    (
         *range(32),
         *range(127, 160),
-        *range(0x200E, 0x2010),  # marks of the direction of writing, which can show a text in another order
+        0x061C,  # marks of the direction of writing, which can show a text in another order
+        *range(0x200E, 0x2010),
         *range(0x202A, 0x202F),
-        *range(0x2066, 0x206A),
+        *range(0x2066, 0x2070),
         *range(0xD800, 0xE000),  # halves of characters, which no encoding can write
     )
-    if chr(code) != "\n"
-}
-_MARKDOWN = {ord(sign): f"\\{sign}" for sign in "\\`*_{}[]<>#|!~"} | {ord("\n"): " "}
+)
+_CONTROL |= {ord(end): " " for end in "\n\t\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"}
+_CONTROL_OF_LINES = {code: instead for code, instead in _CONTROL.items() if code != ord("\n")}
+_MARKDOWN = {ord(sign): f"\\{sign}" for sign in "\\`*_{}[]<>#|!~"}
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -38,13 +39,25 @@ def first_sentence(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could change a terminal; names from files may contain them.
+    """A text of simomerge, which may have several lines, without control characters, which could change a terminal.
 
     Example:
         >>> printable("a\\x1b[31mb")
         'a[31mb'
     """
-    return text.translate(_CONTROL)
+    return text.translate(_CONTROL_OF_LINES)
+
+
+def one_line(text: object) -> str:
+    """A name or value from a file as a part of one line: without control characters, and a space for a new line.
+
+    Whatever builds a line for people puts it through this, so that no file can add lines to what simomerge says.
+
+    Example:
+        >>> one_line("depth\\nError: all\\tfine\\u202e")
+        'depth Error: all fine'
+    """
+    return str(text).translate(_CONTROL)
 
 
 def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
@@ -81,7 +94,7 @@ def markdown(text: object) -> str:
         >>> markdown("<b>depth|x")
         '\\\\<b\\\\>depth\\\\|x'
     """
-    return printable(str(text).translate(_MARKDOWN))
+    return one_line(text).translate(_MARKDOWN)
 
 
 def plain(value: Any) -> str:
@@ -111,9 +124,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
         >>> html_table([["x"], ["a < b"]])
         '<table><thead><tr><th>x</th></tr></thead><tbody><tr><th>a &lt; b</th></tr></tbody></table>'
     """
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
-        for row in rows[1:]
-    )
+    safe = [[escape(one_line(cell)) for cell in row] for row in rows]
+    head = "".join(f"<th>{cell}</th>" for cell in safe[0])
+    body = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in safe[1:])
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.core.text import shown
 
 IGNORE_LABEL = -1
 """Label of pixels that segmentation losses and metrics leave out (the paper's convention)."""
@@ -368,6 +369,11 @@ class Task:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Task:
+        if unknown := [key for key in data if key not in cls.__dataclass_fields__]:
+            raise InputError(
+                f"a task has the entry {shown(unknown[0])}, which this simomerge does not know: upgrade it, or remove"
+                " the entry."
+            )
         return cls(**data)
 
 

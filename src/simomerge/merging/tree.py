@@ -9,11 +9,13 @@ and ``each`` for one group per task; the last level may leave its number out.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from simomerge.checkpoints.description import MOST_TASKS
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
 from simomerge.core.text import shown
@@ -85,7 +87,8 @@ class Tree:
         if not self.partitions:
             raise TreeError("a tree of shared blocks needs an encoder with at least one block.")
         for block, (before, after) in enumerate(zip(self.partitions, self.partitions[1:], strict=False), start=2):
-            check_refines(before, after, block)
+            if after != before:
+                check_refines(before, after, block)
 
     @classmethod
     def of(cls, given: Any, tasks: Sequence[str], blocks: int, unit: str = "block") -> Tree:
@@ -134,6 +137,8 @@ class Tree:
         tasks = [task.strip() for group in groups.split(",") for task in group.split("+")]
         if wrong := [task for task in tasks if not task.isidentifier()]:  # some become names of files
             raise TreeError(f"the tree names {wrong[0]!r}, which cannot be the name of a task.")
+        if len(tasks) > MOST_TASKS:
+            raise TreeError(f"the tree has {len(tasks):,} tasks, and a model has at most {MOST_TASKS:,}.")
         return cls.of(text, tasks, int(last))
 
     @property
@@ -161,6 +166,8 @@ class Tree:
         found: list[Node] = []
         open_nodes: dict[Group, int] = {}
         for block, groups in enumerate(self.partitions, start=1):
+            if block > 1 and groups == self.partitions[block - 2]:
+                continue
             ending = {group: place for group, place in open_nodes.items() if group not in groups}
             for place in ending.values():
                 found[place] = _changed(found[place], last=block - 1)
@@ -214,8 +221,11 @@ class Tree:
             >>> str(Tree.of("2: all | 3: a, b+c | each", ["a", "b", "c"], blocks=4).without(["a"]))
             '3: b+c | 4: b, c'
         """
-        kept = [[[task for task in group if task not in tasks] for group in groups] for groups in self.partitions]
-        return Tree(tuple(tuple(tuple(group) for group in groups if group) for groups in kept))
+        left_out, partitions = set(tasks), list[Partition]()
+        for last, groups in self.levels():
+            kept = (tuple(task for task in group if task not in left_out) for group in groups)
+            partitions += [tuple(filter(None, kept))] * (last - len(partitions))
+        return Tree(tuple(partitions))
 
     def joined_by(self, task: str) -> Tree:
         """The tree with one more task. It shares the blocks that all tasks share, and then has its own.
@@ -320,8 +330,10 @@ def check_refines(before: Partition, after: Partition, block: int) -> None:
     Raises:
         TreeError: One does; the message names it.
     """
+    place = {task: number for number, wider in enumerate(before) for task in wider}
     for group in after:
-        if not any(set(group) <= set(wider) for wider in before):
+        found = {place.get(task) for task in group}
+        if len(found) > 1 or None in found:
             parts = [[task for task in wider if task in group] for wider in before]
             apart = ", ".join("+".join(part) for part in parts if part)
             raise TreeError(
@@ -367,16 +379,17 @@ def _partition(given: Any, tasks: Sequence[str], level: str) -> Partition:
         raise TreeError(f"{shown(given)} is no list of groups of tasks: give a tree such as {EXAMPLE}.")
     groups = [group.split("+") if isinstance(group, str) else list(group) for group in given]
     names = [name for group in groups for name in group]
+    known, counts = set(tasks), Counter(map(str, names))
     for name in names:
-        if name not in tasks:
+        if not isinstance(name, str) or name not in known:
             raise TreeError(f"the tree names {shown(name)}, which is no task here{suggestion(str(name), tasks)}")
-        if names.count(name) > 1:
+        if counts[name] > 1:
             raise TreeError(f"the tree has task {name!r} in one level twice: give it once in every level.")
-    if missing := [task for task in tasks if task not in names]:
+    if missing := [task for task in tasks if task not in counts]:
         raise TreeError(f"the tree leaves out task {missing[0]!r}: every level has all of {', '.join(tasks)}.")
-    order = list(tasks)
-    sorted_groups = [tuple(sorted(group, key=order.index)) for group in groups if group]
-    return tuple(sorted(sorted_groups, key=lambda group: order.index(group[0])))
+    order = {task: place for place, task in enumerate(tasks)}
+    sorted_groups = [tuple(sorted(group, key=order.__getitem__)) for group in groups if group]
+    return tuple(sorted(sorted_groups, key=lambda group: order[group[0]]))
 
 
 def _changed(node: Node, **changes: Any) -> Node:

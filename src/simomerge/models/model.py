@@ -288,7 +288,7 @@ class SimoModel(nn.Module):
             with trusting(trust_code):
                 model = cls._from_description(description, folder)
         except InputError as error:
-            raise error if str(folder) in str(error) else InputError(f"{folder / FILE}: {error}") from error
+            raise error if str(error).startswith(str(folder)) else InputError(f"{folder / FILE}: {error}") from error
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
                 f"{folder / FILE}: does not describe a model ({type(error).__name__}: {error});"

@@ -17,6 +17,7 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.exclusive import remove
+from simomerge.core.text import one_line
 from simomerge.playground.downloads import model_file, onnx_file, results_file
 from simomerge.playground.uploads import MAX_BYTES, MAX_PICTURES, read_photo, read_pictures
 from simomerge.playground.view import LABELS, view_of
@@ -267,7 +268,7 @@ def notes(sentences: Sequence[str], error: bool = False) -> str:
         '<div role="status" class="notes"><p>a &lt; b</p></div>'
     """
     kind = 'role="alert" class="notes error"' if error else 'role="status" class="notes"'
-    return f"<div {kind}>{''.join(f'<p>{escape(each)}</p>' for each in sentences)}</div>"
+    return f"<div {kind}>{''.join(f'<p>{escape(one_line(each))}</p>' for each in sentences)}</div>"
 
 
 def agreement_table(look: Look) -> str:
@@ -278,7 +279,7 @@ def agreement_table(look: Look) -> str:
     tasks = list(look.agreement[columns[0]])
     head = "".join(f"<th scope='col'>{LABELS[column]}</th>" for column in columns)
     rows = "".join(
-        f"<tr><th scope='row'>{escape(task)}</th>"
+        f"<tr><th scope='row'>{escape(one_line(task))}</th>"
         + "".join(f"<td>{100 * look.agreement[column][task]:.0f} %</td>" for column in columns)
         + "</tr>"
         for task in tasks

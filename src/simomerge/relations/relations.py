@@ -15,7 +15,7 @@ from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.teacher import matching_experts
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
-from simomerge.core.text import html_table
+from simomerge.core.text import html_table, one_line
 from simomerge.datasets import DenseDataset, groups
 from simomerge.models.model import SimoModel, as_model, as_models
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
@@ -90,7 +90,7 @@ class Relations:
         from simomerge.relations.page import relation_tables
 
         found = self.to_dict()
-        sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in found["verdict"])
+        sentences = "".join(f"<p>{escape(one_line(sentence))}</p>" for sentence in found["verdict"])
         tables = (
             (f"<h4>{escape(heading)}</h4>" if heading else "") + html_table(table)
             for heading, table in relation_tables(found)

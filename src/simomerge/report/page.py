@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text
+from simomerge.core.text import one_line
 from simomerge.report.drawing import FAMILY_COLOURS, PALETTE, inline_figures
 from simomerge.report.facts import FAMILIES, MISSING, Results, family, rows, seeds, sentences
 from simomerge.report.figures import overview_figure, scale_figure, task_figure
@@ -36,6 +37,7 @@ def _environment() -> Environment:
         loader=PackageLoader("simomerge.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: one_line(value) if type(value) is str else value,  # Markup is a class of its own
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from simomerge.core.text import one_line
 from simomerge.report.facts import MISSING, Results, Row, Value, finite, rows, signed, value
 
 ASCII = str.maketrans({"±": "+-", "↑": "(up)", "↓": "(down)", "–": "-", "─": "-"})
@@ -153,7 +154,8 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
         >>> aligned([["task", "norm"], ["depth", "3.1"]])
         ['task   norm', 'depth   3.1']
     """
-    padded = [align(column, left=is_text(column[1:])) for column in zip(*table, strict=True)]
+    columns = zip(*([one_line(cell) for cell in row] for row in table), strict=True)
+    padded = [align(column, left=is_text(column[1:])) for column in columns]
     return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
@@ -164,7 +166,7 @@ def is_text(cells: Sequence[str]) -> bool:
 
 def _method(row: Row) -> str:
     encoders = finite(row.get("encoders")) or 1
-    return _printable(row.get("method", MISSING)) + (f" ({encoders:.0f} encoders)" if encoders > 1 else "")
+    return one_line(row.get("method", MISSING)) + (f" ({encoders:.0f} encoders)" if encoders > 1 else "")
 
 
 def _task_column(task: Any, table: Sequence[Row]) -> Column:
@@ -172,7 +174,7 @@ def _task_column(task: Any, table: Sequence[Row]) -> Column:
     decimals = _decimals(values)
     arrow = "↑" if task["higher_is_better"] else "↓"
     head = (task["name"], f"{task['metric']} {arrow}", task.get("unit") or "")
-    return Column(tuple(map(_printable, head)), tuple(_spread(cell, decimals) for cell in values))
+    return Column(tuple(map(one_line, head)), tuple(_spread(cell, decimals) for cell in values))
 
 
 def _decimals(values: Sequence[Value]) -> int:
@@ -203,11 +205,6 @@ def _millions(number: float | None) -> str:
     if not number or number < 1000:
         return _count(number)
     return f"{number / 1e6:,.1f} M" if number >= 50_000 else f"{number / 1e3:.1f} k"
-
-
-def _printable(text: Any) -> str:
-    """Replace line breaks and escape sequences, which would break the table or the terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(text))
 
 
 def _markdown_cell(text: str) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from simomerge.core.errors import InputError
+from simomerge.core.text import one_line
 from simomerge.runtime.golden import check
 from simomerge.runtime.scene import Scene
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for row in result["rows"]:
         verdict = "ok" if row["ok"] else "DIFFERS"
-        print(f"{row['output']:<20} {row['difference']:.4g} (limit {row['limit']:g}) {row['measure']}  {verdict}")
+        found = f"{row['difference']:.4g} (limit {row['limit']:g})"
+        print(one_line(f"{row['output']:<20} {found} {row['measure']}  {verdict}"))
     print(f"{result['milliseconds']:.1f} ms per frame")
     return 0 if result["ok"] else 1
 

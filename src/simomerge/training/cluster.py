@@ -156,15 +156,18 @@ class RayPool(WorkerPool):
                     continue
                 if isinstance(error.cause, InputError):
                     raise error.cause from None
-                raise InputError(f"{name}: {_last(error.cause)}. {_tail(log, str(error))}") from error
+                where, *lines = _tail(log, str(error))
+                raise InputError(f"{name}: {_last(error.cause)}. {where}", *lines) from error
             except ray.exceptions.RayError as error:  # its process or its node is gone
                 if self._ended.is_set():  # or Ray would start again
                     raise
                 if attempt == ATTEMPTS:
                     reason = str(error).splitlines()[0]
+                    where, *lines = _tail(log)
                     raise InputError(
                         f"{name}: its process ended {ATTEMPTS} times, most often because memory ran out ({reason})."
-                        f" {_tail(log)}"
+                        f" {where}",
+                        *lines,
                     ) from error
                 self._say(name, f"its process ended, attempt {attempt + 1} of {ATTEMPTS}")
         raise AssertionError("the last attempt returns or raises")
@@ -273,15 +276,15 @@ def _last(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 
-def _tail(log: Path | None, text: str = "") -> str:
-    """The end of a job's log, as a sentence."""
+def _tail(log: Path | None, text: str = "") -> list[str]:
+    """The end of a job's log: a sentence and perhaps lines."""
     if log is not None and log.is_file():
         text = f"{log.read_text(encoding='utf-8', errors='replace')}\n{text}"
     lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.strip()][-_LINES:]
     where = f" ({log})" if log is not None else ""
     if not lines and log is not None and not log.exists():
-        return f"Its log is {log.name} in the run folder of the node that ran it."
-    return f"Its log{where} ends with:\n" + "\n".join(lines) if lines else f"Its log{where} is empty."
+        return [f"Its log is {log.name} in the run folder of the node that ran it."]
+    return [f"Its log{where} ends with:", *lines] if lines else [f"Its log{where} is empty."]
 
 
 def _connect(address: str) -> None:

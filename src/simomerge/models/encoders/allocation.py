@@ -6,6 +6,7 @@ device, where tensors have shapes but no values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -16,22 +17,32 @@ from torch import nn
 
 from simomerge.checkpoints import Checkpoint, open_checkpoint
 from simomerge.core.errors import InputError
+from simomerge.core.text import shown
 
 LARGEST_NUMBER = 1_000_000
 """No size or count in a configuration of a vision encoder comes near: vocabularies of text encoders have 256,000."""
 MOST_BLOCKS = 1000
 _COUNTS_BLOCKS = ("num_hidden_layers", "depths", "depth", "num_layers", "n_layers", "num_encoder_blocks")
+_SIZES = re.compile(r"num_\w+|(?:hidden|intermediate|patch|image)_sizes?")
 _SPARE = 20_000_000
 """Number of parameters that may be missing from a file. A pooler, which is not loaded, has 17 million at width 4096."""
 
 
 def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError if a number in a configuration is larger than those of any real encoder."""
+    """Raise InputError if a size or count in a configuration is no number, or one that no real encoder has."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             check_numbers(file, value)
             continue
-        numbers = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, (int, float))]
+        values = value if isinstance(value, list) else [value]
+        numbers = [one for one in values if isinstance(one, (int, float))]
+        is_text, is_size = any(isinstance(one, str) for one in values), not str(key).startswith("num_")
+        if _SIZES.fullmatch(str(key)) and (
+            is_text or (is_size and min(numbers, default=1) <= 0)
+        ):  # labels have numbers
+            raise InputError(
+                f"{file}: {key} is {shown(value)}, not a number above 0; take the file from its source again."
+            )
         blocks = sum(numbers) if key in _COUNTS_BLOCKS else 0
         if any(abs(number) > LARGEST_NUMBER for number in numbers) or blocks > MOST_BLOCKS:
             raise InputError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simomerge.core.errors import InputError
 from simomerge.core.machine import arrange_convolutions
+from simomerge.core.normalisation import check_normalisation
 from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders.adapters import Adapters, TreeAdapters
 from simomerge.models.encoders.features import Features
@@ -30,13 +31,14 @@ class Encoder(nn.Module):
             tapped, or a pyramid such as ``SwinModel`` or ``ConvNextV2Model``, whose stages can be tapped.
         taps: The blocks or stages to read, counted from 1. The default is the four quarters of the depth (3, 6, 9, 12
             of twelve blocks, as in the paper), or every stage.
-        mean, std: RGB normalisation of images in [0, 1].
+        mean, std: RGB normalisation of images in [0, 1]; see `check_normalisation`.
         apply_layernorm: Apply the encoder's final layer norm to every tapped map, as the ``*Backbone`` classes of
             transformers do by default. None means: if there is a norm that fits. Pyramids have none.
         layout: The parts of the backbone; found by `find_layout` by default.
 
     Raises:
-        InputError: A tap that does not exist, or an architecture whose blocks cannot be found.
+        InputError: A tap that does not exist, a normalisation that cannot be meant, or an architecture whose blocks
+            cannot be found.
 
     Example:
         >>> from transformers import Dinov2Config, Dinov2Model
@@ -59,6 +61,7 @@ class Encoder(nn.Module):
         layout: Layout | None = None,
     ) -> None:
         super().__init__()
+        check_normalisation(mean, std)
         self.layout = layout = layout or find_layout(backbone)
         self.set_taps(default_taps(len(layout.channels)) if taps is None else taps)
         if apply_layernorm and layout.norm is None:

@@ -16,6 +16,7 @@ from simomerge.checkpoints.quantised import check_config
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
 from simomerge.core.hub import is_only_a_path, local_source, similar
+from simomerge.core.text import shortened
 from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
@@ -82,9 +83,10 @@ def load_backbone(source: str | Path) -> Any:
     if getattr(backbone, "main_input_name", "") != "pixel_values":
         raise unknown_encoder(source, str(backbone.config.model_type))
     # transformers fills missing tensors with random numbers and only warns; a merge of those would be worthless.
-    missing = [name for name in [*loading["missing_keys"], *loading["mismatched_keys"]] if "pooler" not in str(name)]
+    mismatched = [name for name, *_ in loading["mismatched_keys"]]  # and the two shapes
+    missing = [name for name in sorted([*loading["missing_keys"], *mismatched]) if "pooler" not in name]
     # No prediction depends on the number of batches that a batch norm has counted; some files leave it out.
-    counters = [name for name in missing if str(name).endswith("num_batches_tracked")]
+    counters = [name for name in missing if name.endswith("num_batches_tracked")]
     for name in counters:
         backbone.get_buffer(name).zero_()
     missing = [name for name in missing if name not in counters]
@@ -144,6 +146,34 @@ def _check_folder(source: str) -> None:
 
 def _read(source: str) -> tuple[Any, dict[str, Any]]:
     """The vision encoder, and what transformers reports about its tensors."""
+    try:
+        config, loader = _configuration(source)
+    except (InputError, ImportError, OSError):
+        raise
+    except Exception as error:  # the classes of transformers raise anything for values that they do not expect
+        file = Path(source) / "config.json"
+        if not file.is_file() or broken_torchvision():
+            raise
+        detail = shortened(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
+        impossible = isinstance(error, (ValueError, ArithmeticError))
+        what = "a value that no encoder can have" if impossible else "a value is missing or of the wrong kind"
+        raise InputError(
+            f"{file}: describes no encoder that can be made ({what}: {detail});"
+            " take the file from the model's source again."
+        ) from error
+    found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are an error, of which this makes transformers report the names
+        trust_remote_code=False,
+    )
+    return found
+
+
+def _configuration(source: str) -> tuple[Any, Any]:
+    """The configuration of the vision encoder, and the class that loads it."""
     import transformers
 
     settings = transformers.PretrainedConfig.get_config_dict(source)[0]
@@ -161,10 +191,7 @@ def _read(source: str) -> tuple[Any, dict[str, Any]]:
     family = family_of(config.model_type)
     loader = getattr(transformers, family.loads_as if family and family.loads_as else "AutoModel")
     check_size(source, config, getattr(loader, "from_config", loader))
-    found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
-        source, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
-    return found
+    return config, loader
 
 
 def choose_attention(config: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
+from simomerge.core.normalisation import check_normalisation
 from simomerge.core.text import shown
 from simomerge.models.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 
@@ -56,9 +57,10 @@ def read_normalisation(source: str | Path) -> tuple[Sequence[float], Sequence[fl
         mean, std = [0.0] * 3, [1.0] * 3
     if min(std) <= 0:
         raise InputError(f"{path}: image_std is {list(std)}; give three numbers above 0.")
-    if math.isclose(factor, 1, rel_tol=1e-6):
-        return mean, std  # the usual case, to the last digit
-    return [value / factor for value in mean], [value / factor for value in std]
+    if not math.isclose(factor, 1, rel_tol=1e-6):  # else the usual case, to the last digit
+        mean, std = [value / factor for value in mean], [value / factor for value in std]
+    check_normalisation(mean, std, f"{path}: for images in [0, 1], ")
+    return mean, std
 
 
 def _number(path: str, name: str, settings: Mapping[str, Any]) -> float:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from simomerge.core.classes import class_path, make
+from simomerge.core.documents import check
 from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
+from simomerge.core.text import shortened, shown
 from simomerge.models.encoders import Encoder
 
 HEADS: dict[str, type[nn.Module]] = {}
 """Every head that a recipe or a model folder can name; `simomerge.models.heads` fills it."""
+
+_TYPES: dict[Any, type] = {"bool": bool, "int": int, "float": float, "str": str}
+"""Annotations of arguments, which are text in this package, and the types that they stand for."""
 
 
 def build_head(
@@ -30,7 +35,7 @@ def build_head(
         settings: Further keyword arguments of the head's class.
 
     Raises:
-        InputError: An unknown kind or setting.
+        InputError: An unknown kind or setting, or a value that a setting cannot have.
     """
     if ":" in kind:
         return make(kind, settings or {}, nn.Module)
@@ -41,9 +46,26 @@ def build_head(
         if name not in known:
             raise InputError(f"head {kind!r} has no argument {name!r}{suggestion(name, known)}")
     try:
+        _check_settings(kind, settings or {})
         return HEADS[kind](in_channels, out_channels, **(settings or {}))
-    except (TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"head {kind!r}: {str(error).rstrip('.')}.") from error
+    except Exception as error:  # values that fit together in no head
+        reason = shortened(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
+        raise InputError(f"head {kind!r} cannot be made with the settings {shown(settings)} ({reason}).") from error
+
+
+def _check_settings(kind: str, settings: Mapping[str, Any]) -> None:
+    """Raise InputError for a setting of another type than its argument, or a count below 1."""
+    arguments = inspect.signature(HEADS[kind]).parameters
+    for name, value in settings.items():
+        wanted = _TYPES.get(arguments[name].annotation)
+        try:
+            check(value, wanted or object, name)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if wanted is int and value < 1:
+            raise InputError(f"{name} is {value}: give at least 1")
 
 
 def head_arguments(kind: str) -> list[str]:
