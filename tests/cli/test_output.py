@@ -49,8 +49,8 @@ def test_a_table_has_colours_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     output.say(False, {}, TABLE)
     assert sys.stdout.getvalue().splitlines() == [  # type: ignore[attr-defined]
-        "task              value",
-        "depth               1.5",
+        "task             value",
+        "depth              1.5",
         "[red]x[/red][2J     12",
     ]
 

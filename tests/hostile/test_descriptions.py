@@ -93,9 +93,15 @@ def test_the_largest_tree_takes_seconds() -> None:
     [
         ({"num_layers": "4"}, "num_layers is '4', not a number above 0; take the file"),
         ({"patch_size": 0}, "patch_size is 0, not a number above 0"),
-        ({"hidden_size": [16]}, "describes no encoder that can be made .*hidden_size.*take the file from the model's"),
-        ({"dtype": [1]}, "describes no encoder that can be made .*of the wrong kind.*take the file from the model's"),
-        ({"num_attention_heads": 0}, "describes no encoder that can be made .a value that no encoder can have"),
+        (
+            {"hidden_size": [16]},
+            "cannot load the encoder that it describes .*hidden_size.*take the file from the model's",
+        ),
+        (
+            {"dtype": [1]},
+            "cannot load the encoder that it describes .*of the wrong kind.*take the file from the model's",
+        ),
+        ({"num_attention_heads": 0}, "cannot load the encoder that it describes .a value that no encoder can have"),
     ],
     ids=str,
 )

@@ -97,7 +97,7 @@ def test_a_far_row_does_not_cost_the_others_their_digits() -> None:
 def test_names_cannot_break_the_table() -> None:
     row = {"method": "a|b\n<i>\x1b[31m", "delta_mtl": {"mean": 1.0}}
     assert "\x1b" not in text_table({"rows": [row]}) and len(text_table({"rows": [row]}).splitlines()) == 5
-    assert markdown_table({"rows": [row]}).splitlines()[2].startswith("| a\\|b &lt;i> [31m |")
+    assert markdown_table({"rows": [row]}).splitlines()[2].startswith("| a\\|b &lt;i>[31m |")
 
 
 def test_wide_letters_keep_the_columns_straight() -> None:

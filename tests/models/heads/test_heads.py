@@ -395,7 +395,7 @@ def test_a_surgery_head_wraps_custom_heads_and_is_rebuilt_around_them() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"rank": 0}, "rank of a correction must be at least 1, got 0"), ({"inner": "dtp"}, "unknown head 'dtp'")],
+    [({"rank": 0}, "rank is 0: give at least 1"), ({"inner": "dtp"}, "unknown head 'dtp'")],
 )
 def test_a_surgery_head_names_what_is_wrong(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -154,11 +154,11 @@ def _read(source: str) -> tuple[Any, dict[str, Any]]:
         file = Path(source) / "config.json"
         if not file.is_file() or broken_torchvision():
             raise
-        detail = shortened(" ".join(str(error).split()), 300).rstrip(".") or type(error).__name__
+        detail = shortened(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
         impossible = isinstance(error, (ValueError, ArithmeticError))
         what = "a value that no encoder can have" if impossible else "a value is missing or of the wrong kind"
         raise InputError(
-            f"{file}: describes no encoder that can be made ({what}: {detail});"
+            f"{file}: cannot load the encoder that it describes ({what}: {detail});"
             " take the file from the model's source again."
         ) from error
     found: tuple[Any, dict[str, Any]] = loader.from_pretrained(
