@@ -18,7 +18,7 @@ from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.assembly.sharing.cost import check_kind
 from simomerge.assembly.sharing.grow import Grower, share_blocks
-from simomerge.assembly.sharing.search import choose_tree
+from simomerge.assembly.sharing.search import Tried, choose_tree
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
@@ -206,14 +206,15 @@ def _shared(
     if rank is not None and found.tree.is_trivial:
         warn("the tree that was chosen has no own blocks, so that the branch rank changes nothing.")
     model = share_blocks(grower, found.tree, images, rank=rank)
-    model.provenance["merge"] |= {
-        "budget": budget,
-        **({"time": round(found.cost, 4)} if wanted.budget_of == "time" else {}),
-        "disagreement" if data is None else "loss": {
-            task: None if loss is None else round(loss, 4) for task, loss in found.losses.items()
-        },
-    }
+    model.provenance["merge"] |= _chosen(wanted, found, data is not None)
     return model
+
+
+def _chosen(wanted: _Sharing, found: Tried, labelled: bool) -> dict[str, Any]:
+    """What the provenance says of the choice for a budget."""
+    losses = {task: None if loss is None else round(loss, 4) for task, loss in found.losses.items()}
+    measured = {"time": round(found.cost, 4)} if wanted.budget_of == "time" else {}
+    return {"budget": wanted.budget, **measured, "loss" if labelled else "disagreement": losses}
 
 
 def _with_best_scale(
