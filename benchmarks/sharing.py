@@ -148,6 +148,8 @@ def measure_ranks(given: argparse.Namespace, seed: int, results: dict[str, Any])
 
 def measure_distilled(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> None:
     """Distil the chosen trees and the best whole groups of a seed that has been measured."""
+    if str(seed) not in results["seeds"]:
+        raise SystemExit(f"seed {seed} has not been measured: run without --distil first.")
     rows = results["seeds"][str(seed)]["rows"]
     bench, began = Bench(given, seed, results["seeds"][str(seed)]), time.monotonic()
     done = {(row["kind"], row["asked"]) for row in rows}
@@ -321,7 +323,7 @@ def main() -> None:
     for seed in () if options.show else options.seeds:
         if options.ranks:
             measure_ranks(options, seed, results)
-        elif options.distil:
+        elif options.distil is not None:
             measure_distilled(options, seed, results)
         else:
             measure(options, seed, results)

@@ -107,7 +107,7 @@ def test_the_folder_holds_everything_and_the_page_needs_nothing_else(tmp_path: P
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html) and "<script" not in html
     assert "One encoder would do." in html and "a task &lt;with&gt; $a$ long name" in html and "<with>" not in html
     assert html.count("<figure>") == html.count("<svg ") == 6
-    assert html.count("<pre>") == 3 and "|-- block 3: a task &lt;with&gt; $a$ long name" in html
+    assert html.count("<pre>") == 3 and "\n|-- block 3: a task &lt;with&gt; $a$ long name\n" in html
     assert html.count(", recommended</h3>") == 1 and "<h3>2.00 encoders: -1.0 %, recommended</h3>" in html
     assert "<h2>Shared blocks (Delta_MTL on 8 labelled images)</h2>" in html
     ids = re.findall(r' id="([^"]+)"', html)

@@ -22,7 +22,7 @@ _WORDS = {
     "labelled_images": "images with labels:",
     "unlabelled_images": "images without labels:",
     "branch_rank": "own blocks of rank",
-    "time": "measured time",
+    "time": "cost in measured time",
 }
 """What an entry of the record of a merge is called in the summary, where its key is no plain word."""
 
@@ -242,9 +242,11 @@ class _Wanted:
             )
         schedule = self.schedule and not self.shares_blocks
         if self.in_memory and (schedule or self.dtype or self.max_shard_size or self.output.suffix == ".safetensors"):
+            asked = {"--schedule": schedule, "--dtype": self.dtype, "--max-shard-size": self.max_shard_size}
+            name = next((name for name, given in asked.items() if given), "a weight file as OUT")
             raise InputError(
-                "a weight file as OUT, --schedule, --dtype and --max-shard-size work with a plain merge only: without"
-                " images, and with a base on disk. A tree of shared blocks takes --schedule, too."
+                f"{name} works with a plain merge only: without images, and with a base on disk. Leave it out, or the"
+                " options that use images."
             )
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:

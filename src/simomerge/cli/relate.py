@@ -112,21 +112,21 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
 
 
 def _next(base: str, experts: dict[str, str], found: dict[str, Any], given: dict[str, Any]) -> str:
-    """The command that makes the first merge of the answer, as a line."""
+    """The command that makes the first merge of the answer, as a line. A curve decides before groups do."""
     from simomerge.relations.curve import recommended_tree
 
     budget, images = given["budget"], given["images"] or given["data"]
-    curve: list[Any] = found.get("sharing", [])
+    curve: list[Any] = found.get("sharing", []) if budget != 1 else []
     tree = recommended_tree(found, budget) if curve else None
     members, chosen = list(experts), ["--method", "auto"]
     if tree is not None and tree is not curve[0]:
         chosen = ["--share", tree["tree"], "--scale", "auto"]  # the scale that the curve has
-    elif tree is None and "groups" in found:
+    elif curve and tree is None:
+        chosen += ["--minutes", "10"]  # to distil the merge
+    elif not curve and "groups" in found:
         members = max(found["groups"]["choices"][(budget or 1) - 1]["groups"], key=len)
     if len(members) == 1:
         return "Keep the experts: under this budget no merge is better than none."
-    if curve and tree is None:
-        chosen += ["--minutes", "10"]  # to distil the merge
     chosen += ["--size", given["size"]] if given["size"] else []
     chosen = [*chosen, "--images", images] if images else []
     return next_step("merge", base, *pairs({task: experts[task] for task in members}), *chosen, "-o", "merged")

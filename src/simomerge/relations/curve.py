@@ -72,9 +72,12 @@ def sharing_sentences(found: Found, budget: float | None = None) -> Iterator[str
             f"Shared blocks: take the tree of {best['cost']:.2f} encoders ({measure(found)}: {signed(best['gain'])} %,"
             f" with one encoder {loss})."
         )
+        where = (
+            "There the curve bends most" if best is recommended_tree(found) else "This is the best within the budget"
+        )
         yield (
-            f"There the curve bends most: the tree avoids {avoided:.0f} % of the loss for {extra:.0f} % of the extra"
-            f" cost of {tasks} encoders."
+            f"{where}: the tree avoids {avoided:.0f} % of the loss for {extra:.0f} % of the extra cost of {tasks}"
+            " encoders."
         )
         places = (f"{task} {_leaving(found, count)}" for task, count in best["shared"].items())
         yield f"Where the tasks leave this tree: {', '.join(places)}."
@@ -119,8 +122,15 @@ def _sharpest(found: Found, budget: float | None) -> Mapping[str, Any] | None:
 
 
 def _avoided(found: Found, each: Mapping[str, Any]) -> float:
-    """The share of the loss of one encoder that a tree avoids; all experts avoid all of it."""
-    return 1 - each["gain"] / found["sharing"][0]["gain"]
+    """The share of the loss of one encoder that a tree avoids; all experts avoid all of it.
+
+    Agreements of different tasks cannot be compared. Without labels it is therefore the mean of the tasks' own shares.
+    """
+    one = found["sharing"][0]
+    if found.get("judged_by") != "labels" and "gains" in one:
+        shares = [1 - each["gains"][task] / loss for task, loss in one["gains"].items() if loss < 0]
+        return sum(shares) / len(shares)
+    return float(1 - each["gain"] / one["gain"])
 
 
 def _extra(found: Found, each: Mapping[str, Any]) -> float:

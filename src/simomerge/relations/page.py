@@ -9,9 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from simomerge.core.files import atomic_write_text
+from simomerge.core.text import one_line
 from simomerge.relations.curve import drawings, sharing_tables
 from simomerge.relations.figures import (
     cka_figure,
@@ -70,12 +71,17 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
         judged_by=found.get("judged_by"),
         verdict=verdict[1:],
         tables=list(relation_tables(found)),
-        trees=list(drawings(found)) if "sharing" in found else [],
+        trees=[(heading, _lines(drawing)) for heading, drawing in drawings(found)] if "sharing" in found else [],
         figures=inline_figures(FIGURES, found),
     )
     page = folder / "relate.html"
     atomic_write_text(page, html)
     return page
+
+
+def _lines(drawing: str) -> Markup:
+    """A drawing of several lines; names in it cannot add any."""
+    return Markup("\n").join(escape(one_line(line)) for line in drawing.split("\n"))
 
 
 def seeds_section(relations: Found) -> Markup:

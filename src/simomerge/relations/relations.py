@@ -113,7 +113,7 @@ def relate(
 
     With ``data``, its labels judge the models (normalised performance, Delta_MTL). With ``images``, the experts' own
     predictions do (agreement). Half of the images, in whole folders or runs, is used to merge and fold,
-    without labels; the other half is used to judge, and to choose groups and trees by if it has labels.
+    without labels; the other half is used to judge and to choose groups by and, with labels, also trees.
 
     Args:
         base: the foundation encoder that all experts were fine-tuned from, or its folder or hub id.

@@ -72,8 +72,9 @@ def sharing_curve(
     budgets = [1 + step * number for number in range(round((len(experts) - 1) / step) + 1)]
     search = TreeSearch(grower, images, judge.source if judge.labelled else None)
     for done, budget in enumerate(budgets, start=1):
-        best = search.best(budget)
-        progress("budgets", done, len(budgets), f"{budget:g} encoders: {best.tree}")
+        progress("budgets", done, len(budgets), f"{budget:g} encoders: {search.best(budget).tree}")
+    for budget in budgets:
+        best = search.best_tried(budget)  # a search for more encoders may have found a better tree
         if found and found[-1].tree == str(best.tree):
             continue
         model = share_blocks(grower, best.tree, images, known)

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.encoders.families import save_tiny
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.merge import merge
-from simomerge.assembly.sharing import cost
+from simomerge.assembly.sharing import cost, search
 from simomerge.assembly.sharing.cost import time_shares
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.core.errors import InputError
@@ -51,26 +51,35 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Encoder, list[float]],
     return slow
 
 
-def test_the_share_in_the_time_is_that_of_the_blocks(base: SimoModel, picture: Tensor, seconds: Any) -> None:
-    seconds(base.encoder, [1.0, 2.0, 3.0, 4.0])
-    blocks = [base.encoder.backbone.get_submodule(name) for name in unit_names(base.encoder)]
+def test_the_share_in_the_time_is_that_of_the_blocks(tmp_path: Path, seconds: Any) -> None:
+    encoder = load(save_tiny("convnext", tmp_path / "base")).encoder
+    seconds(encoder, [1.0, 2.0, 3.0, 4.0])
+    blocks = [encoder.backbone.get_submodule(name) for name in unit_names(encoder)]
     before = [len(block._forward_hooks) for block in blocks]
-    assert time_shares(base.encoder, picture[:1]) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert time_shares(encoder, torch.rand(1, 3, 64, 64)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert [len(block._forward_hooks) for block in blocks] == before
 
 
+def test_equal_blocks_on_equal_maps_share_their_times(base: SimoModel, picture: Tensor, seconds: Any) -> None:
+    seconds(base.encoder, [1.0, 2.0, 3.0, 4.0])
+    assert time_shares(base.encoder, picture[:1]) == pytest.approx([0.25] * 4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_budget_of_time_counts_measured_time(
-    base: SimoModel, experts: dict[str, SimoModel], images: Images, seconds: Any
+    pyramid: tuple[SimoModel, dict[str, SimoModel]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The last block takes nearly all the time, so that only earlier ones can be the tasks' own for 1.3 encoders.
-    first = next(iter(experts.values()))
-    seconds(first.encoder, [0.05, 0.05, 0.05, 0.85])
-    by_time = merge(base, experts, scale=0.4, images=images, budget=1.3, budget_of="time")
-    by_size = merge(base, experts, scale=0.4, images=images, budget=1.3)
-    record = by_time.provenance["merge"]
-    tree = Tree.read(record["tree"]) if "tree" in record else Tree.of("all", list(experts), 4)
-    assert record["time"] <= 1.3 and record["time"] == pytest.approx(tree.cost([0.05, 0.05, 0.05, 0.85]), abs=1e-3)
-    assert "time" not in by_size.provenance["merge"]
+    # The first block takes nearly all the time, so that the others can be the tasks' own for 1.3 encoders.
+    base, experts = pyramid
+    pictures = torch.rand(12, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    times = [0.85, *[0.15 / (len(unit_names(base.encoder)) - 1)] * (len(unit_names(base.encoder)) - 1)]
+    monkeypatch.setattr(search, "time_shares", lambda encoder, image: times)
+    by_time = merge(base, experts, scale=0.4, images=pictures, budget=1.3, budget_of="time").provenance["merge"]
+    tree = Tree.read(by_time["tree"])
+    assert 1 < by_time["time"] <= 1.3 and by_time["time"] == pytest.approx(tree.cost(times), abs=1e-3)
+    assert by_time["cost"] > 1.3  # that of parameters, most of which are in the last stages
+    by_size = merge(base, experts, scale=0.4, images=pictures, budget=1.3).provenance["merge"]
+    assert "time" not in by_size and by_size.get("cost", 1) <= 1.3
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from simomerge.assembly.realign.sums import head_sums, head_targets, with_heads
 from simomerge.assembly.sharing.cost import check_kind, time_shares
 from simomerge.assembly.sharing.grow import Grower
 from simomerge.assembly.sharing.stitches import Known, fit_stitches
+from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.datasets.groups import held_out
@@ -26,6 +27,7 @@ from simomerge.merging.tree import Group, Partition, Tree
 from simomerge.models.encoders import TreeEncoder
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
+from simomerge.training.evaluate import evaluating
 
 SEARCH_IMAGES = 64
 """Images that a search uses; the chosen tree is then stitched and folded on more."""
@@ -126,7 +128,9 @@ class TreeSearch:
         first = next(iter(self.experts.values()))
         if cost_of == "time":
             _, image = next(image_batches(self.images, 1))
-            return time_shares(first.encoder, first.fit(image.to(next(first.parameters()).device)))
+            image = first.fit(image.to(next(first.parameters()).device))
+            with evaluating(first):
+                return distributed.from_first(time_shares(first.encoder, image))  # all processes search the same trees
         return TreeEncoder(Tree.of(0, list(self.experts), self.grower.blocks), first.encoder).shares()
 
     def try_out(self, tree: Tree) -> Tried:
@@ -178,6 +182,10 @@ class TreeSearch:
             if not gains or max(gains) <= 0:
                 break
             current = trials[gains.index(max(gains))]
+        return self.best_tried(budget)
+
+    def best_tried(self, budget: float) -> Tried:
+        """The best tree of those that were tried and cost at most as much."""
         within = [each for each in self.tried if each.cost <= budget + 1e-6]
         return min(within, key=lambda each: (each.loss, each.cost))
 
