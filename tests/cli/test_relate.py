@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simomerge.cli.relate import _next
+
 from .conftest import Story, assert_mistake, simomerge
 
 
@@ -86,6 +88,25 @@ def test_the_next_step_is_the_recommended_tree(
     assert done.code == 0 and spoken in done.out and "Shared blocks (Delta_MTL on 8 labelled images)" in done.out
     last = done.out.splitlines()[-1]
     assert last == f"Next: simomerge merge {tiny_base} {' '.join(experts)} {ending.replace('PHOTOS', str(photos))}"
+
+
+@pytest.mark.parametrize(
+    ("gain", "budget", "expected"),
+    [
+        (-4.0, None, "--share '2: a+b+c | 3: a, b, c' --scale auto"),  # the tree
+        (-4.0, 1, "a=A b=B --method auto --images"),  # one encoder is the budget: the groups decide
+        (-0.4, 2, "a=A b=B c=C --method auto --images"),  # one encoder is enough
+        (-1.05, 2, "a=A b=B c=C --method auto --minutes 10"),  # no tree is worth it, so the merge of all is distilled
+        (-1.05, None, "a=A b=B c=C --method auto --minutes 10"),
+    ],
+)
+def test_one_answer_decides_the_next_step(gain: float, budget: int | None, expected: str) -> None:
+    trees = [("3: a+b+c", 1.0, gain), ("2: a+b+c | 3: a, b, c", 5 / 3, -1.0), ("3: a, b, c", 3.0, 0.0)]
+    sharing = [{"tree": tree, "cost": cost, "gain": gained} for tree, cost, gained in trees]
+    groups = {"choices": [{"groups": [["a", "b"], ["c"]]}, {"groups": [["a", "b"], ["c"]]}]}
+    found = {"tasks": ["a", "b", "c"], "judged_by": "labels", "judged_images": 8, "sharing": sharing, "groups": groups}
+    given = {"budget": budget, "images": "photos", "data": "", "size": None}
+    assert expected in _next("base", {"a": "A", "b": "B", "c": "C"}, found, given)
 
 
 def test_the_curve_of_shared_blocks(tiny_base: Path, photos: Path, experts: list[str], tmp_path: Path) -> None:
