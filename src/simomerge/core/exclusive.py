@@ -27,6 +27,8 @@ _HERE, _EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux."""
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EROFS, errno.EIO)
 """Errors of disks without locks, such as some network disks."""
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
+"""Errors where a new file cannot be made, whatever is in its place."""
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
@@ -123,60 +125,64 @@ def _recover(target: Path) -> None:
 
 
 def _acquired(lock: Path, target: Path) -> int | None:
-    """The descriptor of a locked file; None where nothing can be locked."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    """The descriptor of a locked file; None where there can be no such file, or nothing can be locked.
+
+    Raises:
+        InputError: Another process holds the lock, there is something else in its place, or this user may not read it.
+    """
+    if os.name != "posix":
         return None
     end = time.monotonic() + _PATIENCE
     while True:
-        descriptor = _opened(lock, target)
-        if descriptor is None:
-            return None
+        try:
+            return _locked(lock)
+        except OSError as error:
+            denied = isinstance(error, PermissionError) and not os.access(lock.parent, os.W_OK | os.X_OK)
+            if denied or error.errno in (*_CANNOT_LOCK, *_NO_FILE):
+                return None  # where there can be no file, writing next to it fails with the better message
+            if time.monotonic() > end:
+                raise _unusable(lock, target, error) from error
+        time.sleep(0.01)
+
+
+def _locked(lock: Path) -> int:
+    """The descriptor of a lock's file that is locked and in its place. Raises OSError if that cannot be now."""
+    import fcntl
+
+    descriptor = _opened(lock)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileExistsError(errno.EEXIST, "it is no file")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+        except OSError as error:  # a network disk may lock only what is open for writing
+            if error.errno in _CANNOT_LOCK:
+                with suppress(OSError):
+                    lock.unlink()
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.lstat()):
                 return descriptor
-            os.close(descriptor)  # its last holder has removed the file
-        except FileNotFoundError:
-            os.close(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            if time.monotonic() > end:
-                raise InputError(
-                    f"{target}: another process is writing it. Wait until it has ended, or choose another path."
-                ) from None
-            time.sleep(0.01)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno not in _CANNOT_LOCK:  # a network disk may lock only what is open for writing
-                raise _unusable(lock, target, error) from error
-            with suppress(OSError):
-                lock.unlink()
-            return None
+        raise BlockingIOError(errno.EAGAIN, "its last holder has removed it")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
-def _opened(lock: Path, target: Path) -> int | None:
-    """The descriptor of a lock's file, which may belong to another user; None where there can be no such file.
-
-    Raises:
-        InputError: There is something else in the place of the lock, or it is a file that this user may not read.
-    """
-    for _ in range(3):  # its holder may remove it between two lines
-        try:
-            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            failed = error
-        # A file of another user may be read only, which is enough for flock.
+def _opened(lock: Path) -> int:
+    """A descriptor of a lock's file. That of another user may be read only, which is enough for flock."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # a named pipe in its place is not waited for
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except PermissionError:
         with suppress(OSError):
-            if stat.S_ISREG(lock.lstat().st_mode):
-                return os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
-        if os.path.lexists(lock):
-            raise _unusable(lock, target, failed)
-    return None  # writing next to it will fail with the better message
+            return os.open(lock, os.O_RDONLY | flags)
+        raise
 
 
 def _unusable(lock: Path, target: Path, error: OSError) -> InputError:
+    if isinstance(error, BlockingIOError):
+        return InputError(f"{target}: another process is writing it. Wait until it has ended, or choose another path.")
     return InputError(
         f"Cannot write {target}: its lock {lock} cannot be used ({error.strerror}). Remove the lock if nobody"
         f" is writing {target.name}, or choose another path."
