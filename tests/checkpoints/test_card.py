@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simomerge.checkpoints.card import learned_rooms, model_card
+import simomerge as sm
+from simomerge.checkpoints.card import is_model_card, learned_rooms, model_card
+from simomerge.checkpoints.description import read_description, record_evaluation
+from simomerge.core.caution import Caution
 
 ROOMS = "It has seen rendered toy rooms only"
 MEASURED = {"data": "bedrooms", "split": "test", "images": 8, "metrics": []}
@@ -37,3 +42,28 @@ def test_data_of_the_evaluation_are_not_called_training_data() -> None:
     assert "its experts were trained on. On others" in limits and ROOMS not in limits
     trained = card({"training": {"data": "kitchens"}}, evaluation=MEASURED).partition("## Intended use")[2]
     assert "its experts were trained on (kitchens)." in trained
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ("{card}", True),
+        ("# Notes\n{card}", False),
+        ("# Notes\nIt was made with simomerge.\n", False),
+        ("---\nlicense: mit\n---\nIt was made with simomerge.\n", False),
+        ("---\nlibrary_name: simomerge\n---\n# Notes\n", False),
+    ],
+)
+def test_figures_replace_only_a_card_of_simomerge(text: str, ours: bool, make_model: Any, tmp_path: Path) -> None:
+    folder = make_model([sm.Task("depth")]).save_pretrained(tmp_path / "scene")
+    readme = folder / "README.md"
+    readme.write_text(text.replace("{card}", readme.read_text()))
+    before = readme.read_text()
+    assert is_model_card(readme) == ours
+    evaluation = {"data": "photos", "split": "test", "images": 8, "metrics": []}
+    with nullcontext() if ours else pytest.warns(Caution, match=r"README\.md is no model card of simomerge and stays"):
+        record_evaluation(folder, evaluation)
+    assert read_description(folder)["evaluation"] == evaluation and (readme.read_text() == before) == (not ours)
+    readme.unlink()
+    record_evaluation(folder, evaluation)
+    assert is_model_card(readme)

@@ -29,6 +29,7 @@ _LICENCE = re.compile(r"^license:[ \t]*['\"]?([\w.-]{1,40})['\"]?[ \t]*$", re.MU
 
 _MADE = "It was made with simomerge."
 """A sentence of every card."""
+_LIBRARY = re.compile(r"^library_name: simomerge$", re.MULTILINE)
 
 
 def model_card(description: Mapping[str, Any], picture: bool = False, name: str = "", licence: str = "") -> str:
@@ -84,10 +85,8 @@ simomerge predict {name or "this/folder"} photo.jpg -o predictions
 
 def is_model_card(file: Path) -> bool:
     """Whether a README.md is a card that `model_card` made."""
-    if not file.is_file():
-        return False
-    with file.open(encoding="utf-8", errors="replace") as content:
-        return _MADE in content.read(1 << 16)
+    head, text = _head_and_text(file)
+    return _LIBRARY.search(head) is not None and _MADE in text
 
 
 def licence_of(folder: Path) -> str:
@@ -98,13 +97,18 @@ def licence_of(folder: Path) -> str:
         >>> licence_of(Path())
         'apache-2.0'
     """
-    card = folder / "README.md"
+    found = _LICENCE.search(_head_and_text(folder / "README.md")[0])
+    return found[1] if found else ""
+
+
+def _head_and_text(card: Path) -> tuple[str, str]:
+    """The metadata between the first lines ``---`` of a card and what follows; empty where there are none."""
     if not card.is_file():
-        return ""
+        return "", ""
     with card.open(encoding="utf-8", errors="replace") as file:
         start, _, rest = file.read(1 << 16).partition("---")
-    found = None if start.strip() else _LICENCE.search(rest.partition("\n---")[0])
-    return found[1] if found else ""
+    head, _, text = rest.partition("\n---")
+    return ("", "") if start.strip() else (head, text)
 
 
 def _title(description: Mapping[str, Any]) -> str:

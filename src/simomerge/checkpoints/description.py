@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.checkpoints.card import PICTURE, is_model_card, model_card
+from simomerge.core.caution import warn
 from simomerge.core.documents import check, read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_text, check_absent, check_not_current
@@ -158,12 +159,18 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
 def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
     """Enter measured figures into simo.json and the model card of an existing model folder; both are replaced.
 
+    A README.md that a person wrote stays, with a warning.
+
     Args:
         evaluation: ``data``, ``split``, ``images``, ``metrics`` and perhaps ``delta_mtl`` (docs/formats.md).
     """
     description = {**read_description(folder), "evaluation": dict(evaluation)}
     atomic_write_text(folder / FILE, json.dumps(description, indent=2) + "\n")
-    atomic_write_text(folder / "README.md", model_card(description, (folder / PICTURE).is_file()))
+    card = folder / "README.md"
+    if card.exists() and not is_model_card(card):
+        warn(f"{card} is no model card of simomerge and stays as it is: the figures are in {FILE} only.")
+        return
+    atomic_write_text(card, model_card(description, (folder / PICTURE).is_file()))
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -70,7 +70,7 @@ def command(
             "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
             f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)" + _partial(baseline, scores),
         ]
-    recorded = [f"Recorded in {model}: simo.json and README.md"] if record else []
+    recorded = [f"Recorded in {model}."] if record else []
     say(as_json, result, *shown, *recorded)
 
 
