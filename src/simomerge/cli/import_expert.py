@@ -86,7 +86,7 @@ def command(source: str, task: str, output: Path, overwrite: bool, as_json: bool
     from simomerge.core.files import check_apart
     from simomerge.models.importing import import_expert, transformers
 
-    check_apart(output, [source, *([given["encoder"]] if given["encoder"] else [])])
+    check_apart(output, [source, *([given["encoder"]] if given["encoder"] else [])], inside=False)
     expert = import_expert(source, task, **{key: value for key, value in given.items() if value is not None})
     how = expert.provenance["imported"]["as"]
     original = transformers.source_model(source) if how in transformers.ARCHITECTURES else None

@@ -63,7 +63,7 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
 
-    check_apart(output, [given["base"]])
+    check_apart(output, [given["base"]], inside=False)
     join_processes()
     tasks, data = given["tasks"], given["data"]
     work = output.parent / f"{output.name}.work"

@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
-from simomerge.core.exclusive import alone, in_use, put_in_place, remove, sibling
+from simomerge.core.exclusive import alone, in_use, is_temporary, put_in_place, remove, sibling
 from simomerge.core.model_files import file_and_key
 from simomerge.core.text import shown
 
@@ -30,6 +31,10 @@ _OF_THE_PLACE = frozenset(
     for name in ("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "EFBIG", "ENOTEMPTY", "EEXIST")
 )
 """Errors that say something about the place to write. Others come from what is read, or from the machine."""
+_LOST_PAGES = (
+    b"Error: a file that is mapped into memory became shorter, or a disk or /dev/shm is full: repeat this when nobody"
+    b" writes the inputs and there is space.\n"
+)
 _NO_FILES = "the system keeps no files there; choose another path"
 
 
@@ -193,28 +198,33 @@ def check_absent(target: Path, overwrite: bool) -> None:
         raise InputError(f"{target} already exists: choose another path, or pass overwrite to replace it.")
 
 
-def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+def check_apart(output: Path, inputs: Iterable[str | os.PathLike[str]], inside: bool = True) -> None:
     """Raise InputError if an output is one of the inputs, under any name, holds one, or lies in one.
 
     Args:
         output: What is to be written.
         inputs: Paths, with ``::KEY`` or not; hub ids and names that are no path are left out.
+        inside: Whether an output that lies in an input is refused.
     """
     target = output.resolve()
     for given in inputs:
-        source = Path(file_and_key(os.fspath(given))[0]).expanduser().resolve()
-        if not source.exists():
+        try:
+            source = Path(resolve_source(file_and_key(os.fspath(given))[0])).resolve()
+            if not source.exists():
+                continue
+        except (OSError, RuntimeError):  # a name that no file can have, or a loop of links: its reader says so
             continue
         if target.exists() and (target.samefile(source) or target in source.parents):
             how = "holds" if target in source.parents else "is"
             raise InputError(f"{output} {how} the input {given} and would be replaced: choose another path.")
-        if source.is_dir() and source in target.parents:
+        if inside and source.is_dir() and source in target.parents:
             raise InputError(f"{output} lies inside the input {given}: choose a path outside it.")
 
 
 def explain_lost_pages() -> None:
-    """End with a message, and without leftovers, where a file that is mapped into memory becomes shorter.
+    """End with a message, and without leftovers, where memory that stands for a file is lost.
 
+    A file that is mapped into memory becomes shorter, or the disk or /dev/shm has no room for what is written into it.
     The system then sends SIGBUS in the middle of the arithmetic, which no exception can follow. For programs, not for
     libraries: it changes how the process ends.
     """
@@ -226,7 +236,7 @@ def explain_lost_pages() -> None:
     owner = os.getpid()
 
     def end(number: int) -> None:
-        os.write(2, b"Error: a file became shorter while it was read: repeat this when nobody writes it.\n")
+        os.write(2, _LOST_PAGES)
         for left in in_use if os.getpid() == owner else ():  # a forked process writes nothing of its own
             remove(left)
         os._exit(2)
@@ -297,7 +307,8 @@ def _errno(error: Exception) -> int:
 def _takes_no_files(target: Path, error: OSError) -> bool:
     """Whether a new file or folder could not be made where there are no files of users, as in /proc."""
     failed = Path(os.fsdecode(error.filename or ""))
-    return error.errno == errno.ENOENT and (failed in target.parents or failed.parent == target.parent)
+    temporary = failed.parent == target.parent and is_temporary(failed.name)
+    return error.errno == errno.ENOENT and (failed in target.parents or temporary)
 
 
 def _is_full(error: Exception) -> bool:

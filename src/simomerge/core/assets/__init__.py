@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 EMBEDDED_BASE = "rooms-base"
@@ -9,7 +10,7 @@ EMBEDDED_BASE = "rooms-base"
 
 
 def resolve_source(source: str | Path) -> str:
-    """The folder of the embedded base if its name is given. Others stay, with ``~`` expanded.
+    """The folder of the embedded base if its name is given. Others stay, with ``~`` expanded where it names a user.
 
     Example:
         >>> Path(resolve_source("rooms-base")).name
@@ -19,4 +20,7 @@ def resolve_source(source: str | Path) -> str:
     """
     if str(source) == EMBEDDED_BASE:
         return str(Path(__file__).parent / EMBEDDED_BASE)
-    return str(source) if "://" in str(source) else str(Path(source).expanduser())
+    if "://" not in str(source):
+        with suppress(RuntimeError):  # no such user
+            return str(Path(source).expanduser())
+    return str(source)

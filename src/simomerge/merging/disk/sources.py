@@ -19,7 +19,7 @@ from simomerge.checkpoints.names import canonical_name, canonicalise, outer_pref
 from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.quantised import check_config
 from simomerge.checkpoints.reading import Checkpoint, open_checkpoint
-from simomerge.core.assets import EMBEDDED_BASE
+from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.core.model_files import file_and_key
@@ -103,7 +103,7 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     given = os.fspath(path)
     place = local_source(given, bare=False)
     path, named = (Path(file_and_key(each)[0]) for each in (place, given))
-    hub_id = "" if given == EMBEDDED_BASE or named.expanduser().exists() or not path.exists() else given
+    hub_id = "" if Path(resolve_source(named)).exists() or not path.exists() else given
     if base is not None and is_lora_folder(path):
         adapted = open_lora(path, base)
         warn_of_head(path, adapted.head)
