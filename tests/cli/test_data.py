@@ -44,7 +44,10 @@ def test_what_is_there_is_counted_and_shown(mine: Path, tmp_path: Path) -> None:
     assert "depth: 8 images, 100.0% of the pixels valid;" in done.out and "parts: 8 images" in done.out
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width == 3 * (150 + 4) and sheet.height > 6 * (120 + 4 + 16)  # titles, and a legend of the classes
-    found = simomerge("data", "check", mine / "data.yaml", "--count", 2, "-o", tmp_path / "sheet.png", "--json")
+    again = ("data", "check", mine / "data.yaml", "--count", 2, "-o", tmp_path / "sheet.png", "--json")
+    refused = simomerge(*again)
+    assert refused.code == 2 and "sheet.png exists; choose another path, or give --overwrite" in refused.err
+    found = simomerge(*again, "--overwrite")
     assert found.json["splits"]["val"]["tasks"]["depth"]["images"] == 2
     assert found.code == bool(found.json["problems"])
 

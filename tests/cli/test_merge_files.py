@@ -202,7 +202,7 @@ def test_merge_overwrites_only_if_asked_to(here: Path) -> None:
     assert simomerge(*MERGE).code == 0
     before = content(here)
     assert_mistake(
-        simomerge(*MERGE, "--scale", "0.1"), r"out\.safetensors exists; choose another folder, or give --overwrite"
+        simomerge(*MERGE, "--scale", "0.1"), r"out\.safetensors exists; choose another path, or give --overwrite"
     )
     assert content(here) == before
     assert simomerge(*MERGE, "--scale", "0.1", "--overwrite").code == 0
@@ -425,7 +425,7 @@ def test_edit_adds_and_removes(models: Path, tiny_base: Path, tmp_path: Path) ->
     )
     assert_mistake(
         simomerge("edit", tmp_path / "1", "--base", tiny_base, "--add", pairs["edges"], "-o", tmp_path / "2"),
-        "2 exists; choose another folder, or give --overwrite",
+        "2 exists; choose another path, or give --overwrite",
     )
     wrong = f"depth={models / 'edges'}"
     assert_mistake(

@@ -78,7 +78,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         "expert 'depth' has the tasks none",
     ),
     "other base": (("merge", "DEPTH", "normals=NORMALS", "-o", "OUT"), "fine-tuned from another base"),
-    "output exists": ((*MERGE[:-1], "DEPTH"), "exists; choose another folder, or give --overwrite"),
+    "output exists": ((*MERGE[:-1], "DEPTH"), "exists; choose another path, or give --overwrite"),
     "task": ((*TRAIN, "--task", "deth"), "unknown task 'deth'; did you mean 'depth'"),
     "same task": ((*TRAIN, "--task", "depth", "--task", "depth"), "'depth' is given twice"),
     "no task": (TRAIN, "--task"),

@@ -40,7 +40,7 @@ def test_everything_on_unlabelled_pictures(story: Story, tiny_base: Path, photos
     names = {"relate.html", "relate.json", "pairs.png", "sweeps.png", "norms.png", "cosines.png", "cka.png"}
     assert {path.name for path in out.iterdir()} == names
     again = simomerge("relate", tiny_base, *experts, "--images", photos, "-o", out)
-    assert again.code == 2 and "exists; choose another folder, or give --overwrite" in again.err
+    assert again.code == 2 and "exists; choose another path, or give --overwrite" in again.err
 
 
 def test_as_json_with_labels(tiny_base: Path, experts: list[str]) -> None:

@@ -20,9 +20,12 @@ def command() -> None:
 @command.command("check")
 @click.argument("data", type=options.place)
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Images to read in each split.")
-@options.folder(None, "Picture to write: some images with their targets in colour, such as contact-sheet.png.")
-@options.as_json
-def check_command(data: str, count: int, output: Path | None, as_json: bool) -> None:
+@options.output(
+    required=False,
+    model=False,
+    help="Picture to write (OUT): some images with their targets in colour, such as contact-sheet.png.",
+)
+def check_command(data: str, count: int, output: Path | None, overwrite: bool, as_json: bool) -> None:
     """Count and measure the contents of DATA, show some of it, and find common mistakes.
 
     DATA is a manifest (data.yaml, data.csv or their folder) or a published dataset: nyuv2:FOLDER, cityscapes:FOLDER
@@ -30,10 +33,13 @@ def check_command(data: str, count: int, output: Path | None, as_json: bool) -> 
 
     The exit code is 1 if there is something to fix.
     """
+    from simomerge.core.files import check_apart
     from simomerge.datasets.check import check
     from simomerge.datasets.load import find_manifest
 
     manifest = find_manifest(data)
+    if output is not None and output.exists():
+        check_apart(output, manifest.files(), inside=False)
     with console():
         found = check(manifest, count)
     result = found.to_dict()

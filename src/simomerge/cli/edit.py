@@ -98,7 +98,8 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
         raise InputError(f"{model}: its branches are fitted on images without labels: give --images FOLDER.")
     place, tree = ("", None) if given["share"] is None else read_share(given["share"])
     experts = {**given["staying"], **given["added"]}
-    check_apart(output, [base, *experts.values()])
+    removed = [path for path in given["removed"].values() if path is not None]
+    check_apart(output, [base, *experts.values(), *removed])
     with console():
         merged, foundation, loaded = load(model), load(base), load_experts(**experts)
         how = {"remove": list(given["removed"]), "share": tree, "size": given["size"]}

@@ -134,7 +134,7 @@ def _new_path(context: click.Context, option: Any, path: Path | None) -> Path | 
     """Reject an output that exists, before any work starts."""
     overwrite = context.params["overwrite"]
     if path is not None and path.exists() and path.resolve() != Path.cwd() and not overwrite:
-        raise InputError(f"{path} exists; choose another folder, or give --overwrite.")
+        raise InputError(f"{path} exists; choose another path, or give --overwrite.")
     return path
 
 

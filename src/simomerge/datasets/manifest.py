@@ -61,7 +61,7 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
     if "size" in keys:
         check_size(keys["size"], f"{path}: ")
         size = size or tuple(keys["size"])
-    return Manifest(path, stored, rows, size)
+    return Manifest(path, stored, rows, size, table=path.parent / images if isinstance(images, str) else None)
 
 
 def _find(path: Path) -> Path:

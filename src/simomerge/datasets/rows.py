@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Manifest:
         size: (height, width) to resize images and targets to; None for their own size.
         image: reads a source as RGB (H, W, 3), uint8 or floats in [0, 1].
         missing: split -> a message if something is known to be missing, else empty. Such a split cannot be used.
+        table: the table of images, if a manifest names one.
     """
 
     path: Path
@@ -70,11 +72,18 @@ class Manifest:
     size: tuple[int, int] | None
     image: Callable[[Any], np.ndarray] = read_image
     missing: Callable[[str], str] = lambda split: ""
+    table: Path | None = None
 
     @property
     def stored(self) -> dict[str, Stored]:
         """`tasks` by name."""
         return {stored.task.name: stored for stored in self.tasks}
+
+    def files(self) -> Iterator[Path]:
+        """The manifest itself and all files that it names."""
+        yield from (self.path, *([self.table] if self.table else []))
+        for row in chain.from_iterable(self.rows.values()):
+            yield from map(_file, (row.image, *row.targets.values(), *row.others))
 
 
 class Rows(DenseDataset):
