@@ -432,6 +432,21 @@ def test_auto_reads_only_the_validation_data_it_is_given(
     assert model.provenance["merge"]["scale"] == found.scale
 
 
+def test_a_search_compares_tensors_without_floats_once(
+    base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
+) -> None:
+    models = copy.deepcopy({"base": base, **experts})
+    for number, model in enumerate(models.values()):
+        model.encoder.backbone.register_buffer("index", torch.arange(3) + number)
+        model.provenance = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = search_scale(models.pop("base"), models, "task-arithmetic", rooms, (0.1, 0.3))
+    said = [str(each.message) for each in caught if "no floats" in str(each.message)]
+    assert len(said) == 1 and "differ in 1 tensor that holds no floats: index." in said[0]
+    assert found.scales == [0.1, 0.3]
+
+
 def test_a_known_baseline_is_not_measured_again(
     base: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

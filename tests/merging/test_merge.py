@@ -87,7 +87,7 @@ def test_only_when_asked_a_merge_warns_of_an_expert_that_equals_the_base() -> No
         warnings.simplefilter("always")
         dict(still)
         assert not caught
-        still.warn_of_differences()
+        still.warn_of_unchanged()
     assert "The task vector of still is zero" in str(caught[0].message) and len(caught) == 1
 
 

@@ -19,7 +19,16 @@ from simomerge.checkpoints.experts import (
 )
 from simomerge.checkpoints.names import is_running_statistic
 from simomerge.core.errors import InputError
-from simomerge.merging import Fisher, MergeMethod, RegMean, Schedule, describe_method, get_method, merge_state_dicts
+from simomerge.merging import (
+    Fisher,
+    Merged,
+    MergeMethod,
+    RegMean,
+    Schedule,
+    describe_method,
+    get_method,
+    warn_of_other_tensors,
+)
 from simomerge.models.model import SimoModel, as_expert, load
 from simomerge.training.statistics import fisher_information, input_grams
 
@@ -41,7 +50,8 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
             or experts differ in taps, patch size or normalisation.
 
     Warns:
-        UserWarning: An expert records no base; the warning says how far its weights are from the given base.
+        UserWarning: An expert records no base; the warning says how far its weights are from the given base. Or it has
+            other values in tensors that are not floats, which no merge changes.
     """
     if not experts:
         raise InputError("no experts given; name at least one, as TASK=EXPERT.")
@@ -50,6 +60,7 @@ def check_experts(base: SimoModel, experts: Mapping[str, SimoModel]) -> dict[str
     for task in check_base(base, named):
         distance = _relative_distance(base.encoder.backbone, named[task].encoder.backbone)
         warn_of_unrecorded_base(task, distance)
+    warn_of_other_tensors(_weights(base), {task: _weights(expert) for task, expert in named.items()})
     return named
 
 
@@ -100,13 +111,13 @@ def merged_weights(
     base: SimoModel, experts: Mapping[str, SimoModel], method: MergeMethod, schedule: Schedule | None = None
 ) -> dict[str, Tensor]:
     """The merged weights of the experts' encoders, as a state dict of the backbone."""
-    return merge_state_dicts(
-        base.encoder.backbone.state_dict(),
-        {task: expert.encoder.backbone.state_dict() for task, expert in experts.items()},
-        method,
-        schedule,
-        blocks=next(iter(experts.values())).encoder.layout.names,
-    )
+    states = {task: _weights(expert) for task, expert in experts.items()}
+    blocks = next(iter(experts.values())).encoder.layout.names
+    return Merged(method, _weights(base), states, schedule, blocks=blocks).state_dict()
+
+
+def _weights(model: SimoModel) -> dict[str, Tensor]:
+    return model.encoder.backbone.state_dict()
 
 
 def with_merged_encoder(

@@ -7,7 +7,7 @@ Each method is a class in the file of its family, and registers itself when that
 from simomerge.core.registry import parameter
 from simomerge.merging import competition, consensus, sparse, spectral, spherical  # noqa: F401  (registers methods)
 from simomerge.merging.algebra import interpolate, negate, with_experts
-from simomerge.merging.engine.checks import check_models
+from simomerge.merging.engine.checks import check_models, warn_of_other_tensors
 from simomerge.merging.engine.merge import Merged, merge_state_dicts, merge_tensors
 from simomerge.merging.engine.ranks import sampled_distances
 from simomerge.merging.engine.schedule import (
@@ -53,5 +53,6 @@ __all__ = [
     "parameter",
     "register",
     "sampled_distances",
+    "warn_of_other_tensors",
     "with_experts",
 ]

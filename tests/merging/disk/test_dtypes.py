@@ -85,7 +85,7 @@ def test_a_merge_of_weights_of_any_dtype_is_right_or_refused(tmp_path: Path, dty
             merge_on_disk(files["base"], experts, output, "average")
         assert not output.exists()
         return
-    with pytest.warns(UserWarning, match="differ in 1 tensor of another dtype: w. The values of the base are kept"):
+    with pytest.warns(UserWarning, match="differ in 1 tensor that holds no floats: w. Those of the base are kept"):
         merge_on_disk(files["base"], experts, output, "average")
     assert tensor(output) == (dtype, raws["base"])
 
@@ -102,5 +102,16 @@ def test_counters_and_masks_that_are_equal_are_kept(tmp_path: Path, dtype: str) 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merge_on_disk(files["base"], {"a": files["a"], "b": files["b"]}, output, "average")
-    assert not any("dtype" in str(each.message) for each in caught)
+    assert not any("no floats" in str(each.message) for each in caught)
     assert tensor(output) == (dtype, raw)
+
+
+def test_counters_and_masks_are_compared_before_anything_is_written(tmp_path: Path) -> None:
+    extra = stored(np.ones(4), "F32")
+    base = write(tmp_path / "base.safetensors", "I8", bytes(16), extra)
+    expert = write(tmp_path / "a.safetensors", "I8", bytes(range(16)), stored(np.zeros(4), "F32"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no floats")
+        with pytest.raises(UserWarning, match="no floats"):
+            merge_on_disk(base, {"a": expert}, tmp_path / "out.safetensors", "average")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -25,6 +25,7 @@ from simomerge.merging import (
     describe_method,
     get_method,
     sampled_distances,
+    warn_of_other_tensors,
 )
 from simomerge.merging.disk.output import Output, describe_heads, write_model, write_weights
 from simomerge.merging.disk.sources import Source, open_source, without_extras
@@ -86,6 +87,7 @@ def merge_on_disk(
     weights = {name: expert.weights for name, expert in opened.items()}
     check_models(chosen, foundation.weights, weights)
     unrecorded = check_base(foundation, opened)
+    warn_of_other_tensors(foundation.weights, weights)
     _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
     how, layout = describe_method(chosen, depthwise), storage_layout(foundation.weights, target.storage)
     blocks = foundation.blocks or opened[min(opened)].blocks
@@ -97,7 +99,7 @@ def merge_on_disk(
         write_model(target, opened, recorded, tensors, layout, [foundation])
     else:
         write_weights(target, [foundation, *opened.values()], tensors, layout)
-    tensors.warn_of_differences()
+    tensors.warn_of_unchanged()
     return MergedOnDisk(target.path, how, tuple(opened) if makes_model else ())
 
 

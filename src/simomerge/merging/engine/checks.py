@@ -11,6 +11,7 @@ import numpy as np
 from simomerge.checkpoints import as_numpy, canonicalise, tensor_info
 from simomerge.checkpoints.parts import separated
 from simomerge.checkpoints.quantised import check_not_quantised
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.merging.method import MergeMethod
 
@@ -68,16 +69,19 @@ def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str,
             )
 
 
-def other_tensors_that_differ(reference: Mapping[str, Any], experts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of tensors that are not floats, and so are not merged, and differ in an expert.
+def warn_of_other_tensors(base: Mapping[str, Any] | None, experts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn of tensors that are not floats, and so are not merged, and differ in an expert.
 
     Single numbers, such as the counters of batch norms, do not count.
 
     Example:
-        >>> table = {"index": np.arange(3)}
-        >>> other_tensors_that_differ(table, {"a": dict(table), "b": {"index": np.arange(3) + 1}})
-        ['index']
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warn_of_other_tensors({"ids": np.arange(3)}, {"a": {"ids": np.arange(3) + 1}})
+        >>> print(caught[0].message)
+        Only floats are merged, and the models differ in 1 tensor that holds no floats: ids. Those of the base are kept.
     """
+    reference = experts[min(experts)] if base is None else base
     names = {expert: canonicalise(tensors) for expert, tensors in experts.items()}
     found = []
     for name, own in canonicalise(reference).items():
@@ -88,7 +92,10 @@ def other_tensors_that_differ(reference: Mapping[str, Any], experts: Mapping[str
         others = (as_numpy(experts[expert][known[name]], name) for expert, known in names.items() if name in known)
         if not all(np.array_equal(values, other) for other in others):
             found.append(own)
-    return found
+    if found:
+        kept = min(experts) if base is None else "the base"
+        which = listed(found, " that holds no floats" if len(found) == 1 else " that hold no floats")
+        warn(f"Only floats are merged, and the models differ in {which}. Those of {kept} are kept.")
 
 
 def _only_floats(tensors: Mapping[str, Any], names: Mapping[str, str], others: Mapping[str, str]) -> list[str]:

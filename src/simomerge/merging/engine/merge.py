@@ -15,7 +15,7 @@ from simomerge.checkpoints.tensors import encode, value_info
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.parallel import ordered_map
-from simomerge.merging.engine.checks import check_models, listed, other_tensors_that_differ
+from simomerge.merging.engine.checks import check_models, warn_of_other_tensors
 from simomerge.merging.engine.schedule import Factor, Schedule, as_schedule
 from simomerge.merging.engine.stream import TaskVectorStream, all_finite
 from simomerge.merging.method import MergeMethod, Provisional, get_method
@@ -59,12 +59,12 @@ class Merged(Mapping[str, np.ndarray]):
         # A method without a base accepts any point of reference. It is always the first expert by name, because the
         # last digit of the result depends on it.
         self._reference = experts[min(experts)] if base is None else base
-        self._has_base, self._experts = base is not None, experts
+        self._has_base = base is not None
         self._method = method.for_experts(list(experts))
         self._stream = TaskVectorStream(self._reference, experts, threads, blocks)
         self._canonical = {own: name for name, own in canonicalise(self._reference).items()}
         self._is_float = {own: tensor_info(self._reference, own).is_float for own in self._canonical}
-        self._lock = Lock()
+        self._threads, self._lock = threads, Lock()
         _keep_freed_memory()
 
     @cached_property
@@ -138,15 +138,28 @@ class Merged(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._canonical)
 
-    def warn_of_differences(self) -> None:
-        """Warn of experts that equal the base, and of differences that are lost. Call it after all tensors are read."""
+    def state_dict(self) -> dict[str, Any]:
+        """All tensors at once, each of the kind (numpy or torch), dtype and device of the base's.
+
+        Raises:
+            InputError: As when a tensor is read, or a value is too large for the dtype.
+
+        Warns:
+            UserWarning: As `warn_of_unchanged`.
+        """
+        merged, reference = self.at_once(), self._reference
+        arrays = ordered_map(lambda name: (name, merged[name]), merged, self._threads)
+        result = {name: like(array, reference[name], name) for name, array in arrays}
+        for name, start, values in merged.corrections():
+            result[name].reshape(-1)[start : start + values.size] = like(values, reference[name], name)
+        self.warn_of_unchanged()
+        return result
+
+    def warn_of_unchanged(self) -> None:
+        """Warn of experts that equal the base. Call it after all tensors are read."""
         unchanged = [expert for expert in self._stream.experts if expert not in self._stream.changed]
         if unchanged and self._has_base:
             warn(f"The task vector of {', '.join(unchanged)} is zero: the weights equal the base's.")
-        if differing := other_tensors_that_differ(self._reference, self._experts):
-            kept = "the base" if self._has_base else min(self._experts)
-            which = listed(differing, " of another dtype")
-            warn(f"Only floats are merged, and the models differ in {which}. The values of {kept} are kept.")
 
 
 class _Provisional(Merged):
@@ -231,19 +244,21 @@ def merge_tensors(
         InputError: What `get_method` and `check_models` raise, or a value that is not finite.
 
     Warns:
-        UserWarning: An expert is equal to the base.
+        UserWarning: An expert is equal to the base, or has other values in tensors that are not floats.
 
     Example:
         >>> dict(merge_tensors({"w": np.zeros(1)}, {"a": {"w": np.ones(1)}}, "task-arithmetic", scale=0.5))
         {'w': array([0.5], dtype=float32)}
     """
-    return _in_order(Merged(_with(method, parameters), base, experts, schedule, threads, blocks), threads)
+    merged = Merged(_with(method, parameters), base, experts, schedule, threads, blocks)
+    warn_of_other_tensors(base, experts)
+    return _in_order(merged, threads)
 
 
 def _in_order(merged: Merged, threads: int | None) -> Iterator[tuple[str, np.ndarray]]:
     merged.prepare()
     yield from ordered_map(lambda name: (name, merged[name]), merged, threads)
-    merged.warn_of_differences()
+    merged.warn_of_unchanged()
 
 
 def merge_state_dicts(
@@ -273,14 +288,9 @@ def merge_state_dicts(
         >>> merge_state_dicts({"w": np.zeros(1, np.float16)}, {"a": {"w": np.ones(1)}}, scale=0.5)
         {'w': array([0.5], dtype=float16)}
     """
-    merged = Merged(_with(method, parameters), base, experts, schedule, threads, blocks).at_once()
-    reference = experts[min(experts)] if base is None else base
-    arrays = ordered_map(lambda name: (name, merged[name]), merged, threads)
-    result = {name: like(array, reference[name], name) for name, array in arrays}
-    for name, start, values in merged.corrections():
-        result[name].reshape(-1)[start : start + values.size] = like(values, reference[name], name)
-    merged.warn_of_differences()
-    return result
+    merged = Merged(_with(method, parameters), base, experts, schedule, threads, blocks)
+    warn_of_other_tensors(base, experts)
+    return merged.state_dict()
 
 
 def _with(method: str | MergeMethod, parameters: Mapping[str, Any]) -> MergeMethod:
