@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import simomerge as sm
 from simomerge.checkpoints import write_safetensors
@@ -25,6 +27,7 @@ from simomerge.merging.disk.output import Output
 from simomerge.merging.engine.merge import Merged
 from simomerge.merging.method import get_method
 from simomerge.merging.tree import Tree
+from simomerge.models.heads import build_head
 from simomerge.report.page import render_html
 from simomerge.report.table import aligned, columns
 
@@ -68,6 +71,7 @@ def settings_of(kind: str, **settings: Any) -> Change:
         (settings_of("dpt", fusion_channels="x"), "head 'dpt': fusion_channels is 'x', not a whole number"),
         (settings_of("dpt", fusion_channels=0), "head 'dpt': fusion_channels is 0: give at least 1"),
         (settings_of("conv", taps=5), r"head 'conv' cannot be made with the settings \{'taps': 5\} \("),
+        (settings_of("conv", taps=True), r"head 'conv' cannot be made with the settings \{'taps': True\} \("),
     ],
 )
 def test_descriptions_that_cannot_be_meant(scene: Path, change: Change, message: str) -> None:
@@ -76,6 +80,37 @@ def test_descriptions_that_cannot_be_meant(scene: Path, change: Change, message:
     with pytest.raises(InputError, match=rf"^scene/simo\.json: .*{message}"):
         sm.load(scene)
     assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_error_of_a_setting(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **settings: object) -> None:
+        raise error("no memory")
+
+    monkeypatch.setattr(nn, "Conv2d", full)
+    with pytest.raises(error, match="no memory"):
+        build_head("linear", [8], 1)
+
+
+@pytest.mark.parametrize("where", [".", "head"])
+def test_errors_of_files_name_them_wherever_the_model_is(
+    scene: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder "head", messages about heads begin as its path does."""
+    if where == ".":
+        monkeypatch.chdir(scene)
+    else:
+        scene.rename(where)
+    folder, place = Path(where), Path(where).resolve() if where == "." else Path(where)
+    edit(folder / "simo.json", settings_of("conv", taps="x"))
+    with pytest.raises(InputError, match=f"^{place}/simo.json: head 'conv': "):
+        sm.load(where)
+    edit(folder / "simo.json", settings_of("linear"))
+    (folder / "heads/depth.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match=f"^{place}/heads/depth.safetensors is not a complete safetensors file"):
+        sm.load(where)
 
 
 def test_the_largest_tree_takes_seconds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -278,7 +279,7 @@ class SimoModel(nn.Module):
         Raises:
             InputError: A file is missing, truncated or belongs to another model; the message names it.
         """
-        folder = Path(folder)
+        folder = Path(folder) if Path(folder).name else Path(folder).resolve()  # errors of its files begin with it
         description = read_description(folder)
         if not (folder / "encoder").is_dir():  # a relative path that does not exist looks like a hub id
             raise InputError(f"{folder / 'encoder'}: missing; take the model from its source again.")
@@ -288,12 +289,11 @@ class SimoModel(nn.Module):
             with trusting(trust_code):
                 model = cls._from_description(description, folder)
         except InputError as error:
-            raise error if str(error).startswith(str(folder)) else InputError(f"{folder / FILE}: {error}") from error
+            names_a_file = str(error).startswith(f"{folder}{os.sep}")
+            raise error if names_a_file else InputError(f"{folder / FILE}: {error}") from error
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{folder / FILE}: does not describe a model ({type(error).__name__}: {error});"
-                " take the model from its source again."
-            ) from error
+            what = f"does not describe a model ({type(error).__name__}: {error}); take the model from its source again."
+            raise InputError(f"{folder / FILE}: {what}") from error
         return model.eval()
 
     @classmethod

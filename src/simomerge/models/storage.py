@@ -141,8 +141,8 @@ def _check_branches(tree: Tree, leaves: Sequence[int], rank: int | None, first: 
     files = [existing(branch_file(folder, tree.nodes[leaf].tasks[0])) for leaf in named]
     if (stored := sum(file.stat().st_size for file in files)) < needed:  # at least one byte per parameter
         raise InputError(
-            f"{folder}: its branches hold {stored:,} bytes, but the tree {str(tree)!r} needs {needed:,} parameters;"
-            " take the model from its source again."
+            f"{folder / 'branches'}: the branches hold {stored:,} bytes, but the tree {str(tree)!r} needs {needed:,}"
+            " parameters; take the model from its source again."
         )
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from simomerge.core.classes import class_path, make
@@ -50,6 +51,8 @@ def build_head(
         return HEADS[kind](in_channels, out_channels, **(settings or {}))
     except InputError as error:
         raise InputError(f"head {kind!r}: {str(error).rstrip('.')}.") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # values that fit together in no head
         reason = shortened(" ".join(str(error).split()), 200).rstrip(".") or type(error).__name__
         raise InputError(f"head {kind!r} cannot be made with the settings {shown(settings)} ({reason}).") from error
@@ -60,8 +63,10 @@ def _check_settings(kind: str, settings: Mapping[str, Any]) -> None:
     arguments = inspect.signature(HEADS[kind]).parameters
     for name, value in settings.items():
         wanted = _TYPES.get(arguments[name].annotation)
+        if wanted is None:
+            continue
         try:
-            check(value, wanted or object, name)
+            check(value, wanted, name)
         except ValueError as error:
             raise InputError(str(error)) from error
         if wanted is int and value < 1:
