@@ -136,6 +136,7 @@ def test_the_largest_tree_takes_seconds() -> None:
             {"dtype": [1]},
             "cannot load the encoder that it describes .*of the wrong kind.*take the file from the model's",
         ),
+        ({"vision_config": {"patch_size": "8"}}, "patch_size is '8', not a number above 0"),
         ({"num_attention_heads": 0}, "cannot load the encoder that it describes .a value that no encoder can have"),
     ],
     ids=str,
@@ -146,9 +147,50 @@ def test_configurations_name_the_file_and_the_remedy(scene: Path, change: dict[s
         sm.load(scene)
 
 
+CODE = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        (None, r"cannot load an encoder \(config\.json is missing or names no model type\)\. Give a folder with"),
+        (5, r"cannot load an encoder \(config\.json is missing or names no model type\)\. Give a folder with"),
+        ("evil", "model type 'evil' is no vision encoder that can be read here"),
+        ("encodec", "model type 'encodec' is no vision encoder that can be read here"),
+        ("siglip2_text_model", "model type 'siglip2_text_model' is no vision encoder that can be read here"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"auto_map": CODE}, {"auto_map": {"AutoModel": CODE["AutoModel"]}}])
+def test_model_types_that_cannot_be_read(
+    scene: Path, model_type: Any, message: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask whether to run the code, or tell users to trust it."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    edit(scene / "encoder/config.json", lambda config: config.update(model_type=model_type, **more))
+    with pytest.raises(InputError, match=f"^scene/encoder: {message}") as caught:
+        sm.load(scene)
+    assert "trust" not in str(caught.value)
+
+
+def test_code_next_to_a_known_encoder_is_left_out(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    edit(scene / "encoder/config.json", lambda config: config.update(auto_map=CODE))
+    assert not hasattr(sm.load(scene).encoder.backbone.config, "auto_map")
+
+
+def test_only_sizes_of_encoders_must_be_numbers(scene: Path) -> None:
+    """Parameters of tasks have names like those of sizes, but are none."""
+    edit(scene / "encoder/config.json", lambda config: config.update(task_specific_params={"num_beams": "auto"}))
+    assert list(sm.load(scene).tasks) == ["depth"]
+    edit(scene / "encoder/config.json", lambda config: config.update(task_specific_params={"num_beams": 10**9}))
+    with pytest.raises(InputError, match="num_beams is 1000000000, which no encoder has"):
+        sm.load(scene)
+
+
 def test_weights_of_another_shape_are_named(scene: Path) -> None:
     edit(scene / "encoder/config.json", lambda config: config.update(num_channels=4))
-    with pytest.raises(InputError, match=r"1 tensors are missing .* first embeddings\.patch_embeddings\.projection\.w"):
+    first = r"embeddings\.patch_embeddings\.projection\.weight of shape \(32, 3, 8, 8\), not \(32, 4, 8, 8\)\."
+    with pytest.raises(InputError, match=f"1 tensor is missing or has another shape, first {first}"):
         sm.load(scene)
 
 

@@ -73,5 +73,5 @@ def test_a_resnet_without_counters(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.encode(image).maps, complete.encode(image).maps)
     del kept[next(name for name in kept if name.endswith("running_var"))]
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"1 tensors are missing.*running_var"):
+    with pytest.raises(InputError, match=r"1 tensor is missing.*running_var"):
         sm.load(str(tmp_path))

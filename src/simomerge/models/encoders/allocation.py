@@ -28,18 +28,24 @@ _SPARE = 20_000_000
 """Number of parameters that may be missing from a file. A pooler, which is not loaded, has 17 million at width 4096."""
 
 
-def check_numbers(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise InputError if a size or count in a configuration is no number, or one that no real encoder has."""
+def check_numbers(file: Path, config: Mapping[str, Any], sizes: bool = True) -> None:
+    """Raise InputError if a size or count in a configuration is no number, or one that no real encoder has.
+
+    Args:
+        file, config: The file, and what it contains.
+        sizes: Whether texts and sizes of 0 are refused, too: in the configuration, and in those inside it. Other
+            mappings, such as the parameters of tasks, may have any.
+    """
     for key, value in config.items():
         if isinstance(value, Mapping):
-            check_numbers(file, value)
+            check_numbers(file, value, str(key).endswith("_config"))
             continue
         values = value if isinstance(value, list) else [value]
         numbers = [one for one in values if isinstance(one, (int, float))]
-        is_text, is_size = any(isinstance(one, str) for one in values), not str(key).startswith("num_")
-        if _SIZES.fullmatch(str(key)) and (
-            is_text or (is_size and min(numbers, default=1) <= 0)
-        ):  # labels have numbers
+        is_text, is_count = any(isinstance(one, str) for one in values), str(key).startswith("num_")
+        # A count may be 0, such as that of labels.
+        wrong = is_text or (not is_count and min(numbers, default=1) <= 0)
+        if sizes and wrong and _SIZES.fullmatch(str(key)):
             raise InputError(
                 f"{file}: {key} is {shown(value)}, not a number above 0; take the file from its source again."
             )

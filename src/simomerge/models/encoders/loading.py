@@ -83,17 +83,19 @@ def load_backbone(source: str | Path) -> Any:
     if getattr(backbone, "main_input_name", "") != "pixel_values":
         raise unknown_encoder(source, str(backbone.config.model_type))
     # transformers fills missing tensors with random numbers and only warns; a merge of those would be worthless.
-    mismatched = [name for name, *_ in loading["mismatched_keys"]]  # and the two shapes
-    missing = [name for name in sorted([*loading["missing_keys"], *mismatched]) if "pooler" not in name]
+    shapes = {name: f" of shape {tuple(has)}, not {tuple(wanted)}" for name, has, wanted in loading["mismatched_keys"]}
+    missing = [name for name in sorted([*loading["missing_keys"], *shapes]) if "pooler" not in name]
     # No prediction depends on the number of batches that a batch norm has counted; some files leave it out.
     counters = [name for name in missing if name.endswith("num_batches_tracked")]
     for name in counters:
         backbone.get_buffer(name).zero_()
     missing = [name for name in missing if name not in counters]
     if missing:
+        first = f"{missing[0]}{shapes.get(missing[0], '')}"
+        many = "1 tensor is missing or has" if len(missing) == 1 else f"{len(missing)} tensors are missing or have"
         raise InputError(
-            f"{source}: {len(missing)} tensors are missing or have another shape, first {missing[0]}. The file is"
-            " incomplete, or its config.json belongs to another model."
+            f"{source}: {many} another shape, first {first}. The file is incomplete, or its config.json belongs to"
+            " another model."
         )
     return without_pooler(backbone).eval()
 
@@ -179,7 +181,12 @@ def _configuration(source: str) -> tuple[Any, Any]:
     settings = transformers.PretrainedConfig.get_config_dict(source)[0]
     check_numbers(Path(source) / "config.json", settings)
     model_type = settings.get("model_type")
-    if model_type and model_type not in transformers.CONFIG_MAPPING:
+    if not model_type or not isinstance(model_type, str):
+        raise InputError(
+            f"{source}: cannot load an encoder (config.json is missing or names no model type). Give a folder with"
+            " config.json and model.safetensors, or a hub id while online."
+        )
+    if model_type not in transformers.CONFIG_MAPPING:
         raise unknown_encoder(source, model_type)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     config = getattr(config, "vision_config", None) or config
@@ -190,12 +197,16 @@ def _configuration(source: str) -> tuple[Any, Any]:
     choose_attention(config)
     family = family_of(config.model_type)
     loader = getattr(transformers, family.loads_as if family and family.loads_as else "AutoModel")
+    if loader is transformers.AutoModel and type(config) not in transformers.MODEL_MAPPING:
+        raise unknown_encoder(source, config.model_type)
     check_size(source, config, getattr(loader, "from_config", loader))
     return config, loader
 
 
 def choose_attention(config: Any) -> None:
     """Choose the attention of an encoder, never what its file names: that may be code on the hub, or another file.
+
+    Code in the model's folder is left out, too: transformers may offer to run what ``auto_map`` names.
 
     Args:
         config: The configuration of an encoder, or of a model with one in ``backbone_config``. It is changed in place.
@@ -204,6 +215,14 @@ def choose_attention(config: Any) -> None:
     # None is the choice of transformers. The setter also reaches the configurations inside of this one.
     config._attn_implementation = "eager" if width <= 256 and not torch.cuda.is_available() else None
     config.transformers_weights = None
+    _leave_out_code(config)
+
+
+def _leave_out_code(config: Any) -> None:
+    vars(config).pop("auto_map", None)
+    for inner in vars(config).values():
+        if hasattr(inner, "model_type"):  # a configuration inside of this one
+            _leave_out_code(inner)
 
 
 @torch.no_grad()
