@@ -16,7 +16,7 @@ from torch import nn
 import simomerge as sm
 from simomerge.checkpoints import write_safetensors
 from simomerge.checkpoints.card import model_card
-from simomerge.checkpoints.description import check_output, read_description
+from simomerge.checkpoints.description import _MOST, check_output, read_description, write_description
 from simomerge.cli import main
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
@@ -54,7 +54,7 @@ def settings_of(kind: str, **settings: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (encoder_of(tree="4: " + ", ".join(f"t{i}" for i in range(100_000))), r"encoder\.tree has .* at most 50,000"),
+        (encoder_of(tree="4: " + ", ".join(f"t{i}" for i in range(200_000))), r"encoder\.tree has .* most 1,000,000"),
         (encoder_of(tree="4: " + ", ".join(f"t{i}" for i in range(5000))), "the tree has 5,000 tasks, .* 1,000"),
         (encoder_of(kept=["depth"] * 100_000), r"encoder\.kept has 100,000 entries"),
         (encoder_of(taps=[1] * 100_000), r"encoder\.taps has 100,000 entries, .* at most 1,000"),
@@ -111,6 +111,30 @@ def test_errors_of_files_name_them_wherever_the_model_is(
     (folder / "heads/depth.safetensors").write_bytes(b"x")
     with pytest.raises(InputError, match=f"^{place}/heads/depth.safetensors is not a complete safetensors file"):
         sm.load(where)
+
+
+def test_what_could_not_be_read_again_is_not_written(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model([sm.Task("depth")])
+    monkeypatch.setitem(_MOST, "taps", 1)
+    with pytest.raises(InputError, match=r"cannot be saved.*encoder\.taps has 4 entries, .* at most 1"):
+        model.save_pretrained(tmp_path / "scene")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tree_of_220_tasks_is_read_again(scene: Path) -> None:
+    """Its tasks part one by one, from the first to the last of 24 blocks."""
+    tasks = [f"semantic_task_{i}" for i in range(220)]
+    steps = [", ".join(["+".join(tasks[i:]), *tasks[:i]]) for i in range(0, 220, 10)]
+    description = read_description(scene)
+    description["tasks"] = dict.fromkeys(tasks, description["tasks"]["depth"])
+    description["heads"] = dict.fromkeys(tasks, description["heads"]["depth"])
+    description["encoder"]["tree"] = " | ".join(f"{block}: {step}" for block, step in enumerate(steps, 1))
+    assert len(description["encoder"]["tree"]) > 50_000
+    write_description(scene, description)
+    assert read_description(scene) == description
+    assert len(Tree.read(description["encoder"]["tree"]).leaves) == 211
 
 
 def test_the_largest_tree_takes_seconds() -> None:

@@ -98,7 +98,7 @@ _REMEDY = "take the model from its source again."
 MOST_TASKS = 1000
 """Descriptions with more tasks are refused."""
 
-_MOST = {"tree": 50_000, "kept": MOST_TASKS, "taps": 1000, "blocks": 10_000}
+_MOST = {"tree": 1_000_000, "kept": MOST_TASKS, "taps": 1000, "blocks": 10_000}
 """Characters of the text, and entries of the lists, that ``encoder`` may have."""
 
 
@@ -115,19 +115,24 @@ def read_description(folder: Path) -> dict[str, Any]:
     if description["format"] > RANK_FORMAT:
         raise InputError(f"{path}: format {description['format']} is newer than this simomerge reads; upgrade it.")
     try:
-        check(description, _SCHEMA)
-        if description["adapters"]:
-            check(description["adapters"], _ADAPTERS, "adapters")
-        _check_encoder(description["encoder"])
-        if (count := len(description["tasks"])) > MOST_TASKS:
-            raise ValueError(f"it has {count:,} tasks, and a model has at most {MOST_TASKS:,}")
+        _check(description)
     except ValueError as error:
         raise InputError(f"{path}: {str(error).rstrip('.')}; {_REMEDY}") from error
-    if unnamed := [name for name in description["tasks"] if not name.isidentifier()]:  # it is the name of a file
-        raise InputError(f"{path}: {shown(unnamed[0])} cannot be the name of a task; {_REMEDY}")
-    if headless := [name for name in description["tasks"] if name not in description["heads"]]:
-        raise InputError(f"{path}: task {headless[0]!r} has no head in it; {_REMEDY}")
     return description
+
+
+def _check(description: Mapping[str, Any]) -> None:
+    """Raise ValueError for a description that no model has."""
+    check(description, _SCHEMA)
+    if description["adapters"]:
+        check(description["adapters"], _ADAPTERS, "adapters")
+    _check_encoder(description["encoder"])
+    if (count := len(description["tasks"])) > MOST_TASKS:
+        raise ValueError(f"it has {count:,} tasks, and a model has at most {MOST_TASKS:,}")
+    if unnamed := [name for name in description["tasks"] if not name.isidentifier()]:  # it is the name of a file
+        raise ValueError(f"{shown(unnamed[0])} cannot be the name of a task")
+    if headless := [name for name in description["tasks"] if name not in description["heads"]]:
+        raise ValueError(f"task {headless[0]!r} has no head in it")
 
 
 def _check_encoder(encoder: Mapping[str, Any]) -> None:
@@ -150,8 +155,13 @@ def format_of(encoder: Mapping[str, Any]) -> int:
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write simo.json and the model card README.md into a folder."""
-    (folder / FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    """Write simo.json and the model card README.md into a folder. Raises InputError if they could not be read again."""
+    text = json.dumps(description, indent=2) + "\n"
+    try:
+        _check(json.loads(text))
+    except ValueError as error:
+        raise InputError(f"the model cannot be saved, for it could not be read again: {error}.") from error
+    (folder / FILE).write_text(text, encoding="utf-8")
     card = model_card(description, (folder / PICTURE).is_file())
     (folder / "README.md").write_text(card, encoding="utf-8")
 

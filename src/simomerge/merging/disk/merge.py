@@ -86,16 +86,15 @@ def merge_on_disk(
         foundation = without_extras(foundation, opened)
     weights = {name: expert.weights for name, expert in opened.items()}
     check_models(chosen, foundation.weights, weights)
-    unrecorded = check_base(foundation, opened)
     warn_of_other_tensors(foundation.weights, weights)
-    _warn_of_unrecorded_bases(foundation, {name: opened[name] for name in unrecorded}, target.threads)
+    unrecorded = {name: opened[name] for name in check_base(foundation, opened)}
+    _warn_of_unrecorded_bases(foundation, unrecorded, target.threads)
     how, layout = describe_method(chosen, depthwise), storage_layout(foundation.weights, target.storage)
     blocks = foundation.blocks or opened[min(opened)].blocks
     # The first pass is made in this thread, where Ctrl-C stops it at once, and before anything is written.
     tensors = Merged(chosen, foundation.weights, weights, depthwise, target.threads, blocks).at_once()
     if makes_model:
-        origins = {task: expert.origin() for task, expert in opened.items()}
-        recorded = merge_provenance(foundation.origin(), origins, how)
+        recorded = merge_provenance(foundation.origin(), {task: one.origin() for task, one in opened.items()}, how)
         write_model(target, opened, recorded, tensors, layout, [foundation])
     else:
         write_weights(target, [foundation, *opened.values()], tensors, layout)
