@@ -73,5 +73,5 @@ def test_what_replaces_no_input_is_allowed(tmp_path: Path, monkeypatch: pytest.M
     ):
         result = CliRunner().invoke(cli, given.split())
         assert re.search("hf|config", str(result.exception)) and "input" not in str(result.exception), given
-    result = CliRunner().invoke(cli, "merge rooms-base depth=~nobody-of-this-name/x -o out".split())
+    result = CliRunner().invoke(cli, ["merge", "rooms-base", "depth=~nobody-of-this-name/x", "-o", "out"])
     assert "~nobody-of-this-name/x does not exist" in str(result.exception)
