@@ -16,6 +16,7 @@ from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.core.files import check_apart
 from simomerge.merging.disk.compress import compress
+from simomerge.models.model import SimoModel
 
 
 def test_commands_replace_no_input(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +35,8 @@ def test_commands_replace_no_input(make_model: Any, tmp_path: Path, monkeypatch:
     for name in ("photo", "depth"):
         Path(f"mine/{name}.png").write_bytes(b"a picture")
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr("simomerge.models.model.load", lambda *given: pytest.fail("loaded"))
+    # Not `load` itself: modules that are imported during this test would keep the replacement.
+    monkeypatch.setattr(SimoModel, "from_pretrained", lambda *given: pytest.fail("loaded"))
     for given in (
         "merge base depth=depth --images photos -o depth",
         "merge base depth=depth -o base",
