@@ -80,7 +80,7 @@ def test_a_published_dataset_is_checked_by_its_name(tmp_path: Path) -> None:
     assert done.code == 1 and all("no pixel of books" in problem for problem in done.json["problems"])
     assert {split: of["images"] for split, of in done.json["splits"].items()} == {"train": 4, "val": 2, "test": 2}
     (tmp_path / "val/depth/1.npy").unlink()
-    done = simomerge("data", "check", f"nyuv2:{tmp_path}", "-o", tmp_path / "sheet.png")
+    done = simomerge("data", "check", f"nyuv2:{tmp_path}", "-o", tmp_path / "sheet.png", "--overwrite")
     assert done.code == 1 and "1 of 32 files are not there" in done.out and "1.npy" in done.out
     refused = simomerge("data", "check", f"nyuv3:{tmp_path}", "-o", tmp_path / "other.png")
     assert refused.code == 2 and "did you mean 'nyuv2'?" in refused.err and "Traceback" not in refused.err
