@@ -49,10 +49,10 @@ def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str,
     expected_names, given_names = canonicalise(expected), canonicalise(given)
     # Integers, such as the position_ids that only some versions save, are copied from the base and may be missing.
     if missing := _only_floats(expected, expected_names, given_names):
-        which = listed(missing, f" of {reference}")
+        which = _listed(missing, f" of {reference}")
         raise InputError(f"{_capital(other)} is missing {which}. Give experts fine-tuned from this base.")
     if extra := _only_floats(given, given_names, expected_names):
-        which = listed(extra, f" that {reference} does not have")
+        which = _listed(extra, f" that {reference} does not have")
         raise InputError(f"{_capital(other)} has {which}. Give the encoder alone, without heads.")
     shapes, dtypes = [], []
     for name in (name for name in expected_names if name in given_names):
@@ -64,7 +64,7 @@ def _check_same_tensors(reference: str, expected: Mapping[str, Any], other: str,
     for differing, what in ((shapes, "shapes"), (dtypes, "dtypes")):
         if differing:
             raise InputError(
-                f"{_capital(reference)} and {other} differ in the {what} of {listed(differing)}. "
+                f"{_capital(reference)} and {other} differ in the {what} of {_listed(differing)}. "
                 "Give experts fine-tuned from this base."
             )
 
@@ -94,7 +94,7 @@ def warn_of_other_tensors(base: Mapping[str, Any] | None, experts: Mapping[str, 
             found.append(own)
     if found:
         kept = min(experts) if base is None else "the base"
-        which = listed(found, " that holds no floats" if len(found) == 1 else " that hold no floats")
+        which = _listed(found, " that holds no floats" if len(found) == 1 else " that hold no floats")
         warn(f"Only floats are merged, and the models differ in {which}. Those of {kept} are kept.")
 
 
@@ -103,7 +103,7 @@ def _only_floats(tensors: Mapping[str, Any], names: Mapping[str, str], others: M
     return [name for name, own in names.items() if name not in others and tensor_info(tensors, own).is_float]
 
 
-def listed(items: Sequence[str], which: str = "") -> str:
+def _listed(items: Sequence[str], which: str = "") -> str:
     """The number of tensors and the first of them, such as "5 tensors of the base: w0, w1, w2, ..."."""
     more = ", ..." if len(items) > _SHOWN else ""
     return f"{len(items)} tensor{'s' if len(items) > 1 else ''}{which}: {', '.join(items[:_SHOWN])}{more}"
