@@ -18,6 +18,7 @@ RECIPE = replace(
     realigned=(
         "task-arithmetic+heads",
         *("task-arithmetic+fold(count=3)", "task-arithmetic+fold-cross", "task-arithmetic+distill", "auto"),
+        *("learned", "learned+fold(count=5)"),
     ),
     realign={"fold-cross": {"count": 12}, "distill": {"count": None}},
     choose_images=8,
@@ -44,6 +45,8 @@ def test_rows_without_labels_use_images_of_the_align_split(split: str, most: int
         "task-arithmetic+fold-cross": min(12, most),
         "task-arithmetic+distill": most,
         "auto": most,
+        "learned": most,
+        "learned+fold(count=5)": 5,
     }
     for row, count in counts.items():
         assert found[row] == {"spec": "rooms", "split": split, "count": count, "tasks": []}, row

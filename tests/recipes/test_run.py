@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from simomerge.assembly.merge import merge
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
+from simomerge.datasets import load_data
 from simomerge.models.model import load
 from simomerge.recipes.graph import Graph, Stage
 from simomerge.recipes.results import spread
@@ -418,3 +421,21 @@ def test_a_task_the_dataset_lacks_is_told_before_anything_is_trained(
 def test_a_base_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         run_recipe(on(MICRO, tmp_path / "nowhere"), tmp_path / "run", workers=1)
+
+
+def test_learned_coefficients_are_a_merge_of_a_recipe(copied: Path, tiny_base: Path) -> None:
+    """The row is `merge` with scale="learned" on the images of the rows without labels, and steps may follow it."""
+    recipe = replace(MICRO, realigned=("learned", "learned+fold(count=4)"), auto_images=8, gallery=("experts",))
+    results = by_method(run_recipe(on(recipe, tiny_base), copied, workers=1))
+    base, images = load(str(tiny_base)), load_data("rooms", split={"train": 16, "val": 6}, count=8, tasks=[])
+    experts = {
+        task: load(next(copied.glob(f"stages/expert-{task}-seed-0-*")) / "model") for task in sorted(MICRO.tasks)
+    }
+    oracle = merge(base, experts, "task-arithmetic", scale="learned", images=images, count=8)
+    made = load(next(copied.glob("stages/learned-without-labels-seed-0-*")) / "model")
+    for name, weight in oracle.encoder.state_dict().items():
+        torch.testing.assert_close(made.encoder.state_dict()[name], weight, msg=name)
+    row = results["learned"]
+    assert (row["family"], row["labelled_images"], row["unlabelled_images"]) == ("merge", 0, 8)
+    assert results["learned+fold(count=4)"]["merge"] == "learned"
+    assert results["learned+fold(count=4)"]["unlabelled_images"] == 8

@@ -10,7 +10,7 @@ from typing import Any
 from simomerge.checkpoints.experts import source_name
 from simomerge.recipes.graph import Data, Stage
 from simomerge.recipes.recipe import Recipe
-from simomerge.recipes.row import AUTO, CONTROL, Row
+from simomerge.recipes.row import CONTROL, LABEL_FREE, Row
 from simomerge.recipes.stages import (
     Features,
     Merge,
@@ -151,7 +151,7 @@ class Plan:
             )
         for method, count in self._merges_without_labels().items():
             name = f"{method} without labels"
-            self.models[seed, method if method == AUTO else name] = MergeWithoutLabels(
+            self.models[seed, method if method in LABEL_FREE else name] = MergeWithoutLabels(
                 **common,
                 name=f"{name} seed {seed}",
                 method=method,
@@ -165,8 +165,8 @@ class Plan:
         found = {}
         for row in recipe.rows:
             parameters = recipe.merge_settings.get(row.merge, {})
-            if row.merge == AUTO:
-                found[AUTO] = recipe.auto_images
+            if row.merge in LABEL_FREE:
+                found[row.merge] = recipe.auto_images
             elif recipe.method(row.prefixes()[0]).teacher == "experts" and searches_scale(row.merge, parameters):
                 found[row.merge] = recipe.choose_images
         return dict(sorted(found.items()))

@@ -11,7 +11,7 @@ from simomerge.core.schema import nearest
 from simomerge.datasets.groups import LEAST_IMAGES
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
-from simomerge.recipes.row import AUTO, Row
+from simomerge.recipes.row import AUTO, LABEL_FREE, Row
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 
 Recipe = Any
@@ -125,12 +125,12 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
     except InputError as error:
         yield str(error).rstrip(".")
         return
-    if row.merge not in (AUTO, *recipe.merges):
-        known_merges = ", ".join((*recipe.merges, AUTO))
+    if row.merge not in (*recipe.merges, *LABEL_FREE):
+        known_merges = ", ".join((*recipe.merges, *LABEL_FREE))
         yield f"row {text!r} starts with {row.merge!r}; add it to `merges`, or start with one of {known_merges}"
         return
     known = all(step.name in realignments() for step in row.steps)
-    if not known or not (row.steps or row.merge == AUTO):
+    if not known or not (row.steps or row.merge in LABEL_FREE):
         yield f"row {text!r} is not a merge followed by one or more of +{', +'.join(realignments())}"
         return
     if not check_parameters:

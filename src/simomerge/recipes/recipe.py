@@ -176,7 +176,7 @@ class Recipe:
         align_images: A folder of pictures, or another dataset, that these rows use instead.
         scale_images: Number of validation images that choose a scale by their labels.
         choose_images: Number of these images that choose a scale without labels.
-        auto_images: Number of these images that the merge "auto" uses.
+        auto_images: Number of these images that the merges "auto" and "learned" use.
         probe, tune: The two phases of LP-FT for each expert.
         joint: The second phase of joint MTL.
         joint_weightings: Weightings of the joint losses; "equal" is the row joint-mtl (the paper's), another one, such
@@ -188,7 +188,8 @@ class Recipe:
             is given is not searched.
         realigned: Rows of the table, ``MERGE+STEP+STEP(KEY=VALUE)``. If the first step needs no labels, neither does
             the row's merge: its scale is the one whose folded model agrees best with the experts. "auto" is the merge
-            and fold that `simomerge.merge` finds by itself, and steps may follow it.
+            and fold that `simomerge.merge` finds by itself, and "learned" is task arithmetic with a learned coefficient
+            per expert and block; steps may follow both.
         realign: Parameters of the re-alignments by step name; ``count`` is the number of images of the validation
             split, or of the images of ``align_split`` for re-alignments without labels.
         refine: Further parameters of steps that start from a model that was re-aligned before.

@@ -12,6 +12,12 @@ from simomerge.core.schema import plain_value
 AUTO = "auto"
 """The merge that `simomerge.merge` chooses and folds by itself."""
 
+LEARNED = "learned"
+"""Task arithmetic with one coefficient per expert and block, learned without labels (``merge --scale learned``)."""
+
+LABEL_FREE = (AUTO, LEARNED)
+"""Merges that choose all their settings on images without labels. A recipe's ``merges`` do not list them."""
+
 CONTROL = "zero-shot"
 """The base without a merge, re-aligned like the others for comparison."""
 

@@ -26,7 +26,7 @@ from simomerge.datasets.load import data_record, load_data
 from simomerge.merging import available
 from simomerge.models.model import SimoModel, load
 from simomerge.recipes.graph import Data, Stage, open_data, read_log
-from simomerge.recipes.row import AUTO
+from simomerge.recipes.row import AUTO, LABEL_FREE, LEARNED
 from simomerge.relations import relate
 from simomerge.training.evaluate import evaluate
 from simomerge.training.familiarity import training_images
@@ -221,21 +221,29 @@ def _scale(model: SimoModel) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MergeWithoutLabels(MergingStage):
-    """Experts merged with the scale that can be folded best; the method "auto" chooses everything."""
+    """Experts merged with the scale that can be folded best, or by one of `LABEL_FREE`."""
 
     images: Data
 
     @property
     def cost(self) -> float:
-        return 120.0 if self.method == AUTO else 20.0
+        return 120.0 if self.method in LABEL_FREE else 20.0
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         images, experts = open_data(self.images), _models(self.experts, compute_device())
-        given = {"scale": None if self.method == AUTO else "auto", **self.parameters}
+        method, scale = {AUTO: (AUTO, None), LEARNED: ("task-arithmetic", LEARNED)}.get(
+            self.method, (self.method, "auto")
+        )
+        given = {"scale": scale, **self.parameters}
         base = load(self.base).to(compute_device())
-        model = merge(base, experts, self.method, images=images, count=len(images), **given)
+        model = merge(base, experts, method, images=images, count=len(images), **given)
         chosen = {**model.provenance["merge"]}
-        log = {"labelled_images": 0, "unlabelled_images": len(images), "tried": chosen.pop("tried"), "chosen": chosen}
+        log = {
+            "labelled_images": 0,
+            "unlabelled_images": len(images),
+            "tried": chosen.pop("tried", []),
+            "chosen": chosen,
+        }
         return {**log, **_scale(model)}, model
 
 
