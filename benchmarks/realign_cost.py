@@ -1,5 +1,7 @@
 """Seconds and peak memory of every label-free re-alignment on the same merge, experts and images.
 
+The last line is `merge --scale learned`, which learns one coefficient per expert and block.
+
 Each method runs in a process of its own with one thread, on a merge of seed 0 of a finished run.
 
     python benchmarks/realign_cost.py runs/rooms-distill --count 256
@@ -56,12 +58,15 @@ def main() -> None:
         for index in range(given.count):
             pixels = (rooms.image(index).permute(1, 2, 0).numpy() * 255).round().astype("uint8")
             Image.fromarray(pixels).save(photos / f"{index:05}.png")
+        commands = dict[str, list[str]]()
         for name in free:
-            command = [sys.executable, "-m", "simomerge", "realign", str(scene), *experts, "--method", name]
-            command += ["--images", str(photos), "--count", str(given.count), "-o", str(Path(folder) / name)]
-            command += ["--steps", str(STEPS[name])] if name in STEPS else []
-            command += ["--base", "rooms-base"] if realignments()[name].needs_base else []
-            seconds, memory = measured(command)
+            options = ["--steps", str(STEPS[name])] if name in STEPS else []
+            options += ["--base", "rooms-base"] if realignments()[name].needs_base else []
+            commands[name] = ["realign", str(scene), *experts, "--method", name, *options]
+        commands["merge, learned"] = ["merge", "rooms-base", *experts, "--scale", "learned"]
+        for name, command in commands.items():
+            images = ["--images", str(photos), "--count", str(given.count), "-o", str(Path(folder) / name)]
+            seconds, memory = measured([sys.executable, "-m", "simomerge", *command, *images])
             print(f"{name:<18} {seconds:6.1f} s  {memory:.2f} GB", flush=True)
 
 
