@@ -10,6 +10,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -240,3 +241,29 @@ def test_torchrun_starts_what_processes_do_together(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(click.UsageError, match=r"'merge' is for one process; torchrun starts demo, run"):
         cli.main(["merge", "a", "depth=b", "-o", "c"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_memory_that_runs_out_in_torch_is_one_sentence(
+    story: Story, tmp_path: Path, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("simomerge.assembly.realign.fold.Fold.change", full)
+    fold = ("realign", story / "scene", f"depth={story / 'depth'}", f"normals={story / 'normals'}", "--images", "rooms")
+    done = simomerge(*fold, "--count", "8", "--method", "fold", "-o", tmp_path / "out")
+    assert_mistake(done, "out of memory; free some, .* a smaller --batch-size or smaller images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_error_of_torch_is_no_lack_of_memory(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("simomerge.assembly.realign.fold.Fold.change", wrong)
+    fold = ("realign", story / "scene", f"depth={story / 'depth'}", f"normals={story / 'normals'}", "--images", "rooms")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        simomerge(*fold, "--count", "8", "--method", "fold", "-o", tmp_path / "out")

@@ -201,7 +201,7 @@ def _message(error: Exception) -> str | None:
         return message.rstrip()
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return (
             "out of memory; free some, raise the limit of this shell (ulimit -v), or use fewer --workers, a smaller"
             " --batch-size or smaller images."
@@ -215,6 +215,15 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}."
     return None
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    """Whether torch has no memory left, on a GPU or a CPU. Without torch, no error is one of torch."""
+    if "torch" not in sys.modules:
+        return False
+    from simomerge.core.machine import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

@@ -90,7 +90,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     from simomerge.assembly.realign import realign
     from simomerge.core.distributed import join_processes
     from simomerge.core.files import check_apart
-    from simomerge.core.machine import available_cores
+    from simomerge.core.machine import available_cores, compute_device
     from simomerge.models.model import load
     from simomerge.training.sharding import sharded
     from simomerge.training.tracking import track
@@ -99,9 +99,12 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     join_processes()
     options.note_images(given["images"], given["count"])
     with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():
-        merged = load(model)
+        device = compute_device()
+        merged = load(model).to(device)
         inputs = _inputs(chosen, experts, list(merged.tasks), given)
-        inputs |= {"base": load(given["base"])} if chosen.needs_base else {}
+        for expert in inputs.get("experts", {}).values():
+            expert.to(device)
+        inputs |= {"base": load(given["base"]).to(device)} if chosen.needs_base else {}
         workers = given["workers"] or available_cores()
         result = realign(merged, **inputs, method=chosen, work_folder=given["work"], workers=workers)
     if is_first():  # Under torchrun, all processes have the same model.

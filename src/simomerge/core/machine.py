@@ -47,6 +47,12 @@ def limit_threads(count: int) -> None:
     torch.set_flush_denormal(True)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of Python, or of torch on a GPU or a CPU."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def return_memory() -> None:
     """Let freed blocks of 1 MB or more go back to the system at once. glibc keeps many of them for later by default."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

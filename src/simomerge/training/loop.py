@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
-from simomerge.core.machine import loader_workers, mixed_precision
+from simomerge.core.machine import is_out_of_memory, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches_of_all, training_batches
 from simomerge.models.encoders import Encoder
@@ -100,8 +100,8 @@ def fit(
             if is_out_of_memory(error):
                 raise InputError(
                     f"{label}: memory does not suffice for {settings.batch_size} images per step; use a smaller batch"
-                    " or smaller images. If the encoder is trained, gradient checkpointing, fewer blocks and, with"
-                    " several processes, sharding help too."
+                    " (--batch-size) or smaller images. If the encoder is trained, gradient checkpointing, fewer blocks"
+                    " (--last-blocks), stored predictions and, with several processes, --shard help too."
                 ) from error
             raise
         else:
@@ -109,11 +109,6 @@ def fit(
         finally:
             module.to(home).eval()
     return log
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch says that memory ran out, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class _Losses(nn.Module):
