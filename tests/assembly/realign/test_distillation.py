@@ -20,6 +20,7 @@ from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
+from simomerge.datasets import groups
 from simomerge.datasets.base import random_flip
 from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
@@ -206,6 +207,54 @@ def test_held_out_images_are_a_run_of_neighbours(experts: dict[str, SimoModel]) 
     assert held_out is not None and (len(train), len(held_out)) == (13, 3)
     assert torch.equal(held_out.image(0), data.image(13)) and torch.equal(train.image(12), data.image(12))
     assert split_off(data, 0) == (data, None) and split_off(data, 0.03)[1] is None
+
+
+@pytest.mark.parametrize("share", [0.125, 0.5])
+def test_of_4096_images_all_held_out_ones_are_measured_and_of_more_no_more(
+    experts: dict[str, SimoModel], share: float
+) -> None:
+    def places(count: int) -> tuple[list[int], list[int]]:
+        """The places of the images for training and of the measured ones."""
+        data = UnlabelledImages(as_images(IMAGES[:1] * count), experts)
+        train, measured = split_off(data, share)
+        assert measured is not None
+        return list(train.indices), list(measured.indices)  # type: ignore[attr-defined]
+
+    most = int(4096 * share)
+    train, measured = places(4096)
+    assert sorted(train + measured) == list(range(4096)) and len(measured) == most
+    train, measured = places(10_000)
+    out = groups.held_out(range(10_000), share)
+    assert len(measured) == len(set(measured)) == most < len(out) and measured == sorted(measured)
+    assert {measured[0], measured[-1]} == {out[0], out[-1]} and set(measured) <= set(out)
+    positions = np.searchsorted(out, measured)
+    assert np.diff(positions).max() - np.diff(positions).min() <= 1  # evenly
+    assert sorted([*train, *out]) == list(range(10_000))  # whole groups stay apart from the training images
+
+
+def test_the_fold_before_it_sees_enough_images_spread_evenly(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    still = replace(SETTINGS, steps=1, lr=1e-12)
+    monkeypatch.setattr(distillation, "ENOUGH_IMAGES", 6)
+    record = of(distil(merged, experts, training=still))
+    assert (record["unlabelled_images"], record["after"]["unlabelled_images"]) == (16, 6)
+    assert record["held_out_images"] == 2  # a quarter of 6, rounded up
+    alone = realign(merged, experts, IMAGES, count=12)
+    assert alone.provenance["realign"]["unlabelled_images"] == 12  # a fold on its own sees what it is given
+
+
+@pytest.mark.parametrize("trains", ["heads", "encoder"])
+def test_too_few_images_to_hold_one_out_are_said(start: SimoModel, experts: dict[str, SimoModel], trains: str) -> None:
+    given: dict[str, Any] = {"method": "distill", "trains": trains, "training": replace(SETTINGS, steps=1)}
+    with pytest.warns(UserWarning, match=r"7 images are too few to hold one out \(hold_out is 0\.125\).*give 8 images"):
+        few = realign(start, experts, IMAGES[:7], **given)
+    assert of(few)["held_out_images"] == 0 and of(few)["distance_ratio"] == {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*too few to hold one out")
+        assert of(realign(start, experts, IMAGES[:8], **given))["held_out_images"] == 1
+        assert of(realign(start, experts, IMAGES[:7], **given, hold_out=0))["held_out_images"] == 0
 
 
 def test_the_start_is_kept_where_training_only_does_harm(start: SimoModel, experts: dict[str, SimoModel]) -> None:

@@ -173,12 +173,15 @@ class Distill(TrainedRealignment):
         """Fold every head that can be folded, in place.
 
         The images that are held out later are left out: the fold fits the images that it sees, so that no state of the
-        training could be better on them.
+        training could be better on them. Of more than `ENOUGH_IMAGES` training images it sees that number, spread
+        evenly, because more do not improve a linear map.
         """
+        from simomerge.assembly.realign.distillation import ENOUGH_IMAGES, evenly
         from simomerge.datasets.groups import training_images
         from simomerge.models.heads.projections import is_foldable
 
-        inputs = replace(inputs, images=inputs.images._subset(training_images(inputs.images, self.hold_out)))
+        seen = evenly(training_images(inputs.images, self.hold_out), ENOUGH_IMAGES)
+        inputs = replace(inputs, images=inputs.images._subset(seen))
         tasks = [task for task, head in model.heads.items() if is_foldable(head)]
         if tasks:
             experts = {task: inputs.experts[task] for task in tasks}

@@ -6,7 +6,8 @@ units. Some images are held out; the weights with the smallest distance on them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +41,9 @@ FEW_IMAGES = 32
 
 VALIDATIONS = 8
 """Validations per training, unless the settings say how often."""
+
+ENOUGH_IMAGES = 4096
+"""Of more images, no more are measured or folded than of this number; all of them are for training."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +227,31 @@ class Distilling:
 
 
 def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
-    """A dataset without its held-out images, and these; None if there are too few. See `simomerge.datasets.groups`."""
-    out = groups.held_out(data, share)
-    return (data._subset(groups.training_images(data, share)), data._subset(out)) if out else (data, None)
+    """A dataset without its held-out images, and those of them that are measured; None if nothing is held out.
+
+    Of more than `ENOUGH_IMAGES` images, as many held-out ones are measured as `ENOUGH_IMAGES` have, spread evenly. The
+    other held-out images are left out, because their groups must stay apart from those of the training images; see
+    `simomerge.datasets.groups`.
+
+    Warns:
+        UserWarning: There are too few images to hold one out.
+    """
+    out = evenly(groups.held_out(data, share), math.ceil(share * ENOUGH_IMAGES))
+    if out:
+        return data._subset(groups.training_images(data, share)), data._subset(out)
+    if share:
+        needed = math.ceil(1 / share - 1e-9)
+        warn(
+            f"{len(data)} images are too few to hold one out (hold_out is {share:g}), so the weights at the end are"
+            f" kept and not compared with those at the start; give {needed} images or more."
+        )
+    return data, None
+
+
+def evenly(indices: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of some indices, spread evenly over them."""
+    places = np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)
+    return [indices[place] for place in places]
 
 
 def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:
