@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simomerge.assembly.realign import distillation, get_realignment, realign
+from simomerge.assembly.realign import Distill, distillation, get_realignment, realign
 from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
 from simomerge.datasets import groups
-from simomerge.datasets.base import random_flip
+from simomerge.datasets.base import DenseDataset, random_flip
 from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
@@ -325,6 +325,26 @@ def test_what_only_the_encoder_needs_is_refused_for_the_heads() -> None:
         get_realignment("distill", checkpointing=True)
     with pytest.raises(InputError, match="last_blocks does nothing unless trains is encoder"):
         get_realignment("distill", last_blocks=2)
+
+
+class TwoSizes(DenseDataset):
+    """A dataset of images of two sizes with as many pixels."""
+
+    def image(self, index: int) -> Tensor:
+        return torch.from_numpy(IMAGES[index]).permute(2, 0, 1).reshape(3, *((24, 32), (16, 48))[index // 12])
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("predictions", ["live", "stored"])
+def test_a_dataset_of_two_sizes_is_refused_before_the_fold(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, predictions: str
+) -> None:
+    monkeypatch.setattr(Distill, "_fold", lambda *_: pytest.fail("folded"))
+    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    with pytest.raises(InputError, match=r"image 12 is 48 x 16 pixels, the first 32 x 24; .*let the dataset resize"):
+        distil(merged, experts, TwoSizes({}, 16), predictions=predictions)
 
 
 def test_memory_that_does_not_suffice_says_what_needs_less(
