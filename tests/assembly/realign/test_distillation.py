@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,15 @@ from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
+from simomerge.core.progress import show_progress
+from simomerge.core.text import size_text
 from simomerge.datasets import groups
 from simomerge.datasets.base import DenseDataset, random_flip
 from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
+from simomerge.training.features import bytes_per_image
 from simomerge.training.settings import TrainSettings
 
 from .contract import same
@@ -66,6 +70,10 @@ def start(experts: dict[str, SimoModel]) -> SimoModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return realign(merged, experts, IMAGES, ridge="none")
+
+
+def unfolded(start: SimoModel, experts: Mapping[str, SimoModel]) -> SimoModel:
+    return SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
 
 
 def distil(model: SimoModel, experts: Mapping[str, SimoModel], images: Any = IMAGES, **given: Any) -> SimoModel:
@@ -235,7 +243,7 @@ def test_of_4096_images_all_held_out_ones_are_measured_and_of_more_no_more(
 def test_the_fold_before_it_sees_enough_images_spread_evenly(
     start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    merged = unfolded(start, experts)
     still = replace(SETTINGS, steps=1, lr=1e-12)
     monkeypatch.setattr(distillation, "ENOUGH_IMAGES", 6)
     record = of(distil(merged, experts, training=still))
@@ -342,7 +350,7 @@ def test_a_dataset_of_two_sizes_is_refused_before_the_fold(
     start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, predictions: str
 ) -> None:
     monkeypatch.setattr(Distill, "_fold", lambda *_: pytest.fail("folded"))
-    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    merged = unfolded(start, experts)
     with pytest.raises(InputError, match=r"image 12 is 48 x 16 pixels, the first 32 x 24; .*let the dataset resize"):
         distil(merged, experts, TwoSizes({}, 16), predictions=predictions)
 
@@ -358,14 +366,62 @@ def test_memory_that_does_not_suffice_says_what_needs_less(
         distil(start, experts)
 
 
-def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size(
-    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The free space of the disk in bytes, which a test may change."""
+    free = [1000]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(Distill, "_fold", lambda *_: pytest.fail("folded before the space was checked"))
+    return free
+
+
+def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size_before_the_fold(
+    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
 ) -> None:
-    free = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("simomerge.assembly.realign.predictions.shutil.disk_usage", lambda _: free)
-    with pytest.raises(InputError, match=r"predictions on 16 images need 0\.0 GB, and 0\.0 GB are free"):
-        distil(start, experts, predictions="stored", work_folder=tmp_path)
-    assert not list((tmp_path / "predictions").iterdir())
+    message = r"16 images need 98\.3 kB for the experts' predictions, and 1 kB are free; use fewer images"
+    with pytest.raises(InputError, match=message):
+        distil(unfolded(start, experts), experts, predictions="stored", work_folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_for_the_heads_predictions_and_features_are_checked_together(
+    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
+) -> None:
+    given: dict[str, Any] = {"method": "distill", "hold_out": 0.25, "training": replace(SETTINGS, steps=1)}
+    features = 12 * bytes_per_image(start.encoder, torch.zeros(3, 24, 32))  # a quarter of 16 images is held out
+    free[0] = 98_304 + features - 1
+    message = (
+        rf"16 images need 98\.3 kB for the experts' predictions and {size_text(features)} for the encoder's features"
+    )
+    with pytest.raises(InputError, match=message):
+        realign(unfolded(start, experts), experts, IMAGES, **given, work_folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    free[0] += 1
+    realign(start, experts, IMAGES, **given, work_folder=tmp_path)
+    written = sum(np.load(file, mmap_mode="r").nbytes for file in tmp_path.rglob("*.npy"))
+    assert written == free[0]
+    free[0] = 0  # what is there needs no space
+    realign(start, experts, IMAGES, **given, work_folder=tmp_path)
+
+
+def test_predictions_that_auto_does_not_store_are_said(
+    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
+) -> None:
+    still = replace(SETTINGS, steps=1)
+    message = r"run for each batch.*on 16 images need 98\.3 kB: the budget is 90 kB, and [\d.]+ GB are free"
+    with pytest.warns(UserWarning, match=message):
+        distil(start, experts, work_folder=tmp_path, cache_budget="90kB", training=still)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*run for each batch")
+        for chosen in ({"cache_budget": "100kB"}, {"predictions": "live"}, {"features": 0.5}):
+            distil(start, experts, training=still, **chosen)
+
+
+def test_the_size_is_announced_before_a_file_is_made(experts: dict[str, SimoModel], tmp_path: Path) -> None:
+    lines: list[tuple[str, int]] = []
+    with show_progress(lambda *line: lines.append((line[3], len(list(tmp_path.rglob("*.npy")))))):
+        TeacherPredictions(as_images(IMAGES), experts, tmp_path / "predictions")
+    assert lines[0] == ("98.3 kB on disk", 0) and lines[1][1] == 2
 
 
 def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:
@@ -402,7 +458,7 @@ def test_it_folds_where_an_earlier_re_alignment_left_the_heads_alone() -> None:
 
 
 def test_the_fold_before_it_does_not_see_the_held_out_images(start: SimoModel, experts: dict[str, SimoModel]) -> None:
-    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    merged = unfolded(start, experts)
     other = [*IMAGES[:12], *(1 - image for image in IMAGES[12:])]  # the last four of sixteen are held out
     still = replace(SETTINGS, steps=1, lr=1e-12)
     first, second = (distil(merged, experts, images, training=still) for images in (IMAGES, other))

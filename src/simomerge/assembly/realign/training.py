@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import Inputs
@@ -21,7 +21,7 @@ from simomerge.core.errors import InputError
 from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.features import CachedFeatures, bytes_per_image, cache_features
 from simomerge.training.loop import fit
 from simomerge.training.lpft import finetune, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
@@ -88,8 +88,7 @@ def train_heads(
     common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
     jobs = []
     for name, head in model.heads.items():
-        source = model.encoder.source(name)
-        features = work / (f"features-{source}" if source else "features")
+        features = _features_of(model, name, work)
         if not features.exists():
             cache_features(model.encoder.branch(name), data, features, budget=cache_budget)
         jobs.append((_train_one, {"head": head, "task": model.tasks[name], "features": features, **common}))
@@ -102,6 +101,18 @@ def train_heads(
         "seconds": sum(log["seconds"] for _state, log in outcomes),
         "trained_parameters": sum(p.numel() for p in model.heads.parameters()),
     }
+
+
+def _features_of(model: SimoModel, task: str, work: Path) -> Path:
+    """The folder of the features that a head reads."""
+    source = model.encoder.source(task)
+    return work / (f"features-{source}" if source else "features")
+
+
+def bytes_of_features(model: SimoModel, image: Tensor, count: int, work: Path) -> int:
+    """What `train_heads` writes for a number of images of the size of this one, (3, H, W), unless it is there."""
+    folders = {_features_of(model, task, work): model.encoder.branch(task) for task in model.heads}
+    return count * sum(bytes_per_image(branch, image) for folder, branch in folders.items() if not folder.exists())
 
 
 def distil_heads(
