@@ -267,7 +267,8 @@ def test_too_few_images_to_hold_one_out_are_said(start: SimoModel, experts: dict
 
 def test_the_start_is_kept_where_training_only_does_harm(start: SimoModel, experts: dict[str, SimoModel]) -> None:
     near = distil(start, experts, training=replace(SETTINGS, steps=60))
-    result = distil(near, experts, training=replace(SETTINGS, lr=0.5))
+    with pytest.warns(UserWarning, match=r"stopped at step 1, because .* lower the learning rate"):
+        result = distil(near, experts, training=replace(SETTINGS, lr=0.5))
     assert of(result)["best_step"] == 0 and set(of(result)["distance_ratio"].values()) == {1.0}
     trained = [name for name, _ in near.named_parameters()]
     assert all(torch.equal(state(result)[name], state(near)[name]) for name in trained)
@@ -299,6 +300,61 @@ def test_a_diverging_distillation_keeps_the_best_weights_and_says_so(
     monkeypatch.setattr(distillation.ExpertDistances, "_distances", not_finite_after(2))
     with pytest.raises(InputError, match="lower the learning rate"):
         distil(start, experts, hold_out=0)  # nothing is held out, so nothing can be kept
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_head_that_diverges_stays_as_it_was_and_the_others_learn(
+    start: SimoModel, experts: dict[str, SimoModel], workers: int
+) -> None:
+    broken = copy.deepcopy(start)
+    with torch.no_grad():
+        bias: Any = broken.heads["depth"].output.bias
+        bias.fill_(float("nan"))
+    given: dict[str, Any] = {"method": "distill", "training": SETTINGS, "hold_out": 0.25, "workers": workers}
+    with pytest.warns(UserWarning, match=r"distill depth: .*lower the learning rate\. The head stays as it was\."):
+        result = realign(broken, experts, IMAGES, **given)
+    assert of(result)["diverged"] == ["depth"] and of(result)["distance_ratio"]["parts"] < 0.95
+    for name, value in state(broken.heads["depth"]).items():
+        torch.testing.assert_close(state(result.heads["depth"])[name], value, rtol=0, atol=0, equal_nan=True)
+    assert not same(state(result.heads["parts"]), state(broken.heads["parts"]))
+
+
+def of_held_out(factor: float) -> Callable[..., dict[str, Tensor]]:
+    """Distances that grow, outside of training, by a factor with each validation after the first one."""
+    distances = ExpertDistances.__call__
+
+    def changed(self: ExpertDistances, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        found = distances(self, model, batch)
+        if model.training:
+            return found
+        changed.calls += 1  # type: ignore[attr-defined]
+        return {name: 0 * value + factor ** (changed.calls - 1) for name, value in found.items()}  # type: ignore[attr-defined]
+
+    changed.calls = 0  # type: ignore[attr-defined]
+    return changed
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(2.1, 16), (3.1, 12), (9.9, 8), (10.1, 4), (1.01, 40), (1.0, 40)])
+def test_training_stops_where_the_distance_is_ten_times_that_at_the_start(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, factor: float, steps: int
+) -> None:
+    settings = replace(SETTINGS, steps=40, validate_every=4, patience=10)
+    monkeypatch.setattr(distillation.ExpertDistances, "__call__", of_held_out(factor))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = distil(start, experts, training=settings)
+    said = [str(each.message) for each in caught if "are kept" in str(each.message)]
+    assert of(result)["steps"] == steps
+    assert of(result)["best_step"] == (0 if factor > 1 else 40) and same(state(result), state(start)) == (factor > 1)
+    if steps < 40:
+        (text,) = said
+        assert f"stopped at step {steps}, because" in text and "The best weights are kept, those of step 0." in text
+        assert f"was {factor ** (steps / 4):.1f} times that at the start" in text
+    elif factor > 1:
+        (text,) = said
+        assert text.startswith("distill: no step was better than the start on held-out images, so the weights at the")
+    else:
+        assert not said
 
 
 def test_a_task_that_moves_away_is_named(

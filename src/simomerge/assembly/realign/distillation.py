@@ -27,6 +27,7 @@ from simomerge.datasets.tasks import Task
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
+from simomerge.training.loop import HIGHEST_RISE
 from simomerge.training.lpft import finetune, trainable_parameters
 from simomerge.training.settings import TrainSettings, TuneOptions
 
@@ -174,7 +175,8 @@ class Distilling:
         """Train the parameters of a model that require a gradient; what was measured, for the provenance.
 
         Warns:
-            UserWarning: A task is further from its expert than at the start, or the training diverged.
+            UserWarning: A task is further from its expert than at the start, the weights at the start are kept, or the
+                training diverged or was stopped.
         """
         if self.features and not any(_foldable(model, expert, task) for task, expert in inputs.experts.items()):
             raise InputError(f"{label}: no head declares its first layers, so features has no effect; leave it out.")
@@ -220,10 +222,23 @@ class Distilling:
         except DivergedError as error:
             if not error.kept:
                 raise
-            warn(f"{error} The best weights before that are kept.")
+            warn(f"{error} The best weights before that are kept, those of step {error.best_step}.")
             return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
-        best = {"best_step": log.best_step} if held_out else {}
-        return {**cost, **best, "steps": log.steps, "seconds": log.seconds}
+        cost |= {"steps": log.steps, "seconds": log.seconds}
+        if not held_out:
+            return cost
+        if log.rise > HIGHEST_RISE:
+            warn(
+                f"{label}: stopped at step {log.steps}, because the distance to the experts on held-out images was"
+                f" {log.rise:.1f} times that at the start; lower the learning rate. The best weights are kept, those of"
+                f" step {log.best_step}."
+            )
+        elif not log.best_step:
+            warn(
+                f"{label}: no step was better than the start on held-out images, so the weights at the start are kept;"
+                " change the learning rate, or give more steps or images."
+            )
+        return {**cost, "best_step": log.best_step}
 
 
 def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
