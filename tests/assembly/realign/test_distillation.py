@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from simomerge.datasets.base import DenseDataset, random_flip
 from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
+from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
 from simomerge.training.features import bytes_per_image
 from simomerge.training.settings import TrainSettings
@@ -176,6 +178,47 @@ def test_predictions_come_nearer_to_the_experts_with_no_more_parameters(
     assert sum(p.numel() for p in result.parameters()) == sum(p.numel() for p in start.parameters())
     before = {name: value.shape for name, value in state(start).items()}
     assert {name: value.shape for name, value in state(result).items()} == before
+
+
+@pytest.mark.usefixtures("float32")
+def test_layer_decay_lowers_the_rate_from_block_to_block(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    """The first step of AdamW changes each weight by the rate, whatever its gradient."""
+    result = distil(start, experts, hold_out=0, training=replace(SETTINGS, steps=1, layer_decay=0.5, weight_decay=0.0))
+    before, after = state(start.encoder.backbone), state(result.encoder.backbone)
+    changes = [
+        max(float((after[name] - before[name]).abs().median()) for name in before if f".{block}.mlp.fc1.w" in name)
+        for block in range(4)
+    ]
+    assert changes[0] > 0
+    assert [later / earlier for earlier, later in pairwise(changes)] == pytest.approx([2, 2, 2], rel=0.02)
+
+
+@pytest.mark.usefixtures("float32")
+def test_checkpointing_changes_nothing_but_the_memory(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched, switch = list[bool](), Encoder.checkpoint_gradients
+    monkeypatch.setattr(Encoder, "checkpoint_gradients", lambda self, on: switched.append(on) or switch(self, on))
+    short = replace(SETTINGS, steps=3)
+    plain = distil(start, experts, hold_out=0, training=short)
+    saving = distil(start, experts, hold_out=0, training=short, checkpointing=True)
+    assert switched == [False, False, True, False] and not same(state(plain), state(start))
+    for name, value in state(plain).items():
+        if not name.endswith("k_proj.bias"):  # its gradient is rounding noise
+            torch.testing.assert_close(state(saving)[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_features_learn_after_a_cross_tap_fold(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    """The folded heads read all taps where the experts' read one, and compute outputs of the same shapes."""
+    merged = unfolded(start, experts)
+    folded = realign(merged, experts, IMAGES, variant="cross-tap", ridge=1.0)  # which leaves some error
+    assert any(a.shape != b.shape for a, b in zip(folded.parameters(), start.parameters(), strict=True))
+    result = distil(folded, experts, features=1.0, training=replace(SETTINGS, steps=40))
+    data, inside = UnlabelledImages(as_images(IMAGES), experts), ExpertDistances(experts, stored=False, features=1.0)
+    before, after = inside.measured(folded, data), inside.measured(result, data)
+    assert set(before) == {"depth", "parts", "depth/features", "parts/features"}
+    ratios = {name: after[name] / before[name] for name in before}
+    assert all(ratios[f"{task}/features"] < 0.9 for task in TASKS) and np.mean(list(ratios.values())) < 0.8, ratios
 
 
 def test_only_the_last_blocks_learn(start: SimoModel, experts: dict[str, SimoModel]) -> None:
