@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from simomerge.assembly.images import prepare
+from simomerge.assembly.images import check_images, prepare
 from simomerge.assembly.realign.teacher import observe
 from simomerge.checkpoints.experts import is_other_size, trained_size
 from simomerge.core.errors import InputError
 from simomerge.core.images import cropped
 from simomerge.core.progress import show_progress
+from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.load import load_data, load_images
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
@@ -71,11 +73,54 @@ def test_another_size_can_be_asked_for(
     assert {tuple(images.image(index).shape[1:]) for index in range(3)} == shapes
 
 
-def test_without_one_recorded_size_pictures_keep_theirs(experts: dict[str, SimoModel], folder: Path) -> None:
-    other = dict(experts)
-    other["normals"] = SimoModel(experts["depth"].encoder, {}, {}, {"training": {"size": [10, 10]}})
-    for given in ({"depth": SimoModel(experts["depth"].encoder, {}, {})}, other):
-        assert prepare(folder, given).image(0).shape == (3, 48, 64)
+def test_without_a_recorded_size_pictures_keep_theirs(experts: dict[str, SimoModel], folder: Path) -> None:
+    assert prepare(folder, {"depth": SimoModel(experts["depth"].encoder, {}, {})}).image(0).shape == (3, 48, 64)
+
+
+class Labelled(DenseDataset):
+    def image(self, index: int) -> Tensor:
+        return torch.zeros(3, 48, 64)
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return {}
+
+
+def of_two_sizes(experts: dict[str, SimoModel]) -> dict[str, SimoModel]:
+    small = SimoModel(experts["depth"].encoder, {}, {}, {"training": {"size": [10, 12]}})
+    return {**experts, "normals": small, "edges": small}
+
+
+def test_experts_of_different_sizes_are_named_with_the_size_that_is_used(
+    experts: dict[str, SimoModel], folder: Path
+) -> None:
+    several = of_two_sizes(experts)
+    message = (
+        r"different sizes, 32 x 24 \(depth\) and 12 x 10 \(normals, edges\), so the images keep their own size\. The"
+        r" first image has 64 x 48 pixels"
+    )
+    for source in (folder, Labelled({}, 4)):
+        with pytest.warns(UserWarning, match=message):
+            assert prepare(source, several).image(0).shape == (3, 48, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare(folder, several, size="12x20").image(0).shape == (3, 12, 20)
+        assert prepare(folder, {task: several[task] for task in ("normals", "edges")}).image(0).shape == (3, 10, 12)
+
+
+def test_every_expert_of_another_size_than_the_images_is_named(experts: dict[str, SimoModel]) -> None:
+    several = of_two_sizes(experts)
+    sketches = {"depth": torch.randn(32, 5, generator=torch.Generator().manual_seed(0))}
+    for size, named in (((24, 32), "12 x 10 (normals, edges)"), ((48, 64), "32 x 24 (depth) and 12 x 10")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_images({**several, "depth": without_features(experts)}, sketches, size, 32)
+        (said,) = [str(each.message) for each in caught]
+        assert f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {named}" in said
+
+
+def without_features(experts: dict[str, SimoModel]) -> SimoModel:
+    """The expert as an import records it: with its size alone."""
+    return SimoModel(experts["depth"].encoder, {}, {}, {"training": {"size": [24, 32]}})
 
 
 @pytest.mark.parametrize("recorded", [None, [24], [24, "32"], [24, -1], "24x32", [24, True]])

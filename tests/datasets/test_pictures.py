@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
+from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.pictures import SUFFIXES, Images, as_images, image_batches
 from simomerge.datasets.tasks import Task
@@ -223,6 +224,24 @@ def test_another_size_is_read_again_and_checked_again() -> None:
         images.readable(one_size=True)
     alike = as_images(images, size="5x7").readable(one_size=True)
     assert len(alike) == 2 and alike.image(1).shape == (3, 5, 7) and images.image(1).shape == (3, 9, 4)
+
+
+def test_images_of_a_dataset_are_checked_where_one_size_is_needed() -> None:
+    images = as_images(Labelled(5, [(6, 8), (6, 8), (9, 4)]))
+    assert images.readable() is images
+    with pytest.raises(InputError, match=r"image 2 is 4 x 9 pixels, the first 8 x 6; .*let the dataset resize them\.$"):
+        images.readable(one_size=True)
+    alike = as_images(Labelled(5))
+    assert alike.readable(one_size=True) is alike
+
+
+def test_a_check_of_many_images_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simomerge.datasets.pictures.SHOWN_EVERY", 4)
+    lines: list[tuple[str, int, int, str]] = []
+    with show_progress(lambda *line: lines.append(line)):
+        as_images([grey(i) for i in range(10)]).readable()
+        as_images([grey(i) for i in range(4)]).readable()  # so few take no time
+    assert lines == [("images", done, 10, "checked") for done in (4, 8, 10)]
 
 
 def test_skip_is_what_take_leaves() -> None:

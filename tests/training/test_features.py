@@ -14,11 +14,12 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
+from simomerge.core.text import size_text
 from simomerge.datasets import DenseDataset
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, load_encoder
-from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.features import CachedFeatures, bytes_per_image, cache_features
 from simomerge.training.loop import fit
 from simomerge.training.lpft import fresh_head, train_head
 from simomerge.training.settings import TrainSettings
@@ -114,7 +115,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
-    with pytest.raises(InputError, match=r"the features of 12 images need .* GB, .* GB are free; use fewer images"):
+    with pytest.raises(InputError, match=r"the features of 12 images need [\d.]+ kB, 10 B are free; use fewer images"):
         cache_features(encoder, rooms, tmp_path / "features")
     assert list(tmp_path.iterdir()) == []
 
@@ -126,9 +127,9 @@ def test_exceeding_the_budget_is_reported_before_anything_is_written(
     with show_progress(lambda *line: notes.append(line[3])):
         folder = cache_features(encoder, rooms, tmp_path / "f")
     taken = sum(np.load(file, mmap_mode="r").nbytes for file in folder.glob("*.npy"))
-    assert notes[0] == f"{taken / 1e9:.2g} GB on disk"
+    assert notes[0] == f"{size_text(taken)} on disk" and taken == 12 * bytes_per_image(encoder, rooms.image(0))
     cache_features(encoder, rooms, tmp_path / "g", budget=taken)
-    with pytest.raises(InputError, match=r"need .* GB, .* GB may be used"):
+    with pytest.raises(InputError, match=r"need [\d.]+ kB, [\d.]+ kB may be used"):
         cache_features(encoder, rooms, tmp_path / "h", budget=taken - 1)
     assert not (tmp_path / "h").exists()
 

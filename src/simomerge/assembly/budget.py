@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from simomerge.assembly.realign import get_realignment, realign
 from simomerge.assembly.realign.distillation import VALIDATIONS
 from simomerge.core import distributed
-from simomerge.core.caution import warn
+from simomerge.core.caution import Caution, warn
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.models.model import SimoModel
@@ -70,7 +71,9 @@ def _distilled(
 
     def timed(steps: int, validate_every: int) -> float:
         began = time.monotonic()
-        _distil(model, experts, images, folder, steps=steps, validate_every=validate_every)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Caution)  # so few steps improve nothing; the real training warns again
+            _distil(model, experts, images, folder, steps=steps, validate_every=validate_every)
         _forget(folder)
         return time.monotonic() - began
 

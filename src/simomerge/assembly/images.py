@@ -48,13 +48,25 @@ def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = N
 
     Raises:
         InputError: See `as_images` and `load_images`.
+
+    Warns:
+        UserWarning: The experts record different sizes, and none is given.
     """
     source = load_images(source) if isinstance(source, (str, Path)) else source
     images = as_images(source, count, None if size == OWN_SIZE else size)
-    sizes = {trained for expert in experts.values() if (trained := trained_size(expert.provenance)) is not None}
-    if size is not None or images.is_dataset or images.size is not None or len(sizes) != 1:
+    if size is not None or images.size is not None:
         return images
-    height, width = sizes.pop()
+    trained = _trained_sizes(experts)
+    if len(trained) > 1:
+        first = images._size(0)
+        used = f"The first image has {first[1]} x {first[0]} pixels. " if first else ""
+        warn(
+            f"the experts were trained on images of different sizes, {_listed(trained)}, so the images keep their own"
+            f" size. {used}Give the size at which the model will be used."
+        )
+    if images.is_dataset or len(trained) != 1:
+        return images
+    height, width = next(iter(trained))
     note = f"cut and resized to {width} x {height} pixels, the experts' training size; size {OWN_SIZE} keeps theirs"
     progress("images", len(images), len(images), note)
     return images.resized((height, width), crop=True)
@@ -74,6 +86,11 @@ def check_images(
         size: (height, width) of the first images.
         count: Number of all images.
     """
+    if others := {each: tasks for each, tasks in _trained_sizes(experts).items() if is_other_size(size, each)}:
+        warn(
+            f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {_listed(others)};"
+            " give the size at which the model will be used."
+        )
     if count < FEW_IMAGES:
         warn(f"{count} images are few for a choice or a fit; give {FEW_IMAGES} or more of different scenes.")
     compared_here = next(iter(sketches.values()))[:MOST_COMPARED]
@@ -105,12 +122,19 @@ def check_images(
             f"the images are alike: their features vary {alike.spread:.2f} times as much as those of the training"
             f" images (expert {task}). Give images of different scenes."
         )
-    trained = next((own for expert in experts.values() if (own := trained_size(expert.provenance)) is not None), None)
-    if trained is not None and is_other_size(size, trained):
-        warn(
-            f"the images have {size[1]} x {size[0]} pixels, those that the experts were trained on {trained[1]} x"
-            f" {trained[0]}; give the size at which the model will be used."
-        )
+
+
+def _trained_sizes(experts: Mapping[str, SimoModel]) -> dict[tuple[int, int], list[str]]:
+    """The tasks of the experts that were trained on images of each (height, width); without those that record none."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for task, expert in experts.items():
+        if (size := trained_size(expert.provenance)) is not None:
+            found.setdefault(size, []).append(task)
+    return found
+
+
+def _listed(sizes: Mapping[tuple[int, int], list[str]]) -> str:
+    return " and ".join(f"{width} x {height} ({', '.join(tasks)})" for (height, width), tasks in sizes.items())
 
 
 def _copies(sketches: Tensor) -> int:

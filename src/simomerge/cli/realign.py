@@ -184,8 +184,6 @@ def _lines(record: dict[str, Any], tasks: list[str], ridge: object) -> list[str]
     ]
     for task, ratio in record.get("distance_ratio", {}).items():
         lines.append(f"  {task:<14} distance to the expert on held-out images: {ratio:.2f} times that at the start")
-    if record.get("best_step") == 0:
-        lines.append("  No step was better than the start on held-out images, so the weights at the start are kept.")
     for task, after in record.get("r2", {}).items():
         before, used = record["r2_before"][task], record["ridge"][task]
         if after is not None:

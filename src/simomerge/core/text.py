@@ -87,6 +87,20 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+def size_text(size: float) -> str:
+    """A number of bytes with three digits and its unit.
+
+    Example:
+        >>> size_text(98_304), size_text(20e9), size_text(1_234_567_890_123)
+        ('98.3 kB', '20 GB', '1.23 TB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 def markdown(text: object) -> str:
     """A text as plain words in Markdown: no markup, no HTML, no new line.
 

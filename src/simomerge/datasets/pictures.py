@@ -16,6 +16,7 @@ from torch import Tensor
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
+from simomerge.core.progress import progress
 from simomerge.core.remote import RemoteError
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.tars import SUFFIX as TAR
@@ -27,6 +28,9 @@ KEPT_BYTES = 128 << 20
 
 KEPT_SIZES = 1 << 16
 """Images whose sizes are remembered."""
+
+SHOWN_EVERY = 100
+"""Images that a check decodes between two lines of progress."""
 
 
 class Images(DenseDataset):
@@ -102,7 +106,7 @@ class Images(DenseDataset):
     def readable(self, one_size: bool = False) -> Images:
         """The images without those that cannot be read. Use it before work that reads images repeatedly.
 
-        A dataset's images are not checked.
+        A dataset's images are checked only for their size.
 
         Args:
             one_size: require images of one size.
@@ -113,22 +117,26 @@ class Images(DenseDataset):
         Warns:
             UserWarning: some images were left out; names the first three.
         """
-        if self.is_dataset:
+        if self.is_dataset and not one_size:
             return self
-        sizes, unreadable = {}, []
+        kept, unreadable = list[int](), list[int]()
+        first: tuple[int, int] | None = None
         for index in range(len(self)):
-            if (size := self._size(index)) is None:
-                unreadable.append(index)
-                continue
-            sizes[index] = size
-            height, width = next(iter(sizes.values()))
-            if one_size and size != (height, width):
+            # Only decoding finds a truncated picture: the size in its header looks right.
+            size = self._size(index)
+            (unreadable if size is None else kept).append(index)
+            first = first or size
+            if one_size and first and size and size != first:
+                by_option = "give size=(height, width), or --size HEIGHTxWIDTH"
+                way = "let the dataset resize them" if self.is_dataset else by_option
                 raise InputError(
-                    f"{self.name(index)} is {size[1]} x {size[0]} pixels, the first {width} x {height}; this needs"
-                    " images of one size: give size=(height, width), or --size HEIGHTxWIDTH."
+                    f"{self.name(index)} is {size[1]} x {size[0]} pixels, the first {first[1]} x {first[0]}; this needs"
+                    f" images of one size: {way}."
                 )
+            if len(self) > SHOWN_EVERY and ((index + 1) % SHOWN_EVERY == 0 or index + 1 == len(self)):
+                progress("images", index + 1, len(self), "checked")
         self.report(unreadable, len(self), every_image=True)
-        return self._subset(list(sizes)) if unreadable else self
+        return self._subset(kept) if unreadable else self
 
     def _size(self, index: int) -> tuple[int, int] | None:
         """(height, width) of an image, which is decoded only if it never was; None if it cannot be read."""

@@ -26,6 +26,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.kept import kept_array
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
+from simomerge.core.text import size_text
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, Features
@@ -90,6 +91,13 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
 
 @torch.no_grad()
+def bytes_per_image(encoder: Encoder, image: Tensor) -> int:
+    """What `cache_features` writes for each image of the size of this one, float (3, H, W), in bytes."""
+    encoder.eval()
+    return _bytes_of_one(_encoded(encoder, image[None]))
+
+
+@torch.no_grad()
 def cache_features(
     encoder: Encoder,
     dataset: Any,
@@ -116,9 +124,9 @@ def cache_features(
     with distributed.folder_together(folder) as target:
         first = _encoded(encoder, images[0]["image"][None])
         if distributed.is_first():
-            needed = sum(2 * count * tensor[0].numel() for tensor in _by_file(first).values())
+            needed = count * _bytes_of_one(first)
             _check_space(target, needed, count, budget)
-            progress(label, 0, count, f"{needed / 1e9:.2g} GB on disk")
+            progress(label, 0, count, f"{size_text(needed)} on disk")
             for name, tensor in _by_file(first).items():
                 open_memmap(target / name, mode="w+", dtype=np.float16, shape=(count, *tensor.shape[1:])).flush()
             sizes = {"image_size": first.image_size, "padded_size": first.padded_size}
@@ -151,6 +159,11 @@ def _encoded(encoder: Encoder, images: Tensor) -> Features:
         return encoder(images.to(device))
 
 
+def _bytes_of_one(features: Features) -> int:
+    """The size of the features of one image in half precision."""
+    return sum(2 * tensor[0].numel() for tensor in _by_file(features).values())
+
+
 def _by_file(features: Features) -> dict[str, Tensor]:
     """Map and CLS token of every tap, by file name."""
     maps = {f"map{i}.npy": each for i, each in enumerate(features.maps)}
@@ -176,5 +189,5 @@ def _check_space(folder: Path, needed: int, count: int, budget: int | None) -> N
         limits["may be used; use fewer images or raise that limit"] = budget
     for rest, limit in limits.items():
         if needed > limit:
-            sizes = f"need {needed / 1e9:.2g} GB, {limit / 1e9:.2g} GB {rest}"
+            sizes = f"need {size_text(needed)}, {size_text(limit)} {rest}"
             raise InputError(f"{folder.parent}: the features of {count} images {sizes}.")

@@ -28,6 +28,12 @@ from simomerge.training.state import TrainingState, TrainLog
 from simomerge.training.tracking import tracked_accelerator
 from simomerge.training.weighting import GradientWeighting, Weighting
 
+HIGHEST_RISE = 10.0
+"""A validation loss above this, in units of the one at the start, ends a training that may keep its start.
+
+A start that is good already gets up to three times worse at the peak of the learning rate, and better in the end.
+"""
+
 Losses = Callable[[Any, Mapping[str, Any]], dict[str, Tensor]]
 """(module, batch) -> loss of each task. The module is the one that is trained, or its divided twin."""
 
@@ -42,6 +48,7 @@ class Objective:
             losses. The default is the number of images.
         weighting: Combines the task losses into one. The default is their unweighted mean (the paper's joint loss).
         keep_start: Also validate at the start, so that the weights at the start are kept if no others are better.
+            Training stops if the validation loss is more than `HIGHEST_RISE` times that at the start.
     """
 
     losses: Losses
@@ -194,7 +201,7 @@ class _Trainer:
             settings.batch_size,
             settings.steps,
             settings.seed,
-            start=settings.steps if self._is_flat() else log.steps,  # a run that had stopped early stays stopped
+            start=settings.steps if self._stops() else log.steps,  # a run that had stopped early stays stopped
             transform=transform,
             loader_workers=loader_workers(self.accelerator.device),
         )
@@ -212,14 +219,14 @@ class _Trainer:
                 self.state.save_once_in_a_while(log)
                 continue
             self._validate(validation)
-            if self._is_flat():
+            if self._stops():
                 break
         if not self.state.restore_best():
             self.state.check_finite(log.steps)  # the last loss was finite, but its step may have been too large
         log.seconds = time.monotonic() - began
         if log.steps < settings.steps:
-            note = f"stopped at step {log.steps}: the validation loss is flat"
-            progress(self.label, settings.steps, settings.steps, note)
+            reason = "the validation loss is flat" if self._is_flat() else f"{log.rise:.1f} times the loss at the start"
+            progress(self.label, settings.steps, settings.steps, f"stopped at step {log.steps}: {reason}")
         return log
 
     def collect(self, home: torch.device) -> None:
@@ -278,6 +285,10 @@ class _Trainer:
             log.best_step = log.steps
             self.state.keep_best()
         self.state.save(log)
+
+    def _stops(self) -> bool:
+        """Whether training stops early."""
+        return self._is_flat() or (self.objective.keep_start and self.log.rise > HIGHEST_RISE)
 
     def _is_flat(self) -> bool:
         """Whether the last ``patience`` validations brought no lower loss."""

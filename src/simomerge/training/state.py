@@ -40,6 +40,11 @@ class TrainLog:
     validation: list[tuple[int, float]] = field(default_factory=list)
     losses: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def rise(self) -> float:
+        """The last validation loss, in units of the first one; 1 without a validation."""
+        return self.validation[-1][1] / max(self.validation[0][1], 1e-12) if self.validation else 1.0
+
     def images_per_second(self) -> float:
         """Mean speed of all attempts together."""
         return self.samples / max(self.seconds, 1e-9)

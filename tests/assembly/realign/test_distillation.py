@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simomerge.assembly.realign import distillation, get_realignment, realign
+from simomerge.assembly.realign import Distill, distillation, get_realignment, realign
 from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
-from simomerge.datasets.base import random_flip
+from simomerge.core.progress import show_progress
+from simomerge.core.text import size_text
+from simomerge.datasets import groups
+from simomerge.datasets.base import DenseDataset, random_flip
 from simomerge.datasets.batches import training_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
+from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
+from simomerge.training.features import bytes_per_image
 from simomerge.training.settings import TrainSettings
 
 from .contract import same
@@ -65,6 +72,10 @@ def start(experts: dict[str, SimoModel]) -> SimoModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return realign(merged, experts, IMAGES, ridge="none")
+
+
+def unfolded(start: SimoModel, experts: Mapping[str, SimoModel]) -> SimoModel:
+    return SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
 
 
 def distil(model: SimoModel, experts: Mapping[str, SimoModel], images: Any = IMAGES, **given: Any) -> SimoModel:
@@ -169,6 +180,47 @@ def test_predictions_come_nearer_to_the_experts_with_no_more_parameters(
     assert {name: value.shape for name, value in state(result).items()} == before
 
 
+@pytest.mark.usefixtures("float32")
+def test_layer_decay_lowers_the_rate_from_block_to_block(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    """The first step of AdamW changes each weight by the rate, whatever its gradient."""
+    result = distil(start, experts, hold_out=0, training=replace(SETTINGS, steps=1, layer_decay=0.5, weight_decay=0.0))
+    before, after = state(start.encoder.backbone), state(result.encoder.backbone)
+    changes = [
+        max(float((after[name] - before[name]).abs().median()) for name in before if f".{block}.mlp.fc1.w" in name)
+        for block in range(4)
+    ]
+    assert changes[0] > 0
+    assert [later / earlier for earlier, later in pairwise(changes)] == pytest.approx([2, 2, 2], rel=0.02)
+
+
+@pytest.mark.usefixtures("float32")
+def test_checkpointing_changes_nothing_but_the_memory(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched, switch = list[bool](), Encoder.checkpoint_gradients
+    monkeypatch.setattr(Encoder, "checkpoint_gradients", lambda self, on: switched.append(on) or switch(self, on))
+    short = replace(SETTINGS, steps=3)
+    plain = distil(start, experts, hold_out=0, training=short)
+    saving = distil(start, experts, hold_out=0, training=short, checkpointing=True)
+    assert switched == [False, False, True, False] and not same(state(plain), state(start))
+    for name, value in state(plain).items():
+        if not name.endswith("k_proj.bias"):  # its gradient is rounding noise
+            torch.testing.assert_close(state(saving)[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_features_learn_after_a_cross_tap_fold(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    """The folded heads read all taps where the experts' read one, and compute outputs of the same shapes."""
+    merged = unfolded(start, experts)
+    folded = realign(merged, experts, IMAGES, variant="cross-tap", ridge=1.0)  # which leaves some error
+    assert any(a.shape != b.shape for a, b in zip(folded.parameters(), start.parameters(), strict=True))
+    result = distil(folded, experts, features=1.0, training=replace(SETTINGS, steps=40))
+    data, inside = UnlabelledImages(as_images(IMAGES), experts), ExpertDistances(experts, stored=False, features=1.0)
+    before, after = inside.measured(folded, data), inside.measured(result, data)
+    assert set(before) == {"depth", "parts", "depth/features", "parts/features"}
+    ratios = {name: after[name] / before[name] for name in before}
+    assert all(ratios[f"{task}/features"] < 0.9 for task in TASKS) and np.mean(list(ratios.values())) < 0.8, ratios
+
+
 def test_only_the_last_blocks_learn(start: SimoModel, experts: dict[str, SimoModel]) -> None:
     result = distil(start, experts, hold_out=0, last_blocks=1)
     before, after = state(start.encoder.backbone), state(result.encoder.backbone)
@@ -208,9 +260,58 @@ def test_held_out_images_are_a_run_of_neighbours(experts: dict[str, SimoModel]) 
     assert split_off(data, 0) == (data, None) and split_off(data, 0.03)[1] is None
 
 
+@pytest.mark.parametrize("share", [0.125, 0.5])
+def test_of_4096_images_all_held_out_ones_are_measured_and_of_more_no_more(
+    experts: dict[str, SimoModel], share: float
+) -> None:
+    def places(count: int) -> tuple[list[int], list[int]]:
+        """The places of the images for training and of the measured ones."""
+        data = UnlabelledImages(as_images(IMAGES[:1] * count), experts)
+        train, measured = split_off(data, share)
+        assert measured is not None
+        return list(train.indices), list(measured.indices)  # type: ignore[attr-defined]
+
+    most = int(4096 * share)
+    train, measured = places(4096)
+    assert sorted(train + measured) == list(range(4096)) and len(measured) == most
+    train, measured = places(10_000)
+    out = groups.held_out(range(10_000), share)
+    assert len(measured) == len(set(measured)) == most < len(out) and measured == sorted(measured)
+    assert {measured[0], measured[-1]} == {out[0], out[-1]} and set(measured) <= set(out)
+    positions = np.searchsorted(out, measured)
+    assert np.diff(positions).max() - np.diff(positions).min() <= 1  # evenly
+    assert sorted([*train, *out]) == list(range(10_000))  # whole groups stay apart from the training images
+
+
+def test_the_fold_before_it_sees_enough_images_spread_evenly(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = unfolded(start, experts)
+    still = replace(SETTINGS, steps=1, lr=1e-12)
+    monkeypatch.setattr(distillation, "ENOUGH_IMAGES", 6)
+    record = of(distil(merged, experts, training=still))
+    assert (record["unlabelled_images"], record["after"]["unlabelled_images"]) == (16, 6)
+    assert record["held_out_images"] == 2  # a quarter of 6, rounded up
+    alone = realign(merged, experts, IMAGES, count=12)
+    assert alone.provenance["realign"]["unlabelled_images"] == 12  # a fold on its own sees what it is given
+
+
+@pytest.mark.parametrize("trains", ["heads", "encoder"])
+def test_too_few_images_to_hold_one_out_are_said(start: SimoModel, experts: dict[str, SimoModel], trains: str) -> None:
+    given: dict[str, Any] = {"method": "distill", "trains": trains, "training": replace(SETTINGS, steps=1)}
+    with pytest.warns(UserWarning, match=r"7 images are too few to hold one out \(hold_out is 0\.125\).*give 8 images"):
+        few = realign(start, experts, IMAGES[:7], **given)
+    assert of(few)["held_out_images"] == 0 and of(few)["distance_ratio"] == {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*too few to hold one out")
+        assert of(realign(start, experts, IMAGES[:8], **given))["held_out_images"] == 1
+        assert of(realign(start, experts, IMAGES[:7], **given, hold_out=0))["held_out_images"] == 0
+
+
 def test_the_start_is_kept_where_training_only_does_harm(start: SimoModel, experts: dict[str, SimoModel]) -> None:
     near = distil(start, experts, training=replace(SETTINGS, steps=60))
-    result = distil(near, experts, training=replace(SETTINGS, lr=0.5))
+    with pytest.warns(UserWarning, match=r"stopped at step 1, because .* lower the learning rate"):
+        result = distil(near, experts, training=replace(SETTINGS, lr=0.5))
     assert of(result)["best_step"] == 0 and set(of(result)["distance_ratio"].values()) == {1.0}
     trained = [name for name, _ in near.named_parameters()]
     assert all(torch.equal(state(result)[name], state(near)[name]) for name in trained)
@@ -242,6 +343,61 @@ def test_a_diverging_distillation_keeps_the_best_weights_and_says_so(
     monkeypatch.setattr(distillation.ExpertDistances, "_distances", not_finite_after(2))
     with pytest.raises(InputError, match="lower the learning rate"):
         distil(start, experts, hold_out=0)  # nothing is held out, so nothing can be kept
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_head_that_diverges_stays_as_it_was_and_the_others_learn(
+    start: SimoModel, experts: dict[str, SimoModel], workers: int
+) -> None:
+    broken = copy.deepcopy(start)
+    with torch.no_grad():
+        bias: Any = broken.heads["depth"].output.bias
+        bias.fill_(float("nan"))
+    given: dict[str, Any] = {"method": "distill", "training": SETTINGS, "hold_out": 0.25, "workers": workers}
+    with pytest.warns(UserWarning, match=r"distill depth: .*lower the learning rate\. The head stays as it was\."):
+        result = realign(broken, experts, IMAGES, **given)
+    assert of(result)["diverged"] == ["depth"] and of(result)["distance_ratio"]["parts"] < 0.95
+    for name, value in state(broken.heads["depth"]).items():
+        torch.testing.assert_close(state(result.heads["depth"])[name], value, rtol=0, atol=0, equal_nan=True)
+    assert not same(state(result.heads["parts"]), state(broken.heads["parts"]))
+
+
+def of_held_out(factor: float) -> Callable[..., dict[str, Tensor]]:
+    """Distances that grow, outside of training, by a factor with each validation after the first one."""
+    distances = ExpertDistances.__call__
+
+    def changed(self: ExpertDistances, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        found = distances(self, model, batch)
+        if model.training:
+            return found
+        changed.calls += 1  # type: ignore[attr-defined]
+        return {name: 0 * value + factor ** (changed.calls - 1) for name, value in found.items()}  # type: ignore[attr-defined]
+
+    changed.calls = 0  # type: ignore[attr-defined]
+    return changed
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(2.1, 16), (3.1, 12), (9.9, 8), (10.1, 4), (1.01, 40), (1.0, 40)])
+def test_training_stops_where_the_distance_is_ten_times_that_at_the_start(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, factor: float, steps: int
+) -> None:
+    settings = replace(SETTINGS, steps=40, validate_every=4, patience=10)
+    monkeypatch.setattr(distillation.ExpertDistances, "__call__", of_held_out(factor))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = distil(start, experts, training=settings)
+    said = [str(each.message) for each in caught if "are kept" in str(each.message)]
+    assert of(result)["steps"] == steps
+    assert of(result)["best_step"] == (0 if factor > 1 else 40) and same(state(result), state(start)) == (factor > 1)
+    if steps < 40:
+        (text,) = said
+        assert f"stopped at step {steps}, because" in text and "The best weights are kept, those of step 0." in text
+        assert f"was {factor ** (steps / 4):.1f} times that at the start" in text
+    elif factor > 1:
+        (text,) = said
+        assert text.startswith("distill: no step was better than the start on held-out images, so the weights at the")
+    else:
+        assert not said
 
 
 def test_a_task_that_moves_away_is_named(
@@ -278,6 +434,26 @@ def test_what_only_the_encoder_needs_is_refused_for_the_heads() -> None:
         get_realignment("distill", last_blocks=2)
 
 
+class TwoSizes(DenseDataset):
+    """A dataset of images of two sizes with as many pixels."""
+
+    def image(self, index: int) -> Tensor:
+        return torch.from_numpy(IMAGES[index]).permute(2, 0, 1).reshape(3, *((24, 32), (16, 48))[index // 12])
+
+    def targets(self, index: int, tasks: Iterable[str]) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("predictions", ["live", "stored"])
+def test_a_dataset_of_two_sizes_is_refused_before_the_fold(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, predictions: str
+) -> None:
+    monkeypatch.setattr(Distill, "_fold", lambda *_: pytest.fail("folded"))
+    merged = unfolded(start, experts)
+    with pytest.raises(InputError, match=r"image 12 is 48 x 16 pixels, the first 32 x 24; .*let the dataset resize"):
+        distil(merged, experts, TwoSizes({}, 16), predictions=predictions)
+
+
 def test_memory_that_does_not_suffice_says_what_needs_less(
     start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,14 +467,62 @@ def test_memory_that_does_not_suffice_says_what_needs_less(
         distil(start, experts)
 
 
-def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size(
-    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The free space of the disk in bytes, which a test may change."""
+    free = [1000]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(Distill, "_fold", lambda *_: pytest.fail("folded before the space was checked"))
+    return free
+
+
+def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size_before_the_fold(
+    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
 ) -> None:
-    free = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("simomerge.assembly.realign.predictions.shutil.disk_usage", lambda _: free)
-    with pytest.raises(InputError, match=r"predictions on 16 images need 0\.0 GB, and 0\.0 GB are free"):
-        distil(start, experts, predictions="stored", work_folder=tmp_path)
-    assert not list((tmp_path / "predictions").iterdir())
+    message = r"16 images need 98\.3 kB for the experts' predictions, and 1 kB are free; use fewer images"
+    with pytest.raises(InputError, match=message):
+        distil(unfolded(start, experts), experts, predictions="stored", work_folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_for_the_heads_predictions_and_features_are_checked_together(
+    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
+) -> None:
+    given: dict[str, Any] = {"method": "distill", "hold_out": 0.25, "training": replace(SETTINGS, steps=1)}
+    features = 12 * bytes_per_image(start.encoder, torch.zeros(3, 24, 32))  # a quarter of 16 images is held out
+    free[0] = 98_304 + features - 1
+    message = (
+        rf"16 images need 98\.3 kB for the experts' predictions and {size_text(features)} for the encoder's features"
+    )
+    with pytest.raises(InputError, match=message):
+        realign(unfolded(start, experts), experts, IMAGES, **given, work_folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    free[0] += 1
+    realign(start, experts, IMAGES, **given, work_folder=tmp_path)
+    written = sum(np.load(file, mmap_mode="r").nbytes for file in tmp_path.rglob("*.npy"))
+    assert written == free[0]
+    free[0] = 0  # what is there needs no space
+    realign(start, experts, IMAGES, **given, work_folder=tmp_path)
+
+
+def test_predictions_that_auto_does_not_store_are_said(
+    start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
+) -> None:
+    still = replace(SETTINGS, steps=1)
+    message = r"run for each batch.*on 16 images need 98\.3 kB: the budget is 90 kB, and [\d.]+ GB are free"
+    with pytest.warns(UserWarning, match=message):
+        distil(start, experts, work_folder=tmp_path, cache_budget="90kB", training=still)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*run for each batch")
+        for chosen in ({"cache_budget": "100kB"}, {"predictions": "live"}, {"features": 0.5}):
+            distil(start, experts, training=still, **chosen)
+
+
+def test_the_size_is_announced_before_a_file_is_made(experts: dict[str, SimoModel], tmp_path: Path) -> None:
+    lines: list[tuple[str, int]] = []
+    with show_progress(lambda *line: lines.append((line[3], len(list(tmp_path.rglob("*.npy")))))):
+        TeacherPredictions(as_images(IMAGES), experts, tmp_path / "predictions")
+    assert lines[0] == ("98.3 kB on disk", 0) and lines[1][1] == 2
 
 
 def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:
@@ -335,7 +559,7 @@ def test_it_folds_where_an_earlier_re_alignment_left_the_heads_alone() -> None:
 
 
 def test_the_fold_before_it_does_not_see_the_held_out_images(start: SimoModel, experts: dict[str, SimoModel]) -> None:
-    merged = SimoModel(start.encoder, TASKS, {task: copy.deepcopy(e.heads[task]) for task, e in experts.items()})
+    merged = unfolded(start, experts)
     other = [*IMAGES[:12], *(1 - image for image in IMAGES[12:])]  # the last four of sixteen are held out
     still = replace(SETTINGS, steps=1, lr=1e-12)
     first, second = (distil(merged, experts, images, training=still) for images in (IMAGES, other))

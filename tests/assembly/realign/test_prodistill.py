@@ -223,7 +223,7 @@ class Custom(nn.Module):
 
 
 class TwoSizes(DenseDataset):
-    """A dataset, whose images are not checked before they are used."""
+    """A dataset of images of two sizes."""
 
     def __init__(self) -> None:
         super().__init__({}, 4)
@@ -244,7 +244,7 @@ def test_what_it_cannot_train_is_named(
     with pytest.raises(InputError, match="Custom is a custom encoder, whose blocks are unknown"):
         realign(custom, {"depth": custom}, IMAGES, method="prodistill", base=custom)
 
-    with pytest.raises(InputError, match="needs images of one size"):
+    with pytest.raises(InputError, match="image 1 is 32 x 24 pixels, the first 32 x 16; this needs images of one"):
         realign(merged, experts, TwoSizes(), method="prodistill", base=base)
     with pytest.raises(InputError, match="the base does not fit expert 'depth'"):
         realign(merged, experts, IMAGES, method="prodistill", base=make_model([]))

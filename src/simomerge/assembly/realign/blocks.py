@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 
 from simomerge.assembly.realign.blend import ElementBlend, task_vectors
 from simomerge.core import distributed
-from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_bytes
 from simomerge.core.machine import autocast
 from simomerge.datasets.pictures import image_batches
@@ -141,8 +140,6 @@ class BlockDistillation:
                 distances.append((output.float() - targets[-1]).square().flatten(1).mean(1).cpu())
                 inputs.append(call.hidden.float().cpu())
                 targets[-1] = targets[-1].cpu()
-                if inputs[-1].shape[1:] != inputs[0].shape[1:]:
-                    raise InputError("prodistill needs images of one size: resize them (--size HEIGHTxWIDTH).")
         return BlockSamples(torch.cat(inputs), torch.cat(targets), call, float(torch.cat(distances).mean()))
 
     def _call(self, model: SimoModel, index: int, pixels: Tensor) -> tuple[Call, Tensor]:

@@ -20,8 +20,10 @@ from simomerge.assembly.realign.method import (
     heads_were_changed,
     register,
 )
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
+from simomerge.core.text import size_text
 from simomerge.training.choices import AUGMENTATIONS
 from simomerge.training.settings import TrainSettings
 
@@ -147,12 +149,17 @@ class Distill(TrainedRealignment):
             check_no_adapters(model, "distill its heads alone, or the model they were made from")
         inside = self._inside(model.encoder)
         inputs = replace(inputs, images=inputs.images.readable(one_size=True))
+        stored = self.trains == "heads" or self._stores(inputs)
+        if stored:
+            self._check_space(model, inputs)
+        elif self.predictions == "auto" and not self._needs_live:
+            self._say_live(inputs)
         if not heads_were_changed(model.provenance):
             self._fold(model, inputs)
         if self.trains == "heads":
             measured = distil_heads(model, inputs, self.training, self.hold_out, self.name)
         else:
-            measured = self._train_inside(model, inputs, inside)
+            measured = self._train_inside(model, inputs, inside, stored)
         return {"unlabelled_images": len(inputs.images), **measured}
 
     def check_encoder(self, encoder: Encoder) -> None:
@@ -173,12 +180,15 @@ class Distill(TrainedRealignment):
         """Fold every head that can be folded, in place.
 
         The images that are held out later are left out: the fold fits the images that it sees, so that no state of the
-        training could be better on them.
+        training could be better on them. Of more than `ENOUGH_IMAGES` training images it sees that number, spread
+        evenly, because more do not improve a linear map.
         """
+        from simomerge.assembly.realign.distillation import ENOUGH_IMAGES, evenly
         from simomerge.datasets.groups import training_images
         from simomerge.models.heads.projections import is_foldable
 
-        inputs = replace(inputs, images=inputs.images._subset(training_images(inputs.images, self.hold_out)))
+        seen = evenly(training_images(inputs.images, self.hold_out), ENOUGH_IMAGES)
+        inputs = replace(inputs, images=inputs.images._subset(seen))
         tasks = [task for task, head in model.heads.items() if is_foldable(head)]
         if tasks:
             experts = {task: inputs.experts[task] for task in tasks}
@@ -187,7 +197,7 @@ class Distill(TrainedRealignment):
                 model.heads[task] = folded.heads[task]
             model.provenance = {**model.provenance, "realign": folded.provenance["realign"]}
 
-    def _train_inside(self, model: SimoModel, inputs: Inputs, inside: Any) -> dict[str, Any]:
+    def _train_inside(self, model: SimoModel, inputs: Inputs, inside: Any, stored: bool) -> dict[str, Any]:
         """Train the heads together with the encoder, with adapters or with LoRA, in place."""
         from simomerge.assembly.realign.distillation import Distilling
         from simomerge.assembly.realign.training import freeze_encoder
@@ -207,7 +217,7 @@ class Distill(TrainedRealignment):
         how = Distilling(
             settings,
             hold_out=self.hold_out,
-            stored=self._stores(inputs),
+            stored=stored,
             features=self.features,
             augmentation=self.augmentation,
             checkpointing=self.checkpointing,
@@ -228,6 +238,39 @@ class Distill(TrainedRealignment):
         inputs.work_folder.mkdir(parents=True, exist_ok=True)
         budget = min(parse_size(self.cache_budget or CACHE_BUDGET), shutil.disk_usage(inputs.work_folder).free)
         return bool(distributed.from_first(not self._needs_live and needed <= budget))
+
+    def _check_space(self, model: SimoModel, inputs: Inputs) -> None:
+        """Check, before the fold, that what is stored fits on the disk.
+
+        Raises:
+            InputError: The experts' predictions, or with them the features of the heads' training, do not fit.
+        """
+        from simomerge.assembly.realign.predictions import PREDICTIONS, UnlabelledImages, check_space
+        from simomerge.assembly.realign.training import bytes_of_features
+        from simomerge.core import distributed
+        from simomerge.datasets.groups import training_images
+
+        work, images = inputs.work_folder, UnlabelledImages(inputs.images, inputs.experts)
+        made = any((work / "predictions").glob("*.npy"))  # by an interrupted start
+        needed = {PREDICTIONS: 0 if made else images.bytes_of_predictions}
+        if self.trains == "heads":
+            count = len(training_images(images, self.hold_out))
+            needed["the encoder's features"] = bytes_of_features(model, images.image(0), count, work)
+        if distributed.is_first():
+            check_space(needed, len(images), work)
+
+    def _say_live(self, inputs: Inputs) -> None:
+        """Warn that ``auto`` does not store the experts' predictions."""
+        from simomerge.assembly.realign.predictions import UnlabelledImages
+        from simomerge.checkpoints import parse_size
+
+        needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
+        budget, free = parse_size(self.cache_budget or CACHE_BUDGET), shutil.disk_usage(inputs.work_folder).free
+        warn(
+            f"{self.name}: the experts run for each batch, because their predictions on {len(inputs.images)} images"
+            f" need {size_text(needed)}: the budget is {size_text(budget)}, and {size_text(free)} are free. Raise"
+            " cache_budget, or give predictions='live' for no warning."
+        )
 
 
 def trained_names(encoder: Encoder, last_blocks: int) -> set[str]:

@@ -6,7 +6,8 @@ units. Some images are held out; the weights with the smallest distance on them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from simomerge.datasets.tasks import Task
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
+from simomerge.training.loop import HIGHEST_RISE
 from simomerge.training.lpft import finetune, trainable_parameters
 from simomerge.training.settings import TrainSettings, TuneOptions
 
@@ -40,6 +42,9 @@ FEW_IMAGES = 32
 
 VALIDATIONS = 8
 """Validations per training, unless the settings say how often."""
+
+ENOUGH_IMAGES = 4096
+"""Of more images, no more are measured or folded than of this number; all of them are for training."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,8 @@ class Distilling:
         """Train the parameters of a model that require a gradient; what was measured, for the provenance.
 
         Warns:
-            UserWarning: A task is further from its expert than at the start, or the training diverged.
+            UserWarning: A task is further from its expert than at the start, the weights at the start are kept, or the
+                training diverged or was stopped.
         """
         if self.features and not any(_foldable(model, expert, task) for task, expert in inputs.experts.items()):
             raise InputError(f"{label}: no head declares its first layers, so features has no effect; leave it out.")
@@ -216,16 +222,51 @@ class Distilling:
         except DivergedError as error:
             if not error.kept:
                 raise
-            warn(f"{error} The best weights before that are kept.")
+            warn(f"{error} The best weights before that are kept, those of step {error.best_step}.")
             return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
-        best = {"best_step": log.best_step} if held_out else {}
-        return {**cost, **best, "steps": log.steps, "seconds": log.seconds}
+        cost |= {"steps": log.steps, "seconds": log.seconds}
+        if not held_out:
+            return cost
+        if log.rise > HIGHEST_RISE:
+            warn(
+                f"{label}: stopped at step {log.steps}, because the distance to the experts on held-out images was"
+                f" {log.rise:.1f} times that at the start; lower the learning rate. The best weights are kept, those of"
+                f" step {log.best_step}."
+            )
+        elif not log.best_step:
+            warn(
+                f"{label}: no step was better than the start on held-out images, so the weights at the start are kept;"
+                " change the learning rate, or give more steps or images."
+            )
+        return {**cost, "best_step": log.best_step}
 
 
 def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
-    """A dataset without its held-out images, and these; None if there are too few. See `simomerge.datasets.groups`."""
-    out = groups.held_out(data, share)
-    return (data._subset(groups.training_images(data, share)), data._subset(out)) if out else (data, None)
+    """A dataset without its held-out images, and those of them that are measured; None if nothing is held out.
+
+    Of more than `ENOUGH_IMAGES` images, as many held-out ones are measured as `ENOUGH_IMAGES` have, spread evenly. The
+    other held-out images are left out, because their groups must stay apart from those of the training images; see
+    `simomerge.datasets.groups`.
+
+    Warns:
+        UserWarning: There are too few images to hold one out.
+    """
+    out = evenly(groups.held_out(data, share), math.ceil(share * ENOUGH_IMAGES))
+    if out:
+        return data._subset(groups.training_images(data, share)), data._subset(out)
+    if share:
+        needed = math.ceil(1 / share - 1e-9)
+        warn(
+            f"{len(data)} images are too few to hold one out (hold_out is {share:g}), so the weights at the end are"
+            f" kept and not compared with those at the start; give {needed} images or more."
+        )
+    return data, None
+
+
+def evenly(indices: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of some indices, spread evenly over them."""
+    places = np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)
+    return [indices[place] for place in places]
 
 
 def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:

@@ -22,10 +22,14 @@ from simomerge.core.images import resized
 from simomerge.core.kept import kept_array
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
+from simomerge.core.text import size_text
 from simomerge.datasets.base import DenseDataset
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 from simomerge.training.features import write_rows
+
+PREDICTIONS = "the experts' predictions"
+"""What is stored, in messages."""
 
 EVERY = 30.0
 """Seconds between two times that the place of the next image is saved."""
@@ -111,12 +115,22 @@ class TeacherPredictions(UnlabelledImages):
         return found
 
 
-def _check_space(needed: int, count: int, folder: Path) -> None:
+def check_space(needed: Mapping[str, int], count: int, folder: Path) -> None:
+    """Check that files fit on the disk of a folder, which is made.
+
+    Args:
+        needed: The size of the files in bytes, by what they hold.
+        count: Number of images that they are made from.
+
+    Raises:
+        InputError: They do not fit; the message has the sizes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if needed > (free := shutil.disk_usage(folder).free):
+    if sum(needed.values()) > (free := shutil.disk_usage(folder).free):
+        sizes = " and ".join(f"{size_text(size)} for {what}" for what, size in needed.items() if size)
         raise InputError(
-            f"{folder}: the experts' predictions on {count} images need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB"
-            " are free; use fewer images, another disk or, where more than the heads is trained, predictions='live'."
+            f"{folder}: {count} images need {sizes}, and {size_text(free)} are free; use fewer images, another disk or,"
+            " where more than the heads is trained, predictions='live'."
         )
 
 
@@ -127,12 +141,12 @@ def _make_files(shapes: Mapping[str, tuple[int, ...]], needed: int, folder: Path
         for file, shape in files.items():
             kept_array(file, "it is made again.", np.float16, shape)
         return
-    _check_space(needed, next(iter(shapes.values()))[0], folder)
+    check_space({PREDICTIONS: needed}, next(iter(shapes.values()))[0], folder)
+    progress("experts' predictions", 0, 1, f"{size_text(needed)} on disk")
     for left in folder.glob("next-*"):
         left.unlink()
     for file, shape in files.items():
         open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
-    progress("experts' predictions", 0, 1, f"{needed / 1e9:.2g} GB on disk")
 
 
 @torch.no_grad()

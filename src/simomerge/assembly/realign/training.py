@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simomerge.assembly.realign.distillation import ExpertDistances, split_off
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.core.caution import warn
-from simomerge.core.errors import InputError
+from simomerge.core.errors import DivergedError, InputError
 from simomerge.datasets import random_flip
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.features import CachedFeatures, cache_features
+from simomerge.training.features import CachedFeatures, bytes_per_image, cache_features
 from simomerge.training.loop import fit
 from simomerge.training.lpft import finetune, train_head, trainable_parameters
 from simomerge.training.pool import WorkerPool
@@ -81,27 +81,50 @@ def train_heads(
     """Train each head of a model on features that are computed once, in place; return the cost.
 
     Args:
-        criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (a teacher's logits).
+        criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (a teacher's logits). A head that
+            diverges is an error with "loss"; with "distance" it stays as it was.
         cache_budget: Bytes that the features may take on disk.
+
+    Raises:
+        DivergedError: See ``criterion``.
+
+    Warns:
+        UserWarning: A head diverged.
     """
     work, data = inputs.work_folder, inputs.data
     common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
     jobs = []
     for name, head in model.heads.items():
-        source = model.encoder.source(name)
-        features = work / (f"features-{source}" if source else "features")
+        features = _features_of(model, name, work)
         if not features.exists():
             cache_features(model.encoder.branch(name), data, features, budget=cache_budget)
         jobs.append((_train_one, {"head": head, "task": model.tasks[name], "features": features, **common}))
     with WorkerPool(min(inputs.workers, len(jobs))) as pool:
         outcomes = pool.run(jobs)
-    for head, (state, _log) in zip(model.heads.values(), outcomes, strict=True):
+    diverged = []
+    for (task, head), (state, log) in zip(model.heads.items(), outcomes, strict=True):
         head.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+        if log["diverged"]:
+            warn(f"{log['diverged']} The head stays as it was.")
+            diverged.append(task)
     return {
+        **({"diverged": diverged} if diverged else {}),
         "steps": sum(log["steps"] for _state, log in outcomes),
         "seconds": sum(log["seconds"] for _state, log in outcomes),
         "trained_parameters": sum(p.numel() for p in model.heads.parameters()),
     }
+
+
+def _features_of(model: SimoModel, task: str, work: Path) -> Path:
+    """The folder of the features that a head reads."""
+    source = model.encoder.source(task)
+    return work / (f"features-{source}" if source else "features")
+
+
+def bytes_of_features(model: SimoModel, image: Tensor, count: int, work: Path) -> int:
+    """What `train_heads` writes for a number of images of the size of this one, (3, H, W), unless it is there."""
+    folders = {_features_of(model, task, work): model.encoder.branch(task) for task in model.heads}
+    return count * sum(bytes_per_image(branch, image) for folder, branch in folders.items() if not folder.exists())
 
 
 def distil_heads(
@@ -109,7 +132,7 @@ def distil_heads(
 ) -> dict[str, Any]:
     """Train each head of a model on the experts' predictions, in place; what was measured, for the provenance.
 
-    A head that training moves away from its expert on held-out images stays as it was.
+    A head whose training diverges, or moves it away from its expert on held-out images, stays as it was.
 
     Warns:
         UserWarning: A head stays as it was.
@@ -134,13 +157,14 @@ def _train_one(
     head: nn.Module, task: Task, features: Path, data: Any, settings: TrainSettings, work: Path, criterion: str
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
     """Weights (as arrays, which are cheap to send between processes) and log of one head's training."""
-    log = train_head(
-        head,
-        task,
-        CachedFeatures(features, data, [task.name]),
-        settings,
-        state_file=work / f"{task.name}.safetensors",
-        label=f"{'head' if criterion == 'loss' else 'distill'} {task.name}",
-        criterion=criterion,
-    )
-    return {key: value.detach().cpu().numpy() for key, value in head.state_dict().items()}, vars(log)
+    start, why, cached = copy.deepcopy(head.state_dict()), "", CachedFeatures(features, data, [task.name])
+    label, state_file = f"{'head' if criterion == 'loss' else 'distill'} {task.name}", work / f"{task.name}.safetensors"
+    try:
+        log = train_head(head, task, cached, settings, state_file=state_file, label=label, criterion=criterion)
+    except DivergedError as error:
+        if criterion == "loss":
+            raise
+        head.load_state_dict(start)
+        log, why = TrainLog(error.step), str(error)
+    state = {key: value.detach().cpu().numpy() for key, value in head.state_dict().items()}
+    return state, {**vars(log), "diverged": why}
