@@ -111,6 +111,11 @@ class TeacherPredictions(UnlabelledImages):
         return found
 
 
+def are_kept(folder: Path) -> bool:
+    """Whether a folder has the files of predictions, complete or begun."""
+    return any(folder.glob("*.npy"))
+
+
 def _check_space(needed: int, count: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(folder).free):
@@ -127,9 +132,9 @@ def _make_files(shapes: Mapping[str, tuple[int, ...]], needed: int, folder: Path
         for file, shape in files.items():
             kept_array(file, "it is made again.", np.float16, shape)
         return
+    for left in (*files, *folder.glob("next-*")):  # they would count as space that is not free
+        left.unlink(missing_ok=True)
     _check_space(needed, next(iter(shapes.values()))[0], folder)
-    for left in folder.glob("next-*"):
-        left.unlink()
     for file, shape in files.items():
         open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
     progress("experts' predictions", 0, 1, f"{needed / 1e9:.2g} GB on disk")
