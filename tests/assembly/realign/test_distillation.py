@@ -209,18 +209,20 @@ def test_a_restart_does_as_the_interrupted_run_although_the_free_space_has_chang
     interrupted: Interrupted,
     stored: bool,
 ) -> None:
+    given = {"training": replace(SETTINGS, steps=40)}
     needed = 2 * (1 + 3) * 16 * 24 * 32
-    expected = distil(start, experts, predictions="stored" if stored else "live")
+    expected = distil(start, experts, predictions="stored" if stored else "live", **given)
+    assert of(expected)["best_step"] > 5  # so steps after the interruption decide
     free = [needed if stored else needed - 1]
     usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=free[0]))
     monkeypatch.setattr("simomerge.assembly.realign.distill.shutil", usage)
     with interrupted(6), pytest.raises(KeyboardInterrupt):
-        distil(start, experts, work_folder=tmp_path)
+        distil(start, experts, work_folder=tmp_path, **given)
     free[0] = 0 if stored else needed
-    resumed = distil(start, experts, work_folder=tmp_path)
+    resumed = distil(start, experts, work_folder=tmp_path, **given)
     assert (tmp_path / "predictions").exists() == stored
     assert same(state(resumed), state(expected)) and of(resumed)["best_step"] == of(expected)["best_step"]
-    other = distil(start, experts, predictions="live" if stored else "stored")
+    other = distil(start, experts, predictions="live" if stored else "stored", **given)
     assert not same(state(other), state(expected))  # so the choice matters
 
 
