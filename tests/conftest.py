@@ -5,8 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
 import copy
+import itertools
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -52,6 +54,27 @@ def cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIMOMERGE_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def interrupted():
+    """A context in which a training is interrupted, as by Ctrl-C, in the step of the given number from its start."""
+    from simomerge.training.loop import _Trainer
+
+    @contextmanager
+    def context(number):
+        step, calls = _Trainer._step, itertools.count(1)
+
+        def replaced(*arguments):
+            if next(calls) == number:
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Trainer, "_step", replaced)
+            yield
+
+    return context
 
 
 @pytest.fixture(scope="session")

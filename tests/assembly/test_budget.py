@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from simomerge.assembly import budget
 from simomerge.assembly import merge as merging
 from simomerge.assembly.budget import distil_until
 from simomerge.assembly.realign import realign
+from simomerge.assembly.realign.distillation import Distilling
+from simomerge.assembly.realign.predictions import UnlabelledImages
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import Images, as_images
 from simomerge.datasets.tasks import Task
@@ -60,6 +64,31 @@ def test_as_many_steps_are_made_as_fit(
     assert choice == {"chosen": "distill-encoder", "steps": record["steps"]} and record["steps"] > 8
     assert record["after"]["method"] == "fold" and record["trains"] == "encoder"
     assert all(ratio < 1 for ratio in record["distance_ratio"].values())
+
+
+def test_all_its_trainings_use_the_stored_predictions(
+    folded: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictions themselves take the space that was free at the first training."""
+    monkeypatch.setattr(budget, "LEAST_STEPS", 1)
+    monkeypatch.setattr(budget, "MOST_STEPS", 12)
+    needed = UnlabelledImages(images(), experts).bytes_of_predictions
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=needed - sum(each.stat().st_size for each in folder.glob("predictions/*.npy")))
+
+    monkeypatch.setattr("simomerge.assembly.realign.distill.shutil", SimpleNamespace(disk_usage=usage))
+    stored: list[bool] = []
+    train = Distilling.train
+
+    def note(self: Distilling, *given: Any) -> dict[str, Any]:
+        stored.append(self.stored)
+        return train(self, *given)
+
+    monkeypatch.setattr(Distilling, "train", note)
+    result = distil_until(time.monotonic() + 60, folded, folded, experts, images())
+    assert result.provenance["auto"] == {"chosen": "distill-encoder", "steps": 12}
+    assert stored == [True] * 5  # one to begin with, three timed ones and the planned one
 
 
 def test_without_time_the_fold_stays(folded: SimoModel, experts: dict[str, SimoModel]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from simomerge.assembly.realign import get_realignment, realign
+from simomerge.assembly.realign import get_realignment, prepared
 from simomerge.assembly.realign.distillation import VALIDATIONS
 from simomerge.core import distributed
 from simomerge.core.caution import Caution, warn
@@ -95,11 +95,12 @@ def _distilled(
 def _distil(
     model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path, **settings: Any
 ) -> SimoModel:
-    return realign(model, experts, images, method=get_realignment("distill-encoder", **settings), work_folder=folder)
+    method = get_realignment("distill-encoder", **settings)
+    return method.apply(model, prepared(method, model, folder, experts=experts, images=images))
 
 
 def _forget(folder: Path) -> None:
-    """Remove the state of a training, so that the next one starts at the beginning."""
+    """Remove the state of a training, so that the next one starts at the beginning. The predictions stay."""
     if distributed.is_first():
         (folder / "state.safetensors").unlink(missing_ok=True)
     distributed.wait()

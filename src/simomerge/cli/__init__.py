@@ -149,7 +149,7 @@ def main() -> None:
     try:
         code = cli.main(prog_name="simomerge", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        resumes = any(word in ("train", "demo", "run") for word in sys.argv[1:2])
+        resumes = sys.argv[1:2] in (["train"], ["demo"], ["run"]) or "--work" in (w.split("=")[0] for w in sys.argv)
         click.echo(f"Stopped. No file is half-written{'; repeat the command to resume.' if resumes else '.'}", err=True)
         sys.exit(130)
     except BrokenPipeError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from simomerge.assembly.merge import merge
-from simomerge.assembly.realign import Realignment, realign
+from simomerge.assembly.realign import Realignment, prepared
 from simomerge.assembly.realign.method import TrainedRealignment
 from simomerge.assembly.scale import search_scale
 from simomerge.core import distributed
@@ -272,9 +272,10 @@ class Realign(LoggedStage):
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
         start, data, device = load(self.model / "model"), open_data(self.data), compute_device()
         labelled, experts = self.method.teacher == "labels", _models(self.experts, device)
-        inputs = {"data": data} if labelled else {"experts": experts, "images": data}
+        given = {"data": data} if labelled else {"experts": experts, "images": data}
         base = load(self.base).to(device) if self.base else None
-        result = realign(start.to(device), **inputs, method=self.method, base=base, work_folder=folder)
+        inputs = prepared(self.method, start.to(device), folder, **given, base=base)
+        result = self.method.apply(start, inputs)
         record = result.provenance["realign"]
         return {key: record[key] for key in _LOGGED if key in record}, result
 

@@ -140,7 +140,7 @@ class TrainingState:
         try:
             with safe_open(self.path, framework="pt") as file:
                 return self._read(file)
-        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
             first_line = str(error).splitlines()[0]
             raise InputError(
                 f"{self.path}: cannot resume from it ({first_line}); remove it to train from the start."
@@ -149,8 +149,9 @@ class TrainingState:
     def _read(self, file: Any) -> TrainLog:
         data = json.loads(bytes(file.get_tensor(_LOG).tolist()))
         log = TrainLog(**{**data, "validation": [(step, loss) for step, loss in data["validation"]]})
-        weights = self._weights()
-        for name, value in weights.items():
+        if log.steps >= self.schedule.total_steps:
+            raise ValueError(f"it is at step {log.steps}, and this training has {self.schedule.total_steps - 1} steps")
+        for name, value in self._weights().items():
             assign(value, file.get_tensor(f"weights/{name}"))
         if log.validation:
             self.keep_best()

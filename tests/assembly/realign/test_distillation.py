@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -40,6 +41,7 @@ from .contract import weights as state
 TASKS = {"depth": Task("depth"), "parts": Task("parts", "segmentation", classes=("a", "b", "c"))}
 HEADS_OF = {"depth": "dpt", "parts": "linear"}
 IMAGES = list(np.repeat(np.repeat(np.random.default_rng(0).random((16, 4, 4, 3), np.float32), 6, 1), 8, 2))
+Interrupted = Callable[[int], AbstractContextManager[None]]
 SETTINGS = TrainSettings(steps=10, batch_size=8, lr=1e-3, seed=2)
 pytestmark = pytest.mark.filterwarnings("ignore:.*stays close to the unfolded head:UserWarning")
 
@@ -247,6 +249,32 @@ def test_predictions_are_stored_within_the_budget(
         work = tmp_path / str(budget)
         distil(start, experts, work_folder=work, cache_budget=f"{budget}B", training=replace(SETTINGS, steps=1))
         assert (work / "predictions").exists() == kept
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_restart_does_as_the_interrupted_run_although_the_free_space_has_changed(
+    start: SimoModel,
+    experts: dict[str, SimoModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: Interrupted,
+    stored: bool,
+) -> None:
+    given = {"training": replace(SETTINGS, steps=40)}
+    needed = 2 * (1 + 3) * 16 * 24 * 32
+    expected = distil(start, experts, predictions="stored" if stored else "live", **given)
+    assert of(expected)["best_step"] > 5  # so steps after the interruption decide
+    free = [needed if stored else needed - 1]
+    usage = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr("simomerge.assembly.realign.distill.shutil", usage)
+    with interrupted(6), pytest.raises(KeyboardInterrupt):
+        distil(start, experts, work_folder=tmp_path, **given)
+    free[0] = 0 if stored else needed
+    resumed = distil(start, experts, work_folder=tmp_path, **given)
+    assert (tmp_path / "predictions").exists() == stored
+    assert same(state(resumed), state(expected)) and of(resumed)["best_step"] == of(expected)["best_step"]
+    other = distil(start, experts, predictions="live" if stored else "stored", **given)
+    assert not same(state(other), state(expected))  # so the choice matters
 
 
 # What is kept -------------------------------------------------------------------------------------------

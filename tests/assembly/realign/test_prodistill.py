@@ -206,7 +206,8 @@ def test_finished_blocks_are_not_trained_again(
     with pytest.raises(Killed):
         realign(merged, experts, IMAGES, work_folder=tmp_path, **given)
     assert seen == [1, 2, 3, 1, 2]
-    assert {each.name for each in tmp_path.iterdir()} == {"block-0.safetensors", "block-1-state.safetensors"}
+    found = {each.name for each in tmp_path.iterdir()}
+    assert found == {"inputs.json", "block-0.safetensors", "block-1-state.safetensors"}
     assert same(weights(realign(merged, experts, IMAGES, work_folder=tmp_path, **given)), weights(expected))
     assert seen == [1, 2, 3, 1, 2, 3]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,10 +47,10 @@ def test_an_interrupted_fold_ends_like_one_that_was_left_alone(
     monkeypatch.setattr(SavedSums, "save_once_in_a_while", note)
     with pytest.raises(Killed):
         realign(merged, experts, rooms, work_folder=tmp_path, **given)
-    assert [path.name for path in tmp_path.iterdir()] == ["sums-0-of-1.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"inputs.json", "sums-0-of-1.safetensors"}
     resumed = realign(merged, experts, rooms, work_folder=tmp_path, **given)
     assert seen == list(range(2, len(rooms) + 1, 2))  # no batch was seen twice
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
     for name, value in expected.heads.state_dict().items():
         torch.testing.assert_close(resumed.heads.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
     records = [model.provenance["realign"] for model in (expected, resumed)]
@@ -111,6 +112,23 @@ def test_damaged_predictions_are_made_again_or_named(experts: dict[str, SimoMode
     os.truncate(tmp_path / "depth.npy", 300)
     with pytest.raises(InputError, match=rf"depth\.npy: cannot be read .*; remove the folder {tmp_path}, and repeat"):
         TeacherPredictions(images, experts, tmp_path).targets(0, ["depth"])
+
+
+def test_predictions_that_are_made_again_may_use_the_space_of_the_old_ones(
+    experts: dict[str, SimoModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = as_images(torch.rand((6, 3, 24, 32), generator=torch.Generator().manual_seed(0)))
+    needed = TeacherPredictions(images, experts, tmp_path).bytes_of_predictions
+    (tmp_path / "done").unlink()  # as after an interruption
+    os.truncate(tmp_path / "depth.npy", 300)
+    disk = needed + 100
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=disk - sum(each.stat().st_size for each in folder.glob("*.npy")))
+
+    monkeypatch.setattr(predictions, "shutil", SimpleNamespace(disk_usage=usage))
+    again = TeacherPredictions(images, experts, tmp_path)
+    assert (tmp_path / "done").exists() and again.targets(5, ["depth"])["depth"].abs().sum() > 0
 
 
 def test_a_damaged_file_is_named(

@@ -8,12 +8,14 @@
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
   ``normal_equations.py`` is ridge regression from sums.
+- ``work.py``: what a work folder was begun with.
 - ``procrustes.py``: the maps of ReACT. ``corrections.py``: the training of representation surgery.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,28 +73,54 @@ def realign(
         data: A dataset with the targets of every task.
         method: A method or preset by name (`simomerge methods` lists them), or a `Realignment`.
         base: The foundation encoder, for methods that need it (`simomerge methods` says which).
-        work_folder: Folder for features, predictions and the state of a killed run. Do not share it between
-            re-alignments. The default is a temporary folder.
+        work_folder: Folder for features, predictions and the state of a killed run, which the same call resumes. It
+            belongs to one re-alignment. The default is a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
         **parameters: Parameters of the method and, where it trains, of its `TrainSettings`. ``size``, a height and a
             width in pixels, resizes the pictures of a folder or list; by default they get the experts' training size,
             and ``"own"`` keeps theirs.
 
     Raises:
-        InputError: The method or a parameter is unknown, an input is missing, or the model or the inputs do not fit the
-            method.
+        InputError: The method or a parameter is unknown, an input is missing, the model or the inputs do not fit the
+            method, or the work in ``work_folder`` was begun with other parameters, images or models.
 
     Example:
         >>> model = realign(model, experts, images="photos/")                                      # doctest: +SKIP
         >>> model = realign(model, data=load_data("rooms", split="val"), method="heads", steps=60)  # doctest: +SKIP
     """
+    from simomerge.assembly.realign.work import check_same_inputs
     from simomerge.core import distributed
-    from simomerge.models.model import as_model, as_models
+    from simomerge.models.model import as_model
 
     size = parameters.pop("size", None)
     chosen = get_realignment(method, **parameters) if isinstance(method, str) else method
-    model, base = as_model(model), None if base is None else as_model(base)
-    experts = as_models(experts) if experts else {}
+    model = as_model(model)
+    with distributed.temporary_folder() as temporary:
+        given = {"experts": experts, "images": images, "data": data, "base": base}
+        inputs = replace(prepared(chosen, model, Path(work_folder or temporary), size, **given), workers=workers)
+        if work_folder:
+            check_same_inputs(chosen, model, inputs)
+        return chosen.apply(model, inputs)
+
+
+def prepared(
+    chosen: Realignment,
+    model: SimoModel,
+    folder: Path,
+    size: Any = None,
+    *,
+    experts: Mapping[str, SimoModel | str | Path] | None = None,
+    images: Any = None,
+    data: Any = None,
+    base: SimoModel | str | Path | None = None,
+) -> Inputs:
+    """What a re-alignment may use, checked: as `realign`, for a work folder that holds only the work of these inputs.
+
+    Raises:
+        InputError: An input is missing, or the model or the inputs do not fit the method.
+    """
+    from simomerge.models.model import as_model, as_models
+
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
     if model.encoder.describe().get("tree") and not chosen.takes_trees:
@@ -101,11 +129,9 @@ def realign(
             " distill-adapters or distill-encoder."
         )
     if chosen.teacher == "labels":
-        inputs = {"data": _labelled(chosen, model, data)}
-    else:
-        inputs = {**_unlabelled(chosen, model, experts, images, size), "base": _foundation(chosen, model, base)}
-    with distributed.temporary_folder() as temporary:
-        return chosen.apply(model, Inputs(Path(work_folder or temporary), **inputs, workers=workers))
+        return Inputs(folder, data=_labelled(chosen, model, data))
+    base = _foundation(chosen, model, None if base is None else as_model(base))
+    return Inputs(folder, **_unlabelled(chosen, model, as_models(experts) if experts else {}, images, size), base=base)
 
 
 def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:

@@ -228,16 +228,21 @@ class Distill(TrainedRealignment):
 
     def _stores(self, inputs: Inputs) -> bool:
         """Whether the experts' predictions are kept on disk."""
-        from simomerge.assembly.realign.predictions import UnlabelledImages
+        from simomerge.assembly.realign.predictions import UnlabelledImages, are_kept
         from simomerge.checkpoints import parse_size
         from simomerge.core import distributed
 
-        if self.predictions != "auto":
+        if self.predictions != "auto" or self._needs_live:
             return self.predictions == "stored"
-        needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
-        inputs.work_folder.mkdir(parents=True, exist_ok=True)
-        budget = min(parse_size(self.cache_budget or CACHE_BUDGET), shutil.disk_usage(inputs.work_folder).free)
-        return bool(distributed.from_first(not self._needs_live and needed <= budget))
+        work = inputs.work_folder
+        work.mkdir(parents=True, exist_ok=True)
+        kept = are_kept(work / "predictions")
+        if kept or (work / "state.safetensors").exists():
+            fits = kept  # as the interrupted run decided; its own files take the space that was free then
+        else:
+            needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
+            fits = needed <= min(parse_size(self.cache_budget or CACHE_BUDGET), shutil.disk_usage(work).free)
+        return bool(distributed.from_first(fits))
 
     def _check_space(self, model: SimoModel, inputs: Inputs) -> None:
         """Check, before the fold, that what is stored fits on the disk.
@@ -245,13 +250,13 @@ class Distill(TrainedRealignment):
         Raises:
             InputError: The experts' predictions, or with them the features of the heads' training, do not fit.
         """
-        from simomerge.assembly.realign.predictions import PREDICTIONS, UnlabelledImages, check_space
+        from simomerge.assembly.realign.predictions import PREDICTIONS, UnlabelledImages, are_kept, check_space
         from simomerge.assembly.realign.training import bytes_of_features
         from simomerge.core import distributed
         from simomerge.datasets.groups import training_images
 
         work, images = inputs.work_folder, UnlabelledImages(inputs.images, inputs.experts)
-        made = any((work / "predictions").glob("*.npy"))  # by an interrupted start
+        made = are_kept(work / "predictions")  # by an interrupted start
         needed = {PREDICTIONS: 0 if made else images.bytes_of_predictions}
         if self.trains == "heads":
             count = len(training_images(images, self.hold_out))

@@ -132,14 +132,14 @@ class Realignment(ABC):
             "steps": 0,
             "seconds": round(time.monotonic() - began, 2),
             "changes_encoder": self.changes_encoder,
-            **self._used_parameters(),
+            **self.used_parameters(),
             **measured,
             **({"after": earlier} if earlier else {}),
         }
         result.provenance = {**result.provenance, "realign": record}
         return result.eval()
 
-    def _used_parameters(self) -> dict[str, Any]:
+    def used_parameters(self) -> dict[str, Any]:
         """The parameters that have an effect, as plain data."""
         found: dict[str, Any] = {}
         for spec in fields(self):

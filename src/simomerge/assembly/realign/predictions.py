@@ -115,6 +115,11 @@ class TeacherPredictions(UnlabelledImages):
         return found
 
 
+def are_kept(folder: Path) -> bool:
+    """Whether a folder has the files of predictions, complete or begun."""
+    return any(folder.glob("*.npy"))
+
+
 def check_space(needed: Mapping[str, int], count: int, folder: Path) -> None:
     """Check that files fit on the disk of a folder, which is made.
 
@@ -141,10 +146,10 @@ def _make_files(shapes: Mapping[str, tuple[int, ...]], needed: int, folder: Path
         for file, shape in files.items():
             kept_array(file, "it is made again.", np.float16, shape)
         return
+    for left in (*files, *folder.glob("next-*")):  # they would count as space that is not free
+        left.unlink(missing_ok=True)
     check_space({PREDICTIONS: needed}, next(iter(shapes.values()))[0], folder)
     progress("experts' predictions", 0, 1, f"{size_text(needed)} on disk")
-    for left in folder.glob("next-*"):
-        left.unlink()
     for file, shape in files.items():
         open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
 
