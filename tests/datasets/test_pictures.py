@@ -416,3 +416,13 @@ def test_a_dataset_that_cannot_read_an_image_says_so_itself() -> None:
 
     with pytest.raises(InputError, match="scene 2: the disk is gone"):
         list(image_batches(Broken(4)))
+
+
+def test_of_many_images_of_a_dataset_some_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simomerge.datasets.pictures.CHECKED_OF_DATASET", 3)
+    one_size, other_in_the_middle = [(6, 8)] * 9, [*[(6, 8)] * 4, (5, 5), *[(6, 8)] * 4]
+    assert len(as_images(Labelled(9, one_size)).readable(one_size=True)) == 9
+    with pytest.raises(InputError, match="is 5 x 5 pixels, the first 8 x 6"):
+        as_images(Labelled(9, other_in_the_middle)).readable(one_size=True)
+    unseen = [*[(6, 8)] * 3, (5, 5), *[(6, 8)] * 5]
+    assert len(as_images(Labelled(9, unseen)).readable(one_size=True)) == 9  # image 3 is not among 0, 4 and 8

@@ -12,6 +12,7 @@ import torch
 import simomerge
 from simomerge.assembly.realign.blocks import BlockDistillation
 from simomerge.datasets import DenseDataset, load_data
+from simomerge.datasets.tasks import Task
 from simomerge.merging.disk.merge import merge_on_disk
 from simomerge.models.encoders import load_encoder
 from simomerge.models.heads import head_for
@@ -65,6 +66,24 @@ def test_experts_of_every_family_become_one_model(
     assert {name: value.shape for name, value in ours.items()} == {"depth": (40, 56), "normals": (3, 40, 56)}
     for name, value in ours.items():
         np.testing.assert_allclose(again[name], value, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name in TINY if name != "resnet"])  # it has no linear layers
+def test_calibration_brings_every_family_nearer_to_an_expert(tmp_path: Path, model_type: str) -> None:
+    base = load(save_tiny(model_type, tmp_path))
+    base = SimoModel(base.encoder, {"depth": Task("depth")}, {"depth": head_for(base.encoder, "linear", 1)}).eval()
+    expert = copy.deepcopy(base)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for module in (module for block in expert.encoder.layout.blocks for module in block.modules()):
+            if isinstance(module, torch.nn.Linear):
+                module.weight.add_(0.1 * torch.randn_like(module.weight))
+    images = list(torch.rand(16, 3, 48, 64))
+    model = simomerge.realign(base, {"depth": expert}, images, method="calibrate", mix=1, ridge=1e-4)
+    with torch.no_grad():
+        maps = [[each.encode(image[None]).maps[-1] for image in images] for each in (base, model, expert)]
+    before, after = (sum((a - b).square().mean() for a, b in zip(each, maps[2], strict=True)) for each in maps[:2])
+    assert after < 0.5 * before
 
 
 def _distance(model: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, task: str) -> float:

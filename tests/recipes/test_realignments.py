@@ -27,7 +27,7 @@ RECIPE = replace(
     val_images=8,
     merges=("average",),
     realigned=(*FIRST.values(), *AFTER_A_FOLD.values()),
-    realign={**dict.fromkeys(TRAINED, STEPS), **{name: {"count": 4} for name in ("fold", "fold-cross")}},
+    realign={**dict.fromkeys(TRAINED, STEPS), **{name: {"count": 4} for name in ("fold", "fold-cross", "calibrate")}},
     refine=dict.fromkeys(TRAINED, FEWER),
     gallery=("experts",),
 )

@@ -32,6 +32,9 @@ KEPT_SIZES = 1 << 16
 SHOWN_EVERY = 100
 """Images that a check decodes between two lines of progress."""
 
+CHECKED_OF_DATASET = 4096
+"""Images of a dataset whose sizes a check compares. Pictures are all checked, because some may be unreadable."""
+
 
 class Images(DenseDataset):
     """Images without labels, each read when it is asked for. `as_images` makes one from what a user gives.
@@ -106,7 +109,7 @@ class Images(DenseDataset):
     def readable(self, one_size: bool = False) -> Images:
         """The images without those that cannot be read. Use it before work that reads images repeatedly.
 
-        A dataset's images are checked only for their size.
+        A dataset's images are checked only for their size, and of many only `CHECKED_OF_DATASET`, spread evenly.
 
         Args:
             one_size: require images of one size.
@@ -121,7 +124,8 @@ class Images(DenseDataset):
             return self
         kept, unreadable = list[int](), list[int]()
         first: tuple[int, int] | None = None
-        for index in range(len(self)):
+        checked = min(len(self), CHECKED_OF_DATASET) if self.is_dataset else len(self)
+        for done, index in enumerate(np.linspace(0, len(self) - 1, checked).round().astype(int).tolist(), 1):
             # Only decoding finds a truncated picture: the size in its header looks right.
             size = self._size(index)
             (unreadable if size is None else kept).append(index)
@@ -133,8 +137,8 @@ class Images(DenseDataset):
                     f"{self.name(index)} is {size[1]} x {size[0]} pixels, the first {first[1]} x {first[0]}; this needs"
                     f" images of one size: {way}."
                 )
-            if len(self) > SHOWN_EVERY and ((index + 1) % SHOWN_EVERY == 0 or index + 1 == len(self)):
-                progress("images", index + 1, len(self), "checked")
+            if checked > SHOWN_EVERY and (done % SHOWN_EVERY == 0 or done == checked):
+                progress("images", done, checked, "checked")
         self.report(unreadable, len(self), every_image=True)
         return self._subset(kept) if unreadable else self
 

@@ -40,6 +40,7 @@ REALIGN: dict[str, dict[str, Any]] = {
     "fold-cross": {"count": 256},
     "react": {"count": 64},
     "surgery": {"count": 256},
+    "calibrate": {"count": 256},
     "distill": {"steps": 40, "lr": 1e-3, "count": 256},
     "distill-adapters": {"steps": 60, "lr": 1e-3, "count": 256},
     "distill-lora": {"steps": 60, "lr": 1e-3, "count": 256},

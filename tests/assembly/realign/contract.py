@@ -37,7 +37,7 @@ from simomerge.training.state import TrainingState
 
 SETTINGS = TrainSettings(steps=6, batch_size=4, lr=1e-2, seed=1)
 IMAGES = 8
-MEASURED = ("ridge", "r2", "r2_before", "distance_ratio", "best_step")
+MEASURED = ("ridge", "r2", "r2_before", "distance_ratio", "best_step", "layers_changed", "error", "error_before")
 FEW_IMAGES = "ignore:.*the fold stays close to the unfolded head:UserWarning"
 
 

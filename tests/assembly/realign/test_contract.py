@@ -119,6 +119,12 @@ class TestProDistill(RealignmentContract):
     trainings = 4
 
 
+class TestCalibrate(RealignmentContract):
+    name = "calibrate"
+    given: ClassVar[dict[str, Any]] = {"mix": 0.5, "images_at_once": 3}
+    recorded: ClassVar[dict[str, Any]] = {"mix": 0.5, "ridge": "auto"}
+
+
 def test_every_re_alignment_is_here() -> None:
     assert {each.name for each in RealignmentContract.__subclasses__()} == set(realignments())
 

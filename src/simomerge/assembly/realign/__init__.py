@@ -2,12 +2,12 @@
 
 - ``method.py``: the base classes and the registry.
 - ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``react.py``, ``surgery.py``,
-  ``symerge.py``, ``prodistill.py``: one method each, registered by the imports.
+  ``symerge.py``, ``prodistill.py``, ``calibrate.py``: one method each, registered by the imports.
 - ``training.py``: what the methods that train have in common.
 - ``blend.py``: weights as a function of merging coefficients. ``blocks.py``: distillation block by block.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
-  ``normal_equations.py`` is ridge regression from sums.
+  ``normal_equations.py`` is ridge regression from sums. ``layers.py``: the calibration of an encoder.
 - ``work.py``: what a work folder was begun with.
 - ``procrustes.py``: the maps of ReACT. ``corrections.py``: the training of representation surgery.
 """
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simomerge.assembly.realign.adapters import Adapters
+from simomerge.assembly.realign.calibrate import Calibrate
 from simomerge.assembly.realign.distill import Distill
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.heads import Heads
@@ -170,6 +171,7 @@ def _foundation(method: Realignment, model: SimoModel, base: SimoModel | None) -
 
 __all__ = [
     "Adapters",
+    "Calibrate",
     "Distill",
     "Fold",
     "Heads",
