@@ -510,7 +510,7 @@ def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size_before
     message = r"16 images need 98\.3 kB for the experts' predictions, and 1 kB are free; use fewer images"
     with pytest.raises(InputError, match=message):
         distil(unfolded(start, experts), experts, predictions="stored", work_folder=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
 
 
 def test_for_the_heads_predictions_and_features_are_checked_together(
@@ -524,7 +524,7 @@ def test_for_the_heads_predictions_and_features_are_checked_together(
     )
     with pytest.raises(InputError, match=message):
         realign(unfolded(start, experts), experts, IMAGES, **given, work_folder=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
     free[0] += 1
     realign(start, experts, IMAGES, **given, work_folder=tmp_path)
     written = sum(np.load(file, mmap_mode="r").nbytes for file in tmp_path.rglob("*.npy"))

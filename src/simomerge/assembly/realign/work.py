@@ -54,6 +54,7 @@ def _compared(method: Realignment, model: SimoModel, inputs: Inputs) -> str:
         if differences:
             shown = ", ".join(differences[:_SHOWN]) + (", ..." if len(differences) > _SHOWN else "")
             return f"{folder}: this work was begun with other inputs: {shown}; {remedy}"
+        return ""
     atomic_write_text(file, json.dumps(now, indent=2) + "\n")
     return ""
 
