@@ -90,21 +90,12 @@ def of_two_sizes(experts: dict[str, SimoModel]) -> dict[str, SimoModel]:
     return {**experts, "normals": small, "edges": small}
 
 
-def test_experts_of_different_sizes_are_named_with_the_size_that_is_used(
-    experts: dict[str, SimoModel], folder: Path
-) -> None:
+def test_pictures_keep_their_size_if_the_experts_have_several(experts: dict[str, SimoModel], folder: Path) -> None:
     several = of_two_sizes(experts)
-    message = (
-        r"different sizes, 32 x 24 \(depth\) and 12 x 10 \(normals, edges\), so the images keep their own size\. The"
-        r" first image has 64 x 48 pixels"
-    )
     for source in (folder, Labelled({}, 4)):
-        with pytest.warns(UserWarning, match=message):
-            assert prepare(source, several).image(0).shape == (3, 48, 64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert prepare(folder, several, size="12x20").image(0).shape == (3, 12, 20)
-        assert prepare(folder, {task: several[task] for task in ("normals", "edges")}).image(0).shape == (3, 10, 12)
+        assert prepare(source, several).image(0).shape == (3, 48, 64)
+    assert prepare(folder, several, size="12x20").image(0).shape == (3, 12, 20)
+    assert prepare(folder, {task: several[task] for task in ("normals", "edges")}).image(0).shape == (3, 10, 12)
 
 
 def test_every_expert_of_another_size_than_the_images_is_named(experts: dict[str, SimoModel]) -> None:

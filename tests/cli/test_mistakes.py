@@ -253,7 +253,9 @@ def test_memory_that_runs_out_in_torch_is_one_sentence(
     monkeypatch.setattr("simomerge.assembly.realign.fold.Fold.change", full)
     fold = ("realign", story / "scene", f"depth={story / 'depth'}", f"normals={story / 'normals'}", "--images", "rooms")
     done = simomerge(*fold, "--count", "8", "--method", "fold", "-o", tmp_path / "out")
-    assert_mistake(done, "out of memory; free some, .* a smaller --batch-size or smaller images")
+    where = "the GPU is out" if "CUDA" in str(error) else "Error: out"
+    assert_mistake(done, f"{where} of memory; free some, .*smaller or fewer images, smaller batches")
+    assert ("ulimit" in done.err) == ("CUDA" not in str(error))
     assert not (tmp_path / "out").exists()
 
 

@@ -189,4 +189,6 @@ def test_the_help_gives_the_number_of_images_that_each_method_uses() -> None:
     counts = {name: get_realignment(name).default_count for name in realignments()}
     few = [name for name, count in counts.items() if count == 64]
     assert sorted(few) == ["fold", "fold-cross", "prodistill", "react"] and set(counts.values()) == {64, 256}
-    assert "64 in closed form and for prodistill, else 256" in " ".join(simomerge("realign", "--help").out.split())
+    assert "64 for fold, fold-cross, react and prodistill, else 256" in " ".join(
+        simomerge("realign", "--help").out.split()
+    )

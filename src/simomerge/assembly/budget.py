@@ -96,7 +96,9 @@ def _distil(
     model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path, **settings: Any
 ) -> SimoModel:
     method = get_realignment("distill-encoder", **settings)
-    return method.apply(model, prepared(method, model, folder, experts=experts, images=images))
+    with warnings.catch_warnings():  # the choice records why the fold is kept, and a user gives no learning rate here
+        warnings.filterwarnings("ignore", message=".*the weights at the start are kept", category=Caution)
+        return method.apply(model, prepared(method, model, folder, experts=experts, images=images))
 
 
 def _forget(folder: Path) -> None:

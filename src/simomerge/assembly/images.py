@@ -48,23 +48,11 @@ def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = N
 
     Raises:
         InputError: See `as_images` and `load_images`.
-
-    Warns:
-        UserWarning: The experts record different sizes, and none is given.
     """
     source = load_images(source) if isinstance(source, (str, Path)) else source
     images = as_images(source, count, None if size == OWN_SIZE else size)
-    if size is not None or images.size is not None:
-        return images
     trained = _trained_sizes(experts)
-    if len(trained) > 1:
-        first = images._size(0)
-        used = f"The first image has {first[1]} x {first[0]} pixels. " if first else ""
-        warn(
-            f"the experts were trained on images of different sizes, {_listed(trained)}, so the images keep their own"
-            f" size. {used}Give the size at which the model will be used."
-        )
-    if images.is_dataset or len(trained) != 1:
+    if size is not None or images.is_dataset or images.size is not None or len(trained) != 1:
         return images
     height, width = next(iter(trained))
     note = f"cut and resized to {width} x {height} pixels, the experts' training size; size {OWN_SIZE} keeps theirs"

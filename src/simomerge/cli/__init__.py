@@ -202,9 +202,11 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        on_gpu = any(text in str(error) for text in ("CUDA", "CUBLAS"))
+        what = "the GPU is out of memory; free some," if on_gpu else "out of memory; free some, raise ulimit -v,"
         return (
-            "out of memory; free some, raise the limit of this shell (ulimit -v), or use fewer --workers, a smaller"
-            " --batch-size or smaller images."
+            f"{what} or use smaller or fewer images, smaller batches (--batch-size or --images-at-once) or fewer"
+            " --workers."
         )
     if isinstance(error, ImportError):
         from simomerge.core.environment import broken_torchvision, missing_extra

@@ -253,7 +253,9 @@ shard = together(
         "--offload", is_flag=True, help="With --shard, keep the shares in the CPU's memory instead of the GPU's."
     ),
 )
-workers = click.option("--workers", type=click.IntRange(1), help="Parallel processes. [default: one per core]")
+workers = click.option(
+    "--workers", type=click.IntRange(1), help="Parallel processes. [default: one per core, or one on a GPU]"
+)
 
 
 def pairs(option: str, name: str, help: str) -> Decorator:

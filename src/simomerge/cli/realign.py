@@ -69,7 +69,7 @@ def _help() -> str:
 @click.option(
     "--count",
     type=click.IntRange(1),
-    help="Number of images. [default: 64 in closed form and for prodistill, else 256]",
+    help="Number of images. [default: 64 for fold, fold-cross, react and prodistill, else 256]",
 )
 @_parameter_options()
 @options.training()
@@ -87,6 +87,8 @@ def _help() -> str:
 def command(model: str, experts: dict[str, str], method: str, output: Path, as_json: bool, **given: Any) -> None:
     chosen = _chosen(method)
     _check_inputs(method, chosen, experts, given)
+    import torch
+
     from simomerge.assembly.realign import realign
     from simomerge.core.distributed import join_processes
     from simomerge.core.files import check_apart
@@ -99,13 +101,14 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     join_processes()
     options.note_images(given["images"], given["count"])
     with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():
-        device = compute_device()
+        # With --shard, the whole model stays in the memory of the CPU, and each GPU holds its share.
+        device = torch.device("cpu") if given["shard"] else compute_device()
         merged = load(model).to(device)
         inputs = _inputs(chosen, experts, list(merged.tasks), given)
         for expert in inputs.get("experts", {}).values():
             expert.to(device)
         inputs |= {"base": load(given["base"]).to(device)} if chosen.needs_base else {}
-        workers = given["workers"] or available_cores()
+        workers = given["workers"] or (1 if device.type == "cuda" else available_cores())
         result = realign(merged, **inputs, method=chosen, work_folder=given["work"], workers=workers)
     if is_first():  # Under torchrun, all processes have the same model.
         result.save_pretrained(output, given["overwrite"])

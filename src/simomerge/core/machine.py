@@ -49,8 +49,9 @@ def limit_threads(count: int) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of Python, or of torch on a GPU or a CPU."""
+    texts = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of the CPU, CUDA and cuBLAS
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in texts))
 
 
 def return_memory() -> None:

@@ -107,8 +107,8 @@ def fit(
             if is_out_of_memory(error):
                 raise InputError(
                     f"{label}: memory does not suffice for {settings.batch_size} images per step; use a smaller batch"
-                    " (--batch-size) or smaller images. If the encoder is trained, gradient checkpointing, fewer blocks"
-                    " (--last-blocks), stored predictions and, with several processes, --shard help too."
+                    " (--batch-size) or smaller images. If the encoder is trained, gradient checkpointing and, with"
+                    " several processes, --shard help too; in a re-alignment, --last-blocks and stored predictions."
                 ) from error
             raise
         else:

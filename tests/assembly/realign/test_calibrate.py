@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 
+from models.encoders.families import save_tiny
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.layers import Calibration
 from simomerge.core.errors import InputError
 from simomerge.datasets import groups
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
-from simomerge.models.encoders import Encoder
+from simomerge.models.encoders import Encoder, load_encoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel
 from simomerge.recipes.recipe import Recipe, RecipeError
@@ -228,3 +230,16 @@ def test_a_fold_may_follow() -> None:
     for row in ("average+heads+calibrate+fold", "auto+calibrate+fold", "average+calibrate+fold+fold"):
         with pytest.raises(RecipeError, match="a fold comes right after a merge"):
             Recipe(merges=("average",), realigned=(row,))
+
+
+def test_a_layer_whose_input_does_not_depend_on_the_image_stays_as_it_is(tmp_path: Path) -> None:
+    """In batches of one image too: Swin V2 makes its position biases by linear layers."""
+    model, experts = scene(load_encoder(save_tiny("swinv2", tmp_path)), ("depth",))
+    results = [run(model, experts, images_at_once=number) for number in (1, 12)]
+    for result in results:
+        for name, layer in linear_layers(result.encoder.backbone).items():
+            same_weight = torch.equal(layer.weight, model.encoder.backbone.get_submodule(name).weight)
+            assert same_weight or "position_bias" not in name, name
+    one, many = (weights(result.encoder) for result in results)
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, many[name], atol=1e-4, rtol=1e-4, msg=name)

@@ -76,7 +76,7 @@ def test_other_inputs_are_refused(
         merged = changed(merged)
     more.pop("images", None)
     data = load_data("rooms", split="train", count=8, size=(24, 32)) if images == "other" else rooms.take(images)
-    remedy = rf"; give another work folder \(--work\), or delete {tmp_path} to start again\."
+    remedy = rf"; give another work folder \(--work\), or remove {tmp_path / 'inputs.json'} and the work beside it"
     with pytest.raises(InputError, match=rf"{tmp_path}: this work was begun with .*{message}{remedy}"):
         realign(merged, experts, data, work_folder=tmp_path, **more)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -96,6 +96,21 @@ def test_the_same_inputs_go_on_with_other_resources(
     folders = {name: tmp_path / name for name in experts}  # the same weights from files
     resumed = realign(copy.deepcopy(merged), folders, copy.deepcopy(rooms), work_folder=tmp_path, **given)
     assert same(weights(resumed), weights(realign(merged, experts, rooms, **given)))
+
+
+def test_other_labels_of_the_same_images_are_refused(
+    merged: SimoModel, rooms: DenseDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"method": "heads", "steps": 2, "batch_size": 4, "work_folder": tmp_path}
+    realign(merged, data=rooms, **given)
+    targets = type(rooms).targets
+
+    def corrected(self: Any, index: int, tasks: Any) -> dict[str, Any]:
+        return {task: 0 * target for task, target in targets(self, index, tasks).items()}
+
+    monkeypatch.setattr(type(rooms), "targets", corrected)
+    with pytest.raises(InputError, match=r"begun with other inputs: labels \(other content\)"):
+        realign(merged, data=rooms, **given)
 
 
 @pytest.mark.parametrize("where", ["pictures", "arrays"])

@@ -35,7 +35,7 @@ class Calibrate(Realignment):
     """
 
     teacher: ClassVar[str] = "experts"
-    default_count: ClassVar[int] = 64
+    default_count: ClassVar[int] = 256
     changes_heads: ClassVar[bool] = False
 
     mix: float = parameter(
@@ -81,5 +81,5 @@ class Calibrate(Realignment):
 
 def _mean(values: list[float]) -> float | None:
     """The mean, or None without images that are held out."""
-    mean = sum(values) / len(values)
+    mean = sum(values) / len(values) if values else math.nan
     return round(mean, 4) if math.isfinite(mean) else None

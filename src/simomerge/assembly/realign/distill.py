@@ -250,14 +250,13 @@ class Distill(TrainedRealignment):
         Raises:
             InputError: The experts' predictions, or with them the features of the heads' training, do not fit.
         """
-        from simomerge.assembly.realign.predictions import PREDICTIONS, UnlabelledImages, are_kept, check_space
+        from simomerge.assembly.realign.predictions import PREDICTIONS, UnlabelledImages, bytes_kept, check_space
         from simomerge.assembly.realign.training import bytes_of_features
         from simomerge.core import distributed
         from simomerge.datasets.groups import training_images
 
         work, images = inputs.work_folder, UnlabelledImages(inputs.images, inputs.experts)
-        made = are_kept(work / "predictions")  # by an interrupted start
-        needed = {PREDICTIONS: 0 if made else images.bytes_of_predictions}
+        needed = {PREDICTIONS: max(0, images.bytes_of_predictions - bytes_kept(work / "predictions"))}
         if self.trains == "heads":
             count = len(training_images(images, self.hold_out))
             needed["the encoder's features"] = bytes_of_features(model, images.image(0), count, work)
@@ -265,12 +264,14 @@ class Distill(TrainedRealignment):
             check_space(needed, len(images), work)
 
     def _say_live(self, inputs: Inputs) -> None:
-        """Warn that ``auto`` does not store the experts' predictions."""
+        """Warn that ``auto`` does not store the experts' predictions, unless an interrupted run decided that."""
         from simomerge.assembly.realign.predictions import UnlabelledImages
         from simomerge.checkpoints import parse_size
 
         needed = UnlabelledImages(inputs.images, inputs.experts).bytes_of_predictions
         budget, free = parse_size(self.cache_budget or CACHE_BUDGET), shutil.disk_usage(inputs.work_folder).free
+        if needed <= min(budget, free):
+            return
         warn(
             f"{self.name}: the experts run for each batch, because their predictions on {len(inputs.images)} images"
             f" need {size_text(needed)}: the budget is {size_text(budget)}, and {size_text(free)} are free. Raise"

@@ -213,9 +213,10 @@ class Distilling:
         options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing, keep_start=True)
         schedule = {key: getattr(settings, key) for key in ("validate_every", "patience")}
         cost: dict[str, Any] = {"trained_parameters": trainable_parameters(model), **schedule}
-        if not self.stored:
-            for expert in inputs.experts.values():
-                expert.to(compute_device())  # where the model is trained
+        # Stored predictions need no expert while the model is trained; others are made where it is trained.
+        place = torch.device("cpu") if self.stored else compute_device()
+        for expert in inputs.experts.values():
+            expert.to(place)
         state_file = inputs.work_folder / "state.safetensors"
         try:
             log = finetune(model, train, settings, held_out, state_file, label, distances, options)

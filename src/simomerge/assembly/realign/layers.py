@@ -114,9 +114,12 @@ class Calibration:
         makes position biases, is in none.
         """
         groups: list[tuple[Tensor, bool, list[str]]] = []
+        call, images = batch.calls[0], len(batch.held_out)
+        if images == 1:  # with one image, all inputs would seem to depend on it
+            call, images = _doubled(call), 2
 
         def keep(name: str, layer: nn.Linear, args: tuple[Any, ...]) -> None:
-            if len(args[0]) % len(batch.held_out):
+            if len(args[0]) < images or len(args[0]) % images:
                 return
             known = [names for x, bias, names in groups if x is args[0] and bias == (layer.bias is not None)]
             if known:
@@ -127,7 +130,7 @@ class Calibration:
         layers = _linear_layers(_block(self.models[0], index))
         hooks = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
         try:
-            self._run_block(self.models[0], index, batch.calls[0])
+            self._run_block(self.models[0], index, call)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -198,6 +201,15 @@ class Calibration:
             LayerFit(ridge, *(errors[each][place] / (spread[place] or 1.0) for each in (math.inf, ridge)))
             for place, ridge in enumerate(chosen)
         ]
+
+
+def _doubled(call: Call) -> Call:
+    """The call with each of its images twice."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim > 2 else value
+
+    return Call(tuple(map(twice, call.args)), {name: twice(value) for name, value in call.kwargs.items()})
 
 
 def check_layers(encoder: Encoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -118,6 +119,14 @@ class TeacherPredictions(UnlabelledImages):
 def are_kept(folder: Path) -> bool:
     """Whether a folder has the files of predictions, complete or begun."""
     return any(folder.glob("*.npy"))
+
+
+def bytes_kept(folder: Path) -> int:
+    """What the files of predictions take on the disk. Files that were only begun take less than their length."""
+    found = [file.stat() for file in folder.glob("*.npy")]
+    if (folder / "done").exists() or os.name == "nt":
+        return sum(each.st_size for each in found)
+    return sum(each.st_blocks * 512 for each in found)
 
 
 def check_space(needed: Mapping[str, int], count: int, folder: Path) -> None:

@@ -43,7 +43,7 @@ def check_same_inputs(method: Realignment, model: SimoModel, inputs: Inputs) -> 
 def _compared(method: Realignment, model: SimoModel, inputs: Inputs) -> str:
     """What differs from the record, as a message; "" if nothing does. Only the first process calls this."""
     folder, now = inputs.work_folder, _record(method, model, inputs)
-    remedy = f"give another work folder (--work), or delete {folder} to start again."
+    remedy = f"give another work folder (--work), or remove {folder / RECORD} and the work beside it to start again."
     file = folder / RECORD
     if file.exists() and any(each.name != RECORD for each in folder.iterdir()):
         try:
@@ -63,6 +63,7 @@ def _record(method: Realignment, model: SimoModel, inputs: Inputs) -> dict[str, 
     from simomerge.datasets.pictures import as_images
     from simomerge.models.fingerprints import fingerprint_of
 
+    labels = {"labels": _labels(inputs.data)} if method.teacher == "labels" else {}
     images = as_images(inputs.data if method.teacher == "labels" else inputs.images)
     bases = {"base": inputs.base} if inputs.base is not None else {}
     models = {"model": model, **{f"expert {task}": expert for task, expert in inputs.experts.items()}, **bases}
@@ -71,6 +72,7 @@ def _record(method: Realignment, model: SimoModel, inputs: Inputs) -> dict[str, 
         **method.used_parameters(),
         "number of images": len(images),
         "images": _identity(images),
+        **labels,
         **{name: fingerprint_of(each) for name, each in models.items()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
@@ -86,8 +88,17 @@ def _identity(images: Any) -> str:
     return digest.hexdigest()
 
 
+def _labels(data: Any) -> str:
+    """A sha256 of the targets of the first and the last image."""
+    digest = hashlib.sha256()
+    for index in (0, len(data) - 1):
+        for task, target in sorted(data[index].items()):
+            digest.update(task.encode() + target.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """For example "steps (6, now 3)", or the name alone of what only fingerprints describe."""
-    if key in ("images", "model", "base") or key.startswith("expert "):
+    if key in ("images", "labels", "model", "base") or key.startswith("expert "):
         return f"{key} (other content)" if key in before and key in now else key
     return f"{key} ({before.get(key, 'none')}, now {now.get(key, 'none')})"
