@@ -20,7 +20,7 @@ METHODS = realignments()
 TRAINED = [name for name, method in METHODS.items() if isinstance(method, TrainedRealignment)]
 FIRST = {name: f"average+{name}" for name in METHODS}
 AFTER_A_FOLD = {name: f"average+fold+{name}" for name, method in METHODS.items() if not method.needs_plain_heads}
-STEPS, FEWER = {"steps": 3, "batch_size": 4, "lr": 5e-3}, {"steps": 2, "lr": 4e-3}
+STEPS, FEWER = {"steps": 3, "batch_size": 4, "lr": 5e-4}, {"steps": 2, "lr": 4e-4}
 RECIPE = replace(
     MICRO,
     data_options={"size": [32, 40]},

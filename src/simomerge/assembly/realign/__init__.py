@@ -131,8 +131,8 @@ def prepared(
         )
     if chosen.teacher == "labels":
         return Inputs(folder, data=_labelled(chosen, model, data))
-    base = _foundation(chosen, model, None if base is None else as_model(base))
-    return Inputs(folder, **_unlabelled(chosen, model, as_models(experts) if experts else {}, images, size), base=base)
+    found = _unlabelled(chosen, model, as_models(experts) if experts else {}, images, size)
+    return Inputs(folder, **found, base=_foundation(chosen, model, None if base is None else as_model(base)))
 
 
 def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
