@@ -897,6 +897,17 @@ def test_two_processes_have_the_sums_of_one(shares: Path, how: str) -> None:
 # A fold that does harm ----------------------------------------------------------------------------------
 
 
+def test_a_head_that_equals_its_expert_is_kept_without_a_word(
+    scene: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([{"depth": 1.0, "normals": 0.0}, {"depth": 0.5, "normals": 1e-7}])
+    monkeypatch.setattr(Agreement, "distances", lambda self, model: next(found))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*further from its expert")
+        record = realign(scene, experts, IMAGES).provenance["realign"]
+    assert record["ridge"]["normals"] == "none" and record["distance_ratio"] == {"depth": 0.5, "normals": 1.0}
+
+
 def test_a_head_that_the_fold_moves_away_from_its_expert_is_kept(
     scene: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,8 @@ class Fold(Realignment):
             warn(message)
         for task in folded.kept:
             before, after = folded.before[task], folded.after[task]
+            if not before:  # the head predicts what its expert does, as that of a task alone in its branch
+                continue
             warn(
                 f"{task}: on held-out images the folded head is {100 * (after / before - 1):.0f} % further from its"
                 " expert than the head before the fold, so that one is kept."
