@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simomerge.assembly.realign.blocks import Call, call_of
 from simomerge.assembly.realign.normal_equations import NormalEquations
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES
 from simomerge.core.errors import InputError
@@ -22,13 +23,6 @@ from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
-
-
-class Call(NamedTuple):
-    """The arguments of a module's forward pass."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +93,7 @@ class Calibration:
             pixels = self.models[0].fit(pixels.to(self.device))
             held_out = torch.tensor([index in out for index in indices])
             with autocast(self.device):
-                calls = [_call_of(_block(model, index), partial(model.encode, pixels)) for model in self.models]
+                calls = [call_of(_block(model, index), partial(model.encode, pixels)) for model in self.models]
             yield Batch(held_out, calls)
 
     def _run_block(self, model: SimoModel, index: int, call: Call) -> None:
@@ -180,7 +174,7 @@ class Calibration:
     def _inputs(self, index: int, layers: list[nn.Linear], batch: Batch) -> list[Tensor]:
         """What a layer receives in every model, in float32."""
         calls = [
-            _call_of(layer, partial(self._run_block, model, index, call))
+            call_of(layer, partial(self._run_block, model, index, call))
             for model, layer, call in zip(self.models, layers, batch.calls, strict=True)
         ]
         return [call.args[0].float() for call in calls]
@@ -218,27 +212,6 @@ def check_layers(encoder: Encoder) -> None:
     if not any(map(_linear_layers, blocks)):
         found = "has no linear layers in its blocks" if blocks else "is a custom encoder, whose blocks are unknown"
         raise InputError(f"{type(encoder.backbone).__name__} {found}, and calibrate changes only these; use fold.")
-
-
-class _Reached(Exception):
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-
-def _call_of(module: nn.Module, run: Callable[[], object]) -> Call:
-    """The arguments of a module's first forward pass in ``run``, which stops there."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(Call(args, kwargs))
-
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run()
-    except _Reached as reached:
-        return reached.call
-    finally:
-        hook.remove()
-    raise AssertionError(f"{type(module).__name__} is not a part of the forward pass")
 
 
 def _block(model: SimoModel, index: int) -> nn.Module:
