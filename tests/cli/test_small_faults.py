@@ -27,7 +27,7 @@ from simomerge.core.text import plain
 from simomerge.datasets import load_data
 from simomerge.models.model import SimoModel
 
-from .conftest import assert_mistake, simomerge
+from .conftest import Story, assert_mistake, simomerge
 
 
 @pytest.mark.parametrize("name", ["dpth", "dept", "depths", "Depth", "detph"])
@@ -192,3 +192,11 @@ def test_the_help_gives_the_number_of_images_that_each_method_uses() -> None:
     assert "64 for fold, fold-cross, react and prodistill, else 256" in " ".join(
         simomerge("realign", "--help").out.split()
     )
+
+
+def test_a_fold_follows_what_leaves_the_heads_as_they_are(story: Story, tmp_path: Path) -> None:
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    given = ("realign", story / "scene", *experts, "--images", "rooms", "--count", 8, "--method", "calibrate")
+    done = simomerge(*given, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert f"Next: simomerge realign {tmp_path / 'out'} " in done.out and "the heads no longer fit" in done.out

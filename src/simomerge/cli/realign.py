@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from simomerge.assembly.realign import Realignment, get_realignment, methods, realignments
 from simomerge.assembly.realign.method import TrainedRealignment, realignment_rows
 from simomerge.cli import options
-from simomerge.cli.next_step import judge_step
+from simomerge.cli.next_step import judge_step, realign_step
 from simomerge.cli.output import console, is_first, say
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
@@ -118,7 +118,9 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
         {"output": str(output), "realign": record},
         *_lines(record, list(result.tasks), getattr(chosen, "ridge", None)),
         f"Model: {output}",
-        judge_step(output, experts, given["data"] if "data" in inputs else given["images"], "--split", "test"),
+        judge_step(output, experts, given["data"] if "data" in inputs else given["images"], "--split", "test")
+        if chosen.changes_heads
+        else realign_step(output, experts, "", given["images"]),
     )
 
 
