@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from simomerge.assembly.realign import get_realignment, prepared
-from simomerge.assembly.realign.distillation import VALIDATIONS
+from simomerge.assembly.realign.held_out import VALIDATIONS
 from simomerge.core import distributed
 from simomerge.core.caution import Caution, warn
 from simomerge.core.errors import InputError

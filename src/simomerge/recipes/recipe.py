@@ -36,6 +36,7 @@ REALIGN: dict[str, dict[str, Any]] = {
     "heads": {"steps": 150, "lr": 3e-3},
     "adapters": {"steps": 100, "lr": 2e-3},
     "lora": {"steps": 100, "lr": 2e-3},
+    "finetune": {"steps": 100, "lr": 1e-3},
     "fold": {"count": 64},
     "fold-cross": {"count": 256},
     "react": {"count": 64},

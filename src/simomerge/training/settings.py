@@ -23,7 +23,7 @@ class TrainSettings:
         None,
         kind=float,
         above=0,
-        help="Peak learning rate of the encoder; lr by default, 0.4 lr in distill-encoder.",
+        help="Peak learning rate of the encoder; lr by default, 0.4 lr in finetune and distill-encoder.",
     )
     layer_decay: float = parameter(
         1.0, above=0, high=1, help="Factor of the encoder's learning rate per block, from the last block to the first."

@@ -46,6 +46,16 @@ class TestLora(RealignmentContract):
     added = LORA
 
 
+class TestFinetune(RealignmentContract):
+    name = "finetune"
+    given: ClassVar[dict[str, Any]] = {"last_blocks": 2, "hold_out": 0}
+    recorded: ClassVar[dict[str, Any]] = {
+        **{**given, "weighting": "equal", "augmentation": "flip"},
+        **{"encoder_lr": 0.4 * SETTINGS.lr, "held_out_images": 0},
+    }
+    added = LAST_BLOCKS
+
+
 class TestFold(RealignmentContract):
     name = "fold"
     given: ClassVar[dict[str, Any]] = {"images_at_once": 3}

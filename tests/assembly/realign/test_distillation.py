@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simomerge.assembly.realign import Distill, distillation, get_realignment, realign
-from simomerge.assembly.realign.distillation import ExpertDistances, split_off
+from simomerge.assembly.realign import Distill, distillation, get_realignment, held_out, realign
+from simomerge.assembly.realign.distillation import ExpertDistances
+from simomerge.assembly.realign.held_out import split_off
 from simomerge.assembly.realign.method import heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
@@ -316,7 +317,7 @@ def test_the_fold_before_it_sees_enough_images_spread_evenly(
 ) -> None:
     merged = unfolded(start, experts)
     still = replace(SETTINGS, steps=1, lr=1e-12)
-    monkeypatch.setattr(distillation, "ENOUGH_IMAGES", 6)
+    monkeypatch.setattr(held_out, "ENOUGH_IMAGES", 6)
     record = of(distil(merged, experts, training=still))
     assert (record["unlabelled_images"], record["after"]["unlabelled_images"]) == (16, 6)
     assert record["held_out_images"] == 2  # a quarter of 6, rounded up

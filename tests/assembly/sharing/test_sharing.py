@@ -26,7 +26,7 @@ from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.assembly.sharing.stitches import fit_stitches
 from simomerge.cli.merge import tree_lines
 from simomerge.core.errors import InputError
-from simomerge.datasets import DenseDataset
+from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.pictures import Images
 from simomerge.merging import MergeMethod
 from simomerge.merging.tree import Tree
@@ -372,6 +372,16 @@ def test_shared_blocks_share_their_adapters(grower: Grower, picture: Tensor, tmp
     model.save_pretrained(tmp_path / "model")
     assert equal(predicted(load(tmp_path / "model"), picture), found)
     assert equal(predicted(copy.deepcopy(model), picture), found)
+
+
+def test_a_tree_is_finetuned_on_labels(shared: SimoModel) -> None:
+    some = shared.select(["depth", "normals"])
+    rooms = load_data("rooms", split="val", count=4, size=(24, 32), tasks=["depth", "normals"])
+    tuned = realign(some, data=rooms, method="finetune", steps=3, batch_size=4, hold_out=0.0)
+    before, after = (dict(model.encoder.named_parameters()) for model in (some, tuned))
+    moved = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert any("stitch" in key for key in moved) and any(".layer.0." in key for key in moved)
+    assert isinstance(tuned.encoder, TreeEncoder) and tuned.encoder.tree == some.encoder.tree  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["lora", "distill-lora", "react", "surgery", "symerge", "prodistill"])

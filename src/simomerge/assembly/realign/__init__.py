@@ -1,9 +1,10 @@
 """Re-alignment: repair the mismatch between merged features and the experts' heads.
 
 - ``method.py``: the base classes and the registry.
-- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``react.py``, ``surgery.py``,
-  ``symerge.py``, ``prodistill.py``, ``calibrate.py``: one method each, registered by the imports.
-- ``training.py``: what the methods that train have in common.
+- ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``finetune.py``, ``react.py``,
+  ``surgery.py``, ``symerge.py``, ``prodistill.py``, ``calibrate.py``: one method each, registered by the imports.
+- ``training.py``: what the methods that train have in common. ``held_out.py``: training of a whole model that keeps the
+  best weights on held-out images.
 - ``blend.py``: weights as a function of merging coefficients. ``blocks.py``: distillation block by block.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from simomerge.assembly.realign.adapters import Adapters
 from simomerge.assembly.realign.calibrate import Calibrate
 from simomerge.assembly.realign.distill import Distill
+from simomerge.assembly.realign.finetune import Finetune
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.heads import Heads
 from simomerge.assembly.realign.lora import Lora
@@ -125,9 +127,10 @@ def prepared(
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
     if model.encoder.describe().get("tree") and not chosen.takes_trees:
+        *names, last = [name for name, each in realignments().items() if each.takes_trees]
         raise InputError(
-            f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use heads, adapters, distill,"
-            " distill-adapters or distill-encoder."
+            f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use {', '.join(names)}"
+            f" or {last}."
         )
     if chosen.teacher == "labels":
         return Inputs(folder, data=_labelled(chosen, model, data))
@@ -173,6 +176,7 @@ __all__ = [
     "Adapters",
     "Calibrate",
     "Distill",
+    "Finetune",
     "Fold",
     "Heads",
     "Inputs",

@@ -6,8 +6,7 @@ units. Some images are held out; the weights with the smallest distance on them 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,20 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.assembly.realign.held_out import split_off, train_and_keep_best
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.caution import warn
-from simomerge.core.errors import DivergedError, InputError
+from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast, compute_device
-from simomerge.datasets import groups
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
-from simomerge.training.loop import HIGHEST_RISE
-from simomerge.training.lpft import finetune, trainable_parameters
 from simomerge.training.settings import TrainSettings, TuneOptions
 
 UNIT_IMAGES = 64
@@ -39,12 +36,6 @@ LEAST_UNIT = 0.02
 
 FEW_IMAGES = 32
 """With fewer images for training, a warning says so."""
-
-VALIDATIONS = 8
-"""Validations per training, unless the settings say how often."""
-
-ENOUGH_IMAGES = 4096
-"""Of more images, no more are measured or folded than of this number; all of them are for training."""
 
 
 @dataclass(frozen=True)
@@ -193,81 +184,26 @@ class Distilling:
             distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
             before = distances.measured(model, held_out) if held_out else {}
             try:
-                cost = self._fit(model, distances, (train, held_out), inputs, label)
+                cost = self._train(model, distances, (train, held_out), inputs, label)
             finally:
                 for expert in inputs.experts.values():
                     expert.to(home)
             after = distances.measured(model, held_out) if held_out else {}
         _report(before, after, list(model.tasks), label)
         changes = {task: round(after[task] / max(before[task], 1e-12), 4) for task in model.tasks if after}
-        return {"held_out_images": len(held_out) if held_out else 0, "distance_ratio": changes, **cost}
+        return {"distance_ratio": changes, **cost}
 
-    def _fit(
+    def _train(
         self, model: SimoModel, distances: ExpertDistances, data: tuple[Any, Any], inputs: Inputs, label: str
     ) -> dict[str, Any]:
-        (train, held_out), settings = data, self.settings
-        if held_out and not settings.validate_every:
-            # A one-cycle schedule passes through worse weights before it ends in better ones, so it is not stopped.
-            every = max(1, settings.steps // VALIDATIONS)
-            settings = replace(settings, validate_every=every, patience=settings.steps)
-        options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing, keep_start=True)
-        schedule = {key: getattr(settings, key) for key in ("validate_every", "patience")}
-        cost: dict[str, Any] = {"trained_parameters": trainable_parameters(model), **schedule}
         # Stored predictions need no expert while the model is trained; others are made where it is trained.
         place = torch.device("cpu") if self.stored else compute_device()
         for expert in inputs.experts.values():
             expert.to(place)
         state_file = inputs.work_folder / "state.safetensors"
-        try:
-            log = finetune(model, train, settings, held_out, state_file, label, distances, options)
-        except DivergedError as error:
-            if not error.kept:
-                raise
-            warn(f"{error} The best weights before that are kept, those of step {error.best_step}.")
-            return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
-        cost |= {"steps": log.steps, "seconds": log.seconds}
-        if not held_out:
-            return cost
-        if log.rise > HIGHEST_RISE:
-            warn(
-                f"{label}: stopped at step {log.steps}, because the distance to the experts on held-out images was"
-                f" {log.rise:.1f} times that at the start; lower the learning rate. The best weights are kept, those of"
-                f" step {log.best_step}."
-            )
-        elif not log.best_step:
-            warn(
-                f"{label}: no step was better than the start on held-out images, so the weights at the start are kept;"
-                " change the learning rate, or give more steps or images."
-            )
-        return {**cost, "best_step": log.best_step}
-
-
-def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
-    """A dataset without its held-out images, and those of them that are measured; None if nothing is held out.
-
-    Of more than `ENOUGH_IMAGES` images, as many held-out ones are measured as `ENOUGH_IMAGES` have, spread evenly. The
-    other held-out images are left out, because their groups must stay apart from those of the training images; see
-    `simomerge.datasets.groups`.
-
-    Warns:
-        UserWarning: There are too few images to hold one out.
-    """
-    out = evenly(groups.held_out(data, share), math.ceil(share * ENOUGH_IMAGES))
-    if out:
-        return data._subset(groups.training_images(data, share)), data._subset(out)
-    if share:
-        needed = math.ceil(1 / share - 1e-9)
-        warn(
-            f"{len(data)} images are too few to hold one out (hold_out is {share:g}), so the weights at the end are"
-            f" kept and not compared with those at the start; give {needed} images or more."
-        )
-    return data, None
-
-
-def evenly(indices: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of some indices, spread evenly over them."""
-    places = np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)
-    return [indices[place] for place in places]
+        options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing)
+        minimised = "distance to the experts"
+        return train_and_keep_best(model, data, self.settings, state_file, label, distances, options, minimised)
 
 
 def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simomerge.assembly.realign.distillation import ExpertDistances, split_off
+from simomerge.assembly.realign.distillation import ExpertDistances
+from simomerge.assembly.realign.held_out import split_off
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.core.caution import warn

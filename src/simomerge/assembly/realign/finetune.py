@@ -1,0 +1,100 @@
+"""Fine-tuning: the encoder and all heads, trained on labels from the merge instead of from the base.
+
+This is joint training with another start. It is what the distilled encoder is compared with when labels exist.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from simomerge.assembly.realign.distill import ENCODER_RATE, trained_names
+from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
+from simomerge.core.caution import warn
+from simomerge.core.registry import parameter
+from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
+from simomerge.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from simomerge.models.encoders import Encoder
+    from simomerge.models.model import SimoModel
+    from simomerge.training.evaluate import Scores
+
+
+@register("finetune", "Multitask Learning (Caruana, 1997)", "https://doi.org/10.1023/A:1007379606734")
+@dataclass(frozen=True)
+class Finetune(TrainedRealignment):
+    """Train the whole encoder and all heads on the labels of all tasks: joint training that starts from the merge.
+
+    The weights with the smallest loss on held-out images are kept; those at the start are among them. The result has no
+    more parameters than the model. The encoder's learning rate is 0.4 times that of the heads unless ``encoder_lr`` is
+    given.
+    """
+
+    teacher: ClassVar[str] = "labels"
+
+    training: TrainSettings = TrainSettings(steps=200, batch_size=32, lr=5e-4)
+    last_blocks: int = parameter(0, low=0, help="Train the last N blocks of the encoder only; 0 trains all.")
+    weighting: str = parameter("equal", choices=tuple(WEIGHTINGS), help="How the losses of the tasks are combined.")
+    hold_out: float = parameter(
+        0.125,
+        low=0,
+        high=0.5,
+        help="Share of the images that is held out, as whole folders or runs, to keep what is best on them.",
+    )
+    augmentation: str = parameter("flip", choices=tuple(AUGMENTATIONS), help="Augmentation of the images.")
+    checkpointing: bool = checkpointing_parameter()
+
+    @property
+    def phrase(self) -> str:
+        return "fine-tuning it on labels"
+
+    @property
+    def uses_encoder_lr(self) -> bool:
+        return True
+
+    @property
+    def encoder_change(self) -> str:
+        return "encoder"
+
+    @property
+    def takes_trees(self) -> bool:
+        return True
+
+    def check_encoder(self, encoder: Encoder) -> None:
+        super().check_encoder(encoder)
+        trained_names(encoder, self.last_blocks)
+        if self.checkpointing:
+            encoder.check_checkpointing()
+
+    def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        from simomerge.assembly.realign.held_out import split_off, train_and_keep_best
+        from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder
+        from simomerge.training.evaluate import evaluate
+        from simomerge.training.settings import TuneOptions
+
+        check_no_adapters(model)
+        names = trained_names(model.encoder, self.last_blocks)
+        freeze_encoder(model, self.training.seed)
+        for name, weight in model.encoder.backbone.named_parameters():
+            weight.requires_grad_(name in names)
+        settings = replace(self.training, encoder_lr=self.training.encoder_lr or ENCODER_RATE * self.training.lr)
+        options = TuneOptions(self.weighting, self.augmentation, self.checkpointing)
+        train, held_out = split_off(inputs.data, self.hold_out)
+        before = evaluate(model, held_out) if held_out else {}
+        state_file = inputs.work_folder / "state.safetensors"
+        cost = train_and_keep_best(model, (train, held_out), settings, state_file, self.name, options=options)
+        if held_out:
+            _report_worse(model, before, evaluate(model, held_out))
+        return {"encoder_lr": settings.encoder_lr, **cost}
+
+
+def _report_worse(model: SimoModel, before: Scores, after: Scores) -> None:
+    """Warn of every task whose metric is worse on held-out images than before the training."""
+    for name, task in model.tasks.items():
+        was, now = before[name][task.metric], after[name][task.metric]
+        if now < was if task.higher_is_better else now > was:
+            warn(
+                f"finetune: {name} is worse on held-out images than before the training: its {task.metric} went from"
+                f" {was:.4g} to {now:.4g}. Another weighting of the losses may keep it."
+            )

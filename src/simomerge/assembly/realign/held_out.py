@@ -1,0 +1,106 @@
+"""Training of a whole model that keeps the weights that are best on held-out images, those at the start included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simomerge.core.caution import warn
+from simomerge.core.errors import DivergedError
+from simomerge.datasets import groups
+from simomerge.datasets.base import DenseDataset
+from simomerge.models.model import SimoModel
+from simomerge.training.loop import HIGHEST_RISE
+from simomerge.training.lpft import ModelLosses, finetune, image_losses, trainable_parameters
+from simomerge.training.settings import TrainSettings, TuneOptions
+
+VALIDATIONS = 8
+"""Validations per training, unless the settings say how often."""
+
+ENOUGH_IMAGES = 4096
+"""Of more images, no more are measured or folded than of this number; all of them are for training."""
+
+
+def train_and_keep_best(
+    model: SimoModel,
+    data: tuple[DenseDataset, DenseDataset | None],
+    settings: TrainSettings,
+    state_file: Path,
+    label: str,
+    losses: ModelLosses = image_losses,
+    options: TuneOptions = TuneOptions(),  # noqa: B008 - frozen
+    minimised: str = "loss",
+) -> dict[str, Any]:
+    """Train the parameters of a model that require a gradient, in place; what was measured, for the provenance.
+
+    Args:
+        data: The images to train on and those held out, as `split_off` gives them.
+        minimised: What ``losses`` are, for the warnings.
+
+    Raises:
+        DivergedError: The training diverged before there were weights to keep.
+
+    Warns:
+        UserWarning: The weights at the start are kept, or the training diverged or was stopped.
+    """
+    train, held_out = data
+    options = replace(options, keep_start=True)
+    if held_out and not settings.validate_every:
+        # A one-cycle schedule passes through worse weights before it ends in better ones, so it is not stopped.
+        settings = replace(settings, validate_every=max(1, settings.steps // VALIDATIONS), patience=settings.steps)
+    cost: dict[str, Any] = {key: getattr(settings, key) for key in ("validate_every", "patience")}
+    cost |= {"trained_parameters": trainable_parameters(model), "held_out_images": len(held_out) if held_out else 0}
+    try:
+        log = finetune(model, train, settings, held_out, state_file, label, losses, options)
+    except DivergedError as error:
+        if not error.kept:
+            raise
+        warn(f"{error} The best weights before that are kept, those of step {error.best_step}.")
+        return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
+    cost |= {"steps": log.steps, "seconds": log.seconds}
+    if not held_out:
+        return cost
+    if log.rise > HIGHEST_RISE:
+        warn(
+            f"{label}: stopped at step {log.steps}, because the {minimised} on held-out images was {log.rise:.1f} times"
+            f" that at the start; lower the learning rate. The best weights are kept, those of step {log.best_step}."
+        )
+    elif not log.best_step:
+        warn(
+            f"{label}: no step was better than the start on held-out images, so the weights at the start are kept;"
+            " change the learning rate, or give more steps or images."
+        )
+    return {**cost, "best_step": log.best_step}
+
+
+def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
+    """A dataset without its held-out images, and those of them that are measured; None if nothing is held out.
+
+    Of more than `ENOUGH_IMAGES` images, as many held-out ones are measured as `ENOUGH_IMAGES` have, spread evenly. The
+    other held-out images are left out, because their groups must stay apart from those of the training images; see
+    `simomerge.datasets.groups`.
+
+    Warns:
+        UserWarning: There are too few images to hold one out.
+    """
+    out = evenly(groups.held_out(data, share), math.ceil(share * ENOUGH_IMAGES))
+    if out:
+        return data._subset(groups.training_images(data, share)), data._subset(out)
+    if share:
+        needed = math.ceil(1 / share - 1e-9)
+        warn(
+            f"{len(data)} images are too few to hold one out (hold_out is {share:g}), so the weights at the end are"
+            f" kept and not compared with those at the start; give {needed} images or more."
+        )
+    return data, None
+
+
+def evenly(indices: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of some indices, spread evenly over them."""
+    places = np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)
+    return [indices[place] for place in places]
