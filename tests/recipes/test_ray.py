@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from simomerge.core.caution import Caution, warn
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.core.remote import copy_there, names_there
@@ -180,6 +181,16 @@ def test_what_cannot_work_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nodes, "versions", lambda: {"torch": "0.1"})
     with pytest.raises(InputError, match=r"node .* has torch .* instead of 0.1; install"), RayPool("", tmp_path):
         pass
+
+
+def test_warnings_of_the_cluster_become_warnings_of_this_process(tmp_path: Path) -> None:
+    with pytest.warns(Caution, match="8 images are few"), RayPool("", tmp_path) as pool:
+        assert pool.run([(cautious, {"count": 8})]) == [9]
+
+
+def cautious(count: int) -> int:
+    warn(f"{count} images are few.")
+    return count + 1
 
 
 def test_no_cluster_at_the_address_is_said(tmp_path: Path) -> None:

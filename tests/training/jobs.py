@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from typing import Any
 
+from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
 from simomerge.training import tracking
@@ -32,6 +34,15 @@ def process_and_threads() -> tuple[int, int]:
 
 def refuse() -> None:
     raise InputError("the loss is nan; lower the learning rate.")
+
+
+def caution(text: str, category: type[Warning] | None = None, error: Exception | None = None) -> None:
+    if category is None:
+        warn(text)
+    else:
+        warnings.warn(text, category, stacklevel=1)
+    if error is not None:
+        raise error
 
 
 def break_down() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from simomerge.core.caution import Caution
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
@@ -58,6 +59,19 @@ def test_results_are_in_the_order_of_the_jobs_and_progress_is_forwarded(pool: Wo
     while len(LINES) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert sorted(LINES) == [(f"square {n}", 1, 1, "done") for n in range(4)]
+
+
+def test_warnings_of_jobs_become_warnings_of_this_process() -> None:
+    """Also the last ones, and those of a job that fails. Filters of this process decide whether they are shown."""
+    with pytest.warns(Caution) as found, WorkerPool(2) as pool:
+        pool.run([(jobs.caution, {"text": text}) for text in ("one", "two")])
+    assert {str(each.message) for each in found} == {"one", "two"}
+    assert all(each.filename == __file__ for each in found)
+    with pytest.warns(Caution, match="before the end"), pytest.raises(ValueError, match="end"), WorkerPool(2) as pool:
+        pool.run([(jobs.caution, {"text": "before the end", "error": ValueError("end")})])
+    with pytest.warns(RuntimeWarning, match="division") as found, WorkerPool(2) as pool:
+        pool.run([(jobs.caution, {"text": "division by zero", "category": RuntimeWarning})])
+    assert found[0].filename == jobs.__file__  # as if the job had run here
 
 
 def test_workers_are_other_processes_of_one_thread(pool: WorkerPool) -> None:

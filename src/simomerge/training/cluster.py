@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import queue
 import re
 import socket
 import sys
@@ -31,7 +32,7 @@ from simomerge.core.machine import PRECISION, limit_threads, share_cores
 from simomerge.core.progress import current_sink, progress, show_progress
 from simomerge.training import tracking
 from simomerge.training.nodes import check_nodes
-from simomerge.training.pool import Job, WorkerPool
+from simomerge.training.pool import Job, WorkerPool, send_warnings
 from simomerge.training.run_folder import RunFolder
 
 ATTEMPTS = 4
@@ -78,6 +79,7 @@ class RayPool(WorkerPool):
         self.workers, self.slots = workers or _MOST_TASKS, 1
         self._ray = _imported()
         self._same: dict[str, Future[Any]] = {}  # jobs that several runs of this process wait for
+        self._warnings = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._allowed = allowed()  # threads do not know it
 
@@ -120,6 +122,7 @@ class RayPool(WorkerPool):
         self._ended.set()
         assert self._thread is not None
         self._thread.join(timeout=5)
+        self._warn()
         self._ray.shutdown()  # also ends the tasks that still run after an error
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -192,11 +195,14 @@ class RayPool(WorkerPool):
     def _forward(self) -> None:
         """Show what the jobs report, until the pool is left."""
         while not self._ended.is_set():
-            with contextlib.suppress(self._ray.exceptions.RayError):
-                for message in self._ray.get(self._reports.take.remote()):
-                    if self._sink is not None:
-                        self._sink(*message)
+            self._take()
             self._ended.wait(_EVERY)
+        self._take()
+
+    def _take(self) -> None:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            for message in self._ray.get(self._reports.take.remote()):
+                self._hand_on(message, self._sink)
 
 
 def pool_of(folder: RunFolder, workers: int | None, ray: str | None) -> WorkerPool:
@@ -205,15 +211,15 @@ def pool_of(folder: RunFolder, workers: int | None, ray: str | None) -> WorkerPo
 
 
 class _Reports:
-    """An actor that keeps the reports of all jobs until the first process takes them."""
+    """An actor that keeps the reports and warnings of all jobs until the first process takes them."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[str, int, int, str]] = []
+        self.waiting: list[tuple[Any, ...]] = []
 
-    def put(self, message: tuple[str, int, int, str]) -> None:
+    def put(self, message: tuple[Any, ...]) -> None:
         self.waiting.append(message)
 
-    def take(self) -> list[tuple[str, int, int, str]]:
+    def take(self) -> list[tuple[Any, ...]]:
         found, self.waiting = self.waiting, []
         return found
 
@@ -234,7 +240,7 @@ def _task(function: Callable[..., Any], arguments: dict[str, Any], setup: _Setup
             reports.put.remote((label, done, total, note))
 
     log = _log(arguments)
-    with _logged(log), show_progress(report):
+    with _logged(log), show_progress(report), send_warnings(reports.put.remote):
         result = function(**arguments)
     if log:
         log.unlink(missing_ok=True)

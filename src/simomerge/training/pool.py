@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from simomerge.core.caution import Caution, warn
 from simomerge.core.classes import allow, allowed
 from simomerge.core.distributed import processes
 from simomerge.core.errors import InputError
@@ -34,7 +36,8 @@ Job = tuple[Callable[..., Any], Mapping[str, Any]]
 class WorkerPool:
     """Runs jobs in processes that stay warm, so that torch is imported once per core.
 
-    The progress that jobs report goes to the sink that is installed where the pool is entered.
+    The progress that jobs report goes to the sink that is installed where the pool is entered. Their warnings become
+    warnings of this process.
 
     Args:
         workers: Number of processes. The default is one per core that this process may use, or one where there is a
@@ -54,6 +57,7 @@ class WorkerPool:
         self.slots = 1  # trials of a search at the same time
         self._pool: Any = None  # loky.ProcessPoolExecutor
         self._messages: Any = None
+        self._warnings: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> WorkerPool:
@@ -70,7 +74,7 @@ class WorkerPool:
                 initializer=_start_worker,
                 initargs=(self._messages, tracking.current(), self.workers, allowed()),
             )
-            self._thread = threading.Thread(target=self._forward_progress, args=(current_sink(),), daemon=True)
+            self._thread = threading.Thread(target=self._receive, args=(current_sink(),), daemon=True)
             self._thread.start()
         return self
 
@@ -84,6 +88,7 @@ class WorkerPool:
         self._messages.put(None)
         assert self._thread is not None
         self._thread.join(timeout=5)  # the last reports arrive before the sink is closed
+        self._warn()
 
     @property
     def needs_locks(self) -> bool:
@@ -118,6 +123,7 @@ class WorkerPool:
                     raise ValueError(f"jobs {idle} wait for each other.")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     results[running.pop(future)] = future.result()
+                self._warn()
         except BrokenProcessPool as error:
             raise InputError("a worker process ended, most often because memory ran out; use one worker.") from error
         finally:
@@ -131,13 +137,44 @@ class WorkerPool:
         started: Future[Any] = self._pool.submit(_run_job, function, dict(arguments))
         return started
 
-    def _forward_progress(self, sink: Sink | None) -> None:
+    def _receive(self, sink: Sink | None) -> None:
+        """Hand on what the workers send: reports of progress to the sink, warnings to `_warn`."""
         while (message := self._messages.get()) is not None:
-            if sink is not None:
-                sink(*message)
+            self._hand_on(message, sink)
 
+    def _hand_on(self, message: Any, sink: Sink | None) -> None:
+        if message[0] is _WARNING:
+            self._warnings.put(message[1:])
+        elif sink is not None:
+            sink(*message)
+
+    def _warn(self) -> None:
+        """Warn of what the workers have warned of, where this process shows its warnings."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                text, category, *place = self._warnings.get_nowait()
+                if issubclass(category, Caution):
+                    warn(text)
+                else:
+                    warnings.warn_explicit(text, category, *place)
+
+
+_WARNING = None
+"""What a message begins with that is a warning. Reports of progress begin with a label."""
 
 _messages: Any = None
+
+
+@contextlib.contextmanager
+def send_warnings(send: Callable[[Any], Any]) -> Iterator[None]:
+    """Send all warnings inside the block, as messages for a pool, instead of showing them."""
+
+    def forward(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        send((_WARNING, str(message), category, filename, lineno))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = forward
+        yield
 
 
 def _start_worker(messages: Any, reports: tracking.Tracking | None, workers: int, classes: Any) -> None:
@@ -164,7 +201,7 @@ def _run_job(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
             _messages.put_nowait((label, done, total, note))
 
     try:
-        with show_progress(report):
+        with show_progress(report), send_warnings(_messages.put):
             return function(**arguments)
     finally:
         sys.stdout.flush()
