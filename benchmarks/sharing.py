@@ -251,7 +251,7 @@ def show(results: dict[str, Any]) -> None:
     for cost in (1.0, *costs, float(len(costs) // 4 + 2)):
         cells = []
         for kind in ("chosen", "labelled", "branch", "groups", "every")[: len(names)]:
-            values = [_best(rows, kind, cost) for rows in seeds]
+            values = [best_within(rows, kind, cost) for rows in seeds]
             found = spread(values)
             cells.append(f"{found['mean']:+.2f}" + (f" ± {found['std']:.2f}" if found["std"] else ""))
         print(f"| {cost:.2f} | {' | '.join(cells)} |")
@@ -285,13 +285,15 @@ def show_distilled(seeds: Sequence[Sequence[dict[str, Any]]]) -> None:
         print(f"| {budget:.2f} | {kind.split(',')[0]} | {' | '.join(cells)} |")
 
 
-def _best(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
+def best_within(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float:
     """The Delta_MTL for a cost; for kinds that are not chosen, the best on the test split itself."""
     single = {row["asked"]: row["delta"] for row in rows if row["kind"] == "branch"}
     ends: list[float] = [single[max(single)]]  # one encoder
     if kind in ("chosen", "labelled"):
         asked = {row["asked"]: row["delta"] for row in rows if row["kind"] == kind}
         return float(asked.get(cost, ends[0] if cost == 1 else 0.0))
+    if kind == "groups" and cost >= max(row["cost"] for row in rows if row["kind"] == "branch"):
+        ends.append(0.0)  # one encoder per task: the experts
     return max(ends + [row["delta"] for row in rows if row["kind"] == kind and row["cost"] <= cost + 1e-9])
 
 
