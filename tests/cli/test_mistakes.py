@@ -29,6 +29,7 @@ MERGE = ("merge", "BASE", "depth=DEPTH", "normals=NORMALS", "-o", "OUT")
 TRAIN = ("train", "--base", "BASE", *TINY, "-o", "OUT")
 DISTILL = ("realign", "SCENE", "depth=DEPTH", "--images", "./nowhere", "--method", "distill")
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
+    "home of nobody": (("evaluate", "SCENE", "--data", "~nobody-here/x"), "unknown dataset '~nobody-here/x'"),
     "command": (("merg",), "no such command 'merg'; did you mean 'merge'"),
     "strange command": (("xyzzy",), r"no such command 'xyzzy'\."),
     "option": ((*MERGE, "--metod", "ties"), r"(?i)no such option.*--metod.*--method"),

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from simomerge.core.assets import EMBEDDED_BASE
+from simomerge.core.assets import EMBEDDED_BASE, expanded
 from simomerge.core.classes import allowed
 from simomerge.core.errors import InputError
 from simomerge.core.remote import is_url
@@ -53,7 +53,7 @@ def judge_step(model: Path, experts: Mapping[str, object], data: str, *split: st
     from simomerge.datasets.load import is_dataset
     from simomerge.datasets.pictures import picture_files
 
-    data = data if is_url(data) or not data.startswith("~") else str(Path(data).expanduser())
+    data = data if is_url(data) or not data.startswith("~") else str(expanded(data))
     if is_dataset(data):
         return next_step("evaluate", model, *pairs(experts), "--data", data, *split)
     try:

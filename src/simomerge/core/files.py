@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from simomerge.core.assets import resolve_source
+from simomerge.core.assets import expanded, resolve_source
 from simomerge.core.errors import InputError
 from simomerge.core.exclusive import alone, in_use, is_temporary, put_in_place, remove, sibling
 from simomerge.core.model_files import file_and_key
@@ -179,7 +179,7 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for files that can be made again: the argument, SIMOMERGE_CACHE, or the user's cache folder."""
     chosen = cache_dir or os.environ.get("SIMOMERGE_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("simomerge"))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.assets import expanded
 from simomerge.core.errors import InputError
 from simomerge.core.remote import RemoteFile, is_url, last_name, local_copy, remote_files
 from simomerge.core.schema import nearest
@@ -113,7 +114,7 @@ def is_dataset(spec: str | Path) -> bool:
         >>> is_dataset("rooms"), is_dataset("nyuv2:/data/nyuv2"), is_dataset("mine/data.yaml")
         (True, True, True)
     """
-    return _is_dataset(spec, Path(spec).expanduser())
+    return _is_dataset(spec, expanded(spec))
 
 
 def _is_dataset(spec: str | Path, path: Path) -> bool:
@@ -138,7 +139,7 @@ def _check_no_split(spec: str | Path, split: str | None) -> None:
 def _local(place: str | Path) -> Path:
     """A path, or that of the local copy of a URL. With the manifest at a URL, its folder is copied."""
     if not is_url(place):
-        return Path(place).expanduser()
+        return expanded(place)
     folder, _, name = str(place).rstrip("/").rpartition("/")
     return local_copy(folder) / name if name.endswith(MANIFESTS) else local_copy(str(place))
 

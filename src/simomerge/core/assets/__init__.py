@@ -1,7 +1,8 @@
-"""The files inside the package: the embedded base encoder."""
+"""The files inside the package, the embedded base encoder, and paths as users write them."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,17 @@ def resolve_source(source: str | Path) -> str:
     if str(source) == EMBEDDED_BASE:
         return str(Path(__file__).parent / EMBEDDED_BASE)
     if "://" not in str(source):
-        with suppress(RuntimeError):  # no such user
-            return str(Path(source).expanduser())
+        return str(expanded(source))
     return str(source)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with ``~`` expanded where it names a user. Any other path stays, and does not exist.
+
+    Example:
+        >>> expanded("~no-such-user/x").name, expanded("photos").name
+        ('x', 'photos')
+    """
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
