@@ -1,8 +1,8 @@
 """Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against unlabelled images.
 
-recipes/rooms-distill.yaml makes the run whose curves docs/benchmarks.md shows.
+recipes/rooms-curves.yaml makes the run whose curves docs/benchmarks.md shows.
 
-    python benchmarks/distillation.py runs/rooms-distill --picture docs/pictures/distillation.png
+    python benchmarks/distillation.py runs/rooms-curves --picture docs/pictures/distillation.png
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ from matplotlib.ticker import NullLocator
 
 from simomerge.recipes.row import Row
 
-STARTS = {"task-arithmetic": ("from the merge", "#1f77b4"), "zero-shot": ("control: from the base", "#ff7f0e")}
+CURVES = {
+    "from the merge": ("task-arithmetic", ["distill-encoder"], "#1f77b4"),
+    "control: from the base": ("zero-shot", ["distill-encoder"], "#ff7f0e"),
+    "with labels, from the merge": ("task-arithmetic", ["fold-cross", "finetune"], "#2ca02c"),
+}
+"""What each curve shows: the merge, the re-alignments after it, and the colour."""
+
 Point = tuple[int, float, float]
 """Steps or images, mean and standard deviation of Delta_MTL."""
 
 
-def points(results: Mapping[str, Any], merge: str, by: str) -> list[Point]:
-    """The rows of the distilled encoder after one merge that differ in steps, or in images, only."""
-    settings = results["recipe"]["realign"]["distill-encoder"]
+def points(results: Mapping[str, Any], curve: str, by: str) -> list[Point]:
+    """The rows of one curve that differ in steps, or in images, only."""
+    merge, names, _ = CURVES[curve]
+    settings = results["recipe"]["realign"].get(names[-1], {"steps": 0, "count": 0})  # as a run without such rows has
     given = [(Row.parse(row["method"]), row["delta_mtl"]) for row in results["rows"] if "+" in row["method"]]
     found = []
     for row, delta in given:
-        if row.merge != merge or [step.name for step in row.steps] != ["distill-encoder"]:
+        if row.merge != merge or [step.name for step in row.steps] != names:
             continue
-        chosen = dict(row.steps[0].parameters)
+        chosen = dict(row.steps[-1].parameters)
         steps, count = chosen.get("steps", settings["steps"]), chosen.get("count", settings["count"])
         if (by == "steps") == (count == settings["count"]) or (by == "count" and steps == IMAGES_AT_STEPS):
             found.append((steps if by == "steps" else count, delta["mean"], delta["std"] or 0.0))
@@ -47,11 +54,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     steps_panel, images_panel = figure.subplots(1, 2, sharey=True)
     joint = [row for row in results["rows"] if row["method"].startswith("joint-mtl")]
     best = max(joint, key=lambda row: row["delta_mtl"]["mean"])
-    for merge, (label, colour) in STARTS.items():
-        _curve(steps_panel, points(results, merge, "steps"), label, colour)
-        _curve(images_panel, points(results, merge, "count"), label, colour)
+    for label, (_, _, colour) in CURVES.items():
+        _curve(steps_panel, points(results, label, "steps"), label, colour)
+        _curve(images_panel, points(results, label, "count"), label, colour)
     for panel, by in ((steps_panel, "steps"), (images_panel, "count")):
-        ticks = sorted({point[0] for merge in STARTS for point in points(results, merge, by)})
+        ticks = sorted({point[0] for label in CURVES for point in points(results, label, by)})
         panel.axhline(0, color="black", linewidth=0.8)
         panel.axhline(
             best["delta_mtl"]["mean"], color="gray", linestyle="--", label=f"best joint training, {best['method']}"
@@ -86,10 +93,10 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to write the curves as PNG")
     given = parser.parse_args()
     results = json.loads((given.run / "results.json").read_text(encoding="utf-8"))
-    for merge in STARTS:
+    for label in CURVES:
         for by in ("steps", "count"):
-            shown = ", ".join(f"{x:,}: {mean:.1f} ± {std:.1f}" for x, mean, std in points(results, merge, by))
-            print(f"{merge}, by {by}: {shown}")
+            shown = ", ".join(f"{x:,}: {mean:.1f} ± {std:.1f}" for x, mean, std in points(results, label, by))
+            print(f"{label}, by {by}: {shown}")
     if given.picture:
         plot(results, given.picture)
 
