@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from models.encoders.families import save_tiny
+from simomerge.checkpoints import open_checkpoint
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import load_encoder
 from simomerge.models.heads import build_head
@@ -100,6 +101,20 @@ def test_own_blocks_of_low_rank(story: Story, tiny_base: Path, photos: Path, tmp
     assert "Only what normals need is here" in (one / "README.md").read_text()
     done = simomerge("predict", one, photos / "0.png", "-o", tmp_path / "maps")
     assert done.code == 0, done.err
+
+
+def test_the_storage_is_as_asked(story: Story, tiny_base: Path, photos: Path, tmp_path: Path) -> None:
+    """The experts are in float32, and so is the tree without the option."""
+    experts = (f"depth={story / 'depth'}", f"normals={story / 'normals'}")
+    given = ("merge", tiny_base, *experts, "--scale", "0.5", "--share", 3, "--images", photos)
+    for dtype, stored in {"": "F32", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}.items():
+        done = simomerge(*given, *(("--dtype", dtype) if dtype else ()), "-o", tmp_path / (dtype or "default"))
+        assert done.code == 0, done.err
+        files = [open_checkpoint(path) for path in (tmp_path / (dtype or "default")).glob("*/**/*.safetensors")]
+        of_blocks = {file.info(name).dtype for file in files for name in file if "layer.3." in name}
+        assert of_blocks == {stored}
+    done = simomerge(*given, "--dtype", "float8", "-o", tmp_path / "out")
+    assert done.code == 2 and "dtype 'float8': use float32, float16 or bfloat16." in done.err
 
 
 MERGE = ("merge", "BASE", "depth=./nowhere", "normals=./nowhere", "-o", "OUT")

@@ -43,7 +43,11 @@ _WORDS = {
     " or 'learned' (one per expert and block).",
 )
 @click.option("--schedule", help="Factors over the depth: 0.2,0.5,1 or lines or lines:beta=0.3.")
-@click.option("--dtype", help="Storage: float32, float16 or bfloat16. [default: as the base]")
+@click.option(
+    "--dtype",
+    help="Storage: float32, float16 or bfloat16."
+    " [default: as the base; with images, half precision if all experts are]",
+)
 @options.size_in_bytes("--max-shard-size", "Split larger weights, such as 2GB. [default: one file]")
 @options.pictures
 @options.data
@@ -213,7 +217,9 @@ class _Wanted:
         """Reject everything that can be rejected before a file is read."""
         from simomerge.core.files import check_apart
         from simomerge.merging import as_schedule, get_method
+        from simomerge.merging.disk.output import Output
 
+        Output(self.output, self.dtype)  # raises if it cannot be written like this
         check_apart(self.output, [self.base, *self.experts.values()])
         given = self.given()
         if self.budget is None and options.is_given("budget_of"):
@@ -241,8 +247,8 @@ class _Wanted:
                 f"{files[0]} is a weight file, and {what} computes with images: give folders with config.json."
             )
         schedule = self.schedule and not self.shares_blocks
-        if self.in_memory and (schedule or self.dtype or self.max_shard_size or self.output.suffix == ".safetensors"):
-            asked = {"--schedule": schedule, "--dtype": self.dtype, "--max-shard-size": self.max_shard_size}
+        if self.in_memory and (schedule or self.max_shard_size or self.output.suffix == ".safetensors"):
+            asked = {"--schedule": schedule, "--max-shard-size": self.max_shard_size}
             name = next((name for name, given in asked.items() if given), "a weight file as OUT")
             raise InputError(
                 f"{name} works with a plain merge only: without images, and with a base on disk. Leave it out, or the"
@@ -283,14 +289,18 @@ class _Wanted:
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
 
     def _stored_dtype(self) -> str | None:
-        """The dtype in which all experts store their encoders, if it is a half one."""
+        """The half precision of the stored encoder: as asked, or that of all experts; None is float32."""
+        from simomerge.merging.disk.output import Output
         from simomerge.merging.disk.sources import open_source
 
+        halves = {"F16": "float16", "BF16": "bfloat16"}
+        if self.dtype is not None:
+            return halves.get(str(Output(self.output, self.dtype).storage))
         found = set[str]()
         for path in self.experts.values():
             weights = open_source(path).weights
             found |= {info.dtype for name in weights if (info := weights.info(name)).is_float}
-        return {"F16": "float16", "BF16": "bfloat16"}.get(found.pop()) if len(found) == 1 else None
+        return halves.get(found.pop()) if len(found) == 1 else None
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""
