@@ -1,4 +1,4 @@
-"""Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against unlabelled images.
+"""Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against images.
 
 recipes/rooms-curves.yaml makes the run whose curves docs/benchmarks.md shows.
 
@@ -32,7 +32,8 @@ Point = tuple[int, float, float]
 def points(results: Mapping[str, Any], curve: str, by: str) -> list[Point]:
     """The rows of one curve that differ in steps, or in images, only."""
     merge, names, _ = CURVES[curve]
-    settings = results["recipe"]["realign"].get(names[-1], {"steps": 0, "count": 0})  # as a run without such rows has
+    # Runs that were made before a re-alignment existed have no settings of it, and no rows.
+    settings = {"steps": None, "count": None, **results["recipe"]["realign"].get(names[-1], {})}
     given = [(Row.parse(row["method"]), row["delta_mtl"]) for row in results["rows"] if "+" in row["method"]]
     found = []
     for row, delta in given:
@@ -68,7 +69,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
     steps_panel.set(xlabel="steps of 32 images", ylabel="Delta_MTL (%), 0 = the experts", title="Steps")
-    images_panel.set(xlabel="unlabelled images", title=f"Images, {IMAGES_AT_STEPS} steps")
+    images_panel.set(xlabel="images", title=f"Images, {IMAGES_AT_STEPS} steps")
     steps_panel.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 

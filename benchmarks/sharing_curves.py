@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from sharing import best_within
 from simomerge.recipes.results import spread
@@ -26,47 +26,61 @@ KINDS = {
 """What is drawn, in this order: label, colour and marker."""
 
 
-def curve(seeds: list[list[dict[str, Any]]], kind: str) -> tuple[list[float], list[float], list[float]]:
-    """Costs, and mean and standard deviation of Delta_MTL over the seeds, for the costs that all seeds have.
+Points = tuple[list[float], list[float], list[float]]
+"""Costs, and for each the mean and the standard deviation of Delta_MTL over the seeds."""
 
-    Whole encoders cost whole numbers, a chosen tree what it was chosen for.
+
+def curve(seeds: list[list[dict[str, Any]]], kind: str) -> Points:
+    """What a kind of trees reaches within each cost that all seeds have.
+
+    Whole encoders for groups cost whole numbers, a single split what it costs, and other trees a multiple of a quarter.
     """
-    asked = [{row["asked"] for row in rows if row["kind"] == "chosen"} for rows in seeds]
-    top = max(max(each) for each in asked) + 0.25
-    costs = sorted({1.0, top, *set.intersection(*asked)})
-    if kind == "groups":
-        costs = [cost for cost in costs if cost == int(cost)]
-    points = [spread([best_within(rows, kind, cost) for rows in seeds]) for cost in costs]
-    return costs, [point["mean"] for point in points], [point["std"] or 0.0 for point in points]
+    rows = [[row for row in each if row["kind"] == kind] for each in seeds]
+    if not all(rows):
+        return [], [], []
+    top = int(max(row["cost"] for row in seeds[0] if row["kind"] == "branch"))
+    costs: list[float] = [step / 4 for step in range(4, 4 * top + 1)]
+    if kind == "branch":
+        costs = sorted({row["cost"] for row in rows[0]})
+    elif kind == "groups":
+        costs = list(map(float, range(1, top + 1)))
+    elif kind == "chosen":
+        asked = set.intersection(*({row["asked"] for row in each} for each in rows))
+        costs = [1.0, *sorted(asked), float(top)] if top - 0.25 in asked else [1.0, *sorted(asked)]
+    return _points(costs, [[best_within(each, kind, cost) for each in seeds] for cost in costs])
 
 
-def distilled(seeds: list[list[dict[str, Any]]]) -> tuple[list[float], list[float], list[float]]:
+def distilled(seeds: list[list[dict[str, Any]]]) -> Points:
     """The chosen trees after distillation."""
     rows = [{row["asked"]: row["delta"] for row in each if row["kind"] == "chosen, distilled"} for each in seeds]
-    costs = sorted(set.intersection(*map(set, rows)))
-    points = [spread([each[cost] for each in rows]) for cost in costs]
-    return costs, [point["mean"] for point in points], [point["std"] or 0.0 for point in points]
+    rows = [each for each in rows if each]
+    costs = sorted(set.intersection(*map(set, rows))) if rows else []
+    return _points(costs, [[each[cost] for each in rows] for cost in costs])
+
+
+def _points(costs: list[float], values: list[list[float]]) -> Points:
+    found = [spread(each) for each in values]
+    return costs, [each["mean"] for each in found], [each["std"] or 0.0 for each in found]
 
 
 def draw(files: list[Path], titles: list[str], path: Path) -> None:
+    """Draw one panel per file, with a curve for each kind of trees that was measured for all seeds."""
     figure = Figure(figsize=(5 * len(files), 4.2), layout="constrained")
     panels = figure.subplots(1, len(files), squeeze=False)[0]
     for panel, file, title in zip(panels, files, titles, strict=True):
         seeds = [found["rows"] for found in json.loads(file.read_text(encoding="utf-8"))["seeds"].values()]
-        curves = {kind: curve(seeds, kind) for kind in KINDS if any(row["kind"] == kind for row in seeds[0])}
-        for kind, (costs, means, deviations) in curves.items():
-            label, colour, marker = KINDS[kind]
-            panel.errorbar(costs, means, deviations, label=label, color=colour, marker=marker, capsize=2, linewidth=1.2)
-        costs, means, deviations = distilled(seeds)
-        if costs:
-            label = "chosen tree, distilled"
-            panel.errorbar(costs, means, deviations, label=label, color="#9467bd", marker="D", capsize=2, linewidth=1.2)
+        curves = [(*KINDS[kind], curve(seeds, kind)) for kind in KINDS]
+        curves.append(("chosen tree, distilled", "#9467bd", "D", distilled(seeds)))
+        for label, colour, marker, (costs, means, deviations) in curves:
+            if costs:
+                style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1.2}
+                panel.errorbar(costs, means, deviations, label=label, **style)
         panel.axhline(0, color="gray", linewidth=0.8)
-        top = math.ceil(max(curves["chosen"][0]))
-        panel.set(title=f"{title}, {len(seeds)} seeds" if len(seeds) > 1 else title, xticks=range(1, top + 1))
+        panel.set(title=f"{title}, {len(seeds)} seeds" if len(seeds) > 1 else title)
         panel.set(xlabel="cost, in encoders", ylabel="Delta_MTL (%), 0 = the experts")
+        panel.xaxis.set_major_locator(MultipleLocator(1))
         panel.grid(alpha=0.3)
-    panels[0].legend(loc="lower right", fontsize=8)
+        panel.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

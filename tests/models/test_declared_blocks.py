@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import simomerge as sm
 from simomerge.assembly.realign.blend import EncoderBlend, task_vectors
-from simomerge.assembly.realign.distill import trained_names
+from simomerge.assembly.realign.encoder import trained_names
 from simomerge.assembly.realign.lora import lora_config, lora_layers
 from simomerge.core.errors import InputError
 from simomerge.merging.disk.edit import edit_on_disk

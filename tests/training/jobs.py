@@ -36,6 +36,13 @@ def refuse() -> None:
     raise InputError("the loss is nan; lower the learning rate.")
 
 
+class Strange(UserWarning):
+    """A class whose text alone does not make one."""
+
+    def __init__(self, text: str, extent: int = 0, *, why: str = "") -> None:
+        super().__init__(text, extent, why)
+
+
 def caution(text: str, category: type[Warning] | None = None, error: Exception | None = None) -> None:
     if category is None:
         warn(text)

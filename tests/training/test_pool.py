@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -69,9 +70,21 @@ def test_warnings_of_jobs_become_warnings_of_this_process() -> None:
     assert all(each.filename == __file__ for each in found)
     with pytest.warns(Caution, match="before the end"), pytest.raises(ValueError, match="end"), WorkerPool(2) as pool:
         pool.run([(jobs.caution, {"text": "before the end", "error": ValueError("end")})])
+    with pytest.warns(UserWarning, match="^Strange: .*sight") as found, WorkerPool(2) as pool:
+        pool.run([(jobs.caution, {"text": "sight", "category": jobs.Strange})])
     with pytest.warns(RuntimeWarning, match="division") as found, WorkerPool(2) as pool:
         pool.run([(jobs.caution, {"text": "division by zero", "category": RuntimeWarning})])
     assert found[0].filename == jobs.__file__  # as if the job had run here
+
+
+def test_a_warning_that_is_an_error_here_does_not_hide_the_error_of_a_job() -> None:
+    with warnings.catch_warnings(), WorkerPool(2) as pool:
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match="in the end"):
+            pool.run([(jobs.caution, {"text": "before", "error": InputError("in the end")})])
+        with pytest.raises(Caution, match="alone"):
+            pool.run([(jobs.caution, {"text": "alone"})])
+        assert pool.run([(jobs.square, {"number": 2})]) == [4]
 
 
 def test_workers_are_other_processes_of_one_thread(pool: WorkerPool) -> None:

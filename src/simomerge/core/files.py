@@ -179,7 +179,10 @@ def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """The folder for files that can be made again: the argument, SIMOMERGE_CACHE, or the user's cache folder."""
     chosen = cache_dir or os.environ.get("SIMOMERGE_CACHE")
     if chosen:
-        return expanded(chosen)
+        folder = expanded(chosen)
+        if folder.parts[:1] and folder.parts[0].startswith("~"):
+            raise InputError(f"the cache folder {chosen} begins with the home of an unknown user; give another path.")
+        return folder
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("simomerge"))

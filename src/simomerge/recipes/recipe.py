@@ -49,6 +49,7 @@ REALIGN: dict[str, dict[str, Any]] = {
     "symerge": {"steps": 60, "lr": 1e-3, "count": 256},
     "prodistill": {"steps": 40, "count": 64},
 }
+# Fine-tuning keeps its settings after a fold: it trains all weights, wherever it starts.
 REFINE: dict[str, dict[str, Any]] = {name: {"steps": 40, "lr": 1e-3} for name in ("heads", "adapters", "lora")}
 
 _Class = TypeVar("_Class")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import queue
 import re
 import socket
 import sys
@@ -32,7 +31,7 @@ from simomerge.core.machine import PRECISION, limit_threads, share_cores
 from simomerge.core.progress import current_sink, progress, show_progress
 from simomerge.training import tracking
 from simomerge.training.nodes import check_nodes
-from simomerge.training.pool import Job, WorkerPool, send_warnings
+from simomerge.training.pool import Job, WorkerPool, with_warnings
 from simomerge.training.run_folder import RunFolder
 
 ATTEMPTS = 4
@@ -79,7 +78,6 @@ class RayPool(WorkerPool):
         self.workers, self.slots = workers or _MOST_TASKS, 1
         self._ray = _imported()
         self._same: dict[str, Future[Any]] = {}  # jobs that several runs of this process wait for
-        self._warnings = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._allowed = allowed()  # threads do not know it
 
@@ -122,7 +120,6 @@ class RayPool(WorkerPool):
         self._ended.set()
         assert self._thread is not None
         self._thread.join(timeout=5)
-        self._warn()
         self._ray.shutdown()  # also ends the tasks that still run after an error
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -195,14 +192,11 @@ class RayPool(WorkerPool):
     def _forward(self) -> None:
         """Show what the jobs report, until the pool is left."""
         while not self._ended.is_set():
-            self._take()
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                for message in self._ray.get(self._reports.take.remote()):
+                    if self._sink is not None:
+                        self._sink(*message)
             self._ended.wait(_EVERY)
-        self._take()
-
-    def _take(self) -> None:
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            for message in self._ray.get(self._reports.take.remote()):
-                self._hand_on(message, self._sink)
 
 
 def pool_of(folder: RunFolder, workers: int | None, ray: str | None) -> WorkerPool:
@@ -211,15 +205,15 @@ def pool_of(folder: RunFolder, workers: int | None, ray: str | None) -> WorkerPo
 
 
 class _Reports:
-    """An actor that keeps the reports and warnings of all jobs until the first process takes them."""
+    """An actor that keeps the reports of all jobs until the first process takes them."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[Any, ...]] = []
+        self.waiting: list[tuple[str, int, int, str]] = []
 
-    def put(self, message: tuple[Any, ...]) -> None:
+    def put(self, message: tuple[str, int, int, str]) -> None:
         self.waiting.append(message)
 
-    def take(self) -> list[tuple[Any, ...]]:
+    def take(self) -> list[tuple[str, int, int, str]]:
         found, self.waiting = self.waiting, []
         return found
 
@@ -240,8 +234,8 @@ def _task(function: Callable[..., Any], arguments: dict[str, Any], setup: _Setup
             reports.put.remote((label, done, total, note))
 
     log = _log(arguments)
-    with _logged(log), show_progress(report), send_warnings(reports.put.remote):
-        result = function(**arguments)
+    with _logged(log), show_progress(report):
+        result = with_warnings(function, arguments)
     if log:
         log.unlink(missing_ok=True)
     return result

@@ -5,6 +5,7 @@ On a CPU a small model trains nearly twice as fast on two processes of one threa
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import queue
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -33,11 +34,15 @@ Job = tuple[Callable[..., Any], Mapping[str, Any]]
 """A function and its keyword arguments. Both must pickle; a function of the main script may be used (loky)."""
 
 
+Warned = tuple[str, str, str, str, int]
+"""A warning as another process can read it: text, module and name of its class, file and line."""
+
+
 class WorkerPool:
     """Runs jobs in processes that stay warm, so that torch is imported once per core.
 
     The progress that jobs report goes to the sink that is installed where the pool is entered. Their warnings become
-    warnings of this process.
+    warnings of this process when they end.
 
     Args:
         workers: Number of processes. The default is one per core that this process may use, or one where there is a
@@ -57,7 +62,6 @@ class WorkerPool:
         self.slots = 1  # trials of a search at the same time
         self._pool: Any = None  # loky.ProcessPoolExecutor
         self._messages: Any = None
-        self._warnings: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> WorkerPool:
@@ -74,7 +78,7 @@ class WorkerPool:
                 initializer=_start_worker,
                 initargs=(self._messages, tracking.current(), self.workers, allowed()),
             )
-            self._thread = threading.Thread(target=self._receive, args=(current_sink(),), daemon=True)
+            self._thread = threading.Thread(target=self._forward_progress, args=(current_sink(),), daemon=True)
             self._thread.start()
         return self
 
@@ -88,7 +92,6 @@ class WorkerPool:
         self._messages.put(None)
         assert self._thread is not None
         self._thread.join(timeout=5)  # the last reports arrive before the sink is closed
-        self._warn()
 
     @property
     def needs_locks(self) -> bool:
@@ -122,10 +125,14 @@ class WorkerPool:
                 if not running:
                     raise ValueError(f"jobs {idle} wait for each other.")
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    results[running.pop(future)] = future.result()
-                self._warn()
+                    results[running.pop(future)], found = future.result()
+                    show_warnings(found)
         except BrokenProcessPool as error:
             raise InputError("a worker process ended, most often because memory ran out; use one worker.") from error
+        except Exception as error:
+            with contextlib.suppress(Warning):  # which a filter makes an error; the error of the job matters more
+                show_warnings(getattr(error, "worker_warnings", []))
+            raise
         finally:
             for future in running:
                 future.cancel()
@@ -137,44 +144,40 @@ class WorkerPool:
         started: Future[Any] = self._pool.submit(_run_job, function, dict(arguments))
         return started
 
-    def _receive(self, sink: Sink | None) -> None:
-        """Hand on what the workers send: reports of progress to the sink, warnings to `_warn`."""
+    def _forward_progress(self, sink: Sink | None) -> None:
         while (message := self._messages.get()) is not None:
-            self._hand_on(message, sink)
+            if sink is not None:
+                sink(*message)
 
-    def _hand_on(self, message: Any, sink: Sink | None) -> None:
-        if message[0] is _WARNING:
-            self._warnings.put(message[1:])
-        elif sink is not None:
-            sink(*message)
-
-    def _warn(self) -> None:
-        """Warn of what the workers have warned of, where this process shows its warnings."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                text, category, *place = self._warnings.get_nowait()
-                if issubclass(category, Caution):
-                    warn(text)
-                else:
-                    warnings.warn_explicit(text, category, *place)
-
-
-_WARNING = None
-"""What a message begins with that is a warning. Reports of progress begin with a label."""
 
 _messages: Any = None
 
 
-@contextlib.contextmanager
-def send_warnings(send: Callable[[Any], Any]) -> Iterator[None]:
-    """Send all warnings inside the block, as messages for a pool, instead of showing them."""
+def with_warnings(function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Any, list[Warned]]:
+    """The result of a job, and its warnings, which are not shown. An error carries them as ``worker_warnings``."""
+    found: list[Warned] = []
 
-    def forward(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-        send((_WARNING, str(message), category, filename, lineno))
+    def keep(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        found.append((str(message), category.__module__, category.__name__, filename, lineno))
 
-    with warnings.catch_warnings():
-        warnings.showwarning = forward
-        yield
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = keep
+            return function(**arguments), found
+    except Exception as error:
+        error.worker_warnings = found  # type: ignore[attr-defined]
+        raise
+
+
+def show_warnings(found: Sequence[Warned]) -> None:
+    """Warn of what a job in another process warned of. A class of another package is named in the text."""
+    for text, module, name, file, line in found:
+        if (module, name) == (Caution.__module__, Caution.__name__):
+            warn(text)
+        elif module == "builtins":
+            warnings.warn_explicit(text, getattr(builtins, name), file, line)
+        else:
+            warnings.warn_explicit(f"{name}: {text}", UserWarning, file, line)
 
 
 def _start_worker(messages: Any, reports: tracking.Tracking | None, workers: int, classes: Any) -> None:
@@ -201,7 +204,7 @@ def _run_job(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
             _messages.put_nowait((label, done, total, note))
 
     try:
-        with show_progress(report), send_warnings(_messages.put):
-            return function(**arguments)
+        with show_progress(report):
+            return with_warnings(function, arguments)
     finally:
         sys.stdout.flush()

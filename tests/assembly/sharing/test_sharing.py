@@ -384,11 +384,12 @@ def test_a_tree_is_finetuned_on_labels(shared: SimoModel) -> None:
     assert isinstance(tuned.encoder, TreeEncoder) and tuned.encoder.tree == some.encoder.tree  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["lora", "distill-lora", "react", "surgery", "symerge", "prodistill"])
+@pytest.mark.parametrize("name", ["lora", "distill-lora", "react", "surgery", "symerge", "prodistill", "calibrate"])
 def test_other_realignments_refuse_a_tree(
     shared: SimoModel, base: SimoModel, experts: dict[str, SimoModel], images: Images, name: str
 ) -> None:
-    with pytest.raises(InputError, match="tree of shared blocks"):
+    fit = "use adapters, distill, finetune, heads, distill-adapters or distill-encoder"
+    with pytest.raises(InputError, match=f"tree of shared blocks; {fit}"):
         realign(shared, experts, images, data=images, method=name, base=base)
 
 

@@ -3,8 +3,8 @@
 - ``method.py``: the base classes and the registry.
 - ``fold.py``, ``distill.py``, ``heads.py``, ``adapters.py``, ``lora.py``, ``finetune.py``, ``react.py``,
   ``surgery.py``, ``symerge.py``, ``prodistill.py``, ``calibrate.py``: one method each, registered by the imports.
-- ``training.py``: what the methods that train have in common. ``held_out.py``: training of a whole model that keeps the
-  best weights on held-out images.
+- ``training.py``: what the methods that train have in common. ``encoder.py``: what those have that train the encoder.
+  ``held_out.py``: training of a whole model that keeps the best weights on held-out images.
 - ``blend.py``: weights as a function of merging coefficients. ``blocks.py``: distillation block by block.
 - ``teacher.py``, ``predictions.py``: the experts as teachers: checks, features, stored predictions.
 - ``sums.py``: the fold of a model. ``layout.py`` lists its linear systems, ``systems.py`` defines and solves one, and
@@ -127,7 +127,8 @@ def prepared(
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
     if model.encoder.describe().get("tree") and not chosen.takes_trees:
-        *names, last = [name for name, each in realignments().items() if each.takes_trees]
+        fit = (name for name, each in realignments().items() if each.takes_trees and not each.needs_plain_heads)
+        *names, last = fit
         raise InputError(
             f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use {', '.join(names)}"
             f" or {last}."
@@ -139,6 +140,8 @@ def prepared(
 
 
 def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
+    from simomerge.training.evaluate import shared_tasks
+
     if data is None:
         raise InputError(f"re-alignment by {method.name!r} learns from labels: give data=, a dataset with every task.")
     missing = [name for name in model.tasks if name not in data.tasks]
@@ -146,6 +149,7 @@ def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
         raise InputError(
             f"re-alignment by {method.name!r} needs labels of every task; the data has none of {', '.join(missing)}."
         )
+    data = data.select(shared_tasks(model.tasks, data.tasks))
     return data if method.count is None else data.take(min(method.count, len(data)))
 
 

@@ -11,20 +11,22 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from simomerge.assembly.realign.encoder import last_blocks_parameter, let_encoder_learn, trained_names
 from simomerge.assembly.realign.fold import VARIANTS, Fold
 from simomerge.assembly.realign.lora import ALL_LINEAR, lora_config, lora_layers
 from simomerge.assembly.realign.method import (
     Inputs,
     TrainedRealignment,
+    augmentation_parameter,
     checkpointing_parameter,
     heads_were_changed,
+    hold_out_parameter,
     register,
 )
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.registry import parameter
 from simomerge.core.text import size_text
-from simomerge.training.choices import AUGMENTATIONS
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -36,9 +38,6 @@ INSIDE = ("adapters", "lora", "encoder")
 
 CACHE_BUDGET = "20GB"
 """Disk space for the experts' predictions, unless it is given."""
-
-ENCODER_RATE = 0.4
-"""The encoder's learning rate relative to the heads', unless it is given."""
 
 
 @register(
@@ -70,25 +69,16 @@ class Distill(TrainedRealignment):
         when={"trains": ("adapters",)},
         help="Between an adapter's two factors: none (the paper) or relu (its code).",
     )
-    last_blocks: int = parameter(
-        0, low=0, when={"trains": ("encoder",)}, help="Train the last N blocks of the encoder only; 0 trains all."
-    )
+    last_blocks: int = last_blocks_parameter(when={"trains": ("encoder",)})
     variant: str = parameter("cross-tap", choices=VARIANTS, help="Variant of the fold that it starts from.")
-    hold_out: float = parameter(
-        0.125,
-        low=0,
-        high=0.5,
-        help="Share of the images that is held out, as whole folders or runs, to keep what is best on them.",
-    )
+    hold_out: float = hold_out_parameter()
     features: float = parameter(
         0.0,
         low=0,
         when={"trains": INSIDE},
         help="Weight of the distance between what the heads' first layers compute and what the experts' do.",
     )
-    augmentation: str = parameter(
-        "flip", choices=tuple(AUGMENTATIONS), when={"trains": INSIDE}, help="Augmentation of the images."
-    )
+    augmentation: str = augmentation_parameter(when={"trains": INSIDE})
     predictions: str = parameter(
         "auto",
         choices=("auto", "stored", "live"),
@@ -206,10 +196,8 @@ class Distill(TrainedRealignment):
         settings, more = self.training, dict[str, Any]()
         layers: AbstractContextManager[None] = nullcontext()
         if self.trains == "encoder":
-            settings = replace(settings, encoder_lr=settings.encoder_lr or ENCODER_RATE * settings.lr)
+            settings = let_encoder_learn(model, inside, settings)
             more = {"encoder_lr": settings.encoder_lr}
-            for name, parameter in model.encoder.backbone.named_parameters():
-                parameter.requires_grad_(name in inside)
         elif self.trains == "adapters":
             model.encoder.add_adapters(self.rank, self.activation)
         else:
@@ -277,19 +265,3 @@ class Distill(TrainedRealignment):
             f" need {size_text(needed)}: the budget is {size_text(budget)}, and {size_text(free)} are free. Raise"
             " cache_budget, or give predictions='live' for no warning."
         )
-
-
-def trained_names(encoder: Encoder, last_blocks: int) -> set[str]:
-    """Names of the encoder's parameters that learn: all, or those of the last blocks and what follows them.
-
-    Raises:
-        InputError: The encoder has fewer blocks, or its blocks are unknown.
-    """
-    names = [name for name, _ in encoder.backbone.named_parameters()]
-    depth = encoder.depth(names)
-    if last_blocks > depth.blocks:
-        raise InputError(
-            f"last_blocks is {last_blocks}, and {depth.blocks} blocks of the encoder are known; give a smaller number,"
-            " or 0 to train the whole encoder. An encoder of your own can declare its blocks."
-        )
-    return {name for name in names if not last_blocks or depth.position(name) >= depth.blocks - last_blocks}

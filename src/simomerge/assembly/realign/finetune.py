@@ -5,14 +5,22 @@ This is joint training with another start. It is what the distilled encoder is c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.distill import ENCODER_RATE, trained_names
-from simomerge.assembly.realign.method import Inputs, TrainedRealignment, checkpointing_parameter, register
+from simomerge.assembly.realign.encoder import last_blocks_parameter, let_encoder_learn, trained_names
+from simomerge.assembly.realign.method import (
+    Inputs,
+    TrainedRealignment,
+    augmentation_parameter,
+    checkpointing_parameter,
+    hold_out_parameter,
+    register,
+)
 from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
-from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
+from simomerge.training.choices import WEIGHTINGS
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -32,17 +40,13 @@ class Finetune(TrainedRealignment):
     """
 
     teacher: ClassVar[str] = "labels"
+    default_count: ClassVar[int] = 4096
 
     training: TrainSettings = TrainSettings(steps=200, batch_size=32, lr=5e-4)
-    last_blocks: int = parameter(0, low=0, help="Train the last N blocks of the encoder only; 0 trains all.")
+    last_blocks: int = last_blocks_parameter()
     weighting: str = parameter("equal", choices=tuple(WEIGHTINGS), help="How the losses of the tasks are combined.")
-    hold_out: float = parameter(
-        0.125,
-        low=0,
-        high=0.5,
-        help="Share of the images that is held out, as whole folders or runs, to keep what is best on them.",
-    )
-    augmentation: str = parameter("flip", choices=tuple(AUGMENTATIONS), help="Augmentation of the images.")
+    hold_out: float = hold_out_parameter()
+    augmentation: str = augmentation_parameter()
     checkpointing: bool = checkpointing_parameter()
 
     @property
@@ -69,23 +73,20 @@ class Finetune(TrainedRealignment):
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.held_out import split_off, train_and_keep_best
-        from simomerge.assembly.realign.training import check_no_adapters, freeze_encoder
+        from simomerge.assembly.realign.training import check_no_adapters
         from simomerge.training.evaluate import evaluate
         from simomerge.training.settings import TuneOptions
 
         check_no_adapters(model)
-        names = trained_names(model.encoder, self.last_blocks)
-        freeze_encoder(model, self.training.seed)
-        for name, weight in model.encoder.backbone.named_parameters():
-            weight.requires_grad_(name in names)
-        settings = replace(self.training, encoder_lr=self.training.encoder_lr or ENCODER_RATE * self.training.lr)
+        settings = let_encoder_learn(model, trained_names(model.encoder, self.last_blocks), self.training)
         options = TuneOptions(self.weighting, self.augmentation, self.checkpointing)
         train, held_out = split_off(inputs.data, self.hold_out)
-        before = evaluate(model, held_out) if held_out else {}
+        measured = partial(evaluate, model, held_out, settings.batch_size, f"{self.name}: held-out images")
+        before = measured() if held_out else {}
         state_file = inputs.work_folder / "state.safetensors"
         cost = train_and_keep_best(model, (train, held_out), settings, state_file, self.name, options=options)
         if held_out:
-            _report_worse(model, before, evaluate(model, held_out))
+            _report_worse(model, before, measured())
         return {"encoder_lr": settings.encoder_lr, **cost}
 
 
@@ -93,7 +94,8 @@ def _report_worse(model: SimoModel, before: Scores, after: Scores) -> None:
     """Warn of every task whose metric is worse on held-out images than before the training."""
     for name, task in model.tasks.items():
         was, now = before[name][task.metric], after[name][task.metric]
-        if now < was if task.higher_is_better else now > was:
+        worse = now < was if task.higher_is_better else now > was
+        if worse and f"{was:.4g}" != f"{now:.4g}":
             warn(
                 f"finetune: {name} is worse on held-out images than before the training: its {task.metric} went from"
                 f" {was:.4g} to {now:.4g}. Another weighting of the losses may keep it."

@@ -17,7 +17,7 @@ from simomerge.datasets.base import DenseDataset
 from simomerge.models.model import SimoModel
 from simomerge.training.loop import HIGHEST_RISE
 from simomerge.training.lpft import ModelLosses, finetune, image_losses, trainable_parameters
-from simomerge.training.settings import TrainSettings, TuneOptions
+from simomerge.training.settings import DEFAULT_OPTIONS, TrainSettings, TuneOptions
 
 VALIDATIONS = 8
 """Validations per training, unless the settings say how often."""
@@ -33,7 +33,7 @@ def train_and_keep_best(
     state_file: Path,
     label: str,
     losses: ModelLosses = image_losses,
-    options: TuneOptions = TuneOptions(),  # noqa: B008 - frozen
+    options: TuneOptions = DEFAULT_OPTIONS,
     minimised: str = "loss",
 ) -> dict[str, Any]:
     """Train the parameters of a model that require a gradient, in place; what was measured, for the provenance.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.core.errors import InputError
 from simomerge.core.registry import Registry, check_parameters, parameter, range_text, settings, suggestion, summary
+from simomerge.training.choices import AUGMENTATIONS
 from simomerge.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -188,6 +189,17 @@ def checkpointing_parameter() -> Any:
     """The field of a re-alignment that trains in the encoder and can save memory there."""
     text = "Compute blocks again in the backward pass: the same gradients in less memory, slower."
     return parameter(False, resource=True, help=text)
+
+
+def hold_out_parameter() -> Any:
+    """The field of a re-alignment that keeps what is best on held-out images."""
+    text = "Share of the images that is held out, as whole folders or runs, to keep what is best on them."
+    return parameter(0.125, low=0, high=0.5, help=text)
+
+
+def augmentation_parameter(**more: Any) -> Any:
+    """The field of a re-alignment that trains in the encoder on augmented images."""
+    return parameter("flip", choices=tuple(AUGMENTATIONS), help="Augmentation of the images.", **more)
 
 
 _REGISTRY: Registry[Realignment] = Registry("re-alignment")

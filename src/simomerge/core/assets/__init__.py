@@ -27,7 +27,7 @@ def resolve_source(source: str | Path) -> str:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with ``~`` expanded where it names a user. Any other path stays, and does not exist.
+    """A path with ``~`` expanded. A path whose ``~`` names no known user stays as it is.
 
     Example:
         >>> expanded("~no-such-user/x").name, expanded("photos").name
