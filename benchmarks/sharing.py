@@ -65,6 +65,15 @@ LABELLED = 128
 
 KINDS = ("branch", "groups", "chosen", "labelled")
 
+COLUMNS = {
+    "chosen": "chosen",
+    "labelled": "chosen by labels",
+    "branch": "best single split",
+    "groups": "best whole groups",
+    "every": "best of every tree",
+}
+"""What `show` prints of each kind of tree."""
+
 
 class Bench:
     """The experts of one seed, the images, and what is measured so far."""
@@ -244,13 +253,12 @@ def show(results: dict[str, Any]) -> None:
     if not any(row["kind"] == "chosen" for row in seeds[0]):
         return
     costs = sorted({row["asked"] for row in seeds[0] if row["kind"] == "chosen"})
-    has_all = any(row["kind"] == "every" for row in seeds[0])
-    names = ["chosen", "chosen by labels", "best single split", "best whole groups"]
-    names += ["best of every tree"] if has_all else []
-    print("| cost at most | " + " | ".join(names) + " |\n| --: |" + " --: |" * len(names))
+    measured = {row["kind"] for row in seeds[0]}
+    names = {kind: name for kind, name in COLUMNS.items() if kind in measured}
+    print("| cost at most | " + " | ".join(names.values()) + " |\n| --: |" + " --: |" * len(names))
     for cost in (1.0, *costs, float(len(costs) // 4 + 2)):
         cells = []
-        for kind in ("chosen", "labelled", "branch", "groups", "every")[: len(names)]:
+        for kind in names:
             values = [best_within(rows, kind, cost) for rows in seeds]
             found = spread(values)
             cells.append(f"{found['mean']:+.2f}" + (f" ± {found['std']:.2f}" if found["std"] else ""))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import combinations
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.testing import assert_close
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.merge import merge
 from simomerge.assembly.sharing.grow import Grower
-from simomerge.assembly.sharing.search import path_of
+from simomerge.assembly.sharing.search import changes, path_of
 from simomerge.merging import get_method
 from simomerge.merging.tree import Partition, Tree
 from simomerge.models.model import SimoModel, load
@@ -100,6 +102,38 @@ def test_a_task_that_leaves_at_once_changes_nothing_for_the_others(
     joined = Tree(tuple((("depth",), *groups) for groups in tree.partitions))
     found = predicted(Grower(base, check_experts(base, experts), method).grow(joined), picture, list(some))
     assert equal(found, predicted(alone, picture))
+
+
+def apart(tree: Tree) -> set[tuple[int, str, str]]:
+    """Every block at which two tasks are in different groups."""
+    groups = [{task: group for group in level for task in group} for level in tree.partitions]
+    return {(n, a, b) for n, of in enumerate(groups) for a, b in combinations(sorted(tree.tasks), 2) if of[a] != of[b]}
+
+
+@given(trees(("a", "b", "c", "d", "e"), whole=False))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_a_change_keeps_apart_what_is_apart_and_costs_more(tree: Tree) -> None:
+    found = list(changes(tree, "abcde"))
+    assert len(found) == len(set(found)) and (found or tree.cost() == 5)
+    for other in found:
+        assert apart(tree) < apart(other) and other.cost() > tree.cost()
+
+
+@pytest.mark.parametrize("tasks", ["ab", "abc", "abcd"])
+def test_changes_lead_from_one_encoder_to_every_tree(tasks: str) -> None:
+    """Counted by another way: a tree is a chain of ever finer partitions."""
+    reached, border = set[Tree](), {Tree.of("all", list(tasks), 3)}
+    while border:
+        reached |= border
+        border = {other for tree in border for other in changes(tree, tasks)} - reached
+    partitions = {frozenset(map(frozenset, tree.partitions[-1])) for tree in reached}
+
+    def count(partition: frozenset[frozenset[str]], blocks: int) -> int:
+        finer = [each for each in partitions if all(any(group <= wide for wide in partition) for group in each)]
+        return sum(count(each, blocks - 1) for each in finer) if blocks else 1
+
+    assert len(partitions) == {2: 2, 3: 5, 4: 15}[len(tasks)]  # Bell numbers
+    assert len(reached) == count(frozenset([frozenset(tasks)]), 3)
 
 
 @FEW

@@ -168,11 +168,13 @@ class TreeSearch:
     def best(self, budget: float) -> Tried:
         """The best tree that costs at most as much, by greedy search.
 
-        Each step takes the change that gains most per cost: a group splits after some block, or a split moves up.
+        Each step takes the change that gains most per cost; see `changes`.
         """
         current = self.tried[0]
         while True:
-            affordable = [tree for tree in changes(current.tree) if tree.cost(self.shares) <= budget + 1e-6]
+            affordable = [
+                tree for tree in changes(current.tree, list(self.experts)) if tree.cost(self.shares) <= budget + 1e-6
+            ]
             trials = []
             for done, tree in enumerate(affordable, start=1):
                 trials.append(self.try_out(tree))
@@ -200,21 +202,25 @@ def path_of(tree: Tree, task: str) -> TaskPath:
     return tuple((tree.nodes[place].tasks, tree.nodes[place].last) for place in tree.path(tree.leaf_of(task)))
 
 
-def changes(tree: Tree) -> Iterator[Tree]:
-    """The trees that cost more than this one by one change: a group that splits, or a split that moves up."""
+def changes(tree: Tree, order: Sequence[str]) -> Iterator[Tree]:
+    """The trees that cost more than this one by one change: a group splits earlier than it does, if it does.
+
+    It splits as it does later, or in one of the ways of `partitions`, and then as before. So a task may leave its group
+    before the others do.
+
+    Args:
+        order: The tasks, in the order that all trees give them, so that equal trees compare as equal.
+    """
     places = sorted({round(place * (tree.blocks - 1) / (SPLITS - 1)) for place in range(SPLITS)})
-    for leaf in tree.leaves:
-        node = tree.nodes[leaf]
-        for block in places:
-            if block >= node.first - 1:
-                for parts in partitions(node.tasks):
-                    yield _with_split(tree, node.tasks, parts, block)
+    found = dict[Tree, None]()
     for node in tree.nodes:
-        if node.children:
-            parts = tuple(tree.nodes[child].tasks for child in node.children)
-            for block in places:
-                if node.first - 1 <= block < node.last:
-                    yield _with_split(tree, node.tasks, parts, block)
+        later = [tuple(tree.nodes[child].tasks for child in node.children)] if node.children else []
+        for block in places:
+            if node.first - 1 <= block < node.last:
+                found |= dict.fromkeys(
+                    _with_split(tree, node.tasks, parts, block, order) for parts in (*later, *partitions(node.tasks))
+                )
+    yield from found
 
 
 def partitions(group: Group) -> Iterator[Partition]:
@@ -231,10 +237,19 @@ def partitions(group: Group) -> Iterator[Partition]:
         yield tuple((task,) for task in group)
 
 
-def _with_split(tree: Tree, group: Group, parts: Partition, block: int) -> Tree:
-    """The tree in which a group is split into parts in every block after this one where it was together."""
+def _with_split(tree: Tree, group: Group, parts: Partition, block: int, order: Sequence[str]) -> Tree:
+    """The tree in which tasks of a group that are in different parts are apart in every block after this one."""
+
+    def apart(other: Group) -> list[Group]:
+        pieces = (tuple(task for task in other if task in part) for part in parts)
+        return [piece for piece in pieces if piece]
+
     levels: Mapping[int, Any] = {
-        number: [part for other in groups for part in (parts if other == group and number > block else (other,))]
+        number: [
+            piece
+            for other in groups
+            for piece in (apart(other) if number > block and set(other) <= set(group) else [other])
+        ]
         for number, groups in enumerate(tree.partitions, start=1)
     }
-    return Tree.of(levels, tree.tasks, tree.blocks)
+    return Tree.of(levels, order, tree.blocks)
