@@ -206,7 +206,7 @@ def measure(given: argparse.Namespace, seed: int, results: dict[str, Any]) -> No
         for tree in (bench.tree({blocks: groups}) for groups in partitions(bench.tasks) if len(groups) == encoders):
             if ("groups", str(tree)) not in done:
                 add("groups", str(tree), tree)  # type: ignore[arg-type]
-    budgets = [1 + step / 4 for step in range(1, 4 * (count - 1))]
+    budgets = [1 + step / 4 for step in range(1, 4 * (count - 1)) if 1 + step / 4 <= (given.most or count)]
     for kind, data in (("chosen", None), ("labelled", bench.labelled)):
         missing = [budget for budget in budgets if (kind, budget) not in done and kind in given.kinds]
         search = TreeSearch(bench.grower, bench.few, data) if missing else None
@@ -317,6 +317,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--exhaustive", action="store_true", help="Also measure every tree (three tasks at most).")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="Measure some kinds of trees only.")
+    parser.add_argument("--most", type=float, help="Choose no tree for a higher cost than this.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[], help="Measure these branch ranks only.")
     parser.add_argument("--distil", type=int, metavar="STEPS", help="Distil trees that have been measured, only.")
     parser.add_argument("-o", "--output", type=Path, required=True)

@@ -23,7 +23,7 @@ from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.blocks import call_of
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch
-from simomerge.assembly.sharing.stitches import fit_stitches
+from simomerge.assembly.sharing.stitches import ExpertTokens, fit_stitches
 from simomerge.cli.merge import tree_lines
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset, load_data
@@ -37,6 +37,21 @@ from simomerge.models.model import SimoModel, load
 from .conftest import MANY, METHOD, TASKS, equal, predicted, random_stitches, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stays (close|near):UserWarning")
+
+
+def test_kept_tokens_of_experts_are_used_again(grower: Grower, experts: dict[str, SimoModel], images: Images) -> None:
+    kept, none = ExpertTokens(), ExpertTokens(limit=0)
+    plain, first, second, other = (grower.grow(tree("2: all | each")) for _ in range(4))
+    expected = fit_stitches(plain, experts, images)
+    fit_stitches(first, experts, images, kept=kept)
+    damaged = {task: copy.deepcopy(expert) for task, expert in experts.items()}
+    for expert in damaged.values():
+        for parameter in expert.encoder.backbone.parameters():
+            parameter.requires_grad_(False).zero_()
+    for name, fit in fit_stitches(second, damaged, images, kept=kept).items():
+        assert torch.equal(fit.weight, expected[name].weight) and torch.equal(fit.bias, expected[name].bias)
+    found = fit_stitches(other, damaged, images, kept=none)  # nothing is kept, so that the damage is seen
+    assert not any(torch.equal(fit.weight, expected[name].weight) for name, fit in found.items())
 
 
 # Special cases ------------------------------------------------------------------------------------------

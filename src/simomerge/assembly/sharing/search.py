@@ -17,7 +17,7 @@ from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign.sums import head_sums, head_targets, with_heads
 from simomerge.assembly.sharing.cost import check_kind, time_shares
 from simomerge.assembly.sharing.grow import Grower
-from simomerge.assembly.sharing.stitches import Known, fit_stitches
+from simomerge.assembly.sharing.stitches import ExpertTokens, Known, fit_stitches
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
@@ -32,11 +32,12 @@ from simomerge.training.evaluate import evaluating
 SEARCH_IMAGES = 64
 """Images that a search uses; the chosen tree is then stitched and folded on more."""
 
-POWER = 16
+POWER = 4
 """Without labels, the power of the disagreements before their mean.
 
 It is unknown without labels which task's disagreement with its expert costs accuracy. With a high power the tasks that
-lose most decide, so that no task is given up for another.
+lose most decide, so that no task is given up for another; with a very high one, what the other tasks lose does not
+count. The value was chosen on validation rooms: docs/sharing.md has the comparison.
 """
 
 LEAST_LOSS = 0.01
@@ -115,6 +116,7 @@ class TreeSearch:
             for task, expert in self.experts.items()
         }
         self._stitches: Known = {}
+        self._kept_tokens = ExpertTokens()
         self._losses: dict[TaskPath, dict[str, float]] = {}
         one = Tree.of("all", list(self.experts), grower.blocks)
         self.shares = self._shares(cost_of)
@@ -144,7 +146,9 @@ class TreeSearch:
             if isinstance(model.encoder, TreeEncoder):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # the final stitches will say it again
-                    fit_stitches(model, self.experts, self.images, self._stitches, hold_out=True)
+                    fit_stitches(
+                        model, self.experts, self.images, self._stitches, hold_out=True, kept=self._kept_tokens
+                    )
             for task, value in self._measured(model, missing).items():
                 known[task] = self._losses.setdefault(paths[task], {})[task] = value / self._units[task]
         losses = {task: known[task] for task in tree.tasks}

@@ -11,7 +11,7 @@ With several experts the mean of their tokens gives the same map, so the code re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +60,30 @@ Known = dict[tuple[tuple[Group, int], ...], StitchFit]
 """Stitches by their path: the groups from the first block to the branch, with the last block of each."""
 
 
+KEPT_BYTES = 1 << 30
+"""Memory for the experts' tokens that `ExpertTokens` keeps."""
+
+
+class ExpertTokens:
+    """Keeps the experts' tokens before a block, for several trees that are fitted to the same images.
+
+    Args:
+        limit: Bytes that are kept; what is more is computed when it is needed.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
+        self.limit, self._kept = limit, dict[tuple[str, int, int], Tensor]()
+
+    def get(self, key: tuple[str, int, int], compute: Callable[[], Tensor]) -> Tensor:
+        """The tokens of a task's expert before a block, (B, n, C) float32, for the batch that begins at an image."""
+        if key not in self._kept:
+            found = compute()
+            if sum(tokens.nbytes for tokens in self._kept.values()) + found.nbytes > self.limit:
+                return found
+            self._kept[key] = found
+        return self._kept[key]
+
+
 @torch.no_grad()
 def fit_stitches(
     model: SimoModel,
@@ -68,6 +92,7 @@ def fit_stitches(
     known: Known | None = None,
     hold_out: bool = False,
     batch_size: int = 32,
+    kept: ExpertTokens | None = None,
 ) -> dict[str, StitchFit]:
     """Fit all stitches of a model whose encoder is a tree, in place, from the first blocks to the last.
 
@@ -78,6 +103,7 @@ def fit_stitches(
         known: Stitches that an earlier call found for the same images. They are used again, and new ones are added,
             unless own blocks have low rank: their shared weights depend on the whole tree.
         hold_out: Leave the held-out images out of the solution, and not only out of the choice of the ridge.
+        kept: Tokens of the experts that earlier calls have computed for the same images and batch size.
 
     Returns:
         The fits by the name of their node.
@@ -93,7 +119,7 @@ def fit_stitches(
         keys = {place: path_key(encoder, place) for place in places}
         missing = [place for place in places if keys[place] not in known]
         if missing:
-            sums = _sums(model, experts, images, missing, batch_size)
+            sums = _sums(model, experts, images, missing, batch_size, kept or ExpertTokens(limit=0))
             known |= {keys[place]: _solved(sums[place], hold_out) for place in missing}
         for place in places:
             fit = found[tree.nodes[place].name] = known[keys[place]]
@@ -112,7 +138,12 @@ def path_key(encoder: TreeEncoder, place: int) -> tuple[tuple[Group, int], ...]:
 
 
 def _sums(
-    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, places: Sequence[int], batch_size: int
+    model: SimoModel,
+    experts: Mapping[str, SimoModel],
+    images: Any,
+    places: Sequence[int],
+    batch_size: int,
+    kept: ExpertTokens,
 ) -> dict[int, list[NormalEquations]]:
     """For each of these nodes, which start at one block, the sums of its regression: [solved on, held out]."""
     encoder: Any = model.encoder
@@ -128,7 +159,7 @@ def _sums(
         batch, judged = model.fit(batch.to(device)), torch.tensor([index in out for index in indices])
         with evaluating(model, *needed.values()), autocast(device):
             wanted = {
-                task: _rows(call_of(expert.encoder.layout.units[block - 1], partial(expert.encode, batch)).hidden)
+                task: kept.get((task, block, indices[0]), partial(_tokens_before, expert, block, batch))
                 for task, expert in needed.items()
             }
             given = {
@@ -146,6 +177,10 @@ def _sums(
         for part in pair:
             part.gather()
     return sums
+
+
+def _tokens_before(expert: SimoModel, block: int, batch: Tensor) -> Tensor:
+    return _rows(call_of(expert.encoder.layout.units[block - 1], partial(expert.encode, batch)).hidden)
 
 
 def _rows(hidden: Tensor) -> Tensor:
