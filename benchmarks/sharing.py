@@ -252,11 +252,13 @@ def show(results: dict[str, Any]) -> None:
     show_distilled(seeds)
     if not any(row["kind"] == "chosen" for row in seeds[0]):
         return
-    costs = sorted({row["asked"] for row in seeds[0] if row["kind"] == "chosen"})
+    top = _separate(seeds[0])
+    asked = {row["asked"] for row in seeds[0] if row["kind"] == "chosen"}
+    costs = sorted({1.0, *asked, *((top,) if top - 0.25 in asked else ())})
     measured = {row["kind"] for row in seeds[0]}
     names = {kind: name for kind, name in COLUMNS.items() if kind in measured}
     print("| cost at most | " + " | ".join(names.values()) + " |\n| --: |" + " --: |" * len(names))
-    for cost in (1.0, *costs, float(len(costs) // 4 + 2)):
+    for cost in costs:
         cells = []
         for kind in names:
             values = [best_within(rows, kind, cost) for rows in seeds]
@@ -299,10 +301,15 @@ def best_within(rows: Sequence[dict[str, Any]], kind: str, cost: float) -> float
     ends: list[float] = [single[max(single)]]  # one encoder
     if kind in ("chosen", "labelled"):
         asked = {row["asked"]: row["delta"] for row in rows if row["kind"] == kind}
-        return float(asked.get(cost, ends[0] if cost == 1 else 0.0))
-    if kind == "groups" and cost >= max(row["cost"] for row in rows if row["kind"] == "branch"):
+        return float((asked | {1.0: ends[0], _separate(rows): 0.0})[cost])
+    if kind == "groups" and cost >= _separate(rows):
         ends.append(0.0)  # one encoder per task: the experts
     return max(ends + [row["delta"] for row in rows if row["kind"] == kind and row["cost"] <= cost + 1e-9])
+
+
+def _separate(rows: Sequence[dict[str, Any]]) -> float:
+    """The cost of one encoder per task, a whole number."""
+    return float(round(max(row["cost"] for row in rows if row["kind"] == "branch")))
 
 
 def main() -> None:

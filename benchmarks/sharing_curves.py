@@ -38,10 +38,10 @@ def curve(seeds: list[list[dict[str, Any]]], kind: str) -> Points:
     rows = [[row for row in each if row["kind"] == kind] for each in seeds]
     if not all(rows):
         return [], [], []
-    top = int(max(row["cost"] for row in seeds[0] if row["kind"] == "branch"))
+    top = round(max(row["cost"] for row in seeds[0] if row["kind"] == "branch"))
     costs: list[float] = [step / 4 for step in range(4, 4 * top + 1)]
     if kind == "branch":
-        costs = sorted({row["cost"] for row in rows[0]})
+        costs = sorted(set.intersection(*({row["cost"] for row in each} for each in rows)))
     elif kind == "groups":
         costs = list(map(float, range(1, top + 1)))
     elif kind == "chosen":
@@ -51,10 +51,9 @@ def curve(seeds: list[list[dict[str, Any]]], kind: str) -> Points:
 
 
 def distilled(seeds: list[list[dict[str, Any]]]) -> Points:
-    """The chosen trees after distillation."""
+    """The chosen trees after distillation, for the costs that all seeds have."""
     rows = [{row["asked"]: row["delta"] for row in each if row["kind"] == "chosen, distilled"} for each in seeds]
-    rows = [each for each in rows if each]
-    costs = sorted(set.intersection(*map(set, rows))) if rows else []
+    costs = sorted(set.intersection(*map(set, rows)))
     return _points(costs, [[each[cost] for each in rows] for cost in costs])
 
 

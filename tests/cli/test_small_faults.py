@@ -133,6 +133,26 @@ def test_a_merge_on_images_keeps_the_experts_dtype(half: dict[str, Path], tiny_b
         torch.testing.assert_close(ours, exact, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [("--scale", "auto"), ("--method", "regmean"), ("--method", "auto"), ("--scale", 0.5, "--share", 3)],
+    ids=["scale", "regmean", "auto", "tree"],
+)
+def test_a_merge_on_images_stores_as_asked(
+    half: dict[str, Path], tiny_base: Path, tmp_path: Path, given: tuple[object, ...]
+) -> None:
+    """The experts are in half precision, so that float32 is not the default."""
+    pairs = [f"{task}={folder}" for task, folder in half.items()]
+    for dtype, stored in {"float32": "F32", "float16": "F16"}.items():
+        out = tmp_path / dtype
+        done = simomerge(
+            *("merge", tiny_base, *pairs, *given, "--images", "rooms", "--count", 8, "--dtype", dtype, "-o", out)
+        )
+        assert done.code == 0, done.err
+        encoder = open_checkpoint(out / "encoder")
+        assert {encoder.info(name).dtype for name in encoder if encoder.info(name).is_float} == {stored}
+
+
 def test_a_dtype_that_is_too_small_is_refused(make_model: Callable[..., SimoModel], tmp_path: Path) -> None:
     model = make_model([])
     with torch.no_grad():

@@ -186,10 +186,15 @@ def test_what_cannot_work_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_warnings_of_the_cluster_become_warnings_of_this_process(tmp_path: Path) -> None:
     with pytest.warns(Caution, match="8 images are few"), RayPool("", tmp_path) as pool:
         assert pool.run([(cautious, {"count": 8})]) == [9]
+    failing = pytest.raises(InputError, match="KeyError")
+    with pytest.warns(Caution, match="0 images are few"), RayPool("", tmp_path) as pool, failing:
+        pool.run([(cautious, {"count": 0})])
 
 
 def cautious(count: int) -> int:
     warn(f"{count} images are few.")
+    if not count:
+        raise KeyError(count)
     return count + 1
 
 

@@ -219,7 +219,8 @@ class _Wanted:
         from simomerge.merging import as_schedule, get_method
         from simomerge.merging.disk.output import Output
 
-        Output(self.output, self.dtype)  # raises if it cannot be written like this
+        if not self.in_memory or self.dtype:
+            Output(self.output, self.dtype)  # raises if it cannot be written like this
         check_apart(self.output, [self.base, *self.experts.values()])
         given = self.given()
         if self.budget is None and options.is_given("budget_of"):

@@ -157,7 +157,9 @@ class RayPool(WorkerPool):
                 if isinstance(error.cause, InputError):
                     raise error.cause from None
                 where, *lines = _tail(log, str(error))
-                raise InputError(f"{name}: {_last(error.cause)}. {where}", *lines) from error
+                raised = InputError(f"{name}: {_last(error.cause)}. {where}", *lines)
+                raised.worker_warnings = getattr(error.cause, "worker_warnings", [])  # type: ignore[attr-defined]
+                raise raised from error
             except ray.exceptions.RayError as error:  # its process or its node is gone
                 if self._ended.is_set():  # or Ray would start again
                     raise

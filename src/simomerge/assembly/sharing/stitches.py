@@ -61,7 +61,7 @@ Known = dict[tuple[tuple[Group, int], ...], StitchFit]
 
 
 KEPT_BYTES = 1 << 30
-"""Memory for the experts' tokens that `ExpertTokens` keeps."""
+"""Memory for the experts' tokens that `ExpertTokens` keeps, on the device that computes them."""
 
 
 class ExpertTokens:
