@@ -207,9 +207,10 @@ def test_a_delta_over_some_of_the_tasks_says_so(half: dict[str, Path], tiny_base
 
 def test_the_help_gives_the_number_of_images_that_each_method_uses() -> None:
     counts = {name: get_realignment(name).default_count for name in realignments()}
-    few = [name for name, count in counts.items() if count == 64]
-    assert sorted(few) == ["fold", "fold-cross", "prodistill", "react"] and set(counts.values()) == {64, 256}
-    assert "64 for fold, fold-cross, react and prodistill, else 256" in " ".join(
+    few, many = ([name for name, count in counts.items() if count == most] for most in (64, 4096))
+    assert sorted(few) == ["fold", "fold-cross", "prodistill", "react"] and many == ["finetune"]
+    assert set(counts.values()) == {64, 256, 4096}
+    assert "64 for fold, fold-cross, react and prodistill, 4096 for finetune, else 256" in " ".join(
         simomerge("realign", "--help").out.split()
     )
 

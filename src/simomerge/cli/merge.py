@@ -219,8 +219,6 @@ class _Wanted:
         from simomerge.merging import as_schedule, get_method
         from simomerge.merging.disk.output import Output
 
-        if not self.in_memory or self.dtype:
-            Output(self.output, self.dtype)  # raises if it cannot be written like this
         check_apart(self.output, [self.base, *self.experts.values()])
         given = self.given()
         if self.budget is None and options.is_given("budget_of"):
@@ -255,6 +253,8 @@ class _Wanted:
                 f"{name} works with a plain merge only: without images, and with a base on disk. Leave it out, or the"
                 " options that use images."
             )
+        if self.dtype is not None:
+            Output(self.output, self.dtype)  # raises if it cannot be written like this
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Merge from disk to disk, without torch."""

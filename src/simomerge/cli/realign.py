@@ -69,7 +69,7 @@ def _help() -> str:
 @click.option(
     "--count",
     type=click.IntRange(1),
-    help="Number of images. [default: 64 for fold, fold-cross, react and prodistill, else 256]",
+    help="Number of images. [default: 64 for fold, fold-cross, react and prodistill, 4096 for finetune, else 256]",
 )
 @_parameter_options()
 @options.training()
