@@ -1,8 +1,9 @@
 """Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against images.
 
-recipes/rooms-curves.yaml makes the run whose curves docs/benchmarks.md shows.
+recipes/rooms-distill.yaml makes the run whose curves docs/benchmarks.md shows. recipes/rooms-curves.yaml has more points
+and a third curve: the same training with labels.
 
-    python benchmarks/distillation.py runs/rooms-curves --picture docs/pictures/distillation.png
+    python benchmarks/distillation.py runs/rooms-distill --picture docs/pictures/distillation.png
 """
 
 from __future__ import annotations
