@@ -1,7 +1,7 @@
 """Curves of the distilled encoder from a finished run: Delta_MTL against steps, and against images.
 
-recipes/rooms-distill.yaml makes the run whose curves docs/benchmarks.md shows. recipes/rooms-curves.yaml has more points
-and a third curve: the same training with labels.
+recipes/rooms-distill.yaml makes the run whose curves docs/benchmarks.md shows. recipes/rooms-curves.yaml has more
+points and a third curve: the same training with labels.
 
     python benchmarks/distillation.py runs/rooms-distill --picture docs/pictures/distillation.png
 """
