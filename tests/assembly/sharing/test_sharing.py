@@ -389,6 +389,20 @@ def test_shared_blocks_share_their_adapters(grower: Grower, picture: Tensor, tmp
     assert equal(predicted(copy.deepcopy(model), picture), found)
 
 
+def test_distillation_keeps_a_task_that_shares_nothing(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor
+) -> None:
+    """It is its expert already; the others learn."""
+    model = merge(base, experts, METHOD, share="depth, normals+parts", images=images)
+    given = {"method": "distill-encoder", "steps": 3, "batch_size": 4, "hold_out": 0.0}
+    found = predicted(realign(model, experts, images, **given), picture)
+    before = predicted(model, picture)
+    assert torch.equal(found["depth"], before["depth"])
+    assert not torch.equal(found["normals"], before["normals"]) and not torch.equal(found["parts"], before["parts"])
+    finest = merge(base, experts, METHOD, share=0, images=images)
+    assert realign(finest, experts, images, **given).provenance["realign"]["trained_parameters"] > 0
+
+
 def test_a_tree_is_finetuned_on_labels(shared: SimoModel) -> None:
     some = shared.select(["depth", "normals"])
     rooms = load_data("rooms", split="val", count=4, size=(24, 32), tasks=["depth", "normals"])

@@ -11,7 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.encoder import last_blocks_parameter, let_encoder_learn, trained_names
+from simomerge.assembly.realign.encoder import (
+    experts_kept,
+    last_blocks_parameter,
+    let_encoder_learn,
+    trained_names,
+)
 from simomerge.assembly.realign.fold import VARIANTS, Fold
 from simomerge.assembly.realign.lora import ALL_LINEAR, lora_config, lora_layers
 from simomerge.assembly.realign.method import (
@@ -196,7 +201,7 @@ class Distill(TrainedRealignment):
         settings, more = self.training, dict[str, Any]()
         layers: AbstractContextManager[None] = nullcontext()
         if self.trains == "encoder":
-            settings = let_encoder_learn(model, inside, settings)
+            settings, layers = let_encoder_learn(model, inside, settings), experts_kept(model)
             more = {"encoder_lr": settings.encoder_lr}
         elif self.trains == "adapters":
             model.encoder.add_adapters(self.rank, self.activation)

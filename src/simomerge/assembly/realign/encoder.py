@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,3 +52,29 @@ def let_encoder_learn(model: SimoModel, names: set[str], settings: TrainSettings
     for name, weight in model.encoder.backbone.named_parameters():
         weight.requires_grad_(name in names)
     return replace(settings, encoder_lr=settings.encoder_lr or ENCODER_RATE * settings.lr)
+
+
+@contextmanager
+def experts_kept(model: SimoModel) -> Iterator[None]:
+    """Keep the encoders and heads of tasks that share nothing in a tree as they are, unless no task shares anything.
+
+    They predict what their experts predict. Training could only move them away from that, and their distances, which
+    are divided by their value at the start, would outweigh those of the other tasks. The statistics of batch norms stay
+    too.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    from simomerge.models.encoders import TreeEncoder
+
+    alone = model.encoder.alone if isinstance(model.encoder, TreeEncoder) else []
+    kept = [(model.encoder.branch(task), model.heads[task]) for task in alone if len(alone) < len(model.tasks)]
+    modules = [module.requires_grad_(False) for pair in kept for module in pair]
+    norms = [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -125,7 +125,7 @@ def fold_shared(
 def _is_alone(model: SimoModel, task: str) -> bool:
     """Whether a task has the weights of its expert in all blocks."""
     encoder = model.encoder
-    return isinstance(encoder, TreeEncoder) and encoder.rank is None and (task,) in encoder.tree.partitions[0]
+    return isinstance(encoder, TreeEncoder) and task in encoder.alone
 
 
 def _record(grower: Grower, model: SimoModel) -> dict[str, Any]:

@@ -128,6 +128,11 @@ class TreeEncoder(Encoder):
         """The tasks whose paths there are, in order."""
         return [task for task in self.tree.tasks if self.tree.leaf_of(task) in self.leaves]
 
+    @property
+    def alone(self) -> list[str]:
+        """The tasks that share no weight with another one: each has the encoder of its expert."""
+        return [] if self.rank is not None else [task for task in self.tasks if (task,) in self.tree.partitions[0]]
+
     def describe(self) -> dict[str, Any]:
         """The entry ``encoder`` of simo.json: also ``tree``, as text, and perhaps ``branch_rank`` and ``kept``."""
         rank = {} if self.rank is None else {"branch_rank": self.rank}
