@@ -210,7 +210,7 @@ def test_the_help_gives_the_number_of_images_that_each_method_uses() -> None:
     few, many = ([name for name, count in counts.items() if count == most] for most in (64, 4096))
     assert sorted(few) == ["fold", "fold-cross", "prodistill", "react"] and many == ["finetune"]
     assert set(counts.values()) == {64, 256, 4096}
-    assert "64 for fold, fold-cross, react and prodistill, 4096 for finetune, else 256" in " ".join(
+    assert "64 for fold, prodistill, react, fold-cross; 4096 for finetune; else 256" in " ".join(
         simomerge("realign", "--help").out.split()
     )
 

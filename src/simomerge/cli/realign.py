@@ -58,6 +58,16 @@ def _help() -> str:
     return "\n".join([*lines, "\b", example])
 
 
+def _counts() -> str:
+    """How many images each method uses by default; most use the same number."""
+    found: dict[int, list[str]] = {}
+    for name, method in realignments().items():
+        found.setdefault(method.default_count, []).append(name)
+    usual = max(found, key=lambda count: len(found[count]))
+    named = [f"{count} for {', '.join(names)}" for count, names in sorted(found.items()) if count != usual]
+    return f"{'; '.join(named)}; else {usual}"
+
+
 @click.command("realign", help=_help())
 @options.first("model", "the model that the experts were merged into")
 @options.some_experts
@@ -69,7 +79,7 @@ def _help() -> str:
 @click.option(
     "--count",
     type=click.IntRange(1),
-    help="Number of images. [default: 64 for fold, fold-cross, react and prodistill, 4096 for finetune, else 256]",
+    help=f"Number of images. [default: {_counts()}]",
 )
 @_parameter_options()
 @options.training()

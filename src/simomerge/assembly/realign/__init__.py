@@ -127,11 +127,10 @@ def prepared(
     if not model.tasks:
         raise InputError("the model has no heads to re-align; give a merged model.")
     if model.encoder.describe().get("tree") and not chosen.takes_trees:
-        fit = (name for name, each in realignments().items() if each.takes_trees and not each.needs_plain_heads)
-        *names, last = fit
+        fit = [name for name, each in realignments().items() if each.takes_trees and not each.needs_plain_heads]
         raise InputError(
-            f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use {', '.join(names)}"
-            f" or {last}."
+            f"re-alignment by {chosen.name!r} does not work on a tree of shared blocks; use"
+            f" {', '.join(fit[:-1])} or {fit[-1]}."
         )
     if chosen.teacher == "labels":
         return Inputs(folder, data=_labelled(chosen, model, data))

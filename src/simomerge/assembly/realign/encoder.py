@@ -59,17 +59,19 @@ def experts_kept(model: SimoModel) -> Iterator[None]:
     """Keep the encoders and heads of tasks that share nothing in a tree as they are, unless no task shares anything.
 
     They predict what their experts predict. Training could only move them away from that, and their distances, which
-    are divided by their value at the start, would outweigh those of the other tasks. The statistics of batch norms stay
-    too.
+    are divided by their value at the start, would outweigh those of the other tasks. The statistics of the heads' batch
+    norms stay too; those of an encoder never change.
     """
     from torch.nn.modules.batchnorm import _BatchNorm
 
     from simomerge.models.encoders import TreeEncoder
 
     alone = model.encoder.alone if isinstance(model.encoder, TreeEncoder) else []
-    kept = [(model.encoder.branch(task), model.heads[task]) for task in alone if len(alone) < len(model.tasks)]
-    modules = [module.requires_grad_(False) for pair in kept for module in pair]
-    norms = [norm for module in modules for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    kept = alone if len(alone) < len(model.tasks) else []
+    for task in kept:
+        model.encoder.branch(task).requires_grad_(False)
+        model.heads[task].requires_grad_(False)
+    norms = [norm for task in kept for norm in model.heads[task].modules() if isinstance(norm, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
