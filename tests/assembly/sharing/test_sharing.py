@@ -389,12 +389,13 @@ def test_shared_blocks_share_their_adapters(grower: Grower, picture: Tensor, tmp
     assert equal(predicted(copy.deepcopy(model), picture), found)
 
 
+@pytest.mark.parametrize("method", ["distill-encoder", "distill-adapters"])
 def test_distillation_keeps_a_task_that_shares_nothing(
-    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, method: str
 ) -> None:
     """It is its expert already; the others learn."""
     model = merge(base, experts, METHOD, share="depth, normals+parts", images=images)
-    given = {"method": "distill-encoder", "steps": 3, "batch_size": 4, "hold_out": 0.0}
+    given = {"method": method, "steps": 3, "batch_size": 4, "hold_out": 0.0}
     found = predicted(realign(model, experts, images, **given), picture)
     before = predicted(model, picture)
     assert torch.equal(found["depth"], before["depth"])

@@ -205,6 +205,7 @@ class Distill(TrainedRealignment):
             more = {"encoder_lr": settings.encoder_lr}
         elif self.trains == "adapters":
             model.encoder.add_adapters(self.rank, self.activation)
+            layers = experts_kept(model)
         else:
             layers, more = lora_layers(model.encoder, inside), {"alpha": inside.lora_alpha, "targets": ALL_LINEAR}
         how = Distilling(

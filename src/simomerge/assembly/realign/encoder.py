@@ -56,7 +56,7 @@ def let_encoder_learn(model: SimoModel, names: set[str], settings: TrainSettings
 
 @contextmanager
 def experts_kept(model: SimoModel) -> Iterator[None]:
-    """Keep the encoders and heads of tasks that share nothing in a tree as they are, unless no task shares anything.
+    """Keep all that tasks without a shared block have in a tree as it is, unless no task shares anything.
 
     They predict what their experts predict. Training could only move them away from that, and their distances, which
     are divided by their value at the start, would outweigh those of the other tasks. The statistics of the heads' batch
@@ -69,8 +69,10 @@ def experts_kept(model: SimoModel) -> Iterator[None]:
     alone = model.encoder.alone if isinstance(model.encoder, TreeEncoder) else []
     kept = alone if len(alone) < len(model.tasks) else []
     for task in kept:
-        model.encoder.branch(task).requires_grad_(False)
-        model.heads[task].requires_grad_(False)
+        branch = model.encoder.branch(task)
+        for each in (branch, branch.adapters, model.heads[task]):
+            if each is not None:
+                each.requires_grad_(False)
     norms = [norm for task in kept for norm in model.heads[task].modules() if isinstance(norm, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
