@@ -80,6 +80,10 @@ def test_forms_of_a_tree(given: Any, expected: str) -> None:
     assert str(Tree.of(given, TASKS, 4)) == expected
 
 
+def test_a_number_of_blocks_is_read_the_same_whatever_the_tasks_are_called() -> None:
+    assert str(Tree.of(3, ["each", "all"], 4)) == "3: each+all | 4: each, all"
+
+
 def refused() -> Iterator[tuple[Any, str]]:
     yield (
         "2: a, b+c+d | 3: a+b, c+d | each",

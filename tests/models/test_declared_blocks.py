@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -399,7 +400,7 @@ def test_grams_of_the_wrong_shape_are_named(models: Any) -> None:
 
 def rates(model: sm.SimoModel, settings: TrainSettings) -> dict[str, float]:
     named = dict(model.named_parameters())
-    optimizer = make_optimizer(named, settings, model.encoder.layout.names)
+    optimizer = make_optimizer(named, settings, model.encoder.depth)
     by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     return {name: by_id[id(p)] for name, p in named.items()}
 
@@ -409,6 +410,20 @@ def test_the_learning_rate_falls_per_declared_block(models: Any) -> None:
     wanted = {"down.bias": 0.8, "mixers.1.conv.weight": 0.4, "mixers.0.norm.bias": 0.2, "wide.bias": 0.1}
     assert {name: found[f"encoder.backbone.{name}"] for name in wanted} == wanted
     assert found["encoder.backbone.first_stem.weight"] == 0.1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_learning_rate_falls_per_declared_block_of_a_tree(models: Any) -> None:
+    base, experts = models
+    tree = sm.merge(base, experts, scale=0.4, share=2, images=IMAGES)
+    plain = rates(base, TrainSettings(lr=1.0, encoder_lr=0.8, layer_decay=0.5))
+    found = rates(tree, TrainSettings(lr=1.0, encoder_lr=0.8, layer_decay=0.5))
+    inside = {name: re.sub(r"^encoder\.backbone\.\d+\.backbone\.", "encoder.backbone.", name) for name in found}
+    inside = {name: short.replace(".inner.", ".") for name, short in inside.items()}
+    known = {name: short for name, short in inside.items() if short in plain}
+    assert len(known) > len(plain) / 2 and {found[name] == plain[short] for name, short in known.items()} == {True}
+    stitches = {rate for name, rate in found.items() if ".stitch." in name}
+    assert len(stitches) == 1 and stitches < set(plain.values())
 
 
 def test_a_decay_without_blocks_is_refused_before_the_first_phase(tmp_path: Path) -> None:

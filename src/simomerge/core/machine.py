@@ -23,6 +23,14 @@ def compute_device() -> torch.device:
     return torch.device("cpu")
 
 
+def training_device() -> torch.device:
+    """Where accelerate trains: as `compute_device`, or on the GPU of an Apple computer."""
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
+    return device
+
+
 _MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of glibc."""
 

@@ -285,8 +285,8 @@ def read_levels(given: Any, tasks: Sequence[str]) -> Levels:
     if isinstance(given, int):
         if given < 0:
             raise TreeError(f"the tasks cannot leave after block {given}: give 0 or a number of blocks.")
-        shared: list[tuple[Any, Any]] = [(given, "all")] if given else []
-        given = [*shared, (None, "each")]
+        shared: list[tuple[Any, Any]] = [(given, [list(tasks)])] if given else []
+        given = [*shared, (None, [[task] for task in tasks])]  # no words: they may be names of tasks
     elif isinstance(given, str):
         given = [_level(text) for text in given.split("|")]
     else:

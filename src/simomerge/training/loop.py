@@ -19,6 +19,7 @@ from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.machine import is_out_of_memory, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches_of_all, training_batches
+from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders import Encoder
 from simomerge.training import sharding
 from simomerge.training.evaluate import evaluating
@@ -33,6 +34,9 @@ HIGHEST_RISE = 10.0
 
 A start that is good already gets up to three times worse at the peak of the learning rate, and better in the end.
 """
+
+PATIENCE = 5
+"""Validations without a lower loss after which training stops, unless the settings say how many."""
 
 Losses = Callable[[Any, Mapping[str, Any]], dict[str, Tensor]]
 """(module, batch) -> loss of each task. The module is the one that is trained, or its divided twin."""
@@ -89,20 +93,21 @@ def fit(
             the weights of the best validation, if there was one, and the state file is the last one that was finite.
         InputError: Memory does not suffice; the message says what needs less.
     """
-    if min(settings.batch_size, len(train)) < distributed.processes():
-        raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {settings.batch_size}.")
+    check_shares(settings, label, len(train))
     objective = losses if isinstance(losses, Objective) else Objective(losses)
     home = next(module.parameters()).device
     # Under torchrun: encoders have parameters that no loss depends on, such as the mask token.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     with tracked_accelerator(label, vars(settings), kwargs_handlers=[ddp]) as accelerator:
-        trainer = _Trainer(accelerator, module, objective, settings, label, state_file)
         try:
-            log = trainer.run(train, validation, transform)
-        except DivergedError as error:
-            error.kept, error.best_step = trainer.state.restore_best(), trainer.log.best_step
+            trainer = _Trainer(accelerator, module, objective, settings, label, state_file)
+            try:
+                log = trainer.run(train, validation, transform)
+            except DivergedError as error:
+                error.kept, error.best_step = trainer.state.restore_best(), trainer.log.best_step
+                trainer.collect(home)
+                raise
             trainer.collect(home)
-            raise
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise InputError(
@@ -111,11 +116,16 @@ def fit(
                     " several processes, --shard help too; in a re-alignment, --last-blocks and stored predictions."
                 ) from error
             raise
-        else:
-            trainer.collect(home)
         finally:
             module.to(home).eval()
     return log
+
+
+def check_shares(settings: TrainSettings, label: str, images: int | None = None) -> None:
+    """Check that every process of torchrun gets a part of each batch. Raises InputError."""
+    batch = settings.batch_size if images is None else min(settings.batch_size, images)
+    if batch < distributed.processes():
+        raise InputError(f"{label}: {distributed.processes()} processes cannot share batches of {batch}.")
 
 
 class _Losses(nn.Module):
@@ -176,8 +186,8 @@ class _Trainer:
         trainable = {name.removeprefix("module."): p for name, p in self.root.named_parameters() if p.requires_grad}
         self.trainable = list(trainable.values())
         self.encoder = [p for name, p in trainable.items() if name.startswith("encoder.")]
-        blocks = encoder.layout.names if isinstance(encoder, Encoder) else ()
-        self.optimizer = make_optimizer(trainable, settings, blocks)
+        depth_of = encoder.depth if isinstance(encoder, Encoder) else Depth
+        self.optimizer = make_optimizer(trainable, settings, depth_of)
         self.wrapped = self.root if self.shards else accelerator.prepare(self.root)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -293,9 +303,8 @@ class _Trainer:
     def _is_flat(self) -> bool:
         """Whether the last ``patience`` validations brought no lower loss."""
         log, settings = self.log, self.settings
-        return bool(log.validation) and (
-            log.validation[-1][0] - log.best_step >= settings.patience * settings.validate_every
-        )
+        patience = settings.patience or PATIENCE
+        return bool(log.validation) and log.validation[-1][0] - log.best_step >= patience * settings.validate_every
 
 
 @torch.no_grad()

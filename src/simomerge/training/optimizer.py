@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,23 +16,26 @@ from simomerge.training.settings import TrainSettings
 _ENCODER = "encoder.backbone."
 _COEFFICIENTS = "encoder.coefficients"
 
+DepthOf = Callable[[Iterable[str]], Depth]
+"""Names of an encoder's tensors -> the blocks they belong to."""
+
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, blocks: Sequence[str] = ()
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, depth_of: DepthOf = Depth
 ) -> torch.optim.AdamW:
     """AdamW without weight decay on biases, norms and merging coefficients; the encoder may have its own rates.
 
     Args:
         parameters: The parameters to train, by name in the module that is trained.
         settings: Of the training.
-        blocks: Names of the blocks in the backbone, if it declares them; see `Depth`.
+        depth_of: Names of the backbone's parameters -> the blocks they belong to, as `Encoder.depth` does.
 
     Raises:
         InputError: There is nothing to train, or the rate shall differ between blocks and they are unknown.
     """
     if not parameters:
         raise InputError("nothing to train: no parameter requires a gradient.")
-    rates = _encoder_rates(parameters, settings, blocks)
+    rates = _encoder_rates(parameters, settings, depth_of)
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         part, lr = ("encoder", rates[name]) if name in rates else ("heads", settings.lr)
@@ -56,7 +59,7 @@ def _check_has_blocks(depth: Depth, settings: TrainSettings) -> None:
         )
 
 
-def _encoder_rates(names: Collection[str], settings: TrainSettings, blocks: Sequence[str]) -> dict[str, float]:
+def _encoder_rates(names: Collection[str], settings: TrainSettings, depth_of: DepthOf) -> dict[str, float]:
     """The peak learning rate of each parameter of the encoder, lower by ``layer_decay`` per block below the last."""
     if settings.encoder_lr is None and settings.layer_decay == 1:
         return {}
@@ -64,7 +67,7 @@ def _encoder_rates(names: Collection[str], settings: TrainSettings, blocks: Sequ
     own = {name: name.removeprefix(_ENCODER) for name in names if name.startswith(_ENCODER)}
     rates = dict.fromkeys([name for name in names if name in own or name.startswith(_COEFFICIENTS)], top)
     if settings.layer_decay != 1 and own:
-        depth = Depth(own.values(), blocks)
+        depth = depth_of(own.values())
         _check_has_blocks(depth, settings)
         last = depth.blocks - 1
         rates |= {name: top * settings.layer_decay ** (last - depth.position(short)) for name, short in own.items()}

@@ -32,8 +32,12 @@ class TrainSettings:
     warmup: float = parameter(0.05, low=0, help="Fraction of the steps in which the learning rate rises (paper: 5 %).")
     clip: float = parameter(25.0, above=0, help="Maximum gradient norm (paper: 25).")
     validate_every: int = parameter(0, low=0, help="Steps between two validations; 0 never validates.")
-    patience: int = parameter(
-        5, low=1, help="Validations without a lower loss after which training stops. The best weights are kept."
+    patience: int | None = parameter(
+        None,
+        kind=int,
+        low=1,
+        help="Validations without a lower loss after which training stops; 5 by default, and in finetune and"
+        " distill-encoder it never stops by default. The best weights are kept.",
     )
     seed: int = parameter(0, help="Seed of initialisation, order and augmentation.")
 

@@ -72,8 +72,11 @@ class TrainingState:
     seconds: float = 0.0
 
     def _weights(self) -> dict[str, Tensor]:
-        frozen = {name for name, parameter in self.root.named_parameters() if not parameter.requires_grad}
-        return {name: value for name, value in self.root.state_dict().items() if name not in frozen}
+        """The trainable parameters and the buffers, each once: branches of a tree share some under several names."""
+        kept = self.root.state_dict()
+        found: dict[str, Tensor] = {name: value for name, value in self.root.named_buffers() if name in kept}
+        found |= {name: value for name, value in self.root.named_parameters() if value.requires_grad}
+        return {name: value.detach() for name, value in found.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         groups = {"weights": self._weights(), "best": self.best or {}}

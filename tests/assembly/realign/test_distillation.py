@@ -429,6 +429,16 @@ def test_training_stops_where_the_distance_is_ten_times_that_at_the_start(
         assert not said
 
 
+@pytest.mark.parametrize(("given", "steps"), [({}, 40), ({"patience": 2}, 10), ({"validate_every": 4}, 40)])
+def test_training_stops_early_only_if_asked(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, given: dict[str, int], steps: int
+) -> None:
+    monkeypatch.setattr(distillation.ExpertDistances, "__call__", of_held_out(1.01))
+    with pytest.warns(UserWarning, match="no step was better than the start"):
+        result = distil(start, experts, steps=40, **given)
+    assert of(result)["steps"] == steps
+
+
 def test_a_task_that_moves_away_is_named(
     start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -577,7 +587,7 @@ def test_features_of_heads_that_declare_none_are_refused(start: SimoModel, exper
     plain = copy.deepcopy(start)
     plain.heads = nn.ModuleDict({task: copy.deepcopy(expert.heads[task]) for task, expert in experts.items()})
     corrected = realign(plain, experts, IMAGES, method="surgery", steps=1, batch_size=8)
-    with pytest.raises(InputError, match="no head declares its first layers, so features has no effect"):
+    with pytest.raises(InputError, match="no head declares its first layers, so features does nothing"):
         distil(corrected, experts, features=0.5)
 
 

@@ -134,6 +134,24 @@ def test_trees_on_pyramids(pyramid: tuple[SimoModel, dict[str, SimoModel]], tmp_
     assert equal({"edges": together["edges"]}, predicted(alone, picture))
 
 
+@pytest.mark.parametrize(("family", "first"), [("swin", ".blocks.0."), ("convnext", ".layers.0.")])
+def test_a_stitch_belongs_to_the_first_block_of_its_stage(family: str, first: str, tmp_path: Path) -> None:
+    base = load(save_tiny(family, tmp_path / "base"))
+    blocks, rank = len(unit_names(base.encoder)), 2 if family == "swin" else None
+    tree = TreeEncoder(Tree.of(blocks - 1, list(TASKS), blocks), base.encoder, rank)
+    depth = tree.depth(name for name, _ in tree.backbone.named_parameters())
+    plain = base.encoder.depth(name for name, _ in base.encoder.backbone.named_parameters())
+    assert depth.blocks == plain.blocks
+    found = {name: depth.position(name) for name, _ in tree.backbone.named_parameters()}
+    stitches = {place for name, place in found.items() if ".stitch." in name}
+    stage = unit_names(base.encoder)[-1]
+    assert stitches == {plain.position(f"{stage}{first}weight")}
+    for name, place in found.items():
+        if "._factors." in name:
+            layer = name.split("._factors.")[1].rpartition(".")[0].replace("/", ".")
+            assert place == plain.position(f"{stage}.{layer}.weight")
+
+
 def test_the_stages_of_a_pyramid_differ_in_time_and_in_parameters(tmp_path: Path) -> None:
     encoder = load(save_tiny("convnext", tmp_path / "base")).encoder
     sizes = TreeEncoder(Tree.of(0, list(TASKS), len(unit_names(encoder))), encoder).shares()

@@ -33,6 +33,7 @@ from simomerge.merging.tree import Tree
 from simomerge.models.encoders import Encoder, TreeEncoder
 from simomerge.models.heads import build_head
 from simomerge.models.model import SimoModel, load
+from simomerge.training.state import TrainingState
 
 from .conftest import MANY, METHOD, TASKS, equal, predicted, random_stitches, tree
 
@@ -389,19 +390,45 @@ def test_shared_blocks_share_their_adapters(grower: Grower, picture: Tensor, tmp
     assert equal(predicted(copy.deepcopy(model), picture), found)
 
 
-@pytest.mark.parametrize("method", ["distill-encoder", "distill-adapters"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["distill", "distill-encoder", "distill-adapters"])
 def test_distillation_keeps_a_task_that_shares_nothing(
     base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor, method: str
 ) -> None:
-    """It is its expert already; the others learn."""
+    """It is its expert already; the others learn. Once it differs from its expert, it learns too."""
     model = merge(base, experts, METHOD, share="depth, normals+parts", images=images)
     given = {"method": method, "steps": 3, "batch_size": 4, "hold_out": 0.0}
-    found = predicted(realign(model, experts, images, **given), picture)
-    before = predicted(model, picture)
+    made = realign(model, experts, images, **given)
+    found, before = predicted(made, picture), predicted(model, picture)
     assert torch.equal(found["depth"], before["depth"])
     assert not torch.equal(found["normals"], before["normals"]) and not torch.equal(found["parts"], before["parts"])
+    learnt = [tensor for name, tensor in made.encoder.named_parameters() if "adapters" in name and "depth" not in name]
+    assert method != "distill-adapters" or any(tensor.any() for tensor in learnt)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.heads["depth"].parameters():
+            parameter.mul_(1.5)
+    found, before = (predicted(each, picture) for each in (realign(changed, experts, images, **given), changed))
+    assert not torch.equal(found["depth"], before["depth"])
     finest = merge(base, experts, METHOD, share=0, images=images)
-    assert realign(finest, experts, images, **given).provenance["realign"]["trained_parameters"] > 0
+    with pytest.raises(InputError, match=r"no task shares a block.*nothing to distil"):
+        realign(finest, experts, images, **given)
+
+
+def test_the_state_of_a_training_holds_shared_blocks_once(shared: SimoModel) -> None:
+    model = copy.deepcopy(shared).requires_grad_(True)
+    state, everything = TrainingState(model, None, None, None), model.state_dict()
+    buffers = {name for name, _ in model.named_buffers()} & set(everything)
+    assert set(state._weights()) == {name for name, _ in model.named_parameters()} | buffers < set(everything)
+    model.encoder.requires_grad_(False)
+    assert set(state._weights()) == {name for name, _ in model.heads.named_parameters("heads")} | buffers
+
+
+@pytest.mark.parametrize("share", [2, "2: all | each"])
+def test_fresh_adapters_are_where_the_encoder_is(grower: Grower, base: SimoModel, share: Any) -> None:
+    for encoder in (copy.deepcopy(base).encoder, grower.grow(tree(share)).encoder):
+        added = encoder.to("meta").add_adapters(rank=2)
+        assert {parameter.device.type for parameter in added.parameters()} == {"meta"}
 
 
 def test_a_tree_is_finetuned_on_labels(shared: SimoModel) -> None:

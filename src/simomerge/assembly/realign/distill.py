@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.assembly.realign.encoder import (
-    experts_kept,
     last_blocks_parameter,
     let_encoder_learn,
+    tasks_to_distil,
     trained_names,
 )
 from simomerge.assembly.realign.fold import VARIANTS, Fold
@@ -139,11 +139,15 @@ class Distill(TrainedRealignment):
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
         from simomerge.assembly.realign.training import check_no_adapters, distil_heads
+        from simomerge.models.heads.projections import is_foldable
 
         if self.trains != "heads":
             check_no_adapters(model, "distill its heads alone, or the model they were made from")
         inside = self._inside(model.encoder)
-        inputs = replace(inputs, images=inputs.images.readable(one_size=True))
+        experts = {task: inputs.experts[task] for task in tasks_to_distil(model, inputs.experts)}
+        if self.features and not any(is_foldable(model.heads[t]) and is_foldable(experts[t].heads[t]) for t in experts):
+            raise InputError(f"{self.name}: no head declares its first layers, so features does nothing; leave it out.")
+        inputs = replace(inputs, experts=experts, images=inputs.images.readable(one_size=True))
         stored = self.trains == "heads" or self._stores(inputs)
         if stored:
             self._check_space(model, inputs)
@@ -152,7 +156,7 @@ class Distill(TrainedRealignment):
         if not heads_were_changed(model.provenance):
             self._fold(model, inputs)
         if self.trains == "heads":
-            measured = distil_heads(model, inputs, self.training, self.hold_out, self.name)
+            measured = distil_heads(model.select(list(inputs.experts)), inputs, self.training, self.hold_out, self.name)
         else:
             measured = self._train_inside(model, inputs, inside, stored)
         return {"unlabelled_images": len(inputs.images), **measured}
@@ -184,11 +188,10 @@ class Distill(TrainedRealignment):
 
         seen = evenly(training_images(inputs.images, self.hold_out), ENOUGH_IMAGES)
         inputs = replace(inputs, images=inputs.images._subset(seen))
-        tasks = [task for task, head in model.heads.items() if is_foldable(head)]
-        if tasks:
-            experts = {task: inputs.experts[task] for task in tasks}
-            folded = Fold(variant=self.variant).apply(model.select(tasks), replace(inputs, experts=experts))
-            for task in tasks:
+        experts = {task: expert for task, expert in inputs.experts.items() if is_foldable(model.heads[task])}
+        if experts:
+            folded = Fold(variant=self.variant).apply(model.select(list(experts)), replace(inputs, experts=experts))
+            for task in experts:
                 model.heads[task] = folded.heads[task]
             model.provenance = {**model.provenance, "realign": folded.provenance["realign"]}
 
@@ -201,11 +204,10 @@ class Distill(TrainedRealignment):
         settings, more = self.training, dict[str, Any]()
         layers: AbstractContextManager[None] = nullcontext()
         if self.trains == "encoder":
-            settings, layers = let_encoder_learn(model, inside, settings), experts_kept(model)
+            settings = let_encoder_learn(model, inside, settings)
             more = {"encoder_lr": settings.encoder_lr}
         elif self.trains == "adapters":
             model.encoder.add_adapters(self.rank, self.activation)
-            layers = experts_kept(model)
         else:
             layers, more = lora_layers(model.encoder, inside), {"alpha": inside.lora_alpha, "targets": ALL_LINEAR}
         how = Distilling(
@@ -217,7 +219,7 @@ class Distill(TrainedRealignment):
             checkpointing=self.checkpointing,
         )
         with layers:
-            cost = how.train(model, inputs, self.name)
+            cost = how.train(model.select(list(inputs.experts)), inputs, self.name)
         return {**more, **cost}
 
     def _stores(self, inputs: Inputs) -> bool:
@@ -253,7 +255,8 @@ class Distill(TrainedRealignment):
         needed = {PREDICTIONS: max(0, images.bytes_of_predictions - bytes_kept(work / "predictions"))}
         if self.trains == "heads":
             count = len(training_images(images, self.hold_out))
-            needed["the encoder's features"] = bytes_of_features(model, images.image(0), count, work)
+            part = model.select(list(inputs.experts))
+            needed["the encoder's features"] = bytes_of_features(part, images.image(0), count, work)
         if distributed.is_first():
             check_space(needed, len(images), work)
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from simomerge.assembly.realign.held_out import split_off, train_and_keep_best
-from simomerge.assembly.realign.method import Inputs
+from simomerge.assembly.realign.method import LEAST_DISTANCE, Inputs, distance_ratio
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
+from simomerge.core import distributed
 from simomerge.core.caution import warn
-from simomerge.core.errors import InputError
-from simomerge.core.machine import autocast, compute_device
+from simomerge.core.machine import autocast, training_device
 from simomerge.datasets.base import DenseDataset
-from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.batches import ordered_batches, ordered_batches_of_all
 from simomerge.datasets.tasks import Task
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
@@ -50,12 +50,14 @@ class ExpertDistances:
         features: Weight of the distance between the outputs of the heads' first layers and the experts', relative to
             its value at the start. It needs ``stored`` to be false.
         units: The distances at the start by name; 1 by default.
+        batch_size: Images at once where distances are measured.
     """
 
     experts: Mapping[str, SimoModel]
     stored: bool = True
     features: float = 0.0
     units: Mapping[str, float] = field(default_factory=dict)
+    batch_size: int = 32
 
     def __call__(self, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         found = {name: value / self.units.get(name, 1.0) for name, value in self._distances(model, batch).items()}
@@ -71,32 +73,38 @@ class ExpertDistances:
         places = np.linspace(0, len(data) - 1, min(UNIT_IMAGES, len(data))).round().astype(int).tolist()
         sample = data._subset(places)
         start, apart = self.measured(model, sample), self._apart(next(model.parameters()).device, model.tasks, sample)
-        return replace(
-            self, units={name: max(value, LEAST_UNIT * apart.get(name, 0), 1e-6) for name, value in start.items()}
-        )
+        least = {name: max(LEAST_UNIT * apart.get(name, 0), LEAST_DISTANCE) for name in start}
+        return replace(self, units={name: max(value, least[name]) for name, value in start.items()})
 
     @torch.no_grad()
     def _apart(self, device: torch.device, tasks: Mapping[str, Task], sample: DenseDataset) -> dict[str, float]:
         """The distance between each expert's predictions for different images, far apart in the sample."""
         places = np.linspace(0, len(sample) - 1, min(32, len(sample))).round().astype(int).tolist()
-        found = next(iter(ordered_batches(sample._subset(places), len(places))))
-        batch = {key: value.to(device) for key, value in found.items()}
-        targets = batch if self.stored else self._predicted(batch["image"])[0]
+        parts = []
+        for batch in ordered_batches(sample._subset(places), self.batch_size):
+            moved = {key: value.to(device) for key, value in batch.items()}
+            parts.append(moved if self.stored else self._predicted(moved["image"])[0])
+        targets = {name: torch.cat([part[name] for part in parts]) for name in tasks}
         others = {name: targets[name].roll(max(len(places) // 2, 1), 0) for name in tasks}
         return {name: float(task.distance(others[name], targets[name])) for name, task in tasks.items()}
 
     @torch.no_grad()
     def measured(self, model: SimoModel, data: DenseDataset) -> dict[str, float]:
-        """Mean distances over a dataset, without units, by task and, for the heads' first layers, ``TASK/features``."""
-        device, sums = next(model.parameters()).device, dict[str, float]()
+        """Mean distances over a dataset, without units, by task and, for the heads' first layers, ``TASK/features``.
+
+        Under torchrun, the processes share the batches.
+        """
+        device, sums = next(model.parameters()).device, dict[str, Tensor]()
         with evaluating(model):
-            for batch in ordered_batches(data, 32):
+            for batch, counts in ordered_batches_of_all(data, self.batch_size):
                 moved = {key: value.to(device) for key, value in batch.items()}
                 with autocast(device):
                     distances = self._distances(model, moved)
                 for name, value in distances.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(moved["image"])
-        return {name: value / len(data) for name, value in sums.items()}
+                    share = value.cpu().double() * (len(moved["image"]) if counts else 0)
+                    sums[name] = sums.get(name, 0) + share
+        distributed.add_up(*sums.values())
+        return {name: float(value) / len(data) for name, value in sums.items()}
 
     def _distances(self, model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         if self.stored:
@@ -169,8 +177,6 @@ class Distilling:
             UserWarning: A task is further from its expert than at the start, the weights at the start are kept, or the
                 training diverged or was stopped.
         """
-        if self.features and not any(_foldable(model, expert, task) for task, expert in inputs.experts.items()):
-            raise InputError(f"{label}: no head declares its first layers, so features has no effect; leave it out.")
         data: DenseDataset
         if self.stored:
             data = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
@@ -181,7 +187,9 @@ class Distilling:
             warn(f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.")
         home = next(model.parameters()).device
         with evaluating(*inputs.experts.values()):
-            distances = ExpertDistances(inputs.experts, self.stored, self.features).in_units_of(model, train)
+            at_once = min(ExpertDistances.batch_size, self.settings.batch_size)
+            distances = ExpertDistances(inputs.experts, self.stored, self.features, batch_size=at_once)
+            distances = distances.in_units_of(model, train)
             before = distances.measured(model, held_out) if held_out else {}
             try:
                 cost = self._train(model, distances, (train, held_out), inputs, label)
@@ -189,27 +197,20 @@ class Distilling:
                 for expert in inputs.experts.values():
                     expert.to(home)
             after = distances.measured(model, held_out) if held_out else {}
-        _report(before, after, list(model.tasks), label)
-        changes = {task: round(after[task] / max(before[task], 1e-12), 4) for task in model.tasks if after}
+        changes = {task: distance_ratio(before[task], after[task]) for task in model.tasks if after}
+        if worse := {task: ratio for task, ratio in changes.items() if ratio > 1}:
+            shown = ", ".join(f"{task} by {100 * (ratio - 1):.1f} %" for task, ratio in worse.items())
+            warn(f"{label}: on held-out images these tasks are now further from their experts: {shown}.")
         return {"distance_ratio": changes, **cost}
 
     def _train(
         self, model: SimoModel, distances: ExpertDistances, data: tuple[Any, Any], inputs: Inputs, label: str
     ) -> dict[str, Any]:
         # Stored predictions need no expert while the model is trained; others are made where it is trained.
-        place = torch.device("cpu") if self.stored else compute_device()
+        place = torch.device("cpu") if self.stored else training_device()
         for expert in inputs.experts.values():
             expert.to(place)
         state_file = inputs.work_folder / "state.safetensors"
         options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing)
         minimised = "distance to the experts"
         return train_and_keep_best(model, data, self.settings, state_file, label, distances, options, minimised)
-
-
-def _report(before: Mapping[str, float], after: Mapping[str, float], tasks: list[str], label: str) -> None:
-    """Warn of tasks that training moved away from their experts."""
-    worse = [task for task in tasks if after and after[task] > before[task]]
-    if worse:
-        ratios = {task: after[task] / max(before[task], 1e-12) for task in worse}
-        shown = ", ".join(f"{task} by {100 * (ratio - 1):.1f} %" for task, ratio in ratios.items())
-        warn(f"{label}: on held-out images these tasks are now further from their experts: {shown}.")

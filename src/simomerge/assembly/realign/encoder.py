@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,31 +53,27 @@ def let_encoder_learn(model: SimoModel, names: set[str], settings: TrainSettings
     return replace(settings, encoder_lr=settings.encoder_lr or ENCODER_RATE * settings.lr)
 
 
-@contextmanager
-def experts_kept(model: SimoModel) -> Iterator[None]:
-    """Keep all that tasks without a shared block have in a tree as it is, unless no task shares anything.
+def tasks_to_distil(model: SimoModel, experts: Mapping[str, SimoModel]) -> list[str]:
+    """The tasks of a model that distillation can bring nearer to their experts.
 
-    They predict what their experts predict. Training could only move them away from that, and their distances, which
-    are divided by their value at the start, would outweigh those of the other tasks. The statistics of the heads' batch
-    norms stay too; those of an encoder never change.
+    A task of a tree that shares no block, and still has the weights of its expert, is not one of them. Training could
+    only move it away from its expert.
+
+    Raises:
+        InputError: No task is left.
     """
-    from torch.nn.modules.batchnorm import _BatchNorm
-
+    from simomerge.assembly.realign.teacher import same_weights
     from simomerge.models.encoders import TreeEncoder
 
-    alone = model.encoder.alone if isinstance(model.encoder, TreeEncoder) else []
-    kept = alone if len(alone) < len(model.tasks) else []
-    for task in kept:
-        branch = model.encoder.branch(task)
-        for each in (branch, branch.adapters, model.heads[task]):
-            if each is not None:
-                each.requires_grad_(False)
-    norms = [norm for task in kept for norm in model.heads[task].modules() if isinstance(norm, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+    encoder = model.encoder
+    alone = encoder.alone if isinstance(encoder, TreeEncoder) and encoder.adapters is None else []
+    found = [
+        task
+        for task in model.tasks
+        if task not in alone
+        or not same_weights(encoder.for_tasks([task]).backbone, experts[task].encoder.backbone)
+        or not same_weights(model.heads[task], experts[task].heads[task])
+    ]
+    if not found:
+        raise InputError("no task shares a block, and each has the weights of its expert: there is nothing to distil.")
+    return found

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.method import Inputs, Realignment, register
+from simomerge.assembly.realign.method import Inputs, Realignment, distance_ratio, register
 from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
 
@@ -82,13 +82,12 @@ class Fold(Realignment):
         if message := folded.sums.shortcoming():
             warn(message)
         for task in folded.kept:
-            before, after = folded.before[task], folded.after[task]
-            if not before:  # the head predicts what its expert does, as that of a task alone in its branch
-                continue
-            warn(
-                f"{task}: on held-out images the folded head is {100 * (after / before - 1):.0f} % further from its"
-                " expert than the head before the fold, so that one is kept."
-            )
+            ratio = distance_ratio(folded.before[task], folded.after[task])
+            if ratio > 1:  # a head that predicts what its expert does, as that of a task alone in its branch, has 1
+                warn(
+                    f"{task}: on held-out images the folded head is {100 * (ratio - 1):.0f} % further from its expert"
+                    " than the head before the fold, so that one is kept."
+                )
         model.heads = folded.model.heads
         kept = {task: {"ridge": math.inf, "r2": folded.fits[task].r2_before} for task in folded.kept}
         fits = {task: replace(fit, **kept.get(task, {})) for task, fit in folded.fits.items()}
@@ -98,7 +97,7 @@ class Fold(Realignment):
             "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
             "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
             "distance_ratio": {
-                task: 1.0 if task in folded.kept else round(after / max(folded.before[task], 1e-12), 4)
+                task: 1.0 if task in folded.kept else distance_ratio(folded.before[task], after)
                 for task, after in folded.after.items()
             },
         }

@@ -50,9 +50,10 @@ def train_and_keep_best(
     """
     train, held_out = data
     options = replace(options, keep_start=True)
-    if held_out and not settings.validate_every:
+    if held_out:
         # A one-cycle schedule passes through worse weights before it ends in better ones, so it is not stopped.
-        settings = replace(settings, validate_every=max(1, settings.steps // VALIDATIONS), patience=settings.steps)
+        every, patience = settings.validate_every, settings.patience or settings.steps
+        settings = replace(settings, validate_every=every or max(1, settings.steps // VALIDATIONS), patience=patience)
     cost: dict[str, Any] = {key: getattr(settings, key) for key in ("validate_every", "patience")}
     cost |= {"trained_parameters": trainable_parameters(model), "held_out_images": len(held_out) if held_out else 0}
     try:

@@ -166,9 +166,11 @@ class TrainedRealignment(Realignment):
             raise InputError(f"{self.name}: layer_decay does nothing, because the encoder's weights do not learn.")
 
     def check_encoder(self, encoder: Encoder) -> None:
+        from simomerge.training.loop import check_shares
         from simomerge.training.optimizer import check_layer_decay
 
         check_layer_decay(encoder, self.training)
+        check_shares(self.training, self.name)
 
     @property
     def uses_encoder_lr(self) -> bool:
@@ -278,6 +280,17 @@ def heads_were_changed(provenance: Mapping[str, Any]) -> bool:
             return True
         record = record.get("after")
     return False
+
+
+LEAST_DISTANCE = 1e-6
+"""Distances to an expert that are smaller are rounding."""
+
+
+def distance_ratio(before: float, after: float) -> float:
+    """A distance to an expert relative to that at the start; 1 if both are rounding."""
+    if max(before, after) < LEAST_DISTANCE:
+        return 1.0
+    return round(after / max(before, LEAST_DISTANCE), 4)
 
 
 TRAINING = tuple(spec.name for spec in fields(TrainSettings))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simomerge.assembly.experts import comparable
 from simomerge.assembly.images import check_images
@@ -120,6 +120,17 @@ def _check_device_and_task(model: SimoModel, task: str, expert: SimoModel) -> No
         )
 
 
+def same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two modules have the same weights, up to a storage in half precision."""
+    return not _differences(ours, theirs)
+
+
+def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
+    """Names of the weights that differ."""
+    mine, other = ours.state_dict(), theirs.state_dict()
+    return [name for name in {**mine, **other} if not _same(mine.get(name), other.get(name))]
+
+
 def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
     """Check that the model's heads are still the experts' heads.
 
@@ -127,9 +138,8 @@ def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
         InputError: A head has another architecture or other weights; the message names the first tensor that differs.
     """
     for task, expert in experts.items():
-        ours, theirs = model.heads[task].state_dict(), expert.heads[task].state_dict()
-        wrong = [name for name in {**ours, **theirs} if not _same(ours.get(name), theirs.get(name))]
-        if wrong:
+        if wrong := _differences(model.heads[task], expert.heads[task]):
+            ours, theirs = model.heads[task].state_dict(), expert.heads[task].state_dict()
             raise InputError(
                 f"head {task!r} of the model is not its expert's ({_difference(wrong[0], ours, theirs)}): give the"
                 " expert that it was merged from, and the merged model before any re-alignment."

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from simomerge.assembly.realign.distillation import ExpertDistances
 from simomerge.assembly.realign.held_out import split_off
-from simomerge.assembly.realign.method import Inputs
+from simomerge.assembly.realign.method import Inputs, distance_ratio
 from simomerge.assembly.realign.predictions import TeacherPredictions
+from simomerge.core import distributed
 from simomerge.core.caution import warn
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.datasets import random_flip
@@ -97,7 +98,7 @@ def train_heads(
     jobs = []
     for name, head in model.heads.items():
         features = _features_of(model, name, work)
-        if not features.exists():
+        if not distributed.from_first(features.exists()):
             cache_features(model.encoder.branch(name), data, features, budget=cache_budget)
         jobs.append((_train_one, {"head": head, "task": model.tasks[name], "features": features, **common}))
     with WorkerPool(min(inputs.workers, len(jobs))) as pool:
@@ -144,13 +145,14 @@ def distil_heads(
     before = distances.measured(model, held_out) if held_out else {}
     cost = train_heads(model, replace(inputs, data=train), settings, "distance")
     after = distances.measured(model, held_out) if held_out else {}
-    ratios = {task: round(after[task] / max(before[task], 1e-12), 4) for task in after}
-    for task in (task for task in after if after[task] > before[task]):
-        model.heads[task], ratios[task] = start[task], 1.0
+    ratios = {task: distance_ratio(before[task], after[task]) for task in after}
+    for task in (task for task, ratio in ratios.items() if ratio > 1):
+        model.heads[task].load_state_dict(start[task].state_dict())
         warn(
-            f"{label}: on held-out images {task} is {100 * (after[task] / before[task] - 1):.1f} % further from its"
-            " expert than before the training, so its head stays as it was."
+            f"{label}: on held-out images {task} is {100 * (ratios[task] - 1):.1f} % further from its expert than"
+            " before the training, so its head stays as it was."
         )
+        ratios[task] = 1.0
     return {"held_out_images": len(held_out) if held_out else 0, "distance_ratio": ratios, **cost}
 
 

@@ -118,14 +118,14 @@ class TreeSearch:
         self._stitches: Known = {}
         self._kept_tokens = ExpertTokens()
         self._losses: dict[TaskPath, dict[str, float]] = {}
-        one = Tree.of("all", list(self.experts), grower.blocks)
-        self.shares = self._shares(cost_of)
+        one = Tree.of({grower.blocks: [list(self.experts)]}, list(self.experts), grower.blocks)
+        self.shares = self._shares(cost_of, one)
         start = self._measured(grower.grow(one), list(self._judge.tasks))
         self._units = {task: 1.0 if self._labelled else max(value, LEAST_LOSS) for task, value in start.items()}
         self.tried: list[Tried] = []
         self.try_out(one)
 
-    def _shares(self, cost_of: str) -> list[float]:
+    def _shares(self, cost_of: str, one: Tree) -> list[float]:
         """Share of each block in what one encoder costs."""
         first = next(iter(self.experts.values()))
         if cost_of == "time":
@@ -133,7 +133,7 @@ class TreeSearch:
             image = first.fit(image.to(next(first.parameters()).device))
             with evaluating(first):
                 return distributed.from_first(time_shares(first.encoder, image))  # all processes search the same trees
-        return TreeEncoder(Tree.of(0, list(self.experts), self.grower.blocks), first.encoder).shares()
+        return TreeEncoder(one, first.encoder).shares()
 
     def try_out(self, tree: Tree) -> Tried:
         """Grow, stitch, fold and compare with the experts; only for tasks whose path is new."""

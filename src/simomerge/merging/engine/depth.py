@@ -19,7 +19,7 @@ class Depth:
     Args:
         names: Canonical names of all tensors.
         declared: Names of the modules that are the blocks, in order, for an encoder that declares them.
-        own: Canonical name -> name in the encoder, to which ``declared`` refers; by default both are the same.
+        own: Canonical name -> name in the encoder, which says its block; by default both are the same.
 
     Attributes:
         blocks: The number of blocks.
@@ -68,10 +68,10 @@ class Depth:
 
     def _key(self, name: str) -> tuple[int, ...]:
         """What identifies a tensor's block: its place among the declared ones, or the numbers in the name."""
+        own = self._own.get(name, name)
         if self._declared:
-            own = self._own.get(name, name)
             return tuple(place for place, block in enumerate(self._declared) if own.startswith(f"{block}."))
-        return tuple(int(number) for number in _NUMBERED.findall(name)[:2])
+        return tuple(int(number) for number in _NUMBERED.findall(own)[:2])
 
 
 def comes_first(name: str) -> bool:

@@ -108,8 +108,3 @@ class PathAdapters:
     def of_block(self, block: int) -> Any:
         """As `Adapters.of_block`. The adapter of a shared block belongs to its first path: a block gets it once."""
         return self.adapters.get(block)
-
-    def requires_grad_(self, requires_grad: bool = True) -> None:
-        """As `torch.nn.Module.requires_grad_`."""
-        for adapter in self.adapters.values():
-            adapter.requires_grad_(requires_grad)

@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         Raises:
             InputError: Invalid settings, or blocks that are unknown or cannot have an adapter.
         """
-        self.adapters = Adapters(self.block_shapes(), rank, activation, last)
+        self.adapters = Adapters(self.block_shapes(), rank, activation, last).to(self.mean.device)
         return self.adapters
 
     def block_shapes(self) -> Sequence[BlockShape]:

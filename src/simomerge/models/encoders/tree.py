@@ -317,9 +317,13 @@ class TreeEncoder(Encoder):
 
     def depth(self, names: Iterable[str]) -> Depth:
         """The blocks that tensors belong to, by their names in `backbone`, in which each path has a number."""
-        given = list(names)
-        own = {name: re.sub(r"^\d+\.backbone\.", "", name).replace(".inner.", ".") for name in given}
-        return Depth(given, self.layout.names, own)
+        own = {name: _in_plain(name) for name in names}
+        for name, plain in own.items():
+            stage, is_stitch, _ = plain.partition(".stitch.")
+            if is_stitch:  # it runs before the first block of its stage
+                first = re.compile(rf"{re.escape(stage)}\.(?:blocks?|layers?)\.0\.")
+                own[name] = next((found[0] for each in own.values() if (found := first.match(each))), plain)
+        return Depth(own, self.layout.names, own)
 
     # Adapters and checkpointing -----------------------------------------------------------------------------
 
@@ -338,7 +342,7 @@ class TreeEncoder(Encoder):
         """Set the adapters, given by the ids of their blocks. Each belongs to the first path with its block."""
         blocks = [path.layout.blocks for path in self.paths]
         own = [{n: found.pop(id(each)) for n, each in enumerate(some) if id(each) in found} for some in blocks]
-        self.adapters = TreeAdapters(own, settings)
+        self.adapters = TreeAdapters(own, settings).to(self.mean.device)
         for path, adapters in zip(self.paths, self.adapters.paths, strict=True):
             # Not a submodule: the tensors of a path are those of a plain encoder.
             object.__setattr__(path, "adapters", adapters)
@@ -360,6 +364,12 @@ class TreeEncoder(Encoder):
     def checkpoint_gradients(self, on: bool = True) -> None:
         for path in self.paths:
             path.checkpoint_gradients(on)
+
+
+def _in_plain(name: str) -> str:
+    """A tensor's name in a plain encoder, from that in `TreeEncoder.backbone`; a factor gets the name of its layer."""
+    name = re.sub(r"^\d+\.backbone\.", "", name).replace(".inner.", ".")
+    return name.replace("._factors.", ".").replace("/", ".")
 
 
 def _outside(path: Encoder) -> Any:
