@@ -95,7 +95,7 @@ def _distilled(
 def _distil(
     model: SimoModel, experts: Mapping[str, SimoModel], images: Any, folder: Path, **settings: Any
 ) -> SimoModel:
-    method = get_realignment("distill-encoder", **settings)
+    method = get_realignment("distill-encoder", retry=False, **settings)  # the time is for one training
     with warnings.catch_warnings():  # the choice records why the fold is kept, and a user gives no learning rate here
         warnings.filterwarnings("ignore", message=".*the weights at the start are kept", category=Caution)
         return method.apply(model, prepared(method, model, folder, experts=experts, images=images))

@@ -342,6 +342,7 @@ def from_parameter(spec: Field[Any], help: str = "", default: Any = None) -> Dec
     limits, text = spec.metadata, help or spec.metadata["help"]
     flag = f"--{spec.name.replace('_', '-')}"
     if limits["kind"] is bool:
+        flag += f"/--no-{flag[2:]}" if spec.default else ""
         return click.option(flag, spec.name, is_flag=True, default=None, help=text)
     kind, callback = limits["kind"], None
     if limits["choices"]:

@@ -50,7 +50,7 @@ class TestFinetune(RealignmentContract):
     name = "finetune"
     given: ClassVar[dict[str, Any]] = {"last_blocks": 2, "hold_out": 0}
     recorded: ClassVar[dict[str, Any]] = {
-        **{**given, "weighting": "equal", "augmentation": "flip"},
+        **{**given, "weighting": "equal", "retry": True, "augmentation": "flip"},
         **{"encoder_lr": 0.4 * SETTINGS.lr, "held_out_images": 0},
     }
     added = LAST_BLOCKS
@@ -74,7 +74,14 @@ class TestDistill(RealignmentContract):
 
 
 DISTILLED: dict[str, Any] = {
-    **{"variant": "cross-tap", "hold_out": 0, "features": 0.0, "augmentation": "flip", "held_out_images": 0}
+    **{
+        "variant": "cross-tap",
+        "hold_out": 0,
+        "retry": True,
+        "features": 0.0,
+        "augmentation": "flip",
+        "held_out_images": 0,
+    }
 }
 
 

@@ -82,7 +82,7 @@ def unfolded(start: SimoModel, experts: Mapping[str, SimoModel]) -> SimoModel:
 
 
 def distil(model: SimoModel, experts: Mapping[str, SimoModel], images: Any = IMAGES, **given: Any) -> SimoModel:
-    given = {"training": SETTINGS, "hold_out": 0.25, **given}
+    given = {"training": SETTINGS, "hold_out": 0.25, "retry": False, **given}
     return realign(model, experts, images, method="distill-encoder", **given)
 
 
@@ -427,6 +427,27 @@ def test_training_stops_where_the_distance_is_ten_times_that_at_the_start(
         assert text.startswith("distill: no step was better than the start on held-out images, so the weights at the")
     else:
         assert not said
+
+
+def test_a_start_that_is_kept_is_trained_again_at_a_lower_rate(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second training is the one that a user would have had with this rate, bit for bit."""
+    monkeypatch.setattr(held_out, "RETRY_RATE", SETTINGS.lr)
+    training = replace(SETTINGS, steps=40)
+    expected = distil(start, experts, training=training, retry=True)
+    assert of(expected)["best_step"] > 0 and "lr_factor" not in of(expected)
+    given = {"training": replace(training, lr=1.0), "retry": True, "work_folder": tmp_path}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*are kept")
+        result = distil(start, experts, **given)
+        again = distil(start, experts, **given)  # as after a kill at the end
+    assert same(state(result), state(expected)) and same(state(again), state(expected))
+    assert of(result)["lr_factor"] == SETTINGS.lr and of(result)["steps"] > 40
+    assert of(result)["distance_ratio"] == of(expected)["distance_ratio"]
+    with pytest.warns(UserWarning, match="weights at the start are kept|The best weights are kept, those of step 0"):
+        kept = distil(start, experts, **{**given, "retry": False, "work_folder": tmp_path / "other"})
+    assert same(state(kept), state(start))
 
 
 @pytest.mark.parametrize(("given", "steps"), [({}, 40), ({"patience": 2}, 10), ({"validate_every": 4}, 40)])

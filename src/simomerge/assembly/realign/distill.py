@@ -27,6 +27,7 @@ from simomerge.assembly.realign.method import (
     heads_were_changed,
     hold_out_parameter,
     register,
+    retry_parameter,
 )
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
@@ -77,6 +78,7 @@ class Distill(TrainedRealignment):
     last_blocks: int = last_blocks_parameter(when={"trains": ("encoder",)})
     variant: str = parameter("cross-tap", choices=VARIANTS, help="Variant of the fold that it starts from.")
     hold_out: float = hold_out_parameter()
+    retry: bool = retry_parameter(when={"trains": INSIDE})
     features: float = parameter(
         0.0,
         low=0,
@@ -213,6 +215,7 @@ class Distill(TrainedRealignment):
         how = Distilling(
             settings,
             hold_out=self.hold_out,
+            retry=self.retry,
             stored=stored,
             features=self.features,
             augmentation=self.augmentation,

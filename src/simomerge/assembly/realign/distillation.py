@@ -158,6 +158,7 @@ class Distilling:
     Args:
         settings: Of the training.
         hold_out: Share of the images that is held out to keep the best weights.
+        retry: See `train_and_keep_best`.
         stored: Keep the experts' predictions on disk, instead of computing them for every batch.
         features: See `ExpertDistances`.
         augmentation, checkpointing: See `TuneOptions`.
@@ -165,6 +166,7 @@ class Distilling:
 
     settings: TrainSettings
     hold_out: float
+    retry: bool = False
     stored: bool = True
     features: float = 0.0
     augmentation: str = "flip"
@@ -213,4 +215,6 @@ class Distilling:
         state_file = inputs.work_folder / "state.safetensors"
         options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing)
         minimised = "distance to the experts"
-        return train_and_keep_best(model, data, self.settings, state_file, label, distances, options, minimised)
+        return train_and_keep_best(
+            model, data, self.settings, state_file, label, distances, options, minimised, self.retry
+        )

@@ -17,6 +17,7 @@ from simomerge.assembly.realign.method import (
     checkpointing_parameter,
     hold_out_parameter,
     register,
+    retry_parameter,
 )
 from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
@@ -46,6 +47,7 @@ class Finetune(TrainedRealignment):
     last_blocks: int = last_blocks_parameter()
     weighting: str = parameter("equal", choices=tuple(WEIGHTINGS), help="How the losses of the tasks are combined.")
     hold_out: float = hold_out_parameter()
+    retry: bool = retry_parameter()
     augmentation: str = augmentation_parameter()
     checkpointing: bool = checkpointing_parameter()
 
@@ -84,7 +86,9 @@ class Finetune(TrainedRealignment):
         measured = partial(evaluate, model, held_out, settings.batch_size, f"{self.name}: held-out images")
         before = measured() if held_out else {}
         state_file = inputs.work_folder / "state.safetensors"
-        cost = train_and_keep_best(model, (train, held_out), settings, state_file, self.name, options=options)
+        cost = train_and_keep_best(
+            model, (train, held_out), settings, state_file, self.name, options=options, retry=self.retry
+        )
         if held_out:
             _report_worse(model, before, measured())
         return {"encoder_lr": settings.encoder_lr, **cost}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from simomerge.core.caution import warn
 from simomerge.core.errors import DivergedError
+from simomerge.core.progress import progress
 from simomerge.datasets import groups
 from simomerge.datasets.base import DenseDataset
 from simomerge.models.model import SimoModel
@@ -21,6 +23,13 @@ from simomerge.training.settings import DEFAULT_OPTIONS, TrainSettings, TuneOpti
 
 VALIDATIONS = 8
 """Validations per training, unless the settings say how often."""
+
+RETRY_RATE = 0.25
+"""The learning rate of a second training, relative to the first one's.
+
+A start that is close to what is wanted needs a lower rate: a step of AdamW has the same length, however small the
+gradient is.
+"""
 
 ENOUGH_IMAGES = 4096
 """Of more images, no more are measured or folded than of this number; all of them are for training."""
@@ -35,12 +44,14 @@ def train_and_keep_best(
     losses: ModelLosses = image_losses,
     options: TuneOptions = DEFAULT_OPTIONS,
     minimised: str = "loss",
+    retry: bool = False,
 ) -> dict[str, Any]:
     """Train the parameters of a model that require a gradient, in place; what was measured, for the provenance.
 
     Args:
         data: The images to train on and those held out, as `split_off` gives them.
         minimised: What ``losses`` are, for the warnings.
+        retry: Train again at `RETRY_RATE` times the learning rate if no step is better than the start.
 
     Raises:
         DivergedError: The training diverged before there were weights to keep.
@@ -48,35 +59,64 @@ def train_and_keep_best(
     Warns:
         UserWarning: The weights at the start are kept, or the training diverged or was stopped.
     """
-    train, held_out = data
-    options = replace(options, keep_start=True)
-    if held_out:
+    if data[1]:
         # A one-cycle schedule passes through worse weights before it ends in better ones, so it is not stopped.
         every, patience = settings.validate_every, settings.patience or settings.steps
         settings = replace(settings, validate_every=every or max(1, settings.steps // VALIDATIONS), patience=patience)
-    cost: dict[str, Any] = {key: getattr(settings, key) for key in ("validate_every", "patience")}
-    cost |= {"trained_parameters": trainable_parameters(model), "held_out_images": len(held_out) if held_out else 0}
+    attempt = partial(_train, model, data, label=label, losses=losses, options=options, minimised=minimised)
+    cost, message = attempt(settings, state_file)
+    if retry and cost.get("best_step") == 0:
+        rate = settings.encoder_lr and RETRY_RATE * settings.encoder_lr
+        slower = replace(settings, lr=RETRY_RATE * settings.lr, encoder_lr=rate)
+        progress(label, 0, settings.steps, f"no step was better than the start; again at {RETRY_RATE:g} times the rate")
+        first = cost
+        cost, message = attempt(slower, state_file.with_name(f"{state_file.stem}-again{state_file.suffix}"))
+        cost["lr_factor"] = RETRY_RATE
+        for key in ("steps", "seconds"):
+            cost[key] = first.get(key, 0) + cost.get(key, 0)
+    if message:
+        warn(message)
+    keys = {key: getattr(settings, key) for key in ("validate_every", "patience")}
+    return {**keys, "held_out_images": len(data[1]) if data[1] else 0, **cost}
+
+
+def _train(
+    model: SimoModel,
+    data: tuple[DenseDataset, DenseDataset | None],
+    settings: TrainSettings,
+    state_file: Path,
+    *,
+    label: str,
+    losses: ModelLosses,
+    options: TuneOptions,
+    minimised: str,
+) -> tuple[dict[str, Any], str]:
+    """One training; what was measured, and what a user should know."""
+    train, held_out = data
+    cost: dict[str, Any] = {"trained_parameters": trainable_parameters(model)}
     try:
+        options = replace(options, keep_start=True)
         log = finetune(model, train, settings, held_out, state_file, label, losses, options)
     except DivergedError as error:
         if not error.kept:
             raise
-        warn(f"{error} The best weights before that are kept, those of step {error.best_step}.")
-        return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}
+        message = f"{error} The best weights before that are kept, those of step {error.best_step}."
+        return {**cost, "steps": error.step, "best_step": error.best_step, "diverged": True}, message
     cost |= {"steps": log.steps, "seconds": log.seconds}
     if not held_out:
-        return cost
+        return cost, ""
+    message = ""
     if log.rise > HIGHEST_RISE:
-        warn(
+        message = (
             f"{label}: stopped at step {log.steps}, because the {minimised} on held-out images was {log.rise:.1f} times"
             f" that at the start; lower the learning rate. The best weights are kept, those of step {log.best_step}."
         )
     elif not log.best_step:
-        warn(
+        message = (
             f"{label}: no step was better than the start on held-out images, so the weights at the start are kept;"
-            " change the learning rate, or give more steps or images."
+            " lower the learning rate, or give more steps or images."
         )
-    return {**cost, "best_step": log.best_step}
+    return {**cost, "best_step": log.best_step}, message
 
 
 def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:

@@ -199,6 +199,12 @@ def hold_out_parameter() -> Any:
     return parameter(0.125, low=0, high=0.5, help=text)
 
 
+def retry_parameter(**more: Any) -> Any:
+    """The field of a re-alignment that may train a second time."""
+    text = "If no step is better than the start on held-out images, train again at a quarter of the learning rate."
+    return parameter(True, help=text, **more)
+
+
 def augmentation_parameter(**more: Any) -> Any:
     """The field of a re-alignment that trains in the encoder on augmented images."""
     return parameter("flip", choices=tuple(AUGMENTATIONS), help="Augmentation of the images.", **more)
