@@ -56,7 +56,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     [
         ((), None),
         (("--predictions", "live"), None),
-        (("--lr", 0.5), 0),  # every step does harm, so the weights at the start are kept
+        (("--lr", 0.5, "--no-retry"), 0),  # every step does harm, so the weights at the start are kept
     ],
 )
 def test_a_stopped_training_goes_on(
@@ -88,6 +88,34 @@ def test_a_stopped_training_goes_on(
     assert {key: done.json["realign"][key] for key in kept} == {key: expected[key] for key in kept}
     found, wanted = weights(tmp_path / "resumed"), weights(tmp_path / "expected")
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_second_training_goes_on(
+    story: Story,
+    scene: Path,
+    photos: Path,
+    tmp_path: Path,
+    interrupted: Interrupted,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the first rate every step does harm, at the second one, 5e-4, training helps."""
+    monkeypatch.setattr("simomerge.training.loop.HIGHEST_RISE", float("inf"))
+    monkeypatch.setattr("simomerge.assembly.realign.held_out.RETRY_RATE", 1e-3)
+    more = ("--lr", 0.5, "--json")
+    done = simomerge(*command(story, scene, photos, tmp_path / "expected", *more))
+    expected: dict[str, Any] = done.json["realign"]
+    assert expected["best_step"] > 8 and expected["steps"] == 32 and expected["lr_factor"] == 1e-3
+    again = command(story, scene, photos, tmp_path / "resumed", *more, "--work", tmp_path / "work")
+    with interrupted(26):
+        assert simomerge(*again).code == 130
+    with interrupted(9):  # 16 steps are done, and the state of the second training is that of step 8
+        done = simomerge(*again)
+    assert done.code == 0, done.err
+    assert {key: done.json["realign"][key] for key in ("best_step", "steps", "distance_ratio")} == {
+        key: expected[key] for key in ("best_step", "steps", "distance_ratio")
+    }
+    found, wanted = weights(tmp_path / "resumed"), weights(tmp_path / "expected")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_the_folder_of_another_training_is_refused(

@@ -227,6 +227,19 @@ def test_evaluate_prints_one_line_per_task(story: Story) -> None:
     assert depth.split()[:2] == ["depth", "abs_err"] and normals.split()[:2] == ["normals", "mean_angle"]
 
 
+def test_rooms_are_named_if_no_data_is_given_for_a_model_that_does_not_come_from_them(
+    story: Story, tmp_path: Path
+) -> None:
+    own = load(story / "scene")
+    own.provenance = {**own.provenance, "base": {"source": "facebook/dinov2-small"}}
+    folder = own.save_pretrained(tmp_path / "own")
+    training = ("--method", "heads", "--steps", 1, "--count", 2, "-o", tmp_path / "heads")
+    for command in (("evaluate", folder, "--count", 2), ("realign", folder, *training)):
+        assert "Warning: without --data the included rooms are used" in simomerge(*command).err
+    for command in (("evaluate", folder, "--count", 2, "--data", "rooms"), ("evaluate", story / "depth", "--count", 2)):
+        assert "without --data" not in simomerge(*command).err
+
+
 # Predict, inspect ---------------------------------------------------------------------------------------
 
 

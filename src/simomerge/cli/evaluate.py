@@ -27,6 +27,7 @@ def command(
 ) -> None:
     """Compute the metrics of every task of MODEL. With its EXPERTs, also normalised performance and Delta_MTL."""
     from simomerge.assembly.experts import load_experts
+    from simomerge.checkpoints.card import learned_rooms
     from simomerge.checkpoints.description import record_evaluation
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import compute_device
@@ -43,6 +44,7 @@ def command(
         if task not in tasks:
             raise InputError(f"{model} does not predict {task!r}; it has {', '.join(tasks) or 'no heads'}.")
     expert_models = {task: as_expert(expert, task) for task, expert in load_experts(**experts).items()}
+    options.note_rooms(learned_rooms(evaluated.provenance))
     with console():
         dataset = load_data(data, split=split, count=count)
     options.note_count(count, len(dataset), f"{data} ({split})")

@@ -13,6 +13,7 @@ from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
 from simomerge.cli.parameters import MethodCommand, method_parameters
 from simomerge.cli.trees import naming, read_share
+from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
 from simomerge.core.model_files import is_weight_file
 from simomerge.core.text import plain
@@ -312,6 +313,7 @@ class _Wanted:
             labelled = None if self.labels is None else load_data(self.labels, split="val", count=256, tasks=tasks)
             images = load_images(self.images, self.split)
             return {"images": images, "size": self.size, "count": self.count, "validation": labelled}
+        options.note_rooms(self.base == EMBEDDED_BASE)
         data = load_data(self.data, split=self.split or "val", count=self.count or 256, tasks=tasks)
         return {"validation": data}
 

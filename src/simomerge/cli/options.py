@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,16 @@ def note_count(count: int | None, available: int, what: str) -> None:
         warning(f"--count {count}: {what} has {available} images; all of them are used.")
 
 
+def note_rooms(rooms: bool) -> None:
+    """Say it if no ``--data`` was given, so that the included rooms are used, unless a model is known to be for them.
+
+    Args:
+        rooms: Whether it is.
+    """
+    if not rooms and not is_given("data"):
+        warning("without --data the included rooms are used, a toy dataset; give the data that this model is for.")
+
+
 def note_images(images: str | None, count: int | None) -> None:
     """`note_count` for ``--images``, if that is a folder."""
     if images is not None and count is not None and Path(images).is_dir() and not Path(images, "simo.json").exists():
@@ -364,7 +374,9 @@ TRAINING = ("steps", "batch_size", "lr", "encoder_lr", "seed")
 """The settings of a training that have an option."""
 
 
-def training(**defaults: Any) -> Decorator:
-    """The options for `TRAINING`; without a default the value is None."""
+def training(notes: Mapping[str, str] | None = None, **defaults: Any) -> Decorator:
+    """The options for `TRAINING`; without a default the value is None. The notes, by name, follow the help texts."""
     specs = {spec.name: spec for spec in fields(TrainSettings)}
-    return together(*(from_parameter(specs[name], default=defaults.get(name)) for name in TRAINING))
+    texts = {name: f"{specs[name].metadata['help']} {note}" for name, note in (notes or {}).items()}
+    options = (from_parameter(specs[name], texts.get(name, ""), defaults.get(name)) for name in TRAINING)
+    return together(*options)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import Field
+from operator import attrgetter
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -58,14 +60,20 @@ def _help() -> str:
     return "\n".join([*lines, "\b", example])
 
 
-def _counts() -> str:
-    """How many images each method uses by default; most use the same number."""
-    found: dict[int, list[str]] = {}
-    for name, method in realignments().items():
-        found.setdefault(method.default_count, []).append(name)
-    usual = max(found, key=lambda count: len(found[count]))
-    named = [f"{count} for {', '.join(names)}" for count, names in sorted(found.items()) if count != usual]
-    return f"{'; '.join(named)}; else {usual}"
+def _default(value: Callable[[Any], Any], named: Mapping[str, Realignment]) -> str:
+    """A default by method: most methods have the same."""
+    found: dict[Any, list[str]] = {}
+    for name, method in named.items():
+        found.setdefault(value(method), []).append(name)
+    usual = max(found, key=lambda each: len(found[each]))
+    others = [f"{each:g} for {', '.join(names)}" for each, names in sorted(found.items()) if each != usual]
+    return f"[default: {'; '.join([*others, 'else ' * bool(others) + f'{usual:g}'])}]"
+
+
+def _training_defaults() -> dict[str, str]:
+    """The defaults of steps, batch size and learning rate, as notes to the help texts."""
+    trained = {name: method for name, method in realignments().items() if isinstance(method, TrainedRealignment)}
+    return {key: _default(attrgetter(f"training.{key}"), trained) for key in ("steps", "batch_size", "lr")}
 
 
 @click.command("realign", help=_help())
@@ -79,10 +87,10 @@ def _counts() -> str:
 @click.option(
     "--count",
     type=click.IntRange(1),
-    help=f"Number of images. [default: {_counts()}]",
+    help=f"Number of images. {_default(attrgetter('default_count'), realignments())}",
 )
 @_parameter_options()
-@options.training()
+@options.training(_training_defaults())
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -100,6 +108,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     import torch
 
     from simomerge.assembly.realign import realign
+    from simomerge.checkpoints.card import learned_rooms
     from simomerge.core.distributed import join_processes
     from simomerge.core.files import check_apart
     from simomerge.core.machine import available_cores, compute_device
@@ -114,6 +123,8 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
         # With --shard, the whole model stays in the memory of the CPU, and each GPU holds its share.
         device = torch.device("cpu") if given["shard"] else compute_device()
         merged = load(model).to(device)
+        if chosen.teacher == "labels":
+            options.note_rooms(learned_rooms(merged.provenance))
         inputs = _inputs(chosen, experts, list(merged.tasks), given)
         for expert in inputs.get("experts", {}).values():
             expert.to(device)
