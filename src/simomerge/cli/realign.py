@@ -208,6 +208,12 @@ def _lines(record: dict[str, Any], tasks: list[str], ridge: object) -> list[str]
     lines = [
         f"Re-aligned {', '.join(tasks)} by {record['method']} on {images} images: {record['seconds']:.1f} s{trained}."
     ]
+    if "lr_factor" in record:
+        lines.append(
+            f"  No step was better than the start; a second training at {record['lr_factor']:g} times the rate."
+        )
+    for task in record.get("left_out", ()):
+        lines.append(f"  {task:<14} shares no block and is its expert: nothing to train")
     for task, ratio in record.get("distance_ratio", {}).items():
         lines.append(f"  {task:<14} distance to the expert on held-out images: {ratio:.2f} times that at the start")
     for task, after in record.get("r2", {}).items():

@@ -443,6 +443,7 @@ def test_a_start_that_is_kept_is_trained_again_at_a_lower_rate(
         result = distil(start, experts, **given)
         again = distil(start, experts, **given)  # as after a kill at the end
     assert same(state(result), state(expected)) and same(state(again), state(expected))
+    assert (tmp_path / "state-again.safetensors").exists()
     assert of(result)["lr_factor"] == SETTINGS.lr and of(result)["steps"] > 40
     assert of(result)["distance_ratio"] == of(expected)["distance_ratio"]
     with pytest.warns(UserWarning, match="weights at the start are kept|The best weights are kept, those of step 0"):

@@ -87,7 +87,7 @@ def test_only_the_last_blocks_learn_if_asked(merged: SimoModel, rooms: DenseData
 
 
 def test_the_start_is_kept_where_training_does_harm(merged: SimoModel, rooms: DenseDataset) -> None:
-    with pytest.warns(UserWarning, match=r"finetune: (no step was better than the start|stopped at step)"):
+    with pytest.warns(UserWarning, match=r"finetune again: (no step was better than the start|stopped at step)"):
         result = finetuned(merged, rooms, training=replace(SETTINGS, lr=30.0))
     assert of(result)["best_step"] == 0 and same(weights(merged), weights(result))
 

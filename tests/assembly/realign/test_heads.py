@@ -45,7 +45,7 @@ def test_a_distilled_head_is_kept_only_if_it_came_closer_to_its_expert(
     for name, value in (
         ("TeacherPredictions", lambda *given: given[:2]),
         ("split_off", lambda given, share: ("the others", held_out) if given == ("images", {}) else None),
-        ("ExpertDistances", lambda experts: distances),
+        ("ExpertDistances", lambda experts, batch_size: distances),
         ("train_heads", train),
         ("replace", lambda given, data: SimpleNamespace(data=data)),
     ):

@@ -21,6 +21,7 @@ import simomerge
 from simomerge.assembly.merge import merge
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.blocks import call_of
+from simomerge.assembly.realign.encoder import tasks_to_distil
 from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.assembly.sharing.stitches import ExpertTokens, fit_stitches
@@ -390,6 +391,15 @@ def test_shared_blocks_share_their_adapters(grower: Grower, picture: Tensor, tmp
     assert equal(predicted(copy.deepcopy(model), picture), found)
 
 
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_a_task_that_shares_nothing_is_its_expert_in_every_storage(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, tmp_path: Path, dtype: str | None
+) -> None:
+    model = merge(base, experts, METHOD, share="depth, normals+parts", images=images)
+    loaded = load(model.save_pretrained(tmp_path / "scene", dtype=dtype))
+    assert tasks_to_distil(loaded, experts) == ["normals", "parts"]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", ["distill", "distill-encoder", "distill-adapters"])
 def test_distillation_keeps_a_task_that_shares_nothing(
@@ -402,8 +412,9 @@ def test_distillation_keeps_a_task_that_shares_nothing(
     found, before = predicted(made, picture), predicted(model, picture)
     assert torch.equal(found["depth"], before["depth"])
     assert not torch.equal(found["normals"], before["normals"]) and not torch.equal(found["parts"], before["parts"])
-    learnt = [tensor for name, tensor in made.encoder.named_parameters() if "adapters" in name and "depth" not in name]
-    assert method != "distill-adapters" or any(tensor.any() for tensor in learnt)
+    assert made.provenance["realign"]["left_out"] == ["depth"]
+    learnt = [tensor.any() for name, tensor in made.encoder.named_parameters() if name.endswith("up.weight")]
+    assert any(learnt) == (method == "distill-adapters")  # adapters start with up.weight = 0
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in changed.heads["depth"].parameters():

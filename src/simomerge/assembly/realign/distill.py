@@ -161,7 +161,8 @@ class Distill(TrainedRealignment):
             measured = distil_heads(model.select(list(inputs.experts)), inputs, self.training, self.hold_out, self.name)
         else:
             measured = self._train_inside(model, inputs, inside, stored)
-        return {"unlabelled_images": len(inputs.images), **measured}
+        left_out = [task for task in model.tasks if task not in experts]
+        return {"unlabelled_images": len(inputs.images), **({"left_out": left_out} if left_out else {}), **measured}
 
     def check_encoder(self, encoder: Encoder) -> None:
         super().check_encoder(encoder)

@@ -189,7 +189,7 @@ class Distilling:
             warn(f"{label}: {len(train)} images are few, and the model may come to fit them alone; give some hundreds.")
         home = next(model.parameters()).device
         with evaluating(*inputs.experts.values()):
-            at_once = min(ExpertDistances.batch_size, self.settings.batch_size)
+            at_once = min(32, self.settings.batch_size)
             distances = ExpertDistances(inputs.experts, self.stored, self.features, batch_size=at_once)
             distances = distances.in_units_of(model, train)
             before = distances.measured(model, held_out) if held_out else {}

@@ -23,6 +23,9 @@ from simomerge.models.model import SimoModel, as_expert
 from simomerge.training.evaluate import evaluating
 from simomerge.training.familiarity import sketch
 
+HALF_PRECISION = 2**-8
+"""The relative error of a weight that was stored in bfloat16 is at most half of this."""
+
 SKETCHED = 4096
 """Images whose features are compared with those of the experts' training images."""
 
@@ -122,13 +125,13 @@ def _check_device_and_task(model: SimoModel, task: str, expert: SimoModel) -> No
 
 def same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
     """Whether two modules have the same weights, up to a storage in half precision."""
-    return not _differences(ours, theirs)
+    return not _differences(ours, theirs, HALF_PRECISION)
 
 
-def _differences(ours: nn.Module, theirs: nn.Module) -> list[str]:
-    """Names of the weights that differ."""
+def _differences(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-3) -> list[str]:
+    """Names of the weights that differ, by more than a tolerance relative to their values."""
     mine, other = ours.state_dict(), theirs.state_dict()
-    return [name for name in {**mine, **other} if not _same(mine.get(name), other.get(name))]
+    return [name for name in {**mine, **other} if not _same(mine.get(name), other.get(name), tolerance)]
 
 
 def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
@@ -146,10 +149,10 @@ def check_heads(model: SimoModel, experts: Mapping[str, SimoModel]) -> None:
             )
 
 
-def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
+def _same(ours: Tensor | None, theirs: Tensor | None, tolerance: float) -> bool:
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return False
-    return torch.allclose(ours.float(), theirs.to(ours.device).float(), rtol=1e-3, atol=1e-6)
+    return torch.allclose(ours.float(), theirs.to(ours.device).float(), rtol=tolerance, atol=1e-6)
 
 
 def _difference(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:

@@ -65,7 +65,7 @@ def match_predictions(
         model: A `SimoModel`, or a module with ``tasks`` that returns logits by task.
         predictions: The dataset of the teacher's predictions.
     """
-    distances = ExpertDistances({}).in_units_of(model, predictions)
+    distances = ExpertDistances({}, batch_size=min(32, settings.batch_size)).in_units_of(model, predictions)
     return fit(
         model,
         distances,
@@ -141,7 +141,8 @@ def distil_heads(
     """
     predictions = TeacherPredictions(inputs.images, inputs.experts, inputs.work_folder / "predictions")
     train, held_out = split_off(predictions, hold_out)
-    start, distances = copy.deepcopy(model.heads), ExpertDistances(inputs.experts)
+    start = copy.deepcopy(model.heads)
+    distances = ExpertDistances(inputs.experts, batch_size=min(32, settings.batch_size))
     before = distances.measured(model, held_out) if held_out else {}
     cost = train_heads(model, replace(inputs, data=train), settings, "distance")
     after = distances.measured(model, held_out) if held_out else {}

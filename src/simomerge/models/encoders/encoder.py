@@ -140,8 +140,13 @@ class Encoder(nn.Module):
         Raises:
             InputError: Invalid settings, or blocks that are unknown or cannot have an adapter.
         """
-        self.adapters = Adapters(self.block_shapes(), rank, activation, last).to(self.mean.device)
+        self.adapters = self._beside(Adapters(self.block_shapes(), rank, activation, last))
         return self.adapters
+
+    def _beside(self, adapters: Any) -> Any:
+        """Adapters where the encoder is, unless they have no values yet."""
+        empty = any(each.is_meta for each in adapters.parameters())
+        return adapters if empty else adapters.to(self.mean.device)
 
     def block_shapes(self) -> Sequence[BlockShape]:
         """What each block does to the shape of its input.

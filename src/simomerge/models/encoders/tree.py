@@ -342,11 +342,12 @@ class TreeEncoder(Encoder):
         """Set the adapters, given by the ids of their blocks. Each belongs to the first path with its block."""
         blocks = [path.layout.blocks for path in self.paths]
         own = [{n: found.pop(id(each)) for n, each in enumerate(some) if id(each) in found} for some in blocks]
-        self.adapters = TreeAdapters(own, settings).to(self.mean.device)
-        for path, adapters in zip(self.paths, self.adapters.paths, strict=True):
+        made: TreeAdapters = self._beside(TreeAdapters(own, settings))
+        self.adapters = made
+        for path, adapters in zip(self.paths, made.paths, strict=True):
             # Not a submodule: the tensors of a path are those of a plain encoder.
             object.__setattr__(path, "adapters", adapters)
-        return self.adapters
+        return made
 
     def _adapters_by_block(self) -> dict[int, Adapter]:
         """The adapters by the ids of their blocks."""
