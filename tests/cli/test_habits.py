@@ -25,7 +25,7 @@ from .test_output import Terminal
 
 @pytest.mark.parametrize("flag", ["-q", "--quiet"])
 def test_quiet_leaves_the_result_only(flag: str, story: Story, tiny_base: Path, tmp_path: Path) -> None:
-    given = ("merge", tiny_base, f"depth={story / 'depth'}", "--scale", "auto", "--count", 16)
+    given = ("merge", tiny_base, f"depth={story / 'depth'}", "--scale", "auto", "--count", 16, "--data", "rooms")
     loud = simomerge(*given, "-o", tmp_path / "loud")
     quiet = simomerge(*given, "-o", tmp_path / "quiet", flag)
     assert "scale  11/11" in loud.err and "Next: simomerge realign" in loud.out
