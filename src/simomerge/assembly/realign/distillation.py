@@ -214,7 +214,4 @@ class Distilling:
             expert.to(place)
         state_file = inputs.work_folder / "state.safetensors"
         options = TuneOptions(augmentation=self.augmentation, checkpointing=self.checkpointing)
-        minimised = "distance to the experts"
-        return train_and_keep_best(
-            model, data, self.settings, state_file, label, distances, options, minimised, self.retry
-        )
+        return train_and_keep_best(model, data, self.settings, state_file, label, distances, options, self.retry)

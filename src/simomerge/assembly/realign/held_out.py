@@ -44,14 +44,13 @@ def train_and_keep_best(
     label: str,
     losses: ModelLosses = image_losses,
     options: TuneOptions = DEFAULT_OPTIONS,
-    minimised: str = "loss",
     retry: bool = False,
 ) -> dict[str, Any]:
     """Train the parameters of a model that require a gradient, in place; what was measured, for the provenance.
 
     Args:
         data: The images to train on and those held out, as `split_off` gives them.
-        minimised: What ``losses`` are, for the warnings.
+        losses: Those of the labels, or distances to the experts.
         retry: Train again at `RETRY_RATE` times the learning rate if no step is better than the start.
 
     Raises:
@@ -64,7 +63,7 @@ def train_and_keep_best(
         # A one-cycle schedule passes through worse weights before it ends in better ones, so it is not stopped.
         every, patience = settings.validate_every, settings.patience or settings.steps
         settings = replace(settings, validate_every=every or max(1, settings.steps // VALIDATIONS), patience=patience)
-    attempt = partial(_train, model, data, losses=losses, options=options, minimised=minimised)
+    attempt = partial(_train, model, data, losses=losses, options=options)
     torch.manual_seed(settings.seed)  # for the dropout of some encoders
     cost, message = attempt(settings, state_file, label=label)
     if retry and cost.get("best_step") == 0:
@@ -93,7 +92,6 @@ def _train(
     label: str,
     losses: ModelLosses,
     options: TuneOptions,
-    minimised: str,
 ) -> tuple[dict[str, Any], str]:
     """One training; what was measured, and what a user should know."""
     train, held_out = data
@@ -111,6 +109,7 @@ def _train(
         return cost, ""
     message = ""
     if log.rise > HIGHEST_RISE:
+        minimised = "loss" if losses is image_losses else "distance to the experts"
         message = (
             f"{label}: stopped at step {log.steps}, because the {minimised} on held-out images was {log.rise:.1f} times"
             f" that at the start; lower the learning rate. The best weights are kept, those of step {log.best_step}."
