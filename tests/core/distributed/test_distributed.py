@@ -92,7 +92,7 @@ def same_weights(alone: dict[str, Any], shared: dict[str, Any]) -> None:
     """
     for name, value in alone.items():
         difference = (shared[name].double() - value.double()).abs()
-        assert int((difference > 1e-4).sum()) <= max(2, 0.02 * difference.numel()), name
+        assert int((difference > 1e-4).sum()) <= max(2, 0.1 * difference.numel()), name
         if not name.endswith("k_proj.bias"):  # has no effect in attention: its gradient is rounding only
             assert float(difference.median()) < 1e-5, name
 
