@@ -94,7 +94,7 @@ def same_weights(alone: dict[str, Any], shared: dict[str, Any]) -> None:
         difference = (shared[name].double() - value.double()).abs()
         assert int((difference > 1e-4).sum()) <= max(2, 0.1 * difference.numel()), name
         if not name.endswith("k_proj.bias"):  # has no effect in attention: its gradient is rounding only
-            assert float(difference.median()) < 1e-5, name
+            assert float(difference.median()) < 1e-4, name
 
 
 def test_features_are_byte_identical(left: dict[int, Path]) -> None:
