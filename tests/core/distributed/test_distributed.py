@@ -95,6 +95,8 @@ def same_weights(alone: dict[str, Any], shared: dict[str, Any]) -> None:
         assert int((difference > 1e-4).sum()) <= max(2, 0.1 * difference.numel()), name
         if not name.endswith("k_proj.bias"):  # has no effect in attention: its gradient is rounding only
             assert float(difference.median()) < 1e-4, name
+    every = torch.cat([(shared[name].double() - value.double()).abs().flatten() for name, value in alone.items()])
+    assert float(every.median()) < 1e-5 and float((every > 1e-4).double().mean()) < 0.01
 
 
 def test_features_are_byte_identical(left: dict[int, Path]) -> None:
