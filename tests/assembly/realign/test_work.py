@@ -180,7 +180,7 @@ def test_a_stage_of_a_recipe_needs_no_record(
     for name, expert in experts.items():
         expert.save_pretrained(tmp_path / name / "model")
     merged.save_pretrained(tmp_path / "start" / "model")
-    method = get_realignment("distill-encoder", **SETTINGS)
+    method = get_realignment("distill-encoder", **SETTINGS, retry=False)
     given = {"name": "a", "model": tmp_path / "start", "data": {}, "experts": {n: tmp_path / n for n in experts}}
     monkeypatch.setattr(stages, "open_data", lambda _: rooms)
     stage, work = stages.Realign(**given, method=method), tmp_path / "work"
