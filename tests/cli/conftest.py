@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ import click
 import pytest
 
 from simomerge.cli import cli, main
+from simomerge.core.machine import PRECISION
 
 TINY = ("--images", "8", "--val-images", "8", "--probe-steps", "2", "--steps", "2", "--batch-size", "4")
 
@@ -44,6 +46,7 @@ def simomerge(*arguments: object) -> Outcome:
         contextlib.redirect_stderr(err),
     ):
         patch.setattr(sys, "argv", ["simomerge", *map(str, arguments)])
+        patch.setenv(PRECISION, os.environ.get(PRECISION, "auto"))  # --precision must not outlast the command
         try:
             main()
         except SystemExit as exit_:
