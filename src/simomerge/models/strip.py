@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,20 +14,26 @@ from simomerge.datasets.colours import colourise
 from simomerge.datasets.legend import LINE, draw_lines, legend_of, lines_of
 from simomerge.datasets.tasks import Task
 
-if TYPE_CHECKING:
-    from simomerge.models.model import SimoModel
-
 GAP, HEIGHT = 6, 240
 """Pixels between pictures, and the height of a picture."""
 
 
-def strip_of(model: SimoModel, image: Any) -> Any:
+class Predictor(Protocol):
+    """What a strip needs of a `SimoModel`."""
+
+    tasks: dict[str, Task]
+
+    def predict(self, image: Any) -> Any:
+        """The maps of an image by task."""
+
+
+def strip_of(model: Predictor, image: Any) -> Any:
     """The strip of what a model predicts for an image, in any form that `SimoModel.predict` takes, as a PIL image."""
     pixels = (to_tensor(image)[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     return strip(pixels, model.predict(image), model.tasks)
 
 
-def save_strip(model: SimoModel, image: Any, path: Path) -> None:
+def save_strip(model: Predictor, image: Any, path: Path) -> None:
     """Write `strip_of` as a PNG file."""
     with atomic_file(path) as file:
         strip_of(model, image).save(file, "PNG", optimize=True)
