@@ -134,7 +134,7 @@ def test_the_view(tmp_path: Path) -> None:
         for name, values in expected.items():
             np.testing.assert_allclose(view[name], values, atol=tolerance)
             assert view.info(name).shape == values.shape
-            for part in (slice(None), slice(1, 3), slice(2, 99)):
+            for part in (slice(None), slice(1, 3), slice(2, 99), slice(0, None, 2), slice(1, None, 3)):
                 found = view.flat(name, part)
                 np.testing.assert_allclose(found, values.reshape(-1)[part], atol=tolerance)
         for name in tensors:
@@ -144,7 +144,9 @@ def test_the_view(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name, method in available().items() if not method.needs_data])
-def test_every_method_merges_both_forms_alike(method: str) -> None:
+@pytest.mark.parametrize("sample", [250_000, 5], ids=["all entries", "a sample of them"])
+def test_every_method_merges_both_forms_alike(method: str, sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simomerge.merging.engine.ranks._SAMPLE", sample)
     base, experts = whole(0), {"a": whole(1), "b": whole(2)}
     chosen = get_method(method)
     mixed = {"a": experts["a"], "b": in_parts(experts["b"])}

@@ -68,8 +68,8 @@ class _Separated(Mapping[str, Any]):
         """A part of a tensor's flattened values. Raises KeyError."""
         own, index, _ = self._places[name]
         size = self.info(name).size
-        start, stop, _ = part.indices(size)
-        return flat_values(self._tensors, own, slice(index * size + start, index * size + stop))
+        start, stop, step = part.indices(size)
+        return flat_values(self._tensors, own, slice(index * size + start, index * size + stop, step))
 
     def __getitem__(self, name: str) -> Any:
         own, index, count = self._places[name]
