@@ -30,6 +30,10 @@ _MIN_EIGENVALUE = 1e-10
 squares. At this bound, polar factors differ by 3e-8 from those of a float64 decomposition (measured). Below it,
 the matrix itself is decomposed."""
 
+_ROUNDING = 1e-6
+"""Singular values relative to the largest that are taken for rounding of float32 weights. Their vectors depend on the
+linear algebra library, so none of the methods here uses them. The task vectors of LoRA experts have many of them."""
+
 _Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -64,9 +68,9 @@ class IsoC(SpectralMethod):
     the same. The copy of the method in the code of the TSV authors decomposes the mean of the task vectors, which
     amounts to scale 1/T. Other tensors: the mean.
 
-    A sum of zero gives zero. Otherwise, as in public code, all min(m, n) directions are kept, also those whose singular
-    value is (nearly) zero. If the sum is rank-deficient (experts of a few low-rank factors), the U V^T of these
-    directions is some orthonormal completion of the same size as the rest; it depends on the linear algebra library.
+    A sum of zero gives zero. If the sum has a lower rank than min(m, n), as that of LoRA experts has, only the
+    directions of this rank are kept, and the mean is that of their singular values. Public code fills the other
+    directions with vectors that depend on the linear algebra library, at the same size as the rest.
 
     Example:
         >>> IsoC().merge_tensor("w", np.zeros((2, 2)), {"a": np.diag([4.0, 1.0]), "b": np.diag([0.0, 1.0])}, None) + 0
@@ -94,8 +98,9 @@ class IsoCts(SpectralMethod):
     3. All left vectors side by side are replaced by their polar factor, all right vectors by theirs, and all singular
        values by their mean.
 
-    With k = 0, this is Iso-C. An expert whose task vector is zero in a matrix has no directions and takes no part in
-    step 3; public code takes the first unit vectors for it. A sum of zero gives zero. Other tensors: the mean.
+    With k = 0, this is Iso-C. Directions whose singular value is zero up to rounding, as in task vectors of a low rank,
+    take no part in step 3. In public code their vectors depend on the linear algebra library. A sum of zero gives zero.
+    Other tensors: the mean.
 
     Example:
         >>> both = {"a": np.diag([4.0, 2.0, 0.0]), "b": np.diag([4.0, 0.0, 2.0])}
@@ -117,7 +122,7 @@ class IsoCts(SpectralMethod):
         triplets = [(left, sigma, right)]
         for tau in task_vectors:
             if tau.any():
-                triplets.append(_singular_triplets(tau - left @ (left.T @ tau), each))
+                triplets.append(_singular_triplets(tau - left @ (left.T @ tau), each, float(np.linalg.norm(tau))))
         lefts, sigmas, rights = _side_by_side(triplets)
         return sigmas.mean() * (_polar(lefts)[0] @ _polar(rights)[0])
 
@@ -132,9 +137,10 @@ class TsvM(SpectralMethod):
     their polar factor, all right vectors by theirs: polar(U) diag(sigma) polar(V).
 
     r is at least 1. In public code, a matrix with min(m, n) < T (DINOv2's mask token, (1, C)) keeps nothing, and
-    r = int(min(m, n) * (1 / T)) is one too small if the product is rounded down (49 * (1 / 49)). An expert whose task
-    vector is zero in a matrix has no singular vectors and takes no part; public code takes the first unit vectors for
-    it, with sigma 0. Other tensors: the mean.
+    r = int(min(m, n) * (1 / T)) is one too small if the product is rounded down (49 * (1 / 49)). Triplets whose sigma
+    is zero up to rounding take no part: an expert that did not move in a matrix has only such triplets, and a LoRA
+    expert of rank 8 has 8 others. In public code their vectors, which depend on the linear algebra library, change the
+    polar factors. Other tensors: the mean.
 
     Example:
         >>> TsvM().merge_tensor("w", np.zeros((2, 2)), {"a": np.diag([4.0, 1.0]), "b": np.diag([0.0, 1.0])}, None) + 0
@@ -168,33 +174,39 @@ def _isotropic(matrix: np.ndarray) -> np.ndarray:
 
 
 def _polar(matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """The polar factor U V^T of a matrix U diag(sigma) V^T, and the mean of all min(m, n) singular values."""
+    """The polar factor U V^T of a matrix U diag(sigma) V^T, and the mean of its singular values, without rounding."""
     if matrix.shape[0] < matrix.shape[1]:
         factor, mean = _polar(matrix.T)
         return factor.T, mean
     eigenvalues, vectors = np.linalg.eigh(matrix.T @ matrix)
     if not _is_well_conditioned(eigenvalues):
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
-        return left @ right, float(sigma.mean())
+        kept = sigma > _ROUNDING * sigma[0]
+        return left[:, kept] @ right[kept], float(sigma[kept].mean())
     sigma = np.sqrt(eigenvalues)
     # M (M^T M)^(-1/2) needs one product with the large matrix, and none with U and V.
     return matrix @ ((vectors / sigma) @ vectors.T), float(sigma.mean())
 
 
-def _singular_triplets(matrix: np.ndarray, count: int) -> _Triplets:
-    """The ``count`` largest singular triplets: U (m, count), sigma (count,), V^T (count, n), in no particular order."""
+def _singular_triplets(matrix: np.ndarray, count: int, whole: float = 0.0) -> _Triplets:
+    """The ``count`` largest singular triplets: U (m, count), sigma (count,), V^T (count, n), in no particular order.
+
+    There are fewer of them if the others are rounding of ``matrix``, or of a matrix whose norm is ``whole``.
+    """
     if matrix.shape[0] > matrix.shape[1]:
-        left, sigma, right = _singular_triplets(matrix.T, count)
+        left, sigma, right = _singular_triplets(matrix.T, count, whole)
         return right.T, sigma, left.T
     eigenvalues, vectors = np.linalg.eigh(matrix @ matrix.T)
     first = len(eigenvalues) - count  # They are in ascending order.
-    if not _is_well_conditioned(eigenvalues[first:]):
+    if _is_well_conditioned(eigenvalues[first:]):
+        sigma, left = np.sqrt(eigenvalues[first:]), vectors[:, first:]
+        right = left.T @ matrix
+        right /= sigma[:, None]
+    else:
         left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
-        return left[:, :count], sigma[:count], right[:count]
-    sigma, left = np.sqrt(eigenvalues[first:]), vectors[:, first:]
-    right = left.T @ matrix
-    right /= sigma[:, None]
-    return left, sigma, right
+        left, sigma, right = left[:, :count], sigma[:count], right[:count]
+    kept = sigma > _ROUNDING * max(whole, sigma.max(initial=0.0))
+    return (left, sigma, right) if kept.all() else (left[:, kept], sigma[kept], right[kept])
 
 
 def _is_well_conditioned(eigenvalues: np.ndarray) -> bool:

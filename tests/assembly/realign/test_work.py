@@ -200,7 +200,7 @@ def test_a_state_of_more_steps_is_refused(
 ) -> None:
     """The folder of a stage or of `lpft` has no record, so the state itself is checked."""
     for count in (6, steps):
-        method = get_realignment("distill-encoder", **{**SETTINGS, "steps": count})
+        method = get_realignment("distill-encoder", **{**SETTINGS, "steps": count}, retry=False)
         inputs = prepared(method, merged, tmp_path, experts=experts, images=rooms)
         if count == 6:
             method.apply(merged, inputs)
