@@ -125,12 +125,21 @@ def _summary(description: Mapping[str, Any]) -> str:
     if method:
         count = f"{len(experts)} expert{'s' if len(experts) != 1 else ''}"
         text += f" Its encoder is the merge of {count} by {markdown(method)}"
-        steps = [markdown(step) for step in _steps(provenance)]
-        text += f", repaired afterwards by {', then '.join(steps)}." if steps else ". Its heads were not repaired."
+        steps = [markdown(step) for step in realignments(provenance)]
+        text += f", repaired afterwards by {', then '.join(steps)}." if steps else f". {_heads_of_an_edit(provenance)}"
     return f"{text} {_MADE}"
 
 
-def _steps(provenance: Mapping[str, Any]) -> list[str]:
+def _heads_of_an_edit(provenance: Mapping[str, Any]) -> str:
+    """What a merge says of heads that no re-alignment repaired for its present encoder."""
+    earlier = provenance.get("edited", {}).get("realigned")
+    if not earlier:
+        return "Its heads were not repaired."
+    tasks, steps = (", ".join(map(markdown, earlier[key])) for key in ("tasks", "by"))
+    return f"The heads of {tasks} were repaired for its encoder before a task was added or removed ({steps})."
+
+
+def realignments(provenance: Mapping[str, Any]) -> list[str]:
     """The names of its re-alignments, the first one first."""
     found: list[str] = []
     record: Any = provenance.get("realign")

@@ -132,7 +132,8 @@ def test_scales_of_each_expert(shared_models: Models, tiny_base: Path, tmp_path:
         )
         assert again.merge["scale"] == {"normals": 0.4}
     with pytest.raises(
-        InputError, match="scale is given for edges, normals, but the experts are edges, normals, depth"
+        InputError,
+        match=r"has a scale for each expert \(edges, normals\), and none is recorded for depth: merge all the experts",
     ):
         edit_on_disk(tmp_path / "new", tiny_base, tmp_path / "no", add=some(shared_models, "depth"))
 
@@ -264,7 +265,17 @@ def test_re_aligned_heads_are_reported(shared_models: Models, tiny_base: Path, t
     record(tmp_path / "old", realign={"method": "heads", "changes_encoder": False})
     with pytest.warns(UserWarning, match="re-aligned with the old encoder: re-align the new model"):
         edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", add=some(shared_models, "edges"))
-    assert set(description_of(tmp_path / "new")["provenance"]) == {"base", "experts", "merge"}
+    recorded = description_of(tmp_path / "new")["provenance"]
+    assert set(recorded) == {"base", "experts", "merge", "edited"}
+    repaired = {"tasks": ["depth"], "by": ["heads"]}
+    assert recorded["edited"] == {"added": ["edges"], "removed": [], "realigned": repaired}
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "The heads of depth were repaired for its encoder before a task was added or removed (heads)." in card
+    edit_on_disk(tmp_path / "new", tiny_base, tmp_path / "again", add=some(shared_models, "normals"))
+    assert description_of(tmp_path / "again")["provenance"]["edited"]["realigned"] == repaired
+    edit_on_disk(tmp_path / "again", tiny_base, tmp_path / "last", remove=some(shared_models, "depth"))
+    assert "edited" not in description_of(tmp_path / "last")["provenance"]  # the heads that stay are their experts'
+    assert "Its heads were not repaired." in (tmp_path / "last" / "README.md").read_text()
 
 
 def test_a_note_of_the_merge_stays(shared_models: Models, tiny_base: Path, tmp_path: Path) -> None:
@@ -272,6 +283,53 @@ def test_a_note_of_the_merge_stays(shared_models: Models, tiny_base: Path, tmp_p
     how = {"method": "task-arithmetic", "scale": 0.4, "scale_chosen_on": "8 labelled images"}
     record(tmp_path / "old", merge=how)
     assert edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", some(shared_models, "edges")).merge == how
+    assert description_of(tmp_path / "new")["provenance"]["edited"] == {"added": ["edges"], "removed": []}
+
+
+def test_a_model_without_the_head_of_an_expert(scene: Path, shared_models: Models, tiny_base: Path) -> None:
+    """As `SimoModel.select` leaves it: the encoder is the merge of both experts."""
+    described = description_of(scene)
+    for key in ("tasks", "heads"):
+        described[key].pop("depth")
+    (scene / "simo.json").write_text(json.dumps(described))
+    (scene / "heads" / "depth.safetensors").unlink()
+    before = content(scene.parent)
+    message = r"scene: it was merged from depth, normals, but has no head for depth\. Edit .*, or remove 'depth' too"
+    with pytest.raises(InputError, match=message):
+        edit_on_disk(scene, tiny_base, scene.parent / "new", add=some(shared_models, "edges"))
+    assert content(scene.parent) == before
+    new = scene.parent / "new"
+    edit_on_disk(scene, tiny_base, new, some(shared_models, "edges"), some(shared_models, "depth"))
+    again = merge_on_disk(tiny_base, some(shared_models, "normals", "edges"), scene.parent / "again").output
+    assert_equal(tensors_of(new), tensors_of(again), 1e-6)
+    assert list(description_of(new)["tasks"]) == ["normals", "edges"]
+
+
+def test_storage_stays_with_other_names(shared_models: Models, tiny_base: Path, tmp_path: Path) -> None:
+    merge_on_disk(tiny_base, some(shared_models, "depth"), Output(tmp_path / "old", dtype="float16"))
+    weights = tensors_of(tmp_path / "old")
+    other = {f"backbone.{name}": value for name, value in weights.items()}
+    write_safetensors(tmp_path / "old" / "encoder" / "model.safetensors", other, "F16")
+    edit_on_disk(tmp_path / "old", tiny_base, tmp_path / "new", add=some(shared_models, "edges"))
+    new = open_checkpoint(tmp_path / "new")
+    assert {new.info(name).dtype for name in new} == {"F16"} and len(new) == len(weights)
+
+
+def test_newcomers_are_checked_as_in_a_merge(
+    scene: Path, shared_models: Models, tiny_base: Path, tmp_path: Path
+) -> None:
+    stranger = Path(shutil.copytree(shared_models["edges"], tmp_path / "stranger"))
+    described = description_of(stranger)
+    del described["provenance"]["base"]
+    (stranger / "simo.json").write_text(json.dumps(described))
+    weights = stranger / "encoder" / "model.safetensors"
+    far = {name: value + 3 for name, value in tensors_of(stranger).items()}
+    write_safetensors(weights, far)
+    with pytest.warns(UserWarning, match=r"expert 'edges' does not record its base\. .*: this looks like another base"):
+        edit_on_disk(scene, tiny_base, tmp_path / "new", add={"edges": stranger})
+    write_safetensors(weights, {name: value for name, value in open_checkpoint(tiny_base).items() if name in far})
+    with pytest.warns(UserWarning, match="The task vector of edges is zero: the weights equal the base's"):
+        edit_on_disk(scene, tiny_base, tmp_path / "still", add={"edges": stranger})
 
 
 # Mistakes -----------------------------------------------------------------------------------------------

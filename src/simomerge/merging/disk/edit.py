@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from simomerge.checkpoints.card import realignments
 from simomerge.checkpoints.experts import check_base, check_merged_from, check_unchanged, merge_provenance
+from simomerge.checkpoints.names import canonical_name
+from simomerge.checkpoints.parts import parts_of, separated
+from simomerge.checkpoints.tensors import tensor_info
 from simomerge.checkpoints.writing import storage_layout
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
@@ -21,9 +25,10 @@ from simomerge.merging import (
     describe_method,
     described_method,
     merge_tensors,
+    warn_of_other_tensors,
     with_experts,
 )
-from simomerge.merging.disk.merge import MergedOnDisk
+from simomerge.merging.disk.merge import MergedOnDisk, warn_of_unrecorded_bases
 from simomerge.merging.disk.output import Output, write_model
 from simomerge.merging.disk.sources import Source, open_source, without_extras
 from simomerge.merging.method import restricted
@@ -83,9 +88,8 @@ def edit_on_disk(
     if "realign" in merged.provenance:
         warn("the heads that stay were re-aligned with the old encoder: re-align the new model.")
     how = {**merged.provenance["merge"], **describe_method(restricted(method, edit.tasks), schedule)}
-    stored = {name: merged.weights.info(name).dtype for name in merged.weights}
     heads = {task: edit.add.get(task, merged) for task in edit.tasks}
-    layout = storage_layout(foundation.weights, stored)
+    layout = storage_layout(foundation.weights, _stored_dtypes(merged, foundation))
     read = [foundation, merged, *edit.remove.values(), *edit.others.values()]
     write_model(target, heads, edit.provenance(how), tensors, layout, read)
     return MergedOnDisk(target.path, how, tuple(edit.tasks))
@@ -108,6 +112,11 @@ class _Edit:
         return list(self.merged.provenance["experts"])
 
     @property
+    def described(self) -> list[str]:
+        """The tasks before the edit that have a head. A part of a merged model has fewer than experts."""
+        return list((self.merged.description or {})["tasks"])
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks after the edit."""
         return [task for task in self.present if task not in self.leaving] + list(self.add)
@@ -118,11 +127,25 @@ class _Edit:
             raise InputError(f"expert {unknown[0]!r} is not in the merged model, which has {', '.join(self.present)}.")
         for experts in (self.others, self.remove):
             check_merged_from(self.merged.provenance, experts, self.base)
-        check_base(self.base, self.add)
+        headless = [task for task in self.tasks if task not in self.add and task not in self.described]
+        if headless:
+            raise InputError(
+                f"{self.merged.path}: it was merged from {', '.join(self.present)}, but has no head for"
+                f" {', '.join(headless)}. Edit the model from before that head was left out, or remove"
+                f" {headless[0]!r} too."
+            )
+        unrecorded = check_base(self.base, self.add)
         if bare := [source.path for source in self.add.values() if source.description is None]:
             raise InputError(f"{bare[0]}: not a model folder (no simo.json in it), so it has no head; give one.")
         if twice := [task for task in self.add if task in self.present]:
             raise InputError(f"the expert '{twice[0]}' is in the merged model already: remove it first.")
+        warn_of_other_tensors(self.base.weights, {task: source.weights for task, source in self.add.items()})
+        warn_of_unrecorded_bases(self.base, {task: self.add[task] for task in unrecorded}, None)
+        same = [
+            task for task, each in self.add.items() if each.origin()["fingerprint"] == self.base.origin()["fingerprint"]
+        ]
+        if same:
+            warn(f"The task vector of {', '.join(same)} is zero: the weights equal the base's.")
 
     def method(self) -> tuple[MergeMethod, Schedule | None]:
         """The method and the schedule that the model records."""
@@ -131,7 +154,14 @@ class _Edit:
             raise InputError(
                 f"'{method.name}' computed with images, which the model does not record: merge all the experts again."
             )
-        return method.for_experts(self.present), schedule  # a list of parameters is in the recorded order of experts
+        method = method.for_experts(self.present)  # a list of parameters is in the recorded order of experts
+        each = [name for name, value in vars(method).items() if isinstance(value, Mapping)]
+        if each and self.add:
+            raise InputError(
+                f"'{method.name}' has a {each[0]} for each expert ({', '.join(self.present)}), and none is recorded for"
+                f" {', '.join(self.add)}: merge all the experts again."
+            )
+        return method, schedule
 
     def tensors(self, method: MergeMethod, schedule: Schedule | None) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of the edited encoder."""
@@ -159,7 +189,28 @@ class _Edit:
         """What the edited model records: the added experts, and what the model recorded about the others."""
         recorded = self.merged.provenance
         origins = {t: self.add[t].origin() if t in self.add else recorded["experts"][t] for t in self.tasks}
-        return merge_provenance(recorded["base"], origins, how)
+        made = merge_provenance(recorded["base"], origins, how)
+        earlier = self._repaired()
+        if earlier or "scale_chosen_on" in how:  # true of the model before the edit only
+            made["edited"] = {"added": list(self.add), "removed": list(self.leaving), **earlier}
+        return made
+
+    def _repaired(self) -> dict[str, Any]:
+        """The tasks whose heads were re-aligned with the encoder before an edit, and the re-alignments."""
+        recorded = self.merged.provenance
+        known = recorded.get("edited", {}).get("realigned", {"tasks": [], "by": []})
+        if steps := realignments(recorded):
+            known = {"tasks": self.present, "by": steps}
+        tasks = [task for task in known["tasks"] if task not in self.leaving]
+        return {"realigned": {**known, "tasks": tasks}} if tasks else {}
+
+
+def _stored_dtypes(merged: Source, base: Source) -> dict[str, str]:
+    """The storage dtype of every tensor of a merged model by its name in the base, which may spell it differently."""
+    parts = separated(merged.weights)
+    found = {canonical_name(name): tensor_info(parts, name).dtype for name in parts}
+    known = {own: found.get(canonical_name(parts_of(own)[0])) for own in base.weights}
+    return {own: dtype for own, dtype in known.items() if dtype}
 
 
 def _opened(paths: _Paths | None, base: Source) -> dict[str, Source]:

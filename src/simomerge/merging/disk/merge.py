@@ -88,7 +88,7 @@ def merge_on_disk(
     check_models(chosen, foundation.weights, weights)
     warn_of_other_tensors(foundation.weights, weights)
     unrecorded = {name: opened[name] for name in check_base(foundation, opened)}
-    _warn_of_unrecorded_bases(foundation, unrecorded, target.threads)
+    warn_of_unrecorded_bases(foundation, unrecorded, target.threads)
     how, layout = describe_method(chosen, depthwise), storage_layout(foundation.weights, target.storage)
     blocks = foundation.blocks or opened[min(opened)].blocks
     # The first pass is made in this thread, where Ctrl-C stops it at once, and before anything is written.
@@ -102,7 +102,7 @@ def merge_on_disk(
     return MergedOnDisk(target.path, how, tuple(opened) if makes_model else ())
 
 
-def _warn_of_unrecorded_bases(base: Source, experts: Mapping[str, Source], threads: int | None) -> None:
+def warn_of_unrecorded_bases(base: Source, experts: Mapping[str, Source], threads: int | None) -> None:
     """Warn of experts without a record of their base, with how far their weights are from the given one."""
     if not experts:
         return
