@@ -282,7 +282,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "auto and schedule": (
         ("merge", "base", "a=a", "-o", "out", "--scale", "auto", "--schedule", "lines"),
-        "--schedule works with a plain merge only",
+        "--schedule is not for --scale auto on labels: leave it out, or give a number as --scale",
     ),
     "diff's path": (("diff", "base.safetensors", "nowhere"), "nowhere does not exist"),
     "diff's base": (("diff", "a.safetensors", "b.safetensors", "--base", "other.safetensors"), "3 tensors"),

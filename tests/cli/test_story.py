@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import simomerge as sm
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.cli import COMMANDS, GROUPS, cli, output
 from simomerge.cli.next_step import judge_step, next_step
@@ -24,7 +25,7 @@ from simomerge.models.model import load
 from simomerge.recipes.recipe import Recipe
 from simomerge.training.settings import TrainSettings
 
-from .conftest import TINY, Story, simomerge
+from .conftest import TINY, Story, assert_mistake, simomerge
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 24)) -> Path:
@@ -106,6 +107,30 @@ def test_merge_with_scale_auto_chooses_on_validation_images(story: Story, tiny_b
         and 0 <= done.json["merge"]["scale"] <= 1
     )
     assert "scale  11/11" in done.err
+
+
+@pytest.mark.parametrize("options", [("--method", "regmean"), ("--method", "ties", "--scale", "auto")])
+def test_a_schedule_goes_with_every_method(
+    story: Story, tiny_base: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    experts = {task: story / task for task in ("depth", "normals")}
+    pairs = [f"{task}={folder}" for task, folder in experts.items()]
+    given = ("merge", tiny_base, *pairs, *options, "--images", "rooms", "--count", 8)
+    done = simomerge(*given, "--schedule", "0,1,1,0.5", "-o", tmp_path / "scene", "--json")
+    assert done.code == 0 and done.json["merge"]["schedule"] == [0, 1, 1, 0.5], done.err
+    scale = {"scale": "auto"} if "auto" in options else {}
+    model = sm.merge(tiny_base, experts, options[1], images="rooms", count=8, schedule="0,1,1,0.5", **scale)
+    assert load(tmp_path / "scene").encoder_fingerprint() == model.encoder_fingerprint()
+    unscheduled = sm.merge(tiny_base, experts, options[1], images="rooms", count=8, **scale)
+    assert unscheduled.encoder_fingerprint() != model.encoder_fingerprint()
+
+
+@pytest.mark.parametrize(
+    "options", [("--method", "auto"), ("--scale", "learned"), ("--method", "auto", "--minutes", "1")]
+)
+def test_a_schedule_that_is_chosen_otherwise(story: Story, tiny_base: Path, options: tuple[str, ...]) -> None:
+    given = ("merge", tiny_base, f"depth={story / 'depth'}", *options, "--images", "rooms", "-o", "out")
+    assert_mistake(simomerge(*given, "--schedule", "lines"), f"--schedule is not for {' '.join(options[:2])}: leave it")
 
 
 def test_overwrite_replaces_what_is_there(story: Story, tiny_base: Path, tmp_path: Path) -> None:

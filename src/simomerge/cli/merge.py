@@ -246,10 +246,15 @@ class _Wanted:
             raise InputError(
                 f"{files[0]} is a weight file, and {what} computes with images: give folders with config.json."
             )
-        schedule = self.schedule and not self.shares_blocks
-        if self.in_memory and (schedule or self.max_shard_size or self.output.suffix == ".safetensors"):
-            asked = {"--schedule": schedule, "--max-shard-size": self.max_shard_size}
-            name = next((name for name, given in asked.items() if given), "a weight file as OUT")
+        labelled = self.scale == "auto" and self.images is None
+        if self.schedule and not self.shares_blocks and (self.method == "auto" or self.scale == "learned" or labelled):
+            chosen = "--method auto" if self.method == "auto" else f"--scale {self.scale}"
+            raise InputError(
+                f"--schedule is not for {chosen}{' on labels' if labelled else ''}: leave it out, or give"
+                f" {'a method' if self.method == 'auto' else 'a number as --scale'}."
+            )
+        if self.in_memory and (self.max_shard_size or self.output.suffix == ".safetensors"):
+            name = "--max-shard-size" if self.max_shard_size else "a weight file as OUT"
             raise InputError(
                 f"{name} works with a plain merge only: without images, and with a base on disk. Leave it out, or the"
                 " options that use images."

@@ -22,6 +22,8 @@ from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensor
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.merging import Lines, MergeMethod, TaskArithmetic, available, merge_state_dicts
+from simomerge.merging.disk.compress import compress
+from simomerge.merging.disk.diff import diff_on_disk
 from simomerge.merging.disk.merge import MergedOnDisk, merge_on_disk
 from simomerge.merging.disk.output import Output
 from simomerge.merging.disk.sources import open_source
@@ -338,7 +340,7 @@ def test_the_configuration_says_how_the_weights_are_stored(
 
 
 def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
-    """Such as a pooler, which training drops. When only weights are merged, it is an error."""
+    """Such as a pooler, which training drops. Weight files must have all tensors of the base."""
     import simomerge
 
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
@@ -350,8 +352,17 @@ def test_what_no_expert_has_is_left_out_of_a_model(models: dict[str, Path], tiny
     recorded = json.loads((done.output / "simo.json").read_text())["provenance"]["base"]
     assert recorded["fingerprint"] == fingerprint(open_checkpoint(tiny_base))  # what the experts recorded
     assert list(simomerge.load(done.output).tasks) == list(models)
+    merge_on_disk(base, models, tmp_path / "weights.safetensors", "ties")
+    assert_equal(tensors_of(tmp_path / "weights.safetensors"), tensors_of(expected_scene))
+    compress(base, models, tmp_path / "compressed")
+    compress(tiny_base, models, tmp_path / "expected-compressed")
+    assert content(tmp_path / "compressed") == content(tmp_path / "expected-compressed")
+    assert diff_on_disk(models["depth"], models["normals"], base) == diff_on_disk(
+        models["depth"], models["normals"], tiny_base
+    )
+    files = {task: model / "encoder" / "model.safetensors" for task, model in models.items()}
     with pytest.raises(InputError, match="is missing 2 tensors of the base: pooler"):
-        merge_on_disk(base, models, tmp_path / "weights.safetensors")
+        merge_on_disk(base, files, tmp_path / "of-files.safetensors")
     # What one expert has is not left out.
     changed = {**tensors_of(models["depth"]), **pooler}
     write_safetensors(models["depth"] / "encoder" / "model.safetensors", changed)
@@ -484,6 +495,8 @@ def test_neither_torch_nor_transformers_nor_peft_is_imported(
     code = """
 import sys
 from pathlib import Path
+from simomerge.merging.disk.compress import compress
+from simomerge.merging.disk.diff import diff_on_disk
 from simomerge.merging.disk.merge import merge_on_disk
 from simomerge.merging.disk.output import Output
 from simomerge.merging.disk.edit import edit_on_disk

@@ -46,7 +46,7 @@ from simomerge.core.text import shown
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
 from simomerge.merging.compression import THRESHOLDS, least_squares_scale, masked_by, pack_mask, squared_errors
 from simomerge.merging.consensus import tall_mask
-from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged, open_source
+from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged, open_experts
 
 FORMAT = 1
 """Version of the compressed folder's format."""
@@ -134,8 +134,7 @@ def compress(
     thresholds = _thresholds(threshold)
     if dtype not in FLOATS:
         raise InputError(f"The merged task vector cannot be stored as {dtype!r}: use one of F16, BF16, F32.")
-    foundation = open_source(base)
-    opened = {file_name(task): open_source(path, foundation.weights) for task, path in experts.items()}
+    foundation, opened = open_experts(base, {file_name(task): path for task, path in experts.items()})
     check_models(TaskArithmetic(), foundation.weights, {task: expert.weights for task, expert in opened.items()})
     check_base(foundation, opened)
     files = {task: _small_files(expert) for task, expert in opened.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.merging import TaskArithmetic, TaskVectorStream, check_models
-from simomerge.merging.disk.sources import open_source
+from simomerge.merging.disk.sources import open_experts, open_source
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ def diff_on_disk(
         check_models(TaskArithmetic(), reference.weights, {"second": other.weights})
         stream, others = (TaskVectorStream(source.weights, {}) for source in (reference, other))
     else:
-        reference = open_source(base)
-        opened = {key: open_source(p, reference.weights) for key, p in (("a", first), ("b", second))}
+        reference, opened = open_experts(base, {"a": first, "b": second})
         weights = {key: source.weights for key, source in opened.items()}
         check_models(TaskArithmetic(), reference.weights, weights)
         stream = TaskVectorStream(reference.weights, weights)

@@ -28,7 +28,7 @@ from simomerge.merging import (
     warn_of_other_tensors,
 )
 from simomerge.merging.disk.output import Output, describe_heads, write_model, write_weights
-from simomerge.merging.disk.sources import Source, open_source, without_extras
+from simomerge.merging.disk.sources import Source, open_experts
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,13 @@ def merge_on_disk(
     target = output if isinstance(output, Output) else Output(Path(output))
     chosen = method if isinstance(method, MergeMethod) else get_method(method, **parameters)
     depthwise = as_schedule(schedule)
-    foundation = open_source(base)
-    opened = {name: open_source(path, foundation.weights) for name, path in experts.items()}
+    foundation, opened = open_experts(base, experts)
     target.check([foundation, *opened.values()])
     for name, expert in opened.items():
         check_plain(name, expert.description or {})
     makes_model = not target.is_file and bool(opened) and all(expert.description for expert in opened.values())
     if makes_model:
         describe_heads(opened)  # reports heads that do not fit before the long work
-        foundation = without_extras(foundation, opened)
     weights = {name: expert.weights for name, expert in opened.items()}
     check_models(chosen, foundation.weights, weights)
     warn_of_other_tensors(foundation.weights, weights)

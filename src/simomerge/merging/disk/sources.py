@@ -123,6 +123,21 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     return source
 
 
+def open_experts(
+    base: str | os.PathLike[str], experts: Mapping[str, str | os.PathLike[str]]
+) -> tuple[Source, dict[str, Source]]:
+    """Open a base and experts of it, by name. Raises InputError as `open_source` does.
+
+    If all experts are model folders, tensors of the base that none of them has are left out. Weight files must have
+    every tensor of the base, since nothing else says what they are.
+    """
+    foundation = open_source(base)
+    opened = {name: open_source(path, foundation.weights) for name, path in experts.items()}
+    if opened and all(expert.description for expert in opened.values()):
+        foundation = without_extras(foundation, opened)
+    return foundation, opened
+
+
 def _unwrapped(weights: Checkpoint, base: Mapping[str, Any]) -> Checkpoint:
     """The weights without what a wrapper put before all of their names."""
     known = {canonical_name(name) for own in base for name in (own, *parts_of(own))}
