@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -258,6 +259,27 @@ def test_memory_that_runs_out_in_torch_is_one_sentence(
     assert_mistake(done, f"{where} of memory; free some, .*smaller or fewer images, smaller batches")
     assert ("ulimit" in done.err) == ("CUDA" not in str(error))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("evaluate", "free some, raise ulimit -v, or use smaller or fewer images."),
+        ("train", "free some, raise ulimit -v, or use smaller or fewer images or smaller batches (--batch-size)."),
+        ("compress", "free some, raise ulimit -v."),
+        ("data", "free some, raise ulimit -v, or use smaller or fewer images."),
+        ("demo", "free some, raise ulimit -v, or use fewer --workers."),
+    ],
+)
+def test_memory_that_runs_out_names_only_options_of_the_command(
+    command: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(click.Command, "invoke", full)
+    monkeypatch.setattr(click.Group, "invoke", full)
+    assert_mistake(simomerge(command), re.escape(f"Error: out of memory; {advice}"))
 
 
 def test_another_error_of_torch_is_no_lack_of_memory(

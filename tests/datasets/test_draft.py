@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -113,6 +114,21 @@ def test_kinds_units_and_ignored_values_are_guessed(tmp_path: Path, case: str) -
     photos(tmp_path / "photos")
     name = "{:03d}.npy" if make().dtype == np.float32 else "{:03d}.png"
     assert drafted(tmp_path, **{task: fill(tmp_path / task, make, name)})[task] == expected
+
+
+def test_a_kind_that_was_given_is_kept(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    roads = fill(tmp_path / "roads", lambda: RNG.choice([0, 1], (6, 8)).astype(np.uint8))
+    draft = draft_manifest(tmp_path / "photos", {"roads": roads}, tmp_path, {"roads": "segmentation"})
+    assert draft.tasks["roads"] == {"kind": "segmentation", "classes": ["class_0", "class_1"]}
+    write_draft(draft, tmp_path / "data.yaml")
+    assert sorted(torch.unique(load_data(tmp_path, "train")[0]["roads"]).tolist()) == [0, 1]
+    empty = fill(tmp_path / "empty", lambda: np.zeros((6, 8), np.uint8))
+    draft = draft_manifest(tmp_path / "photos", {"empty": empty}, tmp_path, {"empty": "segmentation"})
+    assert draft.tasks["empty"]["classes"] == ["class_0", "class_1"]
+    white = fill(tmp_path / "white", lambda: RNG.choice([0, 255], (6, 8)).astype(np.uint8))
+    with pytest.raises(InputError, match=r"white: the masks hold only 0 and 255, .*kind binary, or save 255 as 1"):
+        draft_manifest(tmp_path / "photos", {"white": white}, tmp_path, {"white": "segmentation"})
 
 
 def test_splits_of_folders_are_kept_and_whole_folders_stay_together(tmp_path: Path) -> None:

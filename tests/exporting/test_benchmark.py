@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-from cli.conftest import assert_mistake, simomerge
+from cli.conftest import Outcome, assert_mistake, simomerge
+from simomerge.cli.benchmark import tables
 from simomerge.core.errors import InputError
+from simomerge.datasets.tasks import Task
 from simomerge.exporting.benchmark import benchmark, evaluate_file
+from simomerge.exporting.export import export
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluate
 
@@ -86,8 +90,85 @@ def test_metrics_of_a_file_are_those_of_the_model(exported: Exported, float32: N
         assert scores == pytest.approx({name: wanted[task][name] for name in scores}, rel=1e-4)
     assert found["depth"]["rel_err"] == pytest.approx(100 * 0.1 / 1.1, rel=1e-4)
     frames.tasks = {}
-    with pytest.raises(InputError, match=r"predicts parts, depth, normals, the data has"):
+    with pytest.raises(InputError, match=r"predicts parts, depth, normals, the dataset has"):
         evaluate_file(exported.file, frames)
+
+
+def test_a_file_whose_tasks_differ_from_the_data_is_refused(exported: Exported, tmp_path: Path) -> None:
+    frames = Frames(exported.model)
+    parts = frames.tasks["parts"]
+    frames.tasks["parts"] = Task("parts", "segmentation", classes=(*parts.classes, "lamp"))
+    with pytest.raises(InputError, match=r"scene\.onnx: task 'parts' is segmentation of 3 channels .*of 4 in the data"):
+        evaluate_file(exported.file, frames)
+    frames.tasks = {"depth": Task("depth", "log_depth")}
+    with pytest.raises(InputError, match="task 'depth' is depth of 1 channels in the model, but log_depth of 1 in"):
+        evaluate_file(exported.file, frames)
+    frames.tasks = {"depth": exported.model.tasks["depth"]}
+    export(exported.model, tmp_path / "raw.onnx", SIZE, tasks="depth", images=frames_of(SIZE, 1), raw=True)
+    with pytest.raises(InputError, match=r"raw\.onnx: gives no predictions of depth, only logits, .* without --raw"):
+        evaluate_file(tmp_path / "raw.onnx", frames)
+
+
+ROW = {
+    "milliseconds": {"median": 1.0, "low": 1.0, "high": 1.0, "cpu": 1.0},
+    "per_second": {"1": 1.0},
+    "memory": 1,
+    "disk": 1,
+    "difference": {},
+}
+
+
+def scored(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *targets: str) -> list[Outcome]:
+    """The benchmark of models of some tasks, joined by "_", as a table and as JSON; nothing is timed."""
+    for target in targets:
+        exported.model.select(target.split("_")).save_pretrained(tmp_path / target)
+    rows = [{**ROW, "target": str(tmp_path / target)} for target in targets]
+    monkeypatch.setattr("simomerge.exporting.benchmark.benchmark", lambda *_, **__: deepcopy(rows))
+    call = ["benchmark", *(row["target"] for row in rows), "--size", "30x42", "--data", "rooms", "--count", 2]
+    return [simomerge(*call), simomerge(*call, "--json")]
+
+
+def test_targets_may_have_different_tasks(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float32: None
+) -> None:
+    table, found = scored(exported, tmp_path, monkeypatch, "depth", "normals", "depth_normals")
+    assert table.code == 0, table.err
+    depth, normals, both = found.json["rows"]
+    assert (depth["delta_mtl"], normals["delta_mtl"]) == (0, None) and both["delta_mtl"] == pytest.approx(0, abs=1e-3)
+    lines = table.out.split("depth abs_err")[1].splitlines()
+    cells = [line.split()[1:] for line in lines[1:] if line.strip()]
+    shown = f"{depth['scores']['depth']['abs_err']:.4g}", f"{normals['scores']['normals']['mean_angle']:.4g}"
+    assert lines[0].split() == ["normals", "mean_angle", "Delta_MTL", "%"]
+    assert cells == [[shown[0], "–", "+0.00"], ["–", shown[1], "–"], [*shown, cells[2][2]]]
+
+
+def test_the_column_of_a_task_is_its_main_metric() -> None:
+    task = Task("mask", "binary")
+    scores = {"mask": {"f1": 60.0, "iou": 50.0}}  # torchmetrics sorts the names
+    _, table = tables([{**ROW, "target": "a", "scores": scores, "delta_mtl": 0.0}], {"mask": task})
+    assert (table.head, table.rows) == (["target", "mask iou", "Delta_MTL %"], [("a", "50", "+0.00")])
+
+
+def test_what_cannot_be_evaluated_is_named_before_the_timing(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(*_: object, **__: object) -> None:
+        pytest.fail("timed before the check")
+
+    exported.model.select("parts").save_pretrained(tmp_path / "parts")
+    monkeypatch.setattr("simomerge.exporting.benchmark.benchmark", timed)
+    done = simomerge("benchmark", exported.file, tmp_path / "parts", "--size", "30x42", "--data", "rooms")
+    assert_mistake(done, r"/parts: the model predicts parts, the dataset has .*: no task in common")
+
+
+def test_a_baseline_of_nothing_costs_no_other_result(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"depth": {"abs_err": 0.0}}
+    monkeypatch.setattr("simomerge.training.evaluate.evaluate", lambda *_: scores)
+    table, found = scored(exported, tmp_path, monkeypatch, "depth")
+    assert [row["delta_mtl"] for row in found.json["rows"]] == [None] and table.out.split()[-2:] == ["0", "–"]
+    assert "no Delta_MTL, because task 'depth': the baseline's abs_err is 0.0" in table.err
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_the_table_has_every_output_on_random_and_real_images(exported: Exported
     assert all(row["ok"] and 0 <= row["difference"] <= row["limit"] for row in rows)
     assert {row["output"]: row["measure"] for row in rows}["normals"] == "deg, mean"
     assert Scene(exported.file).info["verification"] == rows
-    assert listing(exported.file.parent) == {"scene.onnx", "scene.golden.npz"}
+    assert listing(exported.file.parent) == {"scene.onnx", "scene.onnx.golden.npz"}
 
 
 def test_the_graph_is_plain_onnx_with_baked_constants(exported: Exported) -> None:
@@ -301,11 +301,32 @@ def test_a_file_of_torch_holds_the_same(tmp_path: Path) -> None:
     assert info["verification"] and info["input"]["layout"] == "floats"
 
 
+def test_formats_and_parts_of_one_name_have_golden_frames_of_their_own(tmp_path: Path) -> None:
+    """docs/export.md writes scene.onnx, scene.xml and scene.pt2 into one folder."""
+    model, frames = small_model(("depth",)), frames_of(SIZE, 2)
+    goldens = {}
+    for name, options in {"scene.onnx": {}, "scene.encoder.onnx": {"split": True}, "scene.pt2": {}}.items():
+        given = name.replace(".encoder", "")
+        _, *others, golden = export(model, tmp_path / given, SIZE, images=frames, **options)["files"]
+        assert Path(golden).name == f"{name}.golden.npz" and len(others) == len(options)
+        with np.load(golden) as stored:
+            goldens[name] = str(stored["export"])
+    assert len(set(goldens.values())) == 3
+    for name in ("scene.onnx", "scene.encoder.onnx"):
+        assert check(tmp_path / name, threads=1)["ok"]
+    with pytest.raises(InputError, match=r"scene\.encoder\.onnx already exists"):
+        export(model, tmp_path / "scene.onnx", SIZE, images=frames, split=True)
+    (tmp_path / "scene.encoder.onnx").unlink()
+    (tmp_path / "scene.depth.onnx").unlink()
+    with pytest.raises(InputError, match=r"scene\.encoder\.onnx\.golden\.npz already exists"):
+        export(model, tmp_path / "scene.onnx", SIZE, images=frames, split=True)
+
+
 @pytest.mark.slow
 def test_heads_of_a_split_export_run_at_their_own_rates(tmp_path: Path) -> None:
     model, (frame,) = small_model(), frames_of(SIZE, 1)
     said = export(model, tmp_path / "scene.onnx", SIZE, images=frames_of(SIZE, 2), split=True, raw=True)
-    names = ["scene.encoder.onnx", "scene.parts.onnx", "scene.depth.onnx", "scene.golden.npz"]
+    names = ["scene.encoder.onnx", "scene.parts.onnx", "scene.depth.onnx", "scene.encoder.onnx.golden.npz"]
     assert [Path(file).name for file in said["files"]] == names
     scene = Scene(tmp_path / names[0], threads=1)
     features = scene.encode(frame)

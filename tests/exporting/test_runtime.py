@@ -251,7 +251,17 @@ def test_a_golden_frame_of_another_export_or_none_is_refused(copied: Path, capsy
         check(copied)
     golden.unlink()
     assert main(["check", str(copied)]) == 2
-    assert "scene.golden.npz: cannot be read" in capsys.readouterr().err
+    assert "scene.onnx.golden.npz: cannot be read" in capsys.readouterr().err
+
+
+def test_a_golden_frame_of_an_earlier_version_is_read_if_it_belongs_to_the_file(copied: Path) -> None:
+    earlier = copied.with_name("scene.golden.npz")
+    runtime.golden_file(copied).rename(earlier)
+    assert check(copied, threads=1)["ok"]
+    with np.load(earlier) as stored:
+        np.savez(earlier, **{**stored, "export": "other"})
+    with pytest.raises(InputError, match=r"scene\.onnx\.golden\.npz: cannot be read .* or export the model again"):
+        check(copied)
 
 
 def test_a_provider_that_is_absent_is_named(exported: Exported) -> None:
@@ -264,7 +274,7 @@ def test_a_provider_that_is_absent_is_named(exported: Exported) -> None:
 def test_a_golden_frame_that_was_copied_in_part_is_named(copied: Path, kept: int) -> None:
     golden = runtime.golden_file(copied)
     golden.write_bytes(golden.read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"scene\.golden\.npz: cannot be read"):
+    with pytest.raises(InputError, match=r"scene\.onnx\.golden\.npz: cannot be read"):
         check(copied)
 
 

@@ -1,6 +1,7 @@
 """Evaluation, normalised performance, and Delta_MTL, which is checked against the paper's tables."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.machine import PRECISION
 from simomerge.core.progress import show_progress
 from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.batches import images_within
 from simomerge.datasets.tasks import Task
 from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
 from simomerge.training.metrics import TaskMetrics
@@ -146,6 +148,26 @@ def test_evaluate_equals_predicting_one_image_at_a_time(make_model):
         scores = evaluate(model, dataset, batch_size=batch_size)
         for name, values in expected.items():
             assert scores[name] == pytest.approx(values, rel=1e-3)
+
+
+def test_large_images_have_small_batches_which_change_no_metric(make_model, monkeypatch):
+    model, dataset, sizes = make_model(NYU), Random(NYU), []
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    alone, together = (evaluate(model, dataset, batch_size=size) for size in (1, 64))
+    assert sizes == [1] * 7 + [7]
+    sizes.clear()
+    limited = partial(images_within, max_pixels=3 * 20 * 28 + 1)
+    monkeypatch.setattr("simomerge.training.evaluate.images_within", limited)
+    by_pixels = evaluate(model, dataset)
+    assert sizes == [3, 3, 1]
+    for name in NYU:
+        assert by_pixels[name] == pytest.approx(alone[name], rel=1e-5)
+        assert together[name] == pytest.approx(alone[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(("size", "images"), [((64, 80), 64), ((480, 640), 6), ((1024, 2048), 1), ((3000, 4000), 1)])
+def test_a_batch_has_at_most_two_million_pixels_or_a_single_image(size, images):
+    assert images_within(64, torch.empty(3, *size)) == images
 
 
 def test_evaluate_reads_only_the_shared_tasks(make_model):

@@ -203,11 +203,9 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         on_gpu = any(text in str(error) for text in ("CUDA", "CUBLAS"))
-        what = "the GPU is out of memory; free some," if on_gpu else "out of memory; free some, raise ulimit -v,"
-        return (
-            f"{what} or use smaller or fewer images, smaller batches (--batch-size or --images-at-once) or fewer"
-            " --workers."
-        )
+        if on_gpu:
+            return f"the GPU is out of memory; {_remedies([])}"
+        return f"out of memory; {_remedies(['raise ulimit -v'])}"
     if isinstance(error, ImportError):
         from simomerge.core.environment import broken_torchvision, missing_extra
 
@@ -217,6 +215,20 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'the system'}: {error.strerror or error}."
     return None
+
+
+def _remedies(more: list[str]) -> str:
+    """What to do when memory runs out: what anyone can, and what the options of the command allow."""
+    name = next(iter(sys.argv[1:2]), "")
+    command = import_module(module_of(name)).command if name in COMMANDS else None
+    commands = command.commands.values() if isinstance(command, click.Group) else [command] if command else []
+    found = {option for each in commands for parameter in each.params for option in parameter.opts}
+    use = ["smaller or fewer images"] if found & {"--images", "--data", "images", "data", "recipe"} else []
+    if batches := [option for option in ("--batch-size", "--images-at-once", "--batch") if option in found]:
+        use.append(f"smaller batches ({' or '.join(batches)})")
+    use += ["fewer --workers"] if "--workers" in found else []
+    either = ", ".join([*use[:-2], " or ".join(use[-2:])])  # as in "a, b or c"
+    return ", ".join(["free some", *more, *([f"or use {either}"] if use else [])]) + "."
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from simomerge.cli import options
-from simomerge.cli.output import Table, console, say
+from simomerge.cli.output import Table, console, say, warning
 from simomerge.core.errors import InputError
 
 
@@ -45,33 +47,73 @@ def command(
         raise InputError(f"{file}: --data evaluates model folders, .onnx and .xml files; leave this one out.")
     dataset = load_data(data, split=split, count=count) if data else None
     with console():
+        if dataset is not None:
+            check_tasks(targets, dataset, given["threads"], given["provider"])
         rows = benchmark(targets, parse_size(size), **given)
         if dataset is not None:
             add_scores(rows, dataset, given["threads"], given["provider"])
-    say(as_json, {"rows": rows, "threads": given["threads"], "size": size}, *tables(rows))
+    say(
+        as_json,
+        {"rows": rows, "threads": given["threads"], "size": size},
+        *tables(rows, dataset.tasks if dataset else {}),
+    )
+
+
+def check_tasks(targets: Sequence[str], dataset: Any, threads: int, provider: str | None) -> None:
+    """Raise InputError if a target cannot be evaluated on a dataset, before anything is timed."""
+    from simomerge.exporting.benchmark import scored_tasks
+    from simomerge.models.model import load
+    from simomerge.runtime import Scene
+    from simomerge.training.evaluate import shared_tasks
+
+    for part in dict.fromkeys(part for target in targets for part in target.split("+")):
+        if _is_file(part):
+            scored_tasks(Scene(part, provider, threads), dataset.tasks)
+            continue
+        tasks = load(part).tasks
+        try:
+            shared_tasks(tasks, dataset.tasks)
+        except InputError as error:
+            raise InputError(f"{part}: {error}") from error
 
 
 def add_scores(rows: list[dict[str, Any]], dataset: Any, threads: int, provider: str | None) -> None:
-    """Add the metrics of every target on a dataset, and Delta_MTL against the first one."""
-    from pathlib import Path
-
+    """Add the metrics of every target on a dataset, and Delta_MTL against the first one: None if there is none."""
     from simomerge.exporting.benchmark import evaluate_file
     from simomerge.models.model import load
-    from simomerge.training.evaluate import delta_mtl, evaluate
+    from simomerge.training.evaluate import evaluate
 
     for row in rows:
         row["scores"] = {}
         for part in row["target"].split("+"):
-            is_file = Path(part).suffix in (".onnx", ".xml")
+            is_file = _is_file(part)
             scores = evaluate_file(part, dataset, threads, provider) if is_file else evaluate(load(part), dataset)
             row["scores"] |= scores
-        baseline = rows[0]["scores"]
-        shared = {task: scores for task, scores in row["scores"].items() if task in baseline}
-        row["delta_mtl"] = delta_mtl(shared, baseline, dataset.tasks)
+        row["delta_mtl"] = _delta(row, rows[0]["scores"], dataset.tasks)
 
 
-def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """One row per target: time, throughput, memory, size, differences, and metrics if there are any."""
+def _is_file(part: str) -> bool:
+    return Path(part).suffix in (".onnx", ".xml")
+
+
+def _delta(row: dict[str, Any], baseline: dict[str, Any], tasks: Any) -> float | None:
+    """Delta_MTL over the tasks that both have. Without any, or with a baseline of 0, it is None."""
+    from simomerge.training.evaluate import delta_mtl
+
+    shared = {task: scores for task, scores in row["scores"].items() if task in baseline}
+    try:
+        return delta_mtl(shared, baseline, tasks) if shared else None
+    except InputError as error:  # the times and scores are shown all the same
+        warning(f"{row['target']}: no Delta_MTL, because {error}")
+        return None
+
+
+def tables(rows: list[dict[str, Any]], tasks: Mapping[str, Any]) -> list[Table]:
+    """One row per target: time, throughput, memory, size, differences, and the main metrics of tasks if there are any.
+
+    A task that a target does not have, and a Delta_MTL that does not exist, are "–".
+    """
+    from simomerge.report.facts import MISSING
     from simomerge.runtime import MEASURES
 
     batches = list(rows[0]["per_second"])
@@ -88,10 +130,12 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         )
     shown = [Table(head, cells)]
     if "scores" in rows[0]:
-        main = {task: next(iter(scores)) for task, scores in rows[0]["scores"].items()}
+        main = {task: tasks[task].metric for row in rows for task in row["scores"]}
         lines = []
         for row in rows:
-            values = [f"{row['scores'][task][metric]:.4g}" for task, metric in main.items() if task in row["scores"]]
-            lines.append((row["target"], *values, f"{row['delta_mtl']:+.2f}"))
+            found = [row["scores"].get(task, {}).get(metric) for task, metric in main.items()]
+            values = [MISSING if value is None else f"{value:.4g}" for value in found]
+            delta = MISSING if row["delta_mtl"] is None else f"{row['delta_mtl']:+.2f}"
+            lines.append((row["target"], *values, delta))
         shown.append(Table(["target", *(f"{task} {metric}" for task, metric in main.items()), "Delta_MTL %"], lines))
     return shown

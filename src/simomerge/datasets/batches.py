@@ -16,6 +16,23 @@ Sample = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator], Sample]
 
 
+BATCH_PIXELS = 1 << 21
+"""The largest number of pixels in a batch where no gradient is needed, unless it is a single image."""
+
+
+def images_within(batch_size: int, image: torch.Tensor, max_pixels: int = BATCH_PIXELS) -> int:
+    """How many images (3, H, W) of one size a batch has: at most ``batch_size``, of at most ``max_pixels`` together.
+
+    A single image may have more pixels.
+
+    Example:
+        >>> images_within(64, torch.zeros(3, 64, 80)), images_within(64, torch.zeros(3, 1024, 2048))
+        (64, 1)
+    """
+    pixels = image.shape[-2] * image.shape[-1]
+    return min(batch_size, max(1, max_pixels // pixels))
+
+
 class _Seeded(Dataset[Sample]):
     """A dataset indexed by (index, seed), so that augmentation is reproducible."""
 

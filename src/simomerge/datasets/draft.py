@@ -204,7 +204,7 @@ def _guess(task: str, folder: Path, files: Sequence[Path], kind: str) -> tuple[d
     places = np.unique(np.linspace(0, len(files) - 1, min(SAMPLES, len(files))).round().astype(int))
     arrays = [read_array(files[place]) for place in places]
     named = task if task in KINDS else _named_kind(f"{task} {folder.name}")
-    kind = kind or named or _kind_of(arrays)
+    asked, kind = kind, kind or named or _kind_of(arrays)
     if not kind:
         raise InputError(
             f"{folder}: cannot guess what {task!r} is (values {arrays[0].shape} of {arrays[0].dtype}); say it as"
@@ -213,7 +213,7 @@ def _guess(task: str, folder: Path, files: Sequence[Path], kind: str) -> tuple[d
     if kind not in KINDS:
         raise InputError(f"kind {kind!r} of {task}: choose one of {', '.join(KINDS)}.")
     if kind == "segmentation":
-        entry, said = _labels(arrays)
+        entry, said = _labels(arrays, folder, may_be_mask=not asked)
         kind = entry.pop("kind")
     else:
         entry, said = _map(kind, arrays)
@@ -259,8 +259,8 @@ def _colours_of(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return found[np.argsort(-counts, kind="stable")]
 
 
-def _labels(arrays: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[str]]:
-    """A segmentation or a mask, by its labels or colours."""
+def _labels(arrays: Sequence[np.ndarray], folder: Path, may_be_mask: bool) -> tuple[dict[str, Any], list[str]]:
+    """A segmentation, or a mask if it may be one, by its labels or colours."""
     if arrays[0].ndim == 3 and any((a[..., :1] != a[..., :3]).any() for a in arrays):
         colours = [tuple(colour) for colour in _colours_of(arrays).tolist()]
         if len(colours) > MANY_COLOURS:
@@ -280,12 +280,17 @@ def _labels(arrays: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[str]]:
     if flat[0].dtype.kind not in "uib":
         raise InputError(f"labels of dtype {flat[0].dtype}; save them as integers.")
     labels = _values(flat).astype(np.int64).tolist()
-    if len(labels) <= 2 and set(labels) <= {0, 1, 255}:
+    if may_be_mask and len(labels) <= 2 and set(labels) <= {0, 1, 255}:
         if set(labels) != {0, 1}:
             return {"kind": "binary"}, ["a mask of 0 and 255."]
         return {"kind": "binary"}, ["a mask of 0 and 1; for two classes, use kind segmentation."]
+    if 255 in labels and set(labels) <= {0, 255}:
+        raise InputError(
+            f"{folder}: the masks hold only 0 and 255, but the labels of a segmentation count from 0; use kind binary,"
+            " or save 255 as 1."
+        )
     void = [255] if labels[-1] == 255 and (len(labels) < 2 or labels[-2] < 254) else []
-    last = max((label for label in labels if label not in void), default=0)
+    last = max(1, *labels[: len(labels) - len(void)])  # two classes or more
     if last >= MANY_LABELS:
         raise InputError(f"labels up to {last}; a segmentation has fewer than {MANY_LABELS}. Give another kind.")
     entry = {"kind": "segmentation", "classes": [f"class_{label}" for label in range(last + 1)]}

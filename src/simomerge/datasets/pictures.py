@@ -19,6 +19,7 @@ from simomerge.core.images import to_tensor
 from simomerge.core.progress import progress
 from simomerge.core.remote import RemoteError
 from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.batches import BATCH_PIXELS, images_within
 from simomerge.datasets.tars import SUFFIX as TAR
 from simomerge.datasets.tars import TarPictures
 
@@ -319,7 +320,7 @@ def _all_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def image_batches(
-    images: Any, batch_size: int = 32, max_pixels: int = 1 << 21, start: int = 0, step: int = 1
+    images: Any, batch_size: int = 32, max_pixels: int = BATCH_PIXELS, start: int = 0, step: int = 1
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Every readable image once, in batches of one size: their indices and float tensors (B, 3, H, W).
 
@@ -343,7 +344,7 @@ def image_batches(
         if image is None:
             unreadable.append(index)
             continue
-        full = len(kept) >= min(batch_size, max(1, max_pixels // image[0].numel()))
+        full = len(kept) >= images_within(batch_size, image, max_pixels)
         if kept and (full or kept[0][1].shape != image.shape):
             yield [i for i, _ in kept], torch.stack([tensor for _, tensor in kept])
             kept = []

@@ -124,6 +124,29 @@ def _differences(maps: Maps, reference: Maps, measures: dict[str, str]) -> dict[
     }
 
 
+def scored_tasks(scene: Scene, labelled: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks that an exported file predicts and a dataset has labels of, by name.
+
+    Raises:
+        InputError: There is none, a task differs in kind or channels, or the file gives only its logits.
+    """
+    from simomerge.datasets.tasks import Task
+    from simomerge.training.evaluate import shared_tasks
+
+    known = {name: {k: v for k, v in about.items() if k != "colours"} for name, about in scene.info["tasks"].items()}
+    tasks = {name: Task.from_dict(about) for name, about in known.items()}
+    try:
+        shared = shared_tasks(tasks, labelled)
+    except InputError as error:
+        raise InputError(f"{scene.file}: {error}") from error
+    if missing := [name for name in shared if name not in scene.outputs]:
+        raise InputError(
+            f"{scene.file}: gives no predictions of {', '.join(missing)}, only logits, which have no metric; export it"
+            " without --raw."
+        )
+    return {name: tasks[name] for name in shared}
+
+
 def evaluate_file(file: str | Path, dataset: Any, threads: int | None = None, provider: str | None = None) -> Any:
     """Metrics of every task of an exported file on a dataset, as `simomerge.evaluate` has them for models.
 
@@ -133,24 +156,20 @@ def evaluate_file(file: str | Path, dataset: Any, threads: int | None = None, pr
         threads, provider: As in `simomerge.runtime.Scene`.
 
     Raises:
-        InputError: The file cannot be opened, or the dataset has none of its tasks.
+        InputError: The file cannot be opened, or as in `scored_tasks`.
     """
     import torch
 
-    from simomerge.datasets.tasks import Task
     from simomerge.training.metrics import TaskMetrics
 
     scene = Scene(file, provider, threads)
-    known = {name: {k: v for k, v in about.items() if k != "colours"} for name, about in scene.info["tasks"].items()}
-    tasks = {name: Task.from_dict(about) for name, about in known.items() if name in dataset.tasks}
-    if not tasks:
-        raise InputError(f"{file} predicts {', '.join(scene.tasks)}, the data has {', '.join(dataset.tasks)}.")
+    tasks = scored_tasks(scene, dataset.tasks)
     metrics = {name: TaskMetrics(task) for name, task in tasks.items()}
     for index in range(len(dataset)):
         sample = dataset[index]
         frame = (sample["image"].permute(1, 2, 0) * 255).round().byte().numpy()
         for name, values in scene.predict(frame, list(tasks)).items():
-            if name not in metrics:  # probabilities and logits have no metric
+            if name not in metrics:  # probabilities have no metric
                 continue
             found = torch.from_numpy(values)[None]
             one_channel = found.ndim == 3 and tasks[name].kind != "segmentation"

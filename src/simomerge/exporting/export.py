@@ -39,7 +39,7 @@ def export(
 ) -> dict[str, Any]:
     """Export a model to one file for other runtimes, after a comparison with torch.
 
-    Next to the file lies ``NAME.golden.npz``: one frame and what torch predicts for it.
+    Next to the file lies ``OUTPUT.golden.npz``: one frame and what torch predicts for it.
 
     Args:
         model: A model, or its folder or hub id.
@@ -62,14 +62,14 @@ def export(
 
     Example:
         >>> export("runs/scene", "scene.onnx", (480, 640))["files"]                            # doctest: +SKIP
-        ['scene.onnx', 'scene.golden.npz']
+        ['scene.onnx', 'scene.onnx.golden.npz']
     """
     start, target = time.perf_counter(), Path(output)
     job = _job(model, target, parse_size(size), tasks, images, options)
-    for part in ("encoder", *job.model.tasks) if job.options.split else ("model",):
-        check_absent(target.with_name(job.file_of(part)), overwrite)
-    beside = [golden_file(target), *([target.with_suffix(".bin")] if job.form == "openvino" else [])]
-    for file in beside:
+    parts = ("encoder", *job.model.tasks) if job.options.split else ("model",)
+    files = [target.with_name(job.file_of(part)) for part in parts]
+    beside = [golden_file(files[0]), *([target.with_suffix(".bin")] if job.form == "openvino" else [])]
+    for file in [*files, *beside]:
         check_absent(file, overwrite)
     described = job.outputs.described()
     for name, limit in verification.limits_of(described, job.options.precision, limits or {}).items():
@@ -95,7 +95,7 @@ def _write_verified(
     verification.check_rows(rows, job.name)
     _describe(files, {**description, "verification": rows}, described)
     real = next(reversed(frames))
-    golden = golden_file(folder / job.name)
+    golden = golden_file(next(iter(files.values())))
     pair = {"image": frames[real][0], **wanted[real][0]}
     np.savez_compressed(golden, allow_pickle=False, export=description["export"], **pair)
     return [*(file.name for file in files.values()), golden.name], rows

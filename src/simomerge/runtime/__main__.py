@@ -1,6 +1,6 @@
 """The command line on the device.
 
-python -m simomerge.runtime check scene.onnx        # compare with scene.golden.npz
+python -m simomerge.runtime check scene.onnx        # compare with scene.onnx.golden.npz
 python -m simomerge.runtime info scene.onnx         # the description in the file
 """
 

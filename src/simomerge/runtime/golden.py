@@ -68,14 +68,7 @@ def check(file: str | Path, providers: str | Sequence[str] | None = None, thread
         InputError: As of `Scene`; or there is no golden file, or it belongs to another export.
     """
     scene = Scene(file, providers, threads)
-    golden = golden_file(scene.file)
-    try:
-        with np.load(golden, allow_pickle=False) as stored:
-            kept = dict(stored)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:  # what numpy raises for damaged files
-        raise InputError(f"{golden}: cannot be read ({error}); copy it next to {scene.file.name}.") from error
-    if str(kept.pop("export")) != scene.info["export"]:
-        raise InputError(f"{golden}: belongs to another export than {scene.file.name}; copy both again.")
+    kept = _stored(scene)
     frame, seconds = kept.pop("image"), []
     found = scene.predict(frame)
     for _ in range(5):
@@ -87,5 +80,35 @@ def check(file: str | Path, providers: str | Sequence[str] | None = None, thread
 
 
 def golden_file(file: Path) -> Path:
-    """The path of the golden frame and its predictions of an exported file."""
-    return file.with_name(f"{file.stem.removesuffix('.encoder')}.golden.npz")
+    """The path of the golden frame and its predictions of an exported file.
+
+    Example:
+        >>> golden_file(Path("scene.onnx")).name
+        'scene.onnx.golden.npz'
+    """
+    return file.with_name(f"{file.name}.golden.npz")
+
+
+def _stored(scene: Scene) -> Maps:
+    """The golden frame (``image``) of an exported file, and its predictions. Raises InputError."""
+    golden = golden_file(scene.file)
+    # Earlier versions had one golden file for all formats of a name.
+    earlier = golden.with_name(f"{scene.file.stem.removesuffix('.encoder')}.golden.npz")
+    if not golden.exists() and earlier.exists():
+        kept = _read(earlier, scene)
+        if str(kept.pop("export")) == scene.info["export"]:
+            return kept
+    kept = _read(golden, scene)
+    if str(kept.pop("export")) != scene.info["export"]:
+        raise InputError(f"{golden}: belongs to another export than {scene.file.name}; copy both again.")
+    return kept
+
+
+def _read(golden: Path, scene: Scene) -> Maps:
+    try:
+        with np.load(golden, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:  # what numpy raises for damaged files
+        raise InputError(
+            f"{golden}: cannot be read ({error}); copy it next to {scene.file.name}, or export the model again."
+        ) from error

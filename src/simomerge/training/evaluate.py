@@ -19,7 +19,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.core.text import html_table
-from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.model import SimoModel, as_model
@@ -77,7 +77,8 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
     Args:
         model: An expert or a model with several heads, or its folder.
         dataset: Samples with ``image`` and targets; the images of a batch have one size.
-        batch_size: Images per batch.
+        batch_size: Images per batch, at most. Large images have smaller batches, of at most `BATCH_PIXELS` pixels of
+            `simomerge.datasets.batches`, unless it is a single image.
 
     Raises:
         InputError: Model and dataset have no task in common, or tasks of one name but different kinds.
@@ -93,9 +94,11 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
     shared = shared_tasks(model.tasks, dataset.tasks)
     device = next(model.parameters()).device
     metrics = {name: TaskMetrics(model.tasks[name]).to(device) for name in shared}
-    done = 0
+    done, judges = 0, dataset.select(shared)
+    if len(judges):
+        batch_size = images_within(batch_size, judges[0]["image"])
     with evaluating(model):
-        for batch in ordered_batches(dataset.select(shared), batch_size, shared=True):
+        for batch in ordered_batches(judges, batch_size, shared=True):
             with autocast(device):
                 logits = model(batch["image"].to(device), shared)
             for name in shared:
