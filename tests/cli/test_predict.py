@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -312,18 +313,46 @@ def test_half_precision_changes_little(photos: list[Path], make_model, tmp_path:
     assert half.dtype == np.float32 and 0 < np.abs(full - half).max() < 0.05
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_no_input_is_replaced(photos: list[Path], events: list[str], make_model, tmp_path: Path, linked: bool) -> None:
+    """A folder that is predicted into itself for the second time holds pictures with names of results."""
+    make_model([Task("depth"), Task("edges")]).save_pretrained(tmp_path / "m")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photos[0].rename(folder / "a.png")
+    given = ("predict", tmp_path / "m", folder, "-o", folder, "--overwrite", "--as")
+    assert simomerge(*given, "colours,png16,npy", "--tasks", "edges").code == 0
+    if linked:
+        (folder / "a-edges.png").rename(tmp_path / "elsewhere.png")
+        (folder / "a-edges.png").symlink_to(tmp_path / "elsewhere.png")
+    before = {file: file.read_bytes() for file in sorted(folder.iterdir())}
+    events.clear()
+    for kind, name in (("colours", "a-edges.png"), ("png16", "a-edges-16.png")):
+        assert_mistake(simomerge(*given, kind), f"{name} is the input .*{name} and would be replaced: choose another")
+    assert {file: file.read_bytes() for file in sorted(folder.iterdir())} == before and not events
+    done = simomerge(*given, "colours", "--tasks", "depth", "--json")  # no input has these names
+    assert done.code == 0 and (folder / "a-depth.png").is_file()
+    assert {file: file.read_bytes() for file in before} == before
+
+
 # Video --------------------------------------------------------------------------------------------------
 
 
-def test_a_video_in_and_a_video_out(make_model, tmp_path: Path) -> None:
+def write_video(file: Path, rate: int | Fraction) -> None:
+    """Three frames of 32 x 48 pixels, each brighter than the one before."""
     av = pytest.importorskip("av")
-    with av.open(str(tmp_path / "drive.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
+    file.parent.mkdir(exist_ok=True)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for level in (40, 120, 200):
             image = np.full((32, 48, 3), level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+
+
+def test_a_video_in_and_a_video_out(make_model, tmp_path: Path) -> None:
+    write_video(tmp_path / "drive.mp4", 10)
     make_model([Task("depth"), Task("edges")]).save_pretrained(tmp_path / "m")
     done = simomerge("predict", tmp_path / "m", tmp_path / "drive.mp4", "-o", tmp_path / "out", "--as", "npz,video")
     assert done.code == 0, done.err
@@ -333,6 +362,46 @@ def test_a_video_in_and_a_video_out(make_model, tmp_path: Path) -> None:
     assert len(shown) == 3 and shown[0].shape == (32, 3 * 48, 3)
     levels = [frame[:, :48].mean() for frame in shown]  # the left third is the input
     assert np.abs(np.array(levels) - [40, 120, 200]).max() < 6
+
+
+@pytest.mark.parametrize("rate", [50, Fraction(30000, 1001)])
+def test_a_video_keeps_its_speed(make_model, tmp_path: Path, rate: int | Fraction) -> None:
+    av = pytest.importorskip("av")
+    write_video(tmp_path / "drive.mp4", rate)
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    given = ("predict", tmp_path / "m", tmp_path / "drive.mp4", "-o", tmp_path / "out", "--as", "video")
+    assert simomerge(*given).code == 0
+    with av.open(str(tmp_path / "out" / "drive.mp4")) as container:
+        assert container.streams.video[0].average_rate == rate
+
+
+def test_a_camera_has_25_frames_per_second(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+    monkeypatch.setattr(prediction, "video_frames", lambda path: iter([np.zeros((32, 48, 3), np.uint8)] * 3))
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    done = simomerge("predict", tmp_path / "m", "camera:0", "-o", tmp_path / "out", "--as", "video")
+    assert done.code == 0, done.err
+    with av.open(str(tmp_path / "out" / "camera-0.mp4")) as container:
+        assert container.streams.video[0].average_rate == 25
+
+
+def test_a_source_video_is_never_replaced(make_model, tmp_path: Path) -> None:
+    """Neither by the video of its results, nor a picture by one of its frames."""
+    write_video(tmp_path / "videos" / "drive.mp4", 10)
+    make_model([Task("depth")]).save_pretrained(tmp_path / "m")
+    video = tmp_path / "videos" / "drive.mp4"
+    content = video.read_bytes()
+    given = ("predict", tmp_path / "m", video, "-o", video.parent, "--overwrite", "--as")
+    assert_mistake(simomerge(*given, "video"), r"drive\.mp4 is the input .* would be replaced: choose another folder")
+    assert video.read_bytes() == content and list(video.parent.iterdir()) == [video]
+    assert simomerge(*given, "colours").code == 0
+    frame = video.parent / "drive-000002-depth.png"
+    both = ("predict", tmp_path / "m", video, frame, "-o", video.parent, "--overwrite", "--as", "colours")
+    # Their names begin alike, so that the frames of the video are drive-1-000001 and so on.
+    assert simomerge(*both).code == 0
+    frame.rename(video.parent / "drive-1-000002-depth.png")
+    both = (*both[:3], video.parent / "drive-1-000002-depth.png", *both[4:])
+    assert_mistake(simomerge(*both), r"drive-1-000002-depth\.png is the input")
 
 
 def test_a_video_that_cannot_be_read_is_named(make_model, tmp_path: Path) -> None:
