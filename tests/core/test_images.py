@@ -1,7 +1,7 @@
 """Images in every form a user has them, and the ones that are refused."""
 
-import struct
 import io
+import struct
 import warnings
 import zlib
 

@@ -90,8 +90,8 @@ class Scene:
         """Predict every task, or some, for one frame or for a list of frames.
 
         Args:
-            frames: An RGB frame as uint8 (H, W, 3), or as floats in [0, 1], or the path of a picture (needs Pillow);
-                or a list of them, or an array (B, H, W, 3), which run as one batch.
+            frames: An RGB frame as uint8 (H, W, 3), or as floats in [0, 1], a PIL image, or the path of a picture
+                (needs Pillow); or a list of them, or an array (B, H, W, 3), which run as one batch.
             tasks: The tasks to return. A split export runs only their heads.
 
         Returns:
@@ -174,7 +174,7 @@ class Scene:
 
 def as_batch(frames: Any) -> tuple[np.ndarray, bool]:
     """Frames as uint8 (B, H, W, 3), and whether it was a single one. Raises InputError."""
-    single = isinstance(frames, (str, Path)) or getattr(frames, "ndim", 0) in (2, 3)
+    single = isinstance(frames, (str, Path)) or hasattr(frames, "convert") or getattr(frames, "ndim", 0) in (2, 3)
     if not single and not len(frames):
         raise InputError("no frames given.")
     batch = [_as_frame(frame) for frame in ([frames] if single else frames)]
@@ -186,6 +186,8 @@ def as_batch(frames: Any) -> tuple[np.ndarray, bool]:
 def _as_frame(frame: Any) -> np.ndarray:
     if isinstance(frame, (str, Path)):
         frame = read_picture(frame)
+    elif hasattr(frame, "convert"):
+        frame = _as_rgb(frame, getattr(frame, "filename", "") or "image")
     frame = np.asarray(frame)
     frame = np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame
     if frame.ndim != 3 or frame.shape[2] not in (3, 4) or not frame.size:
@@ -199,19 +201,40 @@ def _as_frame(frame: Any) -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3), turned upright by its EXIF tag; needs Pillow. Raises InputError."""
+    """A picture as uint8 RGB (H, W, 3), turned upright by its EXIF tag; needs Pillow. Raises InputError.
+
+    Grey of 16 bits and grey floats in [0, 1] are scaled to 8 bits.
+    """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise InputError(f"{path}: pictures need Pillow: pip install pillow; or give the frame as an array.") from error
     if Path(path).exists() and not Path(path).is_file():  # opening a named pipe waits for a writer
         raise InputError(f"{path} is no file; give a picture.")
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with Path(path).open("rb") as file, Image.open(file) as image:  # Pillow turns mapped TIFF files wrongly
+            return _as_rgb(image, path)
+    except InputError:
+        raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         hint = " Give predict the frames of video_frames(file)." if str(path).lower().endswith(VIDEOS) else ""
         raise InputError(f"{path}: cannot be read as an image ({error}).{hint}") from error
+
+
+def _as_rgb(image: Any, name: str | Path) -> np.ndarray:
+    """A PIL image as uint8 RGB, with the values of `simomerge.core.images.to_tensor`. Raises InputError."""
+    from PIL import ImageOps
+
+    file_type = getattr(image, "format", None)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and file_type in ("PNG", "PPM"))
+    try:
+        if file_type != "TIFF":  # Pillow has turned these
+            image = ImageOps.exif_transpose(image)
+        if not deep and image.mode not in ("I", "F"):
+            return np.asarray(image.convert("RGB"))
+        return _as_frame(np.asarray(image) / 65535 if deep else np.asarray(image))  # Pillow would clip them at 255
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise InputError(f"{name}: cannot be read as an image ({str(error).rstrip('.')}).") from error
 
 
 def video_frames(source: str | Path) -> Iterator[np.ndarray]:
