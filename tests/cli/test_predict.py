@@ -229,6 +229,29 @@ def test_a_size_is_for_the_encoder_only(photos: list[Path], make_model) -> None:
     np.testing.assert_allclose(small, wanted[0, 0].clamp(min=1e-3), rtol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["size", "patches"])
+def test_flow_of_a_resized_image_is_in_pixels_of_the_image(photos: list[Path], make_model, how: str) -> None:
+    """x by the ratio of the widths, y by that of the heights. Disparity keeps its values."""
+    model = make_model([Task("flow"), Task("disparity")])
+    with torch.no_grad():  # the same everywhere, whatever the image is
+        for head, values in zip(model.heads.values(), ((3.0, -2.0), (5.0,)), strict=True):
+            head.output.weight.zero_()
+            head.output.bias.copy_(torch.tensor(values).repeat_interleave(len(head.output.bias) // len(values)))
+    own = model.predict(photos[0])
+    assert own["flow"].shape == (2, 20, 24)
+    np.testing.assert_allclose(own["flow"].mean((1, 2)), [3, -2], rtol=1e-5)
+    size = (8, 12)
+    if how == "patches":
+        size = tuple(model.fit(torch.zeros(1, 3, 20, 24), max_patches=2).shape[-2:])
+        assert size < (20, 24)
+    found = model.predict(photos[0], **({"size": size} if how == "size" else {"max_patches": 2}))
+    assert found["flow"].shape == (2, 20, 24) and found["flow"].dtype == np.float32
+    np.testing.assert_allclose(found["flow"][0], 3 * 24 / size[1], rtol=1e-5)
+    np.testing.assert_allclose(found["flow"][1], -2 * 20 / size[0], rtol=1e-5)
+    np.testing.assert_allclose(found["disparity"], own["disparity"], rtol=1e-5)
+    np.testing.assert_allclose(found["disparity"], 5, rtol=1e-5)
+
+
 def test_images_of_another_size_than_the_training_images_are_a_warning(
     photos: list[Path], make_model, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from simomerge.runtime import scene as scene_file
 from simomerge.runtime.__main__ import main
 
 from .conftest import SIZE, Exported, frames_of
+from .modules import small_model
 
 WITHOUT_TORCH = """
 import sys
@@ -86,6 +87,24 @@ def test_frames_of_another_size_are_resized_and_back(exported: Exported) -> None
     half = scene.predict(resized(frame[None], SIZE)[0])
     assert found["depth"].shape == (60, 84) and found["normals"].shape == (3, 60, 84)
     assert np.array_equal(found["depth"], half["depth"].repeat(2, 0).repeat(2, 1))  # each pixel the nearest one's
+
+
+@pytest.mark.parametrize("options", [{}, {"split": True}, {"raw": True}])
+def test_flow_of_a_resized_frame_is_in_pixels_of_the_frame(tmp_path: Path, options: dict) -> None:
+    """x by the ratio of the widths, y by that of the heights, as in torch. Disparity keeps its values."""
+    from simomerge.exporting.export import export
+
+    export(small_model(("flow", "disparity")), tmp_path / "scene.onnx", SIZE, **options)
+    file = tmp_path / ("scene.encoder.onnx" if "split" in options else "scene.onnx")
+    scene, (frame,) = Scene(file, threads=1), frames_of((60, 126), 1)
+    flow, disparity = (f"{task}_logits" if "raw" in options else task for task in ("flow", "disparity"))
+    found, small = scene.predict(frame), scene.predict(resized(frame[None], SIZE)[0])
+    enlarged = {name: values.repeat(2, -2).repeat(3, -1) for name, values in small.items()}
+    assert found[flow].shape == (2, 60, 126) and found[flow].dtype == np.float32
+    np.testing.assert_allclose(found[flow], enlarged[flow] * [[[3]], [[2]]], rtol=1e-6)
+    assert np.array_equal(found[disparity], enlarged[disparity])
+    if not options:
+        assert np.abs(found[flow] - small_model(("flow", "disparity")).predict(frame, size=SIZE)["flow"]).max() < 0.5
 
 
 def test_resizing_is_that_of_torch() -> None:

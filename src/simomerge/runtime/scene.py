@@ -98,6 +98,7 @@ class Scene:
             Output -> array at the frame's size, or a list of such dictionaries for several frames: int64 labels (H, W);
             float32 (H, W) in the task's unit; float32 (3, H, W) for normals, colours, probabilities and logits. Frames
             of another size than that of the graph are resized for it, and each pixel gets the value of the nearest one.
+            Flow is then in pixels of the frame, and disparity keeps the values for the resized frame.
 
         Raises:
             InputError: Not a frame, frames of several sizes, or an unknown task.
@@ -155,9 +156,9 @@ class Scene:
                 found |= dict(zip(head.info["outputs"], head.run(given), strict=True))
         else:
             found = dict(zip(self.info["outputs"], given, strict=True))
-        return {name: self._at_size(found[name], size) for name in wanted}
+        return {name: self._at_size(name, found[name], size) for name in wanted}
 
-    def _at_size(self, values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    def _at_size(self, name: str, values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
         if size is None or values.shape[-2:] == tuple(size):
             return values
         if self.size is None:  # the frame was padded at the bottom and on the right
@@ -166,6 +167,8 @@ class Scene:
             ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
             for old, new in zip(values.shape[-2:], size, strict=True)
         )
+        if self.info["tasks"][self.outputs[name]["task"]]["kind"] == "flow":  # in pixels; channels 0 and 1 are x and y
+            values = values * np.float32([[[size[1] / values.shape[-1]]], [[size[0] / values.shape[-2]]]])
         return values[..., rows[:, None], columns]
 
 
@@ -201,10 +204,7 @@ def _as_frame(frame: Any) -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3), turned upright by its EXIF tag; needs Pillow. Raises InputError.
-
-    Grey of 16 bits and grey floats in [0, 1] are scaled to 8 bits.
-    """
+    """A picture as uint8 RGB (H, W, 3), upright by its EXIF tag, scaled to 8 bits; needs Pillow. Raises InputError."""
     try:
         from PIL import Image
     except ImportError as error:
