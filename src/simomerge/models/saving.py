@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from simomerge.core.caution import warn
 from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_file
@@ -28,27 +29,33 @@ RATE = 25
 
 _ENDINGS = {"colours": "-{}.png", "png16": "-{}-16.png", "npy": "-{}.npy", "npz": ".npz", "video": ".mp4"}
 """How the name of a file ends after that of its frame, by kind. A video is named after its source."""
+_LARGEST = 65535
+SCALES16 = {"depth": 0.001, "disparity": 1 / 256, "binary": 1 / _LARGEST}
+"""The ``scale`` with which a manifest reads PNG files of 16 bits back, by kind: depth is stored in millimetres, disparity
+as KITTI stores it, and a mask as probabilities. All other kinds need no scale."""
 _STORED16 = ("segmentation", "depth", "disparity", "normals")
 
 Maps = Mapping[str, np.ndarray]
 
 
 def stored16(task: Task, values: np.ndarray) -> np.ndarray:
-    """Predictions as uint16: labels as they are, metres as millimetres, normals from -1..1 and others from 0..1.
+    """Predictions as uint16 (H, W) or (H, W, 3), for a PNG file that a manifest reads.
 
-    A manifest reads depth of this form with ``scale: 0.001``, and all others without a scale.
+    Labels are stored as they are, normals as ``65535 (v + 1) / 2``, and all other values divided by `SCALES16`, or by
+    1 / 65535. Values that do not fit become the largest one that does. The manifest's task needs ``scale`` if its kind
+    is in `SCALES16`, and no scale otherwise. It reads a disparity of 0 as a pixel without a value.
 
     Example:
         >>> stored16(Task("depth"), np.array([[1.234, 99.0]], np.float32)).tolist()
         [[1234, 65535]]
+        >>> stored16(Task("disparity"), np.array([[1.5, 200.0]], np.float32)).tolist()
+        [[384, 51200]]
     """
     if task.kind == "segmentation":
         return values.astype(np.uint16)
-    if task.kind in ("depth", "disparity"):
-        return np.rint(values * 1000.0).clip(0, 65535).astype(np.uint16)
-    scaled = values * 0.5 + 0.5 if task.kind == "normals" else values
-    scaled = np.rint(scaled * 65535.0).clip(0, 65535).astype(np.uint16)
-    return scaled.transpose(1, 2, 0) if scaled.ndim == 3 else scaled
+    values = values * 0.5 + 0.5 if task.kind == "normals" else values
+    stored = np.rint(values / SCALES16.get(task.kind, 1 / _LARGEST)).clip(0, _LARGEST).astype(np.uint16)
+    return stored.transpose(1, 2, 0) if stored.ndim == 3 else stored
 
 
 def compact(task: Task, values: np.ndarray) -> np.ndarray:
@@ -93,6 +100,7 @@ class Saver:
             raise InputError(f"task {unbounded[0]!r} has values of any size, which 16 bits cannot hold; use npy.")
         self.folder, self.tasks, self.kinds, self.overlay, self.legend = folder, tasks, kinds, overlay, legend
         self._video: _Video | None = None
+        self._warned: set[str] = set()
         self._limits: dict[tuple[Source, str], tuple[float, float]] = {}
 
     def check_apart(self, sources: Iterable[Source]) -> None:
@@ -123,6 +131,7 @@ class Saver:
                 path = paths["png16"]
                 with atomic_file(path) as file:
                     write_png16(file, stored16(self.tasks[task], values))
+                self._warn_of_large(path, task, values)
                 written["png16"].append(path)
             if "colours" in self.kinds:
                 colours = self._coloured(frame, task, values)
@@ -140,6 +149,17 @@ class Saver:
         if "video" in self.kinds:
             written["video"] += self._add_to_video(frame, maps)
         return written.get("colours") or [path for paths in written.values() for path in paths]
+
+    def _warn_of_large(self, path: Path, task: str, values: np.ndarray) -> None:
+        """Warn of the first file of a task in which not all values fit into 16 bits."""
+        scale = SCALES16.get(self.tasks[task].kind)
+        if scale is None or task in self._warned or not values.max() / scale >= _LARGEST + 0.5:
+            return
+        self._warned.add(task)
+        warn(
+            f"{path}: 16 bits hold {task} up to {_LARGEST * scale:.6g} only, and the largest value is"
+            f" {values.max():.6g}. Larger values become {_LARGEST * scale:.6g} here and in later files; use npy."
+        )
 
     def _coloured(self, frame: Frame, task: str, values: np.ndarray) -> np.ndarray:
         """The colours of a task. All frames of a video share the range of its first one."""
