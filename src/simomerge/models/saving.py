@@ -31,8 +31,8 @@ _ENDINGS = {"colours": "-{}.png", "png16": "-{}-16.png", "npy": "-{}.npy", "npz"
 """How the name of a file ends after that of its frame, by kind. A video is named after its source."""
 _LARGEST = 65535
 SCALES16 = {"depth": 0.001, "disparity": 1 / 256, "binary": 1 / _LARGEST}
-"""The ``scale`` with which a manifest reads PNG files of 16 bits back, by kind: depth is stored in millimetres, disparity
-as KITTI stores it, and a mask as probabilities. All other kinds need no scale."""
+"""The ``scale`` with which a manifest reads PNG files of 16 bits back, by kind: depth is stored in millimetres,
+disparity as KITTI stores it, and a mask as probabilities. All other kinds need no scale."""
 _STORED16 = ("segmentation", "depth", "disparity", "normals")
 
 Maps = Mapping[str, np.ndarray]

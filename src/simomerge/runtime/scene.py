@@ -168,7 +168,7 @@ class Scene:
             for old, new in zip(values.shape[-2:], size, strict=True)
         )
         if self.info["tasks"][self.outputs[name]["task"]]["kind"] == "flow":  # in pixels; channels 0 and 1 are x and y
-            values = values * np.float32([[[size[1] / values.shape[-1]]], [[size[0] / values.shape[-2]]]])
+            values = values * np.array([[[size[1] / values.shape[-1]]], [[size[0] / values.shape[-2]]]], np.float32)
         return values[..., rows[:, None], columns]
 
 
