@@ -1,5 +1,6 @@
 """Images in every form a user has them, and the ones that are refused."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -128,6 +129,18 @@ def test_arrays_of_other_shapes_are_refused(shape):
 def test_tensors_of_other_shapes_are_refused(shape):
     with pytest.raises(InputError, match="image"):
         to_tensor(torch.zeros(shape))
+
+
+def test_an_opened_file_that_is_truncated_is_named(picture, tmp_path):
+    """Pillow decodes it only when it is used."""
+    file = tmp_path / "photo.png"
+    Image.fromarray(picture).save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"photo\.png: cannot be read as an image .*; give a PNG or JPEG file"):
+        to_tensor(Image.open(file))
+    with pytest.raises(InputError, match=r"^image: cannot be read as an image"):
+        to_tensor(Image.open(io.BytesIO(file.read_bytes())))
 
 
 def test_a_shape_error_gives_the_shape_and_the_remedy():

@@ -66,6 +66,23 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
         assert sum(len(indices) for indices, _ in image_batches(as_images(tmp_path / "tars"))) == 12
 
 
+def test_a_truncated_picture_is_left_out_and_named(tmp_path: Path) -> None:
+    """Its first bytes look right: only decoding finds it."""
+    write(tmp_path / "folder", tmp_path / "tars")
+    content = (tmp_path / "folder" / "0000.png").read_bytes()
+    with tarfile.open(tmp_path / "tars" / "003.tar", "w") as opened:
+        member = tarfile.TarInfo("half.png")
+        member.size = len(content) // 2
+        opened.addfile(member, io.BytesIO(content[: member.size]))
+    images = as_images(tmp_path / "tars")
+    with pytest.raises(InputError, match=r"003\.tar, picture 1: cannot be read as an image \(.*truncated"):
+        images.image(12)
+    with pytest.warns(UserWarning, match=r"1 of 13 images cannot be read .*003.tar, picture 1"):
+        assert sum(len(indices) for indices, _ in image_batches(images)) == 12
+    with pytest.warns(UserWarning, match=r"1 of 13 images cannot be read .*003.tar, picture 1"):
+        assert len(images.readable()) == 12
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

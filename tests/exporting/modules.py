@@ -20,6 +20,8 @@ TASKS = {
     "depth": Task("depth"),
     "normals": Task("normals"),
     "edges": Task("edges"),
+    "flow": Task("flow"),
+    "disparity": Task("disparity"),
 }
 
 

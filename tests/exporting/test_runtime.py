@@ -18,12 +18,14 @@ pytest.importorskip("onnxscript")
 
 from simomerge import runtime
 from simomerge.core.errors import InputError
+from simomerge.core.images import read_image, to_tensor
 from simomerge.exporting.writing import describe
 from simomerge.runtime import Scene, check, difference, resized
 from simomerge.runtime import scene as scene_file
 from simomerge.runtime.__main__ import main
 
 from .conftest import SIZE, Exported, frames_of
+from .modules import small_model
 
 WITHOUT_TORCH = """
 import sys
@@ -87,6 +89,24 @@ def test_frames_of_another_size_are_resized_and_back(exported: Exported) -> None
     assert np.array_equal(found["depth"], half["depth"].repeat(2, 0).repeat(2, 1))  # each pixel the nearest one's
 
 
+@pytest.mark.parametrize("options", [{}, {"split": True}, {"raw": True}])
+def test_flow_of_a_resized_frame_is_in_pixels_of_the_frame(tmp_path: Path, options: dict) -> None:
+    """x by the ratio of the widths, y by that of the heights, as in torch. Disparity keeps its values."""
+    from simomerge.exporting.export import export
+
+    export(small_model(("flow", "disparity")), tmp_path / "scene.onnx", SIZE, **options)
+    file = tmp_path / ("scene.encoder.onnx" if "split" in options else "scene.onnx")
+    scene, (frame,) = Scene(file, threads=1), frames_of((60, 126), 1)
+    flow, disparity = (f"{task}_logits" if "raw" in options else task for task in ("flow", "disparity"))
+    found, small = scene.predict(frame), scene.predict(resized(frame[None], SIZE)[0])
+    enlarged = {name: values.repeat(2, -2).repeat(3, -1) for name, values in small.items()}
+    assert found[flow].shape == (2, 60, 126) and found[flow].dtype == np.float32
+    np.testing.assert_allclose(found[flow], enlarged[flow] * [[[3]], [[2]]], rtol=1e-6)
+    assert np.array_equal(found[disparity], enlarged[disparity])
+    if not options:
+        assert np.abs(found[flow] - small_model(("flow", "disparity")).predict(frame, size=SIZE)["flow"]).max() < 0.5
+
+
 def test_resizing_is_that_of_torch() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (1, 40, 30, 3), np.uint8)
     tensor = torch.from_numpy(frame).permute(0, 3, 1, 2).float()
@@ -95,7 +115,7 @@ def test_resizing_is_that_of_torch() -> None:
         assert np.abs(resized(frame, size) - wanted.permute(0, 2, 3, 1).numpy()).max() <= 0.501
 
 
-@pytest.mark.parametrize("kind", ["floats", "grey", "alpha", "path"])
+@pytest.mark.parametrize("kind", ["floats", "grey", "alpha", "path", "PIL"])
 def test_frames_come_in_many_forms(exported: Exported, tmp_path: Path, kind: str) -> None:
     from PIL import Image
 
@@ -107,9 +127,47 @@ def test_frames_come_in_many_forms(exported: Exported, tmp_path: Path, kind: str
         "grey": frame[..., 0],
         "alpha": np.dstack([frame, frame[..., 0]]),
         "path": tmp_path / "frame.png",
+        "PIL": Image.fromarray(frame),
     }[kind]
     wanted = scene.predict(grey if kind == "grey" else frame)
     assert np.array_equal(scene.predict(given)["depth"], wanted["depth"])
+    assert len(scene.predict([given, given])) == 2
+
+
+@pytest.mark.parametrize("name", ["16.png", "16.tif", "16-big.tif", "16.pgm", "floats.tif", "turned.png", "turned.tif"])
+def test_pictures_are_read_as_torch_reads_them(tmp_path: Path, name: str) -> None:
+    """Pillow alone clips 16 bits to white, and floats to black."""
+    from PIL import Image
+
+    deep = np.linspace(0, 65535, 24).round().astype(np.uint16).reshape(4, 6)
+    values = (deep / 65535).astype(np.float32) if name.startswith("floats") else deep
+    image = Image.fromarray(deep.astype(">u2") if "big" in name else values)
+    exif = image.getexif()
+    exif[0x0112] = 6 if name.startswith("turned") else 1
+    image.save(tmp_path / name, **({} if name.endswith("pgm") else {"exif": exif}))
+    shades = np.rint(deep / 257).astype(np.uint8)
+    wanted = np.repeat((np.rot90(shades, -1) if name.startswith("turned") else shades)[..., None], 3, 2)
+    assert np.array_equal(runtime.read_picture(tmp_path / name), wanted)
+    assert np.array_equal(read_image(tmp_path / name), wanted)
+    with (tmp_path / name).open("rb") as file, Image.open(file) as opened:
+        assert np.array_equal(scene_file.as_batch(opened)[0], wanted[None])
+    with (tmp_path / name).open("rb") as file, Image.open(file) as opened:
+        assert np.array_equal(np.rint(to_tensor(opened)[0].numpy().transpose(1, 2, 0) * 255), wanted)
+
+
+def test_pictures_of_unknown_range_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.full((4, 6), 70000, np.int32)).save(tmp_path / "whole.tif")
+    Image.fromarray(np.full((4, 6), 1.5, np.float32)).save(tmp_path / "large.tif")
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / "half.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:60])
+    for name, message in (("whole.tif", "dtype int32"), ("large.tif", "floats in"), ("half.png", "truncated|broken")):
+        for given in (tmp_path / name, Image.open(tmp_path / name)):
+            with pytest.raises(InputError, match=rf"{name}: cannot be read as an image \(.*({message})"):
+                scene_file.as_batch(given)
+        with pytest.raises(InputError):
+            read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def _predict(
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     tasks = select_tasks(predictor.tasks, given["tasks"])
     saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]), bool(given["legend"]))
+    saver.check_apart(sources)
     predictor.to(device)
     batch, half = int(given["batch_size"]), bool(given["half"])
     images_in_order = frames_of(readable, broken)

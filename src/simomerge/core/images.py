@@ -77,7 +77,7 @@ def check_image(path: str | Path) -> None:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: str | Path, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
     return InputError(f"{path}: cannot be read as an image ({error}); give a PNG or JPEG file.")
@@ -94,14 +94,17 @@ def to_tensor(image: Any, size: tuple[int, int] | None = None, crop: bool = Fals
         crop: cut the image at its centre to the shape of ``size`` before it is resized, so that nothing is distorted.
 
     Raises:
-        InputError: the image has another shape, dtype or range, or more than `MAX_PIXELS` pixels.
+        InputError: the image cannot be decoded, has another shape, dtype or range, or more than `MAX_PIXELS` pixels.
     """
     if isinstance(image, (str, Path)):
         image = read_image(image, size)
     elif not isinstance(image, (np.ndarray, Tensor)):
         if not hasattr(image, "convert"):
             raise InputError(f"{type(image).__name__} is not an image; give a path, a PIL image, an array or a tensor.")
-        image = _as_rgb(image)
+        try:  # an opened file is decoded only now
+            image = _as_rgb(image)
+        except Exception as error:  # Pillow raises many kinds of errors for damaged files
+            raise _unreadable(getattr(image, "filename", "") or "image", error) from error
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=2)

@@ -61,8 +61,10 @@ class TarPictures(Sequence[Any]):
         start, size = (int(number) for number in self._places[index])
         content = self.file(index).read(start, size)
         try:
-            return Image.open(io.BytesIO(content))
-        except OSError as error:  # UnidentifiedImageError too
+            image = Image.open(io.BytesIO(content))
+            image.load()  # here, where a damaged picture can be named
+            return image
+        except Exception as error:  # Pillow raises many kinds of errors for damaged files
             raise InputError(f"{self.name(index)}: cannot be read as an image ({error}).") from error
 
     def file(self, index: int) -> _LocalFile | RemoteFile:

@@ -129,7 +129,7 @@ class SimoModel(nn.Module):
             max_patches, tasks, size: As in `predict`.
 
         Returns:
-            Task -> int64 (B, H, W), float32 (B, H, W) or float32 (B, C, H, W), at the images' size, on the device.
+            Task -> int64 (B, H, W), float32 (B, H, W) or (B, C, H, W), at the images' size; flow is in its pixels.
 
         Raises:
             InputError: Not such a tensor, or an unknown task.
@@ -384,17 +384,17 @@ def _predicted(task: Task, logits: Tensor, size: Sequence[int]) -> Tensor:
     logits = logits.float()
     if logits.shape[-2:] == size:
         return task.activate(logits)
+    upscaled = partial(F.interpolate, size=tuple(size), mode="bilinear", align_corners=False)
     if task.behaviour.channels is not None:
-        return task.activate(_upscaled(logits, size))
+        values = upscaled(logits)
+        if task.kind == "flow":  # in pixels of the image that the encoder got; channels 0 and 1 are x and y
+            values *= values.new_tensor([size[1] / logits.shape[-1], size[0] / logits.shape[-2]])[:, None, None]
+        return task.activate(values)
     # Labels, class by class: the logits of all classes at the size of a photograph take gigabytes.
-    best = _upscaled(logits[:, :1], size)
+    best = upscaled(logits[:, :1])
     labels = torch.zeros_like(best, dtype=torch.int64)
     for number in range(1, logits.shape[1]):
-        upscaled = _upscaled(logits[:, number : number + 1], size)
-        labels[upscaled > best] = number
-        torch.maximum(best, upscaled, out=best)
+        found = upscaled(logits[:, number : number + 1])
+        labels[found > best] = number
+        torch.maximum(best, found, out=best)
     return labels[:, 0]
-
-
-def _upscaled(logits: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)

@@ -34,8 +34,12 @@ class Source:
     name: str
 
     @property
+    def is_camera(self) -> bool:
+        return self.path.startswith("camera:")
+
+    @property
     def is_video(self) -> bool:
-        return self.path.startswith("camera:") or Path(self.path).suffix.lower() in VIDEOS
+        return self.is_camera or Path(self.path).suffix.lower() in VIDEOS
 
 
 @dataclass(frozen=True)

@@ -90,14 +90,15 @@ class Scene:
         """Predict every task, or some, for one frame or for a list of frames.
 
         Args:
-            frames: An RGB frame as uint8 (H, W, 3), or as floats in [0, 1], or the path of a picture (needs Pillow);
-                or a list of them, or an array (B, H, W, 3), which run as one batch.
+            frames: An RGB frame as uint8 (H, W, 3), or as floats in [0, 1], a PIL image, or the path of a picture
+                (needs Pillow); or a list of them, or an array (B, H, W, 3), which run as one batch.
             tasks: The tasks to return. A split export runs only their heads.
 
         Returns:
             Output -> array at the frame's size, or a list of such dictionaries for several frames: int64 labels (H, W);
             float32 (H, W) in the task's unit; float32 (3, H, W) for normals, colours, probabilities and logits. Frames
             of another size than that of the graph are resized for it, and each pixel gets the value of the nearest one.
+            Flow is then in pixels of the frame, and disparity keeps the values for the resized frame.
 
         Raises:
             InputError: Not a frame, frames of several sizes, or an unknown task.
@@ -155,9 +156,9 @@ class Scene:
                 found |= dict(zip(head.info["outputs"], head.run(given), strict=True))
         else:
             found = dict(zip(self.info["outputs"], given, strict=True))
-        return {name: self._at_size(found[name], size) for name in wanted}
+        return {name: self._at_size(name, found[name], size) for name in wanted}
 
-    def _at_size(self, values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    def _at_size(self, name: str, values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
         if size is None or values.shape[-2:] == tuple(size):
             return values
         if self.size is None:  # the frame was padded at the bottom and on the right
@@ -166,6 +167,8 @@ class Scene:
             ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
             for old, new in zip(values.shape[-2:], size, strict=True)
         )
+        if self.info["tasks"][self.outputs[name]["task"]]["kind"] == "flow":  # in pixels; channels 0 and 1 are x and y
+            values = values * np.array([[[size[1] / values.shape[-1]]], [[size[0] / values.shape[-2]]]], np.float32)
         return values[..., rows[:, None], columns]
 
 
@@ -174,7 +177,7 @@ class Scene:
 
 def as_batch(frames: Any) -> tuple[np.ndarray, bool]:
     """Frames as uint8 (B, H, W, 3), and whether it was a single one. Raises InputError."""
-    single = isinstance(frames, (str, Path)) or getattr(frames, "ndim", 0) in (2, 3)
+    single = isinstance(frames, (str, Path)) or hasattr(frames, "convert") or getattr(frames, "ndim", 0) in (2, 3)
     if not single and not len(frames):
         raise InputError("no frames given.")
     batch = [_as_frame(frame) for frame in ([frames] if single else frames)]
@@ -186,6 +189,8 @@ def as_batch(frames: Any) -> tuple[np.ndarray, bool]:
 def _as_frame(frame: Any) -> np.ndarray:
     if isinstance(frame, (str, Path)):
         frame = read_picture(frame)
+    elif hasattr(frame, "convert"):
+        frame = _as_rgb(frame, getattr(frame, "filename", "") or "image")
     frame = np.asarray(frame)
     frame = np.repeat(frame[..., None], 3, axis=2) if frame.ndim == 2 else frame
     if frame.ndim != 3 or frame.shape[2] not in (3, 4) or not frame.size:
@@ -199,19 +204,37 @@ def _as_frame(frame: Any) -> np.ndarray:
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3), turned upright by its EXIF tag; needs Pillow. Raises InputError."""
+    """A picture as uint8 RGB (H, W, 3), upright by its EXIF tag, scaled to 8 bits; needs Pillow. Raises InputError."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise InputError(f"{path}: pictures need Pillow: pip install pillow; or give the frame as an array.") from error
     if Path(path).exists() and not Path(path).is_file():  # opening a named pipe waits for a writer
         raise InputError(f"{path} is no file; give a picture.")
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with Path(path).open("rb") as file, Image.open(file) as image:  # Pillow turns mapped TIFF files wrongly
+            return _as_rgb(image, path)
+    except InputError:
+        raise
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         hint = " Give predict the frames of video_frames(file)." if str(path).lower().endswith(VIDEOS) else ""
         raise InputError(f"{path}: cannot be read as an image ({error}).{hint}") from error
+
+
+def _as_rgb(image: Any, name: str | Path) -> np.ndarray:
+    """A PIL image as uint8 RGB, with the values of `simomerge.core.images.to_tensor`. Raises InputError."""
+    from PIL import ImageOps
+
+    file_type = getattr(image, "format", None)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and file_type in ("PNG", "PPM"))
+    try:
+        if file_type != "TIFF":  # Pillow has turned these
+            image = ImageOps.exif_transpose(image)
+        if not deep and image.mode not in ("I", "F"):
+            return np.asarray(image.convert("RGB"))
+        return _as_frame(np.asarray(image) / 65535 if deep else np.asarray(image))  # Pillow would clip them at 255
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
+        raise InputError(f"{name}: cannot be read as an image ({str(error).rstrip('.')}).") from error
 
 
 def video_frames(source: str | Path) -> Iterator[np.ndarray]:
