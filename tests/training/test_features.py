@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.core.text import size_text
 from simomerge.datasets import DenseDataset
-from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, load_encoder
 from simomerge.training.features import CachedFeatures, bytes_per_image, cache_features
@@ -100,6 +101,21 @@ def test_targets_are_not_decoded_while_encoding(
 ) -> None:
     monkeypatch.setattr(type(rooms), "targets", lambda *_: pytest.fail("read a target"))
     assert cache_features(encoder, rooms, tmp_path / "features").is_dir()
+
+
+def test_large_images_are_encoded_in_small_batches(
+    encoder: Encoder, rooms: DenseDataset, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as have two million pixels, here made fewer. The features are the same, up to rounding."""
+    pixels = rooms.image(0)[0].numel()
+    monkeypatch.setattr("simomerge.training.features.images_within", partial(images_within, max_pixels=2 * pixels))
+    sizes: list[int] = []
+    hook = encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    cache_features(encoder, rooms, tmp_path / "small")
+    hook.remove()
+    assert max(sizes) == 2 and sum(sizes) == len(rooms) + 1
+    for name in ("map0.npy", "cls0.npy"):
+        np.testing.assert_allclose(np.load(tmp_path / "small" / name), np.load(cache / name), rtol=2e-3, atol=2e-3)
 
 
 def test_progress_counts_images(encoder: Encoder, rooms: DenseDataset, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
-from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
@@ -85,7 +85,7 @@ class Judge:
             yield from self._predicted
             return
         dataset = self.source.select(list(self.tasks))
-        for batch in ordered_batches(dataset, self.batch_size):
+        for batch in ordered_batches(dataset, images_within(self.batch_size, dataset[0]["image"])):
             targets = {name: batch[name].to(self.device) for name in self.tasks}
             yield JudgedBatch(batch["image"].to(self.device), targets)
 

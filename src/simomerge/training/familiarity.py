@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from simomerge.core.machine import autocast
-from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
@@ -56,7 +56,8 @@ def training_images(model: SimoModel, data: Any) -> dict[str, Any]:
     places = np.linspace(0, len(data) - 1, min(MOST_IMAGES, len(data))).round().astype(int).tolist()
     device, found, size = next(model.parameters()).device, [], (0, 0)
     with evaluating(model):
-        for batch in ordered_batches(data._subset(places).select([]), 16):
+        some = data._subset(places).select([])
+        for batch in ordered_batches(some, images_within(16, some[0]["image"])):
             size = (batch["image"].shape[-2], batch["image"].shape[-1])
             with autocast(device):
                 found.append(sketch(model.encode(model.fit(batch["image"].to(device)))))

@@ -27,7 +27,7 @@ from simomerge.core.kept import kept_array
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.core.text import size_text
-from simomerge.datasets.batches import ordered_batches
+from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder, Features
 
@@ -108,7 +108,8 @@ def cache_features(
 ) -> Path:
     """Encode every image of a dataset once, and write the Features as memory-mappable float16 arrays.
 
-    Under torchrun each process encodes its share of the batches and writes to the same files.
+    Batches of large images are smaller than ``batch_size``, see `simomerge.datasets.batches.images_within`. Under
+    torchrun each process encodes its share of the batches and writes to the same files.
 
     Args:
         encoder: The encoder; it is put into evaluation mode.
@@ -122,7 +123,9 @@ def cache_features(
     encoder.eval()
     images, count = _ImagesOnly(dataset), len(dataset)
     with distributed.folder_together(folder) as target:
-        first = _encoded(encoder, images[0]["image"][None])
+        image = images[0]["image"]
+        batch_size = images_within(batch_size, image)
+        first = _encoded(encoder, image[None])
         if distributed.is_first():
             needed = count * _bytes_of_one(first)
             _check_space(target, needed, count, budget)
