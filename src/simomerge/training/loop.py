@@ -23,7 +23,7 @@ from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders import Encoder
 from simomerge.training import sharding
 from simomerge.training.evaluate import evaluating
-from simomerge.training.optimizer import make_optimizer
+from simomerge.training.optimizer import make_optimizer, one_cycle
 from simomerge.training.settings import TrainSettings
 from simomerge.training.state import TrainingState, TrainLog
 from simomerge.training.tracking import tracked_accelerator
@@ -189,12 +189,7 @@ class _Trainer:
         depth_of = encoder.depth if isinstance(encoder, Encoder) else Depth
         self.optimizer = make_optimizer(trainable, settings, depth_of)
         self.wrapped = self.root if self.shards else accelerator.prepare(self.root)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            [group["lr"] for group in self.optimizer.param_groups],
-            total_steps=settings.steps + 1,
-            pct_start=max(settings.warmup, 1e-3),
-        )
+        self.schedule = one_cycle(self.optimizer, settings)
         self.state = TrainingState(self.root, self.optimizer, self.schedule, state_file, label)
         self.log = self.state.resume()
         if distributed.from_first(self.log.steps) != self.log.steps:
