@@ -22,7 +22,7 @@ from simomerge.datasets import load_data
 from simomerge.models.model import load
 from simomerge.recipes.graph import Graph, Stage
 from simomerge.recipes.results import spread
-from simomerge.recipes.run import run_recipe
+from simomerge.recipes.run import plan_of, run_recipe
 from simomerge.training.pool import WorkerPool
 
 from .conftest import MICRO, SHORT, STEPS, Finished, on
@@ -224,6 +224,20 @@ def test_a_changed_setting_redoes_only_what_depends_on_it(
 ) -> None:
     run_recipe(on(replace(MICRO, **changes), tiny_base), copied, workers=1)
     assert set(done) == again and len(done) == len(again)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}), ("config.json", {"layer_norm_eps": 1e-2})],
+)
+def test_a_base_that_computes_something_else_redoes_every_stage(
+    file: str, change: dict[str, Any], finished: Finished, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    assert all(done for _, done in plan_of(on(MICRO, base), finished.folder))
+    (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **change}))
+    stages = plan_of(on(MICRO, base), finished.folder)
+    assert len(stages) == STAGES and not any(done for _, done in stages)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Graph:
     Args:
         folder: The run folder.
         base: Where the foundation encoder is.
-        salt: What else the results depend on: the base's weights, the version.
+        salt: What else the results depend on: the base (see `encoder_identity`), the version.
         contents: For a dataset as plain data, what distinguishes it from other datasets of the same name; empty where
             the name says everything.
         weights: Bytes of the base's weights, by which a cluster finds room for each stage.
@@ -170,7 +170,7 @@ class Graph:
         """An input as it enters the stage's key.
 
         A stage enters by the name of its folder, which contains its own key, so keys depend on all earlier stages. A
-        dataset enters by its content and the base by its weights (in the salt), so both may be moved.
+        dataset enters by its content and the base by its identity (in the salt), so both may be moved.
         """
         if isinstance(value, Stage):
             return self.output(value).name

@@ -22,6 +22,7 @@ from simomerge.datasets.load import load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.datasets.tasks import select_tasks
+from simomerge.models.fingerprints import encoder_identity
 from simomerge.models.model import load
 from simomerge.recipes.fitting import check_base
 from simomerge.recipes.graph import Data, Graph, open_data
@@ -140,8 +141,7 @@ def _planned(recipe: Recipe, folder: RunFolder, test: Mapping[str, Any] | None =
     _check_batches(recipe)
     foundation = load(base)  # fail on a wrong base before rendering
     check_base(recipe, foundation)
-    fingerprint = foundation.encoder_fingerprint()
-    salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
+    salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {encoder_identity(foundation.encoder)}"
     weights = sum(value.numel() * value.element_size() for value in foundation.parameters())
     return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks), weights)
 
