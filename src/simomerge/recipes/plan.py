@@ -156,7 +156,7 @@ class Plan:
                 name=f"{name} seed {seed}",
                 method=method,
                 parameters=recipe.merge_settings.get(method, {}),
-                images=self._unlabelled(count),
+                images=self.unlabelled(count),
             )
 
     def _merges_without_labels(self) -> dict[str, int]:
@@ -171,7 +171,7 @@ class Plan:
                 found[row.merge] = recipe.choose_images
         return dict(sorted(found.items()))
 
-    def _unlabelled(self, count: int | None) -> dict[str, Any]:
+    def unlabelled(self, count: int | None) -> dict[str, Any]:
         """``count`` of the images that rows without labels use; all of them by default."""
         recipe = self.recipe
         if recipe.align_images is not None:
@@ -203,7 +203,7 @@ class Plan:
             name=f"{row} seed {seed}",
             model=self.models[seed, self._start(seed, row)],
             method=replace(method, count=None),  # the data hold as many images as the method asks for
-            data=self._unlabelled(method.count) if without_labels else data,
+            data=self.unlabelled(method.count) if without_labels else data,
             experts=self.experts[seed] if without_labels else {},
             base=self.base if method.needs_base else "",
         )

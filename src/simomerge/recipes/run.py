@@ -109,6 +109,16 @@ def held_out_delta(
     ]
 
 
+def inputs_of(recipe: Recipe, folder: str | Path | RunFolder) -> dict[str, Any]:
+    """What the results of trials depend on besides the recipe: the base and the content of all data but the test split.
+
+    It depends on no path, so machines that have the files in other places agree.
+    """
+    plan, graph = _planned(recipe, RunFolder.of(folder), {"split": "val", "count": recipe.val_images})
+    data = {name: plan.splits[name] for name in ("train", "val")} | {"align": plan.unlabelled(None)}
+    return {"salt": graph.salt, "data": graph.key_of(data)}
+
+
 def plan_of(recipe: Recipe, folder: str | Path | RunFolder | None = None) -> list[tuple[str, bool]]:
     """The stages of a recipe in an order in which they can be done, and for each whether it is done in the folder."""
     return _stages(*_planned(recipe, RunFolder.of(folder or recipe.output)))
