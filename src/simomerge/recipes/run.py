@@ -26,7 +26,7 @@ from simomerge.models.fingerprints import encoder_identity
 from simomerge.models.model import load
 from simomerge.recipes.fitting import check_base
 from simomerge.recipes.graph import Data, Graph, open_data
-from simomerge.recipes.plan import Plan
+from simomerge.recipes.plan import Plan, splits_of
 from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
 from simomerge.recipes.shipping import MODEL, check_place, choose, expert_folders, ship
@@ -134,11 +134,7 @@ def _planned(recipe: Recipe, folder: RunFolder, test: Mapping[str, Any] | None =
     """Plan and graph; ``test`` replaces settings of the test split."""
     base = resolve_source(recipe.base)
     base = str(Path(base).resolve()) if Path(base).exists() else base  # else a hub id
-    counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
-    splits: dict[str, dict[str, Any]] = {
-        split: {"spec": recipe.data, "split": split, "count": count, **recipe.data_options}
-        for split, count in counts.items()
-    }
+    splits = splits_of(recipe)
     splits["test"] |= test or {}
     if recipe.data == "rooms":
         _check_rooms(recipe)
