@@ -25,6 +25,7 @@ from simomerge.recipes.search import search_recipe
 from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training.evaluate import delta_mtl, evaluate
 from simomerge.training.pool import WorkerPool
+from simomerge.training.run_folder import RunFolder
 from simomerge.training.settings import TrainSettings
 
 RECIPE = """
@@ -111,6 +112,20 @@ def test_a_study_goes_on_until_it_has_its_trials(recipe: Path, tmp_path: Path, a
         1e-5 <= each["realign"]["heads"]["lr"] <= 1e-2 and each["realign"]["heads"]["steps"] in (1, 2, 3)
         for each in asked
     )
+
+
+def test_a_tilde_is_the_home_folder_in_output_and_storage(
+    recipe: Path, tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    folder = RunFolder.of(read_recipe(recipe, ["output=~/runs/x"]).output)
+    assert folder.path == home / "runs" / "x" and folder.shown("model") == f"{home}/runs/x/model"
+    search_recipe(recipe, folder, storage="~/study.log", workers=1)
+    assert sorted(path.name for path in home.iterdir()) == ["runs", "study.log"] and not list(here.iterdir())
 
 
 def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(

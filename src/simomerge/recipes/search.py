@@ -14,6 +14,7 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.assets import expanded
 from simomerge.core.distributed import started_processes
 from simomerge.core.environment import install_command
 from simomerge.core.errors import DivergedError, InputError
@@ -201,7 +202,7 @@ def _study(optuna: Any, place: str, name: str, seed: int | None) -> Any:
     """The study in a storage; the sampler of a study that is resumed does not repeat its earlier values."""
     try:
         study = optuna.create_study(
-            storage=place if "://" in place else _file_storage(Path(place)),
+            storage=place if "://" in place else _file_storage(expanded(place)),
             study_name=name,
             load_if_exists=True,
             direction="maximize",
