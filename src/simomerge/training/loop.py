@@ -76,7 +76,7 @@ def fit(
     """Train the parameters of ``module`` that require a gradient, in place.
 
     Under torchrun the processes share every batch, and inside `simomerge.training.sharding.sharded` also the model. The
-    result is that of one process, except for rounding.
+    result is that of one process, except for rounding and dropout, which every process draws by itself.
 
     Args:
         module: The module to train. Its buffers and trainable parameters are saved in the state file.
