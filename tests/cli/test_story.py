@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,18 @@ def test_an_interrupted_training_goes_on_and_other_settings_start_afresh(
     assert load(tmp_path / "expert").provenance["training"]["images"] == 6
     assert train("--overwrite").code == 0
     assert load(tmp_path / "expert").encoder_fingerprint() == load(story / "depth").encoder_fingerprint()
+
+
+def test_a_training_does_not_go_on_on_a_base_with_another_normalisation(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    interrupt_in("depth", monkeypatch)
+    for mean in (0.5, 0.4):
+        (base / "preprocessor_config.json").write_text(json.dumps({"image_mean": [mean] * 3, "image_std": [0.25] * 3}))
+        done = simomerge("train", "--task", "depth", "--base", base, *TINY, "-o", tmp_path / "expert")
+        assert done.code == 130
+    assert len(list((tmp_path / "expert.work").iterdir())) == 2
 
 
 # Re-align, evaluate -------------------------------------------------------------------------------------

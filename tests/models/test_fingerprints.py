@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +17,10 @@ from torch import nn
 
 from simomerge.checkpoints import fingerprint
 from simomerge.core.errors import InputError
-from simomerge.models.fingerprints import fingerprint_of
+from simomerge.models.encoders import CustomEncoder, load_encoder
+from simomerge.models.fingerprints import encoder_identity, fingerprint_of
+from simomerge.models.model import SimoModel
+from simomerge.models.model import load as load_model
 
 
 @pytest.fixture
@@ -144,3 +152,73 @@ def test_weights_made_in_inference_mode() -> None:
         before = fingerprint_of(module)
         module.weight.zero_()
         assert fingerprint_of(module) == fingerprint(module.state_dict()) != before
+
+
+# All of an encoder --------------------------------------------------------------------------------------
+
+
+def changed(base: Path, folder: Path, file: str = "config.json", **values: Any) -> Path:
+    """A copy of a base with other values in a file."""
+    copied = Path(shutil.copytree(base, folder))
+    content = json.loads((copied / file).read_text())
+    (copied / file).write_text(json.dumps({**content, **values}))
+    return copied
+
+
+def test_the_identity_of_an_encoder_covers_what_it_computes(tiny_base: Path, tmp_path: Path) -> None:
+    mean, std = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+    others = [
+        load_encoder(changed(tiny_base, tmp_path / "0", "preprocessor_config.json", image_mean=mean)),
+        load_encoder(changed(tiny_base, tmp_path / "1", "preprocessor_config.json", image_std=std)),
+        load_encoder(changed(tiny_base, tmp_path / "2", layer_norm_eps=1e-2)),
+        load_encoder(changed(tiny_base, tmp_path / "3", hidden_act="relu")),
+        load_encoder(changed(tiny_base, tmp_path / "4", drop_path_rate=0.2)),
+        load_encoder(tiny_base, taps=[1, 2]),
+        load_encoder(tiny_base, apply_layernorm=False),
+    ]
+    base = load_encoder(tiny_base)
+    assert {fingerprint_of(each.backbone) for each in (base, *others)} == {fingerprint_of(base.backbone)}
+    assert len({encoder_identity(each) for each in (base, *others)}) == 1 + len(others)
+
+
+def test_the_identity_depends_on_no_place_version_or_storage(tiny_base: Path, tmp_path: Path) -> None:
+    versions = {"transformers_version": "4.0.0", "_name_or_path": "/home/me/base", "torch_dtype": "bfloat16"}
+    base = load_encoder(tiny_base)
+    SimoModel(base, {}, {}).save_pretrained(tmp_path / "saved")
+    same = [changed(tiny_base, tmp_path / "moved", **versions), tmp_path / "saved"]
+    assert {encoder_identity(load_model(each).encoder) for each in same} == {encoder_identity(base)}
+
+
+OWN = """
+from torch import nn
+
+class Mine(nn.Conv2d):
+    channels, strides = (4,), (4,)
+
+    def __init__(self, twice=False):
+        super().__init__(3, 4, 4, 4)
+        self.settings = {"twice": twice}
+
+    def forward(self, images):
+        return [1.0 * super().forward(images)]
+"""
+
+
+def test_the_identity_of_a_class_of_ones_own_covers_its_code_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def identity(folder: str, code: str, **settings: Any) -> str:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "encoder_of_mine.py").write_text(code)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(tmp_path / folder)
+            patch.delitem(sys.modules, "encoder_of_mine", raising=False)
+            kind = importlib.import_module("encoder_of_mine").Mine
+            torch.manual_seed(0)
+            return encoder_identity(CustomEncoder(kind(**settings)))
+
+    first = identity("a", OWN)
+    assert identity("b", OWN) == first  # in another place
+    assert identity("c", OWN, twice=True) != first
+    assert identity("d", OWN.replace("1.0", "2.0")) != first
+    sys.modules.pop("encoder_of_mine")

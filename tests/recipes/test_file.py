@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from simomerge.assembly.realign import get_realignment
 from simomerge.cli import cli
@@ -113,6 +115,50 @@ realign:
         assert steps == {"heads": 6, "distill": 1, "distill-adapters": 9}
     changed = read_recipe(write(tmp_path, text), ["tune.steps=7", "probe.epochs=1", "train_images=64"])
     assert (changed.tune.steps, changed.probe.steps, changed.joint.steps) == (7, 2, 2)
+
+
+def test_epochs_of_a_refinement_count_what_the_refined_training_has(tmp_path: Path) -> None:
+    text = """
+val_images: 100
+train_images: 100
+realigned: [task-arithmetic+fold+distill]
+gallery: [experts]
+realign: {distill: {count: 64, batch_size: 16}}
+refine: {distill: {epochs: 3}}
+"""
+    recipe = read_recipe(write(tmp_path, text))
+    method = recipe.method(recipe.rows[0])
+    assert (method.count, method.training.batch_size, method.training.steps) == (64, 16, 3 * 4)
+    narrower = ["realign.distill.epochs=2", "refine={distill: {count: 32}}"]
+    recipe = read_recipe(write(tmp_path, text), narrower)
+    assert recipe.realign["distill"]["steps"] == 2 * 4 and recipe.method(recipe.rows[0]).training.steps == 2 * 2
+    kept = read_recipe(write(tmp_path, text), ["realign.heads.epochs=2", "refine.heads.lr=1e-4"])
+    assert kept.realign["heads"]["steps"] == 2 * 3 and kept.refine["heads"]["steps"] == 40  # the default of refine
+
+
+def test_epochs_count_the_images_that_exist(tmp_path: Path) -> None:
+    rows = ["image,split,depth"]
+    for index, split in enumerate(["train"] * 9 + ["val"] * 4 + ["extra"] * 5):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{index}.png")
+        np.save(tmp_path / f"{index}.npy", np.ones((16, 16), np.float32))
+        rows.append(f"{index}.png,{split},{index}.npy")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    text = f"""
+data: {tmp_path / "data.csv"}
+tasks: [depth]
+tune: {{epochs: 2, batch_size: 3}}
+realign:
+  heads: {{epochs: 2, batch_size: 2}}
+  distill-encoder: {{epochs: 3, batch_size: 2, count: null}}
+"""
+    recipe = read_recipe(write(tmp_path, text), ["align_split=train+extra"])
+    assert (recipe.tune.steps, recipe.realign["heads"]["steps"]) == (2 * 3, 2 * 2)
+    assert recipe.realign["distill-encoder"]["steps"] == 3 * 7
+    pictures = read_recipe(write(tmp_path, text), [f"align_images={tmp_path}"])
+    assert pictures.realign["distill-encoder"]["steps"] == 3 * 9
+    assert read_recipe(write(tmp_path, text), ["train_images=6"]).tune.steps == 2 * 2
+    with pytest.raises(InputError, match=r"realign.distill-encoder: epochs need the number of images, .*; give steps"):
+        read_recipe(write(tmp_path, text), ["align_images=/no/such/photos"])
 
 
 def test_the_papers_protocols_are_in_epochs_of_their_images() -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simomerge.assembly.merge import merge
 from simomerge.core.errors import InputError
@@ -21,9 +23,12 @@ from simomerge.core.progress import show_progress
 from simomerge.datasets import load_data
 from simomerge.models.model import load
 from simomerge.recipes.graph import Graph, Stage
+from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.results import spread
-from simomerge.recipes.run import run_recipe
+from simomerge.recipes.run import plan_of, run_recipe
+from simomerge.recipes.stages import LoggedStage
 from simomerge.training.pool import WorkerPool
+from simomerge.training.settings import TrainSettings
 
 from .conftest import MICRO, SHORT, STEPS, Finished, on
 
@@ -226,6 +231,20 @@ def test_a_changed_setting_redoes_only_what_depends_on_it(
     assert set(done) == again and len(done) == len(again)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}), ("config.json", {"layer_norm_eps": 1e-2})],
+)
+def test_a_base_that_computes_something_else_redoes_every_stage(
+    file: str, change: dict[str, Any], finished: Finished, tiny_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    assert all(done for _, done in plan_of(on(MICRO, base), finished.folder))
+    (base / file).write_text(json.dumps({**json.loads((base / file).read_text()), **change}))
+    stages = plan_of(on(MICRO, base), finished.folder)
+    assert len(stages) == STAGES and not any(done for _, done in stages)
+
+
 @pytest.mark.slow
 def test_another_seed_is_added_to_the_first(finished: Finished, copied: Path, tiny_base: Path, done: list[str]) -> None:
     results = run_recipe(on(replace(MICRO, seeds=(0, 1)), tiny_base), copied, workers=1)
@@ -403,6 +422,61 @@ def test_a_killed_run_leaves_nothing_half_done_and_goes_on(
     assert done == finished.stages[at:]
     assert {path.name for path in (copied / "stages").iterdir()} == before
     assert deltas(results) == deltas(finished.results)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Killable(LoggedStage):
+    """Saves a state and is killed as often as asked for; each attempt seems to take 100 seconds until it saves."""
+
+    goes_on: ClassVar[bool] = True
+
+    kills: int
+
+    def work(self, folder: Path) -> tuple[Mapping[str, Any], None]:
+        attempts = len(list(folder.glob("state-*")))
+        if attempts < self.kills:
+            state = folder / f"state-{attempts}"
+            state.touch()
+            saved = (folder / "clock.json").stat().st_mtime + 100
+            os.utime(state, (saved, saved))
+            raise Killed
+        return {"r2": 0.5}, None
+
+
+@pytest.mark.parametrize("kills", [0, 1, 2])
+def test_the_seconds_of_a_stage_are_those_of_all_attempts(kills: int, tmp_path: Path) -> None:
+    stage = Killable(name="stage", kills=kills)
+    for _ in range(kills):
+        with pytest.raises(Killed):
+            stage.run(tmp_path / "stage")
+    stage.run(tmp_path / "stage")
+    log = json.loads((tmp_path / "stage" / "log.json").read_text())
+    assert log["r2"] == 0.5 and 100 * kills <= log["seconds"] < 100 * kills + 10
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
+def test_labelled_images_are_those_that_exist(tiny_base: Path, tmp_path: Path) -> None:
+    rows = ["image,split,depth"]
+    for index, split in enumerate(["train"] * 5 + ["val"] * 4 + ["test"] * 2):
+        noise = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{index}.png")
+        np.save(tmp_path / f"{index}.npy", np.full((16, 16), 1 + index, np.float32))
+        rows.append(f"{index}.png,{split},{index}.npy")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    short = TrainSettings(steps=1, batch_size=2)
+    recipe = Recipe(
+        **{"probe": short, "tune": short, "joint": short, "base": str(tiny_base), "data": str(tmp_path / "data.csv")},
+        tasks=("depth",),
+        merges=("average",),
+        realigned=(),
+        gallery=("experts",),
+    )
+    results = by_method(run_recipe(recipe, tmp_path / "run", workers=1))
+    assert {name: row["labelled_images"] for name, row in results.items()} == {
+        "experts": 5,
+        "joint-mtl": 5,
+        "average": 0,
+    }
 
 
 # Mistakes -----------------------------------------------------------------------------------------------

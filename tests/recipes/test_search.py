@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from simomerge.recipes.search import search_recipe
 from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training.evaluate import delta_mtl, evaluate
 from simomerge.training.pool import WorkerPool
+from simomerge.training.run_folder import RunFolder
 from simomerge.training.settings import TrainSettings
 
 RECIPE = """
@@ -112,6 +114,20 @@ def test_a_study_goes_on_until_it_has_its_trials(recipe: Path, tmp_path: Path, a
     )
 
 
+def test_a_tilde_is_the_home_folder_in_output_and_storage(
+    recipe: Path, tmp_path: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    folder = RunFolder.of(read_recipe(recipe, ["output=~/runs/x"]).output)
+    assert folder.path == home / "runs" / "x" and folder.shown("model") == f"{home}/runs/x/model"
+    search_recipe(recipe, folder, storage="~/study.log", workers=1)
+    assert sorted(path.name for path in home.iterdir()) == ["runs", "study.log"] and not list(here.iterdir())
+
+
 def test_a_trial_that_diverges_is_no_error_but_nothing_else_is_swallowed(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +168,37 @@ def test_another_recipe_is_another_study(recipe: Path, tmp_path: Path, asked: li
     search_recipe(recipe, tmp_path / "a", ["tune.steps=3"], workers=1)
     search_recipe(recipe, tmp_path / "a", ["search.space.realign.heads.steps={choices: [1, 2]}"], workers=1)
     assert len(asked) == 9
+
+
+def test_other_labels_or_another_base_are_another_study_and_moved_ones_are_not(
+    tiny_base: Path, recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = ["image,split,depth"]
+    for index in range(6):
+        noise = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(data / f"{index}.png")
+        np.save(data / f"{index}.npy", np.full((16, 16), 1 + index, np.float32))
+        rows += [f"{index}.png,{split},{index}.npy" for split in ("train", "val")]  # a search needs no test split
+    (data / "data.csv").write_text("\n".join(rows))
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+    def trials(data: Path, base: Path) -> int:
+        before = len(asked)
+        given = [f"data={data / 'data.csv'}", f"base={base}", "tasks=[depth]", "search.images=2"]
+        given += ["train_images=6", "val_images=6"]
+        search_recipe(recipe, tmp_path / "a", given, workers=1)
+        return len(asked) - before
+
+    assert trials(data, base) == 3
+    assert trials(data, base) == 0
+    assert trials(Path(shutil.copytree(data, tmp_path / "moved")), tiny_base) == 0
+    np.save(data / "3.npy", np.full((16, 16), 9, np.float32))
+    assert trials(data, base) == 3
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**content, "layer_norm_eps": 1e-2}))
+    assert trials(data, base) == 3
 
 
 def test_a_seed_does_not_begin_again(recipe: Path, tmp_path: Path, asked: list[dict[str, Any]]) -> None:
@@ -252,11 +299,13 @@ def test_values_are_drawn_within_their_ranges() -> None:
 def test_the_command_says_the_best_and_how_to_run_it(
     recipe: Path, tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli.main(["search", str(recipe), "-o", str(tmp_path / "out"), "--workers", "1"], standalone_mode=False)
+    given = ["--set", "tune.lr=1e-4", "-o", str(tmp_path / "out"), "--workers", "1"]
+    cli.main(["search", str(recipe), *given], standalone_mode=False)
     out = capsys.readouterr().out
     best = json.loads((tmp_path / "out" / "search.json").read_text())["trials"][0]["values"]
     assert (
-        f"simomerge run {recipe} --set realign.heads.lr={json.dumps(best['realign.heads.lr'])}" in out
+        f"simomerge run {recipe} --set tune.lr=1e-4 --set realign.heads.lr={json.dumps(best['realign.heads.lr'])}"
+        in out
         and "3 trials" in out
     )
 

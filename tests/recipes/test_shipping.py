@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -71,6 +72,16 @@ def test_the_best_mean_wins_and_then_its_best_seed() -> None:
     found = choose(plan, graph, TASKS)
     assert found is not None and (found.row, found.seed) == ("b", 1)
     assert found.deltas == {"a": pytest.approx(-20.0), "b": pytest.approx(-12.5)}
+
+
+def test_a_row_or_a_seed_that_cannot_be_measured_is_never_the_best() -> None:
+    nan = math.nan
+    plan, graph = fake({(0, "a"): nan, (1, "a"): nan, (0, "b"): 1.2, (1, "b"): 1.1, (0, "c"): 1.0, (1, "c"): nan})
+    found = choose(plan, graph, TASKS)
+    assert found is not None and (found.row, found.seed) == ("b", 1) and math.isnan(found.deltas["a"])
+    plan, graph = fake({(0, "a"): nan, (1, "a"): 1.0, (0, "b"): nan, (1, "b"): 1.0})
+    found = choose(plan, graph, TASKS)
+    assert found is not None and (found.row, found.seed) == ("a", 1)
 
 
 def test_the_experts_are_those_of_the_chosen_seed() -> None:

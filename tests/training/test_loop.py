@@ -19,7 +19,7 @@ from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.machine import PRECISION
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
-from simomerge.training.loop import Losses, Objective, _Losses, fit, validation_loss
+from simomerge.training.loop import Losses, Objective, _Losses, _seeded, fit, validation_loss
 from simomerge.training.optimizer import make_optimizer
 from simomerge.training.settings import TrainSettings
 from simomerge.training.state import TrainingState, TrainLog
@@ -271,6 +271,37 @@ def test_a_run_killed_twice_resumes_twice(tmp_path: Path) -> None:
     got, _ = train(tmp_path / "state.safetensors", lambda label, done, total, note="": steps.append(done))
     assert_same(expected, got)
     assert min(steps) >= 30  # finished steps are not repeated
+
+
+def train_with_dropout(
+    state_file: Path | None = None, progress: Callable[..., None] | None = None, drawn: int = 0, seed: int = 3
+) -> dict[str, Tensor]:
+    """The weights after a training with dropout, before which other work draws some random numbers."""
+    module = WithEncoder()
+    module.head.insert(1, nn.Dropout(0.3))
+    torch.rand(drawn)
+    with show_progress(progress):
+        fit(module, regression, Points(), replace(SETTINGS, seed=seed), Points(9, 1), None, state_file)
+    return weights(module)
+
+
+@pytest.mark.usefixtures("eager_state")
+def test_dropout_depends_on_the_seed_and_not_on_earlier_work_or_a_kill(tmp_path: Path) -> None:
+    expected = train_with_dropout()
+    assert_same(expected, train_with_dropout(drawn=5))
+    with pytest.raises(Killed):
+        train_with_dropout(tmp_path / "state.safetensors", killed_at(20))
+    assert_same(expected, train_with_dropout(tmp_path / "state.safetensors", drawn=3))
+    assert not torch.equal(expected["head.3.weight"], train_with_dropout(seed=4)["head.3.weight"])
+
+
+def test_each_step_and_process_draws_its_own_numbers_and_the_callers_go_on_as_before() -> None:
+    drawn, before = [], torch.get_rng_state()
+    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        with _seeded(key, torch.device("cpu")):
+            drawn.append(torch.rand(1).item())
+    assert len(set(drawn[:4])) == 4 and drawn[4] == drawn[0]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def broken_at(step: int) -> Losses:

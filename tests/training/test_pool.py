@@ -7,15 +7,19 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from simomerge.core.caution import Caution
-from simomerge.core.errors import InputError
+from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.progress import show_progress
 from simomerge.datasets.batches import training_batches
-from simomerge.training.pool import WorkerPool
+from simomerge.training import cluster
+from simomerge.training.pool import Job, WorkerPool
 
 from . import jobs
 
@@ -157,3 +161,50 @@ def test_a_worker_may_read_in_processes_of_its_own() -> None:
     """On a GPU, trainings in the pool have loader processes."""
     with WorkerPool(2) as pool:
         assert pool.run([(_sum_of_batches, {"loader_workers": count}) for count in (0, 1)]) == [56, 56]
+
+
+def test_a_trial_that_fails_cancels_no_job_that_another_trial_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials of a search are threads that share the jobs of a Ray pool; here one thread stands for the cluster."""
+    monkeypatch.setattr(cluster, "_imported", lambda: None)
+    submitted, done = list[str](), list[str]()
+    both_wait, one_failed = threading.Event(), threading.Event()
+
+    class Pool(cluster.RayPool):
+        def _submit(self, job: Job, memory: int) -> Future[Any]:
+            future = super()._submit(job, memory)
+            submitted.append(job[1]["output"])
+            return future
+
+        def _attempts(self, job: Job, memory: int) -> Any:
+            return job[0](**job[1]), []
+
+    def fail(output: str) -> None:
+        assert both_wait.wait(30)
+        raise DivergedError("the loss is nan.")
+
+    def block(output: str) -> None:
+        assert one_failed.wait(30)
+
+    def work(output: str) -> str:
+        done.append(output)
+        return output
+
+    def until(count: int) -> None:
+        while len(submitted) < count:
+            time.sleep(0.01)
+
+    pool, shared = Pool("", tmp_path), (work, {"output": "shared"})
+    lonely = (work, {"output": "lonely"})
+    with ThreadPoolExecutor(1) as pool._threads, ThreadPoolExecutor(2) as trials:
+        one = trials.submit(pool.run, [(fail, {"output": "own"}), (block, {"output": "block"}), shared, lonely])
+        until(4)
+        other = trials.submit(pool.run, [shared])
+        until(5)
+        both_wait.set()
+        with pytest.raises(DivergedError):
+            one.result(30)
+        one_failed.set()
+        assert other.result(30) == ["shared"]
+    assert done == ["shared"] and not pool._same

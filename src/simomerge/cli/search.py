@@ -41,7 +41,8 @@ def command(recipe: str, changes: tuple[str, ...], output: str | Path | None, as
         )
     shown = [trial for trial in results["trials"] if trial["delta_mtl"] is not None]
     lines = [f"{trial['delta_mtl']:+8.2f} %  {_values(trial['values'])}" for trial in shown[:10]]
-    sets = [word for key, value in shown[0]["values"].items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    best = [f"{key}={json.dumps(value)}" for key, value in shown[0]["values"].items()]
+    sets = [word for change in (*changes, *best) for word in ("--set", change)]
     say(
         as_json,
         {**results, "output": folder.shown()},

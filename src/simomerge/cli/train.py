@@ -88,6 +88,7 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
 def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> tuple[SimoModel, Any]:
     """The trained model with its provenance, and the log of the second phase."""
     from simomerge.datasets.load import data_record
+    from simomerge.models.fingerprints import encoder_identity
     from simomerge.models.model import SimoModel, load
     from simomerge.recipes.demo import ROOMS_HEADS
     from simomerge.training.familiarity import training_images
@@ -109,7 +110,7 @@ def _trained(given: dict[str, Any], train: Any, validation: Any, work: Path) -> 
     how = {"probe": asdict(probe), "tune": asdict(tune), **names}
     # Only the same command resumes an interrupted run; other settings use another folder.
     contents = [len(train), train.fingerprint(), len(validation), validation.fingerprint()]
-    key = json.dumps([origin["fingerprint"], data, contents, given["tasks"], given["head"], how])
+    key = json.dumps([encoder_identity(encoder), data, contents, given["tasks"], given["head"], how])
     folder = work / hashlib.sha256(key.encode()).hexdigest()[:12]
     tuning = TuneOptions(**names, checkpointing=given["gradient_checkpointing"])
     logs = lpft(model, train, probe, tune, validation, folder, given["cache_budget"], tuning)

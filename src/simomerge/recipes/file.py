@@ -16,7 +16,8 @@ from simomerge.core.registry import settings
 from simomerge.core.schema import plain_value
 from simomerge.core.text import shown
 from simomerge.merging import available
-from simomerge.recipes.recipe import REALIGN, REFINE, Recipe, RecipeError, steps_of
+from simomerge.recipes.epochs import take_epochs, with_steps
+from simomerge.recipes.recipe import Recipe, RecipeError
 
 _DATA_KEYS = ("spec", "split", "count", "skip", "tasks", "workers")
 """Arguments of `load_data` that the recipe itself decides."""
@@ -50,11 +51,16 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), values: Mapping[s
     given: dict[str, Any] = {"output": f"runs/{path.stem}", "title": path.stem, **content, **untyped}
     errors = [f"unknown key {shown(key)}" for key in given if not isinstance(key, str)]
     given = {key: value for key, value in given.items() if isinstance(key, str)}
-    errors += [*_epochs(given), *_misplaced(given)]
+    epochs, problems = take_epochs(given)
+    errors += [*problems, *_misplaced(given)]
     try:
         recipe = Recipe(**given)
+        if epochs and not errors:
+            recipe = with_steps(given, recipe, epochs)
     except RecipeError as error:
         errors += error.problems
+    except InputError as error:
+        errors.append(str(error))
     if errors:
         raise InputError(f"{path}: {'; '.join(error.rstrip('.?') for error in errors)}.")
     return recipe
@@ -84,43 +90,8 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
     place[last] = value
 
 
-def _epochs(given: dict[str, Any]) -> Iterator[str]:
-    """Replace the epochs of every training by steps, counting full batches; yield problems."""
-    images = {name: given.get(name, getattr(Recipe, name)) for name in ("train_images", "val_images")}
-    for name in ("probe", "tune", "joint"):
-        yield from _epochs_of(name, given.get(name), images["train_images"], getattr(Recipe, name).batch_size)
-    splits = str(given.get("align_split", Recipe.align_split)).split("+")
-    counts = [images.get(f"{name.strip()}_images") for name in splits]
-    images["unlabelled"] = sum(counts) if all(isinstance(count, int) for count in counts) else None
-    for key, defaults in (("realign", REALIGN), ("refine", REFINE)):
-        for step, parameters in _mapping(given.get(key)).items():
-            default, method = defaults.get(step, {}), realignments().get(step)
-            if "epochs" in _mapping(parameters) and not isinstance(method, TrainedRealignment | None):
-                yield f"{key}.{step}: epochs does nothing, because {step} does not train"
-                del parameters["epochs"]
-            available = images["unlabelled" if getattr(method, "teacher", "") == "experts" else "val_images"]
-            count = _mapping(parameters).get("count", default.get("count", available))
-            if isinstance(count, int) and isinstance(available, int):
-                count = min(count, available)
-            size = method.training.batch_size if isinstance(method, TrainedRealignment) else 32
-            yield from _epochs_of(f"{key}.{step}", parameters, count, size)
-
-
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _epochs_of(place: str, training: Any, images: Any, batch_size: int) -> Iterator[str]:
-    if "epochs" not in _mapping(training):
-        return
-    epochs, size = training.pop("epochs"), training.get("batch_size", batch_size)
-    if "steps" in training:
-        yield f"{place}: give steps or epochs, not both"
-    elif isinstance(images, int) and isinstance(size, int) and size > 0:  # other values are reported later
-        try:
-            training["steps"] = steps_of(epochs, images, size)
-        except InputError as error:
-            yield f"{place}.{error}"
 
 
 def _misplaced(given: Mapping[str, Any]) -> Iterator[str]:

@@ -89,7 +89,7 @@ class Graph:
     Args:
         folder: The run folder.
         base: Where the foundation encoder is.
-        salt: What else the results depend on: the base's weights, the version.
+        salt: What else the results depend on: the base (see `encoder_identity`), the version.
         contents: For a dataset as plain data, what distinguishes it from other datasets of the same name; empty where
             the name says everything.
         weights: Bytes of the base's weights, by which a cluster finds room for each stage.
@@ -164,20 +164,20 @@ class Graph:
     def _inputs(self, value: Any) -> dict[str, Any]:
         """The fields of a dataclass that decide results, as they enter a key."""
         deciding = [spec.name for spec in fields(value) if not spec.metadata.get("resource")]
-        return {name: self._key_of(getattr(value, name)) for name in deciding}
+        return {name: self.key_of(getattr(value, name)) for name in deciding}
 
-    def _key_of(self, value: Any) -> Any:
+    def key_of(self, value: Any) -> Any:
         """An input as it enters the stage's key.
 
         A stage enters by the name of its folder, which contains its own key, so keys depend on all earlier stages. A
-        dataset enters by its content and the base by its weights (in the salt), so both may be moved.
+        dataset enters by its content and the base by its identity (in the salt), so both may be moved.
         """
         if isinstance(value, Stage):
             return self.output(value).name
         if is_dataclass(value) and not isinstance(value, type):
             return {"class": type(value).__name__, **self._inputs(value)}
         if isinstance(value, Mapping):
-            plain = {key: self._key_of(item) for key, item in value.items()}
+            plain = {key: self.key_of(item) for key, item in value.items()}
             is_data = "spec" in value and ("split" in value or "unlabelled" in value)
             return {**plain, "spec": self.contents(value) or value["spec"]} if is_data else plain
         return "base" if value == self.base else value

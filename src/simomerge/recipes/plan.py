@@ -156,7 +156,7 @@ class Plan:
                 name=f"{name} seed {seed}",
                 method=method,
                 parameters=recipe.merge_settings.get(method, {}),
-                images=self._unlabelled(count),
+                images=self.unlabelled(count),
             )
 
     def _merges_without_labels(self) -> dict[str, int]:
@@ -171,17 +171,9 @@ class Plan:
                 found[row.merge] = recipe.choose_images
         return dict(sorted(found.items()))
 
-    def _unlabelled(self, count: int | None) -> dict[str, Any]:
-        """``count`` of the images that rows without labels use; all of them by default."""
-        recipe = self.recipe
-        if recipe.align_images is not None:
-            return {"spec": recipe.align_images, "count": count, "unlabelled": True}
-        limits = {name: self.splits[name]["count"] if name in self.splits else None for name in recipe.align_splits}
-        common = {**self.splits["train"], "tasks": []}
-        if len(limits) > 1:
-            return {**common, "split": limits, "count": count}
-        ((split, limit),) = limits.items()
-        return {**common, "split": split, "count": limit if count is None else min(count, limit or count)}
+    def unlabelled(self, count: int | None) -> dict[str, Any]:
+        """See `unlabelled_data`."""
+        return unlabelled_data(self.recipe, self.splits, count)
 
     # Re-alignments: the steps that follow a merge; rows with the same beginning share it.
 
@@ -203,7 +195,7 @@ class Plan:
             name=f"{row} seed {seed}",
             model=self.models[seed, self._start(seed, row)],
             method=replace(method, count=None),  # the data hold as many images as the method asks for
-            data=self._unlabelled(method.count) if without_labels else data,
+            data=self.unlabelled(method.count) if without_labels else data,
             experts=self.experts[seed] if without_labels else {},
             base=self.base if method.needs_base else "",
         )
@@ -246,3 +238,24 @@ def joint_row(weighting: str) -> str:
         ('joint-mtl', 'joint-mtl-dwa')
     """
     return "joint-mtl" if weighting == "equal" else f"joint-mtl-{weighting}"
+
+
+def splits_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The three splits of a recipe's dataset, as plain data."""
+    counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
+    return {
+        split: {"spec": recipe.data, "split": split, "count": count, **recipe.data_options}
+        for split, count in counts.items()
+    }
+
+
+def unlabelled_data(recipe: Recipe, splits: Mapping[str, Data], count: int | None) -> dict[str, Any]:
+    """``count`` of the images that rows without labels use, as plain data; all of them by default."""
+    if recipe.align_images is not None:
+        return {"spec": recipe.align_images, "count": count, "unlabelled": True}
+    limits = {name: splits[name]["count"] if name in splits else None for name in recipe.align_splits}
+    common = {**splits["train"], "tasks": []}
+    if len(limits) > 1:
+        return {**common, "split": limits, "count": count}
+    ((split, limit),) = limits.items()
+    return {**common, "split": split, "count": limit if count is None else min(count, limit or count)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from typing import Annotated, Any, TypeVar
@@ -287,14 +286,3 @@ class Recipe:
         """What decides the results, as plain data: everything but names and places of this machine."""
         places = ("title", "base", "data", "data_options", "output", "search")
         return {key: value for key, value in asdict(self).items() if key not in places}
-
-
-def steps_of(epochs: Any, images: int, batch_size: int) -> int:
-    """Optimiser steps of a number of epochs, counting full batches.
-
-    Raises:
-        InputError: Epochs that are not a number above 0.
-    """
-    if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs < math.inf:
-        raise InputError(f"epochs is {epochs!r}; give a number above 0")
-    return max(1, round(epochs * max(1, images // batch_size)))

@@ -110,7 +110,7 @@ def _cost(plan: Plan, graph: Graph, seed: int, row: str) -> dict[str, Any]:
         "seconds": sum(log["seconds"] for log in logs),
         "steps": sum(log.get("steps", 0) for log in logs),
         "trained_parameters": sum(log.get("trained_parameters", 0) for log in logs),
-        "labelled_images": max(log.get("labelled_images", plan.recipe.train_images) for log in logs),
+        "labelled_images": max(log.get("labelled_images", 0) for log in logs),
         "unlabelled_images": max(log.get("unlabelled_images", 0) for log in logs),
         "scale": next((log["scale"] for log in logs if "scale" in log), None),
     }

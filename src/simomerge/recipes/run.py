@@ -22,10 +22,11 @@ from simomerge.datasets.load import load_data
 from simomerge.datasets.rooms import RENDER_VERSION
 from simomerge.datasets.rooms.dataset import TASKS
 from simomerge.datasets.tasks import select_tasks
+from simomerge.models.fingerprints import encoder_identity
 from simomerge.models.model import load
 from simomerge.recipes.fitting import check_base
 from simomerge.recipes.graph import Data, Graph, open_data
-from simomerge.recipes.plan import Plan
+from simomerge.recipes.plan import Plan, splits_of
 from simomerge.recipes.recipe import REALIGN, Recipe
 from simomerge.recipes.results import gallery, summarise
 from simomerge.recipes.shipping import MODEL, check_place, choose, expert_folders, ship
@@ -108,6 +109,16 @@ def held_out_delta(
     ]
 
 
+def inputs_of(recipe: Recipe, folder: str | Path | RunFolder) -> dict[str, Any]:
+    """What the results of trials depend on besides the recipe: the base and the content of all data but the test split.
+
+    It depends on no path, so machines that have the files in other places agree.
+    """
+    plan, graph = _planned(recipe, RunFolder.of(folder), {"split": "val", "count": recipe.val_images})
+    data = {name: plan.splits[name] for name in ("train", "val")} | {"align": plan.unlabelled(None)}
+    return {"salt": graph.salt, "data": graph.key_of(data)}
+
+
 def plan_of(recipe: Recipe, folder: str | Path | RunFolder | None = None) -> list[tuple[str, bool]]:
     """The stages of a recipe in an order in which they can be done, and for each whether it is done in the folder."""
     return _stages(*_planned(recipe, RunFolder.of(folder or recipe.output)))
@@ -123,11 +134,7 @@ def _planned(recipe: Recipe, folder: RunFolder, test: Mapping[str, Any] | None =
     """Plan and graph; ``test`` replaces settings of the test split."""
     base = resolve_source(recipe.base)
     base = str(Path(base).resolve()) if Path(base).exists() else base  # else a hub id
-    counts = {"train": recipe.train_images, "val": recipe.val_images, "test": recipe.test_images}
-    splits: dict[str, dict[str, Any]] = {
-        split: {"spec": recipe.data, "split": split, "count": count, **recipe.data_options}
-        for split, count in counts.items()
-    }
+    splits = splits_of(recipe)
     splits["test"] |= test or {}
     if recipe.data == "rooms":
         _check_rooms(recipe)
@@ -140,8 +147,7 @@ def _planned(recipe: Recipe, folder: RunFolder, test: Mapping[str, Any] | None =
     _check_batches(recipe)
     foundation = load(base)  # fail on a wrong base before rendering
     check_base(recipe, foundation)
-    fingerprint = foundation.encoder_fingerprint()
-    salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {fingerprint}"
+    salt = f"{__version__} {RENDER_VERSION} {mixed_precision()} {encoder_identity(foundation.encoder)}"
     weights = sum(value.numel() * value.element_size() for value in foundation.parameters())
     return Plan(recipe, base, splits), Graph(folder, base, salt, _contents(recipe.tasks), weights)
 

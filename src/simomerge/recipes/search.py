@@ -14,6 +14,7 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.assets import expanded
 from simomerge.core.distributed import started_processes
 from simomerge.core.environment import install_command
 from simomerge.core.errors import DivergedError, InputError
@@ -22,7 +23,7 @@ from simomerge.core.progress import progress
 from simomerge.recipes.file import read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
-from simomerge.recipes.run import held_out_delta
+from simomerge.recipes.run import held_out_delta, inputs_of
 from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training.cluster import pool_of
 from simomerge.training.run_folder import RunFolder
@@ -66,7 +67,7 @@ def search_recipe(
     _check(path, changes, recipe)
     folder, search = RunFolder.of(folder), recipe.search
     folder.check()
-    study = _study(optuna, storage or str(folder.restored(_STORAGE)), _name(Path(path), recipe), seed)
+    study = _study(optuna, storage or str(folder.restored(_STORAGE)), _name(Path(path), recipe, folder), seed)
 
     def objective(trial: Any) -> float:
         tried = read_recipe(path, changes, suggest(trial, search.space))
@@ -185,12 +186,12 @@ def _check(path: str | Path, changes: Sequence[str], recipe: Recipe) -> None:
             read_recipe(path, changes, {**first, key: value})
 
 
-def _name(path: Path, recipe: Recipe) -> str:
+def _name(path: Path, recipe: Recipe, folder: RunFolder) -> str:
     """Name of the study. It depends on everything but the number of trials, because other trials cannot be reused."""
     search = recipe.search
     about: dict[str, Any] = {
-        "recipe": recipe.to_dict(),
-        **{key: getattr(recipe, key) for key in ("base", "data", "data_options")},
+        "recipe": {key: value for key, value in recipe.to_dict().items() if key != "align_images"},  # which is a path
+        **inputs_of(recipe, folder),
         **{key: getattr(search, key) for key in ("row", "images", "space")},
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -201,7 +202,7 @@ def _study(optuna: Any, place: str, name: str, seed: int | None) -> Any:
     """The study in a storage; the sampler of a study that is resumed does not repeat its earlier values."""
     try:
         study = optuna.create_study(
-            storage=place if "://" in place else _file_storage(Path(place)),
+            storage=place if "://" in place else _file_storage(expanded(place)),
             study_name=name,
             load_if_exists=True,
             direction="maximize",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -66,8 +67,14 @@ def choose(plan: Plan, graph: Graph, tasks: Mapping[str, Task]) -> Choice | None
         for row in plan.candidates
     }
     deltas = {row: statistics.mean(values) for row, values in found.items()}
-    row = max(deltas, key=deltas.__getitem__)
-    return Choice(row, seeds[found[row].index(max(found[row]))], deltas)
+    row = max(deltas, key=lambda each: _comparable(deltas[each]))
+    comparable = list(map(_comparable, found[row]))
+    return Choice(row, seeds[comparable.index(max(comparable))], deltas)
+
+
+def _comparable(delta: float) -> float:
+    """A Delta_MTL by which rows and seeds are ordered; what cannot be measured comes last."""
+    return -math.inf if math.isnan(delta) else delta
 
 
 def expert_folders(plan: Plan, graph: Graph, choice: Choice | None) -> dict[str, str]:

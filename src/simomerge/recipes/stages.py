@@ -20,7 +20,8 @@ from simomerge.assembly.realign import Realignment, prepared
 from simomerge.assembly.realign.method import TrainedRealignment
 from simomerge.assembly.scale import search_scale
 from simomerge.core import distributed
-from simomerge.core.files import atomic_folder
+from simomerge.core.documents import read_json
+from simomerge.core.files import atomic_folder, atomic_write_text
 from simomerge.core.machine import compute_device
 from simomerge.datasets.load import data_record, load_data
 from simomerge.merging import available
@@ -37,18 +38,27 @@ from simomerge.training.settings import TrainSettings, TuneOptions
 
 _LOGGED = ("steps", "trained_parameters", "labelled_images", "unlabelled_images", "r2")
 
+_CLOCK = "clock.json"
+"""File in the work folder with the seconds of earlier attempts. It was written when the last attempt began."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LoggedStage(Stage):
-    """A stage that fills its folder with the log and the model that `work` returns."""
+    """A stage that fills its folder with the log and the model that `work` returns.
+
+    If the class attribute ``goes_on`` is true, `work` goes on from what a killed attempt saved, and the seconds in the
+    log are those of all attempts. Logs with seconds of their own keep these.
+    """
+
+    goes_on: ClassVar[bool] = False
 
     @abstractmethod
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel | None]:
         """Do the work; ``folder`` keeps what a killed run resumes from."""
 
     def run(self, output: Path) -> None:
-        began = time.monotonic()
         unfinished = output.parent / f"{output.name}.work"
+        began = time.monotonic() - (_earlier_seconds(unfinished) if self.goes_on and distributed.is_first() else 0)
         log, model = self.work(unfinished)
         if distributed.is_first():
             with atomic_folder(output) as folder:
@@ -57,6 +67,17 @@ class LoggedStage(Stage):
                 _write_log(folder, began, log)
             shutil.rmtree(unfinished, ignore_errors=True)
         distributed.wait()
+
+
+def _earlier_seconds(unfinished: Path) -> float:
+    """Seconds of a stage's earlier attempts until they last saved something; starts the clock of this attempt."""
+    clock, seconds = unfinished / _CLOCK, 0.0
+    if clock.is_file():
+        before = read_json(clock, "remove the folder, and run the recipe again.", {"seconds": float})["seconds"]
+        saved = max(file.stat().st_mtime for file in unfinished.rglob("*") if file.is_file())
+        seconds = before + saved - clock.stat().st_mtime
+    atomic_write_text(clock, json.dumps({"seconds": seconds}))
+    return seconds
 
 
 def _write_log(folder: Path, began: float, log: Mapping[str, Any]) -> None:
@@ -105,7 +126,7 @@ class Probe(LoggedStage):
         head = fresh_head(encoder, task, train, self.head, self.settings.seed, **self.head_settings)
         cached = CachedFeatures(self.features / "features", train, [self.task])
         log = train_head(head, task, cached, self.settings, state_file=folder / "state.safetensors")
-        return asdict(log), SimoModel(encoder, {self.task: task}, {self.task: head})
+        return {**asdict(log), "labelled_images": len(train)}, SimoModel(encoder, {self.task: task}, {self.task: head})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -252,6 +273,7 @@ class Realign(LoggedStage):
     """A model re-aligned from the experts' behaviour on images, or from labels."""
 
     keeps_labels: ClassVar[bool] = True
+    goes_on: ClassVar[bool] = True
 
     model: Any
     method: Realignment

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from simomerge.core.classes import allow, allowed
 from simomerge.core.distributed import started_processes
@@ -78,6 +79,7 @@ class RayPool(WorkerPool):
         self.workers, self.slots = workers or _MOST_TASKS, 1
         self._ray = _imported()
         self._same: dict[str, Future[Any]] = {}  # jobs that several runs of this process wait for
+        self._waiting: WeakKeyDictionary[Future[Any], int] = WeakKeyDictionary()  # how many runs wait for each
         self._lock = threading.Lock()
         self._allowed = allowed()  # threads do not know it
 
@@ -132,10 +134,19 @@ class RayPool(WorkerPool):
         key = str(job[1].get("output", uuid.uuid4()))
         with self._lock:
             if (started := self._same.get(key)) is not None:
+                self._waiting[started] += 1
                 return started
             future = self._same[key] = self._threads.submit(self._attempts, job, memory)
+            self._waiting[future] = 1
         future.add_done_callback(lambda _: self._same.pop(key, None))  # at once, if it is done by now
         return future
+
+    def _leave(self, future: Future[Any]) -> None:
+        """Wait no longer for a job, which need not start if no other trial waits for it."""
+        with self._lock:
+            self._waiting[future] -= 1
+            if not self._waiting[future]:
+                future.cancel()
 
     def _attempts(self, job: Job, memory: int) -> Any:
         """The result of a job, which is started again if its process dies."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
@@ -23,7 +25,7 @@ from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders import Encoder
 from simomerge.training import sharding
 from simomerge.training.evaluate import evaluating
-from simomerge.training.optimizer import make_optimizer
+from simomerge.training.optimizer import make_optimizer, one_cycle
 from simomerge.training.settings import TrainSettings
 from simomerge.training.state import TrainingState, TrainLog
 from simomerge.training.tracking import tracked_accelerator
@@ -74,7 +76,7 @@ def fit(
     """Train the parameters of ``module`` that require a gradient, in place.
 
     Under torchrun the processes share every batch, and inside `simomerge.training.sharding.sharded` also the model. The
-    result is that of one process, except for rounding.
+    result is that of one process, except for rounding and dropout, which every process draws by itself.
 
     Args:
         module: The module to train. Its buffers and trainable parameters are saved in the state file.
@@ -189,12 +191,7 @@ class _Trainer:
         depth_of = encoder.depth if isinstance(encoder, Encoder) else Depth
         self.optimizer = make_optimizer(trainable, settings, depth_of)
         self.wrapped = self.root if self.shards else accelerator.prepare(self.root)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            [group["lr"] for group in self.optimizer.param_groups],
-            total_steps=settings.steps + 1,
-            pct_start=max(settings.warmup, 1e-3),
-        )
+        self.schedule = one_cycle(self.optimizer, settings)
         self.state = TrainingState(self.root, self.optimizer, self.schedule, state_file, label)
         self.log = self.state.resume()
         if distributed.from_first(self.log.steps) != self.log.steps:
@@ -249,13 +246,14 @@ class _Trainer:
 
     def _step(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step; the task losses and the total loss of the batch."""
-        losses, total = self.wrapped(batch)
-        weighting = self.objective.weighting
-        if isinstance(weighting, GradientWeighting):
-            values = torch.stack(list(losses.values()))
-            weighting.look(_gradient_products(self.encoder, values, self.optimizer.zero_grad), values)
-            total = weighting(values)
-        self.accelerator.backward(total)
+        with _seeded((self.settings.seed, self.log.steps, distributed.rank()), self.accelerator.device):
+            losses, total = self.wrapped(batch)
+            weighting = self.objective.weighting
+            if isinstance(weighting, GradientWeighting):
+                values = torch.stack(list(losses.values()))
+                weighting.look(_gradient_products(self.encoder, values, self.optimizer.zero_grad), values)
+                total = weighting(values)
+            self.accelerator.backward(total)
         self.accelerator.clip_grad_norm_(self.trainable, self.settings.clip)
         self.optimizer.step()
         self.schedule.step()
@@ -305,6 +303,21 @@ class _Trainer:
         log, settings = self.log, self.settings
         patience = settings.patience or PATIENCE
         return bool(log.validation) and log.validation[-1][0] - log.best_step >= patience * settings.validate_every
+
+
+@contextmanager
+def _seeded(key: Sequence[int], device: torch.device) -> Iterator[None]:
+    """Inside the block, torch's random numbers depend on the key alone; after it, they go on as before.
+
+    With the step in the key, the dropout of a training depends on no other work, and a training resumes exactly.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than a step of a small head
+        if on_gpu:
+            torch.cuda.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

@@ -45,6 +45,15 @@ def make_optimizer(
     return torch.optim.AdamW(groups.values(), fused=True)
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The one-cycle schedule of a training: the rates of the optimiser's groups are its peaks."""
+    total, rise = settings.steps + 1, max(settings.warmup, 1e-3)
+    if rise * total == 1:  # a rise of exactly one step ends where it begins, and OneCycleLR divides 0 by 0
+        rise *= 1 + 1e-9
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total, pct_start=rise)
+
+
 def check_layer_decay(encoder: Encoder, settings: TrainSettings) -> None:
     """Check that an encoder has blocks if its learning rate shall differ between them. Raises InputError."""
     if settings.layer_decay != 1:

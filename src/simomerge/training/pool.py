@@ -135,7 +135,7 @@ class WorkerPool:
             raise
         finally:
             for future in running:
-                future.cancel()
+                self._leave(future)
         return [results[index] for index in range(len(jobs))]
 
     def _submit(self, job: Job, memory: int) -> Future[Any]:
@@ -143,6 +143,10 @@ class WorkerPool:
         function, arguments = job
         started: Future[Any] = self._pool.submit(_run_job, function, dict(arguments))
         return started
+
+    def _leave(self, future: Future[Any]) -> None:
+        """Wait no longer for a job, which need not start then."""
+        future.cancel()
 
     def _forward_progress(self, sink: Sink | None) -> None:
         while (message := self._messages.get()) is not None:

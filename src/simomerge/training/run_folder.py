@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core import distributed
+from simomerge.core.assets import expanded
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, atomic_write_bytes
 from simomerge.core.model_files import DESCRIPTION, is_model_file
@@ -45,7 +46,7 @@ class RunFolder:
 
     Args:
         path: The folder on this machine, absolute.
-        given: The path or URL as the user wrote it.
+        given: The path or URL as the user wrote it, with ``~`` expanded.
         url: Where its content is kept; empty if that is the folder itself.
     """
 
@@ -61,7 +62,8 @@ class RunFolder:
         if is_url(place):
             url = str(place).rstrip("/")
             return cls(local_place("runs", url), url, url)
-        return cls(Path(place).resolve(), Path(place).as_posix())
+        path = expanded(place)
+        return cls(path.resolve(), path.as_posix())
 
     def shown(self, name: str = "") -> str:
         """The folder, or something in it, as the user may type it."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from simomerge.core.caution import warn
 from simomerge.core.errors import DivergedError
@@ -64,7 +63,6 @@ def train_and_keep_best(
         every, patience = settings.validate_every, settings.patience or settings.steps
         settings = replace(settings, validate_every=every or max(1, settings.steps // VALIDATIONS), patience=patience)
     attempt = partial(_train, model, data, losses=losses, options=options)
-    torch.manual_seed(settings.seed)  # for the dropout of some encoders
     cost, message = attempt(settings, state_file, label=label)
     if retry and cost.get("best_step") == 0:
         rate = settings.encoder_lr and RETRY_RATE * settings.encoder_lr
@@ -72,7 +70,6 @@ def train_and_keep_best(
         progress(label, 0, settings.steps, f"no step was better than the start; again at {RETRY_RATE:g} times the rate")
         first = cost
         again = state_file.with_name(f"{state_file.stem}-again{state_file.suffix}")
-        torch.manual_seed(settings.seed)
         cost, message = attempt(slower, again, label=f"{label} again")
         cost["lr_factor"] = RETRY_RATE
         for key in ("steps", "seconds"):
