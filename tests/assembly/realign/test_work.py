@@ -54,6 +54,7 @@ def changed(model: SimoModel) -> SimoModel:
         ({"images": "other"}, r"other inputs: images \(other content\)"),
         ({"expert": "segmentation"}, r"other inputs: expert segmentation \(other content\)"),
         ({"model": True}, r"other inputs: model \(other content\)"),
+        ({"configuration": "segmentation"}, r"other inputs: expert segmentation \(other content\)"),
     ],
 )
 def test_other_inputs_are_refused(
@@ -72,6 +73,9 @@ def test_other_inputs_are_refused(
         more = {"method": "fold"}
     elif name := more.pop("expert", None):
         experts = {**experts, name: changed(experts[name])}
+    elif name := more.pop("configuration", None):
+        experts = {**experts, name: copy.deepcopy(experts[name])}
+        experts[name].encoder.backbone.config.layer_norm_eps = 1e-3
     elif more.pop("model", None):
         merged = changed(merged)
     more.pop("images", None)

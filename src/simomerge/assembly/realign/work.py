@@ -61,7 +61,7 @@ def _compared(method: Realignment, model: SimoModel, inputs: Inputs) -> str:
 
 def _record(method: Realignment, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
     from simomerge.datasets.pictures import as_images
-    from simomerge.models.fingerprints import fingerprint_of
+    from simomerge.models.fingerprints import encoder_identity, fingerprint_of
 
     labels = {"labels": _labels(inputs.data)} if method.teacher == "labels" else {}
     images = as_images(inputs.data if method.teacher == "labels" else inputs.images)
@@ -73,7 +73,7 @@ def _record(method: Realignment, model: SimoModel, inputs: Inputs) -> dict[str, 
         "number of images": len(images),
         "images": _identity(images),
         **labels,
-        **{name: fingerprint_of(each) for name, each in models.items()},
+        **{name: f"{fingerprint_of(each)} {encoder_identity(each.encoder)}" for name, each in models.items()},
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
