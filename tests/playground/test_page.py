@@ -21,7 +21,7 @@ from simomerge.playground.workshop import Choice, Look, Workshop
 
 gradio = pytest.importorskip("gradio")
 
-from simomerge.playground.page import Desk, agreement_table, notes, served  # noqa: E402
+from simomerge.playground.page import Desk, _path_of, agreement_table, notes, served  # noqa: E402
 
 ASKED = (0, None, "task-arithmetic", 0.5, "folded")
 """A request without its photo: sample, pictures, method, scale, heads."""
@@ -182,9 +182,28 @@ def test_no_path_from_the_browser_is_opened(browser: Browser, tmp_path: Path) ->
     secret = tmp_path / "secret.png"
     secret.write_bytes(photo_bytes(1))
     for path in ("/etc/passwd", str(secret), "../../../etc/passwd", "http://127.0.0.1:1/a.png"):
-        assert not browser.ask(given(path))["success"], path
+        for photo in (given(path), {"path": path}, {"path": path, "meta": {"_type": "other"}}):
+            assert not browser.ask(photo)["success"], photo
         assert not browser.ask(None, 0, [given(path)], *ASKED[2:])["success"], path
         assert browser.get(f"/gradio_api/file={path}")[0] in (403, 404), path
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "other"}}, {"meta": {"_type": "gradio.FileData"}}])
+def test_only_uploads_are_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta: dict[str, Any]) -> None:
+    """gradio checks the path only if the request says that it is one of a file."""
+    from gradio.data_classes import ImageData
+    from gradio.exceptions import InvalidPathError
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    for path in ("/etc/passwd", str(tmp_path / "a.png"), f"{tmp_path}/uploads/../a.png", "http://127.0.0.1:1/a.png"):
+        with pytest.raises(InvalidPathError):
+            _path_of(ImageData(**{"path": path, **meta}))
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(InvalidPathError):
+        _path_of(ImageData(path=str(tmp_path / "uploads" / "link.png")))
+    upload = str(tmp_path / "uploads" / "1" / "a.png")
+    assert _path_of(ImageData(path=upload)) == upload and _path_of(None) is None and _path_of(ImageData()) is None
 
 
 @pytest.mark.slow

@@ -60,6 +60,11 @@ def test_other_files_are_refused_without_the_servers_path(tmp_path: Path, name: 
     assert str(caught.value).startswith(message) and str(tmp_path) not in str(caught.value)
 
 
+def test_a_file_that_was_removed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^photo\.png is no longer on the server; give it again\.$"):
+        read_photo(tmp_path / "photo.png")
+
+
 @pytest.mark.parametrize(
     ("side", "message"), [(9_000, "images may have 1 to 64 million pixels"), (60_000, "exceeds limit")]
 )

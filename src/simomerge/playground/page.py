@@ -114,12 +114,16 @@ class Desk:
         return gradio.update(value=str(path), visible=True), notes([f"{path.name} is ready below the buttons."])
 
 
+DAY = 86_400
+"""Seconds after which an upload is removed, also while the page still shows it. At the end all are removed."""
+
+
 def make_page(desk: Desk) -> Any:
     """The page, as a `gradio.Blocks`."""
     import gradio as gr
 
     workshop, merging = desk.workshop, desk.workshop.can_merge
-    with gr.Blocks(title="simomerge playground", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="simomerge playground", analytics_enabled=False, delete_cache=(3600, DAY)) as page:
         gr.Markdown(f"# simomerge playground\n{_introduction(workshop)}")
         sample = gr.State(0)
         with gr.Row():
@@ -307,8 +311,18 @@ def _choice(*asked: Any) -> Choice:
 
 
 def _path_of(payload: Any) -> str | None:
-    """The path of an uploaded photo. gradio has checked that it is inside its own folder of uploads."""
-    return None if payload is None or not payload.path else str(payload.path)
+    """The path of an uploaded photo. Raises gradio's InvalidPathError for any other file of this machine.
+
+    gradio checks only the paths of requests that call themselves a file, and a photo need not do that.
+    """
+    from gradio.exceptions import InvalidPathError
+
+    if payload is None or not payload.path:
+        return None
+    path = Path(payload.path).resolve()
+    if not path.is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
+        raise InvalidPathError("photos are read from uploads only.")
+    return str(path)
 
 
 def _introduction(workshop: Workshop) -> str:

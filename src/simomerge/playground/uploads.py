@@ -38,10 +38,13 @@ def read_photo(path: str | Path, name: str = "") -> np.ndarray:
         name: What the user calls it, for messages; the name of the file by default.
 
     Raises:
-        InputError: The file is too large, has too many pixels, or is not a JPEG, PNG or WebP picture.
+        InputError: The file is too large, has too many pixels, is not a JPEG, PNG or WebP picture, or is gone.
     """
     path, name = Path(path), shown_name(name or Path(path).name)
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"{name} is no longer on the server; give it again.") from error
     if found.st_size > MAX_BYTES:
         size = f"{found.st_size / 1e6:.0f} MB"
         raise InputError(f"{name} has {size}; give a picture of at most {MAX_BYTES // 1_000_000} MB.")
