@@ -468,3 +468,10 @@ def test_a_blend_moves_with_its_coefficients_as_merges_do(base: SimoModel, exper
     blend(IMAGES.pictures)["depth"].square().mean().backward()
     grad = blend.blend.coefficients.grad
     assert grad is not None and torch.isfinite(grad).all() and (grad != 0).sum() == 7  # all but what is held at zero
+
+
+def test_an_agreement_that_is_no_number_is_none_in_the_record() -> None:
+    """The record is JSON, which has no infinity: a model with it could not be loaded again."""
+    trial = Trial(TaskArithmetic(scale=0.3), None, {"depth": float("nan"), "parts": 0.9})
+    assert trial.score == -math.inf
+    assert trial.describe() == {"method": "task-arithmetic", "scale": 0.3, "agreement": None}

@@ -12,6 +12,7 @@ import simomerge as sm
 from simomerge.checkpoints.card import is_model_card, learned_rooms, model_card
 from simomerge.checkpoints.description import read_description, record_evaluation
 from simomerge.core.caution import Caution
+from simomerge.core.errors import InputError
 
 ROOMS = "It has seen rendered toy rooms only"
 MEASURED = {"data": "bedrooms", "split": "test", "images": 8, "metrics": []}
@@ -67,3 +68,26 @@ def test_figures_replace_only_a_card_of_simomerge(text: str, ours: bool, make_mo
     readme.unlink()
     record_evaluation(folder, evaluation)
     assert is_model_card(readme)
+
+
+def test_figures_of_another_model_and_no_numbers_are_not_recorded(make_model: Any, tmp_path: Path) -> None:
+    model = make_model([sm.Task("depth")])
+    folder = model.save_pretrained(tmp_path / "scene")
+    measured, before = read_description(folder), (folder / "simo.json").read_text()
+    row = {"task": "depth", "metric": "abs_err", "unit": "m", "value": float("nan"), "higher_is_better": False}
+    evaluation = {"data": "photos", "split": "test", "images": 8, "metrics": [row]}
+    with pytest.raises(InputError, match="scene: the figures cannot be recorded, for it could not be read again"):
+        record_evaluation(folder, evaluation)
+    assert (folder / "simo.json").read_text() == before
+    row["value"] = 0.5
+    record_evaluation(folder, evaluation, measured)
+    record_evaluation(folder, evaluation, measured)  # earlier figures do not make it another model
+    model.provenance = {"training": {"images": 9}}
+    model.save_pretrained(folder, overwrite=True)
+    with pytest.raises(InputError, match="scene: holds another model than the one that was measured; evaluate it"):
+        record_evaluation(folder, evaluation, measured)
+    assert "evaluation" not in read_description(folder)
+    model.provenance = {"merge": {"tried": [{"agreement": float("-inf")}]}}
+    with pytest.raises(InputError, match="the model cannot be saved, for it could not be read again: Out of range"):
+        model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -24,6 +24,7 @@ from simomerge.core.classes import trusting
 from simomerge.core.progress import Console
 from simomerge.models.model import load
 from simomerge.recipes.recipe import Recipe
+from simomerge.training import evaluate as evaluate_module
 from simomerge.training.settings import TrainSettings
 
 from .conftest import TINY, Story, assert_mistake, simomerge
@@ -370,3 +371,22 @@ def test_a_model_made_on_pictures_is_looked_at_and_one_made_on_a_dataset_is_judg
     for data in ("rooms", str(tmp_path / "mine"), str(tmp_path / "mine/data.yaml"), "nyuv2:/data/nyuv2"):
         judged = judge_step(Path("scene"), experts, data, "--split", "test")
         assert judged == f"Next: simomerge evaluate scene depth=runs/depth --data {data} --split test"
+
+
+def test_figures_of_a_model_that_was_replaced_meanwhile_are_shown_and_not_recorded(
+    copy_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = copy_of("depth")
+    measure = evaluate_module.evaluate
+
+    def replaced(*given: Any) -> Any:
+        description = json.loads((scene / "simo.json").read_text())
+        description["provenance"]["training"]["images"] = 9
+        (scene / "simo.json").write_text(json.dumps(description))
+        return measure(*given)
+
+    monkeypatch.setattr(evaluate_module, "evaluate", replaced)
+    done = simomerge("evaluate", scene, "--count", 4, "--record")
+    assert done.code == 2 and "abs_err" in done.out and "Recorded" not in done.out
+    assert "holds another model than the one that was measured; evaluate it again." in done.err
+    assert "evaluation" not in json.loads((scene / "simo.json").read_text())

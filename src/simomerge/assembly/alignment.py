@@ -45,8 +45,9 @@ class Trial:
         return -math.inf if math.isnan(mean) else mean
 
     def describe(self) -> dict[str, Any]:
-        """As plain data, for provenance."""
-        return {**describe_method(self.method, self.schedule), "agreement": round(self.score, 4)}
+        """As plain data, for provenance. An agreement that is not a number is None."""
+        agreement = round(self.score, 4) if math.isfinite(self.score) else None
+        return {**describe_method(self.method, self.schedule), "agreement": agreement}
 
 
 class Aligner:

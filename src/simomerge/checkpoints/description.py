@@ -156,26 +156,39 @@ def format_of(encoder: Mapping[str, Any]) -> int:
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
     """Write simo.json and the model card README.md into a folder. Raises InputError if they could not be read again."""
-    text = json.dumps(description, indent=2) + "\n"
-    try:
-        _check(json.loads(text))
-    except ValueError as error:
-        raise InputError(f"the model cannot be saved, for it could not be read again: {error}.") from error
+    text = _written(description, "the model cannot be saved")
     (folder / FILE).write_text(text, encoding="utf-8")
     card = model_card(description, (folder / PICTURE).is_file())
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def record_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:
+def _written(description: Mapping[str, Any], problem: str) -> str:
+    """The text of a simo.json. Raises InputError with the problem if it could not be read again."""
+    try:
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+        _check(json.loads(text))
+    except ValueError as error:
+        raise InputError(f"{problem}, for it could not be read again: {str(error).rstrip('.')}.") from error
+    return text
+
+
+def record_evaluation(folder: Path, evaluation: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> None:
     """Enter measured figures into simo.json and the model card of an existing model folder; both are replaced.
 
     A README.md that a person wrote stays, with a warning.
 
     Args:
         evaluation: ``data``, ``split``, ``images``, ``metrics`` and perhaps ``delta_mtl`` (docs/formats.md).
+        measured: What `read_description` gave for the model that was measured.
+
+    Raises:
+        InputError: The folder holds another model by now, or figures that are no numbers. Nothing is written then.
     """
-    description = {**read_description(folder), "evaluation": dict(evaluation)}
-    atomic_write_text(folder / FILE, json.dumps(description, indent=2) + "\n")
+    present = read_description(folder)
+    if measured is not None and {**measured, "evaluation": None} != {**present, "evaluation": None}:
+        raise InputError(f"{folder}: holds another model than the one that was measured; evaluate it again.")
+    description = {**present, "evaluation": dict(evaluation)}
+    atomic_write_text(folder / FILE, _written(description, f"{folder}: the figures cannot be recorded"))
     card = folder / "README.md"
     if card.exists() and not is_model_card(card):
         warn(f"{card} is no model card of simomerge and stays as it is: the figures are in {FILE} only.")

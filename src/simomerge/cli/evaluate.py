@@ -28,7 +28,7 @@ def command(
     """Compute the metrics of every task of MODEL. With its EXPERTs, also normalised performance and Delta_MTL."""
     from simomerge.assembly.experts import load_experts
     from simomerge.checkpoints.card import learned_rooms
-    from simomerge.checkpoints.description import record_evaluation
+    from simomerge.checkpoints.description import read_description, record_evaluation
     from simomerge.core.distributed import join_processes
     from simomerge.core.machine import compute_device
     from simomerge.datasets.load import data_name, load_data
@@ -38,6 +38,7 @@ def command(
     if record and not (Path(model) / "simo.json").is_file():
         raise InputError(f"{model}: --record needs a model folder on this disk.")
     join_processes()
+    described = read_description(Path(model)) if record else None
     evaluated = load(model)
     tasks = evaluated.tasks
     for task in experts:
@@ -57,9 +58,13 @@ def command(
         device = compute_device()
         scores = evaluate(evaluated.to(device), dataset)
         baseline = {task: evaluate(expert.to(device), dataset)[task] for task, expert in expert_models.items()}
+    unrecorded = None
     if record and is_first():
         about = {"data": data_name(data), "split": split, "images": len(dataset)}
-        record_evaluation(Path(model), evaluation_record(evaluated, scores, about, baseline))
+        try:
+            record_evaluation(Path(model), evaluation_record(evaluated, scores, about, baseline), described)
+        except InputError as error:  # the figures are shown all the same
+            unrecorded = error
     result: dict[str, object] = {"scores": scores}
     shown: list[str | Table] = [f"{model} on {len(dataset)} images of {data} ({split}):", score_table(scores, tasks)]
     if baseline:
@@ -72,8 +77,10 @@ def command(
             "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
             f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)" + _partial(baseline, scores),
         ]
-    recorded = [f"Recorded in {model}."] if record else []
+    recorded = [f"Recorded in {model}."] if record and unrecorded is None else []
     say(as_json, result, *shown, *recorded)
+    if unrecorded is not None:
+        raise unrecorded
 
 
 def _partial(baseline: dict[str, Any], scores: dict[str, Any]) -> str:

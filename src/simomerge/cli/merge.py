@@ -388,4 +388,5 @@ def _trial(trial: dict[str, Any]) -> str:
     scale = trial.get("scale")
     shown = " scale learned" if isinstance(scale, dict) else f" scale {scale:g}" if scale is not None else ""
     schedule = f" {trial['schedule']}" if trial.get("schedule") else ""
-    return f"{trial['method']}{schedule}{shown}: agreement {trial['agreement']:.3f}"
+    agreement = "none, because it predicts no numbers" if trial["agreement"] is None else f"{trial['agreement']:.3f}"
+    return f"{trial['method']}{schedule}{shown}: agreement {agreement}"
