@@ -390,3 +390,19 @@ def test_figures_of_a_model_that_was_replaced_meanwhile_are_shown_and_not_record
     assert done.code == 2 and "abs_err" in done.out and "Recorded" not in done.out
     assert "holds another model than the one that was measured; evaluate it again." in done.err
     assert "evaluation" not in json.loads((scene / "simo.json").read_text())
+
+
+def test_an_expert_that_scores_nothing_costs_no_other_result(story: Story, copy_of: Any, monkeypatch: Any) -> None:
+    scene, measure, calls = copy_of("scene"), evaluate_module.evaluate, []
+
+    def measured(*given: Any) -> Any:
+        calls.append(given)
+        found = measure(*given)
+        return found if len(calls) == 1 else {"depth": dict.fromkeys(found["depth"], 0.0)}
+
+    monkeypatch.setattr(evaluate_module, "evaluate", measured)
+    done = simomerge("evaluate", scene, f"depth={story / 'depth'}", "--count", 4, "--record", "--json")
+    assert done.code == 0 and set(done.json) == {"scores", "experts"}
+    assert "No Delta_MTL, because task 'depth': the baseline's abs_err is 0.0" in done.err
+    recorded = json.loads((scene / "simo.json").read_text())["evaluation"]
+    assert "delta_mtl" not in recorded and [row["task"] for row in recorded["metrics"]] == ["depth", "normals"]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from simomerge.cli import options
-from simomerge.cli.output import Table, console, is_first, say
+from simomerge.cli.output import Table, console, is_first, say, warning
 from simomerge.core.errors import InputError
 
 
@@ -33,7 +33,7 @@ def command(
     from simomerge.core.machine import compute_device
     from simomerge.datasets.load import data_name, load_data
     from simomerge.models.model import as_expert, load
-    from simomerge.training.evaluate import delta_mtl, evaluate, evaluation_record, normalised_performance, shared_tasks
+    from simomerge.training.evaluate import evaluate, evaluation_record, shared_tasks
 
     if record and not (Path(model) / "simo.json").is_file():
         raise InputError(f"{model}: --record needs a model folder on this disk.")
@@ -68,19 +68,32 @@ def command(
     result: dict[str, object] = {"scores": scores}
     shown: list[str | Table] = [f"{model} on {len(dataset)} images of {data} ({split}):", score_table(scores, tasks)]
     if baseline:
-        shared = {task: scores[task] for task in scores if task in baseline}
-        ratios = normalised_performance(shared, baseline, tasks)
-        delta = delta_mtl(shared, baseline, tasks)
-        result |= {"experts": baseline, "normalised_performance": ratios, "delta_mtl": delta}
-        shown += ["Experts:", score_table(baseline, tasks)]
-        shown += [
-            "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
-            f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)" + _partial(baseline, scores),
-        ]
+        relative, lines = _relative_to(baseline, scores, tasks)
+        result |= {"experts": baseline, **relative}
+        shown += ["Experts:", score_table(baseline, tasks), *lines]
     recorded = [f"Recorded in {model}."] if record and unrecorded is None else []
     say(as_json, result, *shown, *recorded)
     if unrecorded is not None:
         raise unrecorded
+
+
+def _relative_to(
+    baseline: dict[str, Any], scores: dict[str, Any], tasks: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Figures relative to those of the experts, as plain data and as text; both are empty if an expert has 0."""
+    from simomerge.training.evaluate import delta_mtl, normalised_performance
+
+    shared = {task: scores[task] for task in scores if task in baseline}
+    try:
+        ratios, delta = normalised_performance(shared, baseline, tasks), delta_mtl(shared, baseline, tasks)
+    except InputError as error:  # the scores are shown all the same
+        warning(f"No Delta_MTL, because {error}")
+        return {}, []
+    lines = [
+        "Normalised performance: " + ", ".join(f"{task} {value:.3f}" for task, value in ratios.items()),
+        f"Delta_MTL: {delta:+.2f} % (0 equals the experts, higher is better)" + _partial(baseline, scores),
+    ]
+    return {"normalised_performance": ratios, "delta_mtl": delta}, lines
 
 
 def _partial(baseline: dict[str, Any], scores: dict[str, Any]) -> str:

@@ -200,7 +200,7 @@ def evaluation_record(
         row |= {"expert": known[name][task.metric]} if name in known else {}
         if all(math.isfinite(number) for number in (values[task.metric], row.get("expert", 0.0))):
             rows.append(row)
-    complete = len(rows) == len(scores) and set(scores) <= set(known)
+    complete = 0 < len(rows) == len(scores) and all(row.get("expert", 0.0) > 0 for row in rows)
     delta = {"delta_mtl": delta_mtl(scores, known, model.tasks)} if complete else {}
     return {**about, "metrics": rows, **delta, "weights": fingerprint_of(model)}
 
