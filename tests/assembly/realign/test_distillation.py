@@ -245,7 +245,7 @@ def test_what_cannot_be_stored_is_computed(
 def test_predictions_are_stored_within_the_budget(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
 ) -> None:
-    needed = 2 * (1 + 3) * 16 * 24 * 32  # bytes, channels of both tasks, images, pixels
+    needed = (4 * 1 + 2 * 3) * 16 * 24 * 32  # bytes and channels of both tasks, images, pixels
     for budget, kept in ((needed, True), (needed - 1, False)):
         work = tmp_path / str(budget)
         distil(start, experts, work_folder=work, cache_budget=f"{budget}B", training=replace(SETTINGS, steps=1))
@@ -540,7 +540,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size_before_the_fold(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
 ) -> None:
-    message = r"16 images need 98\.3 kB for the experts' predictions, and 1 kB are free; use fewer images"
+    message = r"16 images need 122\.9 kB for the experts' predictions, and 1 kB are free; use fewer images"
     with pytest.raises(InputError, match=message):
         distil(unfolded(start, experts), experts, predictions="stored", work_folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
@@ -551,9 +551,9 @@ def test_for_the_heads_predictions_and_features_are_checked_together(
 ) -> None:
     given: dict[str, Any] = {"method": "distill", "hold_out": 0.25, "training": replace(SETTINGS, steps=1)}
     features = 12 * bytes_per_image(start.encoder, torch.zeros(3, 24, 32))  # a quarter of 16 images is held out
-    free[0] = 98_304 + features - 1
+    free[0] = 122_880 + features - 1
     message = (
-        rf"16 images need 98\.3 kB for the experts' predictions and {size_text(features)} for the encoder's features"
+        rf"16 images need 122\.9 kB for the experts' predictions and {size_text(features)} for the encoder's features"
     )
     with pytest.raises(InputError, match=message):
         realign(unfolded(start, experts), experts, IMAGES, **given, work_folder=tmp_path)
@@ -570,12 +570,12 @@ def test_predictions_that_auto_does_not_store_are_said(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
 ) -> None:
     still = replace(SETTINGS, steps=1)
-    message = r"run for each batch.*on 16 images need 98\.3 kB: the budget is 90 kB, and [\d.]+ GB are free"
+    message = r"run for each batch.*on 16 images need 122\.9 kB: the budget is 120 kB, and [\d.]+ GB are free"
     with pytest.warns(UserWarning, match=message):
-        distil(start, experts, work_folder=tmp_path, cache_budget="90kB", training=still)
+        distil(start, experts, work_folder=tmp_path, cache_budget="120kB", training=still)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*run for each batch")
-        for chosen in ({"cache_budget": "100kB"}, {"predictions": "live"}, {"features": 0.5}):
+        for chosen in ({"cache_budget": "125kB"}, {"predictions": "live"}, {"features": 0.5}):
             distil(start, experts, training=still, **chosen)
 
 
@@ -583,7 +583,7 @@ def test_the_size_is_announced_before_a_file_is_made(experts: dict[str, SimoMode
     lines: list[tuple[str, int]] = []
     with show_progress(lambda *line: lines.append((line[3], len(list(tmp_path.rglob("*.npy")))))):
         TeacherPredictions(as_images(IMAGES), experts, tmp_path / "predictions")
-    assert lines[0] == ("98.3 kB on disk", 0) and lines[1][1] == 2
+    assert lines[0] == ("122.9 kB on disk", 0) and lines[1][1] == 2
 
 
 def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:

@@ -27,7 +27,7 @@ class Agreement:
 
     Attributes:
         images: Batches of images, float (B, 3, H, W).
-        logits: The experts' logits (B, C, H, W) in half precision by task, for each batch.
+        logits: The experts' logits (B, C, H, W) by task, for each batch.
     """
 
     experts: Mapping[str, SimoModel]
@@ -45,7 +45,7 @@ class Agreement:
         for task, expert in self.experts.items():
             with evaluating(expert), autocast(batch.images.device):
                 predicted = expert.decode(batch.features[task].of_images(chosen), [task])[task]
-            logits[task] = predicted.float().clamp(-6e4, 6e4).half()
+            logits[task] = predicted.float()
         self.images.append(batch.images[chosen])
         self.logits.append(logits)
 
@@ -57,7 +57,9 @@ class Agreement:
         return found
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what `tensors` gave."""
+        """Keep what `tensors` gave. Raises RuntimeError if an earlier version cut and rounded the logits to float16."""
+        if any("/logits/" in name and value.dtype != torch.float32 for name, value in tensors.items()):
+            raise RuntimeError("its predictions are not float32")
         device = next(next(iter(self.experts.values())).parameters()).device
         while (found := tensors.get(f"agreement/{len(self.images)}/image")) is not None:
             place = len(self.images)
@@ -75,7 +77,7 @@ class Agreement:
             with evaluating(model), autocast(images.device):
                 predicted = model.decode(model.encode(images), list(sums))
             for task in sums:
-                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task].float())) * len(images)
+                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task])) * len(images)
         return self._means(sums)
 
     def _means(self, sums: Mapping[str, float]) -> dict[str, float]:
