@@ -19,7 +19,7 @@ from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from simomerge.assembly.realign import predictions as predictions_module
 from simomerge.assembly.realign import realign
-from simomerge.assembly.realign.agreement import Agreement
+from simomerge.assembly.realign.agreement import Agreement, judging
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.assembly.realign.teacher import observe
@@ -109,6 +109,7 @@ class Unlabelled(DenseDataset):
 # The teacher --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("float32")
 def test_the_teacher_is_the_experts_logits(experts: dict[str, SimoModel], tmp_path: Path) -> None:
     images = smooth_images(5, 20, 28)  # no whole number of patches
     predictions = TeacherPredictions(as_images(images), experts, tmp_path / "predictions")
@@ -162,6 +163,7 @@ def test_logits_too_large_for_half_precision_stay_finite(experts: dict[str, Simo
     assert torch.isfinite(predictions[0]["parts"]).all() and predictions[0]["parts"].min() > 5e4
 
 
+@pytest.mark.usefixtures("float32")
 def test_logits_in_units_of_the_target_are_kept_in_full(experts: dict[str, SimoModel], tmp_path: Path) -> None:
     """A pressure in Pa has more than float16 holds, and a depth in mm falls between its steps."""
     given = copy.deepcopy(experts["depth"])
@@ -176,7 +178,7 @@ def test_logits_in_units_of_the_target_are_kept_in_full(experts: dict[str, SimoM
         torch.testing.assert_close(predictions[index]["depth"], wanted[index], rtol=1e-6, atol=0)
     files = {path.name: path.stat().st_size for path in (tmp_path / "predictions").glob("*.npy")}
     assert predictions.bytes_of_predictions == 4 * 16 * 24 * 32 == files["depth.npy"] - 128
-    agreement = Agreement({"depth": given})
+    agreement = Agreement({"depth": given}, judging(images))
     for batch in observe({"depth": given}, images, check=False):
         agreement.add(batch)
     torch.testing.assert_close(torch.cat([each["depth"] for each in agreement.logits]), wanted[held_out(images)])
@@ -195,7 +197,9 @@ def test_predictions_that_an_earlier_version_rounded_are_not_used(
     (tmp_path / "next-0-of-1").write_text("4")
     assert torch.equal(TeacherPredictions(images, given, tmp_path)[3]["depth"], expected)
     with pytest.raises(RuntimeError, match="not float32"):
-        Agreement(given).fill({"agreement/0/image": torch.zeros(1), "agreement/0/logits/depth": torch.zeros(1).half()})
+        Agreement(given, []).fill(
+            {"agreement/0/image": torch.zeros(1), "agreement/0/logits/depth": torch.zeros(1).half()}
+        )
 
 
 def test_images_of_several_sizes_are_refused_with_the_sizes(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import get_realignment, realign
-from simomerge.assembly.realign.agreement import Agreement
+from simomerge.assembly.realign.agreement import Agreement, judging
 from simomerge.assembly.realign.fold import VARIANTS
 from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES, Fit, HeadSums, fold_heads, head_targets
@@ -931,7 +931,7 @@ def test_distances_are_those_of_heads_that_have_not_seen_the_held_out_images(
     scene: SimoModel, experts: dict[str, SimoModel]
 ) -> None:
     images = as_images(IMAGES)
-    agreement = Agreement(experts)
+    agreement = Agreement(experts, judging(images))
     folded = fold_heads(scene, head_targets(scene, experts, images, agreement=agreement), agreement=agreement)
     kept, out = groups.training_images(images, groups.SHARE), groups.held_out(images)
     blind = fold_heads(scene, list(head_targets(scene, experts, images._subset(kept))), ridge=1.0)

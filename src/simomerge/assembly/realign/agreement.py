@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from simomerge.assembly.realign.held_out import evenly
 from simomerge.assembly.realign.teacher import Observation
 from simomerge.core import distributed
 from simomerge.core.machine import autocast
+from simomerge.datasets.groups import held_out
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 
 MOST_IMAGES = 64
 """At most this number of held-out images is kept; more change a mean distance little."""
+
+
+def judging(images: Any) -> list[int]:
+    """Indices of the images on which a fold is judged: held-out ones, spread evenly over all of them."""
+    return evenly(held_out(images), MOST_IMAGES)
 
 
 @dataclass
@@ -24,6 +32,7 @@ class Agreement:
 
     Args:
         experts: By task.
+        chosen: Indices of the images to keep, see `judging`. Under torchrun each process keeps those of its share.
 
     Attributes:
         images: Batches of images, float (B, 3, H, W).
@@ -31,16 +40,17 @@ class Agreement:
     """
 
     experts: Mapping[str, SimoModel]
+    chosen: Collection[int]
     images: list[Tensor] = field(default_factory=list)
     logits: list[dict[str, Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def add(self, batch: Observation) -> None:
-        """Keep the held-out images of a batch, unless `MOST_IMAGES` are kept already."""
-        room = MOST_IMAGES // distributed.processes() - sum(map(len, self.images))
-        chosen = batch.held_out.nonzero().flatten()[: max(room, 0)].to(batch.images.device)
-        if not len(chosen):
+        """Keep the chosen images of a batch."""
+        places = [place for place, index in enumerate(batch.indices) if index in self.chosen]
+        if not places:
             return
+        chosen = torch.tensor(places, device=batch.images.device)
         logits = {}
         for task, expert in self.experts.items():
             with evaluating(expert), autocast(batch.images.device):

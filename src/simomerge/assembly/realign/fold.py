@@ -61,7 +61,7 @@ class Fold(Realignment):
         return True
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
-        from simomerge.assembly.realign.agreement import Agreement
+        from simomerge.assembly.realign.agreement import Agreement, judging
         from simomerge.assembly.realign.layout import FoldLayout
         from simomerge.assembly.realign.restart import SavedSums
         from simomerge.assembly.realign.sums import HeadSums, fold_heads, head_sums, head_targets
@@ -69,7 +69,7 @@ class Fold(Realignment):
         from simomerge.core import distributed
 
         check_heads(model, inputs.experts)
-        agreement = Agreement(inputs.experts)
+        agreement = Agreement(inputs.experts, judging(inputs.images))
         saved = SavedSums(inputs.work_folder, HeadSums(FoldLayout(model, self.variant)), agreement)
         start, step = saved.resume(), distributed.processes()
         targets = head_targets(
