@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import Distill, distillation, get_realignment, held_out, realign
+from simomerge.assembly.realign.agreement import least_distance
 from simomerge.assembly.realign.distillation import ExpertDistances
 from simomerge.assembly.realign.held_out import split_off
-from simomerge.assembly.realign.method import heads_were_changed
+from simomerge.assembly.realign.method import distance_ratio, heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
@@ -106,6 +107,45 @@ def test_every_distance_is_one_at_the_start(start: SimoModel, experts: dict[str,
         for task, value in ExpertDistances(experts)(start, batch).items():  # without units, the distances themselves
             assert float(value) == pytest.approx(raw[task], rel=1e-4)
     assert max(raw.values()) > 1.5 * min(raw.values())  # without units one task would outweigh the other
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_unit_of_a_regression_changes_no_ratio(norm: str) -> None:
+    task, power = Task("level", "regression", norm=norm), {"l1": 1, "l2": 2}[norm]
+    predictions = torch.rand((6, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    least = least_distance(task, predictions)
+    assert 1e-7 < least < 1e-6
+    for factor in (1e-5, 1e5):
+        small = factor * predictions
+        assert least_distance(task, small) == pytest.approx(factor**power * least, rel=0.2)
+        before, after = (float(task.distance(small + factor * by, small)) for by in (0.01, 0.09))
+        assert distance_ratio(before, after, least_distance(task, small)) == pytest.approx(9**power, rel=1e-2)
+        assert distance_ratio(factor**power * 1e-8, factor**power * 9e-8, least_distance(task, small)) == 1
+    assert least_distance(task, torch.zeros(2, 1, 4, 4)) == 1e-6
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_task_of_small_values_counts_as_much_as_another(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    task = Task("depth", "regression", norm="l2")
+
+    def small(model: SimoModel) -> SimoModel:
+        head: Any = copy.deepcopy(model.heads["depth"])
+        with torch.no_grad():
+            head.output.weight.mul_(1e-5)
+            head.output.bias.mul_(1e-5)
+        return SimoModel(model.encoder, {"depth": task}, {"depth": head}).eval()
+
+    given, model = {"depth": small(experts["depth"])}, small(start)
+    data = UnlabelledImages(as_images(IMAGES), given)
+    distances = ExpertDistances(given, stored=False)
+    before = distances.measured(model, data)["depth"]
+    units = distances.in_units_of(model, data)
+    assert 0 < before < 1e-9 and units.units["depth"] == pytest.approx(before, rel=1e-3)
+    assert units.measured(model, data)["depth"] == pytest.approx(before)  # these are without units
+    images = torch.stack([data.image(index) for index in range(len(data))])
+    with torch.no_grad():
+        assert float(units(model, {"image": images})["depth"]) == pytest.approx(1, rel=1e-3)
+    assert distances.least(model, data)["depth"] < 1e-3 * before
 
 
 def test_live_predictions_are_the_stored_ones(start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import get_realignment, realign
-from simomerge.assembly.realign.agreement import Agreement, judging
+from simomerge.assembly.realign.agreement import Agreement, judging, least_distance
 from simomerge.assembly.realign.fold import VARIANTS
 from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES, Fit, HeadSums, fold_heads, head_targets
@@ -945,3 +945,4 @@ def test_distances_are_those_of_heads_that_have_not_seen_the_held_out_images(
             wanted = expert(batch)[task]
             before = float(scene.tasks[task].distance(scene(batch)[task], wanted))
             assert folded.before[task] == pytest.approx(before, rel=1e-3)
+            assert agreement.least()[task] == pytest.approx(least_distance(scene.tasks[task], wanted), rel=0.2)

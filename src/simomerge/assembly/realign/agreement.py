@@ -14,11 +14,32 @@ from simomerge.assembly.realign.teacher import Observation
 from simomerge.core import distributed
 from simomerge.core.machine import autocast
 from simomerge.datasets.groups import held_out
+from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 
 MOST_IMAGES = 64
 """At most this number of held-out images is kept; more change a mean distance little."""
+
+LEAST_DISTANCE = 1e-6
+"""Distances to an expert that are smaller are rounding, where predictions have no unit of their own."""
+
+
+def distance_apart(task: Task, predictions: Tensor) -> float:
+    """The distance between predictions (N, C, H, W) for different images, far apart in their order."""
+    return float(task.distance(predictions.roll(max(len(predictions) // 2, 1), 0), predictions))
+
+
+def least_distance(task: Task, predictions: Tensor) -> float:
+    """The distance from predictions (N, C, H, W) below which a distance is rounding.
+
+    If they have a unit of their own, it is relative to the distance between predictions for different images, and not
+    below the distance that a relative error of `LEAST_DISTANCE` makes.
+    """
+    if not task.has_own_scale:
+        return LEAST_DISTANCE
+    rounding = float(task.distance((1 + LEAST_DISTANCE) * predictions, predictions))
+    return max(LEAST_DISTANCE * distance_apart(task, predictions), rounding) or LEAST_DISTANCE
 
 
 def judging(images: Any) -> list[int]:
@@ -88,6 +109,16 @@ class Agreement:
                 predicted = model.decode(model.encode(images), list(sums))
             for task in sums:
                 sums[task] += float(model.tasks[task].distance(predicted[task], logits[task])) * len(images)
+        return self._means(sums)
+
+    def least(self) -> dict[str, float]:
+        """`least_distance` by task. Under torchrun it is the mean over the images of all processes."""
+        sums = dict.fromkeys(self.experts, 0.0)
+        for size in {images.shape[-2:] for images in self.images}:
+            chosen = [place for place, images in enumerate(self.images) if images.shape[-2:] == size]
+            for task, expert in self.experts.items():
+                predictions = torch.cat([self.logits[place][task] for place in chosen])
+                sums[task] += least_distance(expert.tasks[task], predictions) * len(predictions)
         return self._means(sums)
 
     def _means(self, sums: Mapping[str, float]) -> dict[str, float]:
