@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from simomerge.assembly import budget
 from simomerge.assembly import merge as merging
 from simomerge.assembly.budget import distil_until
-from simomerge.assembly.realign import realign
+from simomerge.assembly.realign import Distill, Fold, Inputs, realign
 from simomerge.assembly.realign.distillation import Distilling
 from simomerge.assembly.realign.predictions import UnlabelledImages
 from simomerge.core.errors import InputError
@@ -156,3 +157,29 @@ def test_mistakes_are_named(experts: dict[str, SimoModel], make_model: Callable[
         merging.merge(base, experts, "ties", minutes=2)
     with pytest.raises(InputError, match="minutes is -1; give a number above 0"):
         merging.merge(base, experts, "auto", images=IMAGES, minutes=-1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_auto_folds_and_distils_at_the_size_at_which_it_chooses(
+    experts: dict[str, SimoModel], make_model: Callable[..., SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = copy.deepcopy(experts["depth"])
+    trained.provenance = {**trained.provenance, "training": {"size": [16, 16]}}
+    sizes: dict[str, set[tuple[int, ...]]] = {}
+
+    def note(change: Any, self: Any, model: SimoModel, inputs: Inputs) -> Any:
+        found = {tuple(inputs.images.image(index).shape[1:]) for index in range(len(inputs.images))}
+        sizes.setdefault(self.name, set()).update(found)
+        return change(self, model, inputs)
+
+    for kind in (Fold, Distill):
+        change = kind.change
+        monkeypatch.setattr(kind, "change", lambda *given, change=change: note(change, *given))
+    monkeypatch.setattr(merging, "learn_coefficients", lambda *_, **__: merging.TaskArithmetic(scale=0.35))
+    monkeypatch.setattr(merging, "AUTO_METHODS", merging.AUTO_METHODS[:1])
+    monkeypatch.setattr(budget, "LEAST_STEPS", 1)
+    monkeypatch.setattr(budget, "MOST_STEPS", 2)
+    for size, seen in (("own", (24, 32)), (None, (16, 16))):
+        sizes.clear()
+        merging.merge(make_model({}), {"depth": trained}, "auto", images=IMAGES, size=size, minutes=1)
+        assert sizes == {"fold": {seen}, "distill": {seen}}

@@ -10,6 +10,7 @@ import torch
 
 from simomerge.assembly.experts import with_merged_encoder
 from simomerge.core.errors import InputError
+from simomerge.datasets.tasks import Task
 from simomerge.merging import TaskArithmetic, ZeroShot
 from simomerge.models.model import SimoModel
 from simomerge.relations import Judge, Sweeps, sweep
@@ -88,6 +89,20 @@ def test_judges_without_enough_information_are_errors(experts: dict[str, SimoMod
         Judge({"depth": blind}, dataset, labelled=False)
     with pytest.raises(InputError, match="nothing can be relative"):
         Judge({"parts": _never_right(experts["parts"])}, _one_class(dataset), labelled=True)
+
+
+def test_predictions_of_small_values_are_not_alike(experts: dict[str, SimoModel], dataset: RandomDataset) -> None:
+    """Only their unit is small."""
+    chances = []
+    for factor in (1.0, 1e-7):
+        head = copy.deepcopy(experts["depth"].heads["depth"])
+        for parameter in head.output.parameters():
+            parameter.data.mul_(factor)
+        expert = SimoModel(experts["depth"].encoder, {"depth": Task("depth", "regression")}, {"depth": head}).eval()
+        judge = Judge({"depth": expert}, dataset, labelled=False)
+        assert judge.performance(judge.scores(expert))["depth"] == pytest.approx(1)
+        chances.append(judge.chance["depth"])
+    assert chances[1] == pytest.approx(1e-7 * chances[0], rel=1e-3) and 0 < chances[1] < 1e-6
 
 
 def _never_right(expert: SimoModel) -> SimoModel:

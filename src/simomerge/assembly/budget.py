@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from simomerge.assembly.images import OWN_SIZE
 from simomerge.assembly.realign import get_realignment, prepared
 from simomerge.assembly.realign.held_out import VALIDATIONS
 from simomerge.core import distributed
@@ -98,7 +99,7 @@ def _distil(
     method = get_realignment("distill-encoder", retry=False, **settings)  # the time is for one training
     with warnings.catch_warnings():  # the choice records why the fold is kept, and a user gives no learning rate here
         warnings.filterwarnings("ignore", message=".*the weights at the start are kept", category=Caution)
-        return method.apply(model, prepared(method, model, folder, experts=experts, images=images))
+        return method.apply(model, prepared(method, model, folder, OWN_SIZE, experts=experts, images=images))
 
 
 def _forget(folder: Path) -> None:

@@ -183,7 +183,7 @@ class Judge:
                     f"the predictions of the expert of {name!r} are not finite, or nowhere valid, so nothing can be"
                     " compared with them: give labelled data, or check the expert."
                 )
-        constant = [name for name, width in ranges.items() if not abs(width) > 1e-6]
+        constant = [name for name, width in ranges.items() if not abs(width) > 1e-6 * self._size(name)]
         if constant and (not lenient or len(constant) == len(ranges)):
             raise InputError(
                 f"the expert of {constant[0]!r} predicts the same for every image, so nothing can be compared with its"
@@ -195,6 +195,12 @@ class Judge:
                 " choice; give images of different scenes."
             )
             del self.tasks[name]
+
+    def _size(self, name: str) -> float:
+        """Mean absolute value of a task's predictions in a unit of their own; 1 for tasks without one."""
+        if not self.tasks[name].has_own_scale:
+            return 1.0
+        return sum(float(batch.targets[name].abs().mean()) for batch in self._predicted) / len(self._predicted)
 
 
 def _resize_like(values: Tensor, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from simomerge.assembly.alignment import Aligner, Trial
 from simomerge.assembly.budget import distil_until
 from simomerge.assembly.coefficients import learn_coefficients
 from simomerge.assembly.experts import assemble, check_experts, with_parameters, with_statistics
-from simomerge.assembly.images import prepare
+from simomerge.assembly.images import OWN_SIZE, prepare
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.assembly.sharing.cost import check_kind
@@ -288,7 +288,7 @@ def _auto(
     plain: Any = tried[0].method
     aligner.try_out(learn_coefficients(base, experts, few, plain.scale, rounds=1))
     merged = _assembled(aligner, aligner.best)
-    folded = realign(merged, experts, few, variant="cross-tap")
+    folded = realign(merged, experts, few, variant="cross-tap", size=OWN_SIZE)
     return folded if ends is None else distil_until(ends, folded, merged, experts, images)
 
 

@@ -215,14 +215,7 @@ KINDS: dict[str, Kind] = {
     "edges": _mask(_edge_cross_entropy, "f1"),
     "binary": _mask(_binary_cross_entropy, "iou"),
     "flow": Kind(
-        2,
-        _end_point,
-        lambda t: torch.isfinite(t).all(1),
-        lambda logits: logits,
-        _mean_end_point,
-        "epe",
-        "px",
-        directed=True,
+        2, _end_point, lambda t: torch.isfinite(t).all(1), lambda t: t, _mean_end_point, "epe", "px", directed=True
     ),
     "albedo": _share(channels=3),
     "texture": _share("gray"),
@@ -333,6 +326,11 @@ class Task:
     @property
     def higher_is_better(self) -> bool:
         return self.behaviour.higher_is_better
+
+    @property
+    def has_own_scale(self) -> bool:
+        """Whether logits are in units of the target without bounds, so that float16 need not hold their values."""
+        return self.metric in _IN_UNITS and not self.behaviour.bounded
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Training loss: a float32 scalar. Shapes as in `KINDS`."""

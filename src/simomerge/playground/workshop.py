@@ -18,7 +18,7 @@ from simomerge.assembly.experts import assemble, with_merged_encoder
 from simomerge.assembly.images import prepare
 from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign import realign
-from simomerge.assembly.realign.agreement import Agreement
+from simomerge.assembly.realign.agreement import Agreement, judging
 from simomerge.assembly.realign.sums import HeadTargets, fold_heads, head_targets, with_heads
 from simomerge.checkpoints.experts import trained_size
 from simomerge.core.caution import warn
@@ -214,7 +214,7 @@ class Workshop:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             images = self._prepared(pictures)
-            agreement = Agreement(experts)
+            agreement = Agreement(experts, judging(images))
             targets = list(head_targets(merged, experts, images, variant, agreement=agreement))
             judge = None
             if len(images) >= LEAST_IMAGES:

@@ -19,10 +19,13 @@ from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from simomerge.assembly.realign import predictions as predictions_module
 from simomerge.assembly.realign import realign
+from simomerge.assembly.realign.agreement import Agreement, judging
 from simomerge.assembly.realign.fold import Fold
 from simomerge.assembly.realign.predictions import TeacherPredictions
+from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
+from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Features
@@ -106,7 +109,8 @@ class Unlabelled(DenseDataset):
 # The teacher --------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_is_the_experts_logits_in_half_precision(experts: dict[str, SimoModel], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("float32")
+def test_the_teacher_is_the_experts_logits(experts: dict[str, SimoModel], tmp_path: Path) -> None:
     images = smooth_images(5, 20, 28)  # no whole number of patches
     predictions = TeacherPredictions(as_images(images), experts, tmp_path / "predictions")
     assert len(predictions) == 5 and list(predictions.tasks) == ["depth", "parts"]
@@ -116,7 +120,11 @@ def test_the_teacher_is_the_experts_logits_in_half_precision(experts: dict[str, 
         assert wanted.shape == (5, TASKS[task].channels, 20, 28)
         for index in range(5):
             found = predictions[index][task]
-            assert found.dtype == torch.float32 and torch.equal(found, found.half().float())
+            assert found.dtype == torch.float32
+            if task == "depth":  # in metres, without bounds: in full precision
+                torch.testing.assert_close(found, wanted[index], rtol=1e-5, atol=1e-5)
+                continue
+            assert torch.equal(found, found.half().float())
             torch.testing.assert_close(found, wanted[index], rtol=2e-3, atol=1e-3)
     assert torch.equal(predictions[3]["image"], as_images(images).image(3)) and list(
         predictions.targets(0, ["parts"])
@@ -147,12 +155,51 @@ def test_what_crosses_to_a_worker_is_neither_the_logits_nor_an_expert(
 
 
 def test_logits_too_large_for_half_precision_stay_finite(experts: dict[str, SimoModel], tmp_path: Path) -> None:
-    experts = copy.deepcopy(experts)
+    given = copy.deepcopy(experts["parts"])
     with torch.no_grad():
-        bias: Any = experts["depth"].heads["depth"].output.bias
+        bias: Any = given.heads["parts"].output.bias
         bias.fill_(1e6)
-    predictions = TeacherPredictions(as_images(IMAGES[:2]), {"depth": experts["depth"]}, tmp_path / "predictions")
-    assert torch.isfinite(predictions[0]["depth"]).all() and predictions[0]["depth"].min() > 5e4
+    predictions = TeacherPredictions(as_images(IMAGES[:2]), {"parts": given}, tmp_path / "predictions")
+    assert torch.isfinite(predictions[0]["parts"]).all() and predictions[0]["parts"].min() > 5e4
+
+
+@pytest.mark.usefixtures("float32")
+def test_logits_in_units_of_the_target_are_kept_in_full(experts: dict[str, SimoModel], tmp_path: Path) -> None:
+    """A pressure in Pa has more than float16 holds, and a depth in mm falls between its steps."""
+    given = copy.deepcopy(experts["depth"])
+    with torch.no_grad():
+        bias: Any = given.heads["depth"].output.bias
+        bias.fill_(101325.0)
+    images = as_images(IMAGES[:16])
+    predictions = TeacherPredictions(images, {"depth": given}, tmp_path / "predictions")
+    with torch.no_grad():
+        wanted = given(batch_of(IMAGES[:16]))["depth"]
+    for index in range(16):
+        torch.testing.assert_close(predictions[index]["depth"], wanted[index], rtol=1e-6, atol=0)
+    files = {path.name: path.stat().st_size for path in (tmp_path / "predictions").glob("*.npy")}
+    assert predictions.bytes_of_predictions == 4 * 16 * 24 * 32 == files["depth.npy"] - 128
+    agreement = Agreement({"depth": given}, judging(images))
+    for batch in observe({"depth": given}, images, check=False):
+        agreement.add(batch)
+    torch.testing.assert_close(torch.cat([each["depth"] for each in agreement.logits]), wanted[held_out(images)])
+
+
+def test_predictions_that_an_earlier_version_rounded_are_not_used(
+    experts: dict[str, SimoModel], tmp_path: Path
+) -> None:
+    images, given = as_images(IMAGES[:4]), {"depth": experts["depth"]}
+    expected = TeacherPredictions(images, given, tmp_path)[3]["depth"]
+    rounded = np.zeros((4, 1, 24, 32), np.float16)
+    np.save(tmp_path / "depth.npy", rounded)
+    with pytest.raises(InputError, match=rf"depth\.npy: holds float16 .*; remove the folder {tmp_path}, and repeat"):
+        TeacherPredictions(images, given, tmp_path).targets(3, ["depth"])
+    (tmp_path / "done").unlink()  # as after an interruption
+    (tmp_path / "next-0-of-1").write_text("4")
+    assert torch.equal(TeacherPredictions(images, given, tmp_path)[3]["depth"], expected)
+    with pytest.raises(RuntimeError, match="not float32"):
+        Agreement(given, []).fill(
+            {"agreement/0/image": torch.zeros(1), "agreement/0/logits/depth": torch.zeros(1).half()}
+        )
 
 
 def test_images_of_several_sizes_are_refused_with_the_sizes(

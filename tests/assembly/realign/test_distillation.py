@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import Distill, distillation, get_realignment, held_out, realign
+from simomerge.assembly.realign.agreement import least_distance
 from simomerge.assembly.realign.distillation import ExpertDistances
 from simomerge.assembly.realign.held_out import split_off
-from simomerge.assembly.realign.method import heads_were_changed
+from simomerge.assembly.realign.method import distance_ratio, heads_were_changed
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
@@ -106,6 +107,45 @@ def test_every_distance_is_one_at_the_start(start: SimoModel, experts: dict[str,
         for task, value in ExpertDistances(experts)(start, batch).items():  # without units, the distances themselves
             assert float(value) == pytest.approx(raw[task], rel=1e-4)
     assert max(raw.values()) > 1.5 * min(raw.values())  # without units one task would outweigh the other
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_the_unit_of_a_regression_changes_no_ratio(norm: str) -> None:
+    task, power = Task("level", "regression", norm=norm), {"l1": 1, "l2": 2}[norm]
+    predictions = torch.rand((6, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    least = least_distance(task, predictions)
+    assert 1e-7 < least < 1e-6
+    for factor in (1e-5, 1e5):
+        small = factor * predictions
+        assert least_distance(task, small) == pytest.approx(factor**power * least, rel=0.2)
+        before, after = (float(task.distance(small + factor * by, small)) for by in (0.01, 0.09))
+        assert distance_ratio(before, after, least_distance(task, small)) == pytest.approx(9**power, rel=1e-2)
+        assert distance_ratio(factor**power * 1e-8, factor**power * 9e-8, least_distance(task, small)) == 1
+    assert least_distance(task, torch.zeros(2, 1, 4, 4)) == 1e-6
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_task_of_small_values_counts_as_much_as_another(start: SimoModel, experts: dict[str, SimoModel]) -> None:
+    task = Task("depth", "regression", norm="l2")
+
+    def small(model: SimoModel) -> SimoModel:
+        head: Any = copy.deepcopy(model.heads["depth"])
+        with torch.no_grad():
+            head.output.weight.mul_(1e-5)
+            head.output.bias.mul_(1e-5)
+        return SimoModel(model.encoder, {"depth": task}, {"depth": head}).eval()
+
+    given, model = {"depth": small(experts["depth"])}, small(start)
+    data = UnlabelledImages(as_images(IMAGES), given)
+    distances = ExpertDistances(given, stored=False)
+    before = distances.measured(model, data)["depth"]
+    units = distances.in_units_of(model, data)
+    assert 0 < before < 1e-9 and units.units["depth"] == pytest.approx(before, rel=1e-3)
+    assert units.measured(model, data)["depth"] == pytest.approx(before)  # these are without units
+    images = torch.stack([data.image(index) for index in range(len(data))])
+    with torch.no_grad():
+        assert float(units(model, {"image": images})["depth"]) == pytest.approx(1, rel=1e-3)
+    assert distances.least(model, data)["depth"] < 1e-3 * before
 
 
 def test_live_predictions_are_the_stored_ones(start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path) -> None:
@@ -245,7 +285,7 @@ def test_what_cannot_be_stored_is_computed(
 def test_predictions_are_stored_within_the_budget(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
 ) -> None:
-    needed = 2 * (1 + 3) * 16 * 24 * 32  # bytes, channels of both tasks, images, pixels
+    needed = (4 * 1 + 2 * 3) * 16 * 24 * 32  # bytes and channels of both tasks, images, pixels
     for budget, kept in ((needed, True), (needed - 1, False)):
         work = tmp_path / str(budget)
         distil(start, experts, work_folder=work, cache_budget=f"{budget}B", training=replace(SETTINGS, steps=1))
@@ -540,7 +580,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size_before_the_fold(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
 ) -> None:
-    message = r"16 images need 98\.3 kB for the experts' predictions, and 1 kB are free; use fewer images"
+    message = r"16 images need 122\.9 kB for the experts' predictions, and 1 kB are free; use fewer images"
     with pytest.raises(InputError, match=message):
         distil(unfolded(start, experts), experts, predictions="stored", work_folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
@@ -551,9 +591,9 @@ def test_for_the_heads_predictions_and_features_are_checked_together(
 ) -> None:
     given: dict[str, Any] = {"method": "distill", "hold_out": 0.25, "training": replace(SETTINGS, steps=1)}
     features = 12 * bytes_per_image(start.encoder, torch.zeros(3, 24, 32))  # a quarter of 16 images is held out
-    free[0] = 98_304 + features - 1
+    free[0] = 122_880 + features - 1
     message = (
-        rf"16 images need 98\.3 kB for the experts' predictions and {size_text(features)} for the encoder's features"
+        rf"16 images need 122\.9 kB for the experts' predictions and {size_text(features)} for the encoder's features"
     )
     with pytest.raises(InputError, match=message):
         realign(unfolded(start, experts), experts, IMAGES, **given, work_folder=tmp_path)
@@ -570,12 +610,12 @@ def test_predictions_that_auto_does_not_store_are_said(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
 ) -> None:
     still = replace(SETTINGS, steps=1)
-    message = r"run for each batch.*on 16 images need 98\.3 kB: the budget is 90 kB, and [\d.]+ GB are free"
+    message = r"run for each batch.*on 16 images need 122\.9 kB: the budget is 120 kB, and [\d.]+ GB are free"
     with pytest.warns(UserWarning, match=message):
-        distil(start, experts, work_folder=tmp_path, cache_budget="90kB", training=still)
+        distil(start, experts, work_folder=tmp_path, cache_budget="120kB", training=still)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*run for each batch")
-        for chosen in ({"cache_budget": "100kB"}, {"predictions": "live"}, {"features": 0.5}):
+        for chosen in ({"cache_budget": "125kB"}, {"predictions": "live"}, {"features": 0.5}):
             distil(start, experts, training=still, **chosen)
 
 
@@ -583,7 +623,7 @@ def test_the_size_is_announced_before_a_file_is_made(experts: dict[str, SimoMode
     lines: list[tuple[str, int]] = []
     with show_progress(lambda *line: lines.append((line[3], len(list(tmp_path.rglob("*.npy")))))):
         TeacherPredictions(as_images(IMAGES), experts, tmp_path / "predictions")
-    assert lines[0] == ("98.3 kB on disk", 0) and lines[1][1] == 2
+    assert lines[0] == ("122.9 kB on disk", 0) and lines[1][1] == 2
 
 
 def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:

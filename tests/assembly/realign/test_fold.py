@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simomerge.assembly.realign import get_realignment, realign
-from simomerge.assembly.realign.agreement import Agreement
+from simomerge.assembly.realign.agreement import Agreement, judging, least_distance
 from simomerge.assembly.realign.fold import VARIANTS
 from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES, Fit, HeadSums, fold_heads, head_targets
@@ -931,7 +931,7 @@ def test_distances_are_those_of_heads_that_have_not_seen_the_held_out_images(
     scene: SimoModel, experts: dict[str, SimoModel]
 ) -> None:
     images = as_images(IMAGES)
-    agreement = Agreement(experts)
+    agreement = Agreement(experts, judging(images))
     folded = fold_heads(scene, head_targets(scene, experts, images, agreement=agreement), agreement=agreement)
     kept, out = groups.training_images(images, groups.SHARE), groups.held_out(images)
     blind = fold_heads(scene, list(head_targets(scene, experts, images._subset(kept))), ridge=1.0)
@@ -942,6 +942,7 @@ def test_distances_are_those_of_heads_that_have_not_seen_the_held_out_images(
         features = scene.encode(batch)
         for task, expert in experts.items():
             torch.testing.assert_close(heads[task](features), blind.model.heads[task](features), rtol=1e-3, atol=1e-4)
-            wanted = expert(batch)[task].half().float()
+            wanted = expert(batch)[task]
             before = float(scene.tasks[task].distance(scene(batch)[task], wanted))
             assert folded.before[task] == pytest.approx(before, rel=1e-3)
+            assert agreement.least()[task] == pytest.approx(least_distance(scene.tasks[task], wanted), rel=0.2)

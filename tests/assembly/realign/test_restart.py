@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from simomerge.assembly.realign import predictions, realign
-from simomerge.assembly.realign.agreement import Agreement
+from simomerge.assembly.realign.agreement import Agreement, judging
 from simomerge.assembly.realign.layout import FoldLayout
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.assembly.realign.restart import SavedSums
 from simomerge.assembly.realign.sums import HeadSums
 from simomerge.assembly.realign.teacher import observe
+from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset
@@ -61,17 +62,44 @@ def test_an_interrupted_fold_ends_like_one_that_was_left_alone(
 def test_the_predictions_that_judge_a_fold_are_kept_too(
     merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset, tmp_path: Path
 ) -> None:
-    agreement, sums = Agreement(experts), HeadSums(FoldLayout(merged, "cross-tap"))
-    for batch in observe(experts, as_images(rooms), check=False):
+    images = as_images(rooms)
+    agreement, sums = Agreement(experts, judging(images)), HeadSums(FoldLayout(merged, "cross-tap"))
+    for batch in observe(experts, images, check=False):
         agreement.add(batch)
     assert sum(map(len, agreement.images)) == len(held_out(rooms)) > 0
     SavedSums(tmp_path, sums, agreement).save(3)
-    again = Agreement(experts)
+    again = Agreement(experts, judging(images))
     assert SavedSums(tmp_path, HeadSums(FoldLayout(merged, "cross-tap")), again).resume() == 3
     assert len(again.images) == len(agreement.images)
     for kept, found in zip(agreement.images, again.images, strict=True):
         assert torch.equal(kept, found)
     assert again.distances(merged) == agreement.distances(merged)
+
+
+@pytest.mark.usefixtures("float32")
+def test_a_fold_is_judged_on_images_spread_over_all_held_out_ones(
+    experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also under torchrun, where each process keeps those of its share."""
+    monkeypatch.setattr("simomerge.assembly.realign.agreement.MOST_IMAGES", 6)
+    pictures = torch.rand((80, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    images = as_images(pictures)
+    out = held_out(images)
+    assert out == [*range(30, 40), *range(70, 80)]  # two clips
+    assert judging(images) == [30, 34, 38, 71, 75, 79]
+    kept = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "processes", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        agreement = Agreement(experts, judging(images))
+        for batch in observe(experts, images, batch_size=8, shared=True, check=False):
+            agreement.add(batch)
+        kept.append(torch.cat(agreement.images))
+        for task, expert in experts.items():
+            logits = torch.cat([each[task] for each in agreement.logits])
+            with torch.no_grad():
+                torch.testing.assert_close(logits, expert(kept[-1])[task], rtol=1e-4, atol=1e-4)
+    assert torch.equal(kept[0], pictures[[30, 34, 38]]) and torch.equal(kept[1], pictures[[71, 75, 79]])
 
 
 def test_interrupted_predictions_go_on(

@@ -19,10 +19,10 @@ from transformers import Dinov2Config, Dinov2Model
 
 import simomerge
 from simomerge.assembly.merge import merge
-from simomerge.assembly.realign import realign
+from simomerge.assembly.realign import Fold, Inputs, realign
 from simomerge.assembly.realign.blocks import call_of
 from simomerge.assembly.realign.encoder import tasks_to_distil
-from simomerge.assembly.sharing.grow import Grower, share_blocks
+from simomerge.assembly.sharing.grow import Grower, fold_shared, share_blocks
 from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.assembly.sharing.stitches import ExpertTokens, fit_stitches
 from simomerge.cli.merge import tree_lines
@@ -54,6 +54,25 @@ def test_kept_tokens_of_experts_are_used_again(grower: Grower, experts: dict[str
         assert torch.equal(fit.weight, expected[name].weight) and torch.equal(fit.bias, expected[name].bias)
     found = fit_stitches(other, damaged, images, kept=none)  # nothing is kept, so that the damage is seen
     assert not any(torch.equal(fit.weight, expected[name].weight) for name, fit in found.items())
+
+
+def test_images_at_their_own_size_are_folded_at_it(
+    base: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts were trained at another size, to which nothing resizes the images."""
+    trained = {task: copy.copy(expert) for task, expert in experts.items()}
+    for expert in trained.values():
+        expert.provenance = {**expert.provenance, "training": {"size": [16, 16]}}
+    seen: list[tuple[int, ...]] = []
+
+    def note(self: Fold, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
+        seen.append(tuple(inputs.images.image(0).shape[1:]))
+        return {}
+
+    monkeypatch.setattr(Fold, "change", note)
+    pictures = Images(list(torch.rand((8, 3, 24, 32), generator=torch.Generator().manual_seed(0))))
+    fold_shared(merge(base, trained), trained, pictures)
+    assert seen == [(24, 32)]
 
 
 # Special cases ------------------------------------------------------------------------------------------

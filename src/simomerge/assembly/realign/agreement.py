@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from simomerge.assembly.realign.held_out import evenly
 from simomerge.assembly.realign.teacher import Observation
 from simomerge.core import distributed
 from simomerge.core.machine import autocast
+from simomerge.datasets.groups import held_out
+from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 
 MOST_IMAGES = 64
 """At most this number of held-out images is kept; more change a mean distance little."""
+
+LEAST_DISTANCE = 1e-6
+"""Distances to an expert that are smaller are rounding, where predictions have no unit of their own."""
+
+
+def distance_apart(task: Task, predictions: Tensor) -> float:
+    """The distance between predictions (N, C, H, W) for different images, far apart in their order."""
+    return float(task.distance(predictions.roll(max(len(predictions) // 2, 1), 0), predictions))
+
+
+def least_distance(task: Task, predictions: Tensor) -> float:
+    """The distance from predictions (N, C, H, W) below which a distance is rounding.
+
+    If they have a unit of their own, it is relative to the distance between predictions for different images, and not
+    below the distance that a relative error of `LEAST_DISTANCE` makes.
+    """
+    if not task.has_own_scale:
+        return LEAST_DISTANCE
+    rounding = float(task.distance((1 + LEAST_DISTANCE) * predictions, predictions))
+    return max(LEAST_DISTANCE * distance_apart(task, predictions), rounding) or LEAST_DISTANCE
+
+
+def judging(images: Any) -> list[int]:
+    """Indices of the images on which a fold is judged: held-out ones, spread evenly over all of them."""
+    return evenly(held_out(images), MOST_IMAGES)
 
 
 @dataclass
@@ -24,28 +53,30 @@ class Agreement:
 
     Args:
         experts: By task.
+        chosen: Indices of the images to keep, see `judging`. Under torchrun each process keeps those of its share.
 
     Attributes:
         images: Batches of images, float (B, 3, H, W).
-        logits: The experts' logits (B, C, H, W) in half precision by task, for each batch.
+        logits: The experts' logits (B, C, H, W) by task, for each batch.
     """
 
     experts: Mapping[str, SimoModel]
+    chosen: Collection[int]
     images: list[Tensor] = field(default_factory=list)
     logits: list[dict[str, Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def add(self, batch: Observation) -> None:
-        """Keep the held-out images of a batch, unless `MOST_IMAGES` are kept already."""
-        room = MOST_IMAGES // distributed.processes() - sum(map(len, self.images))
-        chosen = batch.held_out.nonzero().flatten()[: max(room, 0)].to(batch.images.device)
-        if not len(chosen):
+        """Keep the chosen images of a batch."""
+        places = [place for place, index in enumerate(batch.indices) if index in self.chosen]
+        if not places:
             return
+        chosen = torch.tensor(places, device=batch.images.device)
         logits = {}
         for task, expert in self.experts.items():
             with evaluating(expert), autocast(batch.images.device):
                 predicted = expert.decode(batch.features[task].of_images(chosen), [task])[task]
-            logits[task] = predicted.float().clamp(-6e4, 6e4).half()
+            logits[task] = predicted.float()
         self.images.append(batch.images[chosen])
         self.logits.append(logits)
 
@@ -57,7 +88,9 @@ class Agreement:
         return found
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what `tensors` gave."""
+        """Keep what `tensors` gave. Raises RuntimeError if an earlier version cut and rounded the logits to float16."""
+        if any("/logits/" in name and value.dtype != torch.float32 for name, value in tensors.items()):
+            raise RuntimeError("its predictions are not float32")
         device = next(next(iter(self.experts.values())).parameters()).device
         while (found := tensors.get(f"agreement/{len(self.images)}/image")) is not None:
             place = len(self.images)
@@ -75,7 +108,17 @@ class Agreement:
             with evaluating(model), autocast(images.device):
                 predicted = model.decode(model.encode(images), list(sums))
             for task in sums:
-                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task].float())) * len(images)
+                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task])) * len(images)
+        return self._means(sums)
+
+    def least(self) -> dict[str, float]:
+        """`least_distance` by task. Under torchrun it is the mean over the images of all processes."""
+        sums = dict.fromkeys(self.experts, 0.0)
+        for size in {images.shape[-2:] for images in self.images}:
+            chosen = [place for place, images in enumerate(self.images) if images.shape[-2:] == size]
+            for task, expert in self.experts.items():
+                predictions = torch.cat([self.logits[place][task] for place in chosen])
+                sums[task] += least_distance(expert.tasks[task], predictions) * len(predictions)
         return self._means(sums)
 
     def _means(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simomerge.assembly.realign.agreement import LEAST_DISTANCE, distance_apart, least_distance
 from simomerge.assembly.realign.held_out import split_off, train_and_keep_best
-from simomerge.assembly.realign.method import LEAST_DISTANCE, Inputs, distance_ratio
+from simomerge.assembly.realign.method import Inputs, distance_ratio
 from simomerge.assembly.realign.predictions import TeacherPredictions, UnlabelledImages
 from simomerge.core import distributed
 from simomerge.core.caution import warn
 from simomerge.core.machine import autocast, training_device
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches, ordered_batches_of_all
-from simomerge.datasets.tasks import Task
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
@@ -72,21 +72,28 @@ class ExpertDistances:
         """
         places = np.linspace(0, len(data) - 1, min(UNIT_IMAGES, len(data))).round().astype(int).tolist()
         sample = data._subset(places)
-        start, apart = self.measured(model, sample), self._apart(next(model.parameters()).device, model.tasks, sample)
-        least = {name: max(LEAST_UNIT * apart.get(name, 0), LEAST_DISTANCE) for name in start}
-        return replace(self, units={name: max(value, least[name]) for name, value in start.items()})
+        start, predicted = self.measured(model, sample), self._predictions(model, sample)
+        least = {
+            name: max(LEAST_UNIT * distance_apart(task, predicted[name]), least_distance(task, predicted[name]))
+            for name, task in model.tasks.items()
+        }
+        return replace(self, units={name: max(value, least.get(name, LEAST_DISTANCE)) for name, value in start.items()})
+
+    def least(self, model: SimoModel, data: DenseDataset) -> dict[str, float]:
+        """`least_distance` of the experts' predictions for some images of a dataset, by task."""
+        predicted = self._predictions(model, data)
+        return {name: least_distance(task, predicted[name]) for name, task in model.tasks.items()}
 
     @torch.no_grad()
-    def _apart(self, device: torch.device, tasks: Mapping[str, Task], sample: DenseDataset) -> dict[str, float]:
-        """The distance between each expert's predictions for different images, far apart in the sample."""
+    def _predictions(self, model: SimoModel, sample: DenseDataset) -> dict[str, Tensor]:
+        """Each expert's predictions for at most 32 images, spread evenly, on the model's device."""
+        device = next(model.parameters()).device
         places = np.linspace(0, len(sample) - 1, min(32, len(sample))).round().astype(int).tolist()
         parts = []
         for batch in ordered_batches(sample._subset(places), self.batch_size):
             moved = {key: value.to(device) for key, value in batch.items()}
             parts.append(moved if self.stored else self._predicted(moved["image"])[0])
-        targets = {name: torch.cat([part[name] for part in parts]) for name in tasks}
-        others = {name: targets[name].roll(max(len(places) // 2, 1), 0) for name in tasks}
-        return {name: float(task.distance(others[name], targets[name])) for name, task in tasks.items()}
+        return {name: torch.cat([part[name] for part in parts]) for name in model.tasks}
 
     @torch.no_grad()
     def measured(self, model: SimoModel, data: DenseDataset) -> dict[str, float]:
@@ -199,7 +206,8 @@ class Distilling:
                 for expert in inputs.experts.values():
                     expert.to(home)
             after = distances.measured(model, held_out) if held_out else {}
-        changes = {task: distance_ratio(before[task], after[task]) for task in model.tasks if after}
+            least = distances.least(model, held_out) if held_out else {}
+        changes = {task: distance_ratio(before[task], after[task], least[task]) for task in model.tasks if after}
         if worse := {task: ratio for task, ratio in changes.items() if ratio > 1}:
             shown = ", ".join(f"{task} by {100 * (ratio - 1):.1f} %" for task, ratio in worse.items())
             warn(f"{label}: on held-out images these tasks are now further from their experts: {shown}.")

@@ -61,7 +61,7 @@ class Fold(Realignment):
         return True
 
     def change(self, model: SimoModel, inputs: Inputs) -> dict[str, Any]:
-        from simomerge.assembly.realign.agreement import Agreement
+        from simomerge.assembly.realign.agreement import Agreement, judging
         from simomerge.assembly.realign.layout import FoldLayout
         from simomerge.assembly.realign.restart import SavedSums
         from simomerge.assembly.realign.sums import HeadSums, fold_heads, head_sums, head_targets
@@ -69,7 +69,7 @@ class Fold(Realignment):
         from simomerge.core import distributed
 
         check_heads(model, inputs.experts)
-        agreement = Agreement(inputs.experts)
+        agreement = Agreement(inputs.experts, judging(inputs.images))
         saved = SavedSums(inputs.work_folder, HeadSums(FoldLayout(model, self.variant)), agreement)
         start, step = saved.resume(), distributed.processes()
         targets = head_targets(
@@ -81,9 +81,12 @@ class Fold(Realignment):
         folded = fold_heads(model, (), self.variant, ridge, agreement, sums)
         if message := folded.sums.shortcoming():
             warn(message)
+        least = agreement.least()
+        ratios = {task: distance_ratio(folded.before[task], after, least[task]) for task, after in folded.after.items()}
         for task in folded.kept:
-            ratio = distance_ratio(folded.before[task], folded.after[task])
-            if ratio > 1:  # a head that predicts what its expert does, as that of a task alone in its branch, has 1
+            if (
+                ratio := ratios[task]
+            ) > 1:  # a head that predicts what its expert does, as that of a task alone in its branch, has 1
                 warn(
                     f"{task}: on held-out images the folded head is {100 * (ratio - 1):.0f} % further from its expert"
                     " than the head before the fold, so that one is kept."
@@ -96,10 +99,7 @@ class Fold(Realignment):
             "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in fits.items()},
             "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
             "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
-            "distance_ratio": {
-                task: 1.0 if task in folded.kept else distance_ratio(folded.before[task], after)
-                for task, after in folded.after.items()
-            },
+            "distance_ratio": {**ratios, **dict.fromkeys(folded.kept, 1.0)},
         }
 
 

@@ -288,15 +288,11 @@ def heads_were_changed(provenance: Mapping[str, Any]) -> bool:
     return False
 
 
-LEAST_DISTANCE = 1e-6
-"""Distances to an expert that are smaller are rounding."""
-
-
-def distance_ratio(before: float, after: float) -> float:
-    """A distance to an expert relative to that at the start; 1 if both are rounding."""
-    if max(before, after) < LEAST_DISTANCE:
+def distance_ratio(before: float, after: float, least: float) -> float:
+    """A distance to an expert relative to that at the start; 1 if both are rounding, that is below ``least``."""
+    if max(before, after) < least:
         return 1.0
-    return round(after / max(before, LEAST_DISTANCE), 4)
+    return round(after / max(before, least), 4)
 
 
 TRAINING = tuple(spec.name for spec in fields(TrainSettings))

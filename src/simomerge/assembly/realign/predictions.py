@@ -25,6 +25,7 @@ from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.core.text import size_text
 from simomerge.datasets.base import DenseDataset
+from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
 from simomerge.training.features import write_rows
@@ -63,14 +64,15 @@ class UnlabelledImages(DenseDataset):
 
     @property
     def bytes_of_predictions(self) -> int:
-        """Size of the experts' logits on all images in half precision."""
-        channels = sum(task.channels for task in self.tasks.values())
-        return 2 * channels * len(self) * self.size[0] * self.size[1]
+        """Size of the experts' logits on all images as they are stored, see `TeacherPredictions`."""
+        values = sum(task.channels * _stored_as(task).itemsize for task in self.tasks.values())
+        return values * len(self) * self.size[0] * self.size[1]
 
 
 class TeacherPredictions(UnlabelledImages):
-    """Images with the experts' logits as targets, memory-mapped in half precision.
+    """Images with the experts' logits as targets, memory-mapped.
 
+    Logits in units of the target without bounds, such as a depth in mm, are stored in float32, all others in float16.
     Under torchrun each process predicts its share of the images. An interrupted start goes on where it was, if it has
     as many processes again.
 
@@ -90,9 +92,8 @@ class TeacherPredictions(UnlabelledImages):
         done = folder / "done"
         if distributed.from_first(done.exists()):
             return
-        shapes = {task: (len(images), expert.tasks[task].channels, *self.size) for task, expert in experts.items()}
         if distributed.is_first():
-            _make_files(shapes, self.bytes_of_predictions, folder)
+            self._make_files()
         distributed.wait()
         _write_predictions(images, self.size, experts, folder)
         distributed.wait()
@@ -109,11 +110,31 @@ class TeacherPredictions(UnlabelledImages):
         found = {}
         for task in tasks:
             if task not in self._logits:
-                shape = (len(self), self.tasks[task].channels, *self.size)
                 remedy = f"remove the folder {self.folder}, and repeat the command."
-                self._logits[task] = kept_array(self.folder / f"{task}.npy", remedy, np.float16, shape)
+                self._logits[task] = kept_array(self._file(task), remedy, *self._form(task))
             found[task] = torch.from_numpy(self._logits[task][index].astype(np.float32))
         return found
+
+    def _file(self, task: str) -> Path:
+        return self.folder / f"{task}.npy"
+
+    def _form(self, task: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """What the file of a task holds, and its shape."""
+        return _stored_as(self.tasks[task]), (len(self), self.tasks[task].channels, *self.size)
+
+    def _make_files(self) -> None:
+        """Make the files of the logits, unless an interrupted start has made them."""
+        with suppress(InputError):
+            for task in self.tasks:
+                kept_array(self._file(task), "it is made again.", *self._form(task))
+            return
+        for left in (*map(self._file, self.tasks), *self.folder.glob("next-*")):  # they would count as not free space
+            left.unlink(missing_ok=True)
+        check_space({PREDICTIONS: self.bytes_of_predictions}, len(self), self.folder)
+        progress("experts' predictions", 0, 1, f"{size_text(self.bytes_of_predictions)} on disk")
+        for task in self.tasks:
+            dtype, shape = self._form(task)
+            open_memmap(self._file(task), mode="w+", dtype=dtype, shape=shape).flush()
 
 
 def are_kept(folder: Path) -> bool:
@@ -148,19 +169,16 @@ def check_space(needed: Mapping[str, int], count: int, folder: Path) -> None:
         )
 
 
-def _make_files(shapes: Mapping[str, tuple[int, ...]], needed: int, folder: Path) -> None:
-    """Make the files of the logits, unless an interrupted start has made them."""
-    files = {folder / f"{task}.npy": shape for task, shape in shapes.items()}
-    with suppress(InputError):
-        for file, shape in files.items():
-            kept_array(file, "it is made again.", np.float16, shape)
-        return
-    for left in (*files, *folder.glob("next-*")):  # they would count as space that is not free
-        left.unlink(missing_ok=True)
-    check_space({PREDICTIONS: needed}, next(iter(shapes.values()))[0], folder)
-    progress("experts' predictions", 0, 1, f"{size_text(needed)} on disk")
-    for file, shape in files.items():
-        open_memmap(file, mode="w+", dtype=np.float16, shape=shape).flush()
+def _stored_as(task: Task) -> np.dtype[Any]:
+    """How logits of a task are stored. Float16 ends at 65,504, and has steps of 0.25 from 256 on."""
+    return np.dtype(np.float32 if task.has_own_scale else np.float16)
+
+
+def _rows(logits: Tensor, task: Task) -> np.ndarray:
+    """Logits as they are stored. In float16, very large ones are cut, so that they stay finite."""
+    values = logits.float()
+    found: np.ndarray = (values if task.has_own_scale else values.clamp(-6e4, 6e4).half()).cpu().numpy()
+    return found
 
 
 @torch.no_grad()
@@ -180,7 +198,7 @@ def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str,
             for task, expert in experts.items():
                 with evaluating(expert), autocast(batch.images.device):
                     logits = expert.decode(batch.features[task])[task]
-                rows = logits.float().clamp(-6e4, 6e4).half().cpu().numpy()
+                rows = _rows(logits, expert.tasks[task])
                 for place, index in enumerate(batch.indices):
                     write_rows(files[task], index, len(images), rows[place : place + 1])
             if time.monotonic() - saved_at >= EVERY:

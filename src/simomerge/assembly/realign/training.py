@@ -146,7 +146,8 @@ def distil_heads(
     before = distances.measured(model, held_out) if held_out else {}
     cost = train_heads(model, replace(inputs, data=train), settings, "distance")
     after = distances.measured(model, held_out) if held_out else {}
-    ratios = {task: distance_ratio(before[task], after[task]) for task in after}
+    least = distances.least(model, held_out) if held_out else {}
+    ratios = {task: distance_ratio(before[task], after[task], least[task]) for task in after}
     for task in (task for task, ratio in ratios.items() if ratio > 1):
         model.heads[task].load_state_dict(start[task].state_dict())
         warn(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from simomerge.assembly.experts import merged_weights
+from simomerge.assembly.images import OWN_SIZE
 from simomerge.assembly.realign import realign
 from simomerge.assembly.sharing.stitches import Known, StitchFit, fit_stitches
 from simomerge.checkpoints.experts import merge_provenance
@@ -116,7 +117,8 @@ def fold_shared(
     tasks = [task for task, head in model.heads.items() if is_foldable(head) and not _is_alone(model, task)]
     if not tasks:
         return model
-    folded = realign(model.select(tasks), {task: experts[task] for task in tasks}, images, variant=variant)
+    chosen = {task: experts[task] for task in tasks}
+    folded = realign(model.select(tasks), chosen, images, variant=variant, size=OWN_SIZE)  # they are prepared already
     heads = {task: folded.heads[task] if task in tasks else head for task, head in model.heads.items()}
     provenance = {**model.provenance, "realign": folded.provenance["realign"]}
     return SimoModel(model.encoder, model.tasks, heads, provenance).eval()
