@@ -127,8 +127,8 @@ def fisher_information(
         Canonical tensor name -> float32 of the tensor's shape; zero if the loss does not depend on the tensor.
 
     Raises:
-        InputError: The model has no tasks, the data do not have one of them, or have it with other classes, or a loss is
-            not finite.
+        InputError: The model has no tasks, the data do not have one of them, or have it with other classes, or a loss
+            is not finite.
 
     Example:
         >>> fishers = {"depth": fisher_information(depth_model, data)}     # doctest: +SKIP
