@@ -8,6 +8,7 @@ import pytest
 
 from simomerge.relations import verdict
 from simomerge.relations.curve import drawings, recommended_tree
+from simomerge.relations.units import avoided_share
 
 TREES = {
     1.0: ("8: a+b+c", (8, 8, 8)),
@@ -96,3 +97,21 @@ def test_a_budget_limits_the_recommendation() -> None:
 def verdict_of(found: dict[str, Any], budget: int) -> list[str]:
     pairs = [{"tasks": [a, b], "gains": {a: -1.0, b: -1.0}} for a, b in ("ab", "ac", "bc")]
     return verdict({**found, "groups": {**found["groups"], "merges": pairs}}, budget)
+
+
+def test_without_labels_a_task_that_loses_almost_nothing_does_not_decide() -> None:
+    """Of 5.5 % beyond the half that does not matter, the tree avoids 5.4 for two tasks; the third stays within it."""
+    found = curve({1.0: -4.0, 1.5: -0.5, 3.0: 0.0}, "the experts' predictions")
+    one, tree, _ = found["sharing"]
+    one["gains"], tree["gains"] = {"a": -6.0, "b": -5.99, "c": -0.01}, {"a": -0.6, "b": -0.6, "c": -0.3}
+    assert recommended_tree(found) is tree
+    assert "the tree avoids 98 % of the loss for 25 % of the extra cost" in verdict(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("third", "share"), [(0.5, 1.0), (-0.5, 1.0), (-0.75, 0.4 / 0.9), (-1.0, -1 / 9), (-40, -1 / 9)]
+)
+def test_a_task_that_loses_more_in_the_tree_counts_as_at_most_one_loss(third: float, share: float) -> None:
+    one, tree = {"a": -5.0, "b": 0.2}, {"a": -0.5, "b": third}
+    assert avoided_share(one, tree) == pytest.approx(share)
+    assert avoided_share(one, {"a": 0.0, "b": 0.0}) == 1

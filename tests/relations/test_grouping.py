@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from simomerge.models.model import SimoModel
-from simomerge.relations import Judge, MergedGroup, group_tasks, partitions
-from simomerge.relations.grouping import choose_groups, merge_group, predict_gains, worth
+from simomerge.relations import Judge, MergedGroup, Relations, group_tasks, partitions
+from simomerge.relations.grouping import Grouping, choose_groups, merge_group, predict_gains, worth
 from simomerge.relations.partitions import Group, best_partitions
 
 from .conftest import TASKS, RandomDataset
@@ -190,3 +190,27 @@ def test_heads_that_cannot_be_folded_are_averaged(
         m.encoder.backbone.state_dict()[weight] for m in (model, experts["depth"], experts["normals"])
     )
     assert torch.allclose(ours, (first + second) / 2, atol=1e-6)
+
+
+def test_without_labels_a_task_that_loses_almost_nothing_does_not_choose_the_groups() -> None:
+    """Texture loses at most 0.08 %: the pair in which segmentation loses least is the best, not that of depth."""
+    gains = {
+        ("seg", "depth"): (-6.0, -6.0),
+        ("seg", "texture"): (-2.0, -0.08),
+        ("depth", "texture"): (-6.2, -0.001),
+        ("seg", "depth", "texture"): (-9.0, -9.0, -0.1),
+    }
+
+    def measure(group: Group) -> MergedGroup:
+        return MergedGroup(group, dict(zip(group, gains[group], strict=True)), 0.3)
+
+    merges, choices = choose_groups(["seg", "depth", "texture"], measure, False)
+    assert choices[1].groups == (("seg", "texture"), ("depth",))
+    found = Relations(
+        ["seg", "depth", "texture"], "the experts' predictions", 16, 8, Grouping([], False, merges, choices)
+    )
+    (pairs,) = (line for line in found.verdict() if line.startswith("Merged in pairs"))
+    assert pairs == (
+        "Merged in pairs, seg and texture do best (0.33 of what these tasks lose in their mean pair), seg and depth"
+        " worst (1.24)."
+    )

@@ -13,6 +13,7 @@ from simomerge.assembly.experts import with_merged_encoder
 from simomerge.assembly.sharing.grow import Grower
 from simomerge.assembly.sharing.search import TreeSearch
 from simomerge.core.errors import InputError
+from simomerge.datasets.tasks import Task
 from simomerge.merging import TaskArithmetic
 from simomerge.models.model import SimoModel
 from simomerge.relations import SECTIONS, Judge, Relations, relate, verdict
@@ -226,3 +227,12 @@ def test_all_pairs_are_merged(base: SimoModel, experts: dict[str, SimoModel], da
     assert isinstance(found, Relations) and found.groups is not None
     assert [merge.tasks for merge in found.groups.merges[:3]] == list(combinations(TASKS, 2))
     assert all(choice.measured for choice in found.groups.choices)
+
+
+def test_labels_of_another_order_of_classes_are_refused(base: SimoModel, experts: dict[str, SimoModel]) -> None:
+    turned = RandomDataset()
+    turned.tasks = {**TASKS, "parts": Task("parts", "segmentation", classes=("b", "a", "c"))}
+    with pytest.raises(InputError, match="class 0 is 'a' in the expert, but 'b' in the data, which has the same"):
+        relate(base, experts, data=turned, sections=["cka"])
+    with pytest.raises(InputError, match="class 0 is 'a' in the model, but 'b' in the data, which has the same"):
+        sm.merge(base, experts, images=turned, validation=turned, budget=2)

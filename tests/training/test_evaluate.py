@@ -14,6 +14,7 @@ from simomerge.datasets.batches import images_within
 from simomerge.datasets.tasks import Task
 from simomerge.training.evaluate import delta_mtl, evaluate, normalised_performance
 from simomerge.training.metrics import TaskMetrics
+from simomerge.training.statistics import fisher_information
 
 SEG = Task("seg", "segmentation", classes=("floor", "wall", "sofa"))
 NYU = {"seg": SEG, "depth": Task("depth"), "normals": Task("normals")}
@@ -197,3 +198,12 @@ def test_evaluate_reports_progress_by_image(make_model):
     with show_progress(lambda *a: lines.append(a[:3])):
         evaluate(make_model([NYU["depth"]]), Random(NYU), batch_size=3, label="test")
     assert lines == [("test", 3, 7), ("test", 6, 7), ("test", 7, 7)]
+
+
+@pytest.mark.parametrize("measure", [evaluate, fisher_information])
+def test_classes_in_another_order_are_refused_before_anything_is_read(make_model, measure):
+    """A label is the number of its class, so that the numbers would mean nothing."""
+    dataset = Random({"seg": Task("seg", "segmentation", classes=("wall", "floor", "sofa"))})
+    with pytest.raises(InputError, match="class 0 is 'floor' in the model, but 'wall' in the data, which has the same"):
+        measure(make_model([SEG]), dataset)
+    assert not dataset.asked

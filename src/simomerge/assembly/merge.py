@@ -27,6 +27,7 @@ from simomerge.merging.tree import Tree, check_sharing
 from simomerge.models.encoders.low_rank import check_rank
 from simomerge.models.encoders.units import low_rank_of, unit_names
 from simomerge.models.model import SimoModel, as_model, as_models
+from simomerge.training.evaluate import shared_tasks
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,8 @@ def _shared(
     if chosen.needs_labels:
         raise InputError(f"{chosen.name} needs labels, and a tree of shared blocks uses none: give another method.")
     experts = check_experts(base, experts)
+    if data is not None:
+        shared_tasks({task: expert.tasks[task] for task, expert in experts.items()}, data.tasks)
     encoder = next(iter(experts.values())).encoder
     tree = None if budget is not None else Tree.of(share, list(experts), len(unit_names(encoder)), encoder.layout.unit)
     if rank is not None:

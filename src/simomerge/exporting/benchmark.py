@@ -128,7 +128,7 @@ def scored_tasks(scene: Scene, labelled: Mapping[str, Any]) -> dict[str, Any]:
     """The tasks that an exported file predicts and a dataset has labels of, by name.
 
     Raises:
-        InputError: There is none, a task differs in kind or channels, or the file gives only its logits.
+        InputError: There is none, a task differs in kind, channels or classes, or the file gives only its logits.
     """
     from simomerge.datasets.tasks import Task
     from simomerge.training.evaluate import shared_tasks

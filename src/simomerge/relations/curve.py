@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from simomerge.merging.tree import Tree
+from simomerge.relations.units import ENOUGH, avoided_share
 from simomerge.report.facts import signed
 
 Found = Mapping[str, Any]
 """What `simomerge.relations.Relations.to_dict` returns, with the section ``sharing``."""
-
-ENOUGH = 0.5
-"""One encoder is enough if it loses at most this much, in percent."""
 
 WORTH = 0.1
 """A tree is recommended if the share of the loss that it avoids exceeds its share of the extra cost by this much."""
@@ -124,12 +122,11 @@ def _sharpest(found: Found, budget: float | None) -> Mapping[str, Any] | None:
 def _avoided(found: Found, each: Mapping[str, Any]) -> float:
     """The share of the loss of one encoder that a tree avoids; all experts avoid all of it.
 
-    Agreements of different tasks cannot be compared. Without labels it is therefore the mean of the tasks' own shares.
+    Agreements of different tasks cannot be compared. Without labels each task's loss is relative to its own.
     """
     one = found["sharing"][0]
     if found.get("judged_by") != "labels" and "gains" in one:
-        shares = [1 - each["gains"][task] / loss for task, loss in one["gains"].items() if loss < 0]
-        return sum(shares) / len(shares)
+        return avoided_share(one["gains"], each["gains"])
     return float(1 - each["gain"] / one["gain"])
 
 

@@ -6,14 +6,14 @@ merged too, and the answer changes until it rests on measurements alone.
 
 With labels the worth of a group is the sum of its tasks' gains. Without labels the tasks' losses of agreement must be
 made comparable: the true cost of a disagreement depends on how often the expert is right, which only labels show. Each
-task's loss is divided by its mean loss over the pairs, so that every task counts equally, and then squared, since
-independent errors add in squares.
+task's loss is divided by its mean loss over the pairs (see `simomerge.relations.units`), so that every task counts
+equally, and then squared, since independent errors add in squares.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -28,6 +28,7 @@ from simomerge.merging import Average, TaskArithmetic
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.relations.partitions import Group, Partition, best_partitions
+from simomerge.relations.units import unit_of
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def choose_groups(
             progress("merges", len(measured), max(len(pairs), len(measured)), "+".join(group))
 
     merge(pairs)
-    units = None if labelled else _mean_losses(tasks, measured)
+    units = None if labelled else {task: unit_of(_gains_of(task, measured.values())) for task in tasks}
     while True:
         found = best_partitions(tasks, lambda group: worth(_expected_gains(group, measured), units))
         groups = dict.fromkeys(group for partition in found.values() for group in partition)
@@ -199,13 +200,8 @@ def worth(gains: Mapping[str, float], units: Mapping[str, float] | None) -> floa
     return sum(ratio * abs(ratio) for ratio in ratios)
 
 
-def _mean_losses(tasks: Sequence[str], measured: Mapping[Group, MergedGroup]) -> dict[str, float]:
-    """Each task's mean loss over its pairs; 1 if it loses nothing."""
-    found = {}
-    for task in tasks:
-        losses = [abs(merge.gains[task]) for merge in measured.values() if task in merge.tasks]
-        found[task] = (sum(losses) / len(losses) if losses else 0.0) or 1.0
-    return found
+def _gains_of(task: str, merges: Iterable[MergedGroup]) -> list[float]:
+    return [merge.gains[task] for merge in merges if task in merge.tasks]
 
 
 def _expected_gains(group: Group, measured: Mapping[Group, MergedGroup]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.registry import suggestion
 from simomerge.core.text import html_table, one_line
 from simomerge.datasets import DenseDataset, groups
+from simomerge.datasets.comparison import check_same_task
 from simomerge.models.model import SimoModel, as_model, as_models
 from simomerge.relations.features import Similarity, TapAlignment, alignment, check_names, similarity
 from simomerge.relations.geometry import Geometry, geometry
@@ -243,12 +244,7 @@ def _images(
         source = data.select(list(experts))
         source = source.take(min(count, len(source))) if count else source
         for task, expert in experts.items():
-            ours, theirs = expert.tasks[task], source.tasks[task]
-            if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
-                raise InputError(
-                    f"task {task!r} is {ours.kind} of {ours.channels} channels in the expert, {theirs.kind} of"
-                    f" {theirs.channels} in the data."
-                )
+            check_same_task(expert.tasks[task], source.tasks[task], "expert", "data")
     if len(source) < 16:
         raise InputError(f"{len(source)} images: one half is for merging, the other for judging; give at least 16.")
     return source

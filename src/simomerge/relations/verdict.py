@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from simomerge.core.errors import InputError
 from simomerge.relations.curve import sharing_sentences
+from simomerge.relations.units import unit_of
 from simomerge.report.facts import signed
 
 Found = Mapping[str, Any]
@@ -92,13 +93,14 @@ def _named(groups: Sequence[Sequence[str]]) -> str:
 def _pairs(found: Found) -> Iterator[str]:
     """The best and the worst pairs, and the task that costs the others most.
 
-    Without labels a task's losses can only be compared with its own: they are in units of its mean loss over the pairs.
+    Without labels a task's losses can only be compared with its own: they are in units of its mean loss over the pairs
+    (see `simomerge.relations.units`).
     """
     tasks, labelled = found["tasks"], found["judged_by"] == "labels"
     if len(tasks) < 3:
         return
     gains = pair_gains(found)
-    units = {task: 1.0 if labelled else _mean(map(abs, gains[task].values())) or 1.0 for task in tasks}
+    units = {task: 1.0 if labelled else unit_of(gains[task].values()) for task in tasks}
     relative = {task: {other: gain / units[task] for other, gain in gains[task].items()} for task in tasks}
     both = {(a, b): (relative[a][b] + relative[b][a]) / 2 for a, b in combinations(tasks, 2)}
     caused = {task: _mean(relative[other][task] for other in tasks if other != task) for task in tasks}

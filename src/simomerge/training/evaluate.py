@@ -20,6 +20,7 @@ from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
 from simomerge.core.text import html_table
 from simomerge.datasets.batches import images_within, ordered_batches
+from simomerge.datasets.comparison import check_same_task
 from simomerge.datasets.tasks import Task
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.model import SimoModel, as_model
@@ -81,7 +82,7 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
             `simomerge.datasets.batches`, unless it is a single image.
 
     Raises:
-        InputError: Model and dataset have no task in common, or tasks of one name but different kinds.
+        InputError: Model and dataset have no task in common, or tasks of one name that differ in kind or classes.
 
     Example:
         >>> scores = evaluate(model, load_data("rooms", split="test"))       # doctest: +SKIP
@@ -112,7 +113,7 @@ def shared_tasks(predicted: Mapping[str, Task], labelled: Mapping[str, Task]) ->
     """The tasks that a model predicts and a dataset has labels of.
 
     Raises:
-        InputError: There is none, or tasks of one name differ in kind or channels.
+        InputError: There is none, or tasks of one name differ in kind, channels or classes.
     """
     shared = [name for name in predicted if name in labelled]
     if not shared:
@@ -121,12 +122,7 @@ def shared_tasks(predicted: Mapping[str, Task], labelled: Mapping[str, Task]) ->
             " no task in common."
         )
     for name in shared:
-        model, data = predicted[name], labelled[name]
-        if (model.kind, model.channels) != (data.kind, data.channels):
-            raise InputError(
-                f"task {name!r} is {model.kind} of {model.channels} channels in the model, but {data.kind} of"
-                f" {data.channels} in the data; use a model or an expert of that task."
-            )
+        check_same_task(predicted[name], labelled[name], "model", "data")
     return shared
 
 

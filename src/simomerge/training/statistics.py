@@ -23,7 +23,7 @@ from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
+from simomerge.training.evaluate import evaluating, shared_tasks
 
 
 @torch.no_grad()
@@ -127,7 +127,8 @@ def fisher_information(
         Canonical tensor name -> float32 of the tensor's shape; zero if the loss does not depend on the tensor.
 
     Raises:
-        InputError: The model has no tasks, the data do not have one of them, or a loss is not finite.
+        InputError: The model has no tasks, the data do not have one of them, or have it with other classes, or a loss
+            is not finite.
 
     Example:
         >>> fishers = {"depth": fisher_information(depth_model, data)}     # doctest: +SKIP
@@ -138,6 +139,7 @@ def fisher_information(
     if count < 1:
         raise InputError(f"fisher_information: count={count}; use at least 1.")
     data = data.select(list(model.tasks))
+    shared_tasks(model.tasks, data.tasks)
     total = min(count, len(data))
     parameters = {name: value.detach().requires_grad_() for name, value in model.encoder.backbone.named_parameters()}
     squares = {name: torch.zeros_like(value) for name, value in parameters.items()}

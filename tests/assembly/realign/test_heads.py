@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from simomerge.assembly.realign import realign, training
+from simomerge.assembly.realign.teacher import matching_experts
+from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluate
@@ -91,3 +93,19 @@ def test_the_work_folder_keeps_the_features_and_nothing_is_encoded_twice(
     )
     second = realign(merged, data=rooms, method="heads", training=SETTINGS, work_folder=tmp_path / "work")
     assert same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("method", ["heads", "finetune"])
+def test_labels_in_another_order_of_classes_are_refused(method: str, merged: SimoModel, rooms: DenseDataset) -> None:
+    """The head would learn the order of the data, and the model would keep its own names."""
+    task = merged.tasks["segmentation"]
+    merged.tasks["segmentation"] = replace(task, classes=(*task.classes[1::-1], *task.classes[2:]))
+    with pytest.raises(InputError, match="class 0 is 'floor' in the model, but 'wall' in the data, which has the same"):
+        realign(merged, data=rooms, method=method, training=SETTINGS)
+
+
+def test_an_expert_of_another_order_of_classes_is_refused(merged: SimoModel, experts: dict[str, SimoModel]) -> None:
+    task = merged.tasks["segmentation"]
+    experts["segmentation"].tasks["segmentation"] = replace(task, classes=task.classes[::-1])
+    with pytest.raises(InputError, match="class 0 is 'wall' in the model, but 'rug' in the expert, which has the same"):
+        matching_experts(merged, experts)

@@ -16,6 +16,7 @@ from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
 from simomerge.core.progress import progress
+from simomerge.datasets.comparison import check_same_task
 from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
@@ -115,12 +116,7 @@ def _check_device_and_task(model: SimoModel, task: str, expert: SimoModel) -> No
     here, there = (next(module.parameters()).device for module in (model, expert))
     if here != there:
         raise InputError(f"expert {task!r} is on {there}, the model on {here}: move one with .to({str(here)!r}).")
-    ours, theirs = model.tasks[task], expert.tasks[task]
-    if (ours.kind, ours.channels) != (theirs.kind, theirs.channels):
-        raise InputError(
-            f"task {task!r} is {ours.kind} of {ours.channels} channels in the model, {theirs.kind} of"
-            f" {theirs.channels} in the expert."
-        )
+    check_same_task(model.tasks[task], expert.tasks[task], "model", "expert")
 
 
 def same_weights(ours: nn.Module, theirs: nn.Module) -> bool:
