@@ -98,7 +98,8 @@ def test_a_fold_is_judged_on_images_spread_over_all_held_out_ones(
         for task, expert in experts.items():
             logits = torch.cat([each[task] for each in agreement.logits])
             with torch.no_grad():
-                torch.testing.assert_close(logits, expert(kept[-1])[task], rtol=1e-4, atol=1e-4)
+                expected = predictions.as_stored(expert(kept[-1])[task], expert.tasks[task])
+                torch.testing.assert_close(logits, expected, rtol=2e-3, atol=1e-3)
     assert torch.equal(kept[0], pictures[[30, 34, 38]]) and torch.equal(kept[1], pictures[[71, 75, 79]])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simomerge.assembly.realign.held_out import evenly
+from simomerge.assembly.realign.predictions import as_stored
 from simomerge.assembly.realign.teacher import Observation
 from simomerge.core import distributed
 from simomerge.core.machine import autocast
@@ -57,7 +58,7 @@ class Agreement:
 
     Attributes:
         images: Batches of images, float (B, 3, H, W).
-        logits: The experts' logits (B, C, H, W) by task, for each batch.
+        logits: The experts' logits (B, C, H, W) by task, for each batch, as `as_stored` gives them.
     """
 
     experts: Mapping[str, SimoModel]
@@ -76,7 +77,7 @@ class Agreement:
         for task, expert in self.experts.items():
             with evaluating(expert), autocast(batch.images.device):
                 predicted = expert.decode(batch.features[task].of_images(chosen), [task])[task]
-            logits[task] = predicted.float()
+            logits[task] = as_stored(predicted, expert.tasks[task])
         self.images.append(batch.images[chosen])
         self.logits.append(logits)
 
@@ -88,9 +89,11 @@ class Agreement:
         return found
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what `tensors` gave. Raises RuntimeError if an earlier version cut and rounded the logits to float16."""
-        if any("/logits/" in name and value.dtype != torch.float32 for name, value in tensors.items()):
-            raise RuntimeError("its predictions are not float32")
+        """Keep what `tensors` gave. Raises RuntimeError if an earlier version rounded logits that must be float32."""
+        for task, expert in self.experts.items():
+            first = tensors.get(f"agreement/0/logits/{task}")
+            if first is not None and first.dtype != as_stored(first, expert.tasks[task]).dtype:
+                raise RuntimeError(f"its predictions of {task} are {first.dtype}")
         device = next(next(iter(self.experts.values())).parameters()).device
         while (found := tensors.get(f"agreement/{len(self.images)}/image")) is not None:
             place = len(self.images)
@@ -108,7 +111,7 @@ class Agreement:
             with evaluating(model), autocast(images.device):
                 predicted = model.decode(model.encode(images), list(sums))
             for task in sums:
-                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task])) * len(images)
+                sums[task] += float(model.tasks[task].distance(predicted[task], logits[task].float())) * len(images)
         return self._means(sums)
 
     def least(self) -> dict[str, float]:

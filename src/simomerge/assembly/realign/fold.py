@@ -84,12 +84,11 @@ class Fold(Realignment):
         least = agreement.least()
         ratios = {task: distance_ratio(folded.before[task], after, least[task]) for task, after in folded.after.items()}
         for task in folded.kept:
-            if (
-                ratio := ratios[task]
-            ) > 1:  # a head that predicts what its expert does, as that of a task alone in its branch, has 1
+            if ratios[task] > 1:  # it is 1 for a head that predicts what its expert does, as in a branch of one task
+                further = f"{100 * (ratios[task] - 1):.0f} % further from its expert"
                 warn(
-                    f"{task}: on held-out images the folded head is {100 * (ratio - 1):.0f} % further from its expert"
-                    " than the head before the fold, so that one is kept."
+                    f"{task}: on held-out images the folded head is {further} than the head before the fold, so that"
+                    " one is kept."
                 )
         model.heads = folded.model.heads
         kept = {task: {"ridge": math.inf, "r2": folded.fits[task].r2_before} for task in folded.kept}

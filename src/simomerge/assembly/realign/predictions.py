@@ -174,11 +174,9 @@ def _stored_as(task: Task) -> np.dtype[Any]:
     return np.dtype(np.float32 if task.has_own_scale else np.float16)
 
 
-def _rows(logits: Tensor, task: Task) -> np.ndarray:
-    """Logits as they are stored. In float16, very large ones are cut, so that they stay finite."""
-    values = logits.float()
-    found: np.ndarray = (values if task.has_own_scale else values.clamp(-6e4, 6e4).half()).cpu().numpy()
-    return found
+def as_stored(logits: Tensor, task: Task) -> Tensor:
+    """Logits in float32 or float16, as `TeacherPredictions` says. In float16 large ones are cut, to stay finite."""
+    return logits.float() if task.has_own_scale else logits.float().clamp(-6e4, 6e4).half()
 
 
 @torch.no_grad()
@@ -198,7 +196,7 @@ def _write_predictions(images: Any, size: tuple[int, ...], experts: Mapping[str,
             for task, expert in experts.items():
                 with evaluating(expert), autocast(batch.images.device):
                     logits = expert.decode(batch.features[task])[task]
-                rows = _rows(logits, expert.tasks[task])
+                rows = as_stored(logits, expert.tasks[task]).cpu().numpy()
                 for place, index in enumerate(batch.indices):
                     write_rows(files[task], index, len(images), rows[place : place + 1])
             if time.monotonic() - saved_at >= EVERY:
