@@ -302,7 +302,7 @@ def test_a_restart_does_as_the_interrupted_run_although_the_free_space_has_chang
     stored: bool,
 ) -> None:
     given = {"training": replace(SETTINGS, steps=40)}
-    needed = 2 * (1 + 3) * 16 * 24 * 32
+    needed = (4 * 1 + 2 * 3) * 16 * 24 * 32
     expected = distil(start, experts, predictions="stored" if stored else "live", **given)
     assert of(expected)["best_step"] > 5  # so steps after the interruption decide
     free = [needed if stored else needed - 1]
@@ -580,7 +580,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_predictions_that_do_not_fit_the_disk_are_refused_with_their_size_before_the_fold(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path, free: list[int]
 ) -> None:
-    message = r"16 images need 122\.9 kB for the experts' predictions, and 1 kB are free; use fewer images"
+    message = r"16 images need 123 kB for the experts' predictions, and 1 kB are free; use fewer images"
     with pytest.raises(InputError, match=message):
         distil(unfolded(start, experts), experts, predictions="stored", work_folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["inputs.json"]
@@ -593,7 +593,7 @@ def test_for_the_heads_predictions_and_features_are_checked_together(
     features = 12 * bytes_per_image(start.encoder, torch.zeros(3, 24, 32))  # a quarter of 16 images is held out
     free[0] = 122_880 + features - 1
     message = (
-        rf"16 images need 122\.9 kB for the experts' predictions and {size_text(features)} for the encoder's features"
+        rf"16 images need 123 kB for the experts' predictions and {size_text(features)} for the encoder's features"
     )
     with pytest.raises(InputError, match=message):
         realign(unfolded(start, experts), experts, IMAGES, **given, work_folder=tmp_path)
@@ -610,7 +610,7 @@ def test_predictions_that_auto_does_not_store_are_said(
     start: SimoModel, experts: dict[str, SimoModel], tmp_path: Path
 ) -> None:
     still = replace(SETTINGS, steps=1)
-    message = r"run for each batch.*on 16 images need 122\.9 kB: the budget is 120 kB, and [\d.]+ GB are free"
+    message = r"run for each batch.*on 16 images need 123 kB: the budget is 120 kB, and [\d.]+ GB are free"
     with pytest.warns(UserWarning, match=message):
         distil(start, experts, work_folder=tmp_path, cache_budget="120kB", training=still)
     with warnings.catch_warnings():
@@ -623,7 +623,7 @@ def test_the_size_is_announced_before_a_file_is_made(experts: dict[str, SimoMode
     lines: list[tuple[str, int]] = []
     with show_progress(lambda *line: lines.append((line[3], len(list(tmp_path.rglob("*.npy")))))):
         TeacherPredictions(as_images(IMAGES), experts, tmp_path / "predictions")
-    assert lines[0] == ("122.9 kB on disk", 0) and lines[1][1] == 2
+    assert lines[0] == ("123 kB on disk", 0) and lines[1][1] == 2
 
 
 def test_few_images_are_said(start: SimoModel, experts: dict[str, SimoModel]) -> None:
