@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,16 @@ def test_as_json_with_labels(tiny_base: Path, experts: list[str]) -> None:
     assert found["cka"]["names"] == ["base", "depth", "normals"] and found["cka"]["images"] == 8
 
 
-def test_geometry_looks_at_no_image(tiny_base: Path, experts: list[str]) -> None:
+def test_geometry_looks_at_no_image_and_neither_does_the_next_step(
+    tiny_base: Path, experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = simomerge("relate", tiny_base, *experts, "--sections", "geometry")
     assert done.code == 0 and "Task vectors (whole encoder)" in done.out and "Judged" not in done.out
+    last = done.out.splitlines()[-1]
+    assert last == f"Next: simomerge merge {tiny_base} {' '.join(experts)} -o merged"
+    monkeypatch.chdir(tmp_path)
+    merged = simomerge(*shlex.split(last)[2:])
+    assert merged.code == 0 and "Merged depth, normals by task-arithmetic" in merged.out
 
 
 def curve(middle: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -117,6 +118,30 @@ def _one_class(dataset: RandomDataset) -> RandomDataset:
     other = RandomDataset()
     other.truth["parts"] = torch.full_like(other.truth["parts"], 1)
     return other
+
+
+@pytest.mark.parametrize("kind", ["disparity", "depth", "log_depth"])
+def test_every_pixel_of_an_experts_prediction_counts(
+    kind: str, make_model: Callable[..., SimoModel], dataset: RandomDataset
+) -> None:
+    """Also where a disparity is at its lower bound, as in the sky, although 0 means no value in labels."""
+    task = Task("far", kind)
+    expert = make_model({"far": task}, seed=1)
+    images = torch.stack([dataset.image(index) for index in range(4)])
+    with torch.no_grad():
+        *_, bias = (values for name, values in expert.heads.named_parameters() if name.endswith("bias"))
+        bias.sub_(expert(images)["far"].median())  # half of the pixels are below 0
+        wanted = task.activate(expert(images)["far"])
+    judge = Judge({"far": expert}, images, labelled=False)
+    (batch,) = judge
+    target = batch.targets["far"]
+    assert task.valid(target).all() and torch.allclose(target, wanted, atol=1e-6)
+    near = torch.where(target <= target.min(), 5.0, target)
+    metric = judge.metrics()["far"]
+    metric.update(near, target)
+    error, chance = (float((values - target).abs().mean()) for values in (near, target.roll(1, 0)))
+    assert error > 2
+    assert judge.performance({"far": metric.compute()})["far"] == pytest.approx(1 - error / chance, rel=1e-4)
 
 
 # Sweeps -------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Judge:
                 logits = {
                     name: expert.decode(batch.features[name], [name])[name] for name, expert in self.experts.items()
                 }
-            targets = {name: self.tasks[name].activate(value.float()) for name, value in logits.items()}
+            targets = {name: _as_target(self.tasks[name], value.float()) for name, value in logits.items()}
             yield JudgedBatch(batch.images, targets)
 
     def metrics(self) -> dict[str, TaskMetrics]:
@@ -201,6 +201,16 @@ class Judge:
         if not self.tasks[name].has_own_scale:
             return 1.0
         return sum(float(batch.targets[name].abs().mean()) for batch in self._predicted) / len(self._predicted)
+
+
+def _as_target(task: Task, logits: Tensor) -> Tensor:
+    """An expert's prediction as a target, of which every finite pixel counts.
+
+    In labels of a distance map 0 means no value, but an expert that predicts a disparity of 0 says that it is far away.
+    """
+    prediction = task.activate(logits)
+    is_distance = task.channels == 1 and task.behaviour.invalid == 0
+    return prediction.clamp(min=torch.finfo(prediction.dtype).tiny) if is_distance else prediction
 
 
 def _resize_like(values: Tensor, like: Tensor) -> Tensor:

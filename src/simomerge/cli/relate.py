@@ -118,7 +118,7 @@ def _next(base: str, experts: dict[str, str], found: dict[str, Any], given: dict
     budget, images = given["budget"], given["images"] or given["data"]
     curve: list[Any] = found.get("sharing", []) if budget != 1 else []
     tree = recommended_tree(found, budget) if curve else None
-    members, chosen = list(experts), ["--method", "auto"]
+    members, chosen = list(experts), ["--method", "auto"] if images else []  # auto chooses on images
     if tree is not None and tree is not curve[0]:
         chosen = ["--share", tree["tree"], "--scale", "auto"]  # the scale that the curve has
     elif curve and tree is None:

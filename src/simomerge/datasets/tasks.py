@@ -329,7 +329,7 @@ class Task:
 
     @property
     def has_own_scale(self) -> bool:
-        """Whether logits are in units of the target without bounds, so that float16 need not hold their values."""
+        """Whether logits are in units of the target without bounds, which float16 may not hold."""
         return self.metric in _IN_UNITS and not self.behaviour.bounded
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
