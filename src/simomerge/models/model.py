@@ -340,7 +340,7 @@ def load(source: str | Path, trust_code: bool = False) -> SimoModel:
     """
     folder = local_source(source)
     if str(source).startswith(timm.PREFIX):
-        model = SimoModel(timm.TimmEncoder(str(source).removeprefix(timm.PREFIX), pretrained=True), {}, {})
+        model = SimoModel(timm.TimmEncoder.fetched(str(source).removeprefix(timm.PREFIX)), {}, {})
     elif (Path(folder) / "simo.json").exists():
         model = SimoModel.from_pretrained(folder, trust_code)
     else:

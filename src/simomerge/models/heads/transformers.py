@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from simomerge.core.errors import InputError
 from simomerge.models.encoders import Features
+from simomerge.models.encoders.other_models import check_no_other_model
 from simomerge.models.heads.projections import Foldable, InputLayer
 
 ARCHITECTURES = {
@@ -106,6 +107,7 @@ def _configuration(architecture: str, config: Mapping[str, Any], width: int) -> 
 
     if architecture not in ARCHITECTURES:
         raise InputError(f"architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}.")
+    check_no_other_model(architecture, config)
     backbone = transformers.Dinov2Config(hidden_size=width)
     config_class = getattr(transformers, f"{ARCHITECTURES[architecture][0]}Config")
     built = config_class(**{**config, "backbone_config": backbone})
