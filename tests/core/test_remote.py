@@ -14,23 +14,31 @@ from typing import Any
 
 import fsspec
 import pytest
+import safetensors.torch
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from simomerge.checkpoints import open_checkpoint
+from simomerge.cli import cli
 from simomerge.core import remote
 from simomerge.core.errors import InputError
 from simomerge.core.files import temporary_folder
 from simomerge.core.hub import local_source
 from simomerge.core.model_files import file_and_key
+from simomerge.core.progress import show_progress
 from simomerge.core.remote import (
     RemoteError,
+    RemoteFile,
     Unreachable,
     copy_here,
     copy_there,
     local_copy,
+    local_place,
     names_there,
     remote_files,
     remove_there,
 )
+from simomerge.datasets.load import data_name
 
 CONTENT = {"data.csv": b"image\n", "images/0.png": b"first", "images/deep/1.png": b"second picture"}
 
@@ -68,6 +76,62 @@ def test_the_key_of_a_training_file_stays(files: MemoryFileSystem) -> None:
     files.pipe_file("/bucket/robot/last.ckpt", b"weights")
     file, key = file_and_key(local_source("memory://bucket/robot/last.ckpt::state_dict_ema"))
     assert Path(file).read_bytes() == b"weights" and key == "state_dict_ema"
+
+
+@pytest.mark.parametrize("query", ["token=SECRET", "X-Amz-Signature=SECRET" + "a" * 300 + "/b+c=="])
+def test_the_query_of_a_url_is_kept_nowhere(files: MemoryFileSystem, tmp_path: Path, query: str) -> None:
+    """The file of another query is another file, and their local copies have the name that the URL has without it."""
+    for number, name in enumerate(("a.pth", f"a.pth?{query}", "a.pth?other")):
+        content = io.BytesIO()
+        torch.save({"weight": torch.full((3,), float(number))}, content)
+        files.pipe_file(f"/bucket/robot/{name}", content.getvalue())
+    shown: list[str] = []
+    with show_progress(lambda label, done, total, note: shown.append(note)):
+        for number, name in enumerate(("a.pth", f"a.pth?{query}", "a.pth?other")):
+            for _ in range(2):
+                copy = local_source(f"memory://bucket/robot/{name}")
+                assert Path(copy).name == "a.pth" and open_checkpoint(copy)["weight"].tolist() == [number] * 3
+    assert shown == ["MB of memory://bucket/robot/a.pth"] * 3
+    assert "SECRET" not in " ".join(map(str, tmp_path.rglob("*")))
+    url = f"memory://me:SECRET@bucket/robot/none.pth?{query}"
+    with pytest.raises(InputError, match=r"^memory://bucket/robot/none\.pth: there is no such file") as caught:
+        local_source(url)
+    assert "SECRET" not in str(caught.value)
+    assert str(RemoteFile(url, None, "")) == "memory://bucket/robot/none.pth"
+    assert "SECRET" not in str(local_place("urls", url)) and data_name(url) == "robot"
+
+
+def test_a_merge_of_urls_with_queries_records_and_prints_none(
+    files: MemoryFileSystem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "token=SECRET" + "a" * 300
+    for name, value in (("base", 1.0), ("one", 3.0)):
+        content = safetensors.torch.save({"weight": torch.full((2, 2), value)})
+        files.pipe_file(f"/bucket/robot/{name}.safetensors?{secret}", content)
+    base, one = (f"memory://bucket/robot/{name}.safetensors?{secret}" for name in ("base", "one"))
+    given = [base, f"depth={one}", "--method", "task-arithmetic", "--scale", "0.5"]
+    cli(["merge", *given, "-o", str(tmp_path / "merged.safetensors")], standalone_mode=False)
+    merged = safetensors.torch.load_file(tmp_path / "merged.safetensors")
+    assert merged["weight"].tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    cli(["inspect", one], standalone_mode=False)
+    cli(["inspect", one, "--json"], standalone_mode=False)
+    cli(["diff", base, one], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert "one.safetensors" in printed.out and "SECRET" not in printed.out + printed.err
+    with pytest.raises(InputError, match=r"^memory://bucket/robot/base\.safetensors is a weight file"):
+        cli(["merge", *given[:-1], "auto", "--images", str(tmp_path), "-o", str(tmp_path / "x")], standalone_mode=False)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if b"SECRET" in path.read_bytes() or "SECRET" in str(path)]
+
+
+def test_messages_of_a_server_name_no_token(files: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise RuntimeError("503, message='Busy', url='https://me:SECRET@example.org/a.pth?token=SECRET'")
+
+    file = remote_files("memory://bucket/robot/data.csv")[""]
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", busy)
+    with pytest.raises(InputError, match=r"url='https://example\.org/a\.pth'\)\.$"):
+        file.read(0, 1)
 
 
 def test_a_copy_follows_the_files_at_the_url(

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,59 @@ def test_transformers_never_asks_to_run_code(encoder: Path, monkeypatch: pytest.
 def test_no_attention_is_fetched_from_the_hub(encoder: Path, key: str) -> None:
     edit(encoder / "config.json", lambda c: c.update({key: "attacker/kernels"}))
     assert sm.load(encoder).encoder.backbone.config._attn_implementation in ("eager", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"model_type": "dpt", "backbone": "attacker/model"}, "backbone is 'attacker/model'"),
+        ({"backbone_config": {"inner": [{"backbone": "attacker/model"}]}}, "backbone is 'attacker/model'"),
+        ({"model_type": "dpt", "use_pretrained_backbone": True}, "use_pretrained_backbone is True"),
+        ({"model_type": "timm_wrapper", "architecture": "hf-hub:attacker/model"}, "model_type is 'timm_wrapper'"),
+        ({"model_type": "dpt", "backbone_config": {"model_type": "timm_backbone"}}, "model_type is 'timm_backbone'"),
+        ({"model_type": "detr"}, "(backbone|model_type|use_pretrained_backbone) is"),  # its default
+    ],
+    ids=str,
+)
+def test_no_other_model_is_fetched(
+    encoder: Path, change: dict[str, Any], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *a, **k: pytest.fail("a connection"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    edit(encoder / "config.json", lambda c: c.update(architectures=["DPTForDepthEstimation"], **change))
+    for read in (sm.load, lambda folder: sm.import_expert(folder, "depth")):
+        with pytest.raises(InputError, match=rf"encoder/config\.json: {key}.*another model would be fetched"):
+            read(encoder)
+
+
+def test_a_head_names_no_other_model(scene: Path) -> None:
+    config = {"neck_hidden_sizes": [8] * 4, "backbone": "attacker/model"}
+    settings = {"architecture": "DPTForDepthEstimation", "config": config}
+    edit(scene / "simo.json", head_of(kind="transformers", settings=settings))
+    with pytest.raises(InputError, match=r"simo\.json.*backbone is 'attacker/model', so another model"):
+        sm.load(scene)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "conv", "pretrained": True}, "'pretrained'"),
+        ({"name": "hf-hub:attacker/model"}, "'hf-hub:attacker/model': a model folder can only name an architecture"),
+        ({"name": "local-dir:../other"}, "can only name an architecture"),
+        ({"name": "attacker/model"}, "can only name an architecture"),
+        ({"name": None}, "can only name an architecture"),
+    ],
+    ids=str,
+)
+def test_timm_fetches_nothing_for_a_folder(
+    scene: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = types.ModuleType("timm")
+    fake.create_model = lambda *a, **k: pytest.fail("timm was asked")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    edit(scene / "simo.json", encoder_of(**{"class": "simomerge.models.encoders.timm:TimmEncoder"}, settings=settings))
+    with pytest.raises(InputError, match=rf"scene/simo\.json.*{message}"):
+        sm.load(scene)
 
 
 def test_an_adapter_in_an_encoder_leads_nowhere(encoder: Path) -> None:

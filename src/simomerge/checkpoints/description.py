@@ -93,6 +93,8 @@ _SCHEMA = {
     },
 }
 _ADAPTERS = {"rank": int, "activation?": str, "last?": int}
+_POOLS_MEAN = ("beit", "data2vec-vision", "internvl_vision", "qianfan_ocr_vision")
+"""Model types of transformers that have no final layer norm with ``use_mean_pooling``, their default."""
 _REMEDY = "take the model from its source again."
 
 MOST_TASKS = 1000
@@ -118,7 +120,19 @@ def read_description(folder: Path) -> dict[str, Any]:
         _check(description)
     except ValueError as error:
         raise InputError(f"{path}: {str(error).rstrip('.')}; {_REMEDY}") from error
+    encoder = description["encoder"]
+    if encoder.get("apply_layernorm") and _norm_is_identity(folder / "encoder" / "config.json"):
+        encoder["apply_layernorm"] = False  # earlier versions recorded true
     return description
+
+
+def _norm_is_identity(file: Path) -> bool:
+    """Whether an encoder of transformers has an identity in place of its final layer norm."""
+    try:
+        config = read_json(file, _REMEDY)
+    except (InputError, OSError):  # what reads the encoder says so
+        return False
+    return config.get("model_type") in _POOLS_MEAN and bool(config.get("use_mean_pooling", True))
 
 
 def _check(description: Mapping[str, Any]) -> None:

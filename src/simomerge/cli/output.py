@@ -15,7 +15,7 @@ import click
 
 from simomerge.cli.next_step import MARK, next_step
 from simomerge.core.progress import Console, has_rich, show_progress, starting
-from simomerge.core.text import one_line, printable
+from simomerge.core.text import one_line, printable, without_secrets
 
 if TYPE_CHECKING:
     from simomerge.training.run_folder import RunFolder
@@ -71,38 +71,39 @@ class Table:
         for number, row in enumerate(self.rows):
             colour = self.colours[number] if self.colours else None
             clean = one_line if self.text is None else printable
-            drawn.add_row(*(Text(clean(cell)) for cell in row), style=colour)
+            drawn.add_row(*(Text(without_secrets(clean(cell))) for cell in row), style=colour)
         Terminal(highlight=False).print(drawn)
 
 
 def say(as_json: bool, data: dict[str, Any], *shown: str | Table) -> None:
     """Print the result: lines and tables for people, or JSON for programs. Under torchrun only one process prints.
 
-    Each text is one line, whatever the names in it contain.
+    Each text is one line, whatever the names in it contain. URLs are printed without queries and passwords.
     """
     if not is_first():
         return
     starting.end()
     if as_json:
-        click.echo(json.dumps(data, indent=2))
+        click.echo(without_secrets(json.dumps(data, indent=2)))
         return
     for each in shown:
         if isinstance(each, Table) and sys.stdout.isatty() and has_rich():
             each.draw()
         elif not (quiet and isinstance(each, str) and each.startswith(MARK)):
-            click.echo(printable(each.plain()) if isinstance(each, Table) else one_line(each))
+            text = printable(each.plain()) if isinstance(each, Table) else one_line(each)
+            click.echo(without_secrets(text))
 
 
 def error(message: str) -> None:
     """Print an error message on standard error; the word "Error:" is red on a terminal."""
     starting.end()
-    click.echo(f"{_coloured('Error:', 'red', sys.stderr)} {printable(message)}", err=True)
+    click.echo(f"{_coloured('Error:', 'red', sys.stderr)} {without_secrets(printable(message))}", err=True)
 
 
 def warning(message: str) -> None:
     """Print a warning in yellow on standard error."""
     starting.end()
-    click.echo(_coloured(f"Warning: {printable(message)}", "yellow", sys.stderr), err=True)
+    click.echo(_coloured(f"Warning: {without_secrets(printable(message))}", "yellow", sys.stderr), err=True)
 
 
 def _coloured(text: str, colour: str, stream: IO[str]) -> str:

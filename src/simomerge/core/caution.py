@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from simomerge.core.text import one_line, shortened
+from simomerge.core.text import one_line, shortened, without_secrets
 
 
 class Caution(UserWarning):
@@ -16,6 +16,7 @@ def warn(message: str) -> None:
     """Warn at the line of code outside of simomerge that called it.
 
     The message becomes one line without control characters, of at most 2,000 characters: it may quote names from files.
+    URLs in it are without queries and passwords.
 
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:
@@ -26,4 +27,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "simomerge":
         frame, level = frame.f_back, level + 1
-    warnings.warn(shortened(one_line(message)), Caution, stacklevel=level)
+    warnings.warn(shortened(without_secrets(one_line(message))), Caution, stacklevel=level)

@@ -69,8 +69,11 @@ def is_weight_file(source: str | Path) -> bool:
     Example:
         >>> is_weight_file("last.ckpt::ema"), is_weight_file("facebook/dinov2-base")
         (True, False)
+        >>> is_weight_file("https://example.org/a.pth?token=secret")
+        True
     """
-    return file_and_key(source)[0].endswith(WEIGHT_FILES)
+    file, _ = file_and_key(source)
+    return (file.partition("?")[0] if "://" in file else file).endswith(WEIGHT_FILES)
 
 
 def needed_files(description: Mapping[str, Any], folder: Path) -> list[str]:

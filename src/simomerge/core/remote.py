@@ -23,7 +23,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.exclusive import is_temporary
 from simomerge.core.files import cache_folder, check_room, temporary_folder
 from simomerge.core.progress import progress
-from simomerge.core.text import first_sentence
+from simomerge.core.text import first_sentence, without_secrets
 
 _PACKAGES = {
     "s3": "s3fs",
@@ -60,7 +60,17 @@ def last_name(url: str) -> str:
         >>> last_name("https://example.org/a.pth?token=secret")
         'a.pth'
     """
-    return PurePosixPath(url.partition("://")[2].partition("?")[0]).name
+    return PurePosixPath(shown_url(url).partition("://")[2]).name
+
+
+def shown_url(url: str) -> str:
+    """A URL for messages and files: without its query, user and password, which may be keys to what is there.
+
+    Example:
+        >>> shown_url("https://me:word@example.org/my files/a.pth?token=secret")
+        'https://example.org/my files/a.pth'
+    """
+    return without_secrets(url.partition("?")[0])
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class RemoteFile:
     version: str
 
     def __str__(self) -> str:
-        return self.url
+        return shown_url(self.url)
 
     @property
     def stamp(self) -> int:
@@ -132,7 +142,9 @@ def remote_files(url: str) -> dict[str, RemoteFile]:
             continue
         relative = name[len(path) :].strip("/")
         if relative and {"", ".", ".."} & set(relative.split("/")):
-            raise InputError(f"{url}: a local folder cannot have a file of the name {relative!r}; rename it.")
+            raise InputError(
+                f"{shown_url(url)}: a local folder cannot have a file of the name {relative!r}; rename it."
+            )
         version = next((about[key] for key in _VERSIONS if about.get(key)), "")
         version = str(version.timestamp() if hasattr(version, "timestamp") else version)
         files[relative] = RemoteFile(f"{root}/{relative}".rstrip("/"), about["size"], version)
@@ -160,9 +172,12 @@ def local_copy(url: str) -> Path:
 
 
 def local_place(kind: str, url: str) -> Path:
-    """The path in the cache folder that belongs to a URL."""
-    protocol, _, path = url.partition("://")
+    """The path in the cache folder that belongs to a URL: a digest stands for its query, user and password."""
+    public = shown_url(url)
+    protocol, _, path = public.partition("://")
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    if public != url:
+        parts.insert(0, f"{protocol}-{hashlib.sha256(url.encode()).hexdigest()[:16]}")
     return cache_folder() / kind / protocol / Path(*parts)
 
 
@@ -199,7 +214,7 @@ def _copy(url: str, files: Mapping[str, RemoteFile], place: Path) -> None:
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 copied.replace(place / name)
                 done += file.size or 0
-        progress("copy", done // 10**6, max(1, total // 10**6), f"MB of {url}")
+        progress("copy", done // 10**6, max(1, total // 10**6), f"MB of {shown_url(url)}")
 
 
 @contextmanager
@@ -306,7 +321,7 @@ def _file_system(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterato
             error = _of_server(error.__cause__) or error
         lasting = isinstance(error, (ImportError, FileNotFoundError, PermissionError, ValueError))
         lasting |= _status(error) in (401, 403)
-        raise (RemoteError if lasting else Unreachable)(f"{url}: {_problem(url, error)}") from error
+        raise (RemoteError if lasting else Unreachable)(f"{shown_url(url)}: {_problem(url, error)}") from error
 
 
 def _of_server(cause: BaseException | None) -> Exception | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -25,6 +26,11 @@ _CONTROL: dict[int, str | None] = dict.fromkeys(
 _CONTROL |= {ord(end): " " for end in "\n\t\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"}
 _CONTROL_OF_LINES = {code: instead for code, instead in _CONTROL.items() if code != ord("\n")}
 _MARKDOWN = {ord(sign): f"\\{sign}" for sign in "\\`*_{}[]<>#|!~"}
+
+_USER = re.compile(r"(?<![\w+.-])(?!(?:abfss?|az|adl|wasbs?)://)([A-Za-z][\w+.-]*://)[^\s/?#]*@")
+"""A URL up to its user and password. What lies before the @ in URLs of Azure is a container."""
+_QUERY = re.compile(r"""(://[^\s?'"]*)\?[^\s'"]*[^\s'":;,.)\]]""")
+"""A URL with its query, but not the punctuation of the sentence after it."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
@@ -72,6 +78,16 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
         return text
     half = (most - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs in it, without their queries, users and passwords, which may be keys to what is there.
+
+    Example:
+        >>> without_secrets("https://me:word@example.org/a.pth?token=secret: there is no such file.")
+        'https://example.org/a.pth: there is no such file.'
+    """
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 def shown(value: Any) -> str:

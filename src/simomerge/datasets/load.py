@@ -8,7 +8,7 @@ from typing import Any
 
 from simomerge.core.assets import expanded
 from simomerge.core.errors import InputError
-from simomerge.core.remote import RemoteFile, is_url, last_name, local_copy, remote_files
+from simomerge.core.remote import RemoteFile, is_url, last_name, local_copy, remote_files, shown_url
 from simomerge.core.schema import nearest
 from simomerge.datasets.base import DenseDataset, Joined
 from simomerge.datasets.manifest import MANIFESTS, read_manifest
@@ -182,9 +182,9 @@ def data_name(spec: str) -> str:
         ('rooms', 'nyuv2', 'robot')
         >>> data_name("s3://bucket/robot")
         'robot'
+        >>> data_name("https://me:word@host:8080/robot/data.yaml?token=secret")
+        'robot'
     """
-    if is_url(spec):
-        spec = spec.partition("://")[2]
-    name, colon, _ = spec.partition(":")
-    path = Path(spec)
+    name, colon, _ = ("", "", "") if is_url(spec) else spec.partition(":")
+    path = Path(shown_url(spec).partition("://")[2] if is_url(spec) else spec)
     return name if colon or spec == "rooms" else (path.parent.name if path.suffix else path.name) or "own data"

@@ -19,7 +19,7 @@ from simomerge.checkpoints.card import PICTURE, licence_of
 from simomerge.checkpoints.description import FILE, format_of, head_file, model_folder
 from simomerge.checkpoints.experts import of_group, origin_of, own_task, source_name
 from simomerge.checkpoints.reading import check_safetensors
-from simomerge.core import images
+from simomerge.core import images, text
 from simomerge.core.classes import make, settings_of, trusting, warn_of_main
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
@@ -340,12 +340,12 @@ def load(source: str | Path, trust_code: bool = False) -> SimoModel:
     """
     folder = local_source(source)
     if str(source).startswith(timm.PREFIX):
-        model = SimoModel(timm.TimmEncoder(str(source).removeprefix(timm.PREFIX), pretrained=True), {}, {})
+        model = SimoModel(timm.TimmEncoder.fetched(str(source).removeprefix(timm.PREFIX)), {}, {})
     elif (Path(folder) / "simo.json").exists():
         model = SimoModel.from_pretrained(folder, trust_code)
     else:
         model = SimoModel(load_encoder(folder), {}, {})
-    model.source, model.licence = str(source), licence_of(Path(folder))
+    model.source, model.licence = text.without_secrets(str(source)), licence_of(Path(folder))
     return model
 
 

@@ -22,6 +22,7 @@ from simomerge.assembly.realign import Realignment, get_realignment, realignment
 from simomerge.assembly.realign.method import TRAINING, TrainedRealignment
 from simomerge.core.errors import InputError
 from simomerge.core.schema import validation_problems
+from simomerge.core.text import without_secrets
 from simomerge.datasets.rows import known_split
 from simomerge.recipes.problems import problems_of
 from simomerge.recipes.row import AUTO, Row
@@ -285,4 +286,5 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """What decides the results, as plain data: everything but names and places of this machine."""
         places = ("title", "base", "data", "data_options", "output", "search")
-        return {key: value for key, value in asdict(self).items() if key not in places}
+        found = {key: value for key, value in asdict(self).items() if key not in places}
+        return {**found, "align_images": without_secrets(self.align_images or "") or None}

@@ -28,6 +28,7 @@ from simomerge.core.remote import (
     names_there,
     one_at_a_time,
     remove_there,
+    shown_url,
 )
 
 STAGES = "stages"
@@ -67,7 +68,7 @@ class RunFolder:
 
     def shown(self, name: str = "") -> str:
         """The folder, or something in it, as the user may type it."""
-        return f"{self.url}/{name}".rstrip("/") if self.url else (Path(self.given) / name).as_posix()
+        return f"{shown_url(self.url)}/{name}".rstrip("/") if self.url else (Path(self.given) / name).as_posix()
 
     def stage(self, name: str) -> Path:
         """The folder of a stage on this machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import simomerge as sm
 from simomerge.checkpoints import fingerprint, open_checkpoint, write_safetensors
+from simomerge.cli import cli
 from simomerge.core.errors import InputError
 from simomerge.merging.disk.merge import merge_on_disk
+from simomerge.models.encoders import load_encoder
 
 STEM = "vision_model.embeddings"
 WEIGHTS = {f"{STEM}.patch_embedding.weight": np.ones((4, 3), np.float32), "vision_model.norm.weight": np.ones(3)}
@@ -75,3 +78,30 @@ def test_a_resnet_without_counters(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"1 tensor is missing.*running_var"):
         sm.load(str(tmp_path))
+
+
+@torch.no_grad()
+def test_beit_with_a_recorded_norm_that_is_an_identity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import BeitConfig, BeitModel
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for pooling in (True, False):
+        folder = tmp_path / f"base-{pooling}"
+        BeitModel(BeitConfig(**size, image_size=32, patch_size=8, use_mean_pooling=pooling)).save_pretrained(folder)
+        assert sm.load(folder).encoder.apply_layernorm == (not pooling)
+    with pytest.raises(InputError, match=r"BeitModel has no final layer norm .* use apply_layernorm=False"):
+        load_encoder(tmp_path / "base-True", apply_layernorm=True)
+    images = torch.rand(1, 3, 32, 32)
+    for pooling, norm in ((True, "off"), (False, "on")):
+        model = sm.load(tmp_path / f"base-{pooling}")
+        file = model.save_pretrained(tmp_path / f"model-{pooling}") / "simo.json"
+        content = json.loads(file.read_text())
+        content["encoder"]["apply_layernorm"] = True  # as earlier versions wrote it
+        file.write_text(json.dumps(content))
+        old = sm.load(file.parent)
+        assert old.encoder.apply_layernorm == (not pooling)
+        for before, after in zip(model.encode(images).maps, old.encode(images).maps, strict=True):
+            assert torch.equal(before, after)
+        cli(["inspect", str(file.parent)], standalone_mode=False)
+        assert f"final layer norm {norm}" in capsys.readouterr().out

@@ -101,6 +101,22 @@ def test_the_last_four_maps_of_normalised_images(timm: Callable[..., Any], tmp_p
     assert all(torch.equal(a, b) for a, b in zip(features.maps, again.maps, strict=True))
 
 
+def test_a_model_of_the_hub_is_stored_by_its_architecture(
+    timm: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"architecture": "swin", "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    with monkeypatch.context() as patched:
+        patched.setattr(Net, "pretrained_cfg", own)  # as the hub describes this model
+        model = sm.load("timm:hf-hub:owner/conv")
+    model.save_pretrained(tmp_path / "base")
+    again = sm.load(tmp_path / "base")
+    assert again.encoder.describe()["settings"] == {"name": "swin", "mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
+    weights = {name: value for name, value in model.state_dict().items() if "convs" in name}
+    assert weights and all(torch.equal(value, again.state_dict()[name]) for name, value in weights.items())
+    torch.testing.assert_close(again.encoder.backbone.mean.flatten(), torch.tensor([0.4, 0.5, 0.6]))
+    torch.testing.assert_close(again.encoder.backbone.std.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+
+
 def test_what_timm_does_not_have(timm: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=r"timm:unknown: timm gives no feature maps of this model \(Unknown model"):
         sm.load("timm:unknown")

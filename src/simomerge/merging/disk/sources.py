@@ -23,7 +23,7 @@ from simomerge.core.assets import resolve_source
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
 from simomerge.core.model_files import file_and_key
-from simomerge.core.remote import is_url, last_name
+from simomerge.core.remote import is_url, last_name, shown_url
 
 CONFIGS = ("config.json", "preprocessor_config.json")
 """The files next to the weights of a transformers folder that belong to them."""
@@ -103,7 +103,10 @@ def open_source(path: str | os.PathLike[str], base: Mapping[str, Any] | None = N
     given = os.fspath(path)
     place = local_source(given, bare=False)
     path, named = (Path(file_and_key(each)[0]) for each in (place, given))
-    hub_id = "" if Path(resolve_source(named)).exists() or not path.exists() else given
+    if is_url(given):
+        hub_id = shown_url(given)
+    else:
+        hub_id = "" if Path(resolve_source(named)).exists() or not path.exists() else given
     if base is not None and is_lora_folder(path):
         adapted = open_lora(path, base)
         warn_of_head(path, adapted.head)

@@ -121,7 +121,8 @@ def _plain(backbone: Any, arguments: dict[str, Any]) -> Layout:
         tapped=blocks,
         blocks=blocks,
         shapes=[BlockShape(width, width) for width in widths],
-        norm=next((norm for norm in norms if norm is not None), None),
+        # The norm of BEiT with mean pooling is an identity; the trained one lies in its pooler.
+        norm=next((norm for norm in norms if norm is not None and not isinstance(norm, nn.Identity)), None),
         has_cls=has_cls,
         prefix=has_cls + has_distillation + int(getattr(config, "num_register_tokens", 0)),
         arguments=arguments,

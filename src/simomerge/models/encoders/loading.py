@@ -20,6 +20,7 @@ from simomerge.core.text import shortened
 from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
+from simomerge.models.encoders.other_models import check_no_other_model
 from simomerge.models.encoders.preprocessing import read_normalisation
 
 
@@ -179,7 +180,9 @@ def _configuration(source: str) -> tuple[Any, Any]:
     import transformers
 
     settings = transformers.PretrainedConfig.get_config_dict(source)[0]
-    check_numbers(Path(source) / "config.json", settings)
+    file = Path(source) / "config.json"
+    check_numbers(file, settings)
+    check_no_other_model(file, settings)
     model_type = settings.get("model_type")
     if not model_type or not isinstance(model_type, str):
         raise InputError(
@@ -189,6 +192,7 @@ def _configuration(source: str) -> tuple[Any, Any]:
     if model_type not in transformers.CONFIG_MAPPING:
         raise unknown_encoder(source, model_type)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    check_no_other_model(file, config.to_dict())  # its class may name one by default
     config = getattr(config, "vision_config", None) or config
     if config.model_type == "vit_mae":  # its own class hides most of the image
         config = transformers.ViTConfig.from_dict({**config.to_dict(), "model_type": "vit"})

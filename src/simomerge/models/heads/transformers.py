@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from simomerge.core.errors import InputError
+from simomerge.core.text import shown
 from simomerge.models.encoders import Features
+from simomerge.models.encoders.other_models import check_no_other_model
 from simomerge.models.heads.projections import Foldable, InputLayer
 
 ARCHITECTURES = {
@@ -34,9 +36,12 @@ class TransformersHead(Foldable, nn.Module):
         architecture: One of the three names.
         config: Arguments of the architecture's configuration class that differ from its defaults, as plain data.
         offset: Added to the output. DINOv2's own depth heads add their minimum depth.
+        limit: The smallest and the largest output, which is clamped before it is resized to the image. As in DINOv2,
+            nothing is clamped in training, where it would have no gradient.
 
     Raises:
-        InputError: Another architecture, or taps or channels that do not fit the configuration.
+        InputError: Another architecture, a limit that is no two rising numbers, or taps or channels that do not fit the
+            configuration.
     """
 
     def __init__(
@@ -46,10 +51,15 @@ class TransformersHead(Foldable, nn.Module):
         architecture: str,
         config: Mapping[str, Any] = MappingProxyType({}),
         offset: float = 0.0,
+        limit: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {"architecture": architecture, "config": dict(config), "offset": offset}
-        self.offset = offset
+        self.offset, self.limit = offset, limit
+        if limit is not None:
+            if len(limit) != 2 or not limit[0] < limit[1]:
+                raise InputError(f"limit is {shown(limit)}: give the smallest and the largest output.")
+            self.settings["limit"] = [float(value) for value in limit]
         built = _configuration(architecture, config, in_channels[0])
         if len(built.neck_hidden_sizes) != len(in_channels):
             raise InputError(f"{architecture} reads {len(built.neck_hidden_sizes)} taps, not {len(in_channels)}.")
@@ -72,10 +82,12 @@ class TransformersHead(Foldable, nn.Module):
             logits = self.head(hidden, height, width)
         else:
             logits = self.head(hidden)
-        logits = logits[:, None] if logits.ndim == 3 else logits
+        logits = (logits[:, None] if logits.ndim == 3 else logits) + self.offset
+        if self.limit is not None and not self.training:
+            logits = logits.clamp(self.limit[0], self.limit[1])
         if logits.shape[-2:] != features.padded_size:
             logits = interpolate(logits, features.padded_size, mode="bilinear", align_corners=False)
-        return logits + self.offset
+        return logits
 
     def input_layers(self) -> list[InputLayer]:
         """One per tap: the readout layer if there is one, otherwise the 1x1 convolution of the neck."""
@@ -106,6 +118,7 @@ def _configuration(architecture: str, config: Mapping[str, Any], width: int) -> 
 
     if architecture not in ARCHITECTURES:
         raise InputError(f"architecture {architecture!r}: choose one of {', '.join(ARCHITECTURES)}.")
+    check_no_other_model(architecture, config)
     backbone = transformers.Dinov2Config(hidden_size=width)
     config_class = getattr(transformers, f"{ARCHITECTURES[architecture][0]}Config")
     built = config_class(**{**config, "backbone_config": backbone})

@@ -108,7 +108,8 @@ def _build(head_type: str, weights: Checkpoint, encoder: Encoder, task: Task, fi
         binned = BinnedDepthHead(encoder.channels, 1, True, bins, MIN_DEPTH, limit)
         fill(weights, {"decode_head.conv_depth.": binned.output})
         return binned
-    dpt = TransformersHead(encoder.channels, 1, "DPTForDepthEstimation", _dpt_config(weights), MIN_DEPTH)
+    limits = (MIN_DEPTH, limit)  # DINOv2 clamps the output of every depth head
+    dpt = TransformersHead(encoder.channels, 1, "DPTForDepthEstimation", _dpt_config(weights), MIN_DEPTH, limits)
     # DINOv2's DPT never uses its layer conv_depth. Its coarsest fusion has no skip connection to refine.
     optional = ["neck.fusion_stage.layers.0.residual_layer1."]
     fill(weights, {"neck.": dpt.neck, "head.": dpt.head}, ["conv_depth."], optional, _dpt_name)

@@ -17,6 +17,7 @@ from simomerge.models.encoders import Encoder
 from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.layout import find_layout
 from simomerge.models.encoders.loading import choose_attention, first_line, quiet, without_pooler
+from simomerge.models.encoders.other_models import check_no_other_model
 from simomerge.models.encoders.preprocessing import read_normalisation
 from simomerge.models.heads.transformers import ARCHITECTURES, TransformersHead, check_not_hybrid
 from simomerge.models.importing.mapping import fill
@@ -129,16 +130,21 @@ def largest_difference(expert: SimoModel, model: nn.Module, size: tuple[int, int
 
 def _config(source: str) -> Any:
     """The configuration in a folder or of a hub id, with an attention that simomerge chooses."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
+    file = Path(source) / "config.json"
     with quiet():
         try:
+            check_no_other_model(file, PretrainedConfig.get_config_dict(source)[0])
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{source}: not a model folder, not a weight file, and as a hub id it cannot be loaded"
                 f" ({first_line(error)}). Download it while online and give its folder."
             ) from error
+    check_no_other_model(file, config.to_dict())  # its class may name one by default
     choose_attention(config)
     return config
 
