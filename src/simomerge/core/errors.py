@@ -11,8 +11,8 @@ class InputError(ValueError):
     The message names the input and the remedy in at most three sentences. The command line prints it without a
     traceback and exits with status 2. In Python it is an ordinary ``ValueError``. Messages quote names and values from
     files, so their text is one line without control characters, of at most 2,000 characters, and URLs in it are without
-    queries and passwords. A message of several
-    lines, such as one with the end of a log, is given as one argument per line.
+    queries and passwords. A message of several lines, such as one with the end of a log, is given as one argument per
+    line.
     """
 
     def __str__(self) -> str:
