@@ -246,6 +246,12 @@ def test_edit_adds_a_task_and_removes_one(
     done = simomerge(*given, "--images", photos)
     assert done.json["tasks"] == ["normals", "edges"] and done.json["merge"]["tree"].startswith("2: normals+edges |")
     assert list(load(tmp_path / "less").tasks) == ["normals", "edges"]
+    load(shared).save_pretrained(tmp_path / "half", dtype="float16")
+    done = simomerge("edit", tmp_path / "half", "--base", tiny_base, *added, "--images", photos, "-o", tmp_path / "16")
+    assert done.code == 0, done.err
+    files = [*(tmp_path / "16" / "encoder").glob("*.safetensors"), *(tmp_path / "16" / "branches").iterdir()]
+    for weights in map(open_checkpoint, files):
+        assert {weights.info(name).dtype for name in weights if "stitch" not in name} == {"F16"}
     (tmp_path / "e.yaml").write_text("1: all\nend: each")
     given = ("edit", shared, "--base", tiny_base, "--images", photos, *added, "-o", tmp_path / "3", "--json")
     done = simomerge(*given, "--share", tmp_path / "e.yaml")

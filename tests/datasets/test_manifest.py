@@ -517,6 +517,12 @@ def test_what_is_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
         load_data(path, "0", 0)
 
 
+def test_a_root_may_be_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = manifest_of(tmp_path, "  depth: {}\n", ["a.png,train,a.npy"], size="root: ~/scenes\n")
+    assert read_manifest(path).rows["train"][0].image == tmp_path / "home" / "scenes" / "a.png"
+
+
 def test_several_arrays_are_no_target(tmp_path: Path) -> None:
     with (tmp_path / "a.npy").open("wb") as handle:
         np.savez(handle, a=np.ones(3))

@@ -18,7 +18,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
 from simomerge.core.progress import show_progress
 from simomerge.datasets import DenseDataset
-from simomerge.datasets.pictures import SUFFIXES, Images, as_images, image_batches
+from simomerge.datasets.pictures import SUFFIXES, Images, as_images, files_of, image_batches
 from simomerge.datasets.tasks import Task
 
 
@@ -426,3 +426,12 @@ def test_of_many_images_of_a_dataset_some_are_checked(monkeypatch: pytest.Monkey
         as_images(Labelled(9, other_in_the_middle)).readable(one_size=True)
     unseen = [*[(6, 8)] * 3, (5, 5), *[(6, 8)] * 5]
     assert len(as_images(Labelled(9, unseen)).readable(one_size=True)) == 9  # image 3 is not among 0, 4 and 8
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
+    """They are copies, as in .ipynb_checkpoints, or no pictures, as ._a.png of macOS."""
+    for name in ("a.png", "._a.png", ".thumbnails/a.png", "day/b.png", "day/.ipynb_checkpoints/b-checkpoint.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [str(path.relative_to(tmp_path)) for path in files_of(tmp_path, (".png",))] == ["a.png", "day/b.png"]
+    assert files_of(tmp_path / ".thumbnails", (".png",)) == [tmp_path / ".thumbnails" / "a.png"]  # it was asked for

@@ -138,3 +138,15 @@ def test_findings_that_repeat_themselves_are_counted(tmp_path: Path) -> None:
     assert "parts0.png: label 200 of parts" in many and many.endswith(" This is the first of 9 such files.")
     (one,) = (problem for problem in problems if "d0.npy" in problem)
     assert one.endswith("d0.npy is 9 x 6 pixels, its image 8 x 6.")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("normals", (2, 2, 3)), ("edges", (2, 2))])
+def test_signed_integers_that_encode_values_are_refused(kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Their range is unknown: 255 could be 1 or 255. Those within the values of the task are read as they are."""
+    values = np.full(shape, 255, np.int64)
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(InputError, match=rf"a\.npy: {kind} holds signed integers \(int64\) above 1\. Save it as uint8"):
+        Stored(Task(kind)).read(tmp_path / "a.npy")
+    assert Stored(Task(kind), scale=1 / 255).read(tmp_path / "a.npy").max() <= 1
+    np.save(tmp_path / "a.npy", np.minimum(values, 1))
+    assert Stored(Task(kind)).read(tmp_path / "a.npy").max() == pytest.approx(1 if kind == "edges" else 3**-0.5)

@@ -41,6 +41,17 @@ def test_a_tree_is_its_text(tree: Tree) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(trees(), st.data())
+def test_a_smaller_and_a_larger_tree_are_their_texts(tree: Tree, data: st.DataObject) -> None:
+    """A folder is written for the tree in memory, and read for the tree of its text."""
+    left = data.draw(st.lists(st.sampled_from(tree.tasks), max_size=len(tree.tasks) - 1, unique=True))
+    smaller = tree.without(left)
+    for before, after in zip(tree.partitions, smaller.partitions, strict=True):
+        assert {frozenset(set(group) - set(left)) for group in before} - {frozenset()} == set(map(frozenset, after))
+    for changed in (smaller, smaller.joined_by("z"), tree.joined_by("z").without(left)):
+        assert Tree.read(str(changed)) == changed
+
+
 @given(trees())
 def test_nodes_cover_every_task_at_every_block_once(tree: Tree) -> None:
     for block, groups in enumerate(tree.partitions, start=1):

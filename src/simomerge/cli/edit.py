@@ -11,7 +11,7 @@ import click
 from simomerge.cli import options
 from simomerge.cli.next_step import next_step, realign_step, recorded_experts
 from simomerge.cli.output import console, say
-from simomerge.cli.trees import naming, read_share
+from simomerge.cli.trees import half_precision_of, naming, read_share
 from simomerge.core.errors import InputError
 
 
@@ -89,8 +89,10 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
     """Edit a model with shared and own blocks."""
     from simomerge.assembly.experts import load_experts
     from simomerge.assembly.sharing.edit import edit_tree
+    from simomerge.checkpoints import open_checkpoint
     from simomerge.cli.merge import tree_lines
     from simomerge.core.files import check_absent, check_apart
+    from simomerge.core.hub import local_source
     from simomerge.models.model import load
 
     check_absent(output, overwrite)
@@ -105,7 +107,8 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
         how = {"remove": list(given["removed"]), "share": tree, "size": given["size"]}
         with naming(place):
             edited = edit_tree(merged, foundation, loaded, given["images"], **how)
-        edited.save_pretrained(output, overwrite)
+        stored = half_precision_of([open_checkpoint(Path(local_source(model)) / "encoder")])
+        edited.save_pretrained(output, overwrite, stored)
     made = edited.provenance["merge"]
     say(
         as_json,

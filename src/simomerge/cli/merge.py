@@ -12,7 +12,7 @@ from simomerge.cli import options
 from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
 from simomerge.cli.parameters import MethodCommand, method_parameters
-from simomerge.cli.trees import naming, read_share
+from simomerge.cli.trees import HALVES, half_precision_of, naming, read_share
 from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
 from simomerge.core.model_files import is_weight_file
@@ -300,14 +300,9 @@ class _Wanted:
         from simomerge.merging.disk.output import Output
         from simomerge.merging.disk.sources import open_source
 
-        halves = {"F16": "float16", "BF16": "bfloat16"}
         if self.dtype is not None:
-            return halves.get(str(Output(self.output, self.dtype).storage))
-        found = set[str]()
-        for path in self.experts.values():
-            weights = open_source(path).weights
-            found |= {info.dtype for name in weights if (info := weights.info(name)).is_float}
-        return halves.get(found.pop()) if len(found) == 1 else None
+            return HALVES.get(str(Output(self.output, self.dtype).storage))
+        return half_precision_of(open_source(path).weights for path in self.experts.values())
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""

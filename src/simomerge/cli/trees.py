@@ -1,9 +1,9 @@
-"""Trees of shared blocks, as `--share` takes them."""
+"""Trees of shared blocks, as `--share` takes them, and how their weights are stored."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,16 @@ from typing import Any
 from simomerge.core.errors import InputError
 
 _REMEDY = "give a tree, such as '6: all | each' (docs/sharing.md)."
+
+HALVES = {"F16": "float16", "BF16": "bfloat16"}
+"""The half precisions of stored weights, and their names in torch."""
+
+
+def half_precision_of(models: Iterable[Any]) -> str | None:
+    """The half precision in which all floats of some checkpoints are stored; None if there is no such one."""
+    infos = (weights.info(name) for weights in models for name in weights)
+    found = {info.dtype for info in infos if info.is_float}
+    return HALVES.get(found.pop()) if len(found) == 1 else None
 
 
 def read_share(given: str) -> tuple[str, Any]:

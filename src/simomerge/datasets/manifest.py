@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simomerge.core.assets import expanded
 from simomerge.core.documents import read_yaml
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
@@ -52,7 +53,7 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
         raise InputError(
             f"{path}: column {unknown[0]!r} is not one of its tasks; name it under tasks{_near(unknown[0], names)}"
         )
-    root = path.parent / str(keys.get("root", "."))
+    root = path.parent / expanded(str(keys.get("root", ".")))
     _check_split_names(table, path)
     rows: dict[str, list[Row]] = {}
     for number, row in enumerate(table, start=1):

@@ -304,12 +304,15 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _all_files(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """The files of a folder, its subfolders and linked folders, each folder once."""
+    """The files of a folder, its subfolders and linked folders, each folder once; none that is hidden.
+
+    Hidden ones, such as ``.thumbnails`` and ``._a.jpg`` of macOS, are copies or no pictures.
+    """
     if (real := folder.resolve()) in seen:
         return
     seen.add(real)
     try:
-        entries = list(folder.iterdir())
+        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     except PermissionError:  # such as lost+found
         return
     for path in sorted(entries, key=lambda path: (path.is_symlink(), path)):

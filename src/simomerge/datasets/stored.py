@@ -287,6 +287,7 @@ class Stored:
             return self._labels(stored, ignored, path)
         if kind == "binary":
             return _mask(stored, ignored, self.scale, path)[None]
+        self._check_signed(stored, ignored, path)
         values = stored.astype(np.float32) * np.float32(self._unit(stored, path))
         if kind == "normals":
             return _unit_normals(stored, values, np.asarray(ignored.all(-1))).transpose(2, 0, 1)
@@ -297,6 +298,15 @@ class Stored:
             invalid_pixels = ignored.all(-1, keepdims=True) | ~np.isfinite(values).all(-1, keepdims=True)
             return np.where(invalid_pixels, invalid, values).transpose(2, 0, 1)
         return np.where(ignored | ~np.isfinite(values), invalid, values)[None]
+
+    def _check_signed(self, stored: np.ndarray, ignored: np.ndarray, path: Source) -> None:
+        """Raise InputError for signed integers that would be read as they are, but cannot be values of the task."""
+        bounded = self.task.behaviour.bounded or self.task.kind == "normals"
+        if self.scale is None and bounded and stored.dtype.kind == "i" and np.abs(stored[~ignored]).max(initial=0) > 1:
+            raise InputError(
+                f"{path}: {self.task.name} holds signed integers ({stored.dtype}) above 1. Save it as uint8 or uint16,"
+                " whose range is known, or as floats."
+            )
 
     def _unit(self, stored: np.ndarray, path: Source) -> float:
         if self.scale is not None:

@@ -224,7 +224,8 @@ class Tree:
         left_out, partitions = set(tasks), list[Partition]()
         for last, groups in self.levels():
             kept = (tuple(task for task in group if task not in left_out) for group in groups)
-            partitions += [tuple(filter(None, kept))] * (last - len(partitions))
+            ordered = sorted(filter(None, kept), key=lambda group: self.tasks.index(group[0]))
+            partitions += [tuple(ordered)] * (last - len(partitions))
         return Tree(tuple(partitions))
 
     def joined_by(self, task: str) -> Tree:

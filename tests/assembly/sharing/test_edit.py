@@ -59,6 +59,17 @@ def test_a_task_that_is_removed_leaves_the_merge_without_it(
     assert equal(predicted(load(tmp_path / "less"), picture), predicted(wanted, picture))
 
 
+def test_a_task_is_removed_whose_group_goes_on_behind_another(
+    base: SimoModel, experts: Experts, images: Images, picture: Tensor, tmp_path: Path
+) -> None:
+    """Without depth, the group of parts comes after normals."""
+    model = merge(base, experts, METHOD, share="2: all | 4: depth+parts, normals", images=images)
+    less = edit_tree(model, base, some(experts, "normals", "parts"), images, remove=["depth"])
+    less.save_pretrained(tmp_path / "less")
+    assert str(less.encoder.tree) == "2: normals+parts | 4: normals, parts"  # type: ignore[union-attr]
+    assert equal(predicted(load(tmp_path / "less"), picture), predicted(less, picture))
+
+
 def test_groups_keep_their_own_scales(base: SimoModel, experts: Experts, images: Images) -> None:
     model = merge(base, experts, METHOD, share="2: all | 3: depth, normals+parts | each", images=images)
     model.provenance["merge"]["groups"]["normals+parts"]["scale"] = 0.7

@@ -109,3 +109,17 @@ def test_a_selection_is_edited(base: SimoModel, experts: dict[str, SimoModel], i
     two = {task: experts[task] for task in ("normals", "parts")}
     less = edit_tree(model.select(["depth", "normals"]), base, two, images, remove=["depth"])
     assert str(less.encoder.tree) == "3: normals+parts | 4: normals, parts"  # type: ignore[union-attr]
+
+
+def test_a_task_that_shares_its_path_and_was_left_out_does_not_stay(
+    base: SimoModel, experts: dict[str, SimoModel], images: Images, picture: Tensor
+) -> None:
+    """The path to normals leads to parts too, but the model has no head for parts."""
+    model = merge(base, experts, METHOD, share="2: all | depth, normals+parts", images=images)
+    two = {task: experts[task] for task in ("depth", "normals")}
+    selected = model.select(["depth", "normals"])
+    with pytest.raises(InputError, match="nothing to do: name a task to add or to remove"):
+        edit_tree(selected, base, two, images)
+    again = edit_tree(selected, base, experts, images)
+    assert again.encoder.tree == model.encoder.tree  # type: ignore[union-attr]
+    assert equal(predicted(again, picture), predicted(model, picture))

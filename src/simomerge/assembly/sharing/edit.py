@@ -57,7 +57,8 @@ def edit_tree(
     """
     model, base, experts = as_model(model), as_model(base), as_models(experts)
     encoder = _tree_of(model)
-    before, present = encoder.tree, encoder.tasks
+    before = encoder.tree
+    present = [task for task in before.tasks if task in model.tasks]  # a path may lead to tasks that were left out
     staying = [task for task in present if task not in remove]
     _check(model, present, base, experts, remove)
     kept = before

@@ -123,6 +123,8 @@ def _official_rows(root: Path, part: str) -> list[Row]:
     rows = []
     existing = {t: (root / folder / part, end) for t, (folder, end) in _OFFICIAL.items() if (root / folder).is_dir()}
     for image in sorted((root / "leftImg8bit" / part).glob(f"*/*{_IMAGE}")):
+        if image.name.startswith("."):  # such as the copies of names that macOS makes
+            continue
         city, stem = image.parent.name, image.name.removesuffix(_IMAGE)
         targets: dict[str, Source] = {task: folder / city / f"{stem}{end}" for task, (folder, end) in existing.items()}
         rows.append(Row(image, targets))
