@@ -55,6 +55,8 @@ def distil_until(
         with distributed.temporary_folder() as folder:
             distilled = _distilled(ends, merged, experts, images, folder)
     except (InputError, OSError, torch.OutOfMemoryError) as error:
+        if distributed.processes() > 1:  # the others would wait for this process
+            raise
         warn(f"auto keeps the fold, because distillation failed: {error}")
         return _with_choice(folded, {"chosen": "fold-cross", "reason": f"distillation failed: {error}"})
     if distilled is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
-from simomerge.core.machine import autocast
+from simomerge.core.machine import autocast, in_float64
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.pictures import as_images
@@ -218,5 +218,5 @@ def _resize_like(values: Tensor, like: Tensor) -> Tensor:
     if values.shape[-2:] == like.shape[-2:]:
         return values
     planes = values[:, None] if values.ndim == 3 else values
-    resized = F.interpolate(planes.double(), like.shape[-2:], mode="nearest").to(values.dtype)
+    resized = F.interpolate(in_float64(planes), like.shape[-2:], mode="nearest").to(values)
     return resized[:, 0] if values.ndim == 3 else resized

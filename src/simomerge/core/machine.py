@@ -55,6 +55,11 @@ def limit_threads(count: int) -> None:
     torch.set_flush_denormal(True)
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on its device, or on the CPU if the device has no float64 (Apple GPUs)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, of Python, or of torch on a GPU or a CPU."""
     texts = ("allocate memory", "out of memory", "ALLOC_FAILED")  # of the CPU, CUDA and cuBLAS
@@ -91,7 +96,7 @@ def mixed_precision(device: torch.device | str | None = None, trained: nn.Module
     if chosen != "auto":
         return "bf16" if chosen == "bf16" else "no"
     if kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     has_them = any(hasattr(torch.cpu, name) and getattr(torch.cpu, name)() for name in instructions)
     slow = trained is not None and any(layer.weight.requires_grad for layer in _depthwise(trained))

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from simomerge.assembly.merge import merge
 from simomerge.assembly.realign import Realignment, prepared
 from simomerge.assembly.realign.method import TrainedRealignment
@@ -29,6 +31,7 @@ from simomerge.models.model import SimoModel, load
 from simomerge.recipes.graph import Data, Stage, open_data, read_log
 from simomerge.recipes.row import AUTO, LABEL_FREE, LEARNED
 from simomerge.relations import relate
+from simomerge.training import sharding
 from simomerge.training.evaluate import evaluate
 from simomerge.training.familiarity import training_images
 from simomerge.training.features import CachedFeatures, cache_features
@@ -292,7 +295,8 @@ class Realign(LoggedStage):
         return len(self.experts) + (6.0 if self.method.changes_encoder else 3.0)
 
     def work(self, folder: Path) -> tuple[Mapping[str, Any], SimoModel]:
-        start, data, device = load(self.model / "model"), open_data(self.data), compute_device()
+        device = compute_device() if sharding.current() is None else torch.device("cpu")  # shards alone fit a GPU
+        start, data = load(self.model / "model"), open_data(self.data)
         labelled, experts = self.method.teacher == "labels", _models(self.experts, device)
         given = {"data": data} if labelled else {"experts": experts, "images": data}
         base = load(self.base).to(device) if self.base else None

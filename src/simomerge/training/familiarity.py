@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simomerge.core.machine import autocast
+from simomerge.core.machine import autocast, in_float64
 from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel
@@ -31,7 +31,7 @@ MOST_IMAGES = 64
 
 def sketch(features: Features) -> Tensor:
     """Means over the patches of the last tap, projected onto fixed directions: float64 (B, `DIRECTIONS`)."""
-    pooled = features.maps[-1].double().mean((2, 3)).cpu()
+    pooled = in_float64(features.maps[-1]).mean((2, 3)).cpu()
     channel = torch.arange(1, pooled.shape[1] + 1, dtype=torch.float64)[:, None]
     direction = torch.arange(1, DIRECTIONS + 1, dtype=torch.float64)[None]
     # Multiples of the golden ratio are spread evenly over the circle, so the directions are nearly orthogonal.

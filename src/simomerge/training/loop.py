@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
-from simomerge.core.machine import is_out_of_memory, loader_workers, mixed_precision
+from simomerge.core.machine import in_float64, is_out_of_memory, loader_workers, mixed_precision
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches_of_all, training_batches
 from simomerge.merging.engine.depth import Depth
@@ -358,11 +358,13 @@ def _gradient_products(encoder: Sequence[nn.Parameter], losses: Tensor, forget: 
         loss.backward(retain_graph=True)
         rows.append([None if p.grad is None else sharding.own(p.grad).flatten() for p in encoder])
         forget()
-    products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=losses.device)
+    place = next((each for row in rows for each in row if each is not None), losses)  # on the CPU with --offload
+    products = torch.zeros(len(rows), len(rows), device=in_float64(place[:0]).device, dtype=torch.float64)
     for gradients in zip(*rows, strict=True):
         if present := [each for each in gradients if each is not None]:
             table = torch.stack([torch.zeros_like(present[0]) if each is None else each for each in gradients])
-            products += table.double() @ table.double().T
+            table = in_float64(table)
+            products += table @ table.T
     distributed.add_up(products)
     return products
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from simomerge.core import distributed
+from simomerge.core.machine import compute_device
 from simomerge.datasets.tasks import Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.heads import head_for
 from simomerge.models.model import SimoModel
+from simomerge.training import sharding
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS, find
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import Objective, fit
@@ -159,7 +161,10 @@ def lpft(
     with distributed.temporary_folder() as temporary:
         work = Path(work_folder or temporary)
         if not (work / "features").exists():
-            cache_features(model.encoder, train, work / "features", budget=cache_budget)
+            home = next(model.parameters()).device
+            place = compute_device() if sharding.current() is None else home
+            cache_features(model.encoder.to(place), train, work / "features", budget=cache_budget)
+            model.encoder.to(home)
         logs = {}
         for name, task in model.tasks.items():
             cached, state_file = CachedFeatures(work / "features", train, [name]), work / f"probe-{name}.safetensors"

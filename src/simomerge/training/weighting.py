@@ -119,10 +119,10 @@ class GradientWeighting(Weighting):
 
     def look(self, gram: Tensor, losses: Tensor) -> None:
         """Choose the weights of this step from the inner products (T, T) and the losses (T,)."""
-        products = gram.double().cpu().numpy()
+        products = gram.cpu().double().numpy()
         scale = float(np.trace(products)) / self.tasks
         if np.isfinite(scale) and scale > 0:
-            found = self.solve(products / scale, losses.detach().double().cpu().numpy())
+            found = self.solve(products / scale, losses.detach().cpu().double().numpy())
             self.current = torch.from_numpy(self.tasks * found / found.sum()).float()
 
     def weights(self) -> Tensor:
@@ -151,13 +151,13 @@ class GradNorm(GradientWeighting):
     def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         if not self.first.any():
             self.first.copy_(torch.from_numpy(losses))
-        kept, norms = self.kept.double().cpu().numpy(), np.sqrt(np.diag(gram).clip(min=0))
-        rates = losses / self.first.double().cpu().numpy().clip(min=1e-12)
+        kept, norms = self.kept.cpu().double().numpy(), np.sqrt(np.diag(gram).clip(min=0))
+        rates = losses / self.first.cpu().double().numpy().clip(min=1e-12)
         wanted = (kept * norms).mean() * (rates / max(rates.mean(), 1e-12)) ** self.power
         moved = kept - self.rate * np.sign(kept * norms - wanted) * norms / max(norms.max(), 1e-12)
         moved = moved.clip(min=1e-3)
         self.kept.copy_(torch.from_numpy(self.tasks * moved / moved.sum()))
-        return self.kept.double().cpu().numpy()
+        return self.kept.cpu().double().numpy()
 
 
 class PCGrad(GradientWeighting):

@@ -124,6 +124,17 @@ def test_the_unit_of_a_regression_changes_no_ratio(norm: str) -> None:
     assert least_distance(task, torch.zeros(2, 1, 4, 4)) == 1e-6
 
 
+def test_predictions_of_many_values_are_compared_two_by_two(
+    start: SimoModel, experts: dict[str, SimoModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, distances = UnlabelledImages(as_images(IMAGES), experts), ExpertDistances(experts, stored=False)
+    whole = distances._predictions(start, data)
+    assert {len(found) for found in whole.values()} == {len(IMAGES)}
+    monkeypatch.setattr("simomerge.assembly.realign.distillation.MOST_VALUES", 1)
+    for task, found in distances._predictions(start, data).items():
+        torch.testing.assert_close(found, whole[task][[0, -1]], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.usefixtures("float32")
 def test_a_task_of_small_values_counts_as_much_as_another(start: SimoModel, experts: dict[str, SimoModel]) -> None:
     task = Task("depth", "regression", norm="l2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,8 @@ def test_with_zero_coefficients_the_encoder_is_the_given_one(
     assert [name for name, value in blend.named_parameters() if value.requires_grad] == ["coefficients"]
     assert all(torch.equal(value, before[name]) for name, value in blend.weights().items())
     assert blend.settle() is merged.encoder and same(weights(merged.encoder), before)
+    moved = copy.deepcopy(blend).double()  # as .to("cuda"): the task vectors go where the module goes
+    assert {value.dtype for value in moved.vectors.values()} == {torch.float64}
 
 
 def test_coefficients_scale_the_task_vectors_of_their_block(

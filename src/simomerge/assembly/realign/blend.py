@@ -80,6 +80,11 @@ class Blend(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Any:
         return functional_call(self.module, self.weights(), arguments, named)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Blend:
+        """Also move the task vectors, which would otherwise be copied to a GPU in every step."""
+        self.vectors = {name: fn(vectors) for name, vectors in self.vectors.items()}
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> Blend:
         super().train(mode)
         self.module.eval()

@@ -34,6 +34,9 @@ UNIT_IMAGES = 64
 LEAST_UNIT = 0.02
 """The smallest unit of a task's distance, relative to the distance between predictions for different images."""
 
+MOST_VALUES = 1 << 27
+"""Predictions of a task that are compared at once: 0.5 GB in float32, and several times that while they are."""
+
 FEW_IMAGES = 32
 """With fewer images for training, a warning says so."""
 
@@ -86,9 +89,14 @@ class ExpertDistances:
 
     @torch.no_grad()
     def _predictions(self, model: SimoModel, sample: DenseDataset) -> dict[str, Tensor]:
-        """Each expert's predictions for at most 32 images, spread evenly, on the model's device."""
-        device = next(model.parameters()).device
-        places = np.linspace(0, len(sample) - 1, min(32, len(sample))).round().astype(int).tolist()
+        """Each expert's predictions for at most 32 images, spread evenly, on the model's device.
+
+        There are fewer images, but two, if a task would have more than `MOST_VALUES` values.
+        """
+        device, (height, width) = next(model.parameters()).device, sample.image(0).shape[-2:]
+        values = height * width * max(task.channels for task in model.tasks.values())
+        count = min(32, len(sample), max(2, MOST_VALUES // values))
+        places = np.linspace(0, len(sample) - 1, count).round().astype(int).tolist()
         parts = []
         for batch in ordered_batches(sample._subset(places), self.batch_size):
             moved = {key: value.to(device) for key, value in batch.items()}

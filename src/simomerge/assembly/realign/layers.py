@@ -143,7 +143,7 @@ class Calibration:
         for layer, fit in zip(layers[0], chosen, strict=True):
             columns = slice(first, first := first + len(layer.weight))
             if fit.ridge in solutions:
-                weights, bias = (each[columns].to(layer.weight.device) for each in solutions[fit.ridge])
+                weights, bias = (each[columns] for each in solutions[fit.ridge])
                 layer.weight.copy_(layer.weight.to(weights) + weights)
                 if layer.bias is not None:
                     layer.bias.copy_(layer.bias.to(bias) + bias)

@@ -95,7 +95,7 @@ def moved(part: Part, weights: Tensor, bias: Tensor, channels: Sequence[int]) ->
     system = part.system
     wide = part.projection.widened(channels)
     pieces = weights.split(system.widths(channels), 1)
-    maps = {t: (wide.maps[t].double() + piece).to(wide.bias) for t, piece in zip(system.maps, pieces, strict=False)}
+    maps = {t: (wide.maps[t].to(piece) + piece).to(wide.bias) for t, piece in zip(system.maps, pieces, strict=False)}
     tokens = zip(system.cls, pieces[len(system.maps) :], strict=True)
-    cls = {tap: (wide.cls[tap].double() + piece).to(wide.bias) for tap, piece in tokens}
-    return Projection(maps, cls, (wide.bias.double() + bias).to(wide.bias), wide.grid)
+    cls = {tap: (wide.cls[tap].to(piece) + piece).to(wide.bias) for tap, piece in tokens}
+    return Projection(maps, cls, (wide.bias.to(bias) + bias).to(wide.bias), wide.grid)

@@ -154,6 +154,9 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def errors(wanted: Tensor, shared: Tensor, factors: Factors | None) -> tuple[float, float]:
     """The squared differences of wanted weights from shared ones: without the factors, and with them."""
-    difference = wanted.double().cpu() - shared.detach().double().cpu()
-    left = difference if factors is None else difference - (factors.up.double() @ factors.down.double()).detach().cpu()
+    difference = wanted.cpu().double() - shared.detach().cpu().double()
+    left = difference
+    if factors is not None:
+        up, down = (each.detach().cpu().double() for each in (factors.up, factors.down))
+        left = difference - up @ down
     return float(difference.square().sum()), float(left.square().sum())
