@@ -162,6 +162,23 @@ def test_a_dtype_that_is_too_small_is_refused(make_model: Callable[..., SimoMode
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.float16, "F16"), ("BF16", "BF16"), ("float32", "F32"), (None, "F32")], ids=str
+)
+def test_a_model_is_stored_as_asked(
+    make_model: Callable[..., SimoModel], tmp_path: Path, dtype: str | torch.dtype | None, stored: str
+) -> None:
+    encoder = open_checkpoint(make_model([]).save_pretrained(tmp_path / "model", dtype=dtype) / "encoder")
+    assert {encoder.info(name).dtype for name in encoder if encoder.info(name).is_float} == {stored}
+
+
+@pytest.mark.parametrize("dtype", ["half", torch.int8, "float64"], ids=str)
+def test_another_dtype_is_refused(make_model: Callable[..., SimoModel], tmp_path: Path, dtype: object) -> None:
+    with pytest.raises(InputError, match=r"dtype .*: use float32, float16 or bfloat16"):
+        make_model([]).save_pretrained(tmp_path / "model", dtype=dtype)
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.filterwarnings("ignore:expert .* does not record its base")
 def test_fisher_takes_the_labels_of_a_dataset_that_is_given_as_images(half: dict[str, Path], tiny_base: Path) -> None:
     data = load_data("rooms", split="val", count=3, tasks=["depth", "normals"])

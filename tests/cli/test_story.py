@@ -365,15 +365,24 @@ def test_a_model_made_on_pictures_is_looked_at_and_one_made_on_a_dataset_is_judg
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/data.yaml").touch()
     experts = {"depth": "runs/depth"}
-    looked = judge_step(Path("scene"), experts, str(tmp_path / "photos"), "--split", "test")
+    looked = judge_step(Path("scene"), experts, str(tmp_path / "photos"))
     assert looked.startswith(f"Next: simomerge predict scene {tmp_path}/photos -o scene-predictions")
     (tmp_path / "tars/deep").mkdir(parents=True)
     (tmp_path / "tars/deep/0.tar").touch()
     for pictures in ("s3://bucket/photos", str(tmp_path / "tars"), str(tmp_path / "tars/deep/0.tar")):
         assert judge_step(Path("scene"), experts, pictures) == "Next: simomerge inspect scene"
     for data in ("rooms", str(tmp_path / "mine"), str(tmp_path / "mine/data.yaml"), "nyuv2:/data/nyuv2"):
-        judged = judge_step(Path("scene"), experts, data, "--split", "test")
+        judged = judge_step(Path("scene"), experts, data)
         assert judged == f"Next: simomerge evaluate scene depth=runs/depth --data {data} --split test"
+
+
+def test_a_model_is_judged_on_the_split_and_the_tasks_that_have_labels(tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("image,split,depth\n0.png,train,0.npy\n1.png,val,1.npy\n")
+    experts = {"depth": "runs/depth", "normals": "runs/normals"}
+    judged = judge_step(Path("scene"), experts, str(data))
+    assert judged == f"Next: simomerge evaluate scene depth=runs/depth --data {data} --split val"
+    assert judge_step(Path("scene"), {"normals": "runs/normals"}, str(data)) == "Next: simomerge inspect scene"
 
 
 def test_figures_of_a_model_that_was_replaced_meanwhile_are_shown_and_not_recorded(

@@ -92,6 +92,22 @@ def test_invalid_pixels_change_neither_the_loss_nor_any_gradient(task):
 
 
 @EVERY
+@pytest.mark.parametrize("mark", [math.nan, math.inf, -math.inf])
+def test_targets_that_are_not_finite_count_like_invalid_ones(task, mark):
+    if task is SEG:
+        return
+    logits, target, valid = sample(task)
+    marked = torch.where(valid[:, None], target, mark)
+    assert torch.equal(task.valid(marked), task.valid(target))
+    found, expected = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    losses = task.loss(found, marked), task.loss(expected, target)
+    assert losses[0].item() == losses[1].item()
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(found.grad, expected.grad)
+
+
+@EVERY
 def test_a_batch_with_nothing_valid_gives_zero_and_a_zero_gradient(task):
     logits, target, _ = sample(task)
     logits.requires_grad_()

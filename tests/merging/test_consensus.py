@@ -135,9 +135,18 @@ def test_how_many_must_agree() -> None:
     base, models = ten_times_apart(9)
     union = merge_state_dicts(base, models, "tall-mask", scale=0.4)
     assert_close(merge_state_dicts(base, models, "consensus", k=1), union, 0)
-    assert_close(merge_state_dicts(base, models, "consensus", k=4), base, 0)
+    assert_same(
+        merge_state_dicts(base, models, "consensus", k=4), merge_state_dicts(base, models, "consensus", k=len(models))
+    )
     nearly_all = merge_state_dicts(base, models, "consensus", k=3, threshold=1e-9)
     assert_same(nearly_all, merge_state_dicts(base, models, "task-arithmetic", scale=0.4))
+
+
+def test_one_expert_needs_all_of_its_entries() -> None:
+    base, models = ten_times_apart(9)
+    one = {"a": next(iter(models.values()))}
+    expected = merge_state_dicts(base, one, "task-arithmetic", scale=0.4)
+    assert_same(merge_state_dicts(base, one, "consensus"), expected)
 
 
 def test_the_mask_is_strict() -> None:

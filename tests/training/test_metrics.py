@@ -158,11 +158,32 @@ def test_a_batch_without_valid_pixels_changes_nothing(task):
     assert stream(task, filled, gap, (3, 2, 5)) == stream(task, prediction, target, (3, 5))
 
 
-@pytest.mark.parametrize("name", ["depth", "normals", "texture", "autoencoder", "flow", "wind", "height"])
-def test_a_model_that_predicts_nan_is_not_scored_on_the_rest(name):
+@EVERY
+def test_a_model_that_predicts_nan_is_not_scored_on_the_rest(task):
+    _, target = sample(task)
+    logits = torch.randn(len(target), task.channels, *target.shape[-2:])
+    valid = task.valid(torch.from_numpy(target))
+    counts = valid.any(1) if valid.ndim == 4 else valid
+    for where, is_scored in ((counts, False), (~counts, True)):
+        place, row, column = where.nonzero()[0].tolist()
+        given = logits.clone()
+        given[place, -1, row, column] = math.nan
+        metrics = TaskMetrics(task)
+        metrics.update_by_logits(logits, torch.from_numpy(target))
+        expected = metrics.compute()
+        metrics = TaskMetrics(task)
+        metrics.update_by_logits(given, torch.from_numpy(target))
+        assert metrics.compute() == (
+            expected if is_scored else pytest.approx(dict.fromkeys(expected, math.nan), nan_ok=True)
+        )
+
+
+@pytest.mark.parametrize("name", ["edges", "binary"])
+def test_probabilities_with_nan_have_no_score(name):
     prediction, target = sample(TASKS[name])
-    prediction[0] = np.nan
-    assert math.isnan(stream(TASKS[name], prediction, target, BATCHES)[TASKS[name].metric])
+    place = tuple(np.argwhere(target >= 0)[0])
+    prediction[place] = np.nan
+    assert all(map(math.isnan, stream(TASKS[name], prediction, target, BATCHES).values()))
 
 
 @EVERY

@@ -189,6 +189,23 @@ def test_nash_mtl_solves_its_equation() -> None:
     np.testing.assert_allclose(NashMTL(2).solve(np.diag([4.0, 0.25]), np.ones(2)), [0.5, 2], rtol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e4, 1e6])
+def test_nash_mtl_does_not_depend_on_the_unit_of_a_loss(factor: float) -> None:
+    vectors, units = gradients(3), np.array([factor, 1, 1, 1])
+    wanted, found = (
+        NashMTL(4).solve(v @ v.T / np.trace(v @ v.T), np.ones(4)) for v in (vectors, vectors * units[:, None])
+    )
+    share = found * units
+    np.testing.assert_allclose(share / share.sum(), wanted / wanted.sum(), rtol=1e-5)
+
+
+def test_a_task_without_a_gradient_does_not_stop_the_others_in_nash_mtl() -> None:
+    vectors = gradients(0)
+    some = NashMTL(3).solve(vectors[:3] @ vectors[:3].T, np.ones(3))
+    vectors[3] = 0
+    np.testing.assert_allclose(NashMTL(4).solve(vectors @ vectors.T, np.ones(4)), [*some, 0], rtol=1e-6)
+
+
 def test_gradnorm_equalises_the_norms_and_favours_the_slow_task() -> None:
     module = weighting("gradnorm", 2)
     assert isinstance(module, GradNorm)

@@ -111,7 +111,7 @@ class Judge:
             with evaluating(model), autocast(self.device):
                 logits = model.decode(model.encode(batch.images), names)
             for name, metric in metrics.items():
-                metric.update(self.tasks[name].activate(logits[name].float()), batch.targets[name])
+                metric.update_by_logits(logits[name], batch.targets[name])
         return {name: metric.compute() for name, metric in metrics.items()}
 
     def performance(self, scores: Scores) -> dict[str, float]:

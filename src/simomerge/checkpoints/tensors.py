@@ -7,7 +7,7 @@ the storage. Tensors that are not floats stay as they are stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ STORAGE = {
     "U8": "|u1",
 }
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+#: The storage dtypes in which models are written, by their names in torch.
+WRITTEN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BY_NAME = {"bfloat16": "BF16"} | {np.dtype(code).name: key for key, code in STORAGE.items() if key != "BF16"}
 
 
@@ -62,6 +64,17 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes in storage."""
         return self.size * np.dtype(STORAGE[self.dtype]).itemsize
+
+
+def common_float(infos: Iterable[TensorInfo]) -> str | None:
+    """The key of `WRITTEN` in which all floats are stored; None if there is no such one.
+
+    Example:
+        >>> common_float([TensorInfo((2, 3), "BF16"), TensorInfo((), "I64")])
+        'bfloat16'
+    """
+    found = {info.dtype for info in infos if info.is_float}
+    return next((name for name, code in WRITTEN.items() if {code} == found), None)
 
 
 def tensor_info(tensors: Mapping[str, Any], name: str) -> TensorInfo:

@@ -11,7 +11,7 @@ import click
 from simomerge.cli import options
 from simomerge.cli.next_step import next_step, realign_step, recorded_experts
 from simomerge.cli.output import console, say
-from simomerge.cli.trees import half_precision_of, naming, read_share
+from simomerge.cli.trees import naming, read_share, stored_dtype
 from simomerge.core.errors import InputError
 
 
@@ -107,7 +107,7 @@ def _edit_tree(model: str, base: str, output: Path, overwrite: bool, as_json: bo
         how = {"remove": list(given["removed"]), "share": tree, "size": given["size"]}
         with naming(place):
             edited = edit_tree(merged, foundation, loaded, given["images"], **how)
-        stored = half_precision_of([open_checkpoint(Path(local_source(model)) / "encoder")])
+        stored = stored_dtype([open_checkpoint(Path(local_source(model)) / "encoder")])
         edited.save_pretrained(output, overwrite, stored)
     made = edited.provenance["merge"]
     say(

@@ -12,7 +12,7 @@ from simomerge.cli import options
 from simomerge.cli.next_step import judge_step, next_step, realign_step
 from simomerge.cli.output import console, say
 from simomerge.cli.parameters import MethodCommand, method_parameters
-from simomerge.cli.trees import HALVES, half_precision_of, naming, read_share
+from simomerge.cli.trees import naming, read_share, stored_dtype
 from simomerge.core.assets import EMBEDDED_BASE
 from simomerge.core.errors import InputError
 from simomerge.core.model_files import is_weight_file
@@ -296,13 +296,10 @@ class _Wanted:
         return {**model.provenance["merge"], **_chosen(model.provenance)}, tuple(model.tasks)
 
     def _stored_dtype(self) -> str | None:
-        """The half precision of the stored encoder: as asked, or that of all experts; None is float32."""
-        from simomerge.merging.disk.output import Output
+        """The dtype of the stored encoder: as asked, or that of all experts; None if these differ."""
         from simomerge.merging.disk.sources import open_source
 
-        if self.dtype is not None:
-            return HALVES.get(str(Output(self.output, self.dtype).storage))
-        return half_precision_of(open_source(path).weights for path in self.experts.values())
+        return self.dtype or stored_dtype(open_source(path).weights for path in self.experts.values())
 
     def _inputs(self) -> dict[str, Any]:
         """The images to choose on, as keyword arguments of `simomerge.merge`."""

@@ -48,14 +48,17 @@ def realign_step(model: Path, experts: Mapping[str, object], base: str, images: 
     return next_step(*words, comment=f"the heads no longer fit{where}")
 
 
-def judge_step(model: Path, experts: Mapping[str, object], data: str, *split: str) -> str:
+def judge_step(model: Path, experts: Mapping[str, object], data: str) -> str:
     """Compare a model with its experts on a dataset; or look at its predictions for pictures, which have no labels."""
     from simomerge.datasets.load import is_dataset
     from simomerge.datasets.pictures import picture_files
 
     data = data if is_url(data) or not data.startswith("~") else str(expanded(data))
     if is_dataset(data):
-        return next_step("evaluate", model, *pairs(experts), "--data", data, *split)
+        split, labelled = _labels(data, experts)
+        if not labelled:
+            return next_step("inspect", model)
+        return next_step("evaluate", model, *pairs(labelled), "--data", data, "--split", split)
     try:
         readable = not is_url(data) and not data.lower().endswith(".tar") and bool(picture_files(Path(data)))
     except InputError:  # such as tar files, which predict does not read
@@ -63,6 +66,18 @@ def judge_step(model: Path, experts: Mapping[str, object], data: str, *split: st
     if not readable:
         return next_step("inspect", model)
     return next_step("predict", model, data, "-o", f"{model}-predictions", comment="look at what it predicts")
+
+
+def _labels(data: str, experts: Mapping[str, object]) -> tuple[str, Mapping[str, object]]:
+    """The split to judge on, which is "test" if the dataset has it, and the experts whose tasks have labels."""
+    from simomerge.datasets.load import find_manifest
+
+    try:
+        manifest = find_manifest(data)
+    except InputError:  # such as rooms, which have no manifest, but all splits
+        return "test", experts
+    split = "test" if "test" in manifest.rows else list(manifest.rows)[-1]
+    return split, {task: expert for task, expert in experts.items() if task in manifest.stored}
 
 
 def recorded_experts(

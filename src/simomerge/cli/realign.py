@@ -139,7 +139,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
         {"output": str(output), "realign": record},
         *_lines(record, list(result.tasks), getattr(chosen, "ridge", None)),
         f"Model: {output}",
-        judge_step(output, experts, given["data"] if "data" in inputs else given["images"], "--split", "test")
+        judge_step(output, experts, given["data"] if "data" in inputs else given["images"])
         if chosen.changes_heads
         else realign_step(output, experts, "", given["images"]),
     )

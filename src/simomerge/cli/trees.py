@@ -12,15 +12,12 @@ from simomerge.core.errors import InputError
 
 _REMEDY = "give a tree, such as '6: all | each' (docs/sharing.md)."
 
-HALVES = {"F16": "float16", "BF16": "bfloat16"}
-"""The half precisions of stored weights, and their names in torch."""
 
+def stored_dtype(checkpoints: Iterable[Any]) -> str | None:
+    """The dtype, by its name in torch, in which all floats of some checkpoints are stored; None if they differ."""
+    from simomerge.checkpoints.tensors import common_float
 
-def half_precision_of(models: Iterable[Any]) -> str | None:
-    """The half precision in which all floats of some checkpoints are stored; None if there is no such one."""
-    infos = (weights.info(name) for weights in models for name in weights)
-    found = {info.dtype for info in infos if info.is_float}
-    return HALVES.get(found.pop()) if len(found) == 1 else None
+    return common_float(weights.info(name) for weights in checkpoints for name in weights)
 
 
 def read_share(given: str) -> tuple[str, Any]:

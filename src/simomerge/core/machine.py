@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from simomerge.core.errors import InputError
+from simomerge.core.text import first_line
 
 
 def available_cores() -> int:
@@ -135,5 +136,5 @@ def named_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:100]}).") from error
+        raise InputError(f"device {name!r} cannot be used here ({first_line(error)[:100]}).") from error
     return device

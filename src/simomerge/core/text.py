@@ -38,10 +38,14 @@ _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 6
 _short.maxlevel = 3
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's message, or its class if it has none."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return first_line.partition(". ")[0].rstrip(".")
+    return first_line(error).partition(". ")[0].rstrip(".")
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.progress import progress
+from simomerge.datasets.groups import evenly
 from simomerge.datasets.rows import Manifest, Row
 from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
 from simomerge.datasets.tasks import Task
@@ -121,7 +122,7 @@ def check(manifest: Manifest, count: int = 100) -> Check:
     found: list[tuple[Source, str]] = []
     read: set[Source] = set()
     for split, rows in splits.items():
-        chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+        chosen = evenly(rows, count)
         result.sizes[split], result.summaries[split] = Counter(), {}
         for done, row in enumerate(chosen, start=1):
             found += _check_row(row, manifest, result.sizes[split], result.summaries[split])

@@ -17,6 +17,7 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text, check_absent
+from simomerge.datasets.groups import evenly
 from simomerge.datasets.pictures import SUFFIXES, files_of
 from simomerge.datasets.rows import COLUMNS, SPLITS, known_split
 from simomerge.datasets.stored import read_array
@@ -201,8 +202,7 @@ def _shares(groups: Sequence[str]) -> list[str]:
 
 def _guess(task: str, folder: Path, files: Sequence[Path], kind: str) -> tuple[dict[str, Any], list[str]]:
     """The manifest's entry of a task, and what to say about it."""
-    places = np.unique(np.linspace(0, len(files) - 1, min(SAMPLES, len(files))).round().astype(int))
-    arrays = [read_array(files[place]) for place in places]
+    arrays = [read_array(file) for file in evenly(files, SAMPLES)]
     named = task if task in KINDS else _named_kind(f"{task} {folder.name}")
     asked, kind = kind, kind or named or _kind_of(arrays)
     if not kind:

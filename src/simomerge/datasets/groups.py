@@ -22,6 +22,17 @@ RUN = 4
 """Runs that are shorter than this are joined, so that fewer neighbours are on both sides."""
 
 
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` of some items, spread evenly over them; the first and the last are among them.
+
+    Example:
+        >>> evenly(range(100), 4)
+        [0, 33, 66, 99]
+    """
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
 def held_out(images: Any, share: float = SHARE) -> list[int]:
     """Indices of the images that are held out, in ascending order.
 

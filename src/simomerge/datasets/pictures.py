@@ -20,6 +20,7 @@ from simomerge.core.progress import progress
 from simomerge.core.remote import RemoteError
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import BATCH_PIXELS, images_within
+from simomerge.datasets.groups import evenly
 from simomerge.datasets.tars import SUFFIX as TAR
 from simomerge.datasets.tars import TarPictures
 
@@ -125,8 +126,8 @@ class Images(DenseDataset):
             return self
         kept, unreadable = list[int](), list[int]()
         first: tuple[int, int] | None = None
-        checked = min(len(self), CHECKED_OF_DATASET) if self.is_dataset else len(self)
-        for done, index in enumerate(np.linspace(0, len(self) - 1, checked).round().astype(int).tolist(), 1):
+        checked = CHECKED_OF_DATASET if self.is_dataset else len(self)
+        for done, index in enumerate(evenly(range(len(self)), checked), 1):
             # Only decoding finds a truncated picture: the size in its header looks right.
             size = self._size(index)
             (unreadable if size is None else kept).append(index)
@@ -184,7 +185,7 @@ class Images(DenseDataset):
         """Pictures evenly over the sequence: neighbouring frames of a video are nearly the same."""
         if isinstance(self.source, DenseDataset) and len(self) == len(self.source):
             return self.source._picked(count)
-        return range(count) if self.is_dataset else np.linspace(0, len(self) - 1, count).round().astype(int).tolist()
+        return range(count) if self.is_dataset else evenly(range(len(self)), count)
 
     def _subset(self, indices: Sequence[int]) -> Images:
         chosen = copy.copy(self)

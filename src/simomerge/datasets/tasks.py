@@ -78,7 +78,7 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _l1(logits: Tensor, target: Tensor) -> Tensor:
-    return (logits - torch.where(torch.isfinite(target), target, 0.0)).abs()
+    return (logits - target).abs()
 
 
 def _l2(logits: Tensor, target: Tensor) -> Tensor:
@@ -169,10 +169,14 @@ def _share(colour_map: str = "", channels: int = 1) -> Kind:
     )
 
 
+def _is_positive(values: Tensor) -> Tensor:
+    return (values > 0) & torch.isfinite(values)
+
+
 def _distance_map(smallest: float, unit: str, colour_map: str) -> Kind:
     """A kind whose targets are positive, or 0 where invalid."""
     clamp = partial(torch.clamp, min=smallest)
-    return Kind(1, _l1, lambda t: t > 0, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map, invalid=0)
+    return Kind(1, _l1, _is_positive, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map, invalid=0)
 
 
 def _mask(losses: Callable[[Tensor, Tensor], Tensor], metric: str) -> Kind:
@@ -180,7 +184,7 @@ def _mask(losses: Callable[[Tensor, Tensor], Tensor], metric: str) -> Kind:
     return Kind(
         1,
         losses,
-        valid=lambda t: t >= 0,
+        valid=lambda t: (t >= 0) & torch.isfinite(t),
         activate=torch.sigmoid,
         distance=_edge_divergence,
         metric=metric,
@@ -210,7 +214,15 @@ KINDS: dict[str, Kind] = {
     "disparity": _distance_map(0, "", "magma"),
     "log_depth": _share("magma_r"),
     "normals": Kind(
-        3, _cosine, lambda t: t.square().sum(1) > 0, unit_vectors, _angle, "mean_angle", "deg", invalid=0, directed=True
+        3,
+        _cosine,
+        lambda t: _is_positive(t.square().sum(1)),
+        unit_vectors,
+        _angle,
+        "mean_angle",
+        "deg",
+        invalid=0,
+        directed=True,
     ),
     "edges": _mask(_edge_cross_entropy, "f1"),
     "binary": _mask(_binary_cross_entropy, "iou"),
@@ -334,7 +346,10 @@ class Task:
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Training loss: a float32 scalar. Shapes as in `KINDS`."""
-        return _masked_mean(self.behaviour.losses(logits.float(), target), self.valid(target))
+        valid = self.valid(target)
+        # A target that is not finite would make the gradient NaN, although its pixel does not count.
+        known = torch.nan_to_num(target, 0, 0, 0) if target.is_floating_point() else target
+        return _masked_mean(self.behaviour.losses(logits.float(), known), valid)
 
     def valid(self, target: Tensor) -> Tensor:
         """Where a target counts in losses and metrics: bool, of the target's shape; (B, H, W) for normals and flow."""

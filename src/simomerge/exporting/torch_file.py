@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simomerge.core.errors import InputError
+from simomerge.core.text import first_line
 from simomerge.runtime.scene import described
 
 _DESCRIPTION = "simomerge.json"
@@ -49,9 +50,8 @@ def open_program(file: Path) -> tuple[Any, dict[str, Any]]:
     try:
         return torch.export.load(file).module(), info
     except Exception as error:  # from another version of torch
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(
-            f"{file}: this torch cannot load it ({first}); export the model again with this version."
+            f"{file}: this torch cannot load it ({first_line(error)[:200]}); export the model again with this version."
         ) from error
 
 

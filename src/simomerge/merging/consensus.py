@@ -91,9 +91,9 @@ class Consensus(MergeMethod):
     """The sum of the task vectors, in the entries that at least k experts need (Wang et al., 2024).
 
     theta_0 + scale * tau_MTL * [sum_t m_t >= k] with the masks of ``tall-mask``. With k = 2, the authors' default,
-    weights that no expert needs ("catastrophic") or only one ("selfish") stay the base's. A k above the number of
-    experts gives the base. tau_MTL is the sum of the task vectors (the paper's consensus task arithmetic, not its
-    variant with TIES). The authors choose the thresholds per expert and the scale on validation data.
+    weights that no expert needs ("catastrophic") or only one ("selfish") stay the base's. With fewer experts than k,
+    all of them must need an entry. tau_MTL is the sum of the task vectors (the paper's consensus task arithmetic, not
+    its variant with TIES). The authors choose the thresholds per expert and the scale on validation data.
 
     Example:
         >>> task_vectors = {"a": np.array([2.0, 4.0]), "b": np.array([2.0, 0.0])}
@@ -112,7 +112,7 @@ class Consensus(MergeMethod):
         votes = np.zeros(base.shape, np.int32)
         for expert, tau in task_vectors.items():
             votes += tall_mask(tau, tau_mtl, of_expert(self.threshold, expert))
-        return base + np.where(votes >= self.k, tau_mtl, np.float32(0)) * np.float32(self.scale)
+        return base + np.where(votes >= min(self.k, len(task_vectors)), tau_mtl, np.float32(0)) * np.float32(self.scale)
 
 
 @register("emr", "EMR-Merging (Huang et al., 2024)", "https://arxiv.org/abs/2405.17461")

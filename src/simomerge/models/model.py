@@ -183,7 +183,7 @@ class SimoModel(nn.Module):
         model.source, model.licence = self.source, self.licence
         return model
 
-    def save_pretrained(self, folder: str | Path, overwrite: bool = False, dtype: str | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False, dtype: Any = None) -> Path:
         """Write the model folder: simo.json, encoder/, heads/, README.md, and adapters or branches if it has some.
 
         The folder is written under a temporary name and renamed, so a crash never leaves an incomplete model.
@@ -191,11 +191,11 @@ class SimoModel(nn.Module):
         Args:
             folder: Where to write it.
             overwrite: Replace the folder if it exists.
-            dtype: Storage of the encoder's floats, "float16" or "bfloat16"; as they are by default.
+            dtype: Storage of the encoder's floats, such as "float16" or torch.bfloat16; as they are by default.
 
         Raises:
-            InputError: The folder exists and ``overwrite`` is false, a weight is too large for ``dtype``, or the disk
-                is full.
+            InputError: The folder exists and ``overwrite`` is false, ``dtype`` is unknown, a weight is too large for
+                it, or the disk is full.
 
         Warns:
             UserWarning: The class of the encoder or of a head is defined in a notebook or script, so that no other

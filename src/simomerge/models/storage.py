@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from simomerge.checkpoints.description import branch_file, existing
 from simomerge.checkpoints.reading import check_safetensors
+from simomerge.checkpoints.tensors import WRITTEN
 from simomerge.core.errors import InputError
 from simomerge.merging.tree import Tree
 from simomerge.models.encoders import CustomEncoder, Encoder, TreeEncoder
@@ -25,24 +26,35 @@ from simomerge.models.encoders.units import low_rank_of, unit_names
 STITCHES = "stitches.safetensors"
 
 
-def save_encoder(encoder: Encoder, folder: Path, dtype: str | None = None) -> None:
+def save_encoder(encoder: Encoder, folder: Path, dtype: str | torch.dtype | None = None) -> None:
     """Write the encoder into a model folder: ``encoder/`` and, for a tree, what every branch has of its own.
 
     Args:
-        dtype: Of the floats, such as "float16"; as they are by default.
+        dtype: Of the floats, such as "float16" or "F16"; as they are by default.
 
     Raises:
-        InputError: A weight is too large for the dtype.
+        InputError: The dtype is unknown, or a weight is too large for it.
     """
+    chosen = None if dtype is None else _known(dtype)
     if isinstance(encoder, TreeEncoder):
-        _save_tree(encoder, folder, dtype)
+        _save_tree(encoder, folder, chosen)
     else:
-        _save_plain(encoder, folder / "encoder", dtype)
+        _save_plain(encoder, folder / "encoder", chosen)
 
 
-def _save_plain(encoder: Encoder, folder: Path, dtype: str | None) -> None:
+def _known(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype by its name in torch or in safetensors. Raises InputError for others than `WRITTEN`."""
+    name = str(dtype).removeprefix("torch.")
+    found = name if name in WRITTEN else next((known for known, code in WRITTEN.items() if code == name), None)
+    if found is None:
+        raise InputError(f"dtype {dtype!r}: use float32, float16 or bfloat16.")
+    return cast(torch.dtype, getattr(torch, found))
+
+
+def _save_plain(encoder: Encoder, folder: Path, dtype: torch.dtype | None) -> None:
     """Write a transformers folder, or the tensors and the description of a custom encoder."""
-    backbone = encoder.backbone if dtype is None else _in_dtype(encoder.backbone, dtype)
+    held = {value.dtype for value in encoder.backbone.state_dict().values() if value.is_floating_point()}
+    backbone = encoder.backbone if dtype is None or held == {dtype} else _in_dtype(encoder.backbone, dtype)
     if isinstance(encoder, CustomEncoder):
         from safetensors.torch import save_file
 
@@ -59,20 +71,21 @@ def _save_plain(encoder: Encoder, folder: Path, dtype: str | None) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _in_dtype(backbone: nn.Module, dtype: str) -> Any:
+def _in_dtype(backbone: nn.Module, dtype: torch.dtype) -> Any:
     """A copy of a backbone with floats of another dtype. Raises InputError if a weight is too large for it."""
-    rounded = copy.deepcopy(backbone).to(getattr(torch, dtype))
+    rounded = copy.deepcopy(backbone).to(dtype)
     _check_finite(rounded.state_dict(), dtype)
     return rounded
 
 
-def _check_finite(tensors: Mapping[str, Tensor], dtype: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise InputError(f"{name} has values that are too large for {dtype}; store the encoder as float32.")
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(f"{name} has values that are too large for {kind}; store the encoder as float32.")
 
 
-def _save_tree(encoder: TreeEncoder, folder: Path, dtype: str | None) -> None:
+def _save_tree(encoder: TreeEncoder, folder: Path, dtype: torch.dtype | None) -> None:
     """Write the first path of a tree as a complete encoder, what every path has of its own, and the stitches."""
     from safetensors.torch import save_file
 
@@ -86,11 +99,10 @@ def _save_tree(encoder: TreeEncoder, folder: Path, dtype: str | None) -> None:
         save_file(_rounded(nn.ModuleDict(encoder.stitches).state_dict(), dtype), folder / STITCHES)
 
 
-def _rounded(tensors: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Tensors as a file stores them, with floats of another dtype. Raises InputError as `_in_dtype`."""
-    kind = getattr(torch, dtype) if dtype else None
     found = {
-        name: _stored(value.to(kind) if kind and value.is_floating_point() else value)
+        name: _stored(value.to(dtype) if dtype and value.is_floating_point() else value)
         for name, value in tensors.items()
     }
     if dtype:

@@ -8,6 +8,7 @@ from typing import Any
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.core.text import first_line
 from simomerge.datasets.groups import LEAST_IMAGES
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
@@ -90,7 +91,7 @@ def _head(recipe: Recipe) -> Iterator[str]:
     try:  # a head for an encoder of four narrow taps
         build_head(recipe.head, (8, 8, 8, 8), 1, dict(recipe.head_settings))
     except (InputError, RuntimeError) as error:  # RuntimeError: sizes that torch cannot make
-        yield f"head_settings: {str(error).splitlines()[0].rstrip('.')}"
+        yield f"head_settings: {first_line(error).rstrip('.')}"
 
 
 def _merges(recipe: Recipe) -> Iterator[str]:

@@ -20,6 +20,7 @@ from simomerge.core.environment import install_command
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.files import atomic_write_text
 from simomerge.core.progress import progress
+from simomerge.core.text import first_line
 from simomerge.recipes.file import read_recipe
 from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
@@ -209,9 +210,8 @@ def _study(optuna: Any, place: str, name: str, seed: int | None) -> Any:
         )
         begun = len(study.get_trials(deepcopy=False))
     except Exception as error:  # the driver of a database may raise anything
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"storage {place}: cannot be used ({cause}); give a file, or a URL as Optuna takes it."
+            f"storage {place}: cannot be used ({first_line(error)}); give a file, or a URL as Optuna takes it."
         ) from error
     study.sampler = optuna.samplers.TPESampler(seed=None if seed is None else (seed + 1_000_003 * begun) % 2**32)
     return study

@@ -173,7 +173,7 @@ def _update(
     for name, expert in experts.items():
         with evaluating(expert.heads[name]), autocast(features.maps[0].device):
             logits = expert.decode(features, [name])[name]
-        metrics[name].update(expert.tasks[name].activate(logits.float()), batch.targets[name])
+        metrics[name].update_by_logits(logits, batch.targets[name])
 
 
 class _Line:

@@ -30,6 +30,7 @@ from simomerge.core.distributed import started_processes
 from simomerge.core.errors import InputError
 from simomerge.core.machine import PRECISION, limit_threads, share_cores
 from simomerge.core.progress import current_sink, progress, show_progress
+from simomerge.core.text import first_line
 from simomerge.training import tracking
 from simomerge.training.nodes import check_nodes
 from simomerge.training.pool import Job, WorkerPool, with_warnings
@@ -93,9 +94,8 @@ class RayPool(WorkerPool):
             _connect(self.address)  # Ray itself waits for minutes
             ray.init(address=self.address or None, log_to_driver=False, logging_level="ERROR")
         except (OSError, RuntimeError, ValueError) as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"--ray: no cluster answers at {self.address or 'this machine'} ({first_line}). Start one with"
+                f"--ray: no cluster answers at {self.address or 'this machine'} ({first_line(error)}). Start one with"
                 " `ray start --head`, or give --ray alone to use this machine."
             ) from error
         try:
@@ -168,14 +168,14 @@ class RayPool(WorkerPool):
                 if isinstance(error.cause, InputError):
                     raise error.cause from None
                 where, *lines = _tail(log, str(error))
-                raised = InputError(f"{name}: {_last(error.cause)}. {where}", *lines)
+                raised = InputError(f"{name}: {_described(error.cause)}. {where}", *lines)
                 raised.worker_warnings = getattr(error.cause, "worker_warnings", [])  # type: ignore[attr-defined]
                 raise raised from error
             except ray.exceptions.RayError as error:  # its process or its node is gone
                 if self._ended.is_set():  # or Ray would start again
                     raise
                 if attempt == ATTEMPTS:
-                    reason = str(error).splitlines()[0]
+                    reason = first_line(error)
                     where, *lines = _tail(log)
                     raise InputError(
                         f"{name}: its process ended {ATTEMPTS} times, most often because memory ran out ({reason})."
@@ -285,7 +285,7 @@ def _log(arguments: Mapping[str, Any]) -> Path | None:
     return folder.stage(f"{arguments['output'].name}.log") if isinstance(folder, RunFolder) else None
 
 
-def _last(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
 

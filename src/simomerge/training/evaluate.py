@@ -103,7 +103,7 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
             with autocast(device):
                 logits = model(batch["image"].to(device), shared)
             for name in shared:
-                metrics[name].update(model.tasks[name].activate(logits[name].float()), batch[name].to(device))
+                metrics[name].update_by_logits(logits[name], batch[name].to(device))
             done += len(batch["image"]) * distributed.processes()
             progress(label, min(done, len(dataset)), len(dataset))
     return TaskScores(model.tasks, {name: metric.compute() for name, metric in metrics.items()})

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from simomerge.core.machine import autocast, in_float64
 from simomerge.datasets.batches import images_within, ordered_batches
+from simomerge.datasets.groups import evenly
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
@@ -53,7 +53,7 @@ def training_images(model: SimoModel, data: Any) -> dict[str, Any]:
         >>> training_images(model, load_data("rooms", count=800))["size"]                          # doctest: +SKIP
         [64, 80]
     """
-    places = np.linspace(0, len(data) - 1, min(MOST_IMAGES, len(data))).round().astype(int).tolist()
+    places = evenly(range(len(data)), MOST_IMAGES)
     device, found, size = next(model.parameters()).device, [], (0, 0)
     with evaluating(model):
         some = data._subset(places).select([])

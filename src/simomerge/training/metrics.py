@@ -55,7 +55,12 @@ class TaskMetrics(nn.Module):
         super().__init__()
         self.task = task
         self.metrics = MetricCollection(_metrics(task), compute_groups=False)
-        self._has_values = False
+        self._has_values = self._has_nan = False
+
+    def update_by_logits(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch of logits (B, C, H, W), which are activated first, and targets."""
+        self._look_for_nan(logits, target)  # a class can be chosen among NaN, too
+        self.update(self.task.activate(logits.float()), target)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch of activated predictions and targets; see `simomerge.datasets.tasks.KINDS`."""
@@ -63,6 +68,8 @@ class TaskMetrics(nn.Module):
         if not valid.any():
             return
         self._has_values = True
+        if prediction.is_floating_point():
+            self._look_for_nan(prediction, target)
         if self.task.kind == "segmentation":
             self.metrics.update(prediction, target)
         elif self.task.kind in _BINARY:
@@ -71,11 +78,19 @@ class TaskMetrics(nn.Module):
             for name, values in _errors(self.task, prediction, target, valid).items():
                 self.metrics[name].update(*values)
 
+    def _look_for_nan(self, values: Tensor, target: Tensor) -> None:
+        """Note a NaN at a valid pixel. torchmetrics would count it as a class, or take all logits for probabilities."""
+        valid = self.task.valid(target)
+        self._has_nan |= bool((values.isnan().any(1) & (valid.any(1) if valid.ndim == 4 else valid)).any())
+
     def compute(self) -> dict[str, float]:
-        """Metrics of everything added so far, by all processes together; NaN if no pixel was valid."""
-        counted = torch.tensor(float(self._has_values))
+        """Metrics of everything added so far, by all processes together.
+
+        They are NaN if no pixel was valid, or if the prediction of a valid pixel was NaN.
+        """
+        counted = torch.tensor([float(self._has_values), float(self._has_nan)])
         distributed.add_up(counted)  # a process without valid pixels takes part too
-        if not counted:
+        if not counted[0] or counted[1]:
             return dict.fromkeys(self.metrics.keys(), math.nan)
         factors = {**dict.fromkeys(_FRACTIONS, 100.0), self.task.metric: self.task.behaviour.factor}
         values: dict[str, Any] = self.metrics.compute()

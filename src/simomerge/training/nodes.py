@@ -7,6 +7,7 @@ from typing import Any
 
 from simomerge.core.environment import versions
 from simomerge.core.errors import InputError
+from simomerge.core.text import first_line
 from simomerge.training.run_folder import RunFolder
 
 _PATIENCE = 300
@@ -64,7 +65,7 @@ def check_nodes(ray: Any, folder: RunFolder) -> Nodes:
         if isinstance(cause := getattr(error, "cause", None), InputError):
             raise InputError(f"--ray: a node of the cluster cannot use the run folder: {cause}") from error
         raise InputError(
-            f"--ray: a node of the cluster cannot run simomerge ({_first_line(error)}). Install the same"
+            f"--ray: a node of the cluster cannot run simomerge ({first_line(error)}). Install the same"
             " `simomerge[ray,torch]` on every node."
         ) from error
     here = versions()
@@ -105,7 +106,3 @@ def _on(node: str) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

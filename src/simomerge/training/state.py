@@ -21,6 +21,7 @@ from simomerge.checkpoints import write_safetensors
 from simomerge.checkpoints.tensors import value_info
 from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
+from simomerge.core.text import first_line
 from simomerge.training.sharding import assign, own, whole
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -144,9 +145,8 @@ class TrainingState:
             with safe_open(self.path, framework="pt") as file:
                 return self._read(file)
         except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
             raise InputError(
-                f"{self.path}: cannot resume from it ({first_line}); remove it to train from the start."
+                f"{self.path}: cannot resume from it ({first_line(error)}); remove it to train from the start."
             ) from error
 
     def _read(self, file: Any) -> TrainLog:

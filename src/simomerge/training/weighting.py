@@ -204,13 +204,21 @@ class NashMTL(GradientWeighting):
     """The Nash bargaining solution: the product of the tasks' gains, ``g_t . sum_s a_s g_s``, is maximal.
 
     The weights solve ``G a = 1 / a``, so they minimise ``a' G a / 2 - sum log a``. This function is convex, and
-    Newton's method finds its minimum. The paper solves a sequence of programs instead, every few training steps.
+    Newton's method finds its minimum. The paper solves a sequence of programs instead, every few training steps. A task
+    without a gradient has no gain, and the others bargain without it.
 
     Source: "Multi-Task Learning as a Bargaining Game" (arXiv 2202.01017), claim 3.1.
     """
 
     def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        gram = gram + 1e-9 * np.eye(self.tasks)
+        norms = np.sqrt(np.diag(gram).clip(min=0))
+        some, found = norms > 1e-8, np.zeros(self.tasks)
+        # For gradients of norm one, so that the regularisation does not depend on the units of the losses.
+        found[some] = self._bargain(gram[np.ix_(some, some)] / np.outer(norms[some], norms[some])) / norms[some]
+        return found
+
+    def _bargain(self, gram: np.ndarray) -> np.ndarray:
+        gram = gram + 1e-9 * np.eye(len(gram))
         a = 1 / np.sqrt(np.diag(gram))
         for _ in range(100):
             slope = gram @ a - 1 / a

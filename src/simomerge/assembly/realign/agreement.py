@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simomerge.assembly.realign.held_out import evenly
 from simomerge.assembly.realign.predictions import as_stored
 from simomerge.assembly.realign.teacher import Observation
 from simomerge.core import distributed
 from simomerge.core.machine import autocast
-from simomerge.datasets.groups import held_out
+from simomerge.datasets.groups import evenly, held_out
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating

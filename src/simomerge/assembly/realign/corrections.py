@@ -35,9 +35,9 @@ def train_corrections(model: SimoModel, inputs: Inputs, rank: int, settings: Tra
         if not (folder := work / f"features{name}").exists():
             with evaluating(each):
                 cache_features(each.encoder, images, folder)
-    torch.manual_seed(settings.seed)
     encoder, jobs = model.encoder, []
     for name, head in model.heads.items():
+        torch.manual_seed(settings.seed)  # of every task, so that their order does not matter
         wrapped = SurgeryHead(encoder.channels, model.tasks[name].channels, head, rank=rank, cls=encoder.has_cls)
         model.heads[name] = wrapped.to(next(model.parameters()).device)
         given = {"corrections": wrapped.corrections, "task": name, "images": images}

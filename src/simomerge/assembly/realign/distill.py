@@ -185,8 +185,8 @@ class Distill(TrainedRealignment):
         training could be better on them. Of more than `ENOUGH_IMAGES` training images it sees that number, spread
         evenly, because more do not improve a linear map.
         """
-        from simomerge.assembly.realign.held_out import ENOUGH_IMAGES, evenly
-        from simomerge.datasets.groups import training_images
+        from simomerge.assembly.realign.held_out import ENOUGH_IMAGES
+        from simomerge.datasets.groups import evenly, training_images
         from simomerge.models.heads.projections import is_foldable
 
         seen = evenly(training_images(inputs.images, self.hold_out), ENOUGH_IMAGES)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from simomerge.core.caution import warn
 from simomerge.core.machine import autocast, training_device
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches, ordered_batches_of_all
+from simomerge.datasets.groups import evenly
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
 from simomerge.training.evaluate import evaluating
@@ -73,8 +73,7 @@ class ExpertDistances:
         A unit is at least `LEAST_UNIT` times the distance between the expert's predictions for different images, so
         that a task that merging hardly changed does not outweigh all others.
         """
-        places = np.linspace(0, len(data) - 1, min(UNIT_IMAGES, len(data))).round().astype(int).tolist()
-        sample = data._subset(places)
+        sample = data._subset(evenly(range(len(data)), UNIT_IMAGES))
         start, predicted = self.measured(model, sample), self._predictions(model, sample)
         least = {
             name: max(LEAST_UNIT * distance_apart(task, predicted[name]), least_distance(task, predicted[name]))
@@ -95,8 +94,7 @@ class ExpertDistances:
         """
         device, (height, width) = next(model.parameters()).device, sample.image(0).shape[-2:]
         values = height * width * max(task.channels for task in model.tasks.values())
-        count = min(32, len(sample), max(2, MOST_VALUES // values))
-        places = np.linspace(0, len(sample) - 1, count).round().astype(int).tolist()
+        places = evenly(range(len(sample)), min(32, max(2, MOST_VALUES // values)))
         parts = []
         for batch in ordered_batches(sample._subset(places), self.batch_size):
             moved = {key: value.to(device) for key, value in batch.items()}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from simomerge.core.caution import warn
 from simomerge.core.errors import DivergedError
@@ -129,7 +126,7 @@ def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseData
     Warns:
         UserWarning: There are too few images to hold one out.
     """
-    out = evenly(groups.held_out(data, share), math.ceil(share * ENOUGH_IMAGES))
+    out = groups.evenly(groups.held_out(data, share), math.ceil(share * ENOUGH_IMAGES))
     if out:
         return data._subset(groups.training_images(data, share)), data._subset(out)
     if share:
@@ -139,9 +136,3 @@ def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseData
             f" kept and not compared with those at the start; give {needed} images or more."
         )
     return data, None
-
-
-def evenly(indices: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of some indices, spread evenly over them."""
-    places = np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(int)
-    return [indices[place] for place in places]

@@ -12,15 +12,13 @@ from typing import Any
 
 from simomerge.checkpoints.description import check_output, existing, head_file, model_folder
 from simomerge.checkpoints.experts import check_same_encoder, only_task
-from simomerge.checkpoints.tensors import TensorInfo
+from simomerge.checkpoints.tensors import WRITTEN, TensorInfo, common_float
 from simomerge.checkpoints.writing import Tensors, write_safetensors, write_sharded
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_apart, check_not_current
 from simomerge.core.model_files import TORCH_FILES
 from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged
-
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Output:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in (*_DTYPES, *_DTYPES.values()):
+        if self.dtype is not None and self.dtype not in (*WRITTEN, *WRITTEN.values()):
             raise InputError(f"dtype {self.dtype!r}: use float32, float16 or bfloat16.")
         if endings := [ending for ending in TORCH_FILES if self.path.name.endswith(ending)]:
             name = self.path.name.removesuffix(max(endings, key=len))
@@ -63,7 +61,7 @@ class Output:
     @property
     def storage(self) -> str | None:
         """The safetensors name of ``dtype``."""
-        return self.dtype and _DTYPES.get(self.dtype, self.dtype)
+        return self.dtype and WRITTEN.get(self.dtype, self.dtype)
 
     def check(self, inputs: Sequence[Source]) -> None:
         """Raise InputError if the path must not be written: see `check_output` and `check_apart`."""
@@ -151,8 +149,7 @@ def _copy_configs(source: Path, target: Path, layout: Mapping[str, TensorInfo]) 
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     config = target / "config.json"
-    stored = {info.dtype for info in layout.values() if info.is_float}
-    dtype = next((name for name, code in _DTYPES.items() if {code} == stored), None)
+    dtype = common_float(layout.values())
     if dtype is None or not config.is_file():
         return
     described = read_json(config, "take it from its source again.")

@@ -16,7 +16,7 @@ from simomerge.checkpoints.quantised import check_config
 from simomerge.core.environment import broken_torchvision
 from simomerge.core.errors import InputError
 from simomerge.core.hub import is_only_a_path, local_source, similar
-from simomerge.core.text import shortened
+from simomerge.core.text import first_line, shortened
 from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.encoder import Encoder
 from simomerge.models.encoders.families import family_of, unknown_encoder
@@ -107,11 +107,6 @@ def without_pooler(backbone: Any) -> Any:
     if pooler is not None and list(pooler.parameters()):
         backbone.pooler = None
     return backbone
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from simomerge.checkpoints import open_checkpoint
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
+from simomerge.core.text import first_line
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models.encoders import Encoder
 from simomerge.models.encoders.allocation import check_numbers, check_size
 from simomerge.models.encoders.layout import find_layout
-from simomerge.models.encoders.loading import choose_attention, first_line, quiet, without_pooler
+from simomerge.models.encoders.loading import choose_attention, quiet, without_pooler
 from simomerge.models.encoders.other_models import check_no_other_model
 from simomerge.models.encoders.preprocessing import read_normalisation
 from simomerge.models.heads.transformers import ARCHITECTURES, TransformersHead, check_not_hybrid
