@@ -25,8 +25,8 @@ from simomerge.core.classes import trust
 from simomerge.datasets import DenseDataset, load_data
 from simomerge.datasets.colours import colourise
 from simomerge.datasets.legend import legend_of
+from simomerge.datasets.sheet import sheet
 from simomerge.models.model import load
-from simomerge.models.strip import sheet
 from simomerge.recipes.recipe import Recipe
 from simomerge.recipes.run import run_recipe
 

@@ -17,7 +17,7 @@ from simomerge.datasets import load_data
 from simomerge.datasets.check import check
 from simomerge.datasets.draft import draft_manifest, write_draft
 from simomerge.datasets.manifest import read_manifest
-from simomerge.datasets.sheet import contact_sheet
+from simomerge.datasets.sheet import GAP, contact_sheet
 from simomerge.datasets.stored import Stored, may_be_truncated
 from simomerge.datasets.tasks import Task
 
@@ -274,9 +274,18 @@ def test_the_sheet_has_titles_and_a_legend(tmp_path: Path) -> None:
     draft = draft_manifest(tmp_path / "photos", {"room": masks}, tmp_path)
     write_draft(draft, tmp_path / "data.yaml")
     sheet = contact_sheet(read_manifest(tmp_path / "data.yaml"), images=2, height=120)
-    legend = np.asarray(sheet)[2 * (120 + 4 + 16) :]
+    legend = np.asarray(sheet)[2 * (120 + GAP + 16) :]
     assert len(legend) % 16 == 0 and len(legend) > 0
     for colour in COLOURS:
         assert (legend == colour).all(-1).sum() >= 50  # a square of the class's colour
     titles = np.asarray(sheet)[:16]
     assert (titles < 100).all(-1).sum() > 20 and (titles == 255).all(-1).any()
+
+
+def test_labels_keep_their_colours_in_the_sheet(tmp_path: Path) -> None:
+    photos(tmp_path / "photos")
+    masks = fill(tmp_path / "room", lambda: np.array(COLOURS, np.uint8)[RNG.integers(0, 3, (6, 8))])
+    write_draft(draft_manifest(tmp_path / "photos", {"room": masks}, tmp_path), tmp_path / "data.yaml")
+    sheet = np.asarray(contact_sheet(read_manifest(tmp_path / "data.yaml"), images=1, height=120))
+    enlarged = sheet[16 : 16 + 120, -160:].reshape(-1, 3)
+    assert {tuple(colour) for colour in enlarged.tolist()} == {tuple(colour) for colour in COLOURS}

@@ -21,7 +21,7 @@ from simomerge.datasets import load_data
 from simomerge.datasets.batches import ordered_batches
 from simomerge.datasets.check import check
 from simomerge.datasets.manifest import read_manifest
-from simomerge.datasets.sheet import contact_sheet
+from simomerge.datasets.sheet import GAP, contact_sheet
 from simomerge.datasets.stored import Stored, may_be_truncated, read_array
 from simomerge.datasets.tasks import Task
 from simomerge.training.evaluate import evaluate
@@ -341,7 +341,7 @@ def test_a_good_dataset_has_nothing_to_fix(make: Callable[..., Path]) -> None:
     assert described["tasks"]["depth"]["mean"] == pytest.approx(float(depths.mean()))
     json.dumps(found.to_dict())
     sheet = contact_sheet(manifest, images=3, height=30)
-    assert sheet.width == 4 * (40 + 4) and (sheet.height - 3 * (30 + 4 + 16)) % 16 == 0
+    assert sheet.width == 4 * 40 + 3 * GAP and (sheet.height - 3 * (30 + GAP + 16)) % 16 == 0
     assert sheet.getpixel((3, 19)) != (255, 255, 255)
 
 
@@ -550,7 +550,7 @@ def test_one_bad_target_takes_nothing_else_from_the_contact_sheet(tmp_path: Path
     tasks = "  normals: {}\n  depth: {}\n"
     path = manifest_of(tmp_path, tasks, ["a.png,train,n.npy,d.npy"], "image,split,normals,depth")
     sheet = contact_sheet(read_manifest(path), images=1, height=12)
-    assert sheet.width == 2 * (16 + 4)  # the image and its depth
+    assert sheet.width == 2 * 16 + GAP  # the image and its depth
 
 
 def test_values_out_of_range_and_nothing_valid_are_reported(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from simomerge.checkpoints import open_checkpoint, write_safetensors
 from simomerge.core.errors import InputError
-from simomerge.core.parallel import available_threads, ordered_map
+from simomerge.core.parallel import available_cores, ordered_map
 from simomerge.merging import TaskVectorStream
 from simomerge.merging.engine import stream
 
@@ -249,7 +249,7 @@ def test_one_thread_is_the_caller_s() -> None:
     me = threading.get_ident()
     assert set(ordered_map(lambda _: threading.get_ident(), range(5), 1)) == {me}
     assert me not in set(ordered_map(lambda _: threading.get_ident(), range(5), 2))
-    assert available_threads() >= 1
+    assert available_cores() >= 1
 
 
 def blas_threads() -> set[int]:

@@ -230,6 +230,7 @@ realign: {adapters: {steps: 0}}
         ("seeds: [-1]\n", [], "seed -1; use 0 to 9223372036854775807"),
         ("realign: {adapters: {activation: gelu}}\n", [], "activation must be one of none, relu, got 'gelu'"),
         ("gallery: [experts, tise]\n", [], "gallery has 'tise', which is no row of the recipe; did you mean 'ties'"),
+        ("gallery: [joint-mtl-equal]\n", [], "gallery has .joint-mtl-equal., which is no row of the recipe"),
         ("head_settings: {fusion_channels: 8}\n", [], "head_settings: head 'linear'.*fusion_channels"),
         (
             "merge_settings: {average: }\nmerges: [average]\nrealigned: []\n",

@@ -130,7 +130,7 @@ def _norm_is_identity(file: Path) -> bool:
     """Whether an encoder of transformers has an identity in place of its final layer norm."""
     try:
         config = read_json(file, _REMEDY)
-    except (InputError, OSError):  # what reads the encoder says so
+    except (InputError, OSError):  # reported when the encoder is read
         return False
     return config.get("model_type") in _POOLS_MEAN and bool(config.get("use_mean_pooling", True))
 

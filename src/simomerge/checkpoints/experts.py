@@ -204,6 +204,17 @@ def is_other_size(size: tuple[int, int], trained: tuple[int, int]) -> bool:
     return not 1 / OTHER_SIZE <= times <= OTHER_SIZE
 
 
+def as_many_pixels(size: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
+    """The size, (height, width), with the shape of an image and the number of pixels of the training images.
+
+    Example:
+        >>> as_many_pixels((100, 400), (64, 100))
+        (40, 160)
+    """
+    scale = (trained[0] * trained[1] / (size[0] * size[1])) ** 0.5
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def check_base(base: Recorded, experts: Mapping[str, Recorded]) -> list[str]:
     """Check that the base is the one that every expert records.
 
@@ -255,7 +266,7 @@ def check_merged_from(
             )
 
 
-def check_unchanged(model: Recorded) -> None:
+def check_plain_merge(model: Recorded) -> None:
     """Raise InputError if a re-alignment changed the encoder of a merged model, which is to be edited."""
     if method := changed_by(model.provenance):
         raise InputError(

@@ -20,17 +20,9 @@ from simomerge.checkpoints.training_files import state_dict_in
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.hub import similar
-from simomerge.core.model_files import TORCH_FILES, WEIGHT_FILES, file_and_key
+from simomerge.core.model_files import FOLDER_WEIGHTS, TORCH_FILES, WEIGHT_FILES, file_and_key
 from simomerge.core.regular import check_regular
 from simomerge.core.text import shown
-
-#: Weight files of a transformers folder, in order of preference.
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 class _Entry(NamedTuple):
@@ -127,13 +119,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / "simo.json").is_file():
         folder = folder / "encoder"
-    for name in _WEIGHT_FILES:
+    for name in FOLDER_WEIGHTS:
         file = folder / name
         if file.is_file():
             entries = _open_shards(file) if name.endswith(".index.json") else _open_file(file)
             return Checkpoint(folder, entries)
     raise InputError(
-        f"{folder} holds no weights (looked for {', '.join(_WEIGHT_FILES)}): "
+        f"{folder} holds no weights (looked for {', '.join(FOLDER_WEIGHTS)}): "
         "give a transformers folder, a simomerge model or a weight file."
     )
 

@@ -319,16 +319,16 @@ def is_given(name: str) -> bool:
 
 
 def note_count(count: int | None, available: int, what: str) -> None:
-    """Say it if ``--count`` was given, and fewer images are there."""
+    """Warn if ``--count`` asks for more images than there are."""
     if count is not None and available < count and is_given("count"):
         warning(f"--count {count}: {what} has {available} images; all of them are used.")
 
 
 def note_rooms(rooms: bool) -> None:
-    """Say it if no ``--data`` was given, so that the included rooms are used, unless a model is known to be for them.
+    """Warn if no ``--data`` was given, so that the included rooms are used.
 
     Args:
-        rooms: Whether it is.
+        rooms: Whether the model was trained on rooms; then there is no warning.
     """
     if not rooms and not is_given("data"):
         warning("without --data the included rooms are used, a toy dataset; give the data that this model is for.")

@@ -119,16 +119,16 @@ def _predict(
 
 def _warn_of_other_size(frames: Iterator[Frame], trained: tuple[int, int] | None) -> Iterator[Frame]:
     """The same frames, with a warning before the first one whose size differs much from that of the training images."""
-    from simomerge.checkpoints.experts import is_other_size
+    from simomerge.checkpoints.experts import as_many_pixels, is_other_size
 
     for frame in frames:
         height, width = frame.image.shape[:2]
         if trained is not None and is_other_size((height, width), trained):
-            scale = (trained[0] * trained[1] / (height * width)) ** 0.5  # keeps the shape of the image
+            better = as_many_pixels((height, width), trained)
             warning(
                 f"{frame.name} has {width} x {height} pixels, the model's training images {trained[1]} x {trained[0]}:"
                 " objects have another size than it learned. Predictions may be better with --size"
-                f" {max(1, round(height * scale))}x{max(1, round(width * scale))}; they keep the image's size."
+                f" {better[0]}x{better[1]}; they keep the image's size."
             )
             trained = None
         yield frame

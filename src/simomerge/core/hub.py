@@ -11,13 +11,12 @@ from simomerge.core.assets import resolve_source
 from simomerge.core.caution import warn
 from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
-from simomerge.core.model_files import file_and_key, is_model_file, is_weight_file, needed_files, shards
+from simomerge.core.model_files import FOLDER_WEIGHTS, file_and_key, is_model_file, is_weight_file, needed_files, shards
 from simomerge.core.remote import is_url, local_copy
 from simomerge.core.text import first_sentence
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SETTINGS = ("config.json", "preprocessor_config.json", "processor_config.json")
-_COMPLETE = ("simo.json", *_WEIGHTS, "adapter_config.json")
+_COMPLETE = ("simo.json", *FOLDER_WEIGHTS, "adapter_config.json")
 """Files of which a usable copy in the cache holds at least one."""
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md")
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -165,7 +164,7 @@ def _fetched(hub_id: str, revision: str | None) -> str:
     elif "adapter_config.json" in names:
         wanted = list(_ADAPTER_FILES)
     else:
-        weights = next((name for name in _WEIGHTS if name in names), None)
+        weights = next((name for name in FOLDER_WEIGHTS if name in names), None)
         if weights is None or "config.json" not in names:
             raise InputError("it holds no model: neither simo.json, nor config.json with model.safetensors.")
         parts = [weights.removesuffix(".index.json").replace(".", "-*.", 1)] if weights.endswith(".json") else []

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 
 from simomerge.core.errors import InputError
+from simomerge.core.parallel import available_cores
 from simomerge.core.text import first_line
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def compute_device() -> torch.device:

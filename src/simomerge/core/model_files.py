@@ -16,6 +16,14 @@ DESCRIPTION = "simo.json"
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 """How the names of files end that torch.save wrote."""
 
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The weight files of a transformers folder, in order of preference."""
+
 WEIGHT_FILES = (".safetensors", *TORCH_FILES)
 """How the names of all weight files end."""
 

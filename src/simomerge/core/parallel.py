@@ -15,7 +15,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def available_threads() -> int:
+def available_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -66,7 +66,7 @@ def ordered_map(
         >>> list(ordered_map(abs, [-1, 2, -3], threads=2))
         [1, 2, 3]
     """
-    threads = threads or available_threads()
+    threads = threads or available_cores()
     with _ONE_BLAS_THREAD:
         if threads == 1:
             yield from map(function, items)

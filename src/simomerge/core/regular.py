@@ -11,7 +11,7 @@ _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "so
 
 
 def check_regular(path: Path, remedy: str) -> None:
-    """Raise InputError if there is something at a path that is no regular file. Whoever opens it finds it missing.
+    """Raise InputError if a path is a folder, pipe, socket or device. A missing file passes; opening it reports that.
 
     Args:
         path: What is to be opened.

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from simomerge.core.errors import InputError
-from simomerge.datasets.tasks import IGNORE_LABEL, Task
+from simomerge.datasets.losses import IGNORE_LABEL
+from simomerge.datasets.tasks import Task
 
 _BAND = 1 << 18
 """Pixels that are coloured at once."""

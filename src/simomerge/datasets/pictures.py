@@ -88,7 +88,7 @@ class Images(DenseDataset):
         return str(Path(source).parent) if isinstance(source, (str, Path)) else ""
 
     def fingerprint(self) -> str:
-        """sha256 of the names, sizes and dates of picture files; that of a dataset."""
+        """sha256 of the names, sizes and dates of the pictures; for a dataset, its own fingerprint."""
         if self.is_dataset:
             return str(getattr(self.source, "fingerprint", str)())
         if isinstance(self.source, TarPictures):

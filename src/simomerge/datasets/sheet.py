@@ -1,4 +1,4 @@
-"""The contact sheet: images with their targets in colour, and what the colours mean."""
+"""Sheets of titled pictures, and the contact sheet of a dataset: images with their targets in colour."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simomerge.datasets.colours import colourise
 from simomerge.datasets.legend import LINE, draw_lines, legend_of, lines_of
 from simomerge.datasets.rows import Manifest, Row
 
-GAP = 4
+GAP = 6
 """Pixels between pictures."""
 
 
@@ -36,37 +36,45 @@ def contact_sheet(manifest: Manifest, images: int = 6, height: int = 120) -> Any
     Raises:
         InputError: no image can be read.
     """
-    from PIL import Image, ImageDraw
-
     splits = [rows for rows in manifest.rows.values() if rows]
     spread = ([rows[i * len(rows) // images % len(rows)] for i in range(images)] for rows in splits)
     in_turn = {row.image: row for turn in zip(*spread, strict=True) for row in turn}
     readable = (cells for row in in_turn.values() if (cells := _cells(manifest, row)))
-    shown = [[(cell, _at_height(cell.picture, height)) for cell in cells] for cells in islice(readable, images)]
+    shown = list(islice(readable, images))
     if not shown:
         raise InputError(f"{manifest.path}: no image can be shown with its targets; fix what is reported first.")
-    width = max(sum(picture.width + GAP for _, picture in row) for row in shown)
-    tasks = [stored.task for stored in manifest.stored.values() if stored.task.kind == "segmentation"]
-    legend = [line for task in tasks for line in lines_of(legend_of(task, None), width)]
-    step = height + GAP + LINE
-    sheet = Image.new("RGB", (width, step * len(shown) + LINE * len(legend)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, row in enumerate(shown):
+    tasks = [stored.task for stored in manifest.stored.values()]
+    legends = [legend_of(task, None) for task in tasks if task.kind == "segmentation"]
+    return sheet([[(_title(cell), cell.picture) for cell in cells] for cells in shown], height, legends)
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]], height: int, legends: Sequence[Any] = ()) -> Any:
+    """Rows of titled pictures uint8 (H, W, 3) above each other, with legends below, as a PIL image."""
+    from PIL import Image, ImageDraw
+
+    sized = [[(title, _at_height(picture, height)) for title, picture in row] for row in rows]
+    width = max(sum(picture.width + GAP for _, picture in row) for row in sized) - GAP
+    lines = [line for legend in legends if legend for line in lines_of(legend, width)]
+    step = height + LINE + GAP
+    made = Image.new("RGB", (width, step * len(sized) + LINE * len(lines)), "white")
+    draw = ImageDraw.Draw(made)
+    for number, row in enumerate(sized):
         left = 0
-        for cell, picture in row:
-            room = picture.width
-            draw.text((left, number * step + 2), _fitting(_title(cell), room, draw), fill="black")
-            sheet.paste(picture, (left, number * step + LINE))
-            left += room + GAP
-    draw_lines(draw, legend, step * len(shown))
-    return sheet
+        for title, picture in row:
+            draw.text((left, number * step + 2), _fitting(title, picture.width, draw), fill="black")
+            made.paste(picture, (left, number * step + LINE))
+            left += picture.width + GAP
+    draw_lines(draw, lines, step * len(sized))
+    return made
 
 
 def _at_height(picture: np.ndarray, height: int) -> Any:
     from PIL import Image
 
     image = Image.fromarray(picture)
-    return image.resize((max(1, image.width * height // image.height), height))
+    width = max(1, round(image.width * height / image.height))
+    # Small pictures keep their pixels; interpolation would invent detail and colours that are in no legend.
+    return image.resize((width, height), Image.Resampling.NEAREST if height > image.height else Image.Resampling.BOX)
 
 
 def _title(cell: _Cell) -> str:

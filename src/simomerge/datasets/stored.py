@@ -27,8 +27,9 @@ from simomerge.core.pixels import (
 )
 from simomerge.core.regular import check_regular
 from simomerge.datasets.colours import is_grey, labels_of_colours, labels_of_palette
+from simomerge.datasets.losses import IGNORE_LABEL
 from simomerge.datasets.published.hdf5 import Frame
-from simomerge.datasets.tasks import IGNORE_LABEL, Task
+from simomerge.datasets.tasks import Task
 from simomerge.datasets.upright import turned_like, turned_vectors
 
 Source = Path | Frame

@@ -14,15 +14,30 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
 from simomerge.core.text import shown
+from simomerge.datasets.losses import (
+    IGNORE_LABEL,
+    absolute_difference,
+    angle,
+    binary_cross_entropy,
+    class_divergence,
+    cosine,
+    cross_entropy,
+    edge_cross_entropy,
+    edge_divergence,
+    end_point,
+    l1,
+    l2,
+    masked_mean,
+    mean_end_point,
+    squared_difference,
+    unit_vectors,
+)
 
-IGNORE_LABEL = -1
-"""Label of pixels that segmentation losses and metrics leave out (the paper's convention)."""
 LOG_DEPTH_RANGE = math.log(2**16)
 """A log_depth is log(1 + d) divided by this, for a depth d of 16 bits (the paper's convention for Taskonomy)."""
 
@@ -64,103 +79,15 @@ class Kind:
     directed: bool = False
 
 
-# Losses -------------------------------------------------------------------------------------------------
-
-
-def _masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``values`` where ``valid``; zero, with a gradient of zero, if nothing is valid."""
-    weight = valid.to(values.dtype)
-    return (torch.where(valid, values, values.new_zeros(())) * weight).sum() / weight.sum().clamp(min=1)
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, ignore_index=IGNORE_LABEL, reduction="none")
-
-
-def _l1(logits: Tensor, target: Tensor) -> Tensor:
-    return (logits - target).abs()
-
-
-def _l2(logits: Tensor, target: Tensor) -> Tensor:
-    return _l1(logits, target).square()
-
-
-def _end_point(logits: Tensor, target: Tensor) -> Tensor:
-    """Length of the difference of two vectors (B, 2, H, W), the end-point error of optical flow."""
-    # The square root has no gradient at zero; 1e-6 pixels do not matter.
-    return (_l1(logits, target).square().sum(1) + 1e-12).sqrt()
-
-
-def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), reduction="none")
-
-
-def _cosine(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - dot product of unit vectors (paper, Appendix: losses)."""
-    # Normalising the logits with F.normalize first takes eight times as long on a CPU.
-    return 1 - (logits * target).sum(1) * logits.square().sum(1).clamp(min=1e-24).rsqrt()
-
-
-def _edge_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy in which edge pixels have twice the weight.
-
-    A tenth of the pixels are edges: L1, the paper's loss for all other tasks, is lowest for "no edge anywhere".
-    """
-    weight = torch.tensor(2.0, device=logits.device)
-    return F.binary_cross_entropy_with_logits(logits, target.clamp(min=0), pos_weight=weight, reduction="none")
-
-
-# Distances from a teacher's predictions -----------------------------------------------------------------
-
-
-def _class_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the class probabilities from the teacher's, mean over the pixels."""
-    own, wanted = F.log_softmax(logits.float(), 1), F.log_softmax(teacher.float(), 1)
-    return (wanted.exp() * (wanted - own)).sum(1).mean()
-
-
-def _edge_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the edge probability from the teacher's, mean over the pixels."""
-    wanted = torch.sigmoid(teacher.float())
-    entropy = F.binary_cross_entropy_with_logits(teacher.float(), wanted)
-    return F.binary_cross_entropy_with_logits(logits.float(), wanted) - entropy
-
-
-def _absolute_difference(logits: Tensor, teacher: Tensor) -> Tensor:
-    return F.l1_loss(logits.float(), teacher.float())
-
-
-def _squared_difference(logits: Tensor, teacher: Tensor) -> Tensor:
-    return F.mse_loss(logits.float(), teacher.float())
-
-
-def _mean_end_point(logits: Tensor, teacher: Tensor) -> Tensor:
-    # Shifted by 1e-6 pixels, because the square root has no gradient at zero.
-    return ((logits.float() - teacher.float()).square().sum(1) + 1e-12).sqrt().mean() - 1e-6
-
-
-def _angle(logits: Tensor, teacher: Tensor) -> Tensor:
-    wanted = unit_vectors(teacher.float())
-    return _masked_mean(_cosine(logits.float(), wanted), wanted.square().sum(1) > 0)
-
-
-# Activations and kinds --------------------------------------------------------------------------------
-
-
-def unit_vectors(vectors: Tensor) -> Tensor:
-    """Vectors (B, 3, H, W) scaled to length one; on a CPU much faster than F.normalize, with the same result."""
-    return vectors * vectors.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
-
-
 def _share(colour_map: str = "", channels: int = 1) -> Kind:
     """A kind whose targets are in [0, 1], or NaN where invalid."""
     clamp = partial(torch.clamp, min=0, max=1)
     return Kind(
         channels,
-        _l1,
+        l1,
         torch.isfinite,
         clamp,
-        _absolute_difference,
+        absolute_difference,
         "abs_err",
         "% of range",
         colour_map=colour_map,
@@ -176,7 +103,7 @@ def _is_positive(values: Tensor) -> Tensor:
 def _distance_map(smallest: float, unit: str, colour_map: str) -> Kind:
     """A kind whose targets are positive, or 0 where invalid."""
     clamp = partial(torch.clamp, min=smallest)
-    return Kind(1, _l1, _is_positive, clamp, _absolute_difference, "abs_err", unit, colour_map=colour_map, invalid=0)
+    return Kind(1, l1, _is_positive, clamp, absolute_difference, "abs_err", unit, colour_map=colour_map, invalid=0)
 
 
 def _mask(losses: Callable[[Tensor, Tensor], Tensor], metric: str) -> Kind:
@@ -186,7 +113,7 @@ def _mask(losses: Callable[[Tensor, Tensor], Tensor], metric: str) -> Kind:
         losses,
         valid=lambda t: (t >= 0) & torch.isfinite(t),
         activate=torch.sigmoid,
-        distance=_edge_divergence,
+        distance=edge_divergence,
         metric=metric,
         unit="%",
         higher_is_better=True,
@@ -200,10 +127,10 @@ def _mask(losses: Callable[[Tensor, Tensor], Tensor], metric: str) -> Kind:
 KINDS: dict[str, Kind] = {
     "segmentation": Kind(
         None,
-        _cross_entropy,
+        cross_entropy,
         valid=lambda t: t != IGNORE_LABEL,
         activate=lambda logits: logits.argmax(1),
-        distance=_class_divergence,
+        distance=class_divergence,
         metric="miou",
         unit="%",
         higher_is_better=True,
@@ -215,26 +142,26 @@ KINDS: dict[str, Kind] = {
     "log_depth": _share("magma_r"),
     "normals": Kind(
         3,
-        _cosine,
+        cosine,
         lambda t: _is_positive(t.square().sum(1)),
         unit_vectors,
-        _angle,
+        angle,
         "mean_angle",
         "deg",
         invalid=0,
         directed=True,
     ),
-    "edges": _mask(_edge_cross_entropy, "f1"),
-    "binary": _mask(_binary_cross_entropy, "iou"),
+    "edges": _mask(edge_cross_entropy, "f1"),
+    "binary": _mask(binary_cross_entropy, "iou"),
     "flow": Kind(
-        2, _end_point, lambda t: torch.isfinite(t).all(1), lambda t: t, _mean_end_point, "epe", "px", directed=True
+        2, end_point, lambda t: torch.isfinite(t).all(1), lambda t: t, mean_end_point, "epe", "px", directed=True
     ),
     "albedo": _share(channels=3),
     "texture": _share("gray"),
     "keypoints": _share("inferno"),
     "autoencoder": _share(channels=3),
     "regression": Kind(
-        1, _l1, torch.isfinite, lambda logits: logits, _absolute_difference, "abs_err", "", colour_map="viridis"
+        1, l1, torch.isfinite, lambda logits: logits, absolute_difference, "abs_err", "", colour_map="viridis"
     ),
 }
 """All kinds of tasks. Targets are float (B, C, H, W), except labels, which are int64 (B, H, W). `Kind.invalid` marks
@@ -328,7 +255,7 @@ class Task:
         clip = partial(torch.clamp, min=self.range[0], max=self.range[1]) if self.range else kind.activate
         found = replace(kind, channels=self.channels, unit=self.unit, activate=clip)
         if self.norm == "l2":
-            found = replace(found, losses=_l2, distance=_squared_difference, metric="rmse")
+            found = replace(found, losses=l2, distance=squared_difference, metric="rmse")
         return found
 
     @property
@@ -349,7 +276,7 @@ class Task:
         valid = self.valid(target)
         # A target that is not finite would make the gradient NaN, although its pixel does not count.
         known = torch.nan_to_num(target, 0, 0, 0) if target.is_floating_point() else target
-        return _masked_mean(self.behaviour.losses(logits.float(), known), valid)
+        return masked_mean(self.behaviour.losses(logits.float(), known), valid)
 
     def valid(self, target: Tensor) -> Tensor:
         """Where a target counts in losses and metrics: bool, of the target's shape; (B, H, W) for normals and flow."""

@@ -158,9 +158,8 @@ def evaluate_file(file: str | Path, dataset: Any, threads: int | None = None, pr
     Raises:
         InputError: The file cannot be opened, or as in `scored_tasks`.
     """
-    import torch
 
-    from simomerge.training.metrics import TaskMetrics
+    from simomerge.training.metrics import TaskMetrics, batched
 
     scene = Scene(file, provider, threads)
     tasks = scored_tasks(scene, dataset.tasks)
@@ -171,8 +170,6 @@ def evaluate_file(file: str | Path, dataset: Any, threads: int | None = None, pr
         for name, values in scene.predict(frame, list(tasks)).items():
             if name not in metrics:  # probabilities have no metric
                 continue
-            found = torch.from_numpy(values)[None]
-            one_channel = found.ndim == 3 and tasks[name].kind != "segmentation"
-            metrics[name].update(found[:, None] if one_channel else found, sample[name][None])
+            metrics[name].update(batched(tasks[name], values), sample[name][None])
         progress("evaluate", index + 1, len(dataset), str(file))
     return {name: metric.compute() for name, metric in metrics.items()}

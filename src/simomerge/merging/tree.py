@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -129,7 +129,7 @@ class Tree:
 
     @classmethod
     def read(cls, text: str) -> Tree:
-        """The tree whose text, as `str` gives it, this is. Raises TreeError if it is no such text."""
+        """Parse the text that `str(tree)` gives. Raises TreeError for any other text."""
         last = str(text).rpartition("|")[2].partition(":")[0].strip()
         if not last.isdecimal() or len(last) > 6 or int(last) > MOST_BLOCKS:
             raise TreeError(f"{text!r} is no tree of shared blocks, such as '4: a+b | 6: a, b'.")
@@ -170,13 +170,13 @@ class Tree:
                 continue
             ending = {group: place for group, place in open_nodes.items() if group not in groups}
             for place in ending.values():
-                found[place] = _changed(found[place], last=block - 1)
+                found[place] = replace(found[place], last=block - 1)
             for group in groups:
                 if group not in open_nodes:
                     parent = next((place for other, place in ending.items() if set(group) <= set(other)), None)
                     open_nodes[group] = len(found)
                     if parent is not None:
-                        found[parent] = _changed(found[parent], children=(*found[parent].children, len(found)))
+                        found[parent] = replace(found[parent], children=(*found[parent].children, len(found)))
                     found.append(Node(group, block, self.blocks, parent))
             open_nodes = {group: place for group, place in open_nodes.items() if group in groups}
         return tuple(found)
@@ -201,9 +201,9 @@ class Tree:
         """Position of the leaf that a task's head reads."""
         return self.leaves_of([task])[0]
 
-    def group_of(self, task: str, block: int = 1) -> Group:
-        """The tasks that share a block, counted from 1, with a task."""
-        return next(group for group in self.partitions[block - 1] if task in group)
+    def group_of(self, task: str) -> Group:
+        """The tasks that share the first block with a task."""
+        return next(group for group in self.partitions[0] if task in group)
 
     def cost(self, shares: Sequence[float] | None = None) -> float:
         """The number of groups, summed over the blocks, in units of one encoder.
@@ -391,7 +391,3 @@ def _partition(given: Any, tasks: Sequence[str], level: str) -> Partition:
     order = {task: place for place, task in enumerate(tasks)}
     sorted_groups = [tuple(sorted(group, key=order.__getitem__)) for group in groups if group]
     return tuple(sorted(sorted_groups, key=lambda group: order[group[0]]))
-
-
-def _changed(node: Node, **changes: Any) -> Node:
-    return Node(**{**vars(node), **changes})

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from simomerge.assembly.experts import assemble, with_merged_encoder
 from simomerge.assembly.images import prepare
@@ -20,7 +19,7 @@ from simomerge.assembly.judging import Judge
 from simomerge.assembly.realign import realign
 from simomerge.assembly.realign.agreement import Agreement, judging
 from simomerge.assembly.realign.sums import HeadTargets, fold_heads, head_targets, with_heads
-from simomerge.checkpoints.experts import trained_size
+from simomerge.checkpoints.experts import as_many_pixels, trained_size
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
@@ -30,7 +29,7 @@ from simomerge.datasets.tasks import Task
 from simomerge.merging import MergeMethod, available, get_method
 from simomerge.models.model import SimoModel
 from simomerge.playground.opening import Opened
-from simomerge.training.metrics import TaskMetrics
+from simomerge.training.metrics import TaskMetrics, batched
 
 Maps = Mapping[str, np.ndarray]
 """Predictions by task, as `SimoModel.predict` returns them."""
@@ -244,9 +243,9 @@ class Workshop:
         """The size in pixels at which the models see a photo: its shape with the experts' number of pixels."""
         height, width = photo.shape[:2]
         trained = self._trained_at()
-        scale = min(1.0, LONGEST / max(height, width))
         if trained is not None:
-            scale = (trained[0] * trained[1] / (height * width)) ** 0.5
+            return as_many_pixels((height, width), trained)
+        scale = min(1.0, LONGEST / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def _trained_at(self) -> tuple[int, int] | None:
@@ -304,12 +303,6 @@ def _distances(tasks: Mapping[str, Task], columns: Mapping[str, Maps]) -> dict[s
         found[column] = {}
         for name, values in maps.items():
             metrics = TaskMetrics(tasks[name])
-            metrics.update(_batched(tasks[name], values), _batched(tasks[name], columns[EXPERTS][name]))
+            metrics.update(batched(tasks[name], values), batched(tasks[name], columns[EXPERTS][name]))
             found[column][name] = metrics.compute()[tasks[name].metric]
     return found
-
-
-def _batched(task: Task, values: np.ndarray) -> torch.Tensor:
-    """A prediction as metrics take it: (1, H, W) labels or (1, C, H, W)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))[None]
-    return tensor[:, None] if tensor.ndim == 3 and task.kind != "segmentation" else tensor

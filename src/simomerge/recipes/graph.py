@@ -267,7 +267,7 @@ def _do_once(stage: Stage, output: Output, folder: RunFolder) -> None:
 
 
 def _replaced(stage: Stage, kind: type, by: Callable[[Any], Any]) -> Stage:
-    """The stage with other values in the place of those of a type among its inputs, also inside mappings."""
+    """A copy of a stage in which ``by(value)`` replaces every input of a type, also inside mappings."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, kind):

@@ -10,7 +10,7 @@ from typing import Any
 from simomerge.checkpoints.experts import source_name
 from simomerge.recipes.graph import Data, Stage
 from simomerge.recipes.recipe import Recipe
-from simomerge.recipes.row import CONTROL, LABEL_FREE, Row
+from simomerge.recipes.row import CONTROL, LABEL_FREE, Row, joint_row
 from simomerge.recipes.stages import (
     Features,
     Merge,
@@ -228,16 +228,6 @@ class Plan:
             task: Score(name=f"score expert {task} {data['split']} seed {seed}", model=expert, data=data)
             for task, expert in self.experts[seed].items()
         }
-
-
-def joint_row(weighting: str) -> str:
-    """The row of joint MTL with a weighting of its losses.
-
-    Example:
-        >>> joint_row("equal"), joint_row("dwa")
-        ('joint-mtl', 'joint-mtl-dwa')
-    """
-    return "joint-mtl" if weighting == "equal" else f"joint-mtl-{weighting}"
 
 
 def splits_of(recipe: Recipe) -> dict[str, dict[str, Any]]:

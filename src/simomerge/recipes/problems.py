@@ -12,7 +12,7 @@ from simomerge.core.text import first_line
 from simomerge.datasets.groups import LEAST_IMAGES
 from simomerge.merging import get_method
 from simomerge.models.heads import HEADS, build_head
-from simomerge.recipes.row import AUTO, LABEL_FREE, Row
+from simomerge.recipes.row import AUTO, LABEL_FREE, Row, joint_row
 from simomerge.training.choices import AUGMENTATIONS, WEIGHTINGS
 
 Recipe = Any
@@ -155,8 +155,7 @@ def _row(recipe: Recipe, text: str, check_parameters: bool) -> Iterator[str]:
 
 def _gallery(recipe: Recipe) -> Iterator[str]:
     """Rows of the default gallery that a recipe does not have are left out; others are an error."""
-    joint = [f"joint-mtl-{name}" for name in recipe.joint_weightings]
-    rows = ["experts", "joint-mtl", *joint, *recipe.merges, *recipe.realigned]
+    rows = ["experts", *map(joint_row, recipe.joint_weightings), *recipe.merges, *recipe.realigned]
     for row in recipe.gallery if recipe.gallery != type(recipe).gallery else ():
         if row not in rows:
             near = nearest(row, rows)

@@ -21,6 +21,17 @@ LABEL_FREE = (AUTO, LEARNED)
 CONTROL = "zero-shot"
 """The base without a merge, re-aligned like the others for comparison."""
 
+
+def joint_row(weighting: str) -> str:
+    """The row of joint MTL with a weighting of its losses.
+
+    Example:
+        >>> joint_row("equal"), joint_row("dwa")
+        ('joint-mtl', 'joint-mtl-dwa')
+    """
+    return "joint-mtl" if weighting == "equal" else f"joint-mtl-{weighting}"
+
+
 _STEP = r"([\w.-]+)(?:\(([^()]*)\))?"  # name and parameters
 
 

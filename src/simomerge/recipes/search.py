@@ -22,8 +22,8 @@ from simomerge.core.files import atomic_write_text
 from simomerge.core.progress import progress
 from simomerge.core.text import first_line
 from simomerge.recipes.file import read_recipe
-from simomerge.recipes.plan import joint_row
 from simomerge.recipes.recipe import Recipe
+from simomerge.recipes.row import joint_row
 from simomerge.recipes.run import held_out_delta, inputs_of
 from simomerge.recipes.space import SearchSettings, suggest
 from simomerge.training.cluster import pool_of

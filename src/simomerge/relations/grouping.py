@@ -87,10 +87,6 @@ class Grouping:
     merges: list[MergedGroup]
     choices: list[Choice]
 
-    def pair_gain(self, task: str, other: str) -> float:
-        """The gain of a task that is merged with one other task, in percent."""
-        return next(merge.gains[task] for merge in self.merges if set(merge.tasks) == {task, other})
-
 
 def merge_group(base: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> tuple[SimoModel, float | None]:
     """Merge experts as a user without labels would: task arithmetic, the scale by agreement, the cross-tap fold.
@@ -125,21 +121,18 @@ def finite_gains(judge: Judge, model: SimoModel) -> dict[str, float]:
     return gains
 
 
-def group_tasks(
-    base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge, limit: int | None = None
-) -> Grouping:
+def group_tasks(base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge) -> Grouping:
     """Find which tasks to merge, for every budget of encoders.
 
     All pairs are merged. The gains of larger groups are predicted from their pairs, and the best partitions are
     searched. Their groups are merged too, and the search repeats until the best partitions contain only merged groups,
-    or until the limit is reached.
+    or until as many groups are merged as there are pairs and twice the number of tasks.
 
     Args:
         base: the foundation encoder.
         experts: experts by task, as `simomerge.assembly.experts.check_experts` returns them.
         images: images to merge and fold on, as `simomerge.datasets.pictures.as_images` returns them.
         judge: the judge, with other images.
-        limit: merges in addition to the pairs; by default the number of pairs plus twice the number of tasks.
 
     Raises:
         InputError: fewer than four images, or a merge whose metric is not finite.
@@ -153,14 +146,18 @@ def group_tasks(
         model, scale = merge_group(base, {task: experts[task] for task in group}, images)
         return MergedGroup(group, finite_gains(judge, model), scale)
 
-    merges, choices = choose_groups(list(experts), measure, judge.labelled, limit)
+    merges, choices = choose_groups(list(experts), measure, judge.labelled)
     return Grouping(list(experts), judge.labelled, merges, choices)
 
 
 def choose_groups(
     tasks: Sequence[str], measure: Callable[[Group], MergedGroup], labelled: bool, limit: int | None = None
 ) -> tuple[list[MergedGroup], list[Choice]]:
-    """The search of `group_tasks` with any way to measure a group; each group is measured once."""
+    """The search of `group_tasks` with any way to measure a group; each group is measured once.
+
+    Args:
+        limit: Merges in addition to the pairs; by default the number of pairs plus twice the number of tasks.
+    """
     pairs = list(combinations(tasks, 2))
     most = len(pairs) + (len(pairs) + 2 * len(tasks) if limit is None else limit)
     measured: dict[Group, MergedGroup] = {}

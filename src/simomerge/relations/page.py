@@ -43,7 +43,7 @@ FIGURES = {
 """The figures by heading; their captions are in the template captions.html."""
 
 
-def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "Task relationships") -> Path:
+def write_relations(folder: str | os.PathLike[str], found: Found) -> Path:
     """Write relate.json, the figures (PNG) and relate.html, which needs no other file, into a folder.
 
     Returns:
@@ -64,7 +64,7 @@ def write_relations(folder: str | os.PathLike[str], found: Found, title: str = "
     verdict = list(found.get("verdict") or []) or ["Nothing was measured."]
     html = render_html(
         "relations.html",
-        title=title,
+        title="Task relationships",
         sentences=verdict[:1],
         tasks=found.get("tasks") or [],
         images=found.get("images"),

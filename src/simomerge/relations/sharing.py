@@ -49,9 +49,7 @@ class SharedBlocks:
         return sum(self.gains.values()) / len(self.gains)
 
 
-def sharing_curve(
-    base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge, step: float = STEP
-) -> list[SharedBlocks]:
+def sharing_curve(base: SimoModel, experts: Mapping[str, SimoModel], images: Any, judge: Judge) -> list[SharedBlocks]:
     """The best tree for every budget from one encoder to one per task, each different tree once.
 
     Args:
@@ -59,7 +57,6 @@ def sharing_curve(
         experts: experts by task, as `simomerge.assembly.experts.check_experts` returns them.
         images: images to merge, stitch and fold on, as `simomerge.datasets.pictures.as_images` takes them.
         judge: the judge, with other images; if they have labels, these choose the trees, too.
-        step: distance of the budgets.
 
     Raises:
         InputError: as `TreeSearch`, or a tree whose metric is not finite.
@@ -69,7 +66,7 @@ def sharing_curve(
         return Aligner(base, {task: experts[task] for task in group}, images, 64).best_scale(TaskArithmetic()).method
 
     grower, known, found = Grower(base, experts, method), Known(), list[SharedBlocks]()
-    budgets = [1 + step * number for number in range(round((len(experts) - 1) / step) + 1)]
+    budgets = [1 + STEP * number for number in range(round((len(experts) - 1) / STEP) + 1)]
     search = TreeSearch(grower, images, judge.source if judge.labelled else None)
     for done, budget in enumerate(budgets, start=1):
         progress("budgets", done, len(budgets), f"{budget:g} encoders: {search.best(budget).tree}")

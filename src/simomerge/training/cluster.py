@@ -256,7 +256,7 @@ def _task(function: Callable[..., Any], arguments: dict[str, Any], setup: _Setup
 
 @contextmanager
 def _logged(path: Path | None) -> Iterator[None]:
-    """Write what this process prints to a file as well as possible: also what a crash in C code prints."""
+    """Write what this process prints to a file, including the traceback of a crash in C code."""
     if path is None:
         yield
         return

@@ -60,7 +60,6 @@ def train_head(
     task: Task,
     train: CachedFeatures,
     settings: TrainSettings,
-    validation: CachedFeatures | None = None,
     state_file: Path | None = None,
     label: str = "",
     criterion: str = "loss",
@@ -72,15 +71,7 @@ def train_head(
     """
     losses = partial(train.head_losses, task, criterion)
     counts = partial(label_counts, {task.name: task}) if criterion == "loss" else None
-    return fit(
-        head,
-        Objective(losses, counts),
-        train,
-        settings,
-        validation,
-        state_file=state_file,
-        label=label or task.name,
-    )
+    return fit(head, Objective(losses, counts), train, settings, state_file=state_file, label=label or task.name)
 
 
 def image_losses(model: SimoModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from simomerge.core import distributed
-from simomerge.datasets.tasks import IGNORE_LABEL, Task, unit_vectors
+from simomerge.datasets.losses import IGNORE_LABEL, unit_vectors
+from simomerge.datasets.tasks import Task
 
 _FRACTIONS = ("pixel_accuracy", "precision", "recall", "f1", "within_11", "within_3", "rel_err", "delta_1")
 """Secondary metrics that are fractions. They are shown in percent, whatever the unit of the main metric is."""
@@ -95,6 +97,12 @@ class TaskMetrics(nn.Module):
         factors = {**dict.fromkeys(_FRACTIONS, 100.0), self.task.metric: self.task.behaviour.factor}
         values: dict[str, Any] = self.metrics.compute()
         return {name: float(value) * factors.get(name, 1.0) for name, value in values.items()}
+
+
+def batched(task: Task, values: np.ndarray) -> Tensor:
+    """A prediction for one image as `TaskMetrics` takes it: labels (1, H, W) or a map (1, C, H, W)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))[None]
+    return tensor[:, None] if tensor.ndim == 3 and task.kind != "segmentation" else tensor
 
 
 def _metrics(task: Task) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Nodes:
         return _on(self.own)
 
     def check_memory(self, name: str, needed: int) -> None:
-        """Raise InputError if no node has the memory for a job, which would wait for ever."""
+        """Raise InputError if no node has the memory for a job, which would never start."""
         if needed > self.memory:
             raise InputError(
                 f"{name}: needs about {needed / 1e9:.1f} GB of memory, and the largest node of the cluster has"

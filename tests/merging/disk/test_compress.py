@@ -200,7 +200,7 @@ def test_the_dtypes_are_the_base_s_and_the_bytes_depend_on_the_content_only(tmp_
 
 
 def test_one_tensor_of_each_model_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simomerge.core.parallel.available_threads", lambda: 1)
+    monkeypatch.setattr("simomerge.core.parallel.available_cores", lambda: 1)
     rng = np.random.default_rng(0)
     base = {f"t{number}": rng.standard_normal(2**18).astype(np.float32) for number in range(24)}
     paths = {"base": save(tmp_path / "base.safetensors", base)}

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.method import Inputs, Realignment, register
+from simomerge.assembly.realign.method import Inputs, Realignment, register, rounded
 from simomerge.core.registry import parameter
 
 if TYPE_CHECKING:
@@ -81,5 +81,4 @@ class Calibrate(Realignment):
 
 def _mean(values: list[float]) -> float | None:
     """The mean, or None without images that are held out."""
-    mean = sum(values) / len(values) if values else math.nan
-    return round(mean, 4) if math.isfinite(mean) else None
+    return rounded(sum(values) / len(values)) if values else None

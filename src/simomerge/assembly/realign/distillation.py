@@ -86,6 +86,11 @@ class ExpertDistances:
         predicted = self._predictions(model, data)
         return {name: least_distance(task, predicted[name]) for name, task in model.tasks.items()}
 
+    def ratios(self, model: SimoModel, data: DenseDataset, before: Mapping[str, float]) -> dict[str, float]:
+        """How far every task of a model is from its expert, relative to what `measured` found before a change."""
+        after, least = self.measured(model, data), self.least(model, data)
+        return {task: distance_ratio(before[task], after[task], least[task]) for task in model.tasks}
+
     @torch.no_grad()
     def _predictions(self, model: SimoModel, sample: DenseDataset) -> dict[str, Tensor]:
         """Each expert's predictions for at most 32 images, spread evenly, on the model's device.
@@ -211,9 +216,7 @@ class Distilling:
             finally:
                 for expert in inputs.experts.values():
                     expert.to(home)
-            after = distances.measured(model, held_out) if held_out else {}
-            least = distances.least(model, held_out) if held_out else {}
-        changes = {task: distance_ratio(before[task], after[task], least[task]) for task in model.tasks if after}
+            changes = distances.ratios(model, held_out, before) if held_out else {}
         if worse := {task: ratio for task, ratio in changes.items() if ratio > 1}:
             shown = ", ".join(f"{task} by {100 * (ratio - 1):.1f} %" for task, ratio in worse.items())
             warn(f"{label}: on held-out images these tasks are now further from their experts: {shown}.")

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.method import Inputs, Realignment, distance_ratio, register
+from simomerge.assembly.realign.method import Inputs, Realignment, distance_ratio, register, rounded
 from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
 
@@ -96,11 +96,7 @@ class Fold(Realignment):
         return {
             "unlabelled_images": folded.sums.images,  # those that could be read
             "ridge": {task: fit.ridge if math.isfinite(fit.ridge) else "none" for task, fit in fits.items()},
-            "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
-            "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
+            "r2_before": {task: rounded(fit.r2_before) for task, fit in fits.items()},
+            "r2": {task: rounded(fit.r2) for task, fit in fits.items()},
             "distance_ratio": {**ratios, **dict.fromkeys(folded.kept, 1.0)},
         }
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

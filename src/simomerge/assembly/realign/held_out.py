@@ -117,7 +117,7 @@ def _train(
 
 
 def split_off(data: DenseDataset, share: float) -> tuple[DenseDataset, DenseDataset | None]:
-    """A dataset without its held-out images, and those of them that are measured; None if nothing is held out.
+    """The training images of a dataset, and the held-out images to measure on; None if none are held out.
 
     Of more than `ENOUGH_IMAGES` images, as many held-out ones are measured as `ENOUGH_IMAGES` have, spread evenly. The
     other held-out images are left out, because their groups must stay apart from those of the training images; see

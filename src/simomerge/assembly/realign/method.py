@@ -11,6 +11,7 @@ The command line reads the registry for its ``--help``, so the module of a metho
 from __future__ import annotations
 
 import copy
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -286,6 +287,11 @@ def heads_were_changed(provenance: Mapping[str, Any]) -> bool:
             return True
         record = record.get("after")
     return False
+
+
+def rounded(value: float) -> float | None:
+    """A figure for the record, with four decimals; None if it is not finite."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def distance_ratio(before: float, after: float, least: float) -> float:

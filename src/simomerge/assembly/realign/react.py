@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from simomerge.assembly.realign.method import Inputs, Realignment, register
+from simomerge.assembly.realign.method import Inputs, Realignment, register, rounded
 from simomerge.core.caution import warn
 from simomerge.core.registry import parameter
 
@@ -67,10 +67,6 @@ class React(Realignment):
         return {
             "unlabelled_images": max(each.images for each in maps.values()),  # those that could be read
             "ridge": {task: fit.ridge for task, fit in fits.items()},
-            "r2_before": {task: _rounded(fit.r2_before) for task, fit in fits.items()},
-            "r2": {task: _rounded(fit.r2) for task, fit in fits.items()},
+            "r2_before": {task: rounded(fit.r2_before) for task, fit in fits.items()},
+            "r2": {task: rounded(fit.r2) for task, fit in fits.items()},
         }
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

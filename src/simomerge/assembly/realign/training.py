@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from simomerge.assembly.realign.distillation import ExpertDistances
 from simomerge.assembly.realign.held_out import split_off
-from simomerge.assembly.realign.method import Inputs, distance_ratio
+from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import TeacherPredictions
 from simomerge.core import distributed
 from simomerge.core.caution import warn
@@ -145,9 +145,7 @@ def distil_heads(
     distances = ExpertDistances(inputs.experts, batch_size=min(32, settings.batch_size))
     before = distances.measured(model, held_out) if held_out else {}
     cost = train_heads(model, replace(inputs, data=train), settings, "distance")
-    after = distances.measured(model, held_out) if held_out else {}
-    least = distances.least(model, held_out) if held_out else {}
-    ratios = {task: distance_ratio(before[task], after[task], least[task]) for task in after}
+    ratios = distances.ratios(model, held_out, before) if held_out else {}
     for task in (task for task, ratio in ratios.items() if ratio > 1):
         model.heads[task].load_state_dict(start[task].state_dict())
         warn(

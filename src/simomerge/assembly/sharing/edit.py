@@ -9,7 +9,7 @@ from typing import Any
 from simomerge.assembly.experts import check_experts
 from simomerge.assembly.images import prepare
 from simomerge.assembly.sharing.grow import Grower, share_blocks
-from simomerge.checkpoints.experts import check_merged_from, check_unchanged
+from simomerge.checkpoints.experts import check_merged_from, check_plain_merge
 from simomerge.core.errors import InputError
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import MergeMethod, Schedule, described_method
@@ -106,7 +106,7 @@ def _check(
     groups = model.provenance.get("merge", {}).get("groups")
     if not groups:
         raise InputError(f"{model.place}: its simo.json records no merge of a group of tasks; merge the experts again.")
-    check_unchanged(model)
+    check_plain_merge(model)
     if unknown := [task for task in remove if task not in present]:
         raise InputError(f"task {unknown[0]!r} is not in {model.place}, which has {', '.join(present)}.")
     staying = [task for task in present if task not in remove]

@@ -110,15 +110,14 @@ def share_blocks(
     return model
 
 
-def fold_shared(
-    model: SimoModel, experts: Mapping[str, SimoModel], images: Any, variant: str = "cross-tap"
-) -> SimoModel:
+def fold_shared(model: SimoModel, experts: Mapping[str, SimoModel], images: Any) -> SimoModel:
     """Fold the heads that can be folded. The head of a task that shares nothing fits its encoder already."""
     tasks = [task for task, head in model.heads.items() if is_foldable(head) and not _is_alone(model, task)]
     if not tasks:
         return model
     chosen = {task: experts[task] for task in tasks}
-    folded = realign(model.select(tasks), chosen, images, variant=variant, size=OWN_SIZE)  # they are prepared already
+    # The images have been prepared already.
+    folded = realign(model.select(tasks), chosen, images, variant="cross-tap", size=OWN_SIZE)
     heads = {task: folded.heads[task] if task in tasks else head for task, head in model.heads.items()}
     provenance = {**model.provenance, "realign": folded.provenance["realign"]}
     return SimoModel(model.encoder, model.tasks, heads, provenance).eval()

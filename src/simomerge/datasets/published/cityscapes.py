@@ -16,6 +16,7 @@ import numpy as np
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image
 from simomerge.datasets.base import check_size
+from simomerge.datasets.losses import IGNORE_LABEL
 from simomerge.datasets.published.numbered import (
     numbered_folder,
     numbered_rows,
@@ -26,7 +27,7 @@ from simomerge.datasets.published.numbered import (
 )
 from simomerge.datasets.rows import Manifest, Row
 from simomerge.datasets.stored import Source, Stored, read_array
-from simomerge.datasets.tasks import IGNORE_LABEL, Task
+from simomerge.datasets.tasks import Task
 
 SIZE = (128, 256)
 """Height and width in the paper."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from simomerge.core.errors import InputError
+from simomerge.datasets.losses import IGNORE_LABEL
 from simomerge.datasets.published.geometry import Camera, normals_from_depth
 from simomerge.datasets.published.hdf5 import Frame, count_images
 from simomerge.datasets.published.matlab import read_matlab
@@ -25,7 +26,7 @@ from simomerge.datasets.published.numbered import (
 )
 from simomerge.datasets.rows import Manifest, Row
 from simomerge.datasets.stored import Stored, read_array
-from simomerge.datasets.tasks import IGNORE_LABEL, Task
+from simomerge.datasets.tasks import Task
 
 SIZE = (280, 378)
 """Height and width in the paper: the largest multiples of DINOv2's patch within the stored 288 x 384."""

@@ -25,7 +25,7 @@ import numpy as np
 from simomerge.core.errors import InputError
 from simomerge.core.files import cache_folder
 from simomerge.core.kept import kept_array
-from simomerge.core.parallel import available_threads
+from simomerge.core.parallel import available_cores
 from simomerge.core.progress import progress
 from simomerge.datasets.rooms.generate import check_request, render_rooms
 from simomerge.datasets.rooms.labels import MODALITIES
@@ -157,7 +157,7 @@ class _Sets:
     def _render(self, folder: Path, count: int, workers: int | None) -> Iterator[int]:
         """Render all scenes into the files of a folder, yielding the size of each chunk when it is done."""
         chunks = [(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-        processes = min(workers or available_threads(), len(chunks))
+        processes = min(workers or available_cores(), len(chunks))
         if processes == 1:
             yield from (self._render_chunk(folder, *chunk) for chunk in chunks)
             return

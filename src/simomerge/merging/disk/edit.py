@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.checkpoints.card import realignments
-from simomerge.checkpoints.experts import check_base, check_merged_from, check_unchanged, merge_provenance
+from simomerge.checkpoints.experts import check_base, check_merged_from, check_plain_merge, merge_provenance
 from simomerge.checkpoints.names import canonical_name
 from simomerge.checkpoints.parts import parts_of, separated
 from simomerge.checkpoints.tensors import tensor_info
@@ -228,4 +228,4 @@ def _check_editable(merged: Source) -> None:
             f"{merged.path}: has adapters in addition to its blocks, which fit only its weights. Edit the model from"
             " before they were added, and re-align the result."
         )
-    check_unchanged(merged)
+    check_plain_merge(merged)
