@@ -24,9 +24,9 @@ import torch
 import simomerge as sm
 from simomerge.cli.benchmark import add_scores
 from simomerge.core.files import atomic_write_text
+from simomerge.core.pixels import height_width
 from simomerge.core.progress import Console, show_progress
 from simomerge.datasets.load import load_data
-from simomerge.datasets.pictures import parse_size
 from simomerge.datasets.tasks import Task
 from simomerge.exporting.benchmark import benchmark
 from simomerge.exporting.export import export
@@ -69,7 +69,7 @@ def merged(run: Path, images: Any) -> SimoModel:
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Export in every format, then time all of them and the model itself."""
-    folder, size = Path(arguments.output), parse_size(arguments.size)
+    folder, size = Path(arguments.output), height_width(arguments.size)
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(arguments.model) if arguments.model else folder / "model"
     images: Any = arguments.images

@@ -37,7 +37,7 @@ FILES = {
     "compress": "compress base.safetensors a=a.safetensors -o out --overwrite",
 }
 """Commands on weight files, which need no torch."""
-SHORT = "--images 8 --val-images 8 --probe-steps 1 --steps 1 --batch-size 4"
+SHORT = "--count 8 --val-count 8 --probe-steps 1 --steps 1 --batch-size 4"
 MODELS = {
     "save": "import source --task depth -o out --overwrite",
     "realign": "realign merged depth=depth normals=normals --images pictures -o out --overwrite",

@@ -22,7 +22,7 @@ import pytest
 from simomerge.cli import cli, main
 from simomerge.core.machine import PRECISION
 
-TINY = ("--images", "8", "--val-images", "8", "--probe-steps", "2", "--steps", "2", "--batch-size", "4")
+TINY = ("--count", "8", "--val-count", "8", "--probe-steps", "2", "--steps", "2", "--batch-size", "4")
 
 
 @dataclass

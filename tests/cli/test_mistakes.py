@@ -70,8 +70,33 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("merge", "./lr=1/base", "depth=DEPTH", "-o", "OUT"),
         "lr=1/base: no such folder",
     ),
-    "split without images": ((*MERGE, "--split", "train"), "--split chooses among images, and this merge uses none"),
-    "precision without images": ((*MERGE, "--precision", "bf16"), "--precision is that of computations with images"),
+    "split without images": (
+        (*MERGE, "--split", "train"),
+        "--split is for merges that compute with images, and this one uses none",
+    ),
+    "images that nothing uses": (
+        (*MERGE, "--images", "FOLDER"),
+        "--images is for merges that compute with images, and this one uses none. Give --scale auto to choose",
+    ),
+    "data that nothing uses": ((*MERGE, "--data", "rooms"), "--data is for merges that compute with images"),
+    "count that nothing uses": ((*MERGE, "--count", "3"), "--count is for merges that compute with images"),
+    "images that are nowhere": (
+        (*MERGE, "--scale", "auto", "--images", "./nowhere"),
+        "nowhere: no such folder of images",
+    ),
+    "output of a prediction": (("predict", "SCENE", "FOLDER"), "Missing option '-o' / '--output'"),
+    "kind of a prediction": (
+        ("predict", "SCENE", "FOLDER", "--as", "jpg", "-o", "OUT"),
+        "unknown kind of output 'jpg'",
+    ),
+    "suffix of the output": (
+        (*MERGE[:-1], "./merged.safetensor"),
+        "did you mean merged.safetensors, which is a weight file",
+    ),
+    "precision without images": (
+        (*MERGE, "--precision", "bf16"),
+        "--precision is for merges.*uses none, and --dtype is that of the stored weights",
+    ),
     "split of a folder": (
         (*MERGE, "--scale", "auto", "--images", "FOLDER", "--split", "val"),
         "is a folder of pictures and has no splits; leave the split out",

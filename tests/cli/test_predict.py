@@ -264,7 +264,10 @@ def test_images_of_another_size_than_the_training_images_are_a_warning(
     model.save_pretrained(tmp_path / "model")
     done = simomerge("predict", tmp_path / "model", *photos, "-o", tmp_path / "out")
     assert done.code == 0 and done.err.count("Warning: ") == 1
-    assert "3 has 24 x 20 pixels, the model's training images 72 x 60" in done.err and "--size 60x72;" in done.err
+    assert (
+        f"{photos[0]} has 24 x 20 pixels, the model's training images 72 x 60" in done.err
+        and "--size 60x72;" in done.err
+    )
     for more in (("--size", "20x24"), ("--size", "60x72")):
         done = simomerge("predict", tmp_path / "model", *photos, "-o", tmp_path / "out", "--overwrite", *more)
         assert done.code == 0 and "Warning" not in done.err

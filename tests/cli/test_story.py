@@ -174,7 +174,7 @@ def test_an_interrupted_training_goes_on_and_other_settings_start_afresh(
         done = train()
     assert done.code == 130 and done.err.strip().startswith("Stopped.") and "Traceback" not in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["expert.work"]
-    other = train("--images", "6")  # not "features of 8 images, but the dataset has 6"
+    other = train("--count", "6")  # not "features of 8 images, but the dataset has 6"
     assert other.code == 0, other.err
     assert [path.name for path in tmp_path.iterdir()] == ["expert"]
     assert load(tmp_path / "expert").provenance["training"]["images"] == 6
@@ -228,6 +228,14 @@ def test_every_re_alignment_takes_the_options_of_all_commands(
         assert next_step("evaluate", "scene").endswith("scene --trust-code")
         assert next_step("inspect", "scene").endswith("scene")
         assert _chosen(method) == get_realignment(method) and output.quiet
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # few images
+def test_a_realignment_is_called_as_it_was_given(story: Story, tmp_path: Path) -> None:
+    experts = [f"{task}={story / task}" for task in ("depth", "normals")]
+    options = ("--method", "fold-cross", "--images", "rooms", "--count", 4, "-o", tmp_path / "folded")
+    done = simomerge("realign", story / "scene", *experts, *options)
+    assert "Re-aligned depth, normals by fold-cross on 4 unlabelled images" in done.out, done.err
 
 
 def test_realign_distils_with_lora(story: Story, tmp_path: Path) -> None:

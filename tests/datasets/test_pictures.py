@@ -103,6 +103,20 @@ def test_a_count_takes_evenly_spaced_pictures(tmp_path: Path) -> None:
         assert len(set(found)) == count and found == sorted(found)
 
 
+def test_pictures_of_other_formats_are_named(tmp_path: Path) -> None:
+    save(tmp_path / "both", "0.png", 0)
+    for folder in ("both", "none"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in ("a.HEIC", "b.avif", "notes.txt"):
+            (tmp_path / folder / name).touch()
+    with pytest.warns(
+        UserWarning, match=r"both: 2 pictures of formats that are not read \(.avif, .heic\) are left out"
+    ):
+        assert values(as_images(tmp_path / "both")) == [0]
+    with pytest.raises(InputError, match=r"none: no picture in it .*, found .avif, .heic\)"):
+        as_images(tmp_path / "none")
+
+
 def test_pictures_that_were_found_before_are_counted_off_evenly_too(tmp_path: Path) -> None:
     """The command line looks for them first and leaves the count to what it calls."""
     for i in range(10):

@@ -64,7 +64,7 @@ def test_own_experts(tmp_path: Path) -> None:
 def test_robot(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     text = script(ROOT / "docs" / "tutorials" / "robot.md")
-    out = run(text.replace("steps 30", "steps 2").replace("--images 64", "--images 8"), tmp_path)
+    out = run(text.replace("steps 30", "steps 2").replace("--count 64", "--count 8"), tmp_path)
     assert "{'depth': (64, 80), 'normals': (3, 64, 80)}" in out
 
 
@@ -75,7 +75,7 @@ def test_hub_models(tmp_path: Path) -> None:
         "LiheYoung/depth-anything-small-hf": "./anything",
         "facebook/dinov2-small": "dinov2",
         "[9, 10, 11, 12]": "[1, 2, 3, 4]",
-        "nyuv2:/data/nyuv2": "rooms --images 8 --val-images 8 --probe-steps 2 --batch-size 4",
+        "nyuv2:/data/nyuv2": "rooms --count 8 --val-count 8 --probe-steps 2 --batch-size 4",
         "--steps 2000": "--steps 2",
         "--images photos/": "--images rooms --count 16",
     }

@@ -38,8 +38,8 @@ def command(
     Models joined by "+" run one after the other: `runs/depth+runs/normals` are two experts. Differences are those from
     the first target.
     """
+    from simomerge.core.pixels import height_width
     from simomerge.datasets.load import load_data
-    from simomerge.datasets.pictures import parse_size
     from simomerge.exporting.benchmark import benchmark
 
     given["batches"] = given["batches"] or (1,)
@@ -49,7 +49,7 @@ def command(
     with console():
         if dataset is not None:
             check_tasks(targets, dataset, given["threads"], given["provider"])
-        rows = benchmark(targets, parse_size(size), **given)
+        rows = benchmark(targets, height_width(size), **given)
         if dataset is not None:
             add_scores(rows, dataset, given["threads"], given["provider"])
     say(

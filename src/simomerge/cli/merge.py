@@ -101,11 +101,6 @@ def command(as_json: bool, **given: Any) -> None:
     """
     wanted = _Wanted(**given)
     wanted.check()
-    if not wanted.uses_images and options.is_given("precision"):
-        raise InputError(
-            "--precision is that of computations with images, and this merge uses none. For the stored weights,"
-            " give --dtype."
-        )
     made, tasks = wanted.merge_models() if wanted.in_memory else wanted.merge_files()
     unseen = ("method", "tried", "then", "tree", "groups", "stitches", "disagreement", "loss", "difference_kept")
     details = ", ".join(f"{_WORDS.get(key, key)} {_shown(value)}" for key, value in made.items() if key not in unseen)
@@ -113,7 +108,7 @@ def command(as_json: bool, **given: Any) -> None:
         as_json,
         {"output": str(wanted.output), "tasks": list(tasks), "merge": made},
         *(f"  tried {_trial(trial)}" for trial in made.get("tried", [])),
-        f"Merged {', '.join(wanted.experts)} by {made['method']}" + (f" ({details})." if details else "."),
+        _what_was_done(made, wanted.experts) + (f" ({details})." if details else "."),
         *tree_lines(made),
         *(["The heads are folded."] if wanted.method == "auto" or wanted.shares_blocks else []),
         *([made["then"]] if "then" in made else []),
@@ -238,8 +233,8 @@ class _Wanted:
         if self.method != "auto":
             get_method(self.method, **{**given, "scale": 1.0} if self.searched else given)
         as_schedule(self.schedule)
-        if self.split is not None and not self.uses_images:
-            raise InputError("--split chooses among images, and this merge uses none; leave it out.")
+        self._check_unused()
+        options.check_images(self.images)
         files = [path for path in (self.base, *self.experts.values()) if is_weight_file(path)]
         if self.uses_images and files:
             what = f"--scale {self.scale}" if self.searched else "a tree" if self.shares_blocks else self.method
@@ -259,8 +254,17 @@ class _Wanted:
                 f"{name} works with a plain merge only: without images, and with a base on disk. Leave it out, or the"
                 " options that use images."
             )
-        if self.dtype is not None:
-            Output(self.output, self.dtype)  # raises if it cannot be written like this
+        Output(self.output, self.dtype)  # raises if it cannot be written like this
+
+    def _check_unused(self) -> None:
+        """Reject options that are for images if this merge uses none."""
+        for name in ("images", "size", "data", "split", "count", "precision"):
+            if options.is_given(name) and not self.uses_images:
+                other = ", and --dtype is that of the stored weights" if name == "precision" else ""
+                raise InputError(
+                    f"--{name} is for merges that compute with images, and this one uses none{other}. Give"
+                    " --scale auto to choose the scale on images, or leave it out."
+                )
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Merge from disk to disk, without torch."""
@@ -323,6 +327,15 @@ class _Wanted:
         return realign_step(
             self.output, self.experts, self.base, self.images or (self.data if self.uses_images else None)
         )
+
+
+def _what_was_done(made: dict[str, Any], experts: dict[str, str]) -> str:
+    tasks = ", ".join(experts)
+    return (
+        f"No block is shared: {tasks} keep their own"
+        if made["method"] == "none"
+        else f"Merged {tasks} by {made['method']}"
+    )
 
 
 def _chosen(provenance: dict[str, Any]) -> dict[str, Any]:

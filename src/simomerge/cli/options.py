@@ -130,6 +130,15 @@ def _bytes(context: click.Context, option: Any, text: str | None) -> int | None:
     return parse_size(text) if text else None
 
 
+def _height_width(context: click.Context, option: Any, text: str | None) -> str | None:
+    """Reject a size that is none, before any work starts. Only ``--size`` of `pictures` may be "own"."""
+    from simomerge.core.pixels import height_width
+
+    if text is not None and not (text == "own" and "images" in {param.name for param in context.command.params}):
+        height_width(text)
+    return text
+
+
 def _new_path(context: click.Context, option: Any, path: Path | None) -> Path | None:
     """Reject an output that exists, before any work starts."""
     overwrite = context.params["overwrite"]
@@ -198,6 +207,7 @@ pictures = together(
     ),
     click.option(
         "--size",
+        callback=_height_width,
         metavar="HEIGHTxWIDTH",
         help="Resize the images, in pixels; own keeps their sizes. [default: the experts' training size]",
     ),
@@ -304,13 +314,10 @@ def output(required: bool = True, model: bool = True, help: str = "Folder to wri
 
 def folder(default: Path | None, help: str, required: bool = False, urls: bool = False) -> Decorator:
     """-o for a folder that may exist; the command adds to it or continues in it. With ``urls``, it may be a URL."""
-    settings: dict[str, Any] = {
-        "default": default,
-        "show_default": default is not None,
-        "required": required,
-        "help": help,
-    }
-    return click.option("-o", "--output", type=_Written(urls), **settings)
+    settings: dict[str, Any] = (
+        {} if default is None else {"default": default, "show_default": True}
+    )  # with None, none is required
+    return click.option("-o", "--output", type=_Written(urls), required=required, help=help, **settings)
 
 
 def is_given(name: str) -> bool:
@@ -332,6 +339,14 @@ def note_rooms(rooms: bool) -> None:
     """
     if not rooms and not is_given("data"):
         warning("without --data the included rooms are used, a toy dataset; give the data that this model is for.")
+
+
+def check_images(images: str | None) -> None:
+    """Reject ``--images`` for a folder that does not exist, before any work starts."""
+    from simomerge.core.assets import expanded
+
+    if images is not None and ":" not in images and images != "rooms" and not expanded(images).exists():
+        raise InputError(f"{images}: no such folder of images.")
 
 
 def note_images(images: str | None, count: int | None) -> None:

@@ -76,13 +76,15 @@ def _predict(
     """What was written, path -> what is wrong for each image that cannot be read, and the number of images."""
     from simomerge.checkpoints.experts import trained_size
     from simomerge.core.machine import named_device
-    from simomerge.datasets.pictures import parse_size
+    from simomerge.core.pixels import height_width
     from simomerge.datasets.tasks import select_tasks
     from simomerge.models.model import load
     from simomerge.models.prediction import find_sources, find_unreadable, frames_of, predict_frames
-    from simomerge.models.saving import Saver
+    from simomerge.models.saving import Saver, check_kinds
 
-    height_width = parse_size(size) if size else None
+    resized_to = height_width(size) if size else None
+    kinds = given["kinds"].split(",")
+    check_kinds(kinds)
     device = named_device(given["device"])
     sources = find_sources(images)
     broken = find_unreadable(sources)
@@ -94,14 +96,14 @@ def _predict(
     if not predictor.tasks:
         raise InputError(f"{model}: an encoder without heads predicts nothing; give an expert or a merged model.")
     tasks = select_tasks(predictor.tasks, given["tasks"])
-    saver = Saver(output, tasks, given["kinds"].split(","), bool(given["overlay"]), bool(given["legend"]))
+    saver = Saver(output, tasks, kinds, bool(given["overlay"]), bool(given["legend"]))
     saver.check_apart(sources)
     predictor.to(device)
     batch, half = int(given["batch_size"]), bool(given["half"])
     images_in_order = frames_of(readable, broken)
-    if height_width is None:
+    if resized_to is None:
         images_in_order = _warn_of_other_size(images_in_order, trained_size(predictor.provenance))
-    frames = predict_frames(predictor, images_in_order, batch, list(tasks), height_width, half)
+    frames = predict_frames(predictor, images_in_order, batch, list(tasks), resized_to, half)
     total = 0 if any(source.is_video for source in readable) else len(readable)
     written: list[str] = []
     done = 0  # enumerate would keep a photograph and its maps, hundreds of megabytes, while the next is predicted
@@ -126,8 +128,8 @@ def _warn_of_other_size(frames: Iterator[Frame], trained: tuple[int, int] | None
         if trained is not None and is_other_size((height, width), trained):
             better = as_many_pixels((height, width), trained)
             warning(
-                f"{frame.name} has {width} x {height} pixels, the model's training images {trained[1]} x {trained[0]}:"
-                " objects have another size than it learned. Predictions may be better with --size"
+                f"{frame.source.path} has {width} x {height} pixels, the model's training images {trained[1]} x"
+                f" {trained[0]}: objects have another size than it learned. Predictions may be better with --size"
                 f" {better[0]}x{better[1]}; they keep the image's size."
             )
             trained = None

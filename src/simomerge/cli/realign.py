@@ -137,7 +137,7 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     say(
         as_json,
         {"output": str(output), "realign": record},
-        *_lines(record, list(result.tasks), getattr(chosen, "ridge", None)),
+        *_lines({**record, "method": method}, list(result.tasks), getattr(chosen, "ridge", None)),
         f"Model: {output}",
         judge_step(output, experts, given["data"] if "data" in inputs else given["images"])
         if chosen.changes_heads
@@ -180,6 +180,8 @@ def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], giv
         raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
     elif chosen.needs_base and given["base"] is None:
         raise InputError(f"--method {method} uses task vectors: give --base, the foundation encoder of the experts.")
+    if chosen.teacher != "labels":
+        options.check_images(given["images"])
 
 
 def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], given: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def command(base: str, experts: dict[str, str], as_json: bool, **given: Any) -> 
 
 
 def _check(experts: dict[str, str], given: dict[str, Any]) -> None:
-    """Reject options that contradict each other."""
+    """Reject options that contradict each other, and a folder of images that does not exist."""
     if given["images"] is not None and given["data"] is not None:
         raise InputError("--images and --data exclude each other: give pictures, or data with labels.")
     if given["size"] is not None and given["images"] is None:
@@ -75,6 +75,7 @@ def _check(experts: dict[str, str], given: dict[str, Any]) -> None:
         raise InputError(
             f"--budget {given['budget']}: {len(experts)} experts need no more than {len(experts)} encoders."
         )
+    options.check_images(given["images"])
 
 
 def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     "--base", type=options.place, default="rooms-base", show_default=True, help="Folder, hub id or rooms-base."
 )
 @options.data
-@click.option("--images", type=click.IntRange(1), help="Training images. [default: 1000 rooms; else all]")
-@click.option("--val-images", type=click.IntRange(1), help="Images for early stopping. [default: 256; else all]")
+@click.option("--count", type=click.IntRange(1), help="Training images. [default: 1000 rooms; else all]")
+@click.option("--val-count", type=click.IntRange(1), help="Images for early stopping. [default: 256; else all]")
 @click.option("--head", type=options.Name(["linear", "dpt"]), default="linear", show_default=True)
 @click.option("--probe-steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of the heads alone.")
 @options.training(steps=200, batch_size=32, lr=1e-3, encoder_lr=3e-4, seed=0)
@@ -68,8 +68,8 @@ def command(output: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
     tasks, data = given["tasks"], given["data"]
     work = output.parent / f"{output.name}.work"
     with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():
-        train = load_data(data, split="train", count=given["images"], tasks=tasks)
-        validation = load_data(data, split="val", count=given["val_images"], tasks=tasks)
+        train = load_data(data, split="train", count=given["count"], tasks=tasks)
+        validation = load_data(data, split="val", count=given["val_count"], tasks=tasks)
         model, log = _trained(given, train, validation, work)
     if is_first():  # Under torchrun, all processes have the same model.
         model.save_pretrained(output, overwrite)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from simomerge.core.environment import install_command
+from simomerge.core.errors import InputError
 from simomerge.core.orientation import orientation, turned
 
 MAX_PIXELS = 64_000_000
@@ -85,6 +86,22 @@ def opened(path: Path) -> Iterator[Any]:
 def _of_bearable_size(image: Any) -> Any:
     check_pixels(image.height, image.width)
     return image
+
+
+def height_width(size: str | tuple[int, int]) -> tuple[int, int]:
+    """The size of an image from text.
+
+    Raises:
+        InputError: It is not of the form HEIGHTxWIDTH, or not above 0.
+
+    Example:
+        >>> height_width("480x640")
+        (480, 640)
+    """
+    parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
+    return int(parts[0]), int(parts[1])
 
 
 def check_pixels(height: int, width: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
+from simomerge.core.pixels import height_width
 from simomerge.core.progress import progress
 from simomerge.core.remote import RemoteError
 from simomerge.datasets.base import DenseDataset
@@ -25,6 +26,9 @@ from simomerge.datasets.tars import SUFFIX as TAR
 from simomerge.datasets.tars import TarPictures
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+"""Pictures of formats that are not read. In folders, a warning says so."""
+
 KEPT_BYTES = 128 << 20
 """Images that a check has decoded stay in memory until they are used, up to this size of all of them together."""
 
@@ -105,7 +109,7 @@ class Images(DenseDataset):
         if self.is_dataset:
             raise InputError("a dataset's images have their own size; leave size out, or give a folder of pictures.")
         chosen = copy.copy(self)
-        chosen.size, chosen.crop, chosen._memory = parse_size(size), crop, _Memory()
+        chosen.size, chosen.crop, chosen._memory = height_width(size), crop, _Memory()
         return chosen
 
     def readable(self, one_size: bool = False) -> Images:
@@ -260,13 +264,6 @@ def _sequence(source: Any) -> Any:
     return list(source)
 
 
-def parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
-    parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
-    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
-    return int(parts[0]), int(parts[1])
-
-
 def pictures_of(path: Path) -> Sequence[Any]:
     """The pictures of a folder, or those in its tar files if it has no other pictures; or those of one tar file.
 
@@ -298,9 +295,17 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images.")
-    found = sorted(p for p in _all_files(folder, set()) if p.suffix.lower() in suffixes and p.is_file())
+    files = list(_all_files(folder, set()))
+    found = sorted(p for p in files if p.suffix.lower() in suffixes and p.is_file())
+    others = sorted({p.suffix.lower() for p in files} & set(NOT_READ))
     if not found:
-        raise InputError(f"{folder}: no picture in it (looked for {', '.join(suffixes)}, also in subfolders).")
+        seen = f", found {', '.join(others)}" if others else ""
+        raise InputError(f"{folder}: no picture in it (looked for {', '.join(suffixes)}, also in subfolders{seen}).")
+    if others:
+        count = sum(p.suffix.lower() in NOT_READ for p in files)
+        warn(
+            f"{folder}: {count} pictures of formats that are not read ({', '.join(others)}) are left out; convert them."
+        )
     return found
 
 

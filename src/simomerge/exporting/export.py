@@ -14,9 +14,9 @@ import torch
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import check_absent, temporary_folder
+from simomerge.core.pixels import height_width
 from simomerge.core.version import __version__
 from simomerge.datasets.colours import class_colours
-from simomerge.datasets.pictures import parse_size
 from simomerge.datasets.tasks import Task
 from simomerge.exporting import verification
 from simomerge.exporting.graph import Outputs, WholeGraph
@@ -65,7 +65,7 @@ def export(
         ['scene.onnx', 'scene.onnx.golden.npz']
     """
     start, target = time.perf_counter(), Path(output)
-    job = _job(model, target, parse_size(size), tasks, images, options)
+    job = _job(model, target, height_width(size), tasks, images, options)
     parts = ("encoder", *job.model.tasks) if job.options.split else ("model",)
     files = [target.with_name(job.file_of(part)) for part in parts]
     beside = [golden_file(files[0]), *([target.with_suffix(".bin")] if job.form == "openvino" else [])]

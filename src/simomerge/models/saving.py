@@ -70,6 +70,13 @@ def compact(task: Task, values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint8 if task.channels <= 256 else np.uint16)
 
 
+def check_kinds(kinds: Iterable[str]) -> None:
+    """Raise InputError for a kind of output that is not in `KINDS`."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"unknown kind of output {kind!r}; choose some of {', '.join(KINDS)}.")
+
+
 class Saver:
     """Writes predictions into a folder.
 
@@ -92,9 +99,7 @@ class Saver:
         overlay: bool = False,
         legend: bool = False,
     ) -> None:
-        for kind in kinds:
-            if kind not in KINDS:
-                raise InputError(f"unknown kind of output {kind!r}; choose some of {', '.join(KINDS)}.")
+        check_kinds(kinds)
         unbounded = [name for name, task in tasks.items() if not (task.kind in _STORED16 or task.behaviour.bounded)]
         if "png16" in kinds and unbounded:
             raise InputError(f"task {unbounded[0]!r} has values of any size, which 16 bits cannot hold; use npy.")

@@ -128,5 +128,7 @@ def test_what_cannot_be_edited_is_named(
     refused("is not what the model was merged from", given={**experts, "depth": swapped})
     pair.provenance["realign"] = {"method": "distill", "changes_encoder": True}
     refused("changed its encoder.* Edit the merge from before the re-alignment, and re-align the result again")
+    alone = merge(base, two, METHOD, share=0, images=images)
+    refused("its tasks share no block, so that it records no merge", model=alone, remove=["normals"])
     pair.provenance = {}
     refused("records no merge of a group of tasks")

@@ -210,9 +210,9 @@ def test_one_process_cannot_divide_a_model() -> None:
 @pytest.mark.slow
 def test_commands_write_and_print_once(tiny_base: Path, tmp_path: Path) -> None:
     model, again = tmp_path / "model", tmp_path / "again"
-    train = ["-m", "simomerge", "train", "--task", "depth", "--base", str(tiny_base), "--images", "16"]
+    train = ["-m", "simomerge", "train", "--task", "depth", "--base", str(tiny_base), "--count", "16"]
     train += [
-        "--val-images",
+        "--val-count",
         "8",
         "--steps",
         "2",

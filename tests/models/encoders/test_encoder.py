@@ -244,7 +244,7 @@ def test_a_broken_torchvision_is_reported_as_by_the_doctor(tiny_base, tmp_path):
     text = "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n"
     (tmp_path / "torchvision-0.1.dist-info/METADATA").write_text(text)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    for arguments in (["doctor"], ["train", "--base", str(tiny_base), "--task", "depth", "--images", "2", "-o", "x"]):
+    for arguments in (["doctor"], ["train", "--base", str(tiny_base), "--task", "depth", "--count", "2", "-o", "x"]):
         done = subprocess.run(
             [sys.executable, "-m", "simomerge", *arguments],
             env={**os.environ, "PYTHONPATH": paths, "SIMOMERGE_CACHE": str(tmp_path)},

@@ -104,8 +104,13 @@ def _check(
 ) -> None:
     """Raise InputError for an edit that cannot be."""
     groups = model.provenance.get("merge", {}).get("groups")
-    if not groups:
+    if groups is None:
         raise InputError(f"{model.place}: its simo.json records no merge of a group of tasks; merge the experts again.")
+    if not groups:
+        raise InputError(
+            f"{model.place}: its tasks share no block, so that it records no merge that an edit could repeat; merge the"
+            " experts of the tasks that you want."
+        )
     check_plain_merge(model)
     if unknown := [task for task in remove if task not in present]:
         raise InputError(f"task {unknown[0]!r} is not in {model.place}, which has {', '.join(present)}.")

@@ -18,6 +18,7 @@ from simomerge.core.documents import read_json
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_folder, check_apart, check_not_current
 from simomerge.core.model_files import TORCH_FILES
+from simomerge.core.schema import nearest
 from simomerge.merging.disk.sources import CONFIGS, Source, check_unchanged
 
 
@@ -49,6 +50,11 @@ class Output:
             name = self.path.name.removesuffix(max(endings, key=len))
             raise InputError(
                 f"{self.path}: weights are written as safetensors; name it {name}.safetensors, or a folder."
+            )
+        if not self.is_file and nearest(self.path.suffix, [".safetensors"]):
+            raise InputError(
+                f"{self.path}: did you mean {self.path.with_suffix('.safetensors')}, which is a weight file? For a"
+                " folder, leave the suffix out."
             )
         if self.is_file and self.max_shard_size is not None:
             raise InputError(f"{self.path} is one file, not shards: name a folder, or leave the shard size out.")

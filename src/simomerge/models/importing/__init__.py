@@ -11,8 +11,8 @@ from simomerge.checkpoints.lora import is_lora_folder
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source, similar
 from simomerge.core.model_files import file_and_key, is_weight_file
+from simomerge.core.pixels import height_width
 from simomerge.core.text import first_sentence
-from simomerge.datasets.pictures import parse_size
 from simomerge.models.heads import head_kind
 from simomerge.models.importing.adapter import read_adapter
 from simomerge.models.importing.dinov2 import is_dinov2_head, read_dinov2_head
@@ -54,7 +54,7 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
         >>> expert.save_pretrained("experts/depth")                                           # doctest: +SKIP
     """
     chosen = ImportOptions(**options)
-    size = None if chosen.size is None else parse_size(chosen.size)
+    size = None if chosen.size is None else height_width(chosen.size)
     expert = _read(source, task, chosen)
     _try(expert, source, task)
     if size is not None:
