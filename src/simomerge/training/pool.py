@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -92,6 +93,9 @@ class WorkerPool:
         self._messages.put(None)
         assert self._thread is not None
         self._thread.join(timeout=5)  # the last reports arrive before the sink is closed
+        self._messages.close()
+        self._pool = self._messages = self._thread = None
+        gc.collect()  # the semaphores of the pool are in cycles; loky may report those that live until Python ends
 
     @property
     def needs_locks(self) -> bool:
