@@ -47,6 +47,10 @@ def test_the_task_of_an_expert() -> None:
         experts.own_task([], "edges")
     with pytest.raises(InputError, match=r"'\.\./depth' cannot be the name of a task: use letters"):
         experts.own_task(["depth"], "../depth")
+    for own in ("image", "depth"):
+        with pytest.raises(InputError, match="no task can be called 'image', which is a column of every table: rename"):
+            experts.own_task([own], "image")
+    assert experts.own_task(["image"], "photo") == "image"  # the merge of a folder that has this name renames it
 
 
 def test_a_description_of_one_task() -> None:

@@ -270,6 +270,7 @@ def test_a_model_is_evaluated_on_it(make: Callable[..., Path], make_model: Calla
         ({"tasks": {"depth": {"scal": 1}}}, r"task 'depth': unknown key 'scal'; did you mean 'scale'\?"),
         ({"tasks": {"deph": {}}}, r"task 'deph' is of unknown kind 'deph'; did you mean 'depth'\?"),
         ({"tasks": {"parts": {"kind": "segmentation"}}}, "needs the names of at least two classes"),
+        ({"tasks": {"image": {"kind": "depth"}}}, r"data\.yaml: no task can be called 'image'"),
         ({"tasks": {"depth": {"scale": 0}}}, "scale 0; give a number above 0"),
         ({"tasks": {"depth": {}, "normals": {}}}, "column 'parts' is not one of its tasks"),
         ({"tasks": [1]}, "'tasks' is a list; give a mapping"),

@@ -248,6 +248,8 @@ def test_a_task_takes_its_kind_from_its_name_and_channels_from_its_classes():
         ({"name": "my task", "kind": "depth"}, "letters, digits and underscores"),
         ({"name": "", "kind": "depth"}, "letters, digits and underscores"),
         ({"name": "../up", "kind": "depth"}, "letters, digits and underscores"),
+        ({"name": "image", "kind": "depth"}, "no task can be called 'image', which is a column of every table: rename"),
+        ({"name": "split", "kind": "depth"}, "no task can be called 'split'"),
         ({"name": "dpth"}, r"unknown kind 'dpth'; choose one of segmentation, depth"),
         ({"name": "segmentation"}, "at least two classes"),
         ({"name": "seg", "kind": "segmentation", "classes": ("one",)}, "at least two classes"),

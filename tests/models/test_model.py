@@ -16,6 +16,8 @@ from transformers import AutoModel, Dinov2Model
 from simomerge.checkpoints.description import RANK_FORMAT, model_card
 from simomerge.core.errors import InputError
 from simomerge.datasets.tasks import Task
+from simomerge.merging.disk.merge import merge_on_disk
+from simomerge.models.heads import TaskHeads
 from simomerge.models.heads.linear import LinearHead
 from simomerge.models.model import SimoModel, load
 
@@ -175,6 +177,41 @@ def test_the_encoder_fingerprint_sees_the_encoder_only(make_model):
     with torch.no_grad():
         other.encoder.backbone.layernorm.bias[0] += 1e-3
     assert one.encoder_fingerprint() != other.encoder_fingerprint()
+
+
+# Names of tasks -----------------------------------------------------------------------------------------
+
+
+def test_tasks_may_have_the_names_of_attributes_of_modules(make_model, tmp_path):
+    named = {name: Task(name, "depth") for name in ("type", "half", "items", "values", "update", "training", "far")}
+    model = make_model(named)
+    assert list(model.heads) == list(model.heads.keys()) == list(named)
+    assert {name.split(".")[0] for name in model.heads.state_dict()} == {*(f"{n}-" for n in [*named][:-1]), "far"}
+    assert model.heads["type"] is dict(model.heads.items())["type"] and "far-" not in model.heads
+    again = load(copy.deepcopy(model).save_pretrained(tmp_path / "scene"))
+    assert_same(logits(model), logits(again))
+    assert list(again.predict(IMAGES[:1])) == list(named)
+    assert list(again.select(["far", "type"]).heads) == ["far", "type"]
+    replaced = LinearHead(model.encoder.channels, 1)
+    again.heads["type"] = replaced
+    assert again.heads["type"] is replaced and len(again.heads) == len(named)
+    assert again.heads.pop("half") is not None and "half" not in again.heads and "type" in again.heads
+
+
+def test_every_name_of_an_attribute_can_be_that_of_a_head():
+    names = [name for name in dir(torch.nn.ModuleDict()) if name.isidentifier()]
+    heads = TaskHeads({name: torch.nn.Linear(1, 1) for name in names})
+    assert list(heads) == names and len(heads.state_dict()) == 2 * len(names)
+    heads.to(torch.float64).eval().load_state_dict(copy.deepcopy(heads).state_dict())
+    assert all(heads[name].weight.dtype == torch.float64 and not heads[name].training for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:expert .* does not record its base", "ignore:The task vector of")
+def test_a_merge_on_disk_with_such_a_name_can_be_loaded(make_model, tiny_base, tmp_path):
+    models = {name: make_model({name: Task(name, "depth")}) for name in ("type", "far")}
+    experts = {name: model.save_pretrained(tmp_path / name) for name, model in models.items()}
+    merge_on_disk(tiny_base, experts, tmp_path / "scene", "average")
+    assert list(load(tmp_path / "scene").predict(IMAGES[:1])) == ["type", "far"]
 
 
 # Saving and reading -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.model_files import file_and_key
 from simomerge.core.remote import is_url, last_name
 from simomerge.core.schema import nearest
+from simomerge.core.task_names import check_task_name
 
 _SETTINGS = {
     "architecture": ("architecture",),
@@ -77,14 +78,13 @@ def own_task(tasks: Collection[str], task: str) -> str:
 
     Raises:
         InputError: the expert has several tasks and none has this name, the name is another kind of task or a
-            misspelling of its own task, or it is not an identifier.
+            misspelling of its own task, or `check_task_name` refuses it.
 
     Example:
         >>> own_task(["depth"], "distance"), own_task(["depth", "normals"], "normals")
         ('depth', 'normals')
     """
-    if not task.isidentifier():  # it becomes the name of a file
-        raise InputError(f"{task!r} cannot be the name of a task: use letters, digits and underscores.")
+    check_task_name(task)
     if task in tasks:
         return task
     if len(tasks) != 1:

@@ -17,11 +17,12 @@ import numpy as np
 
 from simomerge.core.errors import InputError
 from simomerge.core.files import atomic_write_text, check_absent
+from simomerge.core.task_names import check_task_name
 from simomerge.datasets.groups import evenly
 from simomerge.datasets.pictures import SUFFIXES, files_of
-from simomerge.datasets.rows import COLUMNS, SPLITS, known_split
+from simomerge.datasets.rows import SPLITS, known_split
 from simomerge.datasets.stored import read_array
-from simomerge.datasets.tasks import KINDS, Task
+from simomerge.datasets.tasks import KINDS
 
 TARGET_SUFFIXES = (*SUFFIXES, ".npy", ".pfm", ".exr", ".flo")
 SAMPLES = 24
@@ -79,9 +80,10 @@ def draft_manifest(
     if wrong := [task for task in kinds if task not in targets]:
         raise InputError(f"kind of {wrong[0]!r}: there is no folder of that task; it has {', '.join(targets)}.")
     for task in targets:
-        Task(task, "depth")  # raises for a name that a manifest refuses
-        if task in COLUMNS:
-            raise InputError(f"{targets[task]}: no task can be called {task!r}; name it as TASK=FOLDER.")
+        try:
+            check_task_name(task)
+        except InputError as error:
+            raise InputError(f"{targets[task]}: {error} Give it as TASK=FOLDER.") from error
     draft, pictures = Draft(root), files_of(images, SUFFIXES)
     draft.rows = [{"image": _relative(path, root)} for path in pictures]
     keys = [_key(path, images) for path in pictures]

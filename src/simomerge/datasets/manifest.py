@@ -10,8 +10,9 @@ from simomerge.core.assets import expanded
 from simomerge.core.documents import read_yaml
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.core.task_names import COLUMNS
 from simomerge.datasets.base import check_size
-from simomerge.datasets.rows import COLUMNS, SPLIT_NAMES, SPLITS, Manifest, Row, known_split
+from simomerge.datasets.rows import SPLIT_NAMES, SPLITS, Manifest, Row, known_split
 from simomerge.datasets.stored import Stored, read_array, read_picture
 from simomerge.datasets.tables import read_table
 from simomerge.datasets.tasks import KINDS, Task
@@ -47,8 +48,6 @@ def read_manifest(path: str | Path, size: tuple[int, int] | None = None) -> Mani
         raise InputError(f"{path}: 'tasks' is a {type(tasks).__name__}; give a mapping from names to descriptions.")
     names = [str(name) for name in tasks]
     stored = [_stored(str(name), description or {}, path) for name, description in tasks.items()]
-    if reserved := set(COLUMNS).intersection(names):
-        raise InputError(f"{path}: no task can be called {min(reserved)!r}; give it another name.")
     if unknown := [column for column in columns if column not in names]:
         raise InputError(
             f"{path}: column {unknown[0]!r} is not one of its tasks; name it under tasks{_near(unknown[0], names)}"

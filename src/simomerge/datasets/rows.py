@@ -24,9 +24,6 @@ from simomerge.datasets.base import DenseDataset, check_size, spread
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
 
-COLUMNS = ("image", "split")
-"""Columns of a table of images that are no tasks."""
-
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 """Other names of splits, as they are often written."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.core.task_names import check_task_name
 from simomerge.core.text import shown
 from simomerge.datasets.losses import (
     IGNORE_LABEL,
@@ -188,8 +189,8 @@ class Task:
             the metric is its root).
 
     Raises:
-        InputError: the name is not an identifier, the kind is unknown, a segmentation task has fewer than two classes,
-            there are not as many colours as classes, or a setting of regressions is wrong or has another kind.
+        InputError: `check_task_name` refuses the name, the kind is unknown, a segmentation task has fewer than two
+            classes, there are not as many colours as classes, or a setting of regressions is wrong or has another kind.
 
     Example:
         >>> Task("parts", "segmentation", classes=("head", "arm", "rest")).channels
@@ -214,8 +215,7 @@ class Task:
         object.__setattr__(self, "kind", self.kind or self.name)
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "colours", tuple((int(r), int(g), int(b)) for r, g, b in self.colours))
-        if not self.name.isidentifier():
-            raise InputError(f"task name {self.name!r}: use letters, digits and underscores only.")
+        check_task_name(self.name)
         if self.kind not in KINDS:
             raise InputError(f"task {self.name!r}: unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}.")
         if KINDS[self.kind].channels is None and len(self.classes) < 2:

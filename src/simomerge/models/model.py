@@ -26,7 +26,7 @@ from simomerge.core.hub import local_source
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
-from simomerge.models.heads import build_head, head_kind
+from simomerge.models.heads import TaskHeads, build_head, head_kind
 from simomerge.models.predictions import Predictions
 from simomerge.models.storage import load_tree, save_encoder, stored_tensors, with_tensors
 
@@ -68,7 +68,7 @@ class SimoModel(nn.Module):
         if missing := [task for task in tasks if task not in branches]:
             raise InputError(f"the encoder has no branch for task {missing[0]!r}; it has {', '.join(branches)}.")
         self.tasks = dict(tasks)
-        self.heads = nn.ModuleDict({name: heads[name] for name in tasks})
+        self.heads = TaskHeads({name: heads[name] for name in tasks})
         self.provenance: dict[str, Any] = dict(provenance or {})
         self.source = ""  # the folder or hub id from which it was loaded
         self.licence = ""  # that of its folder, if its model card declares one

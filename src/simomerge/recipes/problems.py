@@ -8,6 +8,7 @@ from typing import Any
 from simomerge.assembly.realign import get_realignment, realignments
 from simomerge.core.errors import InputError
 from simomerge.core.schema import nearest
+from simomerge.core.task_names import check_task_name
 from simomerge.core.text import first_line
 from simomerge.datasets.groups import LEAST_IMAGES
 from simomerge.merging import get_method
@@ -54,8 +55,11 @@ def _lists(recipe: Recipe) -> Iterator[str]:
             yield f"{name} is empty; give at least one {one}"
     if wrong := [seed for seed in recipe.seeds if not 0 <= seed < 2**63]:
         yield f"seed {wrong[0]}; use 0 to {2**63 - 1}"
-    if wrong_names := [task for task in recipe.tasks if task in ("image", "split")]:
-        yield f"no task can be called {wrong_names[0]!r}"
+    try:
+        for task in recipe.tasks:
+            check_task_name(task)
+    except InputError as error:
+        yield str(error).rstrip(".")
 
 
 def _trainings(recipe: Recipe) -> Iterator[str]:

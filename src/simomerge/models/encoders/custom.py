@@ -102,7 +102,7 @@ class CustomEncoder(Encoder):
         return self._shapes
 
     def _encode(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        given = self.backbone(images)
+        given = self.backbone(self._in_own_dtype(images))
         maps, cls = (given.maps, given.cls) if isinstance(given, Features) else (given, ())
         name, found = type(self.backbone).__name__, tuple(each.shape[1] for each in maps)
         if bool(cls) != self.has_cls:

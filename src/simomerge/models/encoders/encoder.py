@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -190,6 +190,15 @@ class Encoder(nn.Module):
         renamed = getattr(self.backbone, f"activation_checkpointing_{action}", None)
         return renamed or getattr(self.backbone, f"gradient_checkpointing_{action}")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """Move or cast all tensors, but leave mean and std in float32: rounded, they would stay so for good."""
+        exact = {"mean": self.mean, "std": self.std}
+        super()._apply(fn, recurse)
+        for name, values in exact.items():
+            if not values.is_meta:  # such values are still unknown
+                setattr(self, name, values.to(getattr(self, name).device))
+        return self
+
     def train(self, mode: bool = True) -> Encoder:
         """Set the training mode. Batch norms keep their statistics: those of small batches would ruin a merge."""
         super().train(mode)
@@ -277,7 +286,8 @@ class Encoder(nn.Module):
         self.restore_windows()
         with self.collecting():
             assert self._outputs is not None
-            self.backbone(pixel_values=(images - self.mean) / self.std, **self.layout.arguments)
+            pixels = self._in_own_dtype((images - self.mean) / self.std)
+            self.backbone(pixel_values=pixels, **self.layout.arguments)
             outputs = [self._outputs[tap] for tap in self.taps]
         if self.apply_layernorm:
             assert self.layout.norm is not None
@@ -286,6 +296,11 @@ class Encoder(nn.Module):
         grids = [(height // stride, width // stride) for stride in self.strides]
         maps = tuple(self._to_map(output, grid) for output, grid in zip(outputs, grids, strict=True))
         return maps, tuple(output[:, 0] for output in outputs) if self.has_cls else ()
+
+    def _in_own_dtype(self, images: Tensor) -> Tensor:
+        """Images in the dtype of the backbone's first weight, unless autocast chooses the dtypes."""
+        own = next((each.dtype for each in self.backbone.parameters() if each.is_floating_point()), images.dtype)
+        return images if torch.is_autocast_enabled(images.device.type) else images.to(own)
 
     def _to_map(self, output: Tensor, grid: tuple[int, int]) -> Tensor:
         """The map (B, C, h, w) of a tapped output, which is a map or tokens (B, N, C)."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from simomerge.models.encoders import Features
 from simomerge.models.heads.binned import BinnedDepthHead
 from simomerge.models.heads.building import HEADS, build_head, head_arguments, head_for, head_kind
+from simomerge.models.heads.by_task import TaskHeads
 from simomerge.models.heads.conv import ConvHead
 from simomerge.models.heads.dpt import DPTHead
 from simomerge.models.heads.linear import LinearHead
@@ -40,4 +41,4 @@ class DenseHead(Protocol):
         """Features -> logits (B, C, H, W) at the padded size."""
 
 
-__all__ = ["HEADS", "DenseHead", "Foldable", "build_head", "head_arguments", "head_for", "head_kind"]
+__all__ = ["HEADS", "DenseHead", "Foldable", "TaskHeads", "build_head", "head_arguments", "head_for", "head_kind"]
