@@ -25,6 +25,9 @@ from simomerge.datasets.tars import SUFFIX as TAR
 from simomerge.datasets.tars import TarPictures
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+OWN_SIZE = "own"
+"""The word for keeping the size of every picture."""
+
 KEPT_BYTES = 128 << 20
 """Images that a check has decoded stay in memory until they are used, up to this size of all of them together."""
 
@@ -260,8 +263,20 @@ def _sequence(source: Any) -> Any:
     return list(source)
 
 
-def parse_size(size: str | tuple[int, int]) -> tuple[int, int]:
-    parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
+def resize_to(size: Any) -> tuple[int, int] | None:
+    """The size that a user asks for, as `parse_size` takes it; None for `OWN_SIZE` and by default. Raises InputError.
+
+    Example:
+        >>> resize_to("480x640"), resize_to("own")
+        ((480, 640), None)
+    """
+    return None if size is None or (isinstance(size, str) and size == OWN_SIZE) else parse_size(size)
+
+
+def parse_size(size: Any) -> tuple[int, int]:
+    """(height, width) from a pair or from "HEIGHTxWIDTH". Raises InputError."""
+    pair = size.lower().split("x") if isinstance(size, str) else size
+    parts = [str(value) for value in pair] if isinstance(pair, Iterable) else []
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
     return int(parts[0]), int(parts[1])
