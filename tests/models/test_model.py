@@ -116,6 +116,26 @@ def test_decode_runs_only_the_heads_asked_for(model):
     assert torch.equal(some["seg"], logits(model)["seg"])
 
 
+@pytest.mark.parametrize("call", ["forward", "encode", "decode", "predict_batch"])
+def test_every_call_takes_tasks_as_text_and_suggests_the_nearest_name(model, call):
+    with torch.no_grad():
+        given = model.encode(IMAGES) if call == "decode" else IMAGES
+        run = getattr(model, call)
+        if call != "encode":
+            assert list(run(given, tasks="depth")) == ["depth"]
+            assert list(run(given, tasks="normals,seg")) == list(run(given, tasks=iter(["normals", "seg"])))
+            assert list(run(given, tasks="all")) == list(TASKS)
+        with pytest.raises(InputError, match="unknown task 'dpth'; did you mean 'depth'"):
+            run(given, tasks=["dpth"])
+
+
+@pytest.mark.parametrize("tasks", [None, "depth", ["normals", "seg"]])
+def test_a_compiled_model_takes_tasks_too(model, tasks):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(IMAGES, tasks=tasks), model(IMAGES, tasks=tasks))  # another attention
+
+
 def test_predict_uses_running_statistics_and_gives_the_mode_back(model):
     before = model.predict(IMAGES[:1])
     model.train()
@@ -124,12 +144,39 @@ def test_predict_uses_running_statistics_and_gives_the_mode_back(model):
     assert all(np.array_equal(before[name], after[name]) for name in TASKS)
 
 
+def test_predict_gives_every_submodule_its_own_mode_back(model):
+    model.train()
+    model.encoder.eval()
+    model.heads["depth"].eval()
+    before = [module.training for module in model.modules()]
+    model.predict(IMAGES[:1])
+    assert before == [module.training for module in model.modules()] and len(set(before)) == 2
+
+
 def test_predict_gives_the_mode_back_after_an_error(model):
     model.train()
     model.heads["seg"].forward = lambda features: 1 / 0
     with pytest.raises(ZeroDivisionError):
         model.predict(IMAGES[:1])
     assert model.training
+
+
+def test_the_encoder_gets_an_image_at_the_size_asked_for(model):
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    sizes = {"own": (21, 30), "12x20": (12, 20), (12, 20): (12, 20), None: (6, 9)}
+    for size, expected in sizes.items():
+        found = model.predict(IMAGES[:1], max_patches=1, size=size)
+        assert seen.pop() == expected and found["depth"].shape == (21, 30)
+
+
+@pytest.mark.parametrize("size", [16, "16", (16,), (0, 4), "small"])
+def test_a_wrong_size_or_number_of_patches_is_refused(model, size):
+    with pytest.raises(InputError, match="give HEIGHTxWIDTH in pixels, such as 480x640"):
+        model.predict(IMAGES[:1], size=size)
+    for patches in (0, -1, float("nan")):
+        with pytest.raises(InputError, match=f"max_patches is {patches}; give 1 or more"):
+            model.predict(IMAGES[:1], max_patches=patches)
 
 
 def test_predict_refuses_what_is_no_image(model, tmp_path):

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from simomerge.assembly.images import OWN_SIZE
 from simomerge.assembly.realign import get_realignment, prepared
 from simomerge.assembly.realign.held_out import VALIDATIONS
 from simomerge.core import distributed
 from simomerge.core.caution import Caution, warn
 from simomerge.core.errors import InputError
+from simomerge.core.pixels import OWN_SIZE
 from simomerge.core.progress import progress
 from simomerge.models.model import SimoModel
 

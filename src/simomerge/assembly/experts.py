@@ -19,6 +19,7 @@ from simomerge.checkpoints.experts import (
 )
 from simomerge.checkpoints.names import is_running_statistic
 from simomerge.core.errors import InputError
+from simomerge.core.registry import check_known
 from simomerge.merging import (
     Fisher,
     Merged,
@@ -75,9 +76,7 @@ def with_parameters(method: str | MergeMethod, parameters: Mapping[str, Any]) ->
     """The method with this name, or the given method, with these parameters."""
     if isinstance(method, str):
         return get_method(method, **parameters)
-    unknown = [name for name in parameters if name not in {spec.name for spec in fields(method)}]
-    if unknown:
-        raise InputError(f"The merge method '{method.name}' has no parameter '{unknown[0]}'.")
+    check_known(f"The merge method '{method.name}'", parameters, [spec.name for spec in fields(method)])
     return replace(method, **parameters)
 
 

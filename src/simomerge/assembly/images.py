@@ -11,14 +11,12 @@ from torch import Tensor
 
 from simomerge.checkpoints.experts import is_other_size, trained_size
 from simomerge.core.caution import warn
+from simomerge.core.pixels import OWN_SIZE, resize_to
 from simomerge.core.progress import progress
 from simomerge.datasets.load import load_images
 from simomerge.datasets.pictures import Images, as_images
 from simomerge.models.model import SimoModel
 from simomerge.training.familiarity import familiarity
-
-OWN_SIZE = "own"
-"""The word for keeping the size of every picture."""
 
 FEW_IMAGES = 16
 """With fewer images a warning says so."""
@@ -50,7 +48,7 @@ def prepare(source: Any, experts: Mapping[str, SimoModel], count: int | None = N
         InputError: See `as_images` and `load_images`.
     """
     source = load_images(source) if isinstance(source, (str, Path)) else source
-    images = as_images(source, count, None if size == OWN_SIZE else size)
+    images = as_images(source, count, resize_to(size))
     trained = _trained_sizes(experts)
     if size is not None or images.is_dataset or images.size is not None or len(trained) != 1:
         return images

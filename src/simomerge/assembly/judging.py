@@ -15,12 +15,13 @@ from simomerge.assembly.realign.teacher import observe
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast, in_float64
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.pictures import as_images
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import Scores, evaluating, normalised_performance
+from simomerge.training.evaluate import Scores, normalised_performance
 from simomerge.training.metrics import TaskMetrics
 
 

@@ -13,7 +13,7 @@ from simomerge.assembly.alignment import Aligner, Trial
 from simomerge.assembly.budget import distil_until
 from simomerge.assembly.coefficients import learn_coefficients
 from simomerge.assembly.experts import assemble, check_experts, with_parameters, with_statistics
-from simomerge.assembly.images import OWN_SIZE, prepare
+from simomerge.assembly.images import prepare
 from simomerge.assembly.realign import realign
 from simomerge.assembly.scale import search_scale
 from simomerge.assembly.sharing.cost import check_kind
@@ -21,6 +21,7 @@ from simomerge.assembly.sharing.grow import Grower, share_blocks
 from simomerge.assembly.sharing.search import Tried, choose_tree
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
+from simomerge.core.pixels import OWN_SIZE
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.merging.tree import Tree, check_sharing

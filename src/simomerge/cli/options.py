@@ -130,12 +130,11 @@ def _bytes(context: click.Context, option: Any, text: str | None) -> int | None:
     return parse_size(text) if text else None
 
 
-def _height_width(context: click.Context, option: Any, text: str | None) -> str | None:
-    """Reject a size that is none, before any work starts. Only ``--size`` of `pictures` may be "own"."""
-    from simomerge.core.pixels import height_width
+def _size(context: click.Context, option: Any, text: str | None) -> str | None:
+    """Reject a size that is none, before any work starts."""
+    from simomerge.core.pixels import resize_to
 
-    if text is not None and not (text == "own" and "images" in {param.name for param in context.command.params}):
-        height_width(text)
+    resize_to(text)
     return text
 
 
@@ -207,7 +206,7 @@ pictures = together(
     ),
     click.option(
         "--size",
-        callback=_height_width,
+        callback=_size,
         metavar="HEIGHTxWIDTH",
         help="Resize the images, in pixels; own keeps their sizes. [default: the experts' training size]",
     ),

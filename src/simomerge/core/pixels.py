@@ -7,7 +7,7 @@ the file holds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ import numpy as np
 from simomerge.core.environment import install_command
 from simomerge.core.errors import InputError
 from simomerge.core.orientation import orientation, turned
+
+OWN_SIZE = "own"
+"""The word for keeping the size of every picture."""
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: the maps of a few tasks at that size would not fit in memory."""
@@ -88,20 +91,31 @@ def _of_bearable_size(image: Any) -> Any:
     return image
 
 
-def height_width(size: str | tuple[int, int]) -> tuple[int, int]:
-    """The size of an image from text.
+def height_width(size: Any) -> tuple[int, int]:
+    """The size of an image from a pair or from text.
 
     Raises:
-        InputError: It is not of the form HEIGHTxWIDTH, or not above 0.
+        InputError: It is neither of the form HEIGHTxWIDTH nor a pair, or a number is not above 0.
 
     Example:
         >>> height_width("480x640")
         (480, 640)
     """
-    parts = size.lower().split("x") if isinstance(size, str) else [str(value) for value in size]
+    pair = size.lower().split("x") if isinstance(size, str) else size
+    parts = [str(value) for value in pair] if isinstance(pair, Iterable) else []
     if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"size {size}: give HEIGHTxWIDTH in pixels, such as 480x640.")
     return int(parts[0]), int(parts[1])
+
+
+def resize_to(size: Any) -> tuple[int, int] | None:
+    """The size that a user asks for, as `height_width` takes it; None for `OWN_SIZE` and by default. Raises InputError.
+
+    Example:
+        >>> resize_to("480x640"), resize_to("own")
+        ((480, 640), None)
+    """
+    return None if size is None or (isinstance(size, str) and size == OWN_SIZE) else height_width(size)
 
 
 def check_pixels(height: int, width: int) -> None:

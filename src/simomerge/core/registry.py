@@ -7,7 +7,7 @@ are generated from the dataclasses, so each method is described in one place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
@@ -193,13 +193,24 @@ class Registry(Generic[_T]):
             InputError: An unknown method or parameter (the nearest name is suggested), or a value out of range.
         """
         method: Any = self.find(name)
-        known = [spec.name for spec in fields(method)]
-        for given in parameters:
-            if given not in known:
-                takes = suggestion(given, known) if known else ": it takes no parameters."
-                raise InputError(f"The {self.what} '{name}' has no parameter '{given}'{takes}")
+        check_known(f"The {self.what} '{name}'", parameters, [spec.name for spec in fields(method)])
         made: _T = method(**parameters)
         return made
+
+
+def check_known(owner: str, given: Iterable[str], known: Collection[str], what: str = "parameter") -> None:
+    """Check the names of parameters, or of other things that an owner takes.
+
+    Raises:
+        InputError: A name is unknown. The message gives the owner, the name and the nearest known one.
+
+    Example:
+        >>> check_known("export", ["dynamic"], ["precision", "dynamic"], "option")
+    """
+    for name in given:
+        if name not in known:
+            takes = suggestion(name, known) if known else f": it takes no {what}s."
+            raise InputError(f"{owner} has no {what} '{name}'{takes}")
 
 
 def suggestion(given: str, known: Collection[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.checkpoints import read_description
@@ -23,14 +22,18 @@ from simomerge.core import images, text
 from simomerge.core.classes import make, settings_of, trusting, warn_of_main
 from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source
+from simomerge.core.modes import evaluating
+from simomerge.core.pixels import resize_to
 from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import TaskHeads, build_head, head_kind
-from simomerge.models.predictions import Predictions
+from simomerge.models.predictions import Predictions, predicted
 from simomerge.models.storage import load_tree, save_encoder, stored_tensors, with_tensors
 
-Size = tuple[int, int] | None
+Names = str | Iterable[str] | None
+"""Some tasks by name, as `select_tasks` takes them; None stands for all."""
+Size = tuple[int, int] | str | None
 MAX_PATCHES = 4096
 """Images with more patches are downscaled for the encoder: attention needs memory quadratic in their number."""
 
@@ -74,40 +77,43 @@ class SimoModel(nn.Module):
         self.licence = ""  # that of its folder, if its model card declares one
         self.evaluation: dict[str, Any] = {}  # figures that were measured, see simomerge.training.evaluate
 
-    def encode(self, images: Tensor, tasks: Iterable[str] | None = None) -> Features:
-        """Float images (B, 3, H, W), RGB in [0, 1] -> Features for the heads of some tasks; of all tasks by default."""
-        return self.encoder(images, list(self.tasks if tasks is None else tasks))
+    def encode(self, images: Tensor, tasks: Names = None) -> Features:
+        """Float images (B, 3, H, W), RGB in [0, 1] -> Features for the heads of some tasks; of all tasks by default.
 
-    def decode(self, features: Features, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        Raises InputError for an unknown task, as `decode` and `forward` do.
+        """
+        return self.encoder(images, list(self._chosen(tasks)))
+
+    def decode(self, features: Features, tasks: Names = None) -> dict[str, Tensor]:
         """Features -> logits (B, C, H, W) by task, at the size of the encoded images."""
         height, width = features.image_size
-        return {
-            name: self.heads[name](features.of(name))[..., :height, :width]
-            for name in (self.tasks if tasks is None else tasks)
-        }
+        return {name: self.heads[name](features.of(name))[..., :height, :width] for name in self._chosen(tasks)}
 
-    def forward(self, images: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, tasks: Names = None) -> dict[str, Tensor]:
         """Float images (B, 3, H, W), RGB in [0, 1] -> logits by task, for all tasks or some."""
-        asked = list(self.tasks if tasks is None else tasks)
-        return self.decode(self.encode(images, asked), asked)
+        chosen = self._chosen(tasks)
+        return self.decode(self.encode(images, chosen), chosen)
 
-    def predict(
-        self, image: Any, max_patches: int = MAX_PATCHES, tasks: Sequence[str] | None = None, size: Size = None
-    ) -> Any:
+    def _chosen(self, tasks: Names) -> Mapping[str, Task]:
+        """The named tasks. Raises InputError for an unknown one."""
+        return self.tasks if tasks is None else select_tasks(self.tasks, tasks)
+
+    def predict(self, image: Any, max_patches: int = MAX_PATCHES, tasks: Names = None, size: Size = None) -> Any:
         """Predict every task for one image, or for each image of a list.
 
         Args:
             image: A path, PIL image, array or tensor, see `simomerge.core.images.to_tensor`; or a list of them.
             max_patches: An image with more patches is downscaled for the encoder, and the predictions are upscaled.
             tasks: Some of the tasks; all by default. A tree encodes only what these tasks need.
-            size: (height, width) in pixels to which an image is resized for the encoder.
+            size: (height, width) or "HEIGHTxWIDTH" in pixels to which an image is resized for the encoder, or "own" for
+                its own size; ``max_patches`` then has no effect.
 
         Returns:
             `Predictions`: a dictionary, task -> prediction at the image's size: int64 labels (H, W), or float32 (H, W)
             or (C, H, W) in the target's units. Notebooks show it as pictures. A list of them for a list.
 
         Raises:
-            InputError: Not an image, or too large; or an unknown task.
+            InputError: Not an image, or too large; or an unknown task, a ``size`` that is none, or no patches allowed.
         """
         if isinstance(image, (list, tuple)):
             return [self.predict(each, max_patches, tasks, size) for each in image]
@@ -116,11 +122,7 @@ class SimoModel(nn.Module):
 
     @torch.no_grad()
     def predict_batch(
-        self,
-        batch: Tensor,
-        max_patches: int = MAX_PATCHES,
-        tasks: Sequence[str] | None = None,
-        size: Size = None,
+        self, batch: Tensor, max_patches: int = MAX_PATCHES, tasks: Names = None, size: Size = None
     ) -> dict[str, Tensor]:
         """Predict every task for a batch of images. Nothing leaves the model's device.
 
@@ -132,24 +134,26 @@ class SimoModel(nn.Module):
             Task -> int64 (B, H, W), float32 (B, H, W) or (B, C, H, W), at the images' size; flow is in its pixels.
 
         Raises:
-            InputError: Not such a tensor, or an unknown task.
+            InputError: Not such a tensor; otherwise as `predict`.
         """
         if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point():
             raise InputError(f"batch of {tuple(batch.shape)} {batch.dtype}; give float images (B, 3, H, W) in [0, 1].")
-        chosen = self.tasks if tasks is None else select_tasks(self.tasks, tasks)
+        chosen = self._chosen(tasks)
         batch = batch.to(next(self.parameters()).device)
-        training = self.training
-        self.eval()
-        try:
-            given = self.fit(batch, max_patches) if size is None else images.resized(batch, size)
+        given = self.fit(batch, max_patches) if size is None else images.resized(batch, resize_to(size))
+        with evaluating(self):
             logits = self(given, chosen)
-        finally:
-            self.train(training)
-        maps = {name: _predicted(chosen[name], value, batch.shape[-2:]) for name, value in logits.items()}
+        maps = {name: predicted(chosen[name], value, batch.shape[-2:]) for name, value in logits.items()}
         return {name: value[:, 0] if value.ndim == 4 and value.shape[1] == 1 else value for name, value in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
-        """Images (B, 3, H, W), downscaled if they have more than ``max_patches`` patches."""
+        """Images (B, 3, H, W), downscaled if they have more than ``max_patches`` patches.
+
+        Raises:
+            InputError: ``max_patches`` is below 1.
+        """
+        if not max_patches >= 1:
+            raise InputError(f"max_patches is {max_patches}; give 1 or more.")
         height, width = image.shape[-2:]
         patches = height * width / self.encoder.multiple**2
         if patches <= max_patches:
@@ -377,24 +381,3 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     )
     result.source, result.licence = expert.source, expert.licence
     return result
-
-
-def _predicted(task: Task, logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The prediction at the size of an image, which may have been downscaled for the encoder."""
-    logits = logits.float()
-    if logits.shape[-2:] == size:
-        return task.activate(logits)
-    upscaled = partial(F.interpolate, size=tuple(size), mode="bilinear", align_corners=False)
-    if task.behaviour.channels is not None:
-        values = upscaled(logits)
-        if task.kind == "flow":  # in pixels of the image that the encoder got; channels 0 and 1 are x and y
-            values *= values.new_tensor([size[1] / logits.shape[-1], size[0] / logits.shape[-2]])[:, None, None]
-        return task.activate(values)
-    # Labels, class by class: the logits of all classes at the size of a photograph take gigabytes.
-    best = upscaled(logits[:, :1])
-    labels = torch.zeros_like(best, dtype=torch.int64)
-    for number in range(1, logits.shape[1]):
-        found = upscaled(logits[:, number : number + 1])
-        labels[found > best] = number
-        torch.maximum(best, found, out=best)
-    return labels[:, 0]

@@ -17,11 +17,11 @@ from simomerge.assembly.realign.sums import RIDGES
 from simomerge.assembly.realign.teacher import matching_experts, observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import ZeroShot
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 BASE = "base"
 """Name of the base encoder among the tasks."""

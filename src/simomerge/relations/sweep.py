@@ -19,10 +19,10 @@ from simomerge.checkpoints import canonicalise
 from simomerge.checkpoints.names import is_running_statistic
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.merging import TaskArithmetic, check_models
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 from simomerge.training.metrics import TaskMetrics
 
 LAMBDAS: tuple[float, ...] = tuple(round(0.1 * step, 1) for step in range(16))

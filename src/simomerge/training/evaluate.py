@@ -6,17 +6,16 @@ Source: "Single-Input Multi-Output Model Merging" (arXiv 2504.11268), metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.core.text import html_table
 from simomerge.datasets.batches import images_within, ordered_batches
@@ -54,19 +53,6 @@ class TaskScores(Scores):
             better = "higher" if task.higher_is_better else "lower"
             rows.append([name, task.metric, f"{values[task.metric]:.4g} {task.unit}".rstrip(), better, others])
         return html_table(rows)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode inside the block, and restore the mode of every submodule after it."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from simomerge.core.machine import autocast, in_float64
+from simomerge.core.modes import evaluating
 from simomerge.datasets.batches import images_within, ordered_batches
 from simomerge.datasets.groups import evenly
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 DIRECTIONS = 16
 """Number of directions onto which features are projected."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from simomerge.core import distributed
 from simomerge.core.errors import DivergedError, InputError
 from simomerge.core.machine import in_float64, is_out_of_memory, loader_workers, mixed_precision
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import Transform, ordered_batches_of_all, training_batches
 from simomerge.merging.engine.depth import Depth
 from simomerge.models.encoders import Encoder
 from simomerge.training import sharding
-from simomerge.training.evaluate import evaluating
 from simomerge.training.optimizer import make_optimizer, one_cycle
 from simomerge.training.settings import TrainSettings
 from simomerge.training.state import TrainingState, TrainLog

@@ -19,11 +19,12 @@ from torch.func import functional_call
 
 from simomerge.checkpoints import canonical_name
 from simomerge.core.errors import InputError
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets.batches import ordered_batches
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating, shared_tasks
+from simomerge.training.evaluate import shared_tasks
 
 
 @torch.no_grad()

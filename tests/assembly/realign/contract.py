@@ -132,6 +132,16 @@ class RealignmentContract:
             else:
                 assert torch.equal(before.output.weight, after.output.weight) != self.method.changes_heads
 
+    def test_frozen_models_change_nothing_and_all_weights_of_the_result_can_be_trained(
+        self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
+    ) -> None:
+        expected = self.run(merged, experts, rooms)
+        for model in (merged, *experts.values()):
+            model.requires_grad_(False)
+        result = self.run(merged, experts, rooms)
+        assert same(weights(expected), weights(result))
+        assert all(parameter.requires_grad for model in (expected, result) for parameter in model.parameters())
+
     def test_what_it_says_of_the_encoder_is_true(
         self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
     ) -> None:
@@ -277,6 +287,18 @@ class RealignmentContract:
         self.refuses(f"no re-alignment '{self.name}s': did you mean '{self.name}'", merged, f"{self.name}s", **inputs)
         self.refuses(rf"'{self.name}' has no parameter 'cuont': did you mean 'count'\?", merged, **inputs, cuont=4)
         self.refuses("count must be a number at least 1, got 0", merged, **inputs, count=0)
+
+    def test_a_method_takes_parameters_as_its_name_does(
+        self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset
+    ) -> None:
+        made, inputs = get_realignment(self.name, **self.parameters), self.inputs(experts, rooms)
+        expected = self.run(merged, experts, rooms, count=4)
+        result = realign(merged, **inputs, method=made, count=4)
+        records = [dict(model.provenance["realign"], seconds=0, after=None) for model in (expected, result)]
+        assert records[0] == records[1] and same(weights(expected), weights(result)) and made.count is None
+        message = rf"'{made.name}' has no parameter 'cuont': did you mean 'count'\?"
+        with pytest.raises(InputError, match=message):
+            realign(merged, **inputs, method=made, cuont=4)
 
     def test_adapters_in_the_model_stay_or_are_refused(
         self, merged: SimoModel, experts: dict[str, SimoModel], rooms: DenseDataset

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from simomerge.assembly.realign import get_realignment, realignments
+import pytest
+
+from simomerge.assembly.realign import get_realignment, realign, realignments
+from simomerge.assembly.realign.method import with_parameters
+from simomerge.core.errors import InputError
 from simomerge.core.registry import settings
 
 from .contract import SETTINGS, RealignmentContract
@@ -144,6 +148,20 @@ class TestCalibrate(RealignmentContract):
 
 def test_every_re_alignment_is_here() -> None:
     assert {each.name for each in RealignmentContract.__subclasses__()} == set(realignments())
+
+
+def test_a_method_takes_settings_of_its_training_one_by_one_and_no_parameter_without_effect() -> None:
+    made = get_realignment("distill", steps=60, lr=0.5)
+    assert with_parameters(made, {"lr": 0.25, "hold_out": 0}) == get_realignment(
+        "distill", steps=60, lr=0.25, hold_out=0
+    )
+    with pytest.raises(InputError, match="distill: rank does nothing unless trains is adapters or lora; leave it out"):
+        with_parameters(made, {"rank": 4})
+
+
+def test_what_is_no_method_is_named() -> None:
+    with pytest.raises(InputError, match="method is a int: give a re-alignment, or its name"):
+        realign("scene", method=5)  # type: ignore[arg-type]
 
 
 def test_what_decides_memory_or_disk_only_is_not_recorded() -> None:

@@ -35,6 +35,7 @@ from simomerge.assembly.realign.method import (
     preset,
     realignments,
     register,
+    with_parameters,
 )
 from simomerge.assembly.realign.prodistill import ProDistill
 from simomerge.assembly.realign.react import React
@@ -65,6 +66,8 @@ def realign(
 ) -> SimoModel:
     """Re-align a merged model and return a new one; the given model stays as it is.
 
+    All parameters of the new model require a gradient, also where those of the given one or of an expert are frozen.
+
     Some methods learn from the experts on images without labels, others from labels; `simomerge methods` says which.
     Methods that need the experts' own heads come right after the merge; all others may start from the result of another
     method. Methods that put adapters into the encoder or change its weights need a model without adapters.
@@ -79,9 +82,9 @@ def realign(
         work_folder: Folder for features, predictions and the state of a killed run, which the same call resumes. It
             belongs to one re-alignment. The default is a temporary folder.
         workers: Number of heads that are trained at the same time, each in its own process.
-        **parameters: Parameters of the method and, where it trains, of its `TrainSettings`. ``size``, a height and a
-            width in pixels, resizes the pictures of a folder or list; by default they get the experts' training size,
-            and ``"own"`` keeps theirs.
+        **parameters: Parameters of the method and, where it trains, of its `TrainSettings`; those of a `Realignment`
+            that are not given stay as they are. ``size``, a height and a width in pixels, resizes the pictures of a
+            folder or list; by default they get the experts' training size, and ``"own"`` keeps theirs.
 
     Raises:
         InputError: The method or a parameter is unknown, an input is missing, the model or the inputs do not fit the
@@ -96,7 +99,9 @@ def realign(
     from simomerge.models.model import as_model
 
     size = parameters.pop("size", None)
-    chosen = get_realignment(method, **parameters) if isinstance(method, str) else method
+    if not isinstance(method, (str, Realignment)):
+        raise InputError(f"method is a {type(method).__name__}: give a re-alignment, or its name.")
+    chosen = get_realignment(method, **parameters) if isinstance(method, str) else with_parameters(method, parameters)
     model = as_model(model)
     with distributed.temporary_folder() as temporary:
         given = {"experts": experts, "images": images, "data": data, "base": base}

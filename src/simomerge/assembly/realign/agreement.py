@@ -13,10 +13,10 @@ from simomerge.assembly.realign.predictions import as_stored
 from simomerge.assembly.realign.teacher import Observation
 from simomerge.core import distributed
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.datasets.groups import evenly, held_out
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 MOST_IMAGES = 64
 """At most this number of held-out images is kept; more change a mean distance little."""

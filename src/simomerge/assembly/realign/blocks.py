@@ -19,9 +19,9 @@ from simomerge.assembly.realign.blend import ElementBlend, task_vectors
 from simomerge.core import distributed
 from simomerge.core.files import atomic_write_bytes
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 from simomerge.training.loop import fit
 from simomerge.training.lpft import trainable_parameters
 from simomerge.training.settings import TrainSettings

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 
 from simomerge.assembly.realign.method import Inputs
 from simomerge.assembly.realign.predictions import UnlabelledImages
+from simomerge.core.modes import evaluating
 from simomerge.datasets.batches import ordered_batches
 from simomerge.models.heads.surgery import Corrections, SurgeryHead
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 from simomerge.training.features import CachedFeatures, cache_features
 from simomerge.training.loop import fit
 from simomerge.training.pool import WorkerPool

@@ -20,12 +20,12 @@ from simomerge.assembly.realign.predictions import TeacherPredictions, Unlabelle
 from simomerge.core import distributed
 from simomerge.core.caution import warn
 from simomerge.core.machine import autocast, training_device
+from simomerge.core.modes import evaluating
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import ordered_batches, ordered_batches_of_all
 from simomerge.datasets.groups import evenly
 from simomerge.models.heads.projections import Projection, is_foldable
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 from simomerge.training.settings import TrainSettings, TuneOptions
 
 UNIT_IMAGES = 64

@@ -17,12 +17,12 @@ from simomerge.assembly.realign.normal_equations import NormalEquations
 from simomerge.assembly.realign.sums import FALLBACK_RIDGE, RIDGES
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets import groups
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)

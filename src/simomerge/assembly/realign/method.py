@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from simomerge.core.errors import InputError
-from simomerge.core.registry import Registry, check_parameters, parameter, range_text, settings, suggestion, summary
+from simomerge.core.registry import (
+    Registry,
+    check_known,
+    check_parameters,
+    parameter,
+    range_text,
+    settings,
+    suggestion,
+    summary,
+)
 from simomerge.training.choices import AUGMENTATIONS
 from simomerge.training.settings import TrainSettings
 
@@ -120,7 +129,10 @@ class Realignment(ABC):
         """
 
     def apply(self, model: SimoModel, inputs: Inputs) -> SimoModel:
-        """Re-align a copy of a model, and record the method in the copy's provenance."""
+        """Re-align a copy of a model, and record the method in the copy's provenance.
+
+        All parameters of the result require a gradient, whatever the method or the given model had frozen.
+        """
         began = time.monotonic()
         self.check_encoder(model.encoder)
         result = copy.deepcopy(model)
@@ -139,6 +151,8 @@ class Realignment(ABC):
             **({"after": earlier} if earlier else {}),
         }
         result.provenance = {**result.provenance, "realign": record}
+        for weight in result.parameters():
+            weight.requires_grad_(weight.is_floating_point())
         return result.eval()
 
     def used_parameters(self) -> dict[str, Any]:
@@ -257,18 +271,27 @@ def get_realignment(name: str, **parameters: Any) -> Realignment:
     kind = methods()[method]
     if fixed := [key for key in given if parameters.get(key, given[key]) != given[key]]:
         raise InputError(f"{name} stands for {method} with {fixed[0]}={given[fixed[0]]}; give {method!r} another.")
-    given = {**given, **parameters}
-    trained = kind if issubclass(kind, TrainedRealignment) else None
-    known = [*(spec.name for spec in fields(kind)), *(TRAINING if trained else ())]
-    if unknown := [key for key in given if key not in known]:
-        raise InputError(f"The re-alignment '{name}' has no parameter '{unknown[0]}'{suggestion(unknown[0], known)}")
+    return with_parameters(kind(), {**given, **parameters}, name)
+
+
+def with_parameters(method: Realignment, parameters: Mapping[str, Any], name: str = "") -> Realignment:
+    """A re-alignment with other parameters, checked as in `get_realignment`; ``name`` is that for messages.
+
+    Example:
+        >>> with_parameters(get_realignment("heads", steps=60), {"lr": 0.01}).training.steps
+        60
+    """
+    name, given = name or method.name, dict(parameters)
+    trained = method if isinstance(method, TrainedRealignment) else None
+    known = [*(spec.name for spec in fields(method)), *(TRAINING if trained else ())]
+    check_known(f"The re-alignment '{name}'", given, known)
     if trained:
         training = given.pop("training", None) or trained.training
         if not isinstance(training, TrainSettings):
             raise InputError(f"{name}: training is {training!r}; give its settings one by one, such as steps and lr.")
         single = {key: given.pop(key) for key in list(given) if key in TRAINING}
         given["training"] = replace(training, **single)
-    made = kind(**given)
+    made = replace(method, **given)
     for spec in settings(made):
         if spec.name in parameters and not is_used(made, spec):
             needed, values = next(iter(spec.metadata["when"].items()))

@@ -22,12 +22,12 @@ from simomerge.core.files import atomic_write_text
 from simomerge.core.images import resized
 from simomerge.core.kept import kept_array
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.core.text import size_text
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.tasks import Task
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 from simomerge.training.features import write_rows
 
 PREDICTIONS = "the experts' predictions"

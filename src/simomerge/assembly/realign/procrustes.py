@@ -24,10 +24,10 @@ from simomerge.assembly.realign.systems import tokens
 from simomerge.assembly.realign.teacher import observe
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.models.encoders import Features
 from simomerge.models.heads.projections import Moments, Projection, input_projections
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 """Ridges that "auto" tries, in units of the mean diagonal of the Gram matrix. The last ones are nearly a rotation."""

@@ -18,11 +18,11 @@ from simomerge.assembly.realign.teacher import observe
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.datasets.groups import SHARE
 from simomerge.models.encoders import Features
 from simomerge.models.heads.projections import Moments, Projection, joined
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 RIDGES: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, math.inf)
 """Ridges that "auto" tries, in units of the mean diagonal of the Gram matrix. Infinity leaves the head unchanged."""

@@ -15,13 +15,13 @@ from simomerge.checkpoints.experts import check_merged_from, check_same_encoder,
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets.comparison import check_same_task
 from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import image_batches
 from simomerge.models.encoders import Features
 from simomerge.models.model import SimoModel, as_expert
-from simomerge.training.evaluate import evaluating
 from simomerge.training.familiarity import sketch
 
 HALF_PRECISION = 2**-8

@@ -82,6 +82,8 @@ def train_heads(
 ) -> dict[str, Any]:
     """Train each head of a model on features that are computed once, in place; return the cost.
 
+    Heads whose parameters are frozen, such as copies of those of frozen experts, are made trainable.
+
     Args:
         criterion: The method of `Task` to minimise: "loss" (labels) or "distance" (a teacher's logits). A head that
             diverges is an error with "loss"; with "distance" it stays as it was.
@@ -94,6 +96,7 @@ def train_heads(
         UserWarning: A head diverged.
     """
     work, data = inputs.work_folder, inputs.data
+    model.heads.requires_grad_(True)
     common = {"data": data, "settings": settings, "work": work, "criterion": criterion}
     jobs = []
     for name, head in model.heads.items():

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from simomerge.assembly.experts import merged_weights
-from simomerge.assembly.images import OWN_SIZE
 from simomerge.assembly.realign import realign
 from simomerge.assembly.sharing.stitches import Known, StitchFit, fit_stitches
 from simomerge.checkpoints.experts import merge_provenance
+from simomerge.core.pixels import OWN_SIZE
 from simomerge.merging import MergeMethod, Schedule, describe_method
 from simomerge.merging.method import restricted
 from simomerge.merging.tree import Group, Tree

@@ -20,6 +20,7 @@ from simomerge.assembly.sharing.grow import Grower
 from simomerge.assembly.sharing.stitches import ExpertTokens, Known, fit_stitches
 from simomerge.core import distributed
 from simomerge.core.errors import InputError
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets.groups import held_out
 from simomerge.datasets.pictures import as_images, image_batches
@@ -27,7 +28,6 @@ from simomerge.merging.tree import Group, Partition, Tree
 from simomerge.models.encoders import TreeEncoder
 from simomerge.models.heads.projections import is_foldable
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 SEARCH_IMAGES = 64
 """Images that a search uses; the chosen tree is then stitched and folded on more."""

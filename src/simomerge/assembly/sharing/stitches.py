@@ -27,13 +27,13 @@ from simomerge.core import distributed
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.machine import autocast
+from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
 from simomerge.datasets.groups import SHARE, held_out
 from simomerge.datasets.pictures import image_batches
 from simomerge.merging.tree import Group
 from simomerge.models.encoders import TreeEncoder
 from simomerge.models.model import SimoModel
-from simomerge.training.evaluate import evaluating
 
 
 @dataclass(frozen=True)
