@@ -419,6 +419,15 @@ def test_a_parameter_that_task_arithmetic_lacks_is_not_passed_over(
         merge(base, experts, scale="learned", images=IMAGES, count=8, density=0.2)
 
 
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+@pytest.mark.parametrize("scale", [{"scale": "auto"}, {"scale": "learned"}, {"method": "auto"}, {"share": 2}, {}])
+def test_a_count_that_is_no_number_of_images_is_refused(
+    base: SimoModel, experts: dict[str, SimoModel], scale: dict[str, Any], count: Any
+) -> None:
+    with pytest.raises(InputError, match=f"count is {count}; give a whole number of 1 or more"):
+        merge(base, experts, **scale, images=IMAGES, count=count)
+
+
 def test_images_of_several_sizes_cannot_teach_coefficients(base: SimoModel, experts: dict[str, SimoModel]) -> None:
     mixed = [IMAGES.image(i) if i % 2 else IMAGES.image(i)[:, :16] for i in range(8)]
     with pytest.raises(InputError, match="images of one size"):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layouts import nothing_to_fix
@@ -121,12 +122,22 @@ class DatasetContract:
         assert same(data.skip(1).select([name]).take(1)[0], {n: data.skip(1).take(1)[0][n] for n in ("image", name)})
 
     def test_take_and_skip_refuse_what_is_not_there(self, data: DenseDataset) -> None:
-        for count in (0, -1, len(data) + 1):
-            with pytest.raises(InputError, match=rf"{count} images asked for; the split has {len(data)}"):
-                data.take(count)
-        for count in (-1, len(data), len(data) + 1):
+        with pytest.raises(InputError, match=rf"{len(data) + 1} images asked for; the split has {len(data)}"):
+            data.take(len(data) + 1)
+        for count in (len(data), len(data) + 1):
             with pytest.raises(InputError, match=rf"{count} images asked for; the split has {len(data)}"):
                 data.skip(count)
+        for count in (0, -1, 1.5, True, "2"):
+            for method in (data.take, data.up_to):
+                with pytest.raises(InputError, match=rf"count is {count!r}; give a whole number of 1 or more"):
+                    method(count)
+        for count in (-1, 0.5):
+            with pytest.raises(InputError, match=rf"skip is {count}; give a whole number of 0 or more"):
+                data.skip(count)
+
+    def test_up_to_a_number_are_all_if_there_are_fewer(self, data: DenseDataset) -> None:
+        assert data.up_to(None) is data and len(data.up_to(10**6)) == len(data)
+        assert len(data.up_to(np.int64(2))) == 2 and same(data.up_to(2)[1], data.take(2)[1])
 
     # Other processes and other days
 
@@ -183,7 +194,7 @@ class FilesContract(DatasetContract):
         assert same(load_data(spec, self.split, 2, size=self.size)[1], data.take(2)[1])
         assert same(load_data(spec, self.split, 1, skip=last, size=self.size)[0], data.skip(last)[0])
         assert len(load_data(spec, self.split, 99)) == len(load_data(spec, self.split)) == len(data)
-        with pytest.raises(InputError, match="0 images asked for; give 1 or more"):
+        with pytest.raises(InputError, match="count is 0; give a whole number of 1 or more"):
             load_data(spec, self.split, 0)
 
     def test_an_unknown_split_says_which_there_are(self, spec: str) -> None:

@@ -165,7 +165,17 @@ def test_splits_have_other_images(rooms: DenseDataset) -> None:
         ({"spec": "room"}, "unknown dataset 'room'; did you mean 'rooms'"),
         ({"spec": "nyuv2:/data"}, "NYUv2 is not here: neither the folder"),
         ({"spec": "rooms", "split": "tets", "count": 2}, "split"),
-        ({"spec": "rooms", "count": -2}, "count"),
+        ({"spec": "rooms", "count": -2}, "count is -2; give a whole number of 1 or more"),
+        ({"spec": "rooms", "count": 0}, "count is 0; give a whole number of 1 or more"),
+        ({"spec": "rooms", "count": 1.5}, r"count is 1\.5; give a whole number of 1 or more"),
+        ({"spec": "rooms", "split": "train+val", "count": 0}, "count is 0"),
+        ({"spec": "rooms", "split": {"train": 0}}, "count is 0"),
+        ({"spec": "rooms", "skip": 1.5}, r"skip is 1\.5; give a whole number of 0 or more"),
+        ({"spec": "rooms", "sise": (32, 40)}, r"rooms has no option 'sise': did you mean 'size'\?"),
+        ({"spec": "nyuv2:/data", "seed": 1}, r"nyuv2 has no option 'seed': choose from size\."),
+        ({"spec": "cityscapes:/data", "sise": 1}, r"cityscapes has no option 'sise': did you mean 'size'\?"),
+        ({"spec": "taskonomy:/data", "building": "a"}, r"taskonomy has no option 'building': did you mean 'buildings'"),
+        ({"spec": "mine/data.yaml", "sise": 1}, r"mine/data\.yaml has no option 'sise': did you mean 'size'\?"),
     ],
 )
 def test_load_data_says_what_is_wrong(arguments: dict[str, Any], message: str) -> None:

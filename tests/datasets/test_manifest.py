@@ -514,7 +514,7 @@ def test_what_is_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
     read = read_manifest(path)
     assert read.stored["depth"].scale == 1e-3 and read.rows["0"][0].image == tmp_path / "a.png"
     assert list(read.rows) == ["0"]
-    with pytest.raises(InputError, match="0 images asked for; give 1 or more"):
+    with pytest.raises(InputError, match="count is 0; give a whole number of 1 or more"):
         load_data(path, "0", 0)
 
 

@@ -90,7 +90,8 @@ def test_its_provenance_and_normalisation_are_in_the_file(exported: Exported) ->
         ({"limits": {"colour": 1}}, "a limit for 'colour', but the export has depth, parts"),
         ({"limits": {"depth": -1}}, "the limit -1 for 'depth'"),
         ({"raw": True, "probabilities": True}, "--raw gives logits only"),
-        ({"sizes": 3}, "unexpected keyword argument 'sizes'; the options are precision, dynamic"),
+        ({"sizes": 3}, "export has no option 'sizes': choose from precision, dynamic"),
+        ({"precison": "fp16"}, "export has no option 'precison': did you mean 'precision'?"),
         ({"count": 0}, "0 images to calibrate on"),
     ],
 )

@@ -129,6 +129,11 @@ def test_every_call_takes_tasks_as_text_and_suggests_the_nearest_name(model, cal
             run(given, tasks=["dpth"])
 
 
+def test_every_image_of_a_list_gets_the_tasks_of_an_iterator(model):
+    found = model.predict([IMAGES[:1], IMAGES[1:]], tasks=iter(["seg", "depth"]))
+    assert [list(each) for each in found] == [["seg", "depth"]] * 2
+
+
 @pytest.mark.parametrize("tasks", [None, "depth", ["normals", "seg"]])
 def test_a_compiled_model_takes_tasks_too(model, tasks):
     compiled = torch.compile(model, backend="eager", fullgraph=True)

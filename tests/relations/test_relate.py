@@ -199,6 +199,8 @@ def test_errors_are_raised_before_any_merge(
         relate(base, experts, dataset, merged=merged)
     with pytest.raises(InputError, match="give at least 16"):
         relate(base, experts, dataset.take(4))
+    with pytest.raises(InputError, match="count is 0; give a whole number of 1 or more"):
+        relate(base, experts, data=dataset, count=0)
     with pytest.raises(InputError, match="give a dataset, such as"):
         relate(base, experts, data="rooms")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="lambdas"):

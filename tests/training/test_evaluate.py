@@ -94,6 +94,10 @@ class TestErrors:
         with pytest.raises(InputError, match="no score for task 'depth'"):
             compare(EXPERTS, {"seg": EXPERTS["seg"]}, NYU)
 
+    def test_a_task_that_is_not_described_is_named(self, compare):
+        with pytest.raises(InputError, match="scores of 'depth', and tasks has no such task; give all"):
+            compare(EXPERTS, EXPERTS, {"seg": NYU["seg"]})
+
     def test_no_scores_are_refused(self, compare):
         with pytest.raises(InputError, match="no scores"):
             compare({}, EXPERTS, NYU)
@@ -175,6 +179,12 @@ def test_evaluate_reads_only_the_shared_tasks(make_model):
     model, dataset = make_model({"depth": NYU["depth"], "edges": Task("edges")}), Random(NYU)
     assert list(evaluate(model, dataset)) == ["depth"]
     assert dataset.asked == {"depth"}
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_evaluate_needs_images_in_a_batch(make_model, batch_size):
+    with pytest.raises(InputError, match=f"batch_size is {batch_size}; give a whole number of 1 or more"):
+        evaluate(make_model(NYU), Random(NYU), batch_size=batch_size)
 
 
 def test_evaluate_with_no_task_in_common_names_both_sides(make_model):

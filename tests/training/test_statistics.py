@@ -154,7 +154,7 @@ def test_mistakes(encoder: Encoder, make_model: MakeModel, rooms: DenseDataset) 
         fisher_information(make_model({}), rooms)
     with pytest.raises(InputError, match="unknown task 'depth'"):
         fisher_information(depth, rooms.select("segmentation"))
-    with pytest.raises(InputError, match="count=0"):
+    with pytest.raises(InputError, match="count is 0; give a whole number"):
         fisher_information(depth, rooms, count=0)
     with torch.no_grad():
         depth.encoder.backbone.encoder.layer[1].mlp.fc1.weight[0, 0] = float("nan")

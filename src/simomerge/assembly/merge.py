@@ -22,6 +22,7 @@ from simomerge.assembly.sharing.search import Tried, choose_tree
 from simomerge.core.caution import warn
 from simomerge.core.errors import InputError
 from simomerge.core.pixels import OWN_SIZE
+from simomerge.core.schema import check_whole
 from simomerge.datasets.pictures import as_images
 from simomerge.merging import Lines, MergeMethod, Schedule, TaskArithmetic, as_schedule, get_method
 from simomerge.merging.tree import Tree, check_sharing
@@ -111,6 +112,8 @@ def merge(
         >>> model = merge(base, experts, "auto", images="photos/")                # doctest: +SKIP
         >>> model = merge(base, experts, budget=1.5, images="photos/")            # doctest: +SKIP
     """
+    if count is not None:
+        check_whole("count", count)
     base, experts, plan = as_model(base), as_models(experts), as_schedule(schedule)
     pictures = None if images is None else prepare(images, experts, size=size)
     if share is not None or budget is not None:
@@ -150,8 +153,8 @@ def _statistics_data(method: MergeMethod, given: Any, pictures: Any, count: int 
             raise InputError(
                 f"{method.name!r} computes with labels: give validation=, or a dataset with labels as images."
             )
-        return given.take(min(count or 256, len(given)))
-    return as_images(pictures, count or 256)
+        return given.up_to(256 if count is None else count)
+    return as_images(pictures, 256 if count is None else count)
 
 
 def _shared(
@@ -196,7 +199,7 @@ def _shared(
         low_rank_of(encoder, rank)  # raises if it has blocks that cannot be low-rank differences
         if tree is not None and tree.is_trivial:
             raise InputError("all tasks share all blocks, so that no own block could have a rank: leave it out.")
-    images = as_images(images, count or 256).readable()
+    images = as_images(images, 256 if count is None else count).readable()
     chosen = with_statistics(chosen, experts, images)
 
     def with_best_scale(group: Sequence[str]) -> MergeMethod:
@@ -232,7 +235,7 @@ def _with_best_scale(
 ) -> SimoModel:
     """Choose the scale on labels, or without them on images."""
     if validation is None and images is not None:
-        aligner = Aligner(base, experts, images, count or 64)
+        aligner = Aligner(base, experts, images, 64 if count is None else count)
         method = with_statistics(method, aligner.experts, aligner.images)
         return _assembled(aligner, aligner.best_scale(method, schedule))
     if schedule is not None:
@@ -257,7 +260,7 @@ def _learned(
         raise InputError("scale='learned' needs images without labels: give images=, such as a folder.")
     aligner = Aligner(base, experts, images, 64)
     start: Any = aligner.best_scale(TaskArithmetic()).method
-    learned = learn_coefficients(base, experts, images, start.scale, count=count or 256)
+    learned = learn_coefficients(base, experts, images, start.scale, count=256 if count is None else count)
     model = assemble(base, aligner.experts, learned)
     model.provenance["merge"]["scale_chosen_on"] = "unlabelled images, by matching the experts' predictions"
     return model
@@ -280,7 +283,8 @@ def _auto(
     if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"minutes is {minutes}; give a number above 0.")
     experts = check_experts(base, experts)
-    images = as_images(images, count or (256 if minutes is None else 1024)).readable(one_size=True)
+    most = (256 if minutes is None else 1024) if count is None else count
+    images = as_images(images, most).readable(one_size=True)
     few = images if minutes is None else as_images(images, 256)
     aligner = Aligner(base, experts, few, min(len(few), 64))
     has_blocks = base.encoder.depth(name for name, _ in base.encoder.backbone.named_parameters()).blocks > 0

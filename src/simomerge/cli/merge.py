@@ -315,7 +315,8 @@ class _Wanted:
             images = load_images(self.images, self.split)
             return {"images": images, "size": self.size, "count": self.count, "validation": labelled}
         options.note_rooms(self.base == EMBEDDED_BASE)
-        data = load_data(self.data, split=self.split or "val", count=self.count or 256, tasks=tasks)
+        count = 256 if self.count is None else self.count
+        data = load_data(self.data, split=self.split or "val", count=count, tasks=tasks)
         return {"validation": data}
 
     def next_step(self, model: bool) -> str:

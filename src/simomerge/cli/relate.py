@@ -87,7 +87,7 @@ def _measure(base: str, experts: dict[str, str], given: dict[str, Any]) -> dict[
 
     images, data, merged = given["images"], given["data"], given["merged"]
     # With few labels, the expert's own errors hide the differences between merges.
-    count = given["count"] or (256 if data is not None else 128)
+    count = (256 if data is not None else 128) if given["count"] is None else given["count"]
     names = [name.strip() for name in given["sections"].split(",")] if given["sections"] else None
     sections = check_sections(names, images is not None or data is not None, merged is not None)
     if given["budget"] is not None and "groups" not in sections:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
+from simomerge.core.errors import InputError
 from simomerge.core.text import shown
 
 
@@ -18,6 +20,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
         'steps'
     """
     return next(iter(difflib.get_close_matches(name, list(known), 1)), "")
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Check a whole number, such as ``count``. Raises InputError that names it, unless it is ``least`` or more.
+
+    Example:
+        >>> check_whole("count", 8)
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {shown(value)}; give a whole number of {least} or more.")
 
 
 def plain_value(value: Any) -> Any:

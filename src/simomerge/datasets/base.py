@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from simomerge.core.errors import InputError
+from simomerge.core.schema import check_whole
 from simomerge.datasets.tasks import Task, select_tasks
 
 
@@ -69,19 +70,28 @@ class DenseDataset(Dataset[dict[str, Any]], ABC):
         """``count`` of the images: the first ones, or those that the dataset's kind spreads over all of them.
 
         Raises:
-            InputError: there are fewer.
+            InputError: there are fewer, or ``count`` is no whole number of 1 or more.
         """
-        if not 1 <= count <= len(self):
+        check_whole("count", count)
+        if count > len(self):
             raise InputError(f"{count} images asked for; the split has {len(self)}.")
         return self._subset(self._picked(count))
+
+    def up_to(self, count: int | None) -> DenseDataset:
+        """``take(count)``, or all images if there are fewer or by default. Raises InputError for a count below 1."""
+        if count is None:
+            return self
+        check_whole("count", count)
+        return self.take(min(count, len(self)))
 
     def skip(self, count: int) -> DenseDataset:
         """All images except those that ``take(count)`` returns.
 
         Raises:
-            InputError: no image is left.
+            InputError: no image is left, or ``count`` is no whole number of 0 or more.
         """
-        if not 0 <= count < len(self):
+        check_whole("skip", count, 0)
+        if count >= len(self):
             raise InputError(f"all but {count} images asked for; the split has {len(self)}.")
         if not count:
             return self

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from simomerge.core import distributed
+from simomerge.core.schema import check_whole
 
 Sample = dict[str, Any]
 Transform = Callable[[Sample, np.random.Generator], Sample]
@@ -23,12 +24,13 @@ BATCH_PIXELS = 1 << 21
 def images_within(batch_size: int, image: torch.Tensor, max_pixels: int = BATCH_PIXELS) -> int:
     """How many images (3, H, W) of one size a batch has: at most ``batch_size``, of at most ``max_pixels`` together.
 
-    A single image may have more pixels.
+    A single image may have more pixels. Raises InputError for a ``batch_size`` below 1.
 
     Example:
         >>> images_within(64, torch.zeros(3, 64, 80)), images_within(64, torch.zeros(3, 1024, 2048))
         (64, 1)
     """
+    check_whole("batch_size", batch_size)
     pixels = image.shape[-2] * image.shape[-1]
     return min(batch_size, max(1, max_pixels // pixels))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from simomerge.core.assets import expanded
 from simomerge.core.errors import InputError
+from simomerge.core.registry import check_known
 from simomerge.core.remote import RemoteFile, is_url, last_name, local_copy, remote_files, shown_url
-from simomerge.core.schema import nearest
+from simomerge.core.schema import check_whole, nearest
 from simomerge.datasets.base import DenseDataset, Joined
 from simomerge.datasets.manifest import MANIFESTS, read_manifest
 from simomerge.datasets.pictures import SUFFIXES, Images
@@ -48,8 +50,8 @@ def load_data(
             Taskonomy.
 
     Raises:
-        InputError: the name, split or a task is unknown, the folder does not hold the dataset, or the manifest is not
-            valid (the message names the key, row or file).
+        InputError: the name, split, a task or an option is unknown, ``count`` or ``skip`` is out of range, the folder
+            does not hold the dataset, or the manifest is not valid (the message names the key, row or file).
 
     Example:
         >>> len(load_data("rooms", split="val", count=8))
@@ -57,22 +59,25 @@ def load_data(
         >>> load_data("nyuv2:/data/nyuv2", "train")[0]["normals"].shape                              # doctest: +SKIP
         torch.Size([3, 280, 378])
     """
+    check_whole("skip", skip, 0)
+    if count is not None:
+        check_whole("count", count)
     if isinstance(split, Mapping) or "+" in split:
         if skip:
             raise InputError("skip works with one split; leave it out, or name one split.")
         limits = split if isinstance(split, Mapping) else dict.fromkeys(split.split("+"))
         joined = Joined([load_data(spec, name.strip(), limit, tasks, **options) for name, limit in limits.items()])
-        return joined.take(min(count or len(joined), len(joined)))
+        return joined.up_to(count)
     if spec == "rooms":
         from simomerge.datasets.rooms.dataset import Rooms
 
-        count = count or {"train": 1000, "val": 256, "test": 256}.get(split, 256)
+        check_known("rooms", options, _options_of(Rooms), "option")
+        count = {"train": 1000}.get(split, 256) if count is None else count
         return Rooms(split, skip + count, **options).skip(skip).select(tasks)
     manifest = find_manifest(spec, **options)
     if not skip:
         return Rows(manifest, split, count).select(tasks)
-    rest = Rows(manifest, split).skip(skip)
-    return rest.take(min(count or len(rest), len(rest))).select(tasks)
+    return Rows(manifest, split).skip(skip).up_to(count).select(tasks)
 
 
 def load_images(spec: str | Path, split: str | None = None) -> Any:
@@ -152,14 +157,21 @@ def find_manifest(spec: str | Path, **options: Any) -> Manifest:
     if name in PUBLISHED:
         if not folder:
             raise InputError(f"{name!r} needs its folder: {name}:FOLDER (docs/data.md).")
+        check_known(name, options, _options_of(PUBLISHED[name]), "option")
         return PUBLISHED[name](_local(folder), **options)
     path = _local(spec)
     if path.suffix in MANIFESTS or path.is_dir():
+        check_known(str(spec), options, _options_of(read_manifest), "option")
         return read_manifest(path, **options)
     near = nearest(name, ["rooms", *PUBLISHED])
     hint = f"; did you mean {near!r}?" if near else ";"
     known = ", ".join(f"{name}:FOLDER" for name in PUBLISHED)
     raise InputError(f"unknown dataset {str(spec)!r}{hint} give rooms, {known}, or a manifest's path (docs/data.md).")
+
+
+def _options_of(reader: Callable[..., Any]) -> list[str]:
+    """The parameters of a reader of datasets that have a default."""
+    return [each.name for each in signature(reader).parameters.values() if each.default is not each.empty]
 
 
 def data_record(spec: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from simomerge.core.images import to_tensor
 from simomerge.core.pixels import height_width
 from simomerge.core.progress import progress
 from simomerge.core.remote import RemoteError
+from simomerge.core.schema import check_whole
 from simomerge.datasets.base import DenseDataset
 from simomerge.datasets.batches import BATCH_PIXELS, images_within
 from simomerge.datasets.groups import evenly
@@ -235,14 +236,15 @@ def as_images(source: Any, count: int | None = None, size: str | tuple[int, int]
         size: (height, width) or "HEIGHTxWIDTH" in pixels to resize pictures to; their own size by default.
 
     Raises:
-        InputError: the folder is missing or has no picture, the count is below 1, or the size is not a size.
+        InputError: the folder is missing or has no picture, the count is no whole number of 1 or more, or the size is
+            not a size.
 
     Example:
         >>> len(as_images([np.zeros((8, 8, 3), np.uint8)] * 10, count=4))
         4
     """
-    if count is not None and count < 1:
-        raise InputError(f"{count} images asked for; use at least 1.")
+    if count is not None:
+        check_whole("count", count)
     images = source if isinstance(source, Images) else Images(_sequence(source))
     if size is not None:
         images = images.resized(size)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from simomerge.core.errors import InputError
 from simomerge.core.images import read_image, to_tensor
+from simomerge.core.schema import check_whole
 from simomerge.datasets.base import DenseDataset, check_size, spread
 from simomerge.datasets.published.hdf5 import Frame
 from simomerge.datasets.stored import Source, Stored, may_be_truncated, read_array
@@ -105,8 +106,8 @@ class Rows(DenseDataset):
             raise InputError(missing)
         if manifest.size is not None:
             check_size(manifest.size)
-        if count is not None and count < 1:
-            raise InputError(f"{count} images asked for; give 1 or more.")
+        if count is not None:
+            check_whole("count", count)
         self.path = manifest.path
         self.rows = list(manifest.rows[split])
         if count is not None and count < len(self.rows):

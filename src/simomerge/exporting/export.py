@@ -15,6 +15,7 @@ import torch
 from simomerge.core.errors import InputError
 from simomerge.core.files import check_absent, temporary_folder
 from simomerge.core.pixels import height_width
+from simomerge.core.registry import check_known
 from simomerge.core.version import __version__
 from simomerge.datasets.colours import class_colours
 from simomerge.datasets.tasks import Task
@@ -111,11 +112,8 @@ def _job(model: Any, target: Path, size: tuple[int, int], tasks: Any, images: An
 
 
 def _options(given: dict[str, Any]) -> Options:
-    try:
-        return Options(**given)
-    except TypeError as error:
-        names = ", ".join(each.name for each in fields(Options))
-        raise InputError(f"export: {str(error).partition('() ')[2] or error}; the options are {names}.") from error
+    check_known("export", given, [each.name for each in fields(Options)], "option")
+    return Options(**given)
 
 
 def _prepared(model: Any, tasks: str | Iterable[str]) -> SimoModel:

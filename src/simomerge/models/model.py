@@ -115,9 +115,10 @@ class SimoModel(nn.Module):
         Raises:
             InputError: Not an image, or too large; or an unknown task, a ``size`` that is none, or no patches allowed.
         """
+        chosen = self._chosen(tasks)
         if isinstance(image, (list, tuple)):
-            return [self.predict(each, max_patches, tasks, size) for each in image]
-        found = self.predict_batch(images.to_tensor(image), max_patches, tasks, size)
+            return [self.predict(each, max_patches, chosen, size) for each in image]
+        found = self.predict_batch(images.to_tensor(image), max_patches, chosen, size)
         return Predictions(self.tasks, {name: value[0].cpu().numpy() for name, value in found.items()})
 
     @torch.no_grad()

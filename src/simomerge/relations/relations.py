@@ -242,7 +242,7 @@ def _images(
         if missing := [task for task in experts if task not in data.tasks]:
             raise InputError(f"the data has no labels of {', '.join(missing)}; give images without labels instead.")
         source = data.select(list(experts))
-        source = source.take(min(count, len(source))) if count else source
+        source = source.up_to(count)
         for task, expert in experts.items():
             check_same_task(expert.tasks[task], source.tasks[task], "expert", "data")
     if len(source) < 16:

@@ -68,7 +68,8 @@ def evaluate(model: SimoModel | str | Path, dataset: Any, batch_size: int = 64, 
             `simomerge.datasets.batches`, unless it is a single image.
 
     Raises:
-        InputError: Model and dataset have no task in common, or tasks of one name that differ in kind or classes.
+        InputError: ``batch_size`` is below 1, or model and dataset have no task in common, or tasks of one name that
+            differ in kind or classes.
 
     Example:
         >>> scores = evaluate(model, load_data("rooms", split="test"))       # doctest: +SKIP
@@ -116,7 +117,7 @@ def normalised_performance(scores: Scores, baseline: Scores, tasks: Mapping[str,
     """M / b by task, or b / M for metrics where lower is better: 1 equals the baseline, higher is better.
 
     Raises:
-        InputError: The baseline has no score for a task.
+        InputError: The baseline has no score for a task, or ``tasks`` has no such task.
 
     Example:
         >>> depth = {"depth": Task("depth")}
@@ -143,7 +144,7 @@ def delta_mtl(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> fl
         tasks: The tasks, which define the main metric and its direction.
 
     Raises:
-        InputError: The baseline has no score for a task.
+        InputError: The baseline has no score for a task, or ``tasks`` has no such task.
 
     Example:
         >>> depth = {"depth": Task("depth")}
@@ -193,6 +194,8 @@ def _pairs(scores: Scores, baseline: Scores, tasks: Mapping[str, Task]) -> dict[
         raise InputError("no scores to compare.")
     pairs = {}
     for name, values in scores.items():
+        if name not in tasks:
+            raise InputError(f"there are scores of {name!r}, and tasks has no such task; give all that were scored.")
         if name not in baseline:
             raise InputError(f"the baseline has no score for task {name!r}.")
         metric = tasks[name].metric

@@ -21,6 +21,7 @@ from simomerge.checkpoints import canonical_name
 from simomerge.core.errors import InputError
 from simomerge.core.modes import evaluating
 from simomerge.core.progress import progress
+from simomerge.core.schema import check_whole
 from simomerge.datasets.batches import ordered_batches
 from simomerge.models.encoders import Encoder
 from simomerge.models.model import SimoModel
@@ -137,8 +138,7 @@ def fisher_information(
     """
     if not model.tasks:
         raise InputError("fisher_information: the model has no tasks, so no loss; give an expert with its head.")
-    if count < 1:
-        raise InputError(f"fisher_information: count={count}; use at least 1.")
+    check_whole("count", count)
     data = data.select(list(model.tasks))
     shared_tasks(model.tasks, data.tasks)
     total = min(count, len(data))

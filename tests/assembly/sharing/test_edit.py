@@ -120,6 +120,7 @@ def test_what_cannot_be_edited_is_named(
     refused("task 'edges' is not in the given model, which has depth, normals", given=two, remove=["edges"])
     refused("task 'depth' is removed, and its expert is given", remove=["depth"])
     refused("only depth stays, and its expert", given=some(experts, "depth"), remove=["normals"])
+    refused("count is 0; give a whole number of 1 or more", count=0)
     refused("its tasks share one encoder", model=merge(base, two, METHOD))
     other = experts["parts"].select("parts")
     swapped = SimoModel(

@@ -817,3 +817,8 @@ def test_the_command_says_how_far_it_is_from_its_source(tmp_path: Path, capsys: 
     cli.main([*arguments, "--overwrite"], standalone_mode=False)
     assert "differ from the source's by at most" in capsys.readouterr().out
     assert sm.load(tmp_path / "expert").tasks["depth"].kind == "disparity"
+
+
+def test_an_option_that_is_misspelt_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(InputError, match=r"import_expert has no option 'clases': did you mean 'classes'\?"):
+        import_expert("nowhere.pth", "depth", clases=["a"])

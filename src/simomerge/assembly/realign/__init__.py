@@ -154,7 +154,7 @@ def _labelled(method: Realignment, model: SimoModel, data: Any) -> Any:
             f"re-alignment by {method.name!r} needs labels of every task; the data has none of {', '.join(missing)}."
         )
     data = data.select(shared_tasks(model.tasks, data.tasks))
-    return data if method.count is None else data.take(min(method.count, len(data)))
+    return data.up_to(method.count)
 
 
 def _unlabelled(

@@ -68,7 +68,7 @@ def edit_tree(
     order = [*staying, *(task for task in experts if task not in staying)]
     tree = kept if share is None else Tree.of(share, order, before.blocks, encoder.layout.unit)
     checked = check_experts(base, {task: experts[task] for task in order})
-    pictures = as_images(prepare(images, checked, size=size), count or 256).readable()
+    pictures = as_images(prepare(images, checked, size=size), 256 if count is None else count).readable()
     methods = _Methods(model.provenance["merge"]["groups"])
     return share_blocks(Grower(base, checked, methods, methods.schedule), tree, pictures, rank=encoder.rank)
 

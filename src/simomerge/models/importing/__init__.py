@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from simomerge.core.errors import InputError
 from simomerge.core.hub import local_source, similar
 from simomerge.core.model_files import file_and_key, is_weight_file
 from simomerge.core.pixels import height_width
+from simomerge.core.registry import check_known
 from simomerge.core.text import first_sentence
 from simomerge.models.heads import head_kind
 from simomerge.models.importing.adapter import read_adapter
@@ -46,13 +48,15 @@ def import_expert(source: str | Path, task: str, **options: Any) -> SimoModel:
             `ImportOptions`.
 
     Raises:
-        InputError: An option that has no effect on this kind of source, an unknown source, tensors of a weight file
-            that are unused or missing (the message lists them), or a head that fails on the encoder's features.
+        InputError: An unknown option, one that has no effect on this kind of source, an unknown source, tensors of a
+            weight file that are unused or missing (the message lists them), or a head that fails on the encoder's
+            features.
 
     Example:
         >>> expert = import_expert("depth-anything/Depth-Anything-V2-Small-hf", "depth")      # doctest: +SKIP
         >>> expert.save_pretrained("experts/depth")                                           # doctest: +SKIP
     """
+    check_known("import_expert", options, [spec.name for spec in fields(ImportOptions)], "option")
     chosen = ImportOptions(**options)
     size = None if chosen.size is None else height_width(chosen.size)
     expert = _read(source, task, chosen)
