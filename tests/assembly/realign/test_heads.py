@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from simomerge.assembly.realign import realign, training
+from simomerge.assembly.realign.distillation import ExpertDistances
 from simomerge.assembly.realign.teacher import matching_experts
 from simomerge.core.errors import InputError
 from simomerge.datasets import DenseDataset
@@ -46,6 +47,7 @@ def test_a_distilled_head_is_kept_only_if_it_came_closer_to_its_expert(
     distances = SimpleNamespace(
         measured=lambda given, images: next(found) if images == held_out else None,
         least=lambda given, images: dict.fromkeys(before, 1e-6) if images == held_out else None,
+        ratios=lambda *given: ExpertDistances.ratios(distances, *given),
     )
     for name, value in (
         ("TeacherPredictions", lambda *given: given[:2]),

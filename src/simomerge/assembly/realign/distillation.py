@@ -89,7 +89,7 @@ class ExpertDistances:
     def ratios(self, model: SimoModel, data: DenseDataset, before: Mapping[str, float]) -> dict[str, float]:
         """How far every task of a model is from its expert, relative to what `measured` found before a change."""
         after, least = self.measured(model, data), self.least(model, data)
-        return {task: distance_ratio(before[task], after[task], least[task]) for task in model.tasks}
+        return {task: distance_ratio(before[task], after[task], value) for task, value in least.items()}
 
     @torch.no_grad()
     def _predictions(self, model: SimoModel, sample: DenseDataset) -> dict[str, Tensor]:
