@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simomerge.checkpoints import read_description
@@ -27,8 +26,8 @@ from simomerge.datasets.tasks import Task, select_tasks
 from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEncoder, load_backbone, load_encoder, timm
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import TaskHeads, build_head, head_kind
-from simomerge.models.predictions import Predictions
-from simomerge.models.storage import load_tree, save_encoder, stored_tensors, with_tensors
+from simomerge.models.predictions import Predictions, predicted
+from simomerge.models.storage import check_settings, load_tree, save_encoder, stored_tensors, with_tensors
 
 Size = tuple[int, int] | None
 MAX_PATCHES = 4096
@@ -145,7 +144,7 @@ class SimoModel(nn.Module):
             logits = self(given, chosen)
         finally:
             self.train(training)
-        maps = {name: _predicted(chosen[name], value, batch.shape[-2:]) for name, value in logits.items()}
+        maps = {name: predicted(chosen[name], value, batch.shape[-2:]) for name, value in logits.items()}
         return {name: value[:, 0] if value.ndim == 4 and value.shape[1] == 1 else value for name, value in maps.items()}
 
     def fit(self, image: Tensor, max_patches: int = MAX_PATCHES) -> Tensor:
@@ -195,7 +194,7 @@ class SimoModel(nn.Module):
 
         Raises:
             InputError: The folder exists and ``overwrite`` is false, ``dtype`` is unknown, a weight is too large for
-                it, or the disk is full.
+                it, the disk is full, or the ``settings`` of a custom class do not create its module again.
 
         Warns:
             UserWarning: The class of the encoder or of a head is defined in a notebook or script, so that no other
@@ -205,6 +204,7 @@ class SimoModel(nn.Module):
 
         description = self.description()
         warn_of_main({name: description[name] for name in ("encoder", "heads")})
+        check_settings(self.encoder, self.heads.values())
         with model_folder(folder, description, overwrite) as target:
             save_encoder(self.encoder, target, dtype)
             for name, head in self.heads.items():
@@ -377,24 +377,3 @@ def as_expert(expert: SimoModel, task: str) -> SimoModel:
     )
     result.source, result.licence = expert.source, expert.licence
     return result
-
-
-def _predicted(task: Task, logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The prediction at the size of an image, which may have been downscaled for the encoder."""
-    logits = logits.float()
-    if logits.shape[-2:] == size:
-        return task.activate(logits)
-    upscaled = partial(F.interpolate, size=tuple(size), mode="bilinear", align_corners=False)
-    if task.behaviour.channels is not None:
-        values = upscaled(logits)
-        if task.kind == "flow":  # in pixels of the image that the encoder got; channels 0 and 1 are x and y
-            values *= values.new_tensor([size[1] / logits.shape[-1], size[0] / logits.shape[-2]])[:, None, None]
-        return task.activate(values)
-    # Labels, class by class: the logits of all classes at the size of a photograph take gigabytes.
-    best = upscaled(logits[:, :1])
-    labels = torch.zeros_like(best, dtype=torch.int64)
-    for number in range(1, logits.shape[1]):
-        found = upscaled(logits[:, number : number + 1])
-        labels[found > best] = number
-        torch.maximum(best, found, out=best)
-    return labels[:, 0]

@@ -1,13 +1,17 @@
-"""What `SimoModel.predict` returns: a dictionary that notebooks show as pictures."""
+"""Predictions from logits, and what `SimoModel.predict` returns: a dictionary that notebooks show as pictures."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from markupsafe import Markup
+from torch import Tensor
 
 from simomerge.datasets.colours import colourise
 from simomerge.datasets.legend import Legend, legend_of
@@ -42,6 +46,27 @@ class Predictions(dict[str, np.ndarray]):
         return str(
             Markup('<div style="display:flex;flex-wrap:wrap;gap:1em;align-items:start">{}</div>').format(figures)
         )
+
+
+def predicted(task: Task, logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The prediction at the size of an image, which may have been downscaled for the encoder."""
+    logits = logits.float()
+    if logits.shape[-2:] == size:
+        return task.activate(logits)
+    upscaled = partial(F.interpolate, size=tuple(size), mode="bilinear", align_corners=False)
+    if task.behaviour.channels is not None:
+        values = upscaled(logits)
+        if task.kind == "flow":  # in pixels of the image that the encoder got; channels 0 and 1 are x and y
+            values *= values.new_tensor([size[1] / logits.shape[-1], size[0] / logits.shape[-2]])[:, None, None]
+        return task.activate(values)
+    # Labels, class by class: the logits of all classes at the size of a photograph take gigabytes.
+    best = upscaled(logits[:, :1])
+    labels = torch.zeros_like(best, dtype=torch.int64)
+    for number in range(1, logits.shape[1]):
+        found = upscaled(logits[:, number : number + 1])
+        labels[found > best] = number
+        torch.maximum(best, found, out=best)
+    return labels[:, 0]
 
 
 def _figure(task: Task, values: np.ndarray) -> Markup:
