@@ -22,8 +22,9 @@ from simomerge.datasets.load import load_data
 from simomerge.datasets.stored import read_array
 from simomerge.datasets.tasks import KINDS, Task
 from simomerge.models import prediction
-from simomerge.models.model import SimoModel, _predicted
+from simomerge.models.model import SimoModel
 from simomerge.models.prediction import find_sources
+from simomerge.models.predictions import predicted
 from simomerge.models.saving import SCALES16
 
 from .conftest import assert_mistake, simomerge
@@ -217,10 +218,10 @@ def test_labels_of_large_images_are_those_of_the_upscaled_logits(levels: int) ->
     drawn = torch.randint(levels, (2, 7, 5, 6), generator=torch.Generator().manual_seed(0)).float()
     for size in ((5, 6), (40, 33)):
         upscaled = torch.nn.functional.interpolate(drawn, size, mode="bilinear", align_corners=False)
-        labels = _predicted(Task("parts", "segmentation", classes=tuple("abcdefg")), drawn, size)
+        labels = predicted(Task("parts", "segmentation", classes=tuple("abcdefg")), drawn, size)
         assert torch.equal(labels, upscaled.argmax(1)) and len(labels.unique()) >= 6
         expected = torch.nn.functional.normalize(upscaled[:, :3], dim=1)
-        torch.testing.assert_close(_predicted(Task("normals"), drawn[:, :3], size), expected)
+        torch.testing.assert_close(predicted(Task("normals"), drawn[:, :3], size), expected)
 
 
 def test_a_size_is_for_the_encoder_only(photos: list[Path], make_model) -> None:
