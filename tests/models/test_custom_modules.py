@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from simomerge.core.errors import InputError
 from simomerge.core.images import to_tensor
 from simomerge.datasets import load_data
 from simomerge.merging.disk.merge import merge_on_disk
+from simomerge.models import storage
+from simomerge.models.heads.surgery import SurgeryHead
 
 from .encoders.contract import EncoderContract, Make
 
@@ -205,3 +208,96 @@ def test_settings_that_are_no_plain_data_are_refused(tmp_path: Path) -> None:
     encoder.settings = {"norm": nn.ReLU}  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"Plain\.settings cannot be written"):
         sm.SimoModel(encoder, {}, {}).save_pretrained(tmp_path / "model")
+
+
+# Settings that create a module again --------------------------------------------------------------------
+
+
+@sm.register_encoder
+class Wide(Plain):
+    """It declares no settings, and needs them for any other width."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.channels, self.stem = (width,), nn.Conv2d(3, width, 4, 4)
+
+
+@sm.register_head
+class Output(nn.Module):
+    """It needs a setting, and declares none."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(4, channels, 1)
+
+    def forward(self, features: sm.Features) -> torch.Tensor:
+        return nn.functional.interpolate(self.out(features.maps[0]), features.padded_size)
+
+
+@sm.register_encoder
+class NeedsValues(Plain):
+    """It cannot be created without values."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, 4)
+        self.largest = self.stem.weight.max().item()
+
+
+def with_output(head: nn.Module) -> sm.SimoModel:
+    return sm.SimoModel(Plain(), {"depth": sm.Task("depth")}, {"depth": head})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: sm.SimoModel(Wide(7), {}, {}),
+            r"Wide .* settings \{\}, .*'stem.weight' has shape \(7, 3, 4, 4\), not",
+        ),
+        (lambda: sm.SimoModel(NeedsValues(7), {}, {}), r"NeedsValues .*size mismatch for stem.weight"),
+        (lambda: with_output(Output(1)), r"Output .*missing 1 required positional argument: 'channels'\)\. Set self"),
+        (lambda: with_output(SurgeryHead([4], 1, Output(1), rank=1)), "Output .*missing 1 required positional"),
+    ],
+)
+def test_saving_warns_of_a_model_that_cannot_be_loaded(
+    make: Callable[[], sm.SimoModel], message: str, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=rf"test_custom_modules:{message}"):
+        make().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError):
+        sm.load(tmp_path / "model")
+
+
+def test_settings_are_compared_as_the_folder_holds_them(tmp_path: Path) -> None:
+    head = Output(2)
+    head.settings = {"channels": 1}  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"settings \{'channels': 1\}, .*'out.weight' has shape \(2, 4, 1, 1\), not"):
+        with_output(head).save_pretrained(tmp_path / "wrong")
+    head.settings = {"channels": 2}  # type: ignore[assignment]
+    again = sm.load(with_output(head).save_pretrained(tmp_path / "model"))
+    assert torch.equal(again.heads["depth"].out.weight, head.out.weight)  # type: ignore[union-attr]
+
+
+def test_a_class_that_needs_values_is_created_unless_it_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = NeedsValues()
+    state = torch.get_rng_state()
+    again = sm.load(sm.SimoModel(encoder, {}, {}).save_pretrained(tmp_path / "small"))
+    assert torch.equal(again.encoder.backbone.stem.weight, encoder.stem.weight)
+    torch.set_rng_state(state)
+    sm.SimoModel(encoder, {}, {}).save_pretrained(tmp_path / "once more")
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(storage, "LARGE", 0)
+    sm.SimoModel(NeedsValues(7), {}, {}).save_pretrained(tmp_path / "large")  # nothing is known about it
+    encoder.settings = {"depth": 3}  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"NeedsValues .* unexpected keyword argument 'depth'"):
+        sm.SimoModel(encoder, {}, {}).save_pretrained(tmp_path / "wrong")
+
+
+def test_modules_of_simomerge_are_not_created_again(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_not_created_again", lambda module: pytest.fail(type(module).__name__))
+    make_model([sm.Task("depth")], head="dpt").save_pretrained(tmp_path / "model")

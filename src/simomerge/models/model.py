@@ -29,7 +29,7 @@ from simomerge.models.encoders import CustomEncoder, Encoder, Features, TreeEnco
 from simomerge.models.fingerprints import fingerprint_of
 from simomerge.models.heads import TaskHeads, build_head, head_kind
 from simomerge.models.predictions import Predictions, predicted
-from simomerge.models.storage import load_tree, save_encoder, stored_tensors, with_tensors
+from simomerge.models.storage import check_settings, load_tree, save_encoder, stored_tensors, with_tensors
 
 Names = str | Iterable[str] | None
 """Some tasks by name, as `select_tasks` takes them; None stands for all."""
@@ -204,12 +204,13 @@ class SimoModel(nn.Module):
 
         Warns:
             UserWarning: The class of the encoder or of a head is defined in a notebook or script, so that no other
-                program can load the folder.
+                program can load the folder, or its ``settings`` do not create its module again.
         """
         from safetensors.torch import save_file
 
         description = self.description()
         warn_of_main({name: description[name] for name in ("encoder", "heads")})
+        check_settings(self.encoder, self.heads.values())
         with model_folder(folder, description, overwrite) as target:
             save_encoder(self.encoder, target, dtype)
             for name, head in self.heads.items():

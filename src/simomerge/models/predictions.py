@@ -1,4 +1,4 @@
-"""What `SimoModel.predict` returns: a dictionary that notebooks show as pictures."""
+"""Predictions from logits, and what `SimoModel.predict` returns: a dictionary that notebooks show as pictures."""
 
 from __future__ import annotations
 

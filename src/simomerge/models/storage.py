@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,21 @@ from torch import Tensor, nn
 from simomerge.checkpoints.description import branch_file, existing
 from simomerge.checkpoints.reading import check_safetensors
 from simomerge.checkpoints.tensors import WRITTEN
+from simomerge.core.caution import warn
+from simomerge.core.classes import class_path, settings_of
 from simomerge.core.errors import InputError
+from simomerge.core.text import shortened, shown
 from simomerge.merging.tree import Tree
 from simomerge.models.encoders import CustomEncoder, Encoder, TreeEncoder
-from simomerge.models.encoders.allocation import check_tensors
+from simomerge.models.encoders.allocation import check_tensors, difference
 from simomerge.models.encoders.loading import quiet
 from simomerge.models.encoders.low_rank import check_rank, own_parameters
 from simomerge.models.encoders.units import low_rank_of, unit_names
+from simomerge.models.heads.surgery import SurgeryHead
 
 STITCHES = "stitches.safetensors"
+LARGE = 500_000_000
+"""A module of more parameters is not created a second time to check its settings."""
 
 
 def save_encoder(encoder: Encoder, folder: Path, dtype: str | torch.dtype | None = None) -> None:
@@ -173,6 +180,51 @@ def with_tensors(create: Callable[[], nn.Module], path: Path) -> nn.Module:
     module = create()
     _load(module.load_state_dict, path)
     return module
+
+
+def check_settings(encoder: Encoder, heads: Iterable[nn.Module]) -> None:
+    """Check that a loaded folder can create every custom encoder and head again, from the settings that it holds.
+
+    It is no error, because the weights may be the result of a long training, and are worth saving.
+
+    Warns:
+        UserWarning: The settings of a class outside simomerge are rejected by it, or create other tensors.
+    """
+    with encoder.plain(0) if isinstance(encoder, TreeEncoder) else nullcontext():
+        first = encoder.paths[0] if isinstance(encoder, TreeEncoder) else encoder
+        given: list[nn.Module] = [first.backbone] if isinstance(first, CustomEncoder) else []
+        given += [head.inner if isinstance(head, SurgeryHead) else head for head in heads]
+        for module in given:
+            if type(module).__module__.partition(".")[0] == "simomerge":
+                continue
+            if problem := _not_created_again(module):
+                warn(
+                    f"{class_path(module)} cannot be created again with its settings {shown(settings_of(module))}, so"
+                    f" the saved model cannot be loaded ({problem}). Set self.settings in the class to the keyword"
+                    " arguments that create the module, and save the model again."
+                )
+
+
+def _not_created_again(module: nn.Module) -> str:
+    """Why the settings of a module do not create one that can take its tensors; empty if they do, or if it is unknown.
+
+    The module is created without values if its class allows it, and else as a whole, unless it is large.
+    """
+    state = module.state_dict()
+    settings = json.loads(json.dumps(settings_of(module)))  # as simo.json holds them
+    create = partial(type(module), **settings)
+    with torch.random.fork_rng(devices=[]):  # the random numbers after saving are those without it
+        try:
+            return difference(create, {name: tuple(value.shape) for name, value in state.items()})
+        except Exception as error:
+            large = sum(value.numel() for value in state.values()) > LARGE
+            if large and not isinstance(error, TypeError):  # this one says that arguments are missing or unknown
+                return ""
+        try:
+            create().load_state_dict(state)
+        except Exception as error:
+            return f"{type(error).__name__}: {shortened(' '.join(str(error).split()), 200)}"
+    return ""
 
 
 def _load(assign: Callable[[dict[str, Tensor]], Any], path: Path) -> None:

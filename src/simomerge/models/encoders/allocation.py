@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from simomerge.checkpoints import Checkpoint, open_checkpoint
+from simomerge.checkpoints import open_checkpoint
 from simomerge.core.errors import InputError
 from simomerge.core.text import shown
 
@@ -80,19 +80,26 @@ def check_tensors(file: Path, create: Callable[[], nn.Module]) -> None:
     """Raise InputError if a module that a description creates would not have exactly the tensors of a file."""
     weights = open_checkpoint(file)
     try:
-        with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in create().state_dict().items()}
+        problem = difference(create, {name: weights.info(name).shape for name in weights})
     except Exception:  # some custom modules need values: they fit or fail when they are created
         return
-    if problem := _difference(wanted, weights):
+    if problem:
         raise InputError(f"{file}: does not fit simo.json ({problem}); take the model from its source again.")
 
 
-def _difference(wanted: Mapping[str, tuple[int, ...]], weights: Checkpoint) -> str:
+def difference(create: Callable[[], nn.Module], held: Mapping[str, tuple[int, ...]]) -> str:
+    """How the tensors of a module, which is created without values, differ from those that are held; else empty.
+
+    Args:
+        create: It may raise anything: some custom modules need values.
+        held: The shapes by name.
+    """
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in create().state_dict().items()}
     for name, shape in wanted.items():
-        if name not in weights:
+        if name not in held:
             return f"'{name[:200]}' of shape {shape} is missing"
-        if weights.info(name).shape != shape:
-            return f"'{name[:200]}' has shape {weights.info(name).shape}, not {shape}"
-    unknown = next((name for name in weights if name not in wanted), "")
+        if held[name] != shape:
+            return f"'{name[:200]}' has shape {held[name]}, not {shape}"
+    unknown = next((name for name in held if name not in wanted), "")
     return f"'{unknown[:200]}' belongs to nothing" if unknown else ""
