@@ -248,6 +248,7 @@ def test_a_task_takes_its_kind_from_its_name_and_channels_from_its_classes():
         ({"name": "my task", "kind": "depth"}, "letters, digits and underscores"),
         ({"name": "", "kind": "depth"}, "letters, digits and underscores"),
         ({"name": "../up", "kind": "depth"}, "letters, digits and underscores"),
+        ({"name": "allow_pickle", "kind": "depth"}, "no task can be called 'allow_pickle', which has another meaning"),
         ({"name": "image", "kind": "depth"}, "no task can be called 'image', which is a column of every table: rename"),
         ({"name": "split", "kind": "depth"}, "no task can be called 'split'"),
         ({"name": "dpth"}, r"unknown kind 'dpth'; choose one of segmentation, depth"),

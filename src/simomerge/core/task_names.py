@@ -7,12 +7,15 @@ from simomerge.core.errors import InputError
 COLUMNS = ("image", "split")
 """Columns of a table of images that are no tasks. Samples hold their image under the first name."""
 
+_NPZ = ("file", "allow_pickle", "export")
+"""Arguments of the function of numpy that writes NPZ files, and what such a file of an export has beside its maps."""
+
 
 def check_task_name(name: str) -> None:
     """Check that a task can have a name.
 
     Raises:
-        InputError: It is not an identifier, or it is one of `COLUMNS`.
+        InputError: It is not an identifier, or it has another meaning in tables or in files of predictions.
 
     Example:
         >>> check_task_name("image")
@@ -23,3 +26,5 @@ def check_task_name(name: str) -> None:
         raise InputError(f"{name!r} cannot be the name of a task: use letters, digits and underscores.")
     if name in COLUMNS:
         raise InputError(f"no task can be called {name!r}, which is a column of every table: rename it.")
+    if name in _NPZ:
+        raise InputError(f"no task can be called {name!r}, which has another meaning in NPZ files: rename it.")
