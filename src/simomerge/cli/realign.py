@@ -117,6 +117,8 @@ def command(model: str, experts: dict[str, str], method: str, output: Path, as_j
     from simomerge.training.tracking import track
 
     check_apart(output, [*experts.values(), *([given["base"]] if given["base"] else [])])
+    if chosen.teacher != "labels":
+        options.check_images(given["images"])
     join_processes()
     options.note_images(given["images"], given["count"])
     with sharded(given["shard"], given["offload"]), track(given["trackers"], options.logs_of(output)), console():
@@ -180,8 +182,6 @@ def _check_inputs(method: str, chosen: Realignment, experts: dict[str, str], giv
         raise InputError(f"--method {method} learns from the experts: give each as TASK=EXPERT.")
     elif chosen.needs_base and given["base"] is None:
         raise InputError(f"--method {method} uses task vectors: give --base, the foundation encoder of the experts.")
-    if chosen.teacher != "labels":
-        options.check_images(given["images"])
 
 
 def _inputs(chosen: Realignment, experts: dict[str, str], tasks: list[str], given: dict[str, Any]) -> dict[str, Any]:
