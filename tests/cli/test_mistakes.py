@@ -95,7 +95,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "precision without images": (
         (*MERGE, "--precision", "bf16"),
-        "--precision is for merges.*uses none, and --dtype is that of the stored weights",
+        "--precision is for merges.*uses none. Give --dtype for the stored weights",
     ),
     "split of a folder": (
         (*MERGE, "--scale", "auto", "--images", "FOLDER", "--split", "val"),

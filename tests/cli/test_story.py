@@ -391,6 +391,9 @@ def test_a_model_is_judged_on_the_split_and_the_tasks_that_have_labels(tmp_path:
     judged = judge_step(Path("scene"), experts, str(data))
     assert judged == f"Next: simomerge evaluate scene depth=runs/depth --data {data} --split val"
     assert judge_step(Path("scene"), {"normals": "runs/normals"}, str(data)) == "Next: simomerge inspect scene"
+    for given, split in (("rooms", "test"), (str(data), "val")):  # after a re-alignment with labels
+        alone = judge_step(Path("scene"), {}, given)
+        assert alone == f"Next: simomerge evaluate scene --data {given} --split {split}"
 
 
 def test_figures_of_a_model_that_was_replaced_meanwhile_are_shown_and_not_recorded(

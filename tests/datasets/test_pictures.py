@@ -110,7 +110,7 @@ def test_pictures_of_other_formats_are_named(tmp_path: Path) -> None:
         for name in ("a.HEIC", "b.avif", "notes.txt"):
             (tmp_path / folder / name).touch()
     with pytest.warns(
-        UserWarning, match=r"both: 2 pictures of formats that are not read \(.avif, .heic\) are left out"
+        UserWarning, match=r"both: pictures of formats that are not read \(.avif, .heic\) are left out: 2 of them"
     ):
         assert values(as_images(tmp_path / "both")) == [0]
     with pytest.raises(InputError, match=r"none: no picture in it .*, found .avif, .heic\)"):

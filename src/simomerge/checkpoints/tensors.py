@@ -67,7 +67,7 @@ class TensorInfo:
 
 
 def common_float(infos: Iterable[TensorInfo]) -> str | None:
-    """The key of `WRITTEN` in which all floats are stored; None if there is no such one.
+    """The key of `WRITTEN` in which all floats are stored; None if they differ, or if it is none of these.
 
     Example:
         >>> common_float([TensorInfo((2, 3), "BF16"), TensorInfo((), "I64")])

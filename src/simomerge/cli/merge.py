@@ -260,10 +260,10 @@ class _Wanted:
         """Reject options that are for images if this merge uses none."""
         for name in ("images", "size", "data", "split", "count", "precision"):
             if options.is_given(name) and not self.uses_images:
-                other = ", and --dtype is that of the stored weights" if name == "precision" else ""
+                other = "--dtype for the stored weights" if name == "precision" else "--scale auto to choose on images"
                 raise InputError(
-                    f"--{name} is for merges that compute with images, and this one uses none{other}. Give"
-                    " --scale auto to choose the scale on images, or leave it out."
+                    f"--{name} is for merges that compute with images, and this one uses none. Give {other}, or leave"
+                    " it out."
                 )
 
     def merge_files(self) -> tuple[dict[str, Any], tuple[str, ...]]:

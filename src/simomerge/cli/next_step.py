@@ -56,7 +56,7 @@ def judge_step(model: Path, experts: Mapping[str, object], data: str) -> str:
     data = data if is_url(data) or not data.startswith("~") else str(expanded(data))
     if is_dataset(data):
         split, labelled = _labels(data, experts)
-        if not labelled:
+        if experts and not labelled:
             return next_step("inspect", model)
         return next_step("evaluate", model, *pairs(labelled), "--data", data, "--split", split)
     try:

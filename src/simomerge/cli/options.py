@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -315,7 +316,7 @@ def folder(default: Path | None, help: str, required: bool = False, urls: bool =
     """-o for a folder that may exist; the command adds to it or continues in it. With ``urls``, it may be a URL."""
     settings: dict[str, Any] = (
         {} if default is None else {"default": default, "show_default": True}
-    )  # with None, none is required
+    )  # click takes None for a given value
     return click.option("-o", "--output", type=_Written(urls), required=required, help=help, **settings)
 
 
@@ -355,7 +356,10 @@ def note_images(images: str | None, count: int | None) -> None:
         from simomerge.datasets.pictures import pictures_of
 
         if not any(Path(images, f"data{suffix}").is_file() for suffix in MANIFESTS):
-            note_count(count, len(pictures_of(Path(images))), images)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reading the images warns of the same
+                available = len(pictures_of(Path(images)))
+            note_count(count, available, images)
 
 
 # Options from parameters --------------------------------------------------------------------------------

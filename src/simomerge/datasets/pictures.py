@@ -306,7 +306,8 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     if others:
         count = sum(p.suffix.lower() in NOT_READ for p in files)
         warn(
-            f"{folder}: {count} pictures of formats that are not read ({', '.join(others)}) are left out; convert them."
+            f"{folder}: pictures of formats that are not read ({', '.join(others)}) are left out: {count} of them;"
+            " convert them."
         )
     return found
 

@@ -158,7 +158,6 @@ def evaluate_file(file: str | Path, dataset: Any, threads: int | None = None, pr
     Raises:
         InputError: The file cannot be opened, or as in `scored_tasks`.
     """
-
     from simomerge.training.metrics import TaskMetrics, batched
 
     scene = Scene(file, provider, threads)

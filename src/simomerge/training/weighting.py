@@ -212,7 +212,7 @@ class NashMTL(GradientWeighting):
 
     def solve(self, gram: np.ndarray, losses: np.ndarray) -> np.ndarray:
         norms = np.sqrt(np.diag(gram).clip(min=0))
-        some, found = norms > 1e-8, np.zeros(self.tasks)
+        some, found = norms > 0, np.zeros(self.tasks)
         # For gradients of norm one, so that the regularisation does not depend on the units of the losses.
         found[some] = self._bargain(gram[np.ix_(some, some)] / np.outer(norms[some], norms[some])) / norms[some]
         return found
