@@ -16,7 +16,7 @@ from simomerge.datasets.sheet import sheet
 from simomerge.datasets.tasks import Task
 
 HEIGHT = 240
-"""Of a picture, in pixels."""
+"""The height of a picture in pixels."""
 
 
 class Predictor(Protocol):
